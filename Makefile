@@ -1,0 +1,33 @@
+# planish: `make demo` runs everything offline; `make test` and `make lint` are what a change has to pass.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+EXTRAS ?= dev,gguf,onnx,report
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/.stamp
+	$(BIN)/planish demo
+
+test: .venv/.stamp
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: .venv/.stamp
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov out
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "planish needs Python 3.11 or newer: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@

@@ -1,0 +1,571 @@
+"""Reading models block by block, writing compressed folders block by block, loading them again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import transformers.initialization as initialization
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from planish import families as families_file
+from planish import modelling as modelling_file
+from planish import modules as modules_file
+from planish.core import Edit, Shape
+from planish.errors import InputError
+from planish.families import FAMILIES, Family
+from planish.modelling import FORMAT, class_names, model_type
+from planish.modules import (
+    Bypass,
+    Spec,
+    count_heads,
+    find_blocks,
+    get_linear,
+    head_width,
+    install,
+    join_block,
+    rotary_width,
+    split_block,
+)
+
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def find_family(config) -> Family:
+    """The table row of a config, or a clear error that names the nearest ones."""
+    kind = config.model_type
+    if kind.startswith("planish"):
+        raise InputError(f"model is already compressed by planish (model_type {kind!r}); start from the original model")
+    if kind not in FAMILIES:
+        near = get_close_matches(kind, FAMILIES, n=3, cutoff=0.4) or sorted(FAMILIES)
+        raise InputError(
+            f"model family {kind!r} is not supported; nearest: {', '.join(near)} (supported: {', '.join(sorted(FAMILIES))})"
+        )
+    family = FAMILIES[kind]
+    if getattr(config, "do_layer_norm_before", True) is False:
+        raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
+    return family
+
+
+class Source:
+    """A dense model, read one block at a time."""
+
+    config: Any
+    family: Family
+    name: str
+
+    def skeleton(self) -> PreTrainedModel:
+        """A causal LM of its own in which only what is outside the blocks holds weights."""
+        raise NotImplementedError
+
+    def block(self, i: int) -> nn.Module:
+        """A canonical copy of block i on the CPU in the stored dtype."""
+        raise NotImplementedError
+
+    def outside(self) -> dict[str, Tensor]:
+        """Stored tensors that belong to no block, by their names in the causal LM."""
+        raise NotImplementedError
+
+    def copy_files(self, target: Path) -> None:
+        """Tokenizer and generation files."""
+        raise NotImplementedError
+
+    @property
+    def n_blocks(self) -> int:
+        return self.config.num_hidden_layers
+
+    def embedding_name(self) -> str:
+        """Name of the input embedding's weight in the causal LM."""
+        self.empty_block(0)
+        embedding = self._empty.get_input_embeddings()
+        return next(n for n, m in self._empty.named_modules() if m is embedding) + ".weight"
+
+    def shape(self, i: int) -> Shape:
+        """Sizes of block i, read off an empty block."""
+        block = self.empty_block(i)
+        heads, kv_heads = count_heads(self.config)
+        attention = block.get_submodule(self.family.attention)
+        rotary, qk = rotary_width(attention, self.family), head_width(attention)
+        linear = {r: get_linear(block, self.family, r) for r in ("v", "down")}
+        parallel = self.family.parallel and bool(getattr(self.config, "use_parallel_residual", True))
+        return Shape(
+            i,
+            self.config.hidden_size,
+            heads,
+            kv_heads,
+            qk,
+            linear["v"].out_features // kv_heads,
+            linear["down"].in_features,
+            rotary,
+            self.family.gated,
+            self.family.qk_norm,
+            parallel,
+        )
+
+    def empty_block(self, i: int) -> nn.Module:
+        if not hasattr(self, "_empty"):
+            with torch.device("meta"):
+                self._empty = build_skeleton(self.config, self.family)
+        block = find_blocks(self._empty, self.family)[i]
+        return split_block(block, self.family, self.config)
+
+
+def build_skeleton(config, family: Family) -> PreTrainedModel:
+    return getattr(transformers, family.classes[2])(config)
+
+
+@contextmanager
+def no_parameters() -> Iterator[None]:
+    """Within the context modules are built with parameters on the meta device and buffers in memory."""
+    register = nn.Module.register_parameter
+
+    def register_meta(self, name, param):
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    try:
+        with initialization.no_init_weights():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class FolderSource(Source):
+    """Safetensors, sharded or not, memory-mapped."""
+
+    def __init__(self, folder: Path, name: str | None = None):
+        self.folder, self.name = folder, name or str(folder)
+        if not folder.is_dir():
+            raise InputError(f"no such model: {folder} is not a folder")
+        self.config = load_config(folder)
+        self.family = find_family(self.config)
+        self.files = index_tensors(folder)
+        self._handles: dict[Path, Any] = {}
+        self.rename = self._match_names()
+
+    def _match_names(self) -> dict[str, str]:
+        """Name in the causal LM → stored name, where checkpoints of base models drop the prefix."""
+        prefix = self.family.blocks.partition(".")[0] + "."
+        stored = set(self.files)
+        if any(n.startswith(self.family.blocks + ".") for n in stored):
+            return {n: n for n in stored}
+        return {(n if n.startswith("lm_head") else prefix + n): n for n in stored}
+
+    def tensor(self, name: str) -> Tensor:
+        stored = self.rename[name]
+        path = self.files[stored]
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(path, "pt")
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"cannot read shard {path.name} in {self.folder}: {error}; download it again"
+                ) from None
+        try:
+            tensor = self._handles[path].get_tensor(stored)
+        except SafetensorError as error:
+            raise InputError(f"cannot read tensor {stored} of {path.name} in {self.folder}: {error}") from None
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"tensor {stored} in {path.name} of {self.folder} holds NaN or infinity")
+        return tensor
+
+    def names(self, prefix: str) -> list[str]:
+        return [n for n in self.rename if n.startswith(prefix)]
+
+    def block(self, i: int) -> nn.Module:
+        prefix = f"{self.family.blocks}.{i}."
+        tensors = {n.removeprefix(prefix): self.tensor(n) for n in self.names(prefix)}
+        with no_parameters():
+            block = type(find_blocks(self._structure(), self.family)[i])(self._structure().config, i)
+        fill(block, tensors, f"block {i} of {self.folder}")
+        return split_block(block.eval(), self.family, self.config)
+
+    def _structure(self) -> PreTrainedModel:
+        if not hasattr(self, "_built"):
+            with no_parameters():
+                self._built = build_skeleton(self.config, self.family).eval()
+        return self._built
+
+    def outside(self) -> dict[str, Tensor]:
+        inside = f"{self.family.blocks}."
+        tensors = {n: self.tensor(n) for n in self.rename if not n.startswith(inside)}
+        known = set(self._structure().state_dict())
+        return {n: t for n, t in tensors.items() if n in known}
+
+    def skeleton(self) -> PreTrainedModel:
+        model = copy.deepcopy(self._structure())
+        tensors = self.outside()
+        embedding = self.embedding_name()
+        if self.config.tie_word_embeddings:
+            tied = tensors.get(embedding, tensors.get("lm_head.weight"))
+            if tied is not None:
+                tensors |= {embedding: tied, "lm_head.weight": tied}
+        inside = f"{self.family.blocks}."
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if name.startswith(inside):
+                continue
+            if name not in tensors:
+                raise InputError(f"tensor {name} is missing in {self.folder}: the checkpoint is incomplete")
+            if tensors[name].shape != parameter.shape:
+                raise InputError(
+                    f"tensor {name} in {self.folder} has shape {tuple(tensors[name].shape)}, "
+                    f"expected {tuple(parameter.shape)} from config.json"
+                )
+            set_parameter(model, name, tensors[name])
+        return model
+
+    def copy_files(self, target: Path) -> None:
+        for name in COPIED:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, target / name)
+
+
+class MemorySource(Source):
+    """A causal LM in memory; never changed."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.config = copy.deepcopy(model.config)
+        self.family = find_family(self.config)
+        self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        for name, p in model.named_parameters():
+            if not torch.isfinite(p).all():
+                raise InputError(f"tensor {name} of the model in memory holds NaN or infinity")
+
+    def block(self, i: int) -> nn.Module:
+        block = copy.deepcopy(find_blocks(self.model, self.family)[i]).cpu().eval().requires_grad_(False)
+        return split_block(block, self.family, self.config)
+
+    def outside(self) -> dict[str, Tensor]:
+        inside = f"{self.family.blocks}."
+        return {n: t.detach().cpu() for n, t in self.model.state_dict().items() if not n.startswith(inside)}
+
+    def skeleton(self) -> PreTrainedModel:
+        with no_parameters():
+            model = build_skeleton(self.config, self.family).eval()
+        for name, tensor in self.outside().items():
+            set_parameter(model, name, tensor)
+        model.config._attn_implementation = self.model.config._attn_implementation
+        return model
+
+    def copy_files(self, target: Path) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(target)
+        if getattr(self.model, "generation_config", None) is not None:
+            self.model.generation_config.save_pretrained(target)
+
+
+def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Put tensors into a module built without parameters; names and shapes must match exactly."""
+    parameters = dict(module.named_parameters())
+    missing = sorted(set(parameters) - set(tensors))
+    if missing:
+        raise InputError(f"tensor {missing[0]} is missing in {where}: the checkpoint is incomplete or another model's")
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            if name.endswith(("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.bias")):
+                continue  # buffers that old versions stored
+            raise InputError(f"unexpected tensor {name} in {where}: the checkpoint does not match its config.json")
+        if tensor.shape != parameters[name].shape:
+            raise InputError(
+                f"tensor {name} in {where} has shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}"
+            )
+        set_parameter(module, name, tensor)
+
+
+def load_config(folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} has no config.json: not a Hugging Face model folder")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError, OSError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    if not isinstance(kind, str):
+        raise InputError(f"{path} names no model_type")
+    if not kind.startswith("planish"):
+        find_family(type("config", (), {"model_type": kind})())
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{path} is not a valid {kind} configuration: {error}") from None
+
+
+def index_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor name → shard. Shard names must be plain file names inside the folder."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        try:
+            mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            items = {str(k): str(v) for k, v in mapping.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"cannot read {index}: {error!r}") from None
+        for shard in set(items.values()):
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise InputError(f"{index} names the shard {shard!r}: not a plain .safetensors file name")
+            if not (folder / shard).is_file():
+                raise InputError(f"shard {shard} is missing in {folder}: download it again")
+        return {name: folder / shard for name, shard in items.items()}
+    if not single.is_file():
+        others = [p.name for p in folder.glob("*.bin")]
+        hint = f" (found {others[0]}: only safetensors are read, never pickles; convert it first)" if others else ""
+        raise InputError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{hint}")
+    try:
+        with safe_open(single, "pt") as handle:
+            return dict.fromkeys(handle.keys(), single)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read {single.name} in {folder}: {error}; download it again") from None
+
+
+def open_source(model: str | Path | PreTrainedModel, tokenizer: Any = None) -> Source:
+    """A folder, a hub id, or a causal LM in memory."""
+    if isinstance(model, nn.Module):
+        return MemorySource(model, tokenizer)
+    return FolderSource(find_folder(model), str(model))
+
+
+def find_folder(model: str | Path) -> Path:
+    """The folder itself, or the snapshot of a hub id (safetensors only)."""
+    path = Path(model)
+    if path.exists():
+        return path
+    text = str(model)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise InputError(f"no such model: {text} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:
+        raise InputError(f"cannot download {text} from the hub: {type(error).__name__}: {error}") from None
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The folder's tokenizer, or None where it has none."""
+    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def merge_forms(shape: Shape, edits: list[Edit]) -> Spec:
+    """The block's spec from all its edits; edits of the attention's q–k and v parts become one module."""
+    spec: Spec = {}
+    for edit in edits:
+        if edit.target in ("attention", "mlp"):
+            form = spec.setdefault(edit.target, {})
+            if edit.form["kind"] == "own" and not form:
+                form |= {"kind": "own", "qk": shape.qk, "v": shape.v}
+            form |= edit.form
+        else:
+            spec.setdefault("linears", {})[edit.target] = dict(edit.form)
+    return spec
+
+
+def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, shape: Shape) -> Spec:
+    """Replace modules of a canonical block in place, in its own dtype; returns its spec (empty when nothing changed)."""
+    spec = merge_forms(shape, edits)
+    if not spec:
+        return spec
+    install(block, spec, family, config)
+    split_block(block, family, config)
+    for edit in edits:
+        if not edit.tensors:
+            continue
+        if edit.target == "attention":
+            module = block.get_submodule(family.attention)
+        elif edit.target == "mlp":
+            module = block.get_submodule(family.mlp or family.path("up"))
+        else:
+            module = get_linear(block, family, edit.target)
+        for name, tensor in edit.tensors.items():
+            parent, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(parent)
+            old = owner._parameters.get(leaf, owner._buffers.get(leaf))
+            if old is None or old.shape != tensor.shape:
+                raise ValueError(f"edit of {edit.target}: {name} has shape {tuple(tensor.shape)}, form {edit.form}")
+            value = tensor.to(old.dtype).contiguous()
+            if not torch.isfinite(value).all():
+                raise ValueError(f"edit of block {shape.block}, {edit.target}: {name} is not finite in {old.dtype}")
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                owner._buffers[leaf] = value
+    return spec
+
+
+def count_block(block: nn.Module) -> int:
+    """Weights of a block's linears, as they are: matrices of every form, gates and shifts of bypasses; no norms, no biases."""
+    matrices = sum(p.numel() for p in block.parameters() if p.ndim >= 2)
+    vectors = [v for m in block.modules() if isinstance(m, Bypass) for v in (m.gate, m.shift)]
+    return matrices + sum(v.numel() for v in vectors if v is not None)
+
+
+class Writer:
+    """A compressed folder, written shard by shard into `<output>.partial` and renamed when it is complete."""
+
+    def __init__(self, output: Path, n_blocks: int, overwrite: bool = False):
+        self.output, self.n_shards = output, n_blocks + 1
+        if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+            raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
+        if output.exists() and not output.is_dir():
+            raise InputError(f"output {output} is a file")
+        self.partial = output.with_name(output.name + ".partial")
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        try:
+            self.partial.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"cannot create {self.partial}: {error}") from None
+        self.weight_map: dict[str, str] = {}
+        self.bytes = 0
+        self.parameters = 0
+
+    def shard(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write shard `number` (0 = what is outside the blocks, i + 1 = block i)."""
+        name = f"model-{number + 1:05d}-of-{self.n_shards:05d}.safetensors"
+        tensors = {k: t.contiguous() for k, t in tensors.items()}
+        try:
+            save_file(tensors, self.partial / name, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write {name}: {error} (disk full?)") from None
+        for key, t in tensors.items():
+            self.weight_map[key] = name
+            self.bytes += t.numel() * t.element_size()
+            self.parameters += t.numel() if t.is_floating_point() else 0
+
+    def block(self, i: int, block: nn.Module, family: Family) -> None:
+        join_block(block, family)
+        state = {k: v for k, v in block.state_dict().items()}
+        self.shard(i + 1, {f"{family.blocks}.{i}.{k}": v for k, v in state.items()})
+
+    def text(self, name: str, text: str) -> None:
+        (self.partial / name).write_text(text, encoding="utf-8")
+
+    def close(self) -> None:
+        index = {
+            "metadata": {"total_size": self.bytes, "total_parameters": self.parameters},
+            "weight_map": dict(sorted(self.weight_map.items())),
+        }
+        self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        if self.output.exists():
+            shutil.rmtree(self.output)
+        os.replace(self.partial, self.output)
+
+    def abort(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def find_native(specs: list[Spec], shape: Shape, family: Family) -> dict[str, int] | None:
+    """Config overrides under which the stock architecture holds every block, or None."""
+    widths = {shape.intermediate if not spec else None for spec in specs}
+    for spec in specs:
+        if not spec:
+            continue
+        linears = spec.get("linears", {})
+        if set(spec) - {"linears"} or set(linears) - {"gate", "up", "down"}:
+            return None
+        if any(f["kind"] != "dense" or "bias" in f for f in linears.values()):
+            return None
+        widths |= {f["in"] if r == "down" else f["out"] for r, f in linears.items()}
+    widths.discard(None)
+    return {family.intermediate: widths.pop()} if len(widths) == 1 else None  # type: ignore[dict-item]
+
+
+def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list[Shape]) -> str:
+    """config.json (and the modelling files where no stock architecture holds the shapes); returns "native" or "planish"."""
+    config = source.config.to_dict()
+    config.pop("_name_or_path", None)
+    family = source.family
+    native = find_native(specs, shapes[0], family)
+    if native is not None:
+        config |= native
+        config["architectures"] = [family.classes[2]]
+    else:
+        config_name, base_name, lm_name = class_names(family.model_type)
+        config |= {
+            "architectures": [lm_name],
+            "model_type": model_type(family.model_type),
+            "auto_map": {
+                "AutoConfig": f"modelling.{config_name}",
+                "AutoModel": f"modelling.{base_name}",
+                "AutoModelForCausalLM": f"modelling.{lm_name}",
+            },
+            "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
+            "per_layer_config": per_layer(specs, shapes, family),
+        }
+        for module in (families_file, modules_file, modelling_file):
+            path = Path(module.__file__)
+            writer.text(path.name, path.read_text(encoding="utf-8"))
+    config["transformers_version"] = transformers.__version__
+    writer.text("config.json", json.dumps(config, indent=2, default=str) + "\n")
+    return "native" if native is not None else "planish"
+
+
+def per_layer(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, dict[str, Any]]:
+    """The transformers-standard per-layer overrides that describe these blocks."""
+    out: dict[str, dict[str, Any]] = {}
+    digits = len(str(len(specs) - 1))
+    for i, (spec, shape) in enumerate(zip(specs, shapes, strict=True)):
+        layer: dict[str, Any] = {}
+        down = spec.get("linears", {}).get("down", {})
+        layer[family.intermediate] = down.get("in", shape.intermediate)
+        skip = [
+            n for n, key in (("attention", "attention"), ("mlp", "mlp")) if spec.get(key, {}).get("kind") == "bypass"
+        ]
+        if skip:
+            layer["skip"] = skip
+        out[str(i).zfill(digits)] = layer
+    return out
+
+
+def kv_bytes(specs: list[Spec], shapes: list[Shape], itemsize: int) -> int:
+    """Bytes the KV cache grows by per token and sequence."""
+    total = 0
+    for spec, shape in zip(specs, shapes, strict=True):
+        form = spec.get("attention", {})
+        if form.get("kind") == "bypass":
+            continue
+        total += shape.kv_heads * (form.get("qk", shape.qk) + form.get("v", shape.v)) * itemsize
+    return total
+
+
+def load(folder: str | Path, **kwargs) -> PreTrainedModel:
+    """A causal LM from a dense or compressed folder; runs no code but planish's own and transformers'."""
+    path = find_folder(folder)
+    load_config(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot load {folder}: {error}") from None
+

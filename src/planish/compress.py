@@ -1,0 +1,408 @@
+"""From a model and a method to a smaller folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import planish
+from planish.allocate import BudgetError, spread
+from planish.checkpoint import Source, Writer, apply_edits, count_block, kv_bytes, open_source, write_config
+from planish.core import Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
+from planish.errors import InputError
+from planish.methods import find_method
+from planish.modules import Spec, get_linear
+from planish.stats import Stats, Tap
+from planish.stream import Stream
+
+
+@dataclass
+class Result:
+    """What `compress` reports; counted from the written weights."""
+
+    method: str
+    keep_requested: float
+    keep: float
+    params_before: int
+    params_after: int
+    block_params_before: int
+    block_params_after: int
+    kv_bytes_per_token_before: int
+    kv_bytes_per_token_after: int
+    format: str
+    output: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def removed(self) -> float:
+        """The papers' ratio: share of the blocks' weights that is gone."""
+        return 1 - self.keep
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"removed": self.removed, "keep_whole_model": self.params_after / self.params_before}
+
+
+class Job:
+    """One method on one model and one calibration text under one budget: what a method's `plan` can ask."""
+
+    def __init__(
+        self, stream: Stream, method: Method, keep: float, *, step: int = 1, progress: Progress | None = None
+    ):
+        self.stream, self.method, self.keep, self.step, self.progress = stream, method, keep, step, progress
+        self.shapes: list[Shape] = [stream.source.shape(i) for i in range(len(stream))]
+        self.units: dict[Unit, Solver] = {}
+        for solver in method.solvers():
+            for shape in self.shapes:
+                self.units |= dict.fromkeys(solver.units(shape), solver)
+        self.total = sum(s.count() for s in self.shapes)
+        self.notes: dict[str, Any] = {}  # what the method wants recorded in the manifest
+        self.seconds: dict[str, float] = {}
+        self.errors: dict[str, float] = {}  # predicted loss of the planned rank, per unit
+
+    @property
+    def budget(self) -> int:
+        """Weights that all units together may have."""
+        return int(self.keep * self.total + 1e-6) - (self.total - self.full_cost())
+
+    def full_cost(self, units: list[Unit] | None = None) -> int:
+        return sum(self.cost(u, self.full(u)) for u in (self.units if units is None else units))
+
+    def full(self, unit: Unit) -> int:
+        return self.units[unit].ranks(unit, self.shapes[unit.block])[-1]
+
+    def cost(self, unit: Unit, rank: int) -> int:
+        return self.units[unit].cost(unit, self.shapes[unit.block], rank)
+
+    def spread(self, share: Callable[[Unit], float]) -> Plan:
+        """Ranks in proportion to `share`, within the budget (see `planish.allocate.spread`)."""
+        try:
+            return spread(self.units, self.shapes, share, self.budget, self.step)
+        except BudgetError as error:
+            smallest = (error.smallest + self.total - self.full_cost()) / self.total
+            raise InputError(
+                f"keep {self.keep:g} cannot be reached by {find_name(self.method)}: the smallest keep is {ceil4(smallest)}"
+            ) from None
+
+    def measure(self, taps: Callable[[Shape], list[Tap]], use: Callable[[int, nn.Module, Stats], None]) -> list[Tensor]:
+        """One pass over the uncompressed model; see `Stream.sweep`."""
+        with self.phase("statistics"):
+            return self.stream.sweep(taps, use, self.progress)
+
+    def frontiers(self, solver: Solver | None = None) -> dict[Unit, Frontier]:
+        """Every unit's frontier from the uncompressed model's statistics, without the factors.
+
+        `solver`: decompose with this one instead of the units' own.
+        """
+        found: dict[Unit, Frontier] = {}
+
+        def use(i: int, block: nn.Module, stats: Stats) -> None:
+            weights = read_weights(block, self.stream)
+            for unit in self.block_units(i):
+                f = (solver or self.units[unit]).decompose(unit, weights, stats, self.shapes[i])
+                found[unit] = Frontier(unit, f.loss, {}, f.nats)
+
+        self.measure(lambda shape: self.taps(self.block_units(shape.block), solver), use)
+        return found
+
+    def output_errors(self, plans: list[Plan]) -> list[float]:
+        """Mean squared error per token of the last block's output under each plan."""
+        dense = self.measure(lambda shape: [], lambda i, block, stats: None)
+        errors = []
+        for n, plan in enumerate(plans):
+            hidden = self.solve(plan, lambda i, block, spec: None, phase=f"search {n + 1}/{len(plans)}")
+            squares = [(a.double() - b.double()).square().sum(-1) for a, b in zip(hidden, dense, strict=True)]
+            errors.append(float(torch.cat([x.flatten() for x in squares]).mean()))
+        return errors
+
+    def block_units(self, i: int) -> list[Unit]:
+        return [u for u in self.units if u.block == i]
+
+    def taps(self, units: list[Unit], solver: Solver | None = None) -> list[Tap]:
+        return sorted({t for u in units for t in (solver or self.units[u]).taps(u, self.shapes[u.block])})
+
+    def phase(self, name: str) -> Timer:
+        return Timer(self.seconds, name)
+
+    def solve(
+        self, plan: Plan, emit: Callable[[int, nn.Module, Spec], None], phase: str = "blocks"
+    ) -> list[Tensor]:
+        """Walk the blocks, solve every planned unit, hand each finished block to `emit`; last block's outputs."""
+        stream, method = self.stream, self.method
+        sequential = method.prefix != "dense"
+        hidden = stream.start() if stream.batches else []
+        dense_hidden = hidden if method.prefix == "both" else None
+        for i, shape in enumerate(self.shapes):
+            block = stream.block(i)
+            before = count_block(block)
+            assert before == shape.count(), f"block {i} has {before} weights, its shape says {shape.count()}"
+            dense = copy.deepcopy(block) if method.prefix == "both" else None
+            units = [u for u in self.block_units(i) if plan.get(u, self.full(u)) < self.full(u)]
+            edits = []
+            outputs = None
+            weights = read_weights(block, stream)
+            for stage in method.stages(units):
+                taps = self.taps(stage)
+                with self.phase("stream"):
+                    current = stream.place(block)
+                    pair = (stream.place(dense), dense_hidden) if dense is not None else None
+                    stats, outputs = stream.measure(i, current, taps, hidden, pair)
+                with self.phase("solve"):
+                    new = []
+                    for unit in stage:
+                        solver = self.units[unit]
+                        frontier = solver.decompose(unit, weights, stats, shape)
+                        self.errors[str(unit)] = float(frontier.loss[plan[unit]])
+                        new += solver.truncate(frontier, plan[unit], shape)
+                    edits += new
+                    spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
+                    del stats
+            if not units:
+                spec = {}
+            with self.phase("stream"):
+                if sequential or outputs is None:
+                    outputs = stream.run(i, stream.place(block), hidden)
+                if dense is not None and dense_hidden is not None:
+                    dense_hidden = stream.run(i, stream.place(dense), dense_hidden)
+                hidden = outputs
+            emit(i, block, spec)
+            if self.progress:
+                self.progress(phase, i + 1, len(self.shapes))
+        return hidden
+
+
+class Timer:
+    """Adds the seconds of a with-block to a dict entry."""
+
+    def __init__(self, seconds: dict[str, float], name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
+
+
+def read_weights(block: nn.Module, stream: Stream) -> Weights:
+    """Weights and biases of a canonical block's linears, in the stored dtype, on the CPU."""
+    weights: Weights = {}
+    for role in stream.family.roles:
+        linear = get_linear(block, stream.family, role)
+        weights[role] = linear.weight.detach()
+        if linear.bias is not None:
+            weights[f"{role}.bias"] = linear.bias.detach()
+    return weights
+
+
+def find_name(method: Method) -> str:
+    return type(method).__module__.rpartition(".")[2].replace("_", "-")
+
+
+def ceil4(x: float) -> float:
+    return -(-x * 10_000 // 1) / 10_000
+
+
+def check_keep(keep: float) -> None:
+    if not 0 < keep <= 1:
+        raise InputError(f"keep must lie in (0, 1], got {keep:g} (the share of the blocks' weights that stays)")
+
+
+def check_tokens(job: Job, windows: Tensor, damped: bool) -> None:
+    """Fewer calibration tokens than a Gram's dimension make it singular: an error unless damping is asked for."""
+    if damped:
+        return
+    for shape in job.shapes[:1]:
+        sizes = {"q.in": shape.hidden, "up.in": shape.hidden, "o.in": shape.heads * shape.v, "down.in": shape.intermediate}
+        need = max((sizes.get(t.site, 0) for t in job.taps(job.block_units(0)) if t.kind == "gram"), default=0)
+        if 0 < windows.numel() < need:
+            raise InputError(
+                f"calibration has {windows.numel()} tokens, fewer than the largest Gram's dimension {need}: "
+                f"use at least {need} tokens (--n-samples × --seq-len), or ask for damping (--set damping=0.01)"
+            )
+
+
+def peak_rss() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def compress(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    output: str | Path,
+    keep: float = 0.8,
+    method: str | Method = "flat-llm",
+    windows: Tensor,
+    calibration: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    round_to: int = 1,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Compress a model into a folder. `windows` (n, seq): calibration token ids (see `planish.text`).
+
+    `model`: folder, hub id or causal LM in memory (left untouched). `settings`: the method's hyper-parameters by name.
+    `calibration`: what to record about the text in the manifest. Raises InputError for anything wrong with the input.
+    """
+    start = time.perf_counter()
+    check_keep(keep)
+    method = find_method(method, settings or {})
+    source = open_source(model, tokenizer)
+    check_windows(windows, source)
+    writer = Writer(Path(output), source.n_blocks, overwrite)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            stream = Stream(source, windows, device=device, dtype=dtype or pick_dtype(source, device))
+            job = Job(stream, method, keep, step=round_to, progress=progress)
+            check_tokens(job, windows, "damping" in (settings or {}))
+            with job.phase("plan"):
+                plan = method.plan(job)
+                method.finish(job, plan)
+            result = write(job, plan, writer)
+        result.warnings = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+        result.seconds["total"] = time.perf_counter() - start
+        write_manifest(writer, job, plan, result, calibration or {})
+        writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+    return result
+
+
+def pick_dtype(source: Source, device: str) -> torch.dtype:
+    """What to compute in: the stored dtype on an accelerator, fp32 on a CPU."""
+    stored = getattr(source.config, "dtype", None)
+    if device == "cpu" or not isinstance(stored, torch.dtype):
+        return torch.float32
+    return stored
+
+
+def check_windows(windows: Tensor, source: Source) -> None:
+    limit = getattr(source.config, "max_position_embeddings", None)
+    if limit and windows.shape[-1] > limit:
+        raise InputError(f"--seq-len {windows.shape[-1]} is longer than the model's {limit} positions")
+    vocabulary = source.config.vocab_size
+    if windows.numel() and not (0 <= int(windows.min()) and int(windows.max()) < vocabulary):
+        raise InputError(f"calibration holds token id {int(windows.max())}, the model's vocabulary has {vocabulary}")
+
+
+def write(job: Job, plan: Plan, writer: Writer) -> Result:
+    """Solve and write every block, then what is outside the blocks and the configuration."""
+    source = job.stream.source
+    specs: list[Spec] = []
+    counted: list[int] = []
+    itemsize = 2
+
+    def emit(i: int, block: nn.Module, spec: Spec) -> None:
+        nonlocal itemsize
+        counted.append(count_block(block))
+        specs.append(spec)
+        itemsize = next(block.parameters()).element_size()
+        with job.phase("write"):
+            writer.block(i, block, source.family)
+
+    job.solve(plan, emit)
+    outside = source.outside()
+    writer.shard(0, drop_tied(outside, source))
+    kind = write_config(writer, source, specs, job.shapes)
+    source.copy_files(writer.partial)
+    outer = sum(t.numel() for t in drop_tied(outside, source).values())
+    extras = writer.parameters - outer - sum(counted)  # norms and biases inside blocks
+    before = job.total
+    return Result(
+        find_name(job.method),
+        job.keep,
+        sum(counted) / before,
+        outer + extras + before,
+        writer.parameters,
+        before,
+        sum(counted),
+        kv_bytes([{}] * len(specs), job.shapes, itemsize),
+        kv_bytes(specs, job.shapes, itemsize),
+        kind,
+        str(writer.output),
+        job.seconds,
+        peak_rss(),
+    )
+
+
+def drop_tied(outside: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """Tied checkpoints store one matrix, under the embedding's name."""
+    if not source.config.tie_word_embeddings or "lm_head.weight" not in outside:
+        return outside
+    rest = {n: t for n, t in outside.items() if n != "lm_head.weight"}
+    embedding = source.embedding_name()
+    return rest if embedding in rest else {embedding: outside["lm_head.weight"], **rest}
+
+
+def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibration: dict[str, Any]) -> None:
+    """planish.json: everything needed to understand and to repeat the run."""
+    import transformers
+
+    manifest = {
+        "planish": planish.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "source": job.stream.source.name,
+        "method": result.method,
+        "settings": job.method.settings(),
+        "round_to": job.step,
+        "calibration": calibration,
+        "dtype": str(job.stream.dtype).removeprefix("torch."),
+        "result": result.as_dict(),
+        "plan": {str(u): r for u, r in sorted(plan.items())},
+        "full": {str(u): job.full(u) for u in sorted(job.units)},
+        "errors": job.errors,
+        "notes": job.notes,
+    }
+    writer.text("planish.json", json.dumps(manifest, indent=2, default=str) + "\n")
+    writer.text("README.md", make_card(manifest))
+
+
+def make_card(manifest: dict[str, Any]) -> str:
+    """The folder's model card."""
+    r = manifest["result"]
+    name = manifest["source"]
+    base = f"base_model: {name}\n" if name.count("/") == 1 and not name.startswith((".", "/")) else ""
+    load = "from transformers import AutoModelForCausalLM\n"
+    if r["format"] != "native":
+        load = "import planish  # or trust_remote_code=True: the folder carries the modelling files\n" + load
+    kv = (r["kv_bytes_per_token_before"], r["kv_bytes_per_token_after"])
+    return f"""---
+{base}library_name: transformers
+tags: [planish, compressed, {manifest["method"]}]
+---
+
+# Compressed with planish: {manifest["method"]}, keep {r["keep"]:.4f}
+
+| | before | after |
+|---|---|---|
+| parameters | {r["params_before"]:,} | {r["params_after"]:,} |
+| parameters of the blocks' linears | {r["block_params_before"]:,} | {r["block_params_after"]:,} |
+| KV cache, bytes per token | {kv[0]:,} | {kv[1]:,} |
+
+```python
+{load}model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+Calibration: {json.dumps(manifest["calibration"], default=str)}. Hyper-parameters: {json.dumps(manifest["settings"], default=str)}.
+The plan, per-unit errors and versions are in `planish.json`.
+"""

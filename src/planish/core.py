@@ -1,0 +1,181 @@
+"""The nouns: Shape, Unit, Frontier, Plan, Edit, Solver, Method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from planish.stats import Stats, Tap
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+Weights = dict[str, Tensor]  # role → weight (out, in), "role.bias" → bias (out,)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one block. `qk`, `v`: dimensions per head; `rotary`: how many of the qk channels are rotated."""
+
+    block: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    qk: int
+    v: int
+    intermediate: int
+    rotary: int
+    gated: bool
+    qk_norm: bool = False
+    parallel: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Query heads per kv head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("q", "k", "v", "o") + (("gate",) if self.gated else ()) + ("up", "down")
+
+    def linear(self, role: str) -> tuple[int, int]:
+        """(out, in) of a role's weight."""
+        return {
+            "q": (self.heads * self.qk, self.hidden),
+            "k": (self.kv_heads * self.qk, self.hidden),
+            "v": (self.kv_heads * self.v, self.hidden),
+            "o": (self.hidden, self.heads * self.v),
+            "gate": (self.intermediate, self.hidden),
+            "up": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }[role]
+
+    def count(self, *roles: str) -> int:
+        """Weights (without biases) of the given roles, of all by default."""
+        return sum(a * b for a, b in map(self.linear, roles or self.roles))
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """The smallest thing that gets one rank: "vo", "qk", "mlp", a role, or a submodule ("attention", "ffn")."""
+
+    block: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.block}.{self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> Unit:
+        block, _, name = text.partition(".")
+        return cls(int(block), name)
+
+
+@dataclass
+class Frontier:
+    """For one unit: predicted loss of every rank 0 … full, and the factors that realise any of them.
+
+    `loss` (full + 1,) is the mean squared error per token of the unit's output (nats per token where `nats`).
+    """
+
+    unit: Unit
+    loss: Tensor | Sequence[float]
+    factors: dict[str, Any] = field(default_factory=dict)
+    nats: bool = False
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Give `target` (a role, "attention" or "mlp") the module `form` names (see `planish.modules`) with these tensors."""
+
+    target: str
+    form: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+Plan = dict[Unit, int]  # unit → rank; units that are not in it stay as they are
+
+
+class Solver(ABC):
+    """One piece of mathematics. Knows no other solver, no transformers, no files."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def units(self, shape: Shape) -> list[Unit]:
+        """What it can cut in a block."""
+
+    @abstractmethod
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        """Admissible ranks, rising; the last one leaves the unit as it is."""
+
+    @abstractmethod
+    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+        """Weights left in the unit at this rank."""
+
+    @abstractmethod
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        """What it must know about the block's activations."""
+
+    @abstractmethod
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        """The expensive, rank-free part."""
+
+    @abstractmethod
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        """The cheap part: replacements for one rank. At full rank: no edits."""
+
+    def rank_at(self, unit: Unit, shape: Shape, keep: float, step: int = 1) -> int:
+        """Largest admissible rank (a multiple of `step`, or full) that costs at most `keep` of the full cost."""
+        ranks = self.ranks(unit, shape)
+        full = ranks[-1]
+        budget = keep * self.cost(unit, shape, full) * (1 + 1e-12)
+        allowed = [r for r in ranks if r == full or r % step == 0] or [full]
+        best = [r for r in allowed if self.cost(unit, shape, r) <= budget]
+        return max(best) if best else allowed[0]
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A published recipe as data: its fields are its hyper-parameters, its file name is its name.
+
+    `stages` groups the units that are solved together; statistics are measured again between stages when `prefix`
+    is "compressed" (inputs come from the compressed prefix). "both" also runs the dense prefix beside it.
+    """
+
+    title: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
+    prefix: ClassVar[str] = "dense"
+    allocations: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def solvers(self) -> list[Solver]:
+        """Solvers that together cover the units it cuts; no unit belongs to two of them."""
+
+    aliases: ClassVar[tuple[str, ...]] = ()
+
+    def plan(self, job: Job) -> Plan:
+        """Ranks within the budget; uniform unless the recipe says otherwise."""
+        return job.spread(lambda unit: 1.0)
+
+    def stages(self, units: list[Unit]) -> list[list[Unit]]:
+        return [units]
+
+    def finish(self, job: Job, plan: Plan) -> None:  # noqa: B027
+        """A hook after planning, before solving."""
+
+    def settings(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def compute_loss_tails(squares: Tensor) -> Tensor:
+    """Loss of keeping the first r of falling `squares`: (k + 1,), last 0."""
+    return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+
+
+Progress = Callable[[str, int, int], None]  # phase, done, total

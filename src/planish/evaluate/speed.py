@@ -1,0 +1,233 @@
+"""Tokens per second and memory of models in one process, measured in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planish.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Repeats of one measurement."""
+
+    median: float
+    low: float  # smallest
+    high: float  # largest
+    values: tuple[float, ...]  # in the order measured: the i-th values of two models lie next to each other in time
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """One model at one batch size. Rates count the tokens of the whole batch."""
+
+    model: str
+    batch_size: int
+    prompt_len: int
+    new_tokens: int
+    prefill_tokens_per_s: Spread
+    decode_tokens_per_s: Spread
+    time_to_first_token_s: Spread
+    weight_bytes: int  # parameters and buffers
+    kv_bytes: int  # storage that the cache holds after the last token
+    peak_bytes: int  # weight_bytes and what the process grew by while running: resident memory (cpu), allocated (cuda)
+    device: str
+    dtype: str
+    compiled: bool
+
+
+@torch.no_grad()
+def bench(
+    models: Mapping[str, nn.Module],
+    *,
+    batch_sizes: Sequence[int] = (1, 8),
+    prompt_len: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    device: torch.device | str | None = None,
+    compile: bool = False,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Speed]:
+    """Measure models in turns (A B A B …), so that a machine that slows down slows all of them.
+
+    One run is: the model reads (batch, prompt_len) random ids into an empty cache and names the first token (prefill;
+    its duration is the time to first token), then new_tokens single-token forward passes, greedy, with that cache
+    (decode). A loop over ``model(...)``, not ``generate()``. For every batch size each model first runs twice
+    unmeasured: once to warm up (and to compile, with ``compile=True``), once for its memory.
+
+    ``device``: models are moved there first; None: they stay where they are. ``progress(done, total)`` counts runs.
+    """
+    if not models:
+        raise InputError("no model to measure · expected at least one")
+    for name, value in (
+        ("prompt_len", prompt_len),
+        ("new_tokens", new_tokens),
+        ("repeats", repeats),
+        *_named(batch_sizes),
+    ):
+        if value < 1:
+            raise InputError(f"cannot measure speed · got {name} {value} · expected 1 or more")
+    for name, model in models.items():
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and prompt_len + new_tokens > positions:
+            raise InputError(
+                f"prompt and new tokens exceed the model's context · {name} · got {prompt_len} + {new_tokens} · "
+                f"expected at most max_position_embeddings {positions} · use a shorter prompt or fewer new tokens"
+            )
+        if device is not None:
+            model.to(device)
+
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    ids = torch.randint(vocabulary, (max(batch_sizes), prompt_len), generator=torch.Generator().manual_seed(seed))
+    training = {name: model.training for name, model in models.items()}
+    calls = {
+        name: torch.compile(model.eval(), dynamic=True) if compile else model.eval() for name, model in models.items()
+    }
+    done, total = 0, len(batch_sizes) * len(models) * (repeats + 2)
+
+    def ran() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    results = []
+    try:
+        for batch_size in batch_sizes:
+            prompts = {name: ids[:batch_size].to(_device(model)) for name, model in models.items()}
+            memory: dict[str, tuple[int, int]] = {}
+            for name, call in calls.items():
+                _run(call, prompts[name], new_tokens)
+                ran()
+                memory[name] = _memory(call, prompts[name], new_tokens)
+                ran()
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+            for _ in range(repeats):
+                for name, call in calls.items():
+                    prefill_s, decode_s, cache = _run(call, prompts[name], new_tokens)
+                    del cache
+                    times[name].append((prefill_s, decode_s))
+                    ran()
+            for name, model in models.items():
+                weights = _weight_bytes(model)
+                grown, kv_bytes = memory[name]
+                results.append(
+                    Speed(
+                        model=name,
+                        batch_size=batch_size,
+                        prompt_len=prompt_len,
+                        new_tokens=new_tokens,
+                        prefill_tokens_per_s=_spread(batch_size * prompt_len / p for p, _ in times[name]),
+                        decode_tokens_per_s=_spread(batch_size * new_tokens / d for _, d in times[name]),
+                        time_to_first_token_s=_spread(p for p, _ in times[name]),
+                        weight_bytes=weights,
+                        kv_bytes=kv_bytes,
+                        peak_bytes=weights + grown,
+                        device=str(_device(model)),
+                        dtype=str(next(p for p in model.parameters() if p.is_floating_point()).dtype)[6:],
+                        compiled=compile,
+                    )
+                )
+    finally:
+        for name, model in models.items():
+            model.train(training[name])
+    return results
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of storage that a Hugging Face cache holds; storage shared by several tensors counts once."""
+    layers = getattr(cache, "layers", None)
+    tensors = [t for layer in (layers if layers is not None else [cache]) for t in _tensors(vars(layer))]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def _run(call: Callable[..., Any], prompt: Tensor, new_tokens: int) -> tuple[float, float, Any]:
+    """Seconds of prefill, seconds of decode, and the cache afterwards (prompt_len + new_tokens positions)."""
+    start = _now(prompt.device)
+    out = call(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    first = _now(prompt.device)
+    for _ in range(new_tokens):
+        out = call(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return first - start, _now(prompt.device) - first, out.past_key_values
+
+
+def _memory(call: Callable[..., Any], prompt: Tensor, new_tokens: int) -> tuple[int, int]:
+    """Bytes that one run adds at its peak, and bytes of the cache it leaves."""
+    gc.collect()
+    if prompt.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(prompt.device)
+        before = torch.cuda.memory_allocated(prompt.device)
+        cache = _run(call, prompt, new_tokens)[2]
+        return torch.cuda.max_memory_allocated(prompt.device) - before, kv_bytes(cache)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # or freed memory of earlier runs hides this one's
+    before = _forget_peak()
+    cache = _run(call, prompt, new_tokens)[2]
+    return max(0, _peak_resident() - before), kv_bytes(cache)
+
+
+def _forget_peak() -> int:
+    """Resident bytes now; on Linux, later peaks count from here. Elsewhere the peak is the process's own."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak_resident()
+
+
+def _peak_resident() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # absent on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    storages = (t.untyped_storage() for t in [*model.parameters(), *model.buffers()])
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in _tensors(v)]
+    if isinstance(value, list | tuple):
+        return [t for v in value for t in _tensors(v)]
+    return []
+
+
+def _spread(values: Any) -> Spread:
+    values = tuple(values)
+    return Spread(statistics.median(values), min(values), max(values), values)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+def _named(batch_sizes: Sequence[int]) -> list[tuple[str, int]]:
+    return [("batch_sizes", b) for b in batch_sizes] or [("number of batch_sizes", 0)]

@@ -1,0 +1,121 @@
+"""Where things are in each Hugging Face family: one row each, no logic. (This file travels with compressed models.)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A linear that holds several roles. `layout`: "rows" = one role after the other; "heads" = per head q, k, v."""
+
+    path: str
+    roles: tuple[str, ...]
+    layout: str = "rows"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths are relative to the block, except `blocks`, which is relative to the causal LM."""
+
+    model_type: str
+    classes: tuple[str, str, str]  # config, base model, causal LM, in transformers
+    linears: dict[str, str]  # role → path of an nn.Linear; roles inside a fused linear are absent here
+    fused: tuple[Fused, ...] = ()
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    mlp: str | None = "mlp"  # None: the block itself holds the linears and `activation`
+    activation: str = ""
+    attention_norm: str = "input_layernorm"  # its input is the residual stream
+    mlp_norm: str = "post_attention_layernorm"
+    attention_post_norm: str | None = None  # applied to the contribution before it is added
+    mlp_post_norm: str | None = None
+    qk_norm: bool = False
+    rotary: bool = True
+    window: bool = False  # attention takes a sliding window
+    softcap: bool = False
+    mixed_layers: bool = False  # masks, rotary tables or caches differ from block to block
+    parallel: bool = False  # attention and MLP may read the same residual
+    conv1d: bool = False  # linears are stored transposed
+    intermediate: str = "intermediate_size"  # the config's name of the MLP width
+
+    @property
+    def gated(self) -> bool:
+        return "gate" in self.roles
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        present = set(self.linears) | {r for f in self.fused for r in f.roles}
+        return tuple(r for r in ("q", "k", "v", "o", "gate", "up", "down") if r in present)
+
+    def path(self, role: str) -> str:
+        """Path of a role's linear in the canonical block, in which fused linears are split."""
+        for f in self.fused:
+            if role in f.roles:
+                return f"{f.path}.{role}"
+        return self.linears[role]
+
+
+_ATTENTION = {r: f"self_attn.{r}_proj" for r in "qkvo"}
+_GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+
+
+def _classes(stem: str, config: str = "Config") -> tuple[str, str, str]:
+    return f"{stem}{config}", f"{stem}Model", f"{stem}ForCausalLM"
+
+
+_SANDWICH = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+
+_ROWS = (
+    Family("llama", _classes("Llama"), _ATTENTION | _GATED),
+    Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
+    Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True, mixed_layers=True),
+    Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm=True, window=True, mixed_layers=True),
+    Family(
+        "phi3",
+        _classes("Phi3"),
+        {"o": "self_attn.o_proj", "down": "mlp.down_proj"},
+        fused=(Fused("self_attn.qkv_proj", ("q", "k", "v")), Fused("mlp.gate_up_proj", ("gate", "up"))),
+        window=True,
+    ),
+    Family(
+        "gemma2", _classes("Gemma2"), _ATTENTION | _GATED, window=True, softcap=True, mixed_layers=True, **_SANDWICH
+    ),
+    Family(
+        "gemma3_text",
+        ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
+        _ATTENTION | _GATED,
+        qk_norm=True,
+        window=True,
+        softcap=True,
+        mixed_layers=True,
+        **_SANDWICH,
+    ),
+    Family(
+        "opt",
+        _classes("OPT"),
+        {r: f"self_attn.{r}_proj" for r in "qkv"} | {"o": "self_attn.out_proj", "up": "fc1", "down": "fc2"},
+        blocks="model.decoder.layers",
+        mlp=None,
+        activation="activation_fn",
+        attention_norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+        rotary=False,
+        intermediate="ffn_dim",
+    ),
+    Family(
+        "gpt_neox",
+        _classes("GPTNeoX"),
+        {"o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
+        fused=(Fused("attention.query_key_value", ("q", "k", "v"), "heads"),),
+        blocks="gpt_neox.layers",
+        attention="attention",
+        parallel=True,
+    ),
+)
+
+FAMILIES: dict[str, Family] = {f.model_type: f for f in _ROWS}

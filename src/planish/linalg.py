@@ -1,0 +1,164 @@
+"""Pure tensor mathematics shared by the solvers. Everything is computed in fp64 whatever comes in.
+
+Conventions: a linear is y = W x with W (out, in); a gram is Σ x xᵀ (in, in); `damping` is relative,
+λ = damping · mean(diag gram). No Gram is ever inverted: Cholesky with triangular solves, or eigh with a clamp.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPING = 1e-8
+
+
+def symmetrise(m: Tensor) -> Tensor:
+    return (m + m.transpose(-1, -2)) / 2
+
+
+def damp(gram: Tensor, damping: float) -> Tensor:
+    """gram + damping · mean(diag gram) · I; an all-zero Gram becomes damping · I."""
+    gram = symmetrise(gram.double())
+    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    level = torch.where(level > 0, level, torch.ones_like(level)) * damping
+    return gram + level[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def root(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """Lower L (n, n) with L Lᵀ = gram + λI; the damping is raised tenfold, with a warning, until Cholesky succeeds."""
+    raised = damping
+    while True:
+        factor, info = torch.linalg.cholesky_ex(damp(gram, raised))
+        if not info.any():
+            break
+        raised = max(raised * 10, 1e-12)
+        if raised > 1:
+            raise ValueError("Gram has no Cholesky factor even with damping 1: it holds NaN or is far from symmetric")
+    if raised > damping:
+        warnings.warn(f"damping raised from {damping:g} to {raised:g}: Gram is not positive definite", stacklevel=2)
+    return factor
+
+
+def solve(gram: Tensor, rhs: Tensor, damping: float = DAMPING) -> Tensor:
+    """X (n, k) with (gram + λI) X = rhs."""
+    return torch.cholesky_solve(rhs.double(), root(gram, damping))
+
+
+def eigh_descending(m: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,) falling and eigenvectors (n, n) in columns; signs fixed so that results are reproducible."""
+    values, vectors = torch.linalg.eigh(symmetrise(m.double()))
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    at = vectors.abs().argmax(-2, keepdim=True)
+    return values, vectors * vectors.gather(-2, at).sign()
+
+
+def eigh_root(gram: Tensor, floor: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """(S, S⁺), both (n, n), with S Sᵀ = gram: S = Q Λ^½ and S⁺ = Λ^-½ Qᵀ, eigenvalues under floor · max dropped."""
+    values, vectors = eigh_descending(gram)
+    keep = values > floor * values[..., :1].clamp(min=torch.finfo(values.dtype).tiny)
+    sqrt = torch.where(keep, values, 0).clamp(min=0).sqrt()
+    inverse = torch.where(keep, sqrt, 1).reciprocal() * keep
+    return vectors * sqrt[..., None, :], inverse[..., :, None] * vectors.transpose(-1, -2)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W ≈ B[:, :r] A[:r]: B (out, k), A (k, in) and the singular values `s` (k,) of the weighted matrix, falling.
+
+    Truncating at r loses exactly Σ_{i≥r} s_i² in the metric of the decomposition.
+    """
+
+    B: Tensor
+    A: Tensor
+    s: Tensor
+
+    def tails(self) -> Tensor:
+        """Loss of every rank 0 … k: (k + 1,), falling, last 0."""
+        squares = self.s.square()
+        return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+
+
+def whitened_svd(w: Tensor, gram: Tensor | None = None, out_gram: Tensor | None = None) -> LowRank:
+    """Best low-rank forms of W (out, in) for every rank at once, min ‖G^½ (W − W̃) R^½‖_F.
+
+    R = `gram` (input second moment) and G = `out_gram` (second moment of the output's gradient); either may be
+    None for the identity. With R alone this is SVD-LLM's optimum, computed without any inverse: B = U,
+    A = Uᵀ W with U the eigenvectors of W R Wᵀ (m ≤ n), or through a clamped root of R otherwise.
+    """
+    w = w.double()
+    if out_gram is None and gram is not None and w.shape[0] <= w.shape[1]:
+        values, u = eigh_descending(w @ gram.double() @ w.T)
+        return LowRank(u, u.T @ w, values.clamp(min=0).sqrt())
+    left, left_inverse = (None, None) if out_gram is None else eigh_root(out_gram)
+    right, right_inverse = (None, None) if gram is None else eigh_root(gram)
+    m = w if left is None else left.T @ w
+    m = m if right is None else m @ right
+    u, s, vh = svd(m)
+    b = u * s.sqrt()
+    a = s.sqrt()[:, None] * vh
+    b = b if left_inverse is None else left_inverse.T @ b
+    if right_inverse is not None:
+        a = a @ right_inverse
+    return LowRank(b, a, s)
+
+
+def svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD in fp64 by the eigh of the smaller Gram side's QR factor: exact driver, deterministic signs."""
+    u, s, vh = torch.linalg.svd(m.double(), full_matrices=False)
+    at = u.abs().argmax(0, keepdim=True)
+    sign = u.gather(0, at).sign()
+    return u * sign, s, vh * sign.T
+
+
+def least_squares(gram: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:
+    """W (out, in) minimising ‖Y − W X‖² + λ‖W‖² from gram = X Xᵀ (in, in) and cross = Y Xᵀ (out, in)."""
+    return solve(gram, cross.T, damping).T
+
+
+def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
+    """diag(C (C + λI)⁻¹) (n,) with λ = ridge · mean(diag C): 1 − λ · diag((C + λI)⁻¹)."""
+    factor = root(gram, ridge)
+    level = (factor.square().sum() - gram.double().diagonal().sum()) / gram.shape[0]
+    inverse_factor = torch.linalg.solve_triangular(factor, torch.eye(len(gram), dtype=factor.dtype), upper=False)
+    return 1 - level * inverse_factor.square().sum(0)
+
+
+def nystrom(gram: Tensor, kept: Tensor, w: Tensor, damping: float = DAMPING) -> Tensor:
+    """W' (out, k) minimising ‖(W − W' x_kept)‖ over the inputs: W C[:, J] (C[J, J] + λI)⁻¹. `kept` (k,) indices."""
+    gram = gram.double()
+    return solve(gram[kept][:, kept], gram[kept] @ w.double().T, damping).T
+
+
+@dataclass(frozen=True)
+class Pivoted:
+    """Lossless form of a rank-r matrix: rows `pivots` are `base` (r, in), the others `coefficients` (out − r, r) @ base."""
+
+    pivots: Tensor
+    base: Tensor
+    coefficients: Tensor
+
+
+def pivot(b: Tensor, a: Tensor) -> Pivoted:
+    """Pivoted form of W = B A, B (out, r), A (r, in): r(in + out − r) numbers instead of r(in + out).
+
+    The r pivot rows are chosen by Gaussian elimination with complete row pivoting on B (LU), so every coefficient
+    stays moderate. Reference: PIFA (arXiv 2501.19090) §3; it uses column-pivoted QR of Wᵀ, we pivot B alone, out × r.
+    """
+    b, a = b.double(), a.double()
+    rank = b.shape[1]
+    q = torch.linalg.qr(b).Q  # rows of an orthonormal basis: pivoting is then independent of B's scaling
+    work, order = q.clone(), torch.arange(b.shape[0])
+    for i in range(rank):  # rank-revealing row selection: QR with column pivoting on qᵀ
+        norms = work[i:].square().sum(1)
+        j = i + int(norms.argmax())
+        work[[i, j]], order[[i, j]] = work[[j, i]], order[[j, i]]
+        v = work[i] / work[i].norm()
+        work[i + 1 :] -= (work[i + 1 :] @ v)[:, None] * v
+    pivots = order[:rank].sort().values
+    rest = torch.ones(b.shape[0], dtype=torch.bool)
+    rest[pivots] = False
+    coefficients = torch.linalg.solve(q[pivots].T, q[rest].T).T
+    return Pivoted(pivots, b[pivots] @ a, coefficients)

@@ -1,0 +1,81 @@
+"""Published recipes, one file each: file name = method name ("_" for "-"). Adding a file adds a method everywhere."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, get_args, get_origin, get_type_hints
+
+from planish.core import Method
+from planish.errors import InputError
+
+
+def list_methods() -> dict[str, type[Method]]:
+    """Name → class, sorted by name; aliases are not listed."""
+    found = {}
+    for info in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
+                found[info.name.replace("_", "-")] = value
+    return found
+
+
+def find_method(name: str | Method, settings: dict[str, Any] | None = None) -> Method:
+    """A method by name or alias, with hyper-parameters given as values or strings."""
+    if isinstance(name, Method):
+        return name
+    known = list_methods()
+    aliases = {a: n for n, cls in known.items() for a in getattr(cls, "aliases", ())}
+    canonical = aliases.get(name.lower().replace("_", "-"), name.lower().replace("_", "-"))
+    if canonical not in known:
+        near = get_close_matches(canonical, [*known, *aliases], n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"unknown method {name!r}{hint} (planish methods lists all)")
+    cls = known[canonical]
+    return cls(**{k: parse(cls, canonical, k, v) for k, v in (settings or {}).items()})
+
+
+def parse(cls: type[Method], method: str, name: str, value: Any) -> Any:
+    """One hyper-parameter, converted to its field's type."""
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls)]
+    if name not in names:
+        near = get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"{method} has no setting {name!r}{hint} (it has: {', '.join(names) or 'none'})")
+    try:
+        return convert(hints[name], value)
+    except ValueError as error:
+        raise InputError(f"setting {name}={value!r} of {method}: {error}") from None
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """Convert to a type hint: bool, int, float, str, Literal, tuple of str, or a union with None."""
+    if not isinstance(value, str):
+        return value
+    options = get_args(hint)
+    if type(None) in options:
+        if value.lower() == "none":
+            return None
+        return convert(next(o for o in options if o is not type(None)), value)
+    if hint is bool:
+        if value.lower() in ("true", "yes", "1", "on"):
+            return True
+        if value.lower() in ("false", "no", "0", "off"):
+            return False
+        raise ValueError("expected true or false")
+    if hint in (int, float):
+        try:
+            return hint(value)
+        except ValueError:
+            raise ValueError(f"expected {hint.__name__}") from None
+    if get_origin(hint) is tuple:
+        return tuple(value.split(",")) if value else ()
+    if options and hint is not str:
+        if value not in options:
+            raise ValueError(f"expected one of {', '.join(map(str, options))}")
+        return value
+    return value

@@ -1,0 +1,64 @@
+"""ERC-SVD (formerly ResSVD): residual-compensated SVD of the last blocks only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from planish.core import Method, Plan, Solver
+from planish.errors import InputError
+from planish.solvers.two_stage import TwoStageSVD
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+
+@dataclass(frozen=True)
+class ErcSVD(Method):
+    """Only the last k of N blocks are compressed, each at the removed ratio N·R/k, with two-stage truncation.
+
+    `k` 0 = search: up to `candidates` values between the smallest feasible k and N, the one with the least error of
+    the last block's output on the calibration text wins. `beta` is the residual's share of the break-even rank.
+    The paper does not say in which metric the residual is truncated; "plain" is the one that is not provably a single
+    SVD (see `planish.solvers.two_stage`).
+    """
+
+    title: ClassVar[str] = "two-stage (residual-compensated) SVD of the last blocks"
+    reference: ClassVar[str] = "ERC-SVD / ResSVD, arXiv 2505.20112"
+    aliases: ClassVar[tuple[str, ...]] = ("resvd", "ressvd", "res-svd", "ercsvd")
+
+    k: int = 0
+    beta: float = 0.05
+    residual_metric: Literal["plain", "whitened"] = "plain"
+    candidates: int = 6
+
+    def solvers(self) -> list[Solver]:
+        return [TwoStageSVD(beta=self.beta, residual_metric=self.residual_metric)]
+
+    def plan(self, job: Job) -> Plan:
+        n, removed = len(job.shapes), 1 - job.keep
+        least = floor(n * removed / (1 - self.beta)) + 1  # every compressed block must keep more than beta
+        if self.k and not least <= self.k <= n:
+            block_keep = 1 - n * removed / self.k
+            raise InputError(
+                f"erc-svd: k={self.k} of {n} blocks at keep {job.keep:g} would keep {block_keep:.3f} of each, "
+                f"which must be more than beta={self.beta:g}: k must lie in {least} … {n}"
+            )
+        if least > n:
+            raise InputError(
+                f"keep {job.keep:g} cannot be reached by erc-svd: even with all {n} blocks each must keep more than "
+                f"beta={self.beta:g}; the smallest keep is just above {self.beta:g}"
+            )
+        if self.k or job.keep == 1:
+            return self.last(job, self.k or n)
+        count = min(self.candidates, n - least + 1)
+        tried = sorted({least + round(i * (n - least) / max(count - 1, 1)) for i in range(count)})
+        errors = job.output_errors([self.last(job, k) for k in tried])
+        best = min(range(len(tried)), key=lambda i: errors[i])
+        job.notes |= {"k": tried[best], "searched": dict(zip(tried, errors, strict=True))}
+        return self.last(job, tried[best])
+
+    def last(self, job: Job, k: int) -> Plan:
+        first = len(job.shapes) - k
+        return job.spread(lambda unit: 1.0 if unit.block >= first else float("inf"))

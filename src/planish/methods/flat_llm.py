@@ -1,0 +1,46 @@
+"""FLAT-LLM: value PCA, Nyström neurons, importance-preserving ranks, sequential statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from planish.core import Method, Plan, Solver
+from planish.solvers.head_pca import HeadPCA
+from planish.solvers.neurons import Neurons
+from planish.solvers.value_pca import ValuePCA
+from planish.stats import Tap
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+
+@dataclass(frozen=True)
+class FlatLLM(Method):
+    """Values and neurons are cut, Q and K stay dense (`qk` = "pca" cuts them too, by the repository's later option).
+
+    `allocation` "iprs": keep of a block ∝ t_l, the mean angle / π between its input and output, clipped at 1 (the
+    budget solves the factor); "uniform". Differs from the repository: see `planish.solvers.neurons`.
+    """
+
+    title: ClassVar[str] = "head-wise value PCA absorbed into V and O, Nyström MLP, importance-preserving ranks"
+    reference: ClassVar[str] = "FLAT-LLM, arXiv 2505.23966"
+    prefix: ClassVar[str] = "compressed"
+
+    allocation: Literal["iprs", "uniform"] = "iprs"
+    ridge: float = 1e-2
+    damping: float = 1e-8
+    qk: Literal["dense", "pca"] = "dense"
+
+    def solvers(self) -> list[Solver]:
+        cut: list[Solver] = [ValuePCA(), Neurons("leverage", self.ridge, True, self.damping)]
+        return cut + ([HeadPCA()] if self.qk == "pca" else [])
+
+    def plan(self, job: Job) -> Plan:
+        if self.allocation == "uniform":
+            return job.spread(lambda unit: 1.0)
+        tap = Tap("block.in", "angle", "block.out")
+        importance: dict[int, float] = {}
+        job.measure(lambda shape: [tap], lambda i, block, stats: importance.__setitem__(i, float(stats.mean(tap, "angle"))))
+        job.notes["importance"] = importance
+        return job.spread(lambda unit: max(importance[unit.block], 1e-6))

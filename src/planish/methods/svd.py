@@ -1,0 +1,18 @@
+"""Plain truncated SVD of every linear: the baseline of baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from planish.core import Method, Solver
+from planish.solvers.linear import LinearSVD
+
+
+@dataclass(frozen=True)
+class SVD(Method):
+    title: ClassVar[str] = "truncated SVD of the weights"
+    reference: ClassVar[str] = "Eckart & Young, 1936"
+
+    def solvers(self) -> list[Solver]:
+        return [LinearSVD(metric="plain")]

@@ -1,0 +1,55 @@
+"""SVD-LLM: truncation-aware whitening; V2's loss-based ratios and V1's least-squares update as options."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import log
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from planish.core import Method, Plan, Solver
+from planish.solvers.linear import LinearSVD
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+
+@dataclass(frozen=True)
+class SVDLLM(Method):
+    """Every linear is truncated at its least output error on the uncompressed model's inputs.
+
+    `allocation` "v2": within each matrix type the removed share is ∝ 1 / (1 + log(L / L_min)), L the truncation loss
+    at the uniform ratio (V2's 1 / log L depends on the number of tokens and breaks for L ≤ 1; this form does neither).
+    `update`: V1's sequential least squares of B on the compressed prefix's inputs.
+    """
+
+    title: ClassVar[str] = "whitened truncated SVD of every linear"
+    reference: ClassVar[str] = "SVD-LLM, arXiv 2403.07378; V2, arXiv 2503.12340"
+
+    allocation: Literal["uniform", "v2"] = "uniform"
+    update: bool = False
+
+    @property
+    def prefix(self) -> str:  # type: ignore[override]
+        return "both" if self.update else "dense"
+
+    def solvers(self) -> list[Solver]:
+        return [LinearSVD(metric="whitened", update=self.update)]
+
+    def plan(self, job: Job) -> Plan:
+        uniform = job.spread(lambda unit: 1.0)
+        if self.allocation == "uniform":
+            return uniform
+        solver = LinearSVD(metric="whitened")
+        groups = defaultdict(dict)
+        for unit, frontier in job.frontiers(solver).items():
+            loss = float(frontier.loss[uniform[unit]]) ** 0.5
+            if loss > 0:
+                groups[unit.name][unit] = loss
+        keep = {}
+        for losses in groups.values():
+            least = min(losses.values())
+            weight = {u: 1 / (1 + log(loss / least)) for u, loss in losses.items()}
+            mean = sum(weight.values()) / len(weight)
+            keep |= {u: max(0.05, 1 - (1 - job.keep) * w / mean) for u, w in weight.items()}
+        return job.spread(lambda unit: keep.get(unit, 1.0))

@@ -1,0 +1,79 @@
+"""Model classes for compressed folders: every family's own classes with the blocks' specs installed.
+
+`import planish` registers them, so that `AutoModelForCausalLM.from_pretrained(folder)` works; the same file, with
+`families.py` and `modules.py`, travels in the folder for `trust_remote_code=True` where planish is not installed.
+"""
+
+from __future__ import annotations
+
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .families import FAMILIES
+from .modules import copy_config, install_model
+
+FORMAT = 1  # of config.json's "planish" entry; part of the model type, so that no version loads another's files
+
+
+def model_type(family: str) -> str:
+    return f"planish{FORMAT}_{family}"
+
+
+def class_names(family: str) -> tuple[str, str, str]:
+    """Names of the config, base model and causal LM classes of a family."""
+    return tuple(f"Planish{name}" for name in FAMILIES[family].classes)  # type: ignore[return-value]
+
+
+def _build(family: str) -> dict[str, type]:
+    row = FAMILIES[family]
+    config_name, base_name, lm_name = class_names(family)
+    stock_config, stock_base, stock_lm = (getattr(transformers, n) for n in row.classes)
+
+    class Config(stock_config):  # type: ignore[misc, valid-type]
+        planish: dict | None = None
+
+        def validate_architecture(self):
+            """Block shapes are checked against the weights when they are loaded."""
+
+    Config.model_type = model_type(family)
+
+    class Base(stock_base):  # type: ignore[misc, valid-type]
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(copy_config(config))
+            self.config = config
+            install_model(self, config)
+
+    class LM(stock_lm):  # type: ignore[misc, valid-type]
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(copy_config(config))
+            self.config = config
+            install_model(self, config)
+
+    made = {config_name: Config, base_name: Base, lm_name: LM}
+    for name, cls in made.items():
+        cls.__name__ = cls.__qualname__ = name
+        cls.__module__ = __name__
+    return made
+
+
+for _family in FAMILIES:
+    try:
+        globals().update(_build(_family))
+    except AttributeError:  # a family that this version of transformers lacks
+        continue
+
+
+def register() -> None:
+    """Make the Auto classes know every family's compressed form."""
+    for family in FAMILIES:
+        config_name, base_name, lm_name = class_names(family)
+        if config_name not in globals():
+            continue
+        config = globals()[config_name]
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, globals()[base_name], exist_ok=True)
+        AutoModelForCausalLM.register(config, globals()[lm_name], exist_ok=True)

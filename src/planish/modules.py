@@ -1,0 +1,412 @@
+"""The closed set of modules that replace parts of a block. (This file travels with compressed models.)
+
+Linear forms: a dense `nn.Linear` of another shape, `Pair`, `Pivoted`. Whole submodules: `Attention` (fewer value
+dimensions or rotary pairs than the stock one), `Bypass`. `Fused` stands for a family's fused linear while its roles
+have different forms. A block's `spec` is JSON; `install` builds empty modules from it, for compressing and loading alike:
+
+    {"linears": {role: {"kind": "dense", "out": 8, "in": 16} | {"kind": "pair" | "pivoted", "rank": 4}},
+     "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": true} | {"kind": "bypass", "rank": 8, ...},
+     "mlp": {"kind": "bypass", "rank": 0, ...}}
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .families import FAMILIES, Family, Fused as FusedRow
+
+Spec = dict[str, Any]
+
+
+class Pair(nn.Module):
+    """y = B (A x) + bias: A (rank, in), B (out, rank)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, **kw):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.A = nn.Linear(in_features, rank, bias=False, **kw)
+        self.B = nn.Linear(rank, out_features, bias=bias, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.B(self.A(x))
+
+    def dense(self) -> Tensor:
+        return self.B.weight @ self.A.weight
+
+
+class Pivoted(nn.Module):
+    """y[order] = [P x, C (P x)] + bias: P (rank, in), C (out − rank, rank); `order` (out,) restores the rows."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, **kw):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.P = nn.Linear(in_features, rank, bias=False, **kw)
+        self.C = nn.Linear(rank, out_features - rank, bias=False, **kw)
+        self.bias = nn.Parameter(torch.zeros(out_features, **kw)) if bias else None
+        self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=kw.get("device")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.P(x)
+        y = torch.cat([base, self.C(base)], dim=-1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias
+
+    def dense(self) -> Tensor:
+        w = torch.cat([self.P.weight, self.C.weight @ self.P.weight])
+        return w[self.order.long()]
+
+
+class HeadPair(nn.Module):
+    """y_h = U_h (A_h x) + bias_h per head: A (heads · rank, in), U (heads, d, rank); one low-rank pair for each head."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, heads: int, **kw):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.A = nn.Linear(in_features, heads * rank, bias=False, **kw)
+        self.U = nn.Parameter(torch.zeros(heads, out_features // heads, rank, **kw))
+        self.bias = nn.Parameter(torch.zeros(out_features, **kw)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.A(x).unflatten(-1, (self.U.shape[0], 1, -1))
+        y = (z @ self.U.transpose(1, 2)).flatten(-3)
+        return y if self.bias is None else y + self.bias
+
+    def dense(self) -> Tensor:
+        return (self.U @ self.A.weight.unflatten(0, (self.U.shape[0], -1))).flatten(0, 1)
+
+
+class Fused(nn.Module):
+    """Several linears over one input whose outputs are laid out as a family's own fused linear lays them out."""
+
+    def __init__(self, parts: dict[str, nn.Module], layout: str, heads: int):
+        super().__init__()
+        self.roles, self.layout, self.heads = tuple(parts), layout, heads
+        for role, module in parts.items():
+            setattr(self, role, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [getattr(self, r)(x) for r in self.roles]
+        if self.layout == "rows":
+            return torch.cat(parts, dim=-1)
+        return torch.stack([p.unflatten(-1, (self.heads, -1)) for p in parts], dim=-2).flatten(-3)
+
+    def join(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the family's own linear; all parts must be dense."""
+        weights, biases = ([getattr(getattr(self, r), n) for r in self.roles] for n in ("weight", "bias"))
+        if self.layout == "rows":
+            return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+        join = lambda ts: torch.stack([t.unflatten(0, (self.heads, -1)) for t in ts], 1).flatten(0, 2)  # noqa: E731
+        return join(weights), None if biases[0] is None else join(biases)
+
+
+def split_fused(w: Tensor, row: FusedRow, sizes: list[int], heads: int) -> list[Tensor]:
+    """Rows of a fused weight (or bias) for each role; the inverse of `Fused.join`."""
+    if row.layout == "rows":
+        return list(w.split(sizes))
+    return [t.flatten(0, 1) for t in w.unflatten(0, (heads, len(row.roles), -1)).unbind(1)]
+
+
+class Bypass(nn.Module):
+    """What is added to the residual stream in place of a removed submodule: g ⊙ x + b + (x − μ) U, U = V W of low rank.
+
+    Stored with the constant folded (b − μ U): `gate` (d,), `shift` (d,), `V` (rank, d), `W` (d, rank); each optional.
+    `rank` ≥ d/2 stores one d × d matrix in `V`. With nothing at all it contributes zero.
+    """
+
+    def __init__(self, width: int, rank: int, gate: bool, shift: bool, as_tuple: bool, factored: bool = True, **kw):
+        super().__init__()
+        self.rank, self.as_tuple = rank, as_tuple
+        self.gate = nn.Parameter(torch.zeros(width, **kw)) if gate else None
+        self.shift = nn.Parameter(torch.zeros(width, **kw)) if shift else None
+        self.V = nn.Linear(width, rank if factored else width, bias=False, **kw) if rank else None
+        self.W = nn.Linear(rank, width, bias=False, **kw) if rank and factored else None
+
+    def forward(self, hidden_states: Tensor | None = None, *args, **kwargs):
+        x = hidden_states
+        y = torch.zeros_like(x) if self.gate is None else self.gate * x
+        if self.shift is not None:
+            y = y + self.shift
+        if self.V is not None:
+            z = self.V(x)
+            y = y + (z if self.W is None else self.W(z))
+        return (y, None) if self.as_tuple else y
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2·p channels of x (..., d) as pairs (j, j + p); cos, sin (..., p); the rest passes through."""
+    p = cos.shape[-1]
+    a, b, rest = x[..., :p], x[..., p : 2 * p], x[..., 2 * p :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with `qk` query/key and `v` value dimensions per head, for every family of the table.
+
+    Takes over the stock module's norms, scale (of the ORIGINAL head dimension), window, soft cap and layer index.
+    With `pairs`, kv group j keeps the rotary pairs `pairs[j]` (kv_heads, p): cos and sin are gathered once per call.
+    """
+
+    def __init__(self, stock: nn.Module, family: Family, qk: int, v: int, pairs: bool, heads: int, kv_heads: int):
+        super().__init__()
+        config = stock.config
+        self.config, self.layer_idx, self.is_causal = config, stock.layer_idx, stock.is_causal
+        self.heads, self.kv_heads, self.qk, self.v = heads, kv_heads, qk, v
+        self.head_dim, self.num_key_value_groups = qk, heads // kv_heads
+        self.scaling = stock.scaling
+        self.dropout = float(getattr(stock, "attention_dropout", getattr(stock, "dropout", 0.0)) or 0.0)
+        window = getattr(stock, "sliding_window", None) if hasattr(stock, "sliding_window") else None
+        if family.window and not hasattr(stock, "sliding_window"):
+            window = getattr(config, "sliding_window", None)
+        self.sliding_window = window
+        self.softcap = getattr(stock, "attn_logit_softcapping", None) if family.softcap else None
+        self.rotary = family.rotary
+        self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        if pairs:
+            device = next(stock.parameters()).device
+            width = rotary_width(stock, family) // 2
+            kept = width - (head_width(stock) - qk) // 2
+            self.register_buffer("pairs", torch.zeros(kv_heads, kept, dtype=torch.int32, device=device))
+        else:
+            self.pairs = None
+        # q_proj, k_proj, v_proj, o_proj are set by `install`
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        layer_past=None,
+        **kwargs,
+    ):
+        shape = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*shape, -1, self.qk)
+        key = self.k_proj(hidden_states).view(*shape, -1, self.qk)
+        value = self.v_proj(hidden_states).view(*shape, -1, self.v).transpose(1, 2)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if self.rotary:
+            cos, sin = (t[..., : t.shape[-1] // 2] for t in position_embeddings)
+            if self.pairs is None:
+                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+                query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+            else:
+                at = self.pairs.flatten()
+                cos, sin = (t.index_select(-1, at).unflatten(-1, self.pairs.shape).transpose(1, 2) for t in (cos, sin))
+                key = rotate_pairs(key, cos, sin)
+                grouped = query.unflatten(1, (self.kv_heads, self.num_key_value_groups))
+                query = rotate_pairs(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
+
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        extra = {}
+        if self.sliding_window is not None:
+            extra["sliding_window"] = self.sliding_window
+        if self.softcap is not None:
+            extra["softcap"] = self.softcap
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **extra,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, softcap=None, **_):
+    """softmax(q kᵀ · scaling + mask) v with key and value heads shared within a group. Returns (B, T, heads, v), weights."""
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def head_width(stock: nn.Module) -> int:
+    return getattr(stock, "head_dim", None) or stock.head_size
+
+
+def rotary_width(stock: nn.Module, family: Family) -> int:
+    """How many channels of a head are rotated."""
+    if not family.rotary:
+        return 0
+    parameters = getattr(stock.config, "rope_parameters", None) or {}
+    return int(head_width(stock) * parameters.get("partial_rotary_factor", 1.0))
+
+
+def get_module(root: nn.Module, path: str) -> nn.Module:
+    return root.get_submodule(path)
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def get_linear(block: nn.Module, family: Family, role: str) -> nn.Module:
+    """A role's module in a canonical block, wherever an edit has moved it."""
+    attention = block.get_submodule(family.attention)
+    if role in "qkvo" and isinstance(attention, Attention):
+        return getattr(attention, f"{role}_proj")
+    return block.get_submodule(family.path(role))
+
+
+def count_heads(config) -> tuple[int, int]:
+    heads = config.num_attention_heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+def split_block(block: nn.Module, family: Family, config) -> nn.Module:
+    """Make a stock block canonical, in place: fused linears become `Fused`, so that every role is a linear of its own."""
+    heads, kv_heads = count_heads(config)
+    for row in family.fused:
+        stock = block.get_submodule(row.path)
+        if isinstance(stock, Fused):
+            continue
+        out = stock.out_features
+        if "q" in row.roles:
+            width = out // (heads + 2 * kv_heads)
+            sizes = [heads * width, kv_heads * width, kv_heads * width]
+        else:
+            sizes = [out // len(row.roles)] * len(row.roles)
+        weights = split_fused(stock.weight.data, row, sizes, heads)
+        biases = [None] * len(sizes) if stock.bias is None else split_fused(stock.bias.data, row, sizes, heads)
+        parts = {}
+        for role, w, b in zip(row.roles, weights, biases, strict=True):
+            linear = nn.Linear(w.shape[1], w.shape[0], bias=b is not None, device="meta")
+            linear.weight = nn.Parameter(w.contiguous(), requires_grad=False)
+            if b is not None:
+                linear.bias = nn.Parameter(b.contiguous(), requires_grad=False)
+            parts[role] = linear
+        set_module(block, row.path, Fused(parts, row.layout, heads))
+    return block
+
+
+def join_block(block: nn.Module, family: Family) -> nn.Module:
+    """Undo `split_block` wherever every part of a fused linear is dense and the layout allows it, in place."""
+    for row in family.fused:
+        try:
+            fused = block.get_submodule(row.path)
+        except AttributeError:
+            continue
+        if not isinstance(fused, Fused) or not all(type(getattr(fused, r)) is nn.Linear for r in fused.roles):
+            continue
+        w, b = fused.join()
+        linear = nn.Linear(w.shape[1], w.shape[0], bias=b is not None, device="meta")
+        linear.weight = nn.Parameter(w, requires_grad=w.requires_grad)
+        if b is not None:
+            linear.bias = nn.Parameter(b, requires_grad=b.requires_grad)
+        set_module(block, row.path, linear)
+    return block
+
+
+def build_linear(form: Spec, stock: nn.Linear) -> nn.Module:
+    """An empty linear of the given form with the stock one's dtype, device and bias."""
+    kw = {"device": stock.weight.device, "dtype": stock.weight.dtype}
+    out, n, bias = form.get("out", stock.out_features), form.get("in", stock.in_features), stock.bias is not None
+    if form["kind"] == "dense":
+        return nn.Linear(n, out, bias=form.get("bias", bias), **kw)
+    if form["kind"] == "head_pair":
+        return HeadPair(n, out, form["rank"], form.get("bias", bias), form["heads"], **kw)
+    kind = {"pair": Pair, "pivoted": Pivoted}[form["kind"]]
+    return kind(n, out, form["rank"], form.get("bias", bias), **kw)
+
+
+def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
+    """Give a stock block the (empty) modules that `spec` names, in place; the same call serves solving and loading."""
+    if not spec:
+        return block
+    split_block(block, family, config)
+    heads, kv_heads = count_heads(config)
+    stock = block.get_submodule(family.attention)
+    form = spec.get("attention", {})
+    linears = {r: block.get_submodule(family.path(r)) for r in family.roles}
+    for role, f in spec.get("linears", {}).items():
+        linears[role] = build_linear(f, linears[role])
+        set_module(block, family.path(role), linears[role])
+    if form.get("kind") == "own":
+        own = Attention(stock, family, form["qk"], form["v"], bool(form.get("pairs")), heads, kv_heads)
+        for role in "qkvo":
+            setattr(own, f"{role}_proj", linears[role])
+        set_module(block, family.attention, own)
+    elif form.get("kind") == "bypass":
+        set_module(block, family.attention, _bypass(form, stock, config, as_tuple=True))
+        _drop_norms(block, family.attention_norm if form["raw"] else None, family.attention_post_norm)
+    form = spec.get("mlp", {})
+    if form.get("kind") == "bypass":
+        bypass = _bypass(form, linears["down"], config, as_tuple=False)
+        if family.mlp is not None:
+            set_module(block, family.mlp, bypass)
+        else:
+            set_module(block, family.path("up"), bypass)
+            set_module(block, family.activation, nn.Identity())
+            set_module(block, family.path("down"), nn.Identity())
+        _drop_norms(block, family.mlp_norm if form["raw"] else None, family.mlp_post_norm)
+    return join_block(block, family)
+
+
+def _bypass(form: Spec, like: nn.Module, config, as_tuple: bool) -> Bypass:
+    p = next(like.parameters())
+    return Bypass(
+        config.hidden_size,
+        form["rank"],
+        form["gate"],
+        form["shift"],
+        as_tuple,
+        form.get("factored", True),
+        device=p.device,
+        dtype=p.dtype,
+    )
+
+
+def _drop_norms(block: nn.Module, *paths: str | None) -> None:
+    for path in paths:
+        if path is not None:
+            set_module(block, path, nn.Identity())
+
+
+def install_model(model: nn.Module, config) -> None:
+    """Install every block's spec in a base model or causal LM, and number the attentions that are left densely."""
+    layout = config.planish
+    family = FAMILIES[layout["family"]]
+    blocks = find_blocks(model, family)
+    index = 0
+    for i, block in enumerate(blocks):
+        install(block, layout["blocks"][i], family, config)
+        attention = block.get_submodule(family.attention)
+        if not isinstance(attention, Bypass):
+            attention.layer_idx = index
+            index += 1
+
+
+def find_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
+    """The block list of a causal LM or of its base model."""
+    path = family.blocks
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return model.get_submodule(path.partition(".")[2])
+
+
+def copy_config(config):
+    """The config without its per-layer overrides: what a stock constructor may read."""
+    plain = copy.copy(config)
+    plain.__dict__.pop("_heterogeneity_spec", None)
+    return plain

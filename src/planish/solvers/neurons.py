@@ -1,0 +1,97 @@
+"""Selection of MLP neurons with a least-squares (Nyström) refit of the down projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
+from planish.linalg import nystrom, ridge_leverage, root
+from planish.stats import Stats, Tap
+
+
+@dataclass(frozen=True)
+class Neurons(Solver):
+    """Keep the r best neurons of an MLP: rows of gate and up, columns of down, which is then refitted.
+
+    `score`: "leverage" = ridge leverage diag(C (C + λI)⁻¹) with λ = ridge · mean diag C (FLAT-LLM, MoDeGPT);
+    "energy" = E[x_i²] ‖w_i‖² (A3, equal to its λ_i because R^½ is symmetric). `refit`: least squares of down on the
+    kept neurons; otherwise its columns are sliced. Predicted loss: E‖W x − W' x_J‖² exactly, at every rank.
+
+    Differs from FLAT-LLM's repository: λ is relative to the Gram's scale (its λ = 1 on an unnormalised Gram
+    saturates every score near 1), and the refit is damped (its inverse is not).
+    """
+
+    name: ClassVar[str] = "neurons"
+    score: Literal["leverage", "energy"] = "leverage"
+    ridge: float = 1e-2
+    refit: bool = True
+    damping: float = 1e-8
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [Unit(shape.block, "mlp")]
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        return range(1, shape.intermediate + 1)
+
+    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return rank * shape.hidden * (3 if shape.gated else 2)
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return [Tap("down.in", "gram")]
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        gram = stats.mean(Tap("down.in", "gram"))
+        down = weights["down"].double()
+        if self.score == "leverage":
+            score = ridge_leverage(gram, self.ridge)
+        else:
+            score = gram.diagonal() * down.square().sum(0)
+        order = score.argsort(descending=True, stable=True)
+        loss = selection_losses(gram, down, order, self.refit, self.damping)
+        roles = [n for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights]
+        return Frontier(unit, loss, {"order": order, "gram": gram, **{n: weights[n] for n in roles}})
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        if rank >= shape.intermediate:
+            return []
+        f = frontier.factors
+        kept = f["order"][:rank].sort().values
+        down = nystrom(f["gram"], kept, f["down"], self.damping) if self.refit else f["down"][:, kept]
+        return neuron_edits(f, kept, down)
+
+
+def neuron_edits(weights: Weights, kept: Tensor, down: Tensor) -> list[Edit]:
+    """Edits that keep these neurons, with the given down projection (hidden, rank)."""
+    edits = []
+    for role in ("gate", "up"):
+        if role in weights:
+            w, bias = weights[role][kept], weights.get(f"{role}.bias")
+            tensors = {"weight": w} | ({} if bias is None else {"bias": bias[kept]})
+            edits.append(Edit(role, {"kind": "dense", "out": w.shape[0], "in": w.shape[1]}, tensors))
+    bias = weights.get("down.bias")
+    tensors = {"weight": down} | ({} if bias is None else {"bias": bias})
+    return [*edits, Edit("down", {"kind": "dense", "out": down.shape[0], "in": down.shape[1]}, tensors)]
+
+
+def selection_losses(gram: Tensor, down: Tensor, order: Tensor, refit: bool, damping: float) -> Tensor:
+    """E‖W x − W' x_J‖² when the first r of `order` are kept, for r = 0 … n: (n + 1,).
+
+    Without refit: tr of the dropped columns' block, by a cumulative sum. With refit: the pivot-free Cholesky of the
+    reordered Gram gives each further neuron's explained energy in one factorisation.
+    """
+    c = gram[order][:, order]
+    w = down[:, order].double()
+    if not refit:
+        inner = (w.T @ w) * c
+        tail = inner.flip(0, 1)
+        steps = 2 * torch.tril(tail, -1).sum(1) + tail.diagonal()
+        return torch.cat([steps.cumsum(0).flip(0), steps.new_zeros(1)]).clamp(min=0)
+
+    factor = root(c, damping)
+    explained = (w @ factor).square().sum(0)  # column i: energy that neuron i adds to those before it
+    return torch.cat([explained.flip(0).cumsum(0).flip(0), explained.new_zeros(1)])

@@ -1,0 +1,66 @@
+"""What several test files share. Nothing here touches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def optional_data(*parts: str) -> Path:
+    """A path below PLANISH_DATA (default: ../shared/data beside the repository), or skip the test."""
+    path = Path(os.environ.get("PLANISH_DATA") or ROOT.parent / "shared" / "data").joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"optional data not found: {'/'.join(parts) or 'the folder'} (set PLANISH_DATA)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_path() -> Callable[..., Path]:
+    """``data_path("text", "wikitext2_test.txt")``: an optional file; the test is skipped where it is absent."""
+    return optional_data
+
+
+@pytest.fixture(scope="session")
+def stories_dir() -> Path:
+    """A trained 260 thousand-parameter GQA LLaMA with a tokenizer (optional data)."""
+    return optional_data("models", "stories260k")
+
+
+@pytest.fixture(scope="session")
+def demo_model_dir() -> Path:
+    """The embedded demo model."""
+    path = ROOT / "src" / "planish" / "data" / "demo"
+    if not (path / "config.json").exists():
+        pytest.skip("the embedded demo model is absent from this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., nn.Module]:
+    """``tiny_llama(**config)``: a random two-block GQA LLaMA with 97 ids and 64 positions, the same every time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(**overrides: object) -> nn.Module:
+        settings = {
+            "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+            "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+
+    return make

@@ -1,0 +1,297 @@
+"""Reading a SOURCE and cutting windows; every message a user can get."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planish import text as text_module
+from planish.errors import InputError
+from planish.text import Text, builtin_files, eval_windows, fingerprint, load_tokens, sample_windows
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def byte_tokenizer(with_bos: bool = False):
+    """One token per byte, ids 0 to 255; 256 is the beginning of a sequence."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<s>": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if with_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=8)
+
+
+def fails(*words: str):
+    """An InputError whose message has all of these."""
+    return pytest.raises(InputError, match="(?s)" + "".join(f"(?=.*{w})" for w in words))
+
+
+# --- sources
+
+
+def test_txt(tmp_path, tokenizer, recwarn, caplog):
+    (tmp_path / "a.txt").write_text("two words\n\nné", encoding="utf-8")
+    got = load_tokens(tmp_path / "a.txt", tokenizer)
+    assert tokenizer.decode(got.tokens) == "two words\n\nné"
+    assert got.tokens.dtype == torch.int64 and got.tokens.ndim == 1
+    assert (got.source, got.bos, got.is_ids, got.sampling) == (str(tmp_path / "a.txt"), False, False, "random")
+    assert not caplog.records  # nothing about model_max_length, which is 8
+
+
+def test_bos_is_recorded_and_added_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    got = load_tokens(tmp_path / "a.jsonl", byte_tokenizer(with_bos=True))
+    assert got.bos and (got.tokens == 256).sum() == 1 and got.tokens[0] == 256
+
+
+def test_jsonl_joins_documents_by_a_blank_line(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\\u2028x", "id": 1}\n\n{"text": "two"}\n', encoding="utf-8")
+    assert tokenizer.decode(load_tokens(tmp_path / "a.jsonl", tokenizer).tokens) == "one\u2028x\n\ntwo"
+
+
+def test_parquet(tmp_path, tokenizer):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    assert tokenizer.decode(load_tokens(tmp_path / "a.parquet", tokenizer).tokens) == "one\n\ntwo"
+    pq.write_table(pa.table({"body": ["one"]}), tmp_path / "b.parquet")
+    with fails("b.parquet", r"\['body'\]", "`text`"):
+        load_tokens(tmp_path / "b.parquet", tokenizer)
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "c.parquet")
+    with fails("c.parquet", "string column"):
+        load_tokens(tmp_path / "c.parquet", tokenizer)
+    (tmp_path / "d.parquet").write_bytes(b"not parquet")
+    with fails("cannot read parquet", "d.parquet"):
+        load_tokens(tmp_path / "d.parquet", tokenizer)
+
+
+def test_parquet_without_pyarrow(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with fails("pyarrow", r"pip install 'planish\[data\]'"):
+        load_tokens(tmp_path / "a.parquet", tokenizer)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "int64", "uint64"])
+def test_npy_needs_no_tokenizer(tmp_path, dtype):
+    np.save(tmp_path / "a.npy", np.arange(50).astype(dtype))
+    got = load_tokens(str(tmp_path / "a.npy"), vocab_size=50)
+    assert torch.equal(got.tokens, torch.arange(50))
+    assert (got.bos, got.is_ids, got.sampling) == (False, True, "contiguous")
+
+
+@pytest.mark.parametrize("ids", [np.arange(5, dtype=np.int32), torch.arange(5)])
+def test_ids_in_memory(ids):
+    assert load_tokens(ids).tokens.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_builtin_splits_share_no_file(tokenizer):
+    train, heldout = (set(builtin_files(s)) for s in ("train", "heldout"))
+    assert train and heldout and not train & heldout
+
+
+def test_builtin_takes_the_part_asked_for(tokenizer, monkeypatch):
+    monkeypatch.setattr(text_module, "builtin_text", lambda split: split)
+    assert tokenizer.decode(load_tokens("builtin", tokenizer).tokens) == "train"
+    assert tokenizer.decode(load_tokens("builtin", tokenizer, split="evaluation").tokens) == "heldout"
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "expected_call", "joined"),
+    [
+        ("wikitext2", "calibration", ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None), "a\n\nb"),
+        ("wikitext2", "evaluation", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None), "a\n\nb"),
+        ("c4", "calibration", ("allenai/c4", None, "train[:8192]", "en/c4-train.00000-of-01024.json.gz"), "a\n\nb"),
+        ("c4", "evaluation", ("allenai/c4", None, "train[:1100]", "en/c4-validation.00000-of-00008.json.gz"), "a b"),
+    ],
+)
+def test_data_sets(monkeypatch, tokenizer, name, split, expected_call, joined):
+    calls = []
+
+    def load_dataset(path, config=None, *, split, data_files=None):
+        calls.append((path, config, split, data_files and data_files["train"]))
+        return {"text": ["a", "b"]}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    got = load_tokens(name, tokenizer, split=split)
+    assert calls == [expected_call] and tokenizer.decode(got.tokens) == joined and not got.is_ids
+
+
+def test_data_sets_that_cannot_be_had(monkeypatch, tokenizer):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with fails("wikitext2", r"planish\[data\]", "builtin"):
+        load_tokens("wikitext2", tokenizer)
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with fails("c4", "ConnectionError: offline", "check the network"):
+        load_tokens("c4", tokenizer)
+
+
+def test_wikitext2_test_split(data_path, tokenizer):
+    got = load_tokens(data_path("text", "wikitext2_test.txt"), tokenizer)
+    assert len(got.tokens) == data_path("text", "wikitext2_test.txt").stat().st_size
+
+
+# --- what users get wrong
+
+
+def test_unknown_source(tokenizer, tmp_path):
+    with fails("wikitext3", "builtin, wikitext2, c4", ".npy"):
+        load_tokens("wikitext3", tokenizer)
+    with fails("a.csv", ".parquet"):
+        load_tokens(tmp_path / "a.csv", tokenizer)
+
+
+def test_missing_file_and_folder(tokenizer, tmp_path):
+    with fails("does not exist", "a.txt"):
+        load_tokens(tmp_path / "a.txt", tokenizer)
+    (tmp_path / "b.txt").mkdir()
+    with fails("is not a file", "b.txt"):
+        load_tokens(tmp_path / "b.txt", tokenizer)
+
+
+def test_unreadable_file(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"abc\xff")
+    with fails("UTF-8", "a.txt, byte 3"):
+        load_tokens(tmp_path / "a.txt", tokenizer)
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", denied)
+    with fails("cannot read text", "a.txt", "Permission denied"):
+        load_tokens(tmp_path / "a.txt", tokenizer)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", " \n"), ("a.jsonl", ""), ("b.jsonl", '{"text": ""}\n')])
+def test_empty_text(tokenizer, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with fails("no text", name):
+        load_tokens(tmp_path / name, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{broken", ("broken JSON", "line 3", "column 2")),
+        ('{"body": "x"}', ("no text", "line 3", r"\['body'\]", "`text`")),
+        ('{"text": 5}', ("line 3", "string field `text`")),
+        ('["x"]', ("line 3", "list")),
+    ],
+)
+def test_bad_jsonl_line(tokenizer, tmp_path, line, words):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "fine"}) + "\n\n" + line + "\n")
+    with fails("a.jsonl", *words):
+        load_tokens(tmp_path / "a.jsonl", tokenizer)
+
+
+def test_text_without_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with fails("no tokenizer", ".npy"):
+        load_tokens(tmp_path / "a.txt", None)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (np.ones(5), ("float64", "1-D array of integers")),
+        (np.ones((5, 2), dtype=np.int64), (r"\(5, 2\)", "1-D")),
+        (np.array([True, False]), ("bool",)),
+        (np.array([], dtype=np.int64), ("no tokens",)),
+        (np.array([1, 2, -3, -4]), ("position 2", "got -3")),
+        (np.array([1, 97, 98]), ("position 1", "got 97", "0 to 96")),
+        (np.array([1, 2**63], dtype=np.uint64), ("position 1", str(2**63))),
+    ],
+)
+def test_bad_ids(tmp_path, ids, words):
+    np.save(tmp_path / "a.npy", ids)
+    with fails("a.npy", *words):
+        load_tokens(tmp_path / "a.npy", vocab_size=97)
+
+
+def test_npy_that_is_no_array(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"x": 1}], dtype=object), allow_pickle=True)
+    (tmp_path / "b.npy").write_bytes(b"")
+    for name in ("a.npy", "b.npy"):
+        with fails("cannot read token ids", name):
+            load_tokens(tmp_path / name)
+
+
+def test_tokenizer_larger_than_the_model(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("az")
+    with fails("a.txt, position 1", "this model's tokenizer"):
+        load_tokens(tmp_path / "a.txt", tokenizer, vocab_size=int(tokenizer("a")["input_ids"][0]) + 1)
+
+
+# --- windows
+
+
+def test_random_windows_are_distinct_and_repeatable():
+    tokens = torch.arange(100)
+    a, b = (sample_windows(tokens, 20, 7, seed=3) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == (20, 7) and a.dtype == torch.int64
+    assert torch.equal(a, a[:, :1] + torch.arange(7))
+    assert len(set(a[:, 0].tolist())) == 20
+    assert not torch.equal(a, sample_windows(tokens, 20, 7, seed=4))
+
+
+def test_contiguous_windows_start_at_the_start():
+    got = sample_windows(torch.arange(100), 3, 10, seed=9, sampling="contiguous")
+    assert torch.equal(got, torch.arange(30).view(3, 10))
+
+
+@given(n=st.integers(2, 60), seq_len=st.integers(2, 20))
+def test_every_window_that_fits_can_be_had_and_no_more(n, seq_len):
+    tokens = torch.arange(n)
+    if n < seq_len:
+        for cut in (lambda: eval_windows(tokens, seq_len), lambda: sample_windows(tokens, 1, seq_len)):
+            with fails(f"got {n} tokens", f"seq_len {seq_len}"):
+                cut()
+        return
+    assert torch.equal(eval_windows(tokens, seq_len).flatten(), tokens[: n // seq_len * seq_len])
+    for sampling, available in (("random", n - seq_len + 1), ("contiguous", n // seq_len)):
+        assert len(sample_windows(tokens, available, seq_len, 0, sampling)) == available
+        with fails(f"hold {available} {sampling} windows", f"--n-samples {available}"):
+            sample_windows(tokens, available + 1, seq_len, 0, sampling)
+
+
+def test_bad_window_arguments():
+    tokens = torch.arange(10)
+    with fails("n_samples 0"):
+        sample_windows(tokens, 0, 5)
+    with fails("seq_len 1", "2 or more"):
+        eval_windows(tokens, 1)
+    with fails("'sideways'", "contiguous or random"):
+        sample_windows(tokens, 1, 5, sampling="sideways")
+
+
+def test_fingerprint_depends_on_everything():
+    tokens = torch.arange(12)
+    prints = [
+        fingerprint(tokens, seed=0), fingerprint(tokens, seed=1), fingerprint(tokens),
+        fingerprint(tokens.flip(0), seed=0), fingerprint(tokens.view(3, 4), seed=0),
+    ]  # fmt: skip
+    assert len(set(prints)) == 5 and prints[0] == fingerprint(tokens.clone(), seed=0)
+    assert fingerprint(torch.arange(3), seed=0).startswith("2938e7bc")  # the same on every machine
+
+
+def test_text_says_how_to_sample():
+    assert Text(torch.arange(3), "x", bos=False, is_ids=True).sampling == "contiguous"
