@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW's is a seventh of it")
     parser.add_argument("--cooldown", type=float, default=0.5, help="share of the steps over which the rate falls to 0")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from -o and the last row of --log (momentum starts afresh)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from -o and the last row of --log (momentum starts afresh)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -4,7 +4,8 @@
 """
 
 from planish.modelling import register
+from planish.version import __version__
 
-__version__ = "0.1.0"
+__all__ = ["__version__"]
 
 register()

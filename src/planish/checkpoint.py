@@ -466,8 +466,7 @@ class Writer:
 
     def block(self, i: int, block: nn.Module, family: Family) -> None:
         join_block(block, family)
-        state = {k: v for k, v in block.state_dict().items()}
-        self.shard(i + 1, {f"{family.blocks}.{i}.{k}": v for k, v in state.items()})
+        self.shard(i + 1, {f"{family.blocks}.{i}.{k}": v for k, v in block.state_dict().items()})
 
     def text(self, name: str, text: str) -> None:
         (self.partial / name).write_text(text, encoding="utf-8")

@@ -10,13 +10,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import planish
 from planish.allocate import BudgetError, spread
 from planish.checkpoint import Source, Writer, apply_edits, count_block, kv_bytes, open_source, write_config
 from planish.core import Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
@@ -25,6 +25,7 @@ from planish.methods import find_method
 from planish.modules import Spec, get_linear
 from planish.stats import Stats, Tap
 from planish.stream import Stream
+from planish.version import __version__
 
 
 @dataclass
@@ -58,9 +59,7 @@ class Result:
 class Job:
     """One method on one model and one calibration text under one budget: what a method's `plan` can ask."""
 
-    def __init__(
-        self, stream: Stream, method: Method, keep: float, *, step: int = 1, progress: Progress | None = None
-    ):
+    def __init__(self, stream: Stream, method: Method, keep: float, *, step: int = 1, progress: Progress | None = None):
         self.stream, self.method, self.keep, self.step, self.progress = stream, method, keep, step, progress
         self.shapes: list[Shape] = [stream.source.shape(i) for i in range(len(stream))]
         self.units: dict[Unit, Solver] = {}
@@ -136,9 +135,7 @@ class Job:
     def phase(self, name: str) -> Timer:
         return Timer(self.seconds, name)
 
-    def solve(
-        self, plan: Plan, emit: Callable[[int, nn.Module, Spec], None], phase: str = "blocks"
-    ) -> list[Tensor]:
+    def solve(self, plan: Plan, emit: Callable[[int, nn.Module, Spec], None], phase: str = "blocks") -> list[Tensor]:
         """Walk the blocks, solve every planned unit, hand each finished block to `emit`; last block's outputs."""
         stream, method = self.stream, self.method
         sequential = method.prefix != "dense"
@@ -225,7 +222,12 @@ def check_tokens(job: Job, windows: Tensor, damped: bool) -> None:
     if damped:
         return
     for shape in job.shapes[:1]:
-        sizes = {"q.in": shape.hidden, "up.in": shape.hidden, "o.in": shape.heads * shape.v, "down.in": shape.intermediate}
+        sizes = {
+            "q.in": shape.hidden,
+            "up.in": shape.hidden,
+            "o.in": shape.heads * shape.v,
+            "down.in": shape.intermediate,
+        }
         need = max((sizes.get(t.site, 0) for t in job.taps(job.block_units(0)) if t.kind == "gram"), default=0)
         if 0 < windows.numel() < need:
             raise InputError(
@@ -300,7 +302,7 @@ def check_windows(windows: Tensor, source: Source) -> None:
     if limit and windows.shape[-1] > limit:
         raise InputError(f"--seq-len {windows.shape[-1]} is longer than the model's {limit} positions")
     vocabulary = source.config.vocab_size
-    if windows.numel() and not (0 <= int(windows.min()) and int(windows.max()) < vocabulary):
+    if windows.numel() and not (int(windows.min()) >= 0 and int(windows.max()) < vocabulary):
         raise InputError(f"calibration holds token id {int(windows.max())}, the model's vocabulary has {vocabulary}")
 
 
@@ -355,12 +357,10 @@ def drop_tied(outside: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
 
 def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibration: dict[str, Any]) -> None:
     """planish.json: everything needed to understand and to repeat the run."""
-    import transformers
-
     manifest = {
-        "planish": planish.__version__,
+        "planish": __version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "source": job.stream.source.name,
         "method": result.method,
         "settings": job.method.settings(),

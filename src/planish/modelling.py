@@ -37,7 +37,7 @@ def _build(family: str) -> dict[str, type]:
 
     Config.model_type = model_type(family)
 
-    class Base(stock_base):  # type: ignore[misc, valid-type]
+    class Model(stock_base):  # type: ignore[misc, valid-type]
         config_class = Config
 
         def __init__(self, config):
@@ -53,7 +53,7 @@ def _build(family: str) -> dict[str, type]:
             self.config = config
             install_model(self, config)
 
-    made = {config_name: Config, base_name: Base, lm_name: LM}
+    made = {config_name: Config, base_name: Model, lm_name: LM}
     for name, cls in made.items():
         cls.__name__ = cls.__qualname__ = name
         cls.__module__ = __name__

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .families import FAMILIES, Family, Fused as FusedRow
+from .families import FAMILIES, Family
+from .families import Fused as FusedRow
 
 Spec = dict[str, Any]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from planish.core import Method, Plan, Solver
 from planish.errors import InputError
-from planish.solvers.two_stage import TwoStageSVD
+from planish.solvers.linear import TwoStageSVD
 
 if TYPE_CHECKING:
     from planish.compress import Job
@@ -21,7 +21,7 @@ class ErcSVD(Method):
     `k` 0 = search: up to `candidates` values between the smallest feasible k and N, the one with the least error of
     the last block's output on the calibration text wins. `beta` is the residual's share of the break-even rank.
     The paper does not say in which metric the residual is truncated; "plain" is the one that is not provably a single
-    SVD (see `planish.solvers.two_stage`).
+    SVD (see `planish.solvers.linear`).
     """
 
     title: ClassVar[str] = "two-stage (residual-compensated) SVD of the last blocks"

@@ -41,6 +41,8 @@ class FlatLLM(Method):
             return job.spread(lambda unit: 1.0)
         tap = Tap("block.in", "angle", "block.out")
         importance: dict[int, float] = {}
-        job.measure(lambda shape: [tap], lambda i, block, stats: importance.__setitem__(i, float(stats.mean(tap, "angle"))))
+        job.measure(
+            lambda shape: [tap], lambda i, block, stats: importance.__setitem__(i, float(stats.mean(tap, "angle")))
+        )
         job.notes["importance"] = importance
         return job.spread(lambda unit: max(importance[unit.block], 1e-6))

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.linalg import LowRank, least_squares, pivot, svd, whitened_svd
+from planish.edits import input_site, low_rank_edit
+from planish.linalg import LowRank, least_squares, svd, whitened_svd
 from planish.stats import Stats, Tap
 
 Metric = Literal["plain", "diagonal", "whitened"]
-
-
-def input_site(role: str) -> str:
-    """Linears that read the same input share its statistics."""
-    return {"q": "q.in", "k": "q.in", "v": "q.in", "gate": "up.in", "up": "up.in"}.get(role, f"{role}.in")
 
 
 @dataclass(frozen=True)
@@ -110,18 +106,58 @@ def output_errors(w: Tensor, low: LowRank, gram: Tensor) -> Tensor:
     return torch.cat([start[None], start + (pairs - 2 * cross).cumsum(0)]).clamp(min=0)
 
 
-def low_rank_edit(role: str, b: Tensor, a: Tensor, form: str) -> Edit:
-    """Edit that gives `role` the weight B A in the given form."""
-    rank = a.shape[0]
-    if form == "pair":
-        u, r = torch.linalg.qr(b)  # balance the factors: Uᵀ U = I up to √σ on both sides
-        left, s, vh = svd(r @ a)
-        return Edit(role, {"kind": "pair", "rank": rank}, {"B.weight": (u @ left) * s.sqrt(), "A.weight": s.sqrt()[:, None] * vh})
-    p = pivot(b, a)
-    rest = torch.ones(b.shape[0], dtype=torch.bool)
-    rest[p.pivots] = False
-    order = torch.empty(b.shape[0], dtype=torch.int32)
-    order[torch.cat([p.pivots, rest.nonzero()[:, 0]])] = torch.arange(b.shape[0], dtype=torch.int32)
-    return Edit(
-        role, {"kind": "pivoted", "rank": rank}, {"P.weight": p.base, "C.weight": p.coefficients, "order": order}
-    )
+@dataclass(frozen=True)
+class TwoStageSVD(LinearSVD):
+    """W ≈ [W]_{r − r_r} + [W − [W]_{r − r_r}]_{r_r} with r_r = β · mn/(m + n), stored as one pair of rank r.
+
+    The first stage minimises the output error; `residual_metric` "plain" compensates in weight space, which trades
+    calibration error for robustness; "whitened" is provably one truncation at rank r (a test shows it).
+    Reference: ERC-SVD (arXiv 2505.20112) Alg. 2, Eq. 5; β is a share of the break-even rank, not of r.
+    """
+
+    name: ClassVar[str] = "two-stage-svd"
+    beta: float = 0.05
+    residual_metric: Literal["plain", "whitened"] = "plain"
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        w = weights[unit.name].double()
+        gram = stats.mean(self.gram_tap(unit))
+        losses = _Losses(self, w, gram, shape.linear(unit.name))
+        return Frontier(unit, losses, {"losses": losses})
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        if rank >= min(shape.linear(frontier.unit.name)):
+            return []
+        b, a = frontier.factors["losses"].factors(rank)
+        return [low_rank_edit(frontier.unit.name, b, a, self.form)]
+
+
+class _Losses(Sequence[float]):
+    """Output error of every rank, computed when asked for: each rank has a residual of its own."""
+
+    def __init__(self, solver: TwoStageSVD, w: Tensor, gram: Tensor, size: tuple[int, int]):
+        self.solver, self.w, self.gram = solver, w, gram
+        self.full = min(size)
+        self.residual_rank = round(solver.beta * size[0] * size[1] / sum(size))
+        self.low: LowRank = whitened_svd(w, gram)
+
+    def __len__(self) -> int:
+        return self.full + 1
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """B (out, rank), A (rank, in)."""
+        second = min(self.residual_rank, rank - 1) if rank > 0 else 0
+        b, a = self.low.B[:, : rank - second], self.low.A[: rank - second]
+        if not second:
+            return b, a
+        rest = whitened_svd(self.w - b @ a, self.gram if self.solver.residual_metric == "whitened" else None)
+        return torch.cat([b, rest.B[:, :second]], 1), torch.cat([a, rest.A[:second]])
+
+    def __getitem__(self, rank):  # type: ignore[override]
+        if not 0 <= rank <= self.full:
+            raise IndexError(rank)
+        if rank == self.full:
+            return 0.0
+        b, a = self.factors(rank)
+        error = self.w - b @ a
+        return float(((error @ self.gram) * error).sum().clamp(min=0))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
+from planish.edits import neuron_edits
 from planish.linalg import nystrom, ridge_leverage, root
 from planish.stats import Stats, Tap
 
@@ -63,19 +64,6 @@ class Neurons(Solver):
         kept = f["order"][:rank].sort().values
         down = nystrom(f["gram"], kept, f["down"], self.damping) if self.refit else f["down"][:, kept]
         return neuron_edits(f, kept, down)
-
-
-def neuron_edits(weights: Weights, kept: Tensor, down: Tensor) -> list[Edit]:
-    """Edits that keep these neurons, with the given down projection (hidden, rank)."""
-    edits = []
-    for role in ("gate", "up"):
-        if role in weights:
-            w, bias = weights[role][kept], weights.get(f"{role}.bias")
-            tensors = {"weight": w} | ({} if bias is None else {"bias": bias[kept]})
-            edits.append(Edit(role, {"kind": "dense", "out": w.shape[0], "in": w.shape[1]}, tensors))
-    bias = weights.get("down.bias")
-    tensors = {"weight": down} | ({} if bias is None else {"bias": bias})
-    return [*edits, Edit("down", {"kind": "dense", "out": down.shape[0], "in": down.shape[1]}, tensors)]
 
 
 def selection_losses(gram: Tensor, down: Tensor, order: Tensor, refit: bool, damping: float) -> Tensor:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
+from planish.edits import value_edits
 from planish.linalg import eigh_descending
 from planish.stats import Stats, Tap
 
@@ -53,13 +54,3 @@ class ValuePCA(Solver):
         small_o = torch.einsum("dhv,hvr->dhr", o, q.repeat_interleave(shape.groups, 0)).flatten(1)
         small_bias = None if bias is None else torch.einsum("gvr,gv->gr", q, bias.double().view(len(q), -1)).flatten()
         return value_edits(small_v, small_o, small_bias, rank)
-
-
-def value_edits(v: torch.Tensor, o: torch.Tensor, bias: torch.Tensor | None, rank: int) -> list[Edit]:
-    """Edits that give an attention `rank` value dimensions per head: v (kv·rank, hidden), o (hidden, heads·rank)."""
-    tensors = {"weight": v} | ({} if bias is None else {"bias": bias})
-    return [
-        Edit("v", {"kind": "dense", "out": v.shape[0], "in": v.shape[1]}, tensors),
-        Edit("o", {"kind": "dense", "out": o.shape[0], "in": o.shape[1]}, {"weight": o}),
-        Edit("attention", {"kind": "own", "v": rank}, {}),
-    ]
