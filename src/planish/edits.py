@@ -26,13 +26,8 @@ def low_rank_edit(role: str, b: Tensor, a: Tensor, form: str) -> Edit:
             {"B.weight": (u @ left) * s.sqrt(), "A.weight": s.sqrt()[:, None] * vh},
         )
     p = pivot(b, a)
-    rest = torch.ones(b.shape[0], dtype=torch.bool)
-    rest[p.pivots] = False
-    order = torch.empty(b.shape[0], dtype=torch.int32)
-    order[torch.cat([p.pivots, rest.nonzero()[:, 0]])] = torch.arange(b.shape[0], dtype=torch.int32)
-    return Edit(
-        role, {"kind": "pivoted", "rank": rank}, {"P.weight": p.base, "C.weight": p.coefficients, "order": order}
-    )
+    tensors = {"P.weight": p.base, "C.weight": p.coefficients, "order": p.order()}
+    return Edit(role, {"kind": "pivoted", "rank": rank}, tensors)
 
 
 def value_edits(v: Tensor, o: Tensor, bias: Tensor | None, rank: int) -> list[Edit]:
