@@ -92,16 +92,12 @@ def whitened_svd(w: Tensor, gram: Tensor | None = None, out_gram: Tensor | None 
     if out_gram is None and gram is not None and w.shape[0] <= w.shape[1]:
         values, u = eigh_descending(w @ gram.double() @ w.T)
         return LowRank(u, u.T @ w, values.clamp(min=0).sqrt())
-    left, left_inverse = (None, None) if out_gram is None else eigh_root(out_gram)
+    left = None if out_gram is None else eigh_root(out_gram)[0]
     right, right_inverse = (None, None) if gram is None else eigh_root(gram)
-    m = w if left is None else left.T @ w
-    m = m if right is None else m @ right
-    u, s, vh = svd(m)
-    b = u * s.sqrt()
-    a = s.sqrt()[:, None] * vh
-    b = b if left_inverse is None else left_inverse.T @ b
-    if right_inverse is not None:
-        a = a @ right_inverse
+    wr = w if right is None else w @ right
+    _, s, vh = svd(wr if left is None else left.T @ wr)
+    # For a given A the best B is the least-squares one whatever G is, so G is never inverted: B = W R^½ V, A = Vᵀ R^-½.
+    b, a = wr @ vh.T, vh if right_inverse is None else vh @ right_inverse
     return LowRank(b, a, s)
 
 
@@ -142,8 +138,8 @@ class Pivoted:
     coefficients: Tensor
 
     def order(self) -> Tensor:
-        """(out,) int32 with W = cat[base, coefficients @ base][order]."""
-        return torch.cat([self.pivots, self.rest]).argsort().int()
+        """(out,) with W[order] = cat[base, coefficients @ base]."""
+        return torch.cat([self.pivots, self.rest])
 
 
 def pivot(b: Tensor, a: Tensor, bound: float = 2.0) -> Pivoted:
