@@ -1,0 +1,124 @@
+"""Tiny random models of every family, two or three blocks each, with weights that leave nothing degenerate.
+
+`build(name)` gives one of `NAMES` in fp32 (or another dtype), the same every time; `save` writes it as a folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY = 97
+POSITIONS = 64
+WINDOW = 8  # of sliding attention: shorter than every test's sequences
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "max_position_embeddings": POSITIONS, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+_GQA = {"num_key_value_heads": 2}
+
+
+def _rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama_mha": ("Llama", {"num_key_value_heads": 4, "num_hidden_layers": 2}),
+    "llama_gqa": ("Llama", _GQA),
+    "llama_head_dim": ("Llama", {**_GQA, "head_dim": 12, "num_hidden_layers": 2}),
+    "llama_bias": ("Llama", {**_GQA, "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 2}),
+    "llama_tied": ("Llama", {**_GQA, "tie_word_embeddings": True, "num_hidden_layers": 2}),
+    "llama_rope3": (
+        "Llama",
+        _GQA | _rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+    ),
+    "llama_dynamic": ("Llama", {**_GQA, "max_position_embeddings": 16, "num_hidden_layers": 2} | _rope("dynamic", factor=4.0)),
+    "llama_yarn": (
+        "Llama",
+        {**_GQA, "num_hidden_layers": 2} | _rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    ),
+    "mistral": ("Mistral", {**_GQA, "sliding_window": WINDOW}),
+    "qwen2": ("Qwen2", {**_GQA, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {**_GQA, "head_dim": 16, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", {**_GQA, "sliding_window": WINDOW, "original_max_position_embeddings": POSITIONS}),
+    "phi3_partial": (
+        "Phi3",
+        {**_GQA, "sliding_window": None, "original_max_position_embeddings": POSITIONS, "num_hidden_layers": 2}
+        | _rope("default", partial_rotary_factor=0.5),
+    ),
+    "gemma2": (
+        "Gemma2",
+        {
+            **_GQA, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": WINDOW, "tie_word_embeddings": True,
+            "attn_logit_softcapping": 4.0, "final_logit_softcapping": 8.0,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            **_GQA, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": WINDOW, "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "opt": ("OPT", {"ffn_dim": 44, "word_embed_proj_dim": 32, "tie_word_embeddings": True, "dropout": 0.0}),
+    "gpt_neox": ("GPTNeoX", {"use_parallel_residual": True} | _rope("default", partial_rotary_factor=0.5)),
+    "gpt_neox_serial": (
+        "GPTNeoX",
+        {"use_parallel_residual": False, "num_hidden_layers": 2} | _rope("default", partial_rotary_factor=0.25),
+    ),
+}  # fmt: skip
+NAMES = tuple(_ROWS)
+
+# One of each block layout: what a change in how blocks are read or written has to pass first.
+CORE = ("llama_gqa", "qwen2", "phi3", "gemma2", "opt", "gpt_neox")
+
+
+def configure(name: str, **overrides: Any):
+    """The configuration of one of `NAMES`."""
+    stem, settings = _ROWS[name]
+    return getattr(transformers, f"{stem}Config")(**(_COMMON | settings | overrides))
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
+    """A causal LM in evaluation mode, random but the same every time."""
+    stem = _ROWS[name][0].replace("Gemma3Text", "Gemma3")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{stem}ForCausalLM")(configure(name, **overrides))
+    randomise(model, torch.Generator().manual_seed(1 + NAMES.index(name)))
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, generator: torch.Generator) -> None:
+    """Attention that is far from uniform, norms that scale every channel differently, biases that matter."""
+    offset = "gemma" in model.config.model_type  # their norms scale by 1 + weight
+    for name, p in sorted(model.named_parameters()):
+        noise = torch.randn(p.shape, generator=generator)
+        if "norm" in name:
+            p.copy_(0.3 * noise + (0 if offset or name.endswith("bias") else 1))
+        elif name.endswith("bias"):
+            p.copy_(0.3 * noise)
+        elif "embed" in name or "lm_head" in name:
+            p.copy_(noise * (1 / p.shape[1] ** 0.5 if offset else 0.7))
+        else:
+            gain = 1.6 if any(r in name for r in ("q_proj", "k_proj", "qkv_proj", "query_key_value")) else 1.0
+            p.copy_(gain * noise / p.shape[1] ** 0.5)
+
+
+def windows(n: int = 12, seq: int = 24, seed: int = 5) -> Tensor:
+    """Random token ids (n, seq), the frequent ones far more frequent than the others; id 0, the padding, is absent."""
+    draws = torch.rand(n, seq, generator=torch.Generator().manual_seed(seed))
+    return (1 + (VOCABULARY - 1) * draws**2).long().clamp(max=VOCABULARY - 1)
+
+
+def save(model: nn.Module, folder: Path, sharded: bool = False) -> Path:
+    """Write the model as a folder, in one file or in many small ones."""
+    model.save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
+    return folder
