@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from planish.core import Plan, Shape, Solver, Unit
 from planish.errors import InputError
@@ -82,3 +86,81 @@ class BudgetError(InputError):
     def __init__(self, smallest: int, budget: int):
         super().__init__(f"budget of {budget} weights is below the smallest reachable, {smallest}")
         self.smallest = smallest
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A unit's choices: `ranks` (n,) with `cost` (n,) and predicted `loss` (n,); the last one leaves the unit whole."""
+
+    unit: Unit
+    ranks: Tensor
+    cost: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way to treat a submodule: curves of units that go together, and the cost of what they leave untouched."""
+
+    curves: tuple[Curve, ...]
+    fixed: float = 0.0
+
+
+def choose(groups: Sequence[Sequence[Alternative]], budget: float) -> tuple[Plan, float]:
+    """One alternative per submodule and one rank per unit, least predicted loss within the budget; (plan, loss).
+
+    For a price λ per unit of cost every unit takes argmin(loss + λ cost) and every submodule its best alternative:
+    the optimum for the budget that this spends (Lagrange). λ is bisected to the budget; what is left over buys
+    the best affordable upgrades. Optimal to one step, whatever the curves' shape.
+    """
+
+    def pick(price: float) -> tuple[list[Alternative], list[dict[Curve, int]], float]:
+        chosen, picks, spent = [], [], 0.0
+        for alternatives in groups:
+            best = None
+            for alternative in alternatives:
+                at = {c: int((c.loss + price * c.cost).argmin()) for c in alternative.curves}
+                cost = alternative.fixed + sum(float(c.cost[i]) for c, i in at.items())
+                value = price * cost + sum(float(c.loss[i]) for c, i in at.items())
+                if best is None or value < best[0]:
+                    best = (value, alternative, at, cost)
+            assert best is not None
+            chosen.append(best[1])
+            picks.append(best[2])
+            spent += best[3]
+        return chosen, picks, spent
+
+    low, high = 1e-18, 1e6  # a high price buys little
+    if pick(high)[2] > budget * (1 + 1e-12):
+        raise BudgetError(int(pick(high)[2]), int(budget))
+    if pick(low)[2] <= budget:
+        high = low
+    for _ in range(100):
+        middle = (low * high) ** 0.5
+        if pick(middle)[2] <= budget:
+            high = middle
+        else:
+            low = middle
+    _, picks, spent = pick(high)
+    at = {c: i for group in picks for c, i in group.items()}
+    upgrade(at, budget - spent)
+    plan = {c.unit: int(c.ranks[i]) for c, i in at.items()}
+    return plan, sum(float(c.loss[i]) for c, i in at.items())
+
+
+def upgrade(at: dict[Curve, int], left: float) -> None:
+    """Spend what is left on the steps that save most loss per cost, in place."""
+    while True:
+        best = None
+        for curve, i in at.items():
+            extra, gain = curve.cost[i + 1 :] - curve.cost[i], curve.loss[i] - curve.loss[i + 1 :]
+            usable = (extra > 0) & (extra <= left) & (gain > 0)
+            if usable.any():
+                slope = torch.where(usable, gain / extra.clamp(min=1e-9), -1)
+                j = int(slope.argmax())
+                if best is None or float(slope[j]) > best[0]:
+                    best = (float(slope[j]), curve, i + 1 + j, float(extra[j]))
+        if best is None:
+            return
+        at[best[1]] = best[2]
+        left -= best[3]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from planish.allocate import BudgetError, spread
 from planish.checkpoint import Source, Writer, apply_edits, count_block, kv_bytes, open_source, write_config
-from planish.core import Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
+from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.methods import find_method
 from planish.modules import Spec, get_linear
@@ -67,6 +67,8 @@ class Job:
             for shape in self.shapes:
                 self.units |= dict.fromkeys(solver.units(shape), solver)
         self.total = sum(s.count() for s in self.shapes)
+        self.stored: dict[int, Stats] = {}  # statistics that a plan measured and the solve uses again
+        self.edits: dict[int, list[Edit]] = {}  # per block, what the plan has worked out itself; not solved again
         self.notes: dict[str, Any] = {}  # what the method wants recorded in the manifest
         self.seconds: dict[str, float] = {}
         self.errors: dict[str, float] = {}  # predicted loss of the planned rank, per unit
@@ -95,10 +97,15 @@ class Job:
                 f"keep {self.keep:g} cannot be reached by {find_name(self.method)}: the smallest keep is {ceil4(smallest)}"
             ) from None
 
-    def measure(self, taps: Callable[[Shape], list[Tap]], use: Callable[[int, nn.Module, Stats], None]) -> list[Tensor]:
-        """One pass over the uncompressed model; see `Stream.sweep`."""
+    def measure(
+        self,
+        taps: Callable[[Shape], list[Tap]],
+        use: Callable[[int, nn.Module, Stats], None],
+        edits: dict[int, list[Edit]] | None = None,
+    ) -> list[Tensor]:
+        """One pass over the uncompressed model, or over the model with `edits` (per block); see `Stream.sweep`."""
         with self.phase("statistics"):
-            return self.stream.sweep(taps, use, self.progress)
+            return self.stream.sweep(taps, use, self.progress, edits=edits)
 
     def frontiers(self, solver: Solver | None = None) -> dict[Unit, Frontier]:
         """Every unit's frontier from the uncompressed model's statistics, without the factors.
@@ -108,13 +115,33 @@ class Job:
         found: dict[Unit, Frontier] = {}
 
         def use(i: int, block: nn.Module, stats: Stats) -> None:
-            weights = read_weights(block, self.stream)
-            for unit in self.block_units(i):
-                f = (solver or self.units[unit]).decompose(unit, weights, stats, self.shapes[i])
-                found[unit] = Frontier(unit, f.loss, {}, f.nats)
+            found.update(self.decompose(i, block, stats, solver))
 
         self.measure(lambda shape: self.taps(self.block_units(shape.block), solver), use)
         return found
+
+    def decompose(self, i: int, block: nn.Module, stats: Stats, solver: Solver | None = None) -> dict[Unit, Frontier]:
+        """Frontiers of block i's units, without the factors."""
+        weights, found = read_weights(block, self.stream), {}
+        for unit in self.block_units(i):
+            f = (solver or self.units[unit]).decompose(unit, weights, stats, self.shapes[i])
+            found[unit] = Frontier(unit, f.loss, {}, f.nats)
+        return found
+
+    def gradients(self, use: Callable[[int, nn.Module, Stats], None]) -> None:
+        """One pass forward and back over the uncompressed model for all units' taps; the sums stay in `stored`."""
+
+        def keep(i: int, block: nn.Module, stats: Stats) -> None:
+            self.stored[i] = stats
+            use(i, block, stats)
+
+        with self.phase("gradients"):
+            self.stream.sweep_back(lambda shape: self.stored_taps(shape.block), keep, self.progress)
+
+    def stored_taps(self, i: int) -> list[Tap]:
+        """Taps of a block's units that the uncompressed model alone answers."""
+        taps = self.taps(self.block_units(i))
+        return [t for t in taps if all(s.startswith(("grad:", "dense:")) for s in t.sites)]
 
     def output_errors(self, plans: list[Plan]) -> list[float]:
         """Mean squared error per token of the last block's output under each plan."""
@@ -139,23 +166,33 @@ class Job:
         """Walk the blocks, solve every planned unit, hand each finished block to `emit`; last block's outputs."""
         stream, method = self.stream, self.method
         sequential = method.prefix != "dense"
-        hidden = stream.start() if stream.batches else []
+        hidden = stream.start() if stream.batches and (sequential or not self.stored) else []
         dense_hidden = hidden if method.prefix == "both" else None
         for i, shape in enumerate(self.shapes):
             block = stream.block(i)
             before = count_block(block)
             assert before == shape.count(), f"block {i} has {before} weights, its shape says {shape.count()}"
-            dense = copy.deepcopy(block) if method.prefix == "both" else None
-            units = [u for u in self.block_units(i) if plan.get(u, self.full(u)) < self.full(u)]
-            edits = []
+            edits = list(self.edits.get(i, []))
+            done = {SUBMODULES.get(e.target) for e in edits}
+            units = [u for u in self.block_units(i) if plan.get(u, self.full(u)) < self.full(u) and u.name not in done]
             outputs = None
             weights = read_weights(block, stream)
-            for stage in method.stages(units):
+            spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
+            stages = method.stages(units)
+            whole = copy.deepcopy(block) if method.prefix == "both" or len(stages) > 1 else None
+            dense = whole if method.prefix == "both" else None
+            for stage in stages:
                 taps = self.taps(stage)
                 with self.phase("stream"):
                     current = stream.place(block)
                     pair = (stream.place(dense), dense_hidden) if dense is not None else None
-                    stats, outputs = stream.measure(i, current, taps, hidden, pair)
+                    known = self.stored.get(i, Stats())
+                    taps = [t for t in taps if t not in known.sums]
+                    if taps or sequential:
+                        stats, outputs = stream.measure(i, current, taps, hidden, pair)
+                    else:
+                        stats = Stats()
+                    stats.merge(known)
                 with self.phase("solve"):
                     new = []
                     for unit in stage:
@@ -163,11 +200,13 @@ class Job:
                         frontier = solver.decompose(unit, weights, stats, shape)
                         self.errors[str(unit)] = float(frontier.loss[plan[unit]])
                         new += solver.truncate(frontier, plan[unit], shape)
+                    if edits:  # every stage starts from the uncompressed block, so that forms never meet forms
+                        block = copy.deepcopy(whole)
+                    if edits:  # edits of a block are applied together, to a block as it was
+                        block = stream.block(i)
                     edits += new
                     spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
                     del stats
-            if not units:
-                spec = {}
             with self.phase("stream"):
                 if sequential or outputs is None:
                     outputs = stream.run(i, stream.place(block), hidden)

@@ -102,11 +102,48 @@ def whitened_svd(w: Tensor, gram: Tensor | None = None, out_gram: Tensor | None 
 
 
 def svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD in fp64 by the eigh of the smaller Gram side's QR factor: exact driver, deterministic signs."""
+    """Thin SVD in fp64 (batched over leading dimensions), signs fixed so that results are reproducible."""
     u, s, vh = torch.linalg.svd(m.double(), full_matrices=False)
-    at = u.abs().argmax(0, keepdim=True)
-    sign = u.gather(0, at).sign()
-    return u * sign, s, vh * sign.T
+    at = u.abs().argmax(-2, keepdim=True)
+    sign = u.gather(-2, at).sign()
+    return u * sign, s, vh * sign.mT
+
+
+def balance(left: Tensor, right: Tensor, floor: float = 1e-10) -> tuple[Tensor, Tensor, Tensor]:
+    """Coordinates in which a product of two factors is best truncated: (P, Q, s), P and Q (..., d, d), s (..., d) falling.
+
+    M_r = Q_r P_rᵀ (first r columns) minimises tr(left (I − M) right (I − M)ᵀ) over matrices of rank r, and leaves
+    Σ_{i≥r} s_i². With left = E[q qᵀ], right = E[k kᵀ] that is the score error E(qᵀ(I − M)k)²; with left = Wᵀ W,
+    right = E[x xᵀ] the output error E‖W (I − M) x‖². Roots S Sᵀ of both, S_leftᵀ S_right = U s Vᵀ, P = S_left U s^-½,
+    Q = S_right V s^-½: nothing is inverted but the kept s (square-root balanced truncation). Columns with
+    s < floor · s_0 are zero. Batched over leading dimensions.
+    """
+    a, b = eigh_root(left)[0], eigh_root(right)[0]
+    u, s, vh = svd(a.mT @ b)
+    alive = s > floor * s[..., :1]
+    scale = torch.where(alive, s, 1).rsqrt() * alive
+    return a @ u * scale[..., None, :], b @ vh.mT * scale[..., None, :], s
+
+
+def tail_sums(inner: Tensor) -> Tensor:
+    """Σ_{i,j ≥ r} inner_ij for r = 0 … n of a symmetric (n, n): (n + 1,), what dropping all but the first r loses."""
+    tail = inner.flip(0, 1)
+    steps = 2 * torch.tril(tail, -1).sum(1) + tail.diagonal()
+    return torch.cat([steps.cumsum(0).flip(0), steps.new_zeros(1)]).clamp(min=0)
+
+
+def selection_losses(gram: Tensor, w: Tensor, order: Tensor, refit: bool, damping: float = DAMPING) -> Tensor:
+    """E‖W x − W' x_J‖² when the first r inputs of `order` are kept, for r = 0 … n: (n + 1,).
+
+    Without refit: tr of the dropped columns' block, by a cumulative sum. With refit: the pivot-free Cholesky of the
+    reordered Gram gives each further input's explained energy in one factorisation.
+    """
+    c = gram.double()[order][:, order]
+    w = w[:, order].double()
+    if not refit:
+        return tail_sums((w.T @ w) * c)
+    explained = (w @ root(c, damping)).square().sum(0)  # column i: energy that input i adds to those before it
+    return torch.cat([explained.flip(0).cumsum(0).flip(0), explained.new_zeros(1)])
 
 
 def least_squares(gram: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:

@@ -7,15 +7,16 @@ tables reach each block exactly as its family makes them, without a line of any 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from planish.checkpoint import Source
-from planish.core import Progress, Shape
+from planish.checkpoint import Source, apply_edits
+from planish.core import Edit, Progress, Shape
 from planish.families import Family
 from planish.modules import find_blocks, get_linear
 from planish.stats import Stats, Tap
@@ -72,9 +73,21 @@ class Stream:
     def base_model(self) -> nn.Module:
         return self.model.base_model
 
-    def block(self, i: int) -> nn.Module:
-        """Block i in the source's own dtype on the CPU, canonical (fused linears split); the caller's to change."""
-        return self.source.block(i)
+    def block(self, i: int, edits: Sequence[Edit] = ()) -> nn.Module:
+        """Block i in the source's own dtype on the CPU, canonical (fused linears split); the caller's to change.
+
+        `edits` are made to it first.
+        """
+        block = self.source.block(i)
+        apply_edits(block, list(edits), self.family, self.source.config, self.source.shape(i))
+        return block
+
+    def subset(self, n: int) -> Stream:
+        """The same model with the first n calibration windows only (rounded up to whole batches' worth, at most all)."""
+        few = copy.copy(self)
+        few.batches = list(torch.cat(self.batches)[:n].split(len(self.batches[0]))) if self.batches else []
+        few.calls = {}
+        return few
 
     def place(self, block: nn.Module) -> nn.Module:
         """A copy of a block to compute with, in the stream's dtype on its device."""
@@ -108,6 +121,9 @@ class Stream:
         outputs: Hidden = []
         own_sites = {s for t in taps for s in t.sites if ":" not in s}
         dense_sites = {s.removeprefix("dense:") for t in taps for s in t.sites if s.startswith("dense:")}
+        gaps = {s.removesuffix(".gap") for s in own_sites if s.endswith(".gap")}
+        own_sites = {s for s in own_sites if not s.endswith(".gap")} | {f"{g}.raw" for g in gaps}
+        dense_sites |= {f"{g}.{end}" for g in gaps for end in ("raw", "add")}
         first = 0
         for n, h in enumerate(hidden):
             values = {}
@@ -119,6 +135,9 @@ class Stream:
                 with tap_sites(dense[0], self.family, dense_sites) as seen:
                     self.forward(i, dense[0], dense[1][n])
                     values |= {f"dense:{s}": v for s, v in seen.items()}
+            for where in gaps:
+                dense_sum = values[f"dense:{where}.raw"] + values[f"dense:{where}.add"]
+                values[f"{where}.gap"] = dense_sum.view_as(values[f"{where}.raw"]) - values[f"{where}.raw"]
             held = (torch.arange(first, first + len(h)) % 8) == 7
             first += len(h)
             for part, stats in parts.items():
@@ -154,16 +173,81 @@ class Stream:
         use: Callable[[int, nn.Module, Stats], None],
         progress: Progress | None = None,
         phase: str = "statistics",
+        edits: Mapping[int, list[Edit]] | None = None,
     ) -> Hidden:
-        """Walk the uncompressed model: measure every block's taps, hand (i, block, stats) to `use`; last outputs."""
+        """Walk the uncompressed model (or the one that `edits` make): measure every block's taps, hand (i, block, stats)
+        to `use`; last outputs."""
         hidden = self.start()
         for i in range(len(self)):
-            block = self.block(i)
+            block = self.block(i, (edits or {}).get(i, ()))
             stats, hidden = self.measure(i, self.place(block), taps(self.source.shape(i)), hidden)
             use(i, block, stats)
             if progress:
                 progress(phase, i + 1, len(self))
         return hidden
+
+
+    def output_gradient(self, hidden: Tensor, seed: int, first: int) -> Tensor:
+        """Gradient of Σ NLL at last-block outputs (batch, seq, hidden), labels sampled from the model's own predictions.
+
+        Sampled labels make the second moment of the gradient the true Fisher information. Deterministic by `seed` and
+        by each sequence's number, however sequences are grouped; `first` is the number of the batch's first sequence.
+        """
+        h = hidden.to(self.device).detach().requires_grad_(True)
+        draws = [torch.Generator().manual_seed(seed * 1_000_003 + first + n) for n in range(len(hidden))]
+        noise = torch.cat([torch.rand(hidden.shape[1], generator=g, dtype=torch.float64) for g in draws])
+        with torch.enable_grad(), self.replace_blocks(lambda i, x, *a, **k: h if i == len(self) - 1 else x):
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+            steps = logits.detach().double().softmax(-1).cumsum(-1)
+            labels = torch.searchsorted(steps, noise[:, None].to(self.device))
+            labels = labels.clamp(max=logits.shape[-1] - 1).squeeze(1)
+            nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        assert h.grad is not None
+        return h.grad.to("cpu")
+
+    def sweep_back(
+        self,
+        taps: Callable[[Shape], list[Tap]],
+        use: Callable[[int, nn.Module, Stats], None],
+        progress: Progress | None = None,
+        phase: str = "gradients",
+        seed: int = 0,
+        blocks: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        """Walk the model forwards keeping every block's inputs, then backwards from sampled labels, block by block.
+
+        Each block is recomputed from its kept inputs; `use` gets (i, block, stats) from the last block to the first, with
+        forward sites and "grad:" sites measured together. `blocks` replaces `self.block` (a compressed model, say).
+        """
+        get = blocks or self.block
+        inputs = [self.start()]
+        for i in range(len(self)):
+            inputs.append(self.run(i, self.place(get(i)), inputs[-1]))
+        outputs = inputs.pop()
+        starts = [0, *itertools.accumulate(len(h) for h in outputs)]
+        gradients = [self.output_gradient(h, seed, first) for first, h in zip(starts, outputs, strict=False)]
+        for i in reversed(range(len(self))):
+            block = get(i)
+            placed = self.place(block).requires_grad_(False)
+            wanted = taps(self.source.shape(i))
+            stats = Stats(wanted)
+            forward = {s.removeprefix("dense:") for t in wanted for s in t.sites if not s.startswith("grad:")}
+            backward = sorted({s.removeprefix("grad:") for t in wanted for s in t.sites if s.startswith("grad:")})
+            for n, h in enumerate(inputs.pop()):
+                leaf = h.to(self.device).detach().requires_grad_(True)
+                with torch.enable_grad(), tap_sites(placed, self.family, forward | set(backward)) as seen:
+                    out = self.forward(i, placed, leaf)
+                    found = torch.autograd.grad(
+                        out, [leaf, *(seen[s] for s in backward)], gradients[n].to(self.device), allow_unused=True
+                    )
+                gradients[n] = found[0].to("cpu")
+                values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}
+                values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}
+                stats.update(values)
+            use(i, block, stats)
+            if progress:
+                progress(phase, len(self) - i, len(self))
 
 
 def move_outside_blocks(model: nn.Module, family: Family, device: torch.device) -> None:
