@@ -16,7 +16,7 @@ LAYERS = [
     {"stats", "families", "core", "edits", "modules", "modelling"},
     {"solvers", "allocate", "text", "checkpoint", "stream"},
     {"methods"},
-    {"compress"},
+    {"compress", "forecast"},
     {"evaluate", "export", "report"},
     {"api", "cli", "__init__", "__main__"},
 ]

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import transformers
 import transformers.initialization as initialization
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -26,9 +25,10 @@ from planish import modules as modules_file
 from planish.core import Edit, Shape
 from planish.errors import InputError
 from planish.families import FAMILIES, Family
-from planish.modelling import FORMAT, class_names, model_type
+from planish.modelling import FORMAT, class_names, model_type, register
 from planish.modules import (
     Bypass,
+    Pair,
     Spec,
     count_heads,
     find_blocks,
@@ -39,6 +39,9 @@ from planish.modules import (
     rotary_width,
     split_block,
 )
+from planish.shards import Shard, write_shard
+
+register()  # the Auto classes know compressed models from here on
 
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -148,7 +151,7 @@ def no_parameters() -> Iterator[None]:
 
 
 class FolderSource(Source):
-    """Safetensors, sharded or not, memory-mapped."""
+    """Safetensors, sharded or not, read with plain reads (see `planish.shards`)."""
 
     def __init__(self, folder: Path, name: str | None = None):
         self.folder, self.name = folder, name or str(folder)
@@ -157,7 +160,7 @@ class FolderSource(Source):
         self.config = load_config(folder)
         self.family = find_family(self.config)
         self.files = index_tensors(folder)
-        self._handles: dict[Path, Any] = {}
+        self._shards: dict[Path, Shard] = {}
         self.rename = self._match_names()
 
     def _match_names(self) -> dict[str, str]:
@@ -171,18 +174,10 @@ class FolderSource(Source):
     def tensor(self, name: str) -> Tensor:
         stored = self.rename[name]
         path = self.files[stored]
-        if path not in self._handles:
-            try:
-                self._handles[path] = safe_open(path, "pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"cannot read shard {path.name} in {self.folder}: {error}; download it again"
-                ) from None
-        try:
-            tensor = self._handles[path].get_tensor(stored)
-        except SafetensorError as error:
-            raise InputError(f"cannot read tensor {stored} of {path.name} in {self.folder}: {error}") from None
-        if not torch.isfinite(tensor).all():
+        if path not in self._shards:
+            self._shards[path] = Shard(path)
+        tensor = self._shards[path].read(stored)
+        if not is_finite(tensor):
             raise InputError(f"tensor {stored} in {path.name} of {self.folder} holds NaN or infinity")
         return tensor
 
@@ -246,7 +241,7 @@ class MemorySource(Source):
         self.family = find_family(self.config)
         self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         for name, p in model.named_parameters():
-            if not torch.isfinite(p).all():
+            if not is_finite(p):
                 raise InputError(f"tensor {name} of the model in memory holds NaN or infinity")
 
     def block(self, i: int) -> nn.Module:
@@ -270,6 +265,14 @@ class MemorySource(Source):
             self.tokenizer.save_pretrained(target)
         if getattr(self.model, "generation_config", None) is not None:
             self.model.generation_config.save_pretrained(target)
+
+
+def is_finite(t: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, without a copy (extremes propagate NaN)."""
+    if not t.is_floating_point() or not t.numel():
+        return True
+    low, high = torch.aminmax(t)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -337,15 +340,13 @@ def index_tensors(folder: Path) -> dict[str, Path]:
         others = [p.name for p in folder.glob("*.bin")]
         hint = f" (found {others[0]}: only safetensors are read, never pickles; convert it first)" if others else ""
         raise InputError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{hint}")
-    try:
-        with safe_open(single, "pt") as handle:
-            return dict.fromkeys(handle.keys(), single)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot read {single.name} in {folder}: {error}; download it again") from None
+    return dict.fromkeys(Shard(single).entries, single)
 
 
-def open_source(model: str | Path | PreTrainedModel, tokenizer: Any = None) -> Source:
+def open_source(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
     """A folder, a hub id, or a causal LM in memory."""
+    if isinstance(model, Source):
+        return model
     if isinstance(model, nn.Module):
         return MemorySource(model, tokenizer)
     return FolderSource(find_folder(model), str(model))
@@ -397,8 +398,14 @@ def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, sha
     spec = merge_forms(shape, edits)
     if not spec:
         return spec
+    biases = {r: find_bias(get_linear(block, family, r)) for r in spec.get("linears", {})}
     install(block, spec, family, config)
     split_block(block, family, config)
+    for role, old in biases.items():  # an edit that names no bias leaves it as it is
+        owner = find_bias_owner(get_linear(block, family, role))
+        new = owner._parameters.get("bias")
+        if old is not None and new is not None and new.shape == old.shape:
+            owner._parameters["bias"] = old
     for edit in edits:
         if not edit.tensors:
             continue
@@ -415,13 +422,22 @@ def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, sha
             if old is None or old.shape != tensor.shape:
                 raise ValueError(f"edit of {edit.target}: {name} has shape {tuple(tensor.shape)}, form {edit.form}")
             value = tensor.to(old.dtype).contiguous()
-            if not torch.isfinite(value).all():
+            if not is_finite(value):
                 raise ValueError(f"edit of block {shape.block}, {edit.target}: {name} is not finite in {old.dtype}")
             if leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
                 owner._buffers[leaf] = value
     return spec
+
+
+def find_bias_owner(linear: nn.Module) -> nn.Module:
+    """The module that holds a linear form's bias."""
+    return linear.B if isinstance(linear, Pair) else linear
+
+
+def find_bias(linear: nn.Module) -> nn.Parameter | None:
+    return find_bias_owner(linear)._parameters.get("bias")
 
 
 def count_block(block: nn.Module) -> int:
@@ -454,11 +470,10 @@ class Writer:
     def shard(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Write shard `number` (0 = what is outside the blocks, i + 1 = block i)."""
         name = f"model-{number + 1:05d}-of-{self.n_shards:05d}.safetensors"
-        tensors = {k: t.contiguous() for k, t in tensors.items()}
         try:
-            save_file(tensors, self.partial / name, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write {name}: {error} (disk full?)") from None
+            write_shard(self.partial / name, tensors)
+        except OSError as error:
+            raise InputError(f"cannot write {self.partial / name}: {error}") from None
         for key, t in tensors.items():
             self.weight_map[key] = name
             self.bytes += t.numel() * t.element_size()

@@ -1,0 +1,49 @@
+"""Random-weight LLaMA folders of any size, written one block at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from planish.shards import write_shard
+
+
+def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **sizes: int) -> int:
+    """Write a LLaMA of these config sizes; returns its bytes on disk. Weights ~ N(0, 1/in), norms 1."""
+    config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=False)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    d, m, n = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    head = config.head_dim
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
+
+    linears = {
+        "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
+        "mlp.gate_proj": (m, d), "mlp.up_proj": (m, d), "mlp.down_proj": (d, m),
+    }  # fmt: skip
+    weight_map: dict[str, str] = {}
+
+    def shard(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        name = f"model-{number + 1:05d}-of-{n + 1:05d}.safetensors"
+        write_shard(folder / name, tensors)
+        weight_map.update(dict.fromkeys(tensors, name))
+
+    ones = torch.ones(d, dtype=dtype)
+    outside = {"model.embed_tokens.weight": matrix(config.vocab_size, d), "lm_head.weight": matrix(config.vocab_size, d)}
+    shard(0, outside | {"model.norm.weight": ones})
+    del outside
+    for i in range(n):
+        block = {f"{name}.weight": matrix(*size) for name, size in linears.items()}
+        block |= {"input_layernorm.weight": ones, "post_attention_layernorm.weight": ones}
+        shard(i + 1, {f"model.layers.{i}.{name}": t for name, t in block.items()})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))

@@ -1,0 +1,179 @@
+"""Safetensors files with plain reads and writes: no memory map, so a tensor that is let go leaves memory.
+
+(Pages of a mapped file count as resident until it is unmapped; a streamed model would then pile up.) Headers come
+from outside and are checked entirely before any tensor is read. Format: u64 header length, JSON header, data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from planish.errors import InputError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100 << 20
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: `start` is a position in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Shard:
+    """One file's header. `read` opens the file anew: nothing stays open or mapped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.entries = read_header(path)
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"cannot read {path}: {error}; download it again") from None
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.entries:
+            raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
+        entry = self.entries[name]
+        data = torch.empty(entry.size, dtype=torch.uint8)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(entry.start)
+                view = memoryview(data.numpy())
+                while view:
+                    count = file.readinto(view)  # type: ignore[attr-defined]
+                    if not count:
+                        raise OSError("the file ends early")
+                    view = view[count:]
+        except OSError as error:
+            raise InputError(f"cannot read tensor {name} of {self.path}: {error}; download it again") from None
+        return data.view(entry.dtype).reshape(entry.shape)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Entries by name; ValueError says what is wrong."""
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if total < 8 or not 2 <= length <= min(total - 8, HEADER_LIMIT):
+            raise ValueError(f"the header's length {length:,} does not fit a file of {total:,} bytes (truncated?)")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("the header is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
+    entries = {}
+    for name, value in header.items():
+        if name != "__metadata__":
+            entries[name] = check_entry(name, value, 8 + length, total)
+    end, last = 8 + length, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != end:
+            word = "overlaps" if entry.start < end else "leaves a gap after"
+            raise ValueError(f"tensor {name} {word} {last}")
+        end, last = entry.start + entry.size, name
+    if end != total:
+        raise ValueError(f"{total:,} bytes, expected {end:,} (truncated?)")
+    return entries
+
+
+def check_entry(name: str, value: Any, base: int, total: int) -> Entry:
+    def whole(x: Any) -> bool:
+        return type(x) is int and 0 <= x < 1 << 48
+
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        raise ValueError(f"the header's entry for {name} has no dtype")
+    shape, offsets = value.get("shape"), value.get("data_offsets")
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name} has dtype {value['dtype'][:20]}, which is not read (known: {', '.join(DTYPES)})")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(map(whole, shape)):
+        raise ValueError(f"tensor {name} has no valid shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(whole, offsets)):
+        raise ValueError(f"tensor {name} has no valid data_offsets")
+    dtype, (start, end) = DTYPES[value["dtype"]], offsets
+    if end - start != prod(shape) * dtype.itemsize:
+        raise ValueError(f"tensor {name} of shape {tuple(shape)} has {end - start:,} bytes of data")
+    if base + end > total:
+        raise ValueError(f"tensor {name} ends at byte {base + end:,} of a file of {total:,} bytes (truncated?)")
+    return Entry(dtype, tuple(shape), base + start, end - start)
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors to `path`, complete or not at all (temporary name, fsync, rename); returns the SHA-256 in hex.
+
+    Needs memory for one tensor besides the tensors themselves, and only where that one is not contiguous.
+    """
+    order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))  # widest first: everything stays aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in order:
+        t = tensors[name]
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    digest = hashlib.sha256()
+    part = path.with_name(path.name + ".part")
+    with part.open("wb", buffering=0) as file:
+        for piece in (len(raw).to_bytes(8, "little"), raw):
+            digest.update(piece)
+            write_all(file, piece)
+        for name in order:
+            data = memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(data)
+            write_all(file, data)
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def write_all(file: Any, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, complete or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
