@@ -98,6 +98,8 @@ class Edit:
     tensors: dict[str, Tensor]
 
 
+SUBMODULES = {"attention": "attention", "mlp": "ffn"}  # edit target → name of the unit that is the whole submodule
+
 Plan = dict[Unit, int]  # unit → rank; units that are not in it stay as they are
 
 
@@ -117,6 +119,10 @@ class Solver(ABC):
     @abstractmethod
     def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
         """Weights left in the unit at this rank."""
+
+    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
+        """Numbers that the KV cache holds per token for the unit at this rank; 0 where the cache does not shrink."""
+        return 0
 
     @abstractmethod
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
@@ -171,6 +177,13 @@ class Method(ABC):
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def stage_roles(units: list[Unit]) -> list[list[Unit]]:
+    """Units of single linears in the order in which activations reach them: q, k, v → o → gate, up → down."""
+    order = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+    staged = [[u for u in units if u.name in roles] for roles in order]
+    return [stage for stage in staged if stage] or [[]]
 
 
 def compute_loss_tails(squares: Tensor) -> Tensor:

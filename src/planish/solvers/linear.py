@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.edits import input_site, low_rank_edit
-from planish.linalg import LowRank, least_squares, svd, whitened_svd
+from planish.linalg import LowRank, damp, least_squares, root, svd, whitened_svd
 from planish.stats import Stats, Tap
 
 Metric = Literal["plain", "diagonal", "whitened"]
@@ -161,3 +162,108 @@ class _Losses(Sequence[float]):
         b, a = self.factors(rank)
         error = self.w - b @ a
         return float(((error @ self.gram) * error).sum().clamp(min=0))
+
+
+@dataclass(frozen=True)
+class AnchoredSVD(LinearSVD):
+    """Low-rank form against the compressed prefix's inputs x̂: min E‖y − B A x̂‖², y = (1 − a) W x̂ + a W x, x dense.
+
+    With G = E[x̂ x̂ᵀ] and H = E[y x̂ᵀ] = (1 − a) W G + a W E[x x̂ᵀ]:
+    `fit` "closed": B A = [H L⁻ᵀ]_r L⁻¹ with L Lᵀ = G + μI, the optimum (AA-SVD's at a = 1, SVD-LLM's at a = 0);
+    "alternating": from SVD-LLM's factors on the dense inputs, B ← H' Aᵀ (A G' Aᵀ)⁻¹, then A ← B⁺ H' G'⁻¹, with
+    G' = G + μI and H' = H + μW: both steps lower E‖y − B A x̂‖² + μ‖W − B A‖². μ = `damping` · mean diag G.
+    Predicted loss: E‖y − B A x̂‖² of every rank; for "alternating", of a rank when asked for.
+
+    Reference: MPIFA (arXiv 2501.19090) for the mixed target and the steps; AA-SVD (arXiv 2604.02119) for the optimum.
+    Differs from MPIFA's code: μ is relative and part of both steps (theirs is absolute, and in the second only).
+    """
+
+    name: ClassVar[str] = "anchored-svd"
+    anchor: float = 1.0
+    fit: Literal["closed", "alternating"] = "closed"
+    damping: float = 1e-3
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        site = input_site(unit.name)
+        return [Tap(f"dense:{site}", "gram"), Tap(site, "gram"), Tap(f"dense:{site}", "cross", site)]
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        w = weights[unit.name].double()
+        dense, own, cross = (stats.mean(t) for t in self.taps(unit, shape))
+        problem = Anchored(w, dense, own, cross, self.anchor, self.damping)
+        losses = problem.losses() if self.fit == "closed" else AlternatingLosses(problem)
+        return Frontier(unit, losses, {"problem": problem})
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        if rank >= min(shape.linear(frontier.unit.name)):
+            return []
+        problem = frontier.factors["problem"]
+        b, a = problem.optimum(rank) if self.fit == "closed" else problem.alternate(rank)
+        return [low_rank_edit(frontier.unit.name, b, a, self.form)]
+
+
+class Anchored:
+    """One linear's problem min E‖y − B A x̂‖²; see `AnchoredSVD`. Arguments are mean second moments, `cross` E[x x̂ᵀ]."""
+
+    def __init__(self, w: Tensor, dense: Tensor, own: Tensor, cross: Tensor, anchor: float, damping: float):
+        self.w, self.dense, self.own = w, dense, own
+        self.target = w @ ((1 - anchor) * own + anchor * cross)  # H (out, in)
+        mixed = (1 - anchor) ** 2 * own + anchor * (1 - anchor) * (cross + cross.T) + anchor**2 * dense
+        self.energy = float(((w @ mixed) * w).sum())  # E‖y‖²
+        self.damped = damp(own, damping)  # G'
+        level = float(self.damped.diagonal().sum() - own.diagonal().sum()) / len(own)
+        self.damped_target = self.target + level * w  # H'
+
+    def error(self, b: Tensor, a: Tensor) -> float:
+        """E‖y − B A x̂‖²."""
+        inner = (b.T @ b) * (a @ self.own @ a.T)
+        return max(0.0, float(self.energy - 2 * ((b.T @ self.target) * a).sum() + inner.sum()))
+
+    @cached_property
+    def low(self) -> LowRank:
+        """All ranks' optima of the damped problem."""
+        factor = root(self.damped, 0.0)
+        u, s, vh = svd(torch.linalg.solve_triangular(factor, self.damped_target.T, upper=False).T)
+        a = torch.linalg.solve_triangular(factor, vh, upper=False, left=False)
+        return LowRank(u * s, a, s)
+
+    def losses(self) -> Tensor:
+        """E‖y − B A x̂‖² of the optimum at every rank: (k + 1,)."""
+        low = self.low
+        ga = low.A @ self.own
+        inner = (ga @ low.A.T) * (low.B.T @ low.B)
+        pairs = torch.tril(inner, -1).sum(1) * 2 + inner.diagonal()
+        steps = pairs - 2 * ((low.B.T @ self.target) * low.A).sum(1)
+        return torch.cat([steps.new_zeros(1), steps.cumsum(0)]).add(self.energy).clamp(min=0)
+
+    def optimum(self, rank: int) -> tuple[Tensor, Tensor]:
+        """B (out, rank), A (rank, in)."""
+        return self.low.B[:, :rank], self.low.A[:rank]
+
+    @cached_property
+    def start(self) -> LowRank:
+        """SVD-LLM's factors on the dense inputs."""
+        return whitened_svd(self.w, self.dense)
+
+    def alternate(self, rank: int) -> tuple[Tensor, Tensor]:
+        """One least-squares step for B and one for A from `start`: B (out, rank), A (rank, in)."""
+        a = self.start.A[:rank]
+        b = least_squares(a @ self.damped @ a.T, self.damped_target @ a.T)
+        whole = least_squares(self.damped, self.damped_target, 0.0)
+        q = torch.linalg.qr(b).Q  # B A = Q Qᵀ H' G'⁻¹: the projection does not depend on B's scale
+        return q, q.T @ whole
+
+
+class AlternatingLosses(Sequence[float]):
+    """E‖y − B A x̂‖² after the alternating steps, computed when asked for; 0 at full rank, which stays dense."""
+
+    def __init__(self, problem: Anchored):
+        self.problem = problem
+
+    def __len__(self) -> int:
+        return min(self.problem.w.shape) + 1
+
+    def __getitem__(self, rank):  # type: ignore[override]
+        if not 0 <= rank < len(self):
+            raise IndexError(rank)
+        return 0.0 if rank == len(self) - 1 else self.problem.error(*self.problem.alternate(rank))

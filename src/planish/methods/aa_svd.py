@@ -1,0 +1,34 @@
+"""AA-SVD: every linear truncated against the dense output, given the compressed prefix's inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from planish.core import Method, Solver, Unit, stage_roles
+from planish.solvers.linear import AnchoredSVD
+
+
+@dataclass(frozen=True)
+class AASVD(Method):
+    """min E‖W x − W̃ x̂‖² in closed form, x dense inputs, x̂ those behind what is already compressed.
+
+    `anchor` < 1 mixes W x̂ into the target. `order` "role": statistics are measured again between q, k, v → o →
+    gate, up → down; "block": once per block. Differs from the repository: damping is relative and pulls towards W;
+    the optional 25 passes of gradient descent per block are left out.
+    """
+
+    title: ClassVar[str] = "low-rank linears anchored to the dense outputs, closed form"
+    reference: ClassVar[str] = "AA-SVD, arXiv 2604.02119"
+    prefix: ClassVar[str] = "both"
+
+    anchor: float = 1.0
+    damping: float = 1e-3
+    order: Literal["role", "block"] = "role"
+    form: Literal["pair", "pivoted"] = "pair"
+
+    def solvers(self) -> list[Solver]:
+        return [AnchoredSVD(anchor=self.anchor, damping=self.damping, form=self.form)]
+
+    def stages(self, units: list[Unit]) -> list[list[Unit]]:
+        return stage_roles(units) if self.order == "role" else [units]
