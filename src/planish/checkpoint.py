@@ -28,7 +28,6 @@ from planish.families import FAMILIES, Family
 from planish.modelling import FORMAT, class_names, model_type, register
 from planish.modules import (
     Bypass,
-    Pair,
     Spec,
     count_heads,
     find_blocks,
@@ -315,7 +314,7 @@ def load_config(folder: Path) -> Any:
     if not kind.startswith("planish"):
         find_family(type("config", (), {"model_type": kind})())
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{path} is not a valid {kind} configuration: {error}") from None
 
@@ -398,14 +397,8 @@ def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, sha
     spec = merge_forms(shape, edits)
     if not spec:
         return spec
-    biases = {r: find_bias(get_linear(block, family, r)) for r in spec.get("linears", {})}
     install(block, spec, family, config)
     split_block(block, family, config)
-    for role, old in biases.items():  # an edit that names no bias leaves it as it is
-        owner = find_bias_owner(get_linear(block, family, role))
-        new = owner._parameters.get("bias")
-        if old is not None and new is not None and new.shape == old.shape:
-            owner._parameters["bias"] = old
     for edit in edits:
         if not edit.tensors:
             continue
@@ -429,15 +422,6 @@ def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, sha
             else:
                 owner._buffers[leaf] = value
     return spec
-
-
-def find_bias_owner(linear: nn.Module) -> nn.Module:
-    """The module that holds a linear form's bias."""
-    return linear.B if isinstance(linear, Pair) else linear
-
-
-def find_bias(linear: nn.Module) -> nn.Parameter | None:
-    return find_bias_owner(linear)._parameters.get("bias")
 
 
 def count_block(block: nn.Module) -> int:
@@ -579,7 +563,7 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     path = find_folder(folder)
     load_config(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs).eval()
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load {folder}: {error}") from None
 
