@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,15 @@ class Source:
     name: str
 
     def skeleton(self) -> PreTrainedModel:
-        """A causal LM of its own in which only what is outside the blocks holds weights."""
+        """A causal LM of its own on the meta device; only buffers hold values."""
         raise NotImplementedError
 
     def block(self, i: int) -> nn.Module:
         """A canonical copy of block i on the CPU in the stored dtype."""
+        raise NotImplementedError
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter outside the blocks in the stored dtype, by its name in the causal LM; tied names are resolved."""
         raise NotImplementedError
 
     def outside(self) -> dict[str, Tensor]:
@@ -173,12 +178,16 @@ class FolderSource(Source):
     def tensor(self, name: str) -> Tensor:
         stored = self.rename[name]
         path = self.files[stored]
-        if path not in self._shards:
-            self._shards[path] = Shard(path)
-        tensor = self._shards[path].read(stored)
+        tensor = self.shard(stored).read(stored)
         if not is_finite(tensor):
             raise InputError(f"tensor {stored} in {path.name} of {self.folder} holds NaN or infinity")
         return tensor
+
+    def shard(self, stored: str) -> Shard:
+        path = self.files[stored]
+        if path not in self._shards:
+            self._shards[path] = Shard(path)
+        return self._shards[path]
 
     def names(self, prefix: str) -> list[str]:
         return [n for n in self.rename if n.startswith(prefix)]
@@ -204,26 +213,31 @@ class FolderSource(Source):
         return {n: t for n, t in tensors.items() if n in known}
 
     def skeleton(self) -> PreTrainedModel:
-        model = copy.deepcopy(self._structure())
-        tensors = self.outside()
-        embedding = self.embedding_name()
-        if self.config.tie_word_embeddings:
-            tied = tensors.get(embedding, tensors.get("lm_head.weight"))
-            if tied is not None:
-                tensors |= {embedding: tied, "lm_head.weight": tied}
-        inside = f"{self.family.blocks}."
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            if name.startswith(inside):
-                continue
-            if name not in tensors:
+        self.check_headers()
+        return copy.deepcopy(self._structure())
+
+    def check_headers(self) -> None:
+        """Every tensor that the configuration asks for is stored, in its shape; nothing is read but headers."""
+        for name, parameter in self._structure().named_parameters(remove_duplicate=False):
+            stored = self.rename.get(name) or self.rename.get(self.tied.get(name, ""))
+            if stored is None:
                 raise InputError(f"tensor {name} is missing in {self.folder}: the checkpoint is incomplete")
-            if tensors[name].shape != parameter.shape:
+            shape = self.shard(stored).shape(stored)
+            if shape != tuple(parameter.shape):
                 raise InputError(
-                    f"tensor {name} in {self.folder} has shape {tuple(tensors[name].shape)}, "
-                    f"expected {tuple(parameter.shape)} from config.json"
+                    f"tensor {name} in {self.folder} has shape {shape}, expected {tuple(parameter.shape)} from config.json"
                 )
-            set_parameter(model, name, tensors[name])
-        return model
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Either name of a tied matrix → the other."""
+        if not self.config.tie_word_embeddings:
+            return {}
+        names = (self.embedding_name(), "lm_head.weight")
+        return {names[0]: names[1], names[1]: names[0]}
+
+    def weight(self, name: str) -> Tensor:
+        return self.tensor(name if name in self.rename else self.tied.get(name, name))
 
     def copy_files(self, target: Path) -> None:
         for name in COPIED:
@@ -254,10 +268,11 @@ class MemorySource(Source):
     def skeleton(self) -> PreTrainedModel:
         with no_parameters():
             model = build_skeleton(self.config, self.family).eval()
-        for name, tensor in self.outside().items():
-            set_parameter(model, name, tensor)
         model.config._attn_implementation = self.model.config._attn_implementation
         return model
+
+    def weight(self, name: str) -> Tensor:
+        return self.model.get_parameter(name).detach()
 
     def copy_files(self, target: Path) -> None:
         if self.tokenizer is not None:
@@ -375,6 +390,23 @@ def load_tokenizer(folder: Path) -> Any | None:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def build_random(seed: int = 0) -> PreTrainedModel:
+    """A two-block LLaMA of random weights, small enough for a self-test; the caller's random state is left alone."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(config).eval()
+
+
+def silence() -> None:
+    """Turn off transformers' progress bars and advice in this process."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -471,6 +503,12 @@ class Writer:
         (self.partial / name).write_text(text, encoding="utf-8")
 
     def close(self) -> None:
+        names = sorted(set(self.weight_map.values()))
+        if len(names) != self.n_shards:  # whole blocks are gone
+            renamed = {n: f"{n[:15]}{len(names):05d}.safetensors" for n in names}
+            for old, new in renamed.items():
+                os.replace(self.partial / old, self.partial / new)
+            self.weight_map = {k: renamed[n] for k, n in self.weight_map.items()}
         index = {
             "metadata": {"total_size": self.bytes, "total_parameters": self.parameters},
             "weight_map": dict(sorted(self.weight_map.items())),
@@ -482,6 +520,12 @@ class Writer:
 
     def abort(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def is_empty(spec: Spec) -> bool:
+    """Whether a block's submodules both contribute nothing: it is left out of the written model."""
+    forms = [spec.get("attention", {}), spec.get("mlp", {})]
+    return all(f.get("kind") == "bypass" and not (f["rank"] or f["gate"] or f["shift"]) for f in forms)
 
 
 def find_native(specs: list[Spec], shape: Shape, family: Family) -> dict[str, int] | None:
@@ -505,6 +549,10 @@ def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list
     config = source.config.to_dict()
     config.pop("_name_or_path", None)
     family = source.family
+    if len(specs) < source.n_blocks:
+        config["num_hidden_layers"] = len(specs)
+        if config.get("layer_types"):
+            config["layer_types"] = [config["layer_types"][s.block] for s in shapes]
     native = find_native(specs, shapes[0], family)
     if native is not None:
         config |= native

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from math import isnan
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.allocate import BudgetError, spread
-from planish.checkpoint import Source, Writer, apply_edits, count_block, kv_bytes, open_source, write_config
+from planish.checkpoint import Source, Writer, apply_edits, count_block, is_empty, kv_bytes, open_source, write_config
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.methods import find_method
@@ -198,7 +199,8 @@ class Job:
                     for unit in stage:
                         solver = self.units[unit]
                         frontier = solver.decompose(unit, weights, stats, shape)
-                        self.errors[str(unit)] = float(frontier.loss[plan[unit]])
+                        if not isnan(loss := float(frontier.loss[plan[unit]])):  # nothing is predicted
+                            self.errors[str(unit)] = loss
                         new += solver.truncate(frontier, plan[unit], shape)
                     if edits:  # every stage starts from the uncompressed block, so that forms never meet forms
                         block = copy.deepcopy(whole)
@@ -349,35 +351,39 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
     """Solve and write every block, then what is outside the blocks and the configuration."""
     source = job.stream.source
     specs: list[Spec] = []
+    shapes: list[Shape] = []  # of the blocks that are left
     counted: list[int] = []
     itemsize = 2
 
     def emit(i: int, block: nn.Module, spec: Spec) -> None:
         nonlocal itemsize
+        if is_empty(spec):
+            return
         counted.append(count_block(block))
         specs.append(spec)
+        shapes.append(job.shapes[i])
         itemsize = next(block.parameters()).element_size()
         with job.phase("write"):
-            writer.block(i, block, source.family)
+            writer.block(len(specs) - 1, block, source.family)
 
     job.solve(plan, emit)
     outside = source.outside()
     writer.shard(0, drop_tied(outside, source))
-    kind = write_config(writer, source, specs, job.shapes)
+    kind = write_config(writer, source, specs, shapes)
     source.copy_files(writer.partial)
     outer = sum(t.numel() for t in drop_tied(outside, source).values())
-    extras = writer.parameters - outer - sum(counted)  # norms and biases inside blocks
+    blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
     before = job.total
     return Result(
         find_name(job.method),
         job.keep,
         sum(counted) / before,
-        outer + extras + before,
+        outer + blocks,
         writer.parameters,
         before,
         sum(counted),
-        kv_bytes([{}] * len(specs), job.shapes, itemsize),
-        kv_bytes(specs, job.shapes, itemsize),
+        kv_bytes([{}] * len(job.shapes), job.shapes, itemsize),
+        kv_bytes(specs, shapes, itemsize),
         kind,
         str(writer.output),
         job.seconds,

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .families import FAMILIES
-from .modules import copy_config, install_model
+from .modules import copy_config, install_model, list_attentions
 
 FORMAT = 1  # of config.json's "planish" entry; part of the model type, so that no version loads another's files
 
@@ -31,6 +31,19 @@ def _build(family: str) -> dict[str, type]:
 
     class Config(stock_config):  # type: ignore[misc, valid-type]
         planish: dict | None = None
+
+        def get_text_config(self, decoder=None, encoder=None):
+            """What caches are made from (`decoder=True`): one entry per attention that is left, in their dense numbering."""
+            if not decoder or not self.planish:
+                return super().get_text_config(decoder=decoder, encoder=encoder)
+            left = list_attentions(self)
+            if len(left) == self.num_hidden_layers:
+                return self
+            view = copy_config(self)
+            view.planish, view.num_hidden_layers = None, len(left)
+            if getattr(self, "layer_types", None):
+                view.layer_types = [self.layer_types[i] for i in left]
+            return view
 
         def validate_architecture(self):
             """Block shapes are checked against the weights when they are loaded."""

@@ -5,7 +5,7 @@ dimensions or rotary pairs than the stock one), `Bypass`. `Fused` stands for a f
 have different forms. A block's `spec` is JSON; `install` builds empty modules from it, for compressing and loading alike:
 
     {"linears": {role: {"kind": "dense", "out": 8, "in": 16} | {"kind": "pair" | "pivoted", "rank": 4}},
-     "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": true} | {"kind": "bypass", "rank": 8, ...},
+     "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": 30} | {"kind": "bypass", "rank": 8, ...},
      "mlp": {"kind": "bypass", "rank": 0, ...}}
 """
 
@@ -157,10 +157,11 @@ class Attention(nn.Module):
     With `pairs`, kv group j keeps the rotary pairs `pairs[j]` (kv_heads, p): cos and sin are gathered once per call.
     """
 
-    def __init__(self, stock: nn.Module, family: Family, qk: int, v: int, pairs: bool, heads: int, kv_heads: int):
+    def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, pairs: int | None):
         super().__init__()
-        config = stock.config
-        self.config, self.layer_idx, self.is_causal = config, stock.layer_idx, stock.is_causal
+        heads, kv_heads = count_heads(config)
+        config = getattr(stock, "config", config)  # the one that the model's attention implementation is set in
+        self.config, self.layer_idx, self.is_causal = config, stock.layer_idx, getattr(stock, "is_causal", True)
         self.heads, self.kv_heads, self.qk, self.v = heads, kv_heads, qk, v
         self.head_dim, self.num_key_value_groups = qk, heads // kv_heads
         self.scaling = stock.scaling
@@ -174,9 +175,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
         if pairs:
             device = next(stock.parameters()).device
-            width = rotary_width(stock, family) // 2
-            kept = width - (head_width(stock) - qk) // 2
-            self.register_buffer("pairs", torch.zeros(kv_heads, kept, dtype=torch.int32, device=device))
+            self.register_buffer("pairs", torch.zeros(kv_heads, pairs, dtype=torch.int32, device=device))
         else:
             self.pairs = None
         # q_proj, k_proj, v_proj, o_proj are set by `install`
@@ -284,7 +283,10 @@ def split_block(block: nn.Module, family: Family, config) -> nn.Module:
     """Make a stock block canonical, in place: fused linears become `Fused`, so that every role is a linear of its own."""
     heads, kv_heads = count_heads(config)
     for row in family.fused:
-        stock = block.get_submodule(row.path)
+        try:
+            stock = block.get_submodule(row.path)
+        except AttributeError:  # an edit has replaced the submodule that held it
+            continue
         if isinstance(stock, Fused):
             continue
         out = stock.out_features
@@ -325,15 +327,20 @@ def join_block(block: nn.Module, family: Family) -> nn.Module:
 
 
 def build_linear(form: Spec, stock: nn.Linear) -> nn.Module:
-    """An empty linear of the given form with the stock one's dtype, device and bias."""
+    """A linear of the given form with the stock one's dtype, device and bias; its weights are still to be filled."""
     kw = {"device": stock.weight.device, "dtype": stock.weight.dtype}
     out, n, bias = form.get("out", stock.out_features), form.get("in", stock.in_features), stock.bias is not None
     if form["kind"] == "dense":
-        return nn.Linear(n, out, bias=form.get("bias", bias), **kw)
-    if form["kind"] == "head_pair":
-        return HeadPair(n, out, form["rank"], form.get("bias", bias), form["heads"], **kw)
-    kind = {"pair": Pair, "pivoted": Pivoted}[form["kind"]]
-    return kind(n, out, form["rank"], form.get("bias", bias), **kw)
+        linear = nn.Linear(n, out, bias=form.get("bias", bias), **kw)
+    elif form["kind"] == "head_pair":
+        linear = HeadPair(n, out, form["rank"], form.get("bias", bias), form["heads"], **kw)
+    else:
+        kind = {"pair": Pair, "pivoted": Pivoted}[form["kind"]]
+        linear = kind(n, out, form["rank"], form.get("bias", bias), **kw)
+    own = linear.B if isinstance(linear, Pair) else linear
+    if bias and own.bias is not None and own.bias.shape == stock.bias.shape:
+        own.bias = nn.Parameter(stock.bias.detach().clone(), requires_grad=False)
+    return linear
 
 
 def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
@@ -341,7 +348,6 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
     if not spec:
         return block
     split_block(block, family, config)
-    heads, kv_heads = count_heads(config)
     stock = block.get_submodule(family.attention)
     form = spec.get("attention", {})
     linears = {r: block.get_submodule(family.path(r)) for r in family.roles}
@@ -349,7 +355,7 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
         linears[role] = build_linear(f, linears[role])
         set_module(block, family.path(role), linears[role])
     if form.get("kind") == "own":
-        own = Attention(stock, family, form["qk"], form["v"], bool(form.get("pairs")), heads, kv_heads)
+        own = Attention(stock, config, family, form["qk"], form["v"], form.get("pairs"))
         for role in "qkvo":
             setattr(own, f"{role}_proj", linears[role])
         set_module(block, family.attention, own)
@@ -401,6 +407,12 @@ def install_model(model: nn.Module, config) -> None:
         if not isinstance(attention, Bypass):
             attention.layer_idx = index
             index += 1
+
+
+def list_attentions(config) -> list[int]:
+    """Blocks that still have an attention, in the order of the cache's layers."""
+    forms = (spec.get("attention", {}) for spec in config.planish["blocks"])
+    return [i for i, form in enumerate(forms) if form.get("kind") != "bypass"]
 
 
 def find_blocks(model: nn.Module, family: Family) -> nn.ModuleList:

@@ -22,7 +22,8 @@ class Tap:
 
     Sites: "q.in" (input of q, k and v), "o.in", "up.in" (of gate and up), "down.in", "<role>.out",
     "block.in", "block.out", "attention.raw" / "mlp.raw" (the residual stream that feeds the submodule's norm),
-    "attention.add" / "mlp.add" (what the submodule adds to it). Prefix "dense:" = the same site in the uncompressed
+    "attention.add" / "mlp.add" (what the submodule adds to it), "attention.gap" / "mlp.gap" (what it would have to add
+    for the sum to be the uncompressed model's). Prefix "dense:" = the same site in the uncompressed
     model; prefix "grad:" = gradient of the summed sampled NLL there. `heads` splits channels into heads.
     `part`: "all" sequences, or "fit" / "held" (every eighth is held out).
     """
@@ -85,9 +86,27 @@ def angle(x: Tensor, y: Tensor) -> Sums:
 
 @kind
 def moments(x: Tensor, f: Tensor) -> Sums:
-    """Everything a linear fit of f on x needs: Σx, Σf, Σ x xᵀ, Σ x fᵀ, Σ f²."""
+    """Everything a linear fit of f on x needs: n, Σx, Σf, Σ x xᵀ, Σ x fᵀ, Σ f²."""
     x, f = x.double(), f.double()
-    return {"x": x.sum(0), "f": f.sum(0), "xx": x.T @ x, "xf": x.T @ f, "ff": f.square().sum(0)}
+    n = torch.tensor(len(x), dtype=torch.float64)
+    return {"n": n, "x": x.sum(0), "f": f.sum(0), "xx": x.T @ x, "xf": x.T @ f, "ff": f.square().sum(0)}
+
+
+@kind
+def calm_moments(x: Tensor, f: Tensor) -> Sums:
+    """`moments` without massive activations: tokens in which one channel of x exceeds 1000 times the median one."""
+    size = x.abs()
+    calm = size.amax(-1) <= 1000 * size.median(-1).values
+    return moments(x[calm], f[calm])
+
+
+@kind
+def influence(x: Tensor, f: Tensor) -> Sums:
+    """How much adding f changes x: Σ over tokens of 1 − cos(x, x + f) ("rotation") and of |f| / |x| ("magnitude")."""
+    x, f = x.double(), f.double()
+    rotation = 1 - torch.nn.functional.cosine_similarity(x, x + f, dim=-1)
+    size = x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
+    return {"rotation": rotation.sum(), "magnitude": (f.norm(dim=-1) / size).sum()}
 
 
 class Stats:
@@ -97,14 +116,16 @@ class Stats:
         self.sums: dict[Tap, Sums] = {}
         self.tokens: dict[Tap, int] = dict.fromkeys(sorted(set(taps)), 0)
 
-    def update(self, values: dict[str, Tensor], part: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Add one batch. `values`: site → (batch, seq, channels) or (tokens, channels), flattened by `part`'s choice."""
-        for tap in self.tokens:
-            tensors = [values[s] for s in tap.sites]
-            tensors = [t.flatten(0, -2) for t in tensors]
-            extra = {"heads": tap.heads} if tap.heads else {}
-            add(self.sums.setdefault(tap, {}), KINDS[tap.kind](*tensors, **extra))
-            self.tokens[tap] += len(tensors[0])
+    def update(self, values: dict[str, Tensor], taps: Iterable[Tap] | None = None) -> None:
+        """Add one batch to `taps` (all known ones by default). `values`: site → (…, channels)."""
+        for tap in sorted(set(self.tokens if taps is None else taps)):
+            tensors = [values[s].flatten(0, -2) for s in tap.sites]
+            sums = self.sums.setdefault(tap, {})
+            if tap.kind in IN_PLACE and not tap.heads:
+                IN_PLACE[tap.kind](sums, *tensors)
+            else:
+                add(sums, KINDS[tap.kind](*tensors, **({"heads": tap.heads} if tap.heads else {})))
+            self.tokens[tap] = self.tokens.get(tap, 0) + len(tensors[0])
 
     def merge(self, other: Stats) -> None:
         for tap, sums in other.sums.items():
@@ -143,3 +164,32 @@ def add(into: Sums, more: Sums) -> None:
             into[name] += tensor
         else:
             into[name] = tensor
+
+
+TILE, CHUNK = 512, 1024  # channels and tokens at a time; fixed, because they fix the order of the additions
+
+
+def add_gram(into: Sums, x: Tensor) -> None:
+    """`gram` added in place: tiles on and above the diagonal, mirrored; half the products, no second Gram."""
+    n = x.shape[-1]
+    if "sum" not in into:
+        into["sum"] = torch.zeros(n, n, dtype=torch.float64, device=x.device)
+    total = into["sum"]
+    for chunk in x.split(CHUNK):
+        chunk = chunk.double()
+        for i in range(0, n, TILE):
+            total[i : i + TILE, i:].addmm_(chunk[:, i : i + TILE].T, chunk[:, i:])
+    for i in range(0, n, TILE):
+        total[i + TILE :, i : i + TILE] = total[i : i + TILE, i + TILE :].T
+
+
+def add_cross(into: Sums, y: Tensor, x: Tensor) -> None:
+    """`cross` added in place."""
+    if "sum" not in into:
+        into["sum"] = torch.zeros(y.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
+    total = into["sum"]
+    for a, b in zip(y.split(CHUNK), x.split(CHUNK), strict=True):
+        total.addmm_(a.double().T, b.double())
+
+
+IN_PLACE: dict[str, Callable[..., None]] = {"gram": add_gram, "cross": add_cross}

@@ -10,28 +10,51 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from planish import processes
+from planish.activations import Activations, Room
 from planish.checkpoint import Source, apply_edits
 from planish.core import Edit, Progress, Shape
 from planish.families import Family
 from planish.modules import find_blocks, get_linear
 from planish.stats import Stats, Tap
 
-Hidden = list[Tensor]  # per batch: (batch, seq, hidden), on the CPU
+T = TypeVar("T")
+Hidden = Sequence[Tensor]  # for each of this process's batches: (batch, seq, hidden), on the CPU
+LARGE = 1 << 20  # parameters; larger modules outside the blocks are in memory only while they are needed
+
+
+class Piece(NamedTuple):
+    """A batch of calibration windows (batch, seq): its lane and the number of its first window."""
+
+    lane: int
+    first: int
+    ids: Tensor
 
 
 class Stream:
-    """Blocks and calibration activations of one model. `windows` (n, seq) token ids."""
+    """Blocks and calibration activations of one model. `windows` (n, seq) token ids; `room` for activations."""
 
-    def __init__(self, source: Source, windows: Tensor, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        self.source, self.device, self.dtype = source, torch.device(device), dtype
+    def __init__(
+        self,
+        source: Source,
+        windows: Tensor,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        room: Room | None = None,
+    ):
+        self.source, self.device, self.dtype, self.room = source, torch.device(device), dtype, room or Room()
         self.family: Family = source.family
-        self.model = source.skeleton().to(self.dtype)
-        move_outside_blocks(self.model, self.family, self.device)
+        self.model = source.skeleton()
+        for p in self.model.parameters():  # not buffers: rotary frequencies stay fp32
+            p.data = p.data.to(self.dtype)
+        self.resident: nn.Module | None = None
+        self.bring_outside()
         self.blocks = find_blocks(self.model, self.family)
         tokens = max(1, 8192 // windows.shape[1]) if windows.numel() else 1
         self.batches = list(windows.split(tokens)) if windows.numel() else []
@@ -39,6 +62,46 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The batches that this process runs, in order; all of them where it is the only one."""
+        firsts = itertools.accumulate((len(b) for b in self.batches), initial=0)
+        lanes = [i * processes.LANES // len(self.batches) for i in range(len(self.batches))]
+        own = set(processes.own_lanes())
+        return [Piece(*p) for p in zip(lanes, firsts, self.batches) if p[0] in own]
+
+    def bring_outside(self) -> None:
+        """Load small modules outside the blocks; let large ones (embedding, head) load themselves when called.
+
+        At most one of these is in memory at a time; `release` lets it go.
+        """
+        inside = {id(m) for m in find_blocks(self.model, self.family).modules()}
+        for name, module in self.model.named_modules():
+            if id(module) in inside:
+                continue
+            for key, b in module._buffers.items():
+                module._buffers[key] = None if b is None else b.to(self.device)
+            if sum(p.numel() for p in module._parameters.values() if p is not None) <= LARGE:
+                self.bring(name, module)
+            else:
+                module.register_forward_pre_hook(lambda m, args, name=name: self.bring(name, m))
+
+    def bring(self, name: str, module: nn.Module) -> None:
+        empty = [k for k, p in module._parameters.items() if p is not None and p.is_meta]
+        if empty and sum(module._parameters[k].numel() for k in empty) > LARGE:  # type: ignore[union-attr]
+            self.release()
+            self.resident = module
+        for key in empty:
+            weight = self.source.weight(f"{name}.{key}" if name else key)
+            module._parameters[key] = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
+
+    def release(self) -> None:
+        """Let the large module outside the blocks go, if one is in memory."""
+        if self.resident is not None:
+            for key, p in self.resident._parameters.items():
+                self.resident._parameters[key] = None if p is None else nn.Parameter(p.to("meta"), requires_grad=False)
+            self.resident = None
 
     @contextmanager
     def replace_blocks(self, function: Callable[..., Tensor]) -> Iterator[None]:
@@ -54,19 +117,20 @@ class Stream:
     @torch.no_grad()
     def start(self) -> Hidden:
         """Inputs of block 0 for every batch; remembers each block's call arguments per batch size."""
-        inputs: Hidden = []
+        inputs = Activations(self.room)
 
         def record(i: int, hidden: Tensor, *args, **kwargs) -> Tensor:
             if args:
                 raise TypeError("blocks are expected to take everything but hidden states by keyword")
             if i == 0:
-                inputs.append(hidden.to("cpu"))
+                inputs.append(hidden)
             self.calls.setdefault(len(hidden), [{}] * len(self.blocks))[i] = kwargs
             return hidden
 
         with self.replace_blocks(record):
-            for batch in self.batches:
-                self.base_model(input_ids=batch.to(self.device), use_cache=False)
+            for piece in self.pieces:
+                self.base_model(input_ids=piece.ids.to(self.device), use_cache=False)
+        self.release()
         return inputs
 
     @property
@@ -102,7 +166,7 @@ class Stream:
     @torch.no_grad()
     def run(self, i: int, block: nn.Module, hidden: Hidden) -> Hidden:
         """All batches through block i."""
-        return [self.forward(i, block, h).to("cpu") for h in hidden]
+        return Activations(self.room, (self.forward(i, block, h) for h in hidden))
 
     @torch.no_grad()
     def measure(
@@ -117,18 +181,17 @@ class Stream:
 
         `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:".
         """
-        parts = {p: Stats(t for t in taps if t.part == p) for p in {t.part for t in taps}}
-        outputs: Hidden = []
+        outputs = Activations(self.room)
         own_sites = {s for t in taps for s in t.sites if ":" not in s}
         dense_sites = {s.removeprefix("dense:") for t in taps for s in t.sites if s.startswith("dense:")}
         gaps = {s.removesuffix(".gap") for s in own_sites if s.endswith(".gap")}
         own_sites = {s for s in own_sites if not s.endswith(".gap")} | {f"{g}.raw" for g in gaps}
         dense_sites |= {f"{g}.{end}" for g in gaps for end in ("raw", "add")}
-        first = 0
-        for n, h in enumerate(hidden):
-            values = {}
+
+        def run(n: int) -> dict[str, Tensor]:
+            h, values = hidden[n], dict[str, Tensor]()
             with tap_sites(block, self.family, own_sites) as seen:
-                outputs.append(self.forward(i, block, h).to("cpu"))
+                outputs.append(self.forward(i, block, h))
                 values |= seen
             if dense_sites:
                 assert dense is not None
@@ -138,34 +201,52 @@ class Stream:
             for where in gaps:
                 dense_sum = values[f"dense:{where}.raw"] + values[f"dense:{where}.add"]
                 values[f"{where}.gap"] = dense_sum.view_as(values[f"{where}.raw"]) - values[f"{where}.raw"]
-            held = (torch.arange(first, first + len(h)) % 8) == 7
-            first += len(h)
-            for part, stats in parts.items():
-                rows = {"all": slice(None), "fit": ~held, "held": held}[part]
-                chosen = {s: v.reshape(len(h), -1, v.shape[-1])[rows] for s, v in values.items()}
-                if len(next(iter(chosen.values()), ())):
-                    stats.update(chosen)
-        total = Stats()
-        for stats in parts.values():
-            total.merge(stats)
-        return total, outputs
+            return {s: v.reshape(len(h), -1, v.shape[-1]) for s, v in values.items()}
+
+        return self.collect(taps, run), outputs
+
+    def collect(self, taps: list[Tap], run: Callable[[int], dict[str, Tensor]]) -> Stats:
+        """Statistics over all batches of all processes. `run(n)`: every site's (batch, seq, channels) for piece n.
+
+        Sums are formed lane by lane and added in the order of lanes, so they depend on the batches alone.
+        """
+        total, pieces = Stats(), self.pieces
+        used = {i * processes.LANES // len(self.batches) for i in range(len(self.batches))}
+        for lane in range(processes.LANES):
+            owner = lane % processes.count()
+            if lane % processes.count() == 0:
+                mine = Stats()
+                for n, piece in enumerate(pieces):
+                    if piece.lane == lane + processes.rank():
+                        add_batch(mine, taps, run(n), piece.first)
+            if lane in used:
+                total.merge(share_stats(mine, owner))
+        return total
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head, by the model's own forward, for one batch of last-block outputs."""
-        with self.replace_blocks(lambda i, h, *a, **k: hidden.to(self.device)):
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-            return self.model(input_ids=ids, use_cache=False).logits
+        h = hidden.to(self.device)
+        with self.replace_blocks(lambda i, x, *a, **k: h):
+            return self.model(inputs_embeds=h, use_cache=False).logits
 
     def nll(self, hidden: Hidden) -> float:
         """Mean NLL per predicted token of the calibration windows, from last-block outputs."""
-        total, count = 0.0, 0
-        for batch, h in zip(self.batches, hidden, strict=True):
+        losses = []
+        for piece, h in zip(self.pieces, hidden, strict=True):
             logits = self.logits(h)[:, :-1].float()
-            target = batch[:, 1:].to(self.device)
-            total += nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
-            count += target.numel()
-        return total / count
+            target = piece.ids[:, 1:].to(self.device)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
+            losses.append((loss, target.numel()))
+        self.release()
+        losses = self.in_order(losses)
+        return sum(loss for loss, _ in losses) / sum(n for _, n in losses)
+
+    def in_order(self, values: list[T]) -> list[T]:
+        """One value for each of this process's batches → one for every batch of all processes, in order."""
+        own = {p.first: v for p, v in zip(self.pieces, values, strict=True)}
+        found = {first: v for part in processes.gather(own) for first, v in part.items()}
+        return [found[first] for first in sorted(found)]
 
     def sweep(
         self,
@@ -186,19 +267,17 @@ class Stream:
                 progress(phase, i + 1, len(self))
         return hidden
 
-
     def output_gradient(self, hidden: Tensor, seed: int, first: int) -> Tensor:
         """Gradient of Σ NLL at last-block outputs (batch, seq, hidden), labels sampled from the model's own predictions.
 
         Sampled labels make the second moment of the gradient the true Fisher information. Deterministic by `seed` and
         by each sequence's number, however sequences are grouped; `first` is the number of the batch's first sequence.
         """
-        h = hidden.to(self.device).detach().requires_grad_(True)
+        h = hidden.to(self.device).detach().clone().requires_grad_(True)
         draws = [torch.Generator().manual_seed(seed * 1_000_003 + first + n) for n in range(len(hidden))]
         noise = torch.cat([torch.rand(hidden.shape[1], generator=g, dtype=torch.float64) for g in draws])
         with torch.enable_grad(), self.replace_blocks(lambda i, x, *a, **k: h if i == len(self) - 1 else x):
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+            logits = self.model(inputs_embeds=h.detach(), use_cache=False).logits.float().flatten(0, 1)
             steps = logits.detach().double().softmax(-1).cumsum(-1)
             labels = torch.searchsorted(steps, noise[:, None].to(self.device))
             labels = labels.clamp(max=logits.shape[-1] - 1).squeeze(1)
@@ -225,43 +304,54 @@ class Stream:
         for i in range(len(self)):
             inputs.append(self.run(i, self.place(get(i)), inputs[-1]))
         outputs = inputs.pop()
-        starts = [0, *itertools.accumulate(len(h) for h in outputs)]
-        gradients = [self.output_gradient(h, seed, first) for first, h in zip(starts, outputs, strict=False)]
+        gradients = [self.output_gradient(h, seed, p.first) for p, h in zip(self.pieces, outputs, strict=True)]
+        self.release()
         for i in reversed(range(len(self))):
             block = get(i)
             placed = self.place(block).requires_grad_(False)
             wanted = taps(self.source.shape(i))
-            stats = Stats(wanted)
             forward = {s.removeprefix("dense:") for t in wanted for s in t.sites if not s.startswith("grad:")}
             backward = sorted({s.removeprefix("grad:") for t in wanted for s in t.sites if s.startswith("grad:")})
-            for n, h in enumerate(inputs.pop()):
-                leaf = h.to(self.device).detach().requires_grad_(True)
-                with torch.enable_grad(), tap_sites(placed, self.family, forward | set(backward)) as seen:
-                    out = self.forward(i, placed, leaf)
-                    found = torch.autograd.grad(
-                        out, [leaf, *(seen[s] for s in backward)], gradients[n].to(self.device), allow_unused=True
-                    )
+            hidden = inputs.pop()
+
+            def run(n: int) -> dict[str, Tensor]:
+                leaf = hidden[n].to(self.device).detach().requires_grad_(True)  # noqa: B023
+                with torch.enable_grad(), tap_sites(placed, self.family, forward | set(backward)) as seen:  # noqa: B023
+                    out = self.forward(i, placed, leaf)  # noqa: B023
+                    leaves = [leaf, *(seen[s] for s in backward)]  # noqa: B023
+                    found = torch.autograd.grad(out, leaves, gradients[n].to(self.device), allow_unused=True)
                 gradients[n] = found[0].to("cpu")
-                values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}
-                values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}
-                stats.update(values)
+                values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}  # noqa: B023
+                values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}  # noqa: B023
+                return {s: v.reshape(len(leaf), -1, v.shape[-1]) for s, v in values.items()}
+
+            stats = self.collect(wanted, run)
             use(i, block, stats)
             if progress:
                 progress(phase, len(self) - i, len(self))
 
 
-def move_outside_blocks(model: nn.Module, family: Family, device: torch.device) -> None:
-    """Move everything but the blocks."""
-    inside = {id(m) for m in find_blocks(model, family).modules()}
-    for module in model.modules():
-        if id(module) in inside:
-            continue
-        for name, p in list(module._parameters.items()):
-            if p is not None and p.device != device and not p.is_meta:
-                module._parameters[name] = nn.Parameter(p.to(device), requires_grad=False)
-        for name, b in list(module._buffers.items()):
-            if b is not None:
-                module._buffers[name] = b.to(device)
+def add_batch(stats: Stats, taps: list[Tap], values: dict[str, Tensor], first: int) -> None:
+    """Add a batch, whose first window has the number `first`; every eighth window is held out of "fit"."""
+    for part in sorted({t.part for t in taps}):
+        n = len(next(iter(values.values())))
+        held = (torch.arange(first, first + n) % 8) == 7
+        rows: Any = {"all": slice(None), "fit": ~held, "held": held}[part]
+        chosen = {s: v[rows] for s, v in values.items()}
+        if len(next(iter(chosen.values()))):
+            stats.update(chosen, [t for t in taps if t.part == part])
+
+
+def share_stats(stats: Stats, source: int) -> Stats:
+    """One process's sums on every process."""
+    if processes.count() == 1:
+        return stats
+    tensors = {(tap, name): t for tap, sums in stats.sums.items() for name, t in sums.items()}
+    out = Stats()
+    out.tokens = processes.share(stats.tokens, source)
+    for (tap, name), t in processes.share_tensors(tensors, source).items():
+        out.sums.setdefault(tap, {})[name] = t
+    return out
 
 
 @contextmanager

@@ -1,0 +1,49 @@
+"""LLM-Drop: whole attentions and feed-forwards that hardly turn the residual stream go, one shot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from planish.core import Method, Plan, Solver, Unit
+from planish.solvers.bypass import Bypass
+from planish.stats import Tap
+from planish.submodules import count_removed, lowest, make_plan
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+
+@dataclass(frozen=True)
+class LLMDrop(Method):
+    """Similarity of a submodule: E cos(x, x + f(x)) over all tokens, x the residual stream; the most similar ones go.
+
+    `submodules` "both": as many attentions as feed-forwards. `sparsity`: share of each kind; otherwise `keep` decides.
+    """
+
+    title: ClassVar[str] = "drop attentions and feed-forwards with the highest input–output cosine"
+    reference: ClassVar[str] = "LLM-Drop, arXiv 2406.15786"
+
+    submodules: Literal["both", "attention", "ffn"] = "both"
+    sparsity: float | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("attention", "ffn") if self.submodules == "both" else (self.submodules,)
+
+    def solvers(self) -> list[Solver]:
+        return [Bypass(self.kinds, kind="zero")]
+
+    def plan(self, job: Job) -> Plan:
+        taps = {k: Tap(f"{w}.raw", "influence", f"{w}.add") for k, w in (("attention", "attention"), ("ffn", "mlp"))}
+        turned: dict[Unit, float] = {}
+
+        def use(i, block, stats) -> None:
+            for kind in self.kinds:
+                turned[Unit(i, kind)] = float(stats.mean(taps[kind], "rotation"))
+
+        job.measure(lambda shape: [taps[k] for k in self.kinds], use)
+        counts = count_removed(job, self.kinds, self.sparsity)
+        job.notes["rotation"] = {str(u): s for u, s in turned.items()}
+        gone = [u for k in self.kinds for u in lowest({u: s for u, s in turned.items() if u.name == k}, counts[k])]
+        return make_plan(job, gone, self.sparsity)

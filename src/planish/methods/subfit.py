@@ -1,0 +1,168 @@
+"""SubFit: submodules go wherever they matter least, each replaced by a fitted affine low-rank bypass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor
+
+from planish.core import Edit, Method, Plan, Solver, Unit
+from planish.errors import InputError
+from planish.solvers.bypass import Bypass, is_factored, shared_basis
+from planish.stats import Tap
+from planish.submodules import count_removed, lowest, make_plan, merge, trial_losses
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+Fits = dict[Unit, list[Edit]]
+
+
+@dataclass(frozen=True)
+class SubFit(Method):
+    """Attentions first, then feed-forwards on the model whose attentions are already replaced; not contiguous.
+
+    Scores, lowest go. "influence": rotation × magnitude, E[1 − cos(x, x + f)] and E[|f| / |x|] (`combine` "sum": each
+    divided by its mean over the blocks, then added). "cosine": the rotation alone. "error": replacement-aware, what the
+    fit leaves over, E|f − f̂|² / E|x|², x the residual stream. "loss": replacement-aware, the calibration loss with the
+    fit in place, on `windows` sequences.
+
+    `fit`: "once" = each bypass from the statistics it was chosen by; "sequential" = all refitted from the first block
+    to the last, each on the inputs that the replaced model before it produces; "compensated" = the same, fitting what
+    is missing to the uncompressed model's residual stream, so that later bypasses repair what earlier ones broke.
+
+    Ranks up to 1 are relative to the hidden size (1/16 and 1 are the paper's 256 and 4096 at 4096), above 1 absolute.
+    `sparsity` is the paper's: this share of the attentions and of the feed-forwards; otherwise `keep`, net of what the
+    bypasses add, decides, with as many attentions as feed-forwards (one more or less where that comes closer).
+
+    Differs from the paper (no code is public): its score's formula, ridge and calibration are not known to us.
+    """
+
+    title: ClassVar[str] = "submodules replaced by affine low-rank bypasses, chosen one kind after the other"
+    reference: ClassVar[str] = "SubFit, arXiv 2606.02559"
+
+    sparsity: float | None = None
+    submodules: Literal["both", "attention", "ffn"] = "both"
+    attention_score: Literal["influence", "cosine", "error", "loss"] = "influence"
+    ffn_score: Literal["influence", "cosine", "error", "loss"] = "loss"
+    combine: Literal["product", "sum"] = "product"
+    fit: Literal["once", "sequential", "compensated"] = "compensated"
+    attention_rank: float = 1 / 16
+    ffn_rank: float = 1.0
+    input: Literal["normed", "raw"] = "normed"
+    basis: Literal["pca", "rrr"] = "rrr"
+    shared: bool = True
+    gate: bool = True
+    tokens: Literal["all", "calm"] = "all"
+    ridge: float = 0.0
+    windows: int = 16
+
+    @property
+    def prefix(self) -> str:  # type: ignore[override]
+        return {"once": "dense", "sequential": "compressed", "compensated": "both"}[self.fit]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("attention", "ffn") if self.submodules == "both" else (self.submodules,)
+
+    def solver(self) -> Bypass:
+        """With which candidates are fitted; the target is the submodule's own contribution."""
+        names = ("attention_rank", "ffn_rank", "input", "gate", "basis", "ridge", "tokens")
+        return Bypass(self.kinds, **{n: getattr(self, n) for n in names})
+
+    def solvers(self) -> list[Solver]:
+        return [replace(self.solver(), target="gap") if self.fit == "compensated" else self.solver()]
+
+    def stages(self, units: list[Unit]) -> list[list[Unit]]:
+        """The feed-forward is fitted on what the replaced attention of its block puts out."""
+        return [stage for k in self.kinds if (stage := [u for u in units if u.name == k])]
+
+    def plan(self, job: Job) -> Plan:
+        if self.fit == "compensated" and any(s.parallel for s in job.shapes):
+            raise InputError(
+                "subfit: fit=compensated needs blocks whose feed-forward reads the attention's output; "
+                "this model's run in parallel: use --set fit=sequential"
+            )
+        counts = count_removed(job, self.kinds, self.sparsity)
+        removed: list[Unit] = []
+        edits: dict[int, list[Edit]] = {}
+        for kind in self.kinds:
+            scores, fits = self.score(job, kind, edits)
+            chosen = lowest(scores, counts[kind])
+            job.notes[f"{kind}_scores"] = {str(u): s for u, s in sorted(scores.items())}
+            if kind == "ffn" and self.shared and chosen and self.basis == "pca":
+                fits |= self.share(job, chosen, edits)
+            edits = merge(edits, {u.block: fits[u] for u in chosen if u in fits})
+            removed += chosen
+        if self.fit == "once":
+            job.edits = edits
+        return make_plan(job, removed, self.sparsity)
+
+    def score(self, job: Job, kind: str, edits: Mapping[int, list[Edit]]) -> tuple[dict[Unit, float], Fits]:
+        """Scores of all submodules of one kind in the model with `edits`, and their fits."""
+        how = self.attention_score if kind == "attention" else self.ffn_score
+        where = "attention" if kind == "attention" else "mlp"
+        turn, power = Tap(f"{where}.raw", "influence", f"{where}.add"), Tap(f"{where}.raw", "squares")
+        parts: dict[Unit, tuple[float, float]] = {}
+        scores: dict[Unit, float] = {}
+        fits: Fits = {}
+
+        def use(i, block, stats) -> None:
+            unit = Unit(i, kind)
+            parts[unit] = float(stats.mean(turn, "rotation")), float(stats.mean(turn, "magnitude"))
+            frontier = self.solver().decompose(unit, {}, stats, job.shapes[i])
+            fits[unit] = self.solver().truncate(frontier, 0, job.shapes[i])
+            scores[unit] = float(frontier.loss[0] / stats.mean(power).sum())
+
+        job.measure(lambda shape: [turn, power, *self.solver().taps(Unit(shape.block, kind), shape)], use, merge(edits))
+        if how == "cosine":
+            scores = {u: rotation for u, (rotation, _) in parts.items()}
+        elif how == "influence":
+            scores = combine(parts, self.combine)
+        elif how == "loss":
+            with job.phase("search"):
+                trials = {u: {u.block: f} for u, f in fits.items()}
+                scores = trial_losses(job.stream.subset(self.windows), edits, trials)
+        return scores, fits
+
+    def share(self, job: Job, chosen: list[Unit], edits: Mapping[int, list[Edit]]) -> Fits:
+        """Give the chosen feed-forwards one basis, the top eigenvectors of their mean covariance; their fits in it."""
+        rank, width = self.solver().inner_rank(chosen[0], job.shapes[0]), job.shapes[0].hidden
+        if not rank or not is_factored(rank, width):
+            return {}
+        covariances: list[Tensor] = []
+        fits: Fits = {}
+
+        def collect(i, block, stats) -> None:
+            unit = Unit(i, "ffn")
+            if unit in chosen:
+                train, held = self.solver().moments(unit, stats)
+                covariances.append((train + held).covariance)
+
+        def refit(i, block, stats) -> None:
+            unit = Unit(i, "ffn")
+            if unit in chosen:
+                frontier = solver.decompose(unit, {}, stats, job.shapes[i])
+                fits[unit] = solver.truncate(frontier, 0, job.shapes[i])
+
+        def taps(shape) -> list[Tap]:
+            unit = Unit(shape.block, "ffn")
+            return self.solver().taps(unit, shape) if unit in chosen else []
+
+        job.measure(taps, collect, merge(edits))
+        basis = shared_basis(covariances, rank)
+        job.units |= {u: replace(job.units[u], shared=basis) for u in chosen}
+        if self.fit == "once":
+            solver = replace(self.solver(), shared=basis)
+            job.measure(taps, refit, merge(edits))
+        return fits
+
+
+def combine(parts: Mapping[Unit, tuple[float, float]], how: str) -> dict[Unit, float]:
+    """Rotation × magnitude, or their sum after dividing each by its mean over the blocks."""
+    if how == "product":
+        return {u: rotation * magnitude for u, (rotation, magnitude) in parts.items()}
+    means = [sum(p[j] for p in parts.values()) / len(parts) or 1.0 for j in (0, 1)]
+    return {u: rotation / means[0] + magnitude / means[1] for u, (rotation, magnitude) in parts.items()}
