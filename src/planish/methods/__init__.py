@@ -27,15 +27,21 @@ def find_method(name: str | Method, settings: dict[str, Any] | None = None) -> M
     """A method by name or alias, with hyper-parameters given as values or strings."""
     if isinstance(name, Method):
         return name
+    canonical, cls = find_class(name)
+    return cls(**{k: parse(cls, canonical, k, v) for k, v in (settings or {}).items()})
+
+
+def find_class(name: str) -> tuple[str, type[Method]]:
+    """The name and the class behind a name or alias."""
     known = list_methods()
     aliases = {a: n for n, cls in known.items() for a in getattr(cls, "aliases", ())}
-    canonical = aliases.get(name.lower().replace("_", "-"), name.lower().replace("_", "-"))
+    canonical = name.lower().replace("_", "-")
+    canonical = aliases.get(canonical, canonical)
     if canonical not in known:
         near = get_close_matches(canonical, [*known, *aliases], n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(f"unknown method {name!r}{hint} (planish methods lists all)")
-    cls = known[canonical]
-    return cls(**{k: parse(cls, canonical, k, v) for k, v in (settings or {}).items()})
+    return canonical, known[canonical]
 
 
 def parse(cls: type[Method], method: str, name: str, value: Any) -> Any:

@@ -1,0 +1,284 @@
+"""What `import planish` offers: compress, forecast, load, evaluate; from names and paths to tensors and back."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from planish import checkpoint
+from planish.checkpoint import FolderSource, Source, find_folder, load_tokenizer, open_source
+from planish.compress import Result, check_keep
+from planish.compress import compress as compress_windows
+from planish.core import Method, Progress
+from planish.errors import InputError
+from planish.evaluate import perplexity
+from planish.forecast import Forecast
+from planish.forecast import forecast as forecast_windows
+from planish.methods import find_method, list_methods
+from planish.text import fingerprint, load_tokens, sample_windows
+
+N_SAMPLES, SEQ_LEN = 128, 2048  # unless told; fewer where the text or the model has fewer
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+Sampling = Literal["contiguous", "random"]
+
+
+@dataclass
+class Calibration:
+    """Token windows (n, seq) of a SOURCE, and what the manifest records about them."""
+
+    windows: Tensor
+    record: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evaluation(perplexity.Perplexity):
+    """Perplexity, and the text it was measured on."""
+
+    source: str
+    bos: bool
+
+
+def compress(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    keep: float = 0.8,
+    method: str | Method | None = None,
+    calibration: Any = "builtin",
+    n_samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    output: str | Path | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    round_to: int = 1,
+    overwrite: bool = False,
+    settings: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Result | nn.Module:
+    """Compress a model into the folder `output` and report what was counted; without `output` return the smaller model.
+
+    `model`: folder, hub id, or causal LM in memory (left untouched; give its `tokenizer`, unless the text is token ids).
+    `keep`: share of the decoder blocks' linear weights that stays. `method`: a name of `planish methods`, by default
+    "auto" where it exists, else "flat-llm"; `settings`: its hyper-parameters.
+    `calibration`: a SOURCE of `planish.text.load_tokens` (name, file, or token ids) from which `n_samples` windows
+    (128) of `seq_len` tokens (2048, or as many as the model has positions) are taken: text at random by `seed`, ids
+    side by side from the start, unless `sampling` says otherwise.
+    `device`: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "mps"; `dtype`: what to compute in.
+    `round_to`: ranks are multiples of it. `progress(phase, done, total)` is called as blocks are done.
+    """
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as folder:
+            compress(
+                model, tokenizer, keep=keep, method=method, calibration=calibration, n_samples=n_samples,
+                seq_len=seq_len, seed=seed, sampling=sampling, output=Path(folder) / "model", device=device,
+                dtype=dtype, round_to=round_to, settings=settings, progress=progress,
+            )  # fmt: skip
+            return load(Path(folder) / "model")
+    check_keep(keep)
+    check_round(round_to)
+    chosen = find_method(method or default_method(), settings or {})
+    place = find_device(device)
+    source = open_source(model, tokenizer)
+    text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
+    result = compress_windows(
+        source,
+        output=output,
+        keep=keep,
+        method=chosen,
+        windows=text.windows,
+        calibration=text.record,
+        settings=settings,
+        device=place,
+        dtype=find_dtype(dtype),
+        round_to=round_to,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    result.warnings = text.notes + result.warnings
+    return result
+
+
+def forecast(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    keep: float = 0.8,
+    method: str | Method | None = None,
+    calibration: Any = "builtin",
+    n_samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    round_to: int = 1,
+    settings: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Forecast:
+    """What `compress` with the same arguments would give and take; nothing is changed or written.
+
+    The calibration text is read only where the method needs statistics to choose its ranks.
+    """
+    check_keep(keep)
+    check_round(round_to)
+    chosen = find_method(method or default_method(), settings or {})
+    place = find_device(device)
+    source = open_source(model, tokenizer)
+    seq_len, _ = fit_seq_len(source, seq_len)
+    notes: list[str] = []
+
+    def read() -> Tensor:
+        text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
+        notes.extend(text.notes)
+        return text.windows
+
+    found = forecast_windows(
+        source,
+        keep=keep,
+        method=chosen,
+        read=read,
+        size=(n_samples or N_SAMPLES, seq_len),
+        device=place,
+        dtype=find_dtype(dtype),
+        round_to=round_to,
+        progress=progress,
+    )
+    found.warnings = notes + found.warnings
+    return found
+
+
+def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | None = None, **kwargs: Any) -> Any:
+    """A causal LM from a dense or compressed folder or a hub id, in its stored dtype unless told."""
+    kind = find_dtype(dtype)
+    place = find_device(device)
+    model = checkpoint.load(folder, **({} if kind is None else {"dtype": kind}), **kwargs)
+    return model.to(place)
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    text: Any = "builtin",
+    seq_len: int | None = None,
+    *,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity of a folder, hub id or model in memory over a SOURCE (its evaluation split, where it has splits).
+
+    Windows of `seq_len` tokens (2048, or as many as the model has positions) do not overlap, the tail is dropped;
+    `max_windows` stops early. A model from a folder goes to `device` ("auto" unless told) in `dtype` (fp32 on the CPU,
+    the stored one elsewhere); one in memory stays as it is.
+    """
+    if batch_size < 1 or (max_windows is not None and max_windows < 1):
+        raise InputError(f"batch size and windows must be 1 or more, got {batch_size} and {max_windows}")
+    place = None
+    if isinstance(model, nn.Module):
+        lm: Any = model
+        place = None if device is None else find_device(device)
+    else:
+        place = find_device(device or "auto")
+        folder = find_folder(model)
+        config = checkpoint.load_config(folder)  # before the weights: wrong text is found at once
+        tokenizer = tokenizer or load_tokenizer(folder)
+        found = load_tokens(text, tokenizer, split="evaluation", vocab_size=config.vocab_size)
+        lm = load(model, device=place, dtype=dtype or ("float32" if place == "cpu" else None))
+    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
+    if isinstance(model, nn.Module):
+        found = load_tokens(text, tokenizer, split="evaluation", vocab_size=lm.config.get_text_config().vocab_size)
+    seq_len = seq_len or min(SEQ_LEN, limit, max(2, len(found.tokens)))
+    tokens = found.tokens if max_windows is None else found.tokens[: max_windows * seq_len]
+    measured = perplexity.evaluate(lm, tokens, seq_len, batch_size=batch_size, device=place, progress=progress)
+    return Evaluation(**asdict(measured), source=found.source, bos=found.bos)
+
+
+def default_method() -> str:
+    return "auto" if "auto" in list_methods() else "flat-llm"
+
+
+def read_calibration(
+    source: Source,
+    tokenizer: Any,
+    calibration: Any,
+    n_samples: int | None,
+    seq_len: int | None,
+    seed: int,
+    sampling: Sampling | None,
+) -> Calibration:
+    """Windows of a SOURCE for a model: tokens checked against its vocabulary, lengths against its positions."""
+    seq_len, notes = fit_seq_len(source, seq_len)
+    if tokenizer is None and isinstance(source, FolderSource):
+        tokenizer = load_tokenizer(source.folder)
+    text = load_tokens(calibration, tokenizer, vocab_size=source.config.vocab_size)
+    how = sampling or text.sampling
+    if n_samples is None:
+        held = len(text.tokens) // seq_len if how == "contiguous" else len(text.tokens) - seq_len + 1
+        n_samples = min(N_SAMPLES, max(held, 1))
+        if n_samples < N_SAMPLES:
+            notes.append(f"n_samples {n_samples}: the text holds no more {how} windows of {seq_len} tokens")
+    windows = sample_windows(text.tokens, n_samples, seq_len, seed, how)
+    record = {
+        "source": text.source,
+        "n_samples": n_samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "sampling": how,
+        "bos": text.bos,
+        "fingerprint": fingerprint(windows),
+    }
+    return Calibration(windows, record, notes)
+
+
+def fit_seq_len(source: Source, seq_len: int | None) -> tuple[int, list[str]]:
+    """The window length, by default as long as the model's positions allow, and a note where that is shorter."""
+    limit = getattr(source.config, "max_position_embeddings", None) or SEQ_LEN
+    if seq_len is not None:
+        if seq_len > limit:
+            raise InputError(f"--seq-len {seq_len} is longer than the model's {limit} positions; use --seq-len {limit}")
+        return seq_len, []
+    notes = [f"seq_len {limit}: the model has no more positions"] if limit < SEQ_LEN else []
+    return min(SEQ_LEN, limit), notes
+
+
+def find_device(name: str) -> str:
+    """ "auto" is CUDA where there is one, else the CPU; anything else must be present."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.partition(":")[0]
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in present:
+        raise InputError(f"unknown device {name!r}; expected auto, cpu, cuda or mps")
+    if not present[kind]:
+        raise InputError(f"this machine has no {kind} device that torch {torch.__version__} can use; use --device cpu")
+    return name
+
+
+def find_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def check_round(round_to: int) -> None:
+    if round_to < 1:
+        raise InputError(f"round-to must be 1 or more, got {round_to}")

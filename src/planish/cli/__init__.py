@@ -1,0 +1,30 @@
+"""The command line: one file per command. A new command is a function in a file here and one line below."""
+
+from __future__ import annotations
+
+import typer
+
+from planish.cli import compress, demo, doctor, evaluate, methods, plan
+from planish.cli.run import Commands
+
+app = typer.Typer(
+    name="planish",
+    cls=Commands,
+    help="Make large language models smaller and faster without training them.",
+    epilog="Start with: planish demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("compress")(compress.compress)
+app.command("plan")(plan.plan)
+app.command("eval")(evaluate.evaluate)
+app.command("methods")(methods.methods)
+app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point of the `planish` command."""
+    app(prog_name="planish")

@@ -1,0 +1,67 @@
+"""planish compress"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planish.cli import options as o
+from planish.cli.run import format_bytes, format_seconds, make_comparison, say, session
+
+
+def compress(
+    model: o.ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
+    keep: o.KeepOption = 0.8,
+    method: o.MethodOption = None,
+    calibration: o.CalibrationOption = "builtin",
+    n_samples: o.SamplesOption = None,
+    seq_len: o.LengthOption = None,
+    seed: o.SeedOption = 0,
+    sampling: o.SamplingOption = None,
+    device: o.DeviceOption = o.Device.auto,
+    dtype: o.DTypeOption = None,
+    round_to: o.RoundOption = 1,
+    settings: o.SetOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output folder")] = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Make a smaller model from MODEL and write it to a folder."""
+    values = o.parse_settings(settings)
+    with session(as_json) as run:
+        result = run.api.compress(
+            model,
+            output=output,
+            keep=keep,
+            method=method,
+            calibration=calibration,
+            n_samples=n_samples,
+            seq_len=seq_len,
+            seed=seed,
+            sampling=sampling and sampling.value,
+            device=device.value,
+            dtype=dtype and dtype.value,
+            round_to=round_to,
+            overwrite=overwrite,
+            settings=values,
+            progress=run.progress,
+        )
+        for warning in result.warnings:
+            say(f"note: {warning}")
+        how = "loads with plain transformers" if result.format == "native" else "loads after `import planish`"
+        phases = ", ".join(f"{name} {format_seconds(s)}" for name, s in result.seconds.items() if name != "total")
+        run.give(
+            result.as_dict(),
+            f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {keep:g}) · {result.output} ({how})",
+            make_comparison(
+                [
+                    ("parameters", result.params_before, result.params_after),
+                    ("parameters of the blocks' linears", result.block_params_before, result.block_params_after),
+                    ("KV cache, bytes per token", result.kv_bytes_per_token_before, result.kv_bytes_per_token_after),
+                ]
+            ),
+            f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
+            f"next: planish eval {result.output} --text SOURCE",
+        )

@@ -1,0 +1,7 @@
+"""planish demo"""
+
+from __future__ import annotations
+
+
+def demo() -> None:
+    """soon"""

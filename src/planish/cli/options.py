@@ -1,0 +1,77 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from planish.errors import InputError
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class DType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Sampling(StrEnum):
+    contiguous = "contiguous"
+    random = "random"
+
+
+SOURCE_HELP = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field text), .parquet, .npy (token ids)"
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub id", show_default=False)
+]
+KeepOption = Annotated[float, typer.Option(help="share of the decoder blocks' linear weights that stays, in (0, 1]")]
+MethodOption = Annotated[
+    str | None, typer.Option(help="see `planish methods`  [default: auto if there is one]", show_default=False)
+]
+CalibrationOption = Annotated[str, typer.Option(metavar="SOURCE", help=SOURCE_HELP)]
+SamplesOption = Annotated[
+    int | None, typer.Option(min=1, help="calibration windows  [default: 128]", show_default=False)
+]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(min=2, help="tokens per window  [default: 2048, or the model's positions]", show_default=False),
+]
+SeedOption = Annotated[int, typer.Option(help="of the random windows")]
+SamplingOption = Annotated[
+    Sampling | None, typer.Option(help="of windows  [default: random; contiguous for token ids]", show_default=False)
+]
+DeviceOption = Annotated[Device, typer.Option(help="auto: CUDA where there is one, else the CPU")]
+DTypeOption = Annotated[
+    DType | None, typer.Option(help="to compute in  [default: float32 on a CPU, else as stored]", show_default=False)
+]
+RoundOption = Annotated[int, typer.Option(min=1, help="make ranks multiples of this (8, 16, 32, 64 suit hardware)")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="a hyper-parameter of the method (repeatable)", show_default=False
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """["a=1", "b=x"] → {"a": "1", "b": "x"}; the method converts the values."""
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise InputError(f"--set {pair!r} has no value; write --set name=value")
+        if name in settings:
+            raise InputError(f"--set {name} is given twice")
+        settings[name] = value.strip()
+    return settings

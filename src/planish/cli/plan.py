@@ -1,0 +1,81 @@
+"""planish plan"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from planish.cli import options as o
+from planish.cli.run import format_bytes, format_seconds, make_comparison, make_table, say, session
+
+
+def plan(
+    model: o.ModelArgument,
+    keep: o.KeepOption = 0.8,
+    method: o.MethodOption = None,
+    calibration: o.CalibrationOption = "builtin",
+    n_samples: o.SamplesOption = None,
+    seq_len: o.LengthOption = None,
+    seed: o.SeedOption = 0,
+    sampling: o.SamplingOption = None,
+    device: o.DeviceOption = o.Device.auto,
+    dtype: o.DTypeOption = None,
+    round_to: o.RoundOption = 1,
+    settings: o.SetOption = None,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Say what compressing would give and take; change and write nothing."""
+    values = o.parse_settings(settings)
+    with session(as_json) as run:
+        found = run.api.forecast(
+            model,
+            keep=keep,
+            method=method,
+            calibration=calibration,
+            n_samples=n_samples,
+            seq_len=seq_len,
+            seed=seed,
+            sampling=sampling and sampling.value,
+            device=device.value,
+            dtype=dtype and dtype.value,
+            round_to=round_to,
+            settings=values,
+            progress=run.progress,
+        )
+        for warning in found.warnings:
+            say(f"note: {warning}")
+        measured = "ranks from calibration statistics" if found.needed_statistics else "ranks from shapes alone"
+        run.give(
+            found.as_dict(),
+            f"[bold]{found.method}[/] · keep {found.keep:.4f} (asked {keep:g}) · {measured} · nothing is written",
+            make_ranks(found.units),
+            make_comparison(
+                [
+                    ("parameters", found.params_before, found.params_after),
+                    ("parameters of the blocks' linears", found.block_params_before, found.block_params_after),
+                    ("bytes of weights", found.bytes_before, found.bytes_after),
+                    (
+                        f"FLOPs per token, {found.context} tokens of context",
+                        found.flops_per_token_before,
+                        found.flops_per_token_after,
+                    ),
+                    ("KV cache, bytes per token", found.kv_bytes_per_token_before, found.kv_bytes_per_token_after),
+                ]
+            ),
+            f"compressing takes about {format_seconds(found.seconds)} and {format_bytes(found.peak_ram_bytes)} of memory",
+            f"[dim]time: {found.how['seconds']}\nmemory: {found.how['peak_ram']}\nFLOPs: {found.how['flops']}[/]",
+        )
+
+
+def make_ranks(units: list[dict[str, Any]]) -> Table:
+    """One row per block: every unit's rank of its full rank, and the weights that stay."""
+    names = list(dict.fromkeys(u["unit"] for u in units))
+    table = make_table("block", *names, "weights", "kept")
+    for block, rows in groupby(units, key=lambda u: u["block"]):
+        found = {u["unit"]: u for u in rows}
+        cells = [f"{found[n]['rank']}/{found[n]['full']}" if n in found else "" for n in names]
+        before, after = (sum(u[k] for u in found.values()) for k in ("before", "after"))
+        table.add_row(str(block), *cells, f"{after:,}", f"{after / before:.1%}")
+    return table

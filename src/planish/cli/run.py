@@ -1,0 +1,191 @@
+"""How every command runs: errors become exit codes, progress goes to stderr, `--json` owns stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from planish.errors import InputError
+
+DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# What the system refuses because of what the user asked for: space, permissions, paths.
+_REFUSED = {
+    getattr(errno, n)
+    for n in ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "EFBIG")
+    if hasattr(errno, n)
+}
+
+
+class Commands(TyperGroup):
+    """The group of all commands; turns every way to end into an exit code and at most one line on stderr."""
+
+    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        try:
+            code = super().main(args, standalone_mode=False, **kwargs)
+            code = code if isinstance(code, int) else DONE
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception as error:
+            code = explain(error)
+        if code == INTERRUPTED:
+            say("interrupted")
+        if not standalone_mode:
+            return code
+        sys.exit(code)
+
+
+def explain(error: Exception) -> int:
+    """Say on stderr what went wrong; the exit code."""
+    if os.environ.get("PLANISH_DEBUG"):
+        traceback.print_exception(error)
+    name = type(error).__name__
+    if name == "NoArgsIsHelpError":
+        print(error.format_message())  # type: ignore[attr-defined]
+        return WRONG_INPUT
+    if name == "Abort":
+        return INTERRUPTED
+    if hasattr(error, "format_message"):  # the parser's usage errors
+        context = getattr(error, "ctx", None)
+        where = f" (see {context.command_path} --help)" if context else ""
+        say(f"error: {error.format_message().rstrip('.')}{where}")
+        return WRONG_INPUT
+    if isinstance(error, InputError):
+        say(f"error: {error}")
+        return WRONG_INPUT
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        say(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error.strerror}")
+        return WRONG_INPUT
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        say(f"error: out of memory ({error or name}); use fewer --n-samples, a smaller --seq-len, or --device cpu")
+        return WRONG_INPUT
+    say(f"planish failed: {name}: {error} · this is a bug in planish · PLANISH_DEBUG=1 shows where it happened")
+    return BUG
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    print(" ".join(str(line).split()), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def session(as_json: bool) -> Iterator[Session]:
+    """Within the context nothing but the command's result reaches stdout, and other libraries' bars are off."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    found = Session(as_json, bars)
+    level = logging.root.manager.disable
+    if not os.environ.get("PLANISH_DEBUG"):
+        logging.disable(logging.WARNING)  # what other libraries have to say while they are imported and used
+    try:
+        with bars, contextlib.redirect_stdout(sys.stderr):
+            yield found
+    finally:
+        logging.disable(level)
+    found.show()
+
+
+class Session:
+    """Collects what a command has to say, and says it when the work is done."""
+
+    def __init__(self, as_json: bool, bars: Any):
+        self.as_json, self.bars = as_json, bars
+        self.tasks: dict[str, Any] = {}
+        self.result: dict[str, Any] = {}
+        self.view: list[Any] = []
+
+    @property
+    def api(self) -> Any:
+        """`planish.api`, imported when it is needed, with transformers silenced."""
+        from planish import api, checkpoint
+
+        checkpoint.silence()
+        return api
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """`planish.core.Progress`: a bar per phase."""
+        if phase not in self.tasks:
+            self.tasks[phase] = self.bars.add_task(phase, total=total)
+        self.bars.update(self.tasks[phase], completed=done, total=total)
+
+    def give(self, result: dict[str, Any], *view: Any) -> None:
+        """The command's result: as data for `--json`, and as renderables for people."""
+        self.result, self.view = result, list(view)
+
+    def show(self) -> None:
+        if self.as_json:
+            print(json.dumps(clean(self.result), default=str, allow_nan=False), flush=True)
+            return
+        console = Console()
+        for part in self.view:
+            console.print(part)
+
+
+def clean(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(v) for v in value]
+    return value
+
+
+def make_table(*headings: str, title: str | None = None) -> Table:
+    """A plain table: the first column left, the others right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right", header_style="bold", overflow="fold")
+    return table
+
+
+def make_comparison(rows: list[tuple[str, float, float]]) -> Table:
+    """What is counted before and after, and the share that stays."""
+    table = make_table("", "before", "after", "kept")
+    for name, before, after in rows:
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.1%}" if before else "")
+    return table
+
+
+def format_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min {seconds % 60:.0f} s" if seconds < 3600 else f"{seconds / 3600:.1f} h"

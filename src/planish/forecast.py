@@ -1,0 +1,248 @@
+"""What compressing would give and take, from shapes alone: a dry run.
+
+Ranks, parameters, bytes and KV bytes are exact: they come from the plan that `compress` itself would follow. FLOPs
+count two per weight and token. Peak memory and time are estimates; `how` says from what.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planish.checkpoint import Source
+from planish.compress import Job, check_tokens, check_windows, find_name, pick_dtype
+from planish.core import Method, Plan, Progress, Shape
+from planish.stats import KINDS, Tap
+from planish.stream import Stream
+
+
+@dataclass
+class Forecast:
+    """Before and after, per token where it says so; `units`: one row per unit with its rank and weights."""
+
+    method: str
+    keep_requested: float
+    keep: float
+    params_before: int
+    params_after: int
+    block_params_before: int
+    block_params_after: int
+    bytes_before: int
+    bytes_after: int
+    flops_per_token_before: int
+    flops_per_token_after: int
+    kv_bytes_per_token_before: int
+    kv_bytes_per_token_after: int
+    context: int
+    peak_ram_bytes: int
+    seconds: float
+    needed_statistics: bool
+    units: list[dict[str, Any]]
+    how: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"removed": 1 - self.keep, "keep_whole_model": self.params_after / self.params_before}
+
+
+class TextNeeded(Exception):
+    """The method cannot choose its ranks without statistics."""
+
+
+class Unread(Stream):
+    """A stream before its text is read: whoever asks for a batch learns that it is needed."""
+
+    @property  # type: ignore[override]
+    def batches(self) -> list[Tensor]:
+        raise TextNeeded
+
+    @batches.setter
+    def batches(self, value: list[Tensor]) -> None:
+        pass
+
+
+def forecast(
+    source: Source,
+    *,
+    keep: float,
+    method: Method,
+    read: Callable[[], Tensor],
+    size: tuple[int, int],
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    round_to: int = 1,
+    progress: Progress | None = None,
+) -> Forecast:
+    """The plan and its consequences. `read` gives the calibration windows, called only if the plan needs statistics.
+
+    `size` (n_samples, seq_len): the calibration that memory and time are estimated for.
+    """
+    dtype = dtype or pick_dtype(source, device)
+    job = Job(
+        Unread(source, torch.empty(0, 0, dtype=torch.long), device=device, dtype=dtype), method, keep, step=round_to
+    )
+    start = time.perf_counter()
+    try:
+        plan, measured = method.plan(job), False
+    except TextNeeded:
+        windows = read()
+        check_windows(windows, source)
+        size = (windows.shape[0], windows.shape[1])
+        job = Job(Stream(source, windows, device=device, dtype=dtype), method, keep, step=round_to, progress=progress)
+        check_tokens(job, windows, damped=True)
+        plan, measured = method.plan(job), True
+    return describe(job, plan, size, measured, time.perf_counter() - start)
+
+
+def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planning: float) -> Forecast:
+    """Everything that follows from a plan. `planning`: seconds it took."""
+    source, shapes = job.stream.source, job.shapes
+    itemsize = next(source.block(0).parameters()).element_size()
+    rows: list[dict[str, Any]] = []
+    for unit in sorted(job.units):
+        full = job.full(unit)
+        rank = plan.get(unit, full)
+        before, after = job.cost(unit, full), job.cost(unit, rank)
+        rows.append(
+            {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, "before": before, "after": after}
+        )
+    blocks = job.total
+    blocks_after = blocks - sum(r["before"] - r["after"] for r in rows)
+    source.empty_block(0)
+    model = source._empty  # type: ignore[attr-defined]
+    params = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    caches = {i: cache_width(job, plan, i) for i in range(len(shapes))}
+    full_caches = {i: s.kv_heads * (s.qk + s.v) for i, s in enumerate(shapes)}
+    context = size[1]
+    attend, attend_after = (sum(2 * context * s.groups * c[s.block] for s in shapes) for c in (full_caches, caches))
+    peak, seconds, how = estimate(job, plan, size, params, head, itemsize, attend)
+    return Forecast(
+        method=find_name(job.method),
+        keep_requested=job.keep,
+        keep=blocks_after / blocks,
+        params_before=params,
+        params_after=params - blocks + blocks_after,
+        block_params_before=blocks,
+        block_params_after=blocks_after,
+        bytes_before=params * itemsize,
+        bytes_after=(params - blocks + blocks_after) * itemsize,
+        flops_per_token_before=2 * (blocks + head) + attend,
+        flops_per_token_after=2 * (blocks_after + head) + attend_after,
+        kv_bytes_per_token_before=sum(full_caches.values()) * itemsize,
+        kv_bytes_per_token_after=sum(caches.values()) * itemsize,
+        context=context,
+        peak_ram_bytes=peak,
+        seconds=seconds + (planning if measured else 0.0),
+        needed_statistics=measured,
+        units=rows,
+        how=how,
+    )
+
+
+def cache_width(job: Job, plan: Plan, i: int) -> int:
+    """Numbers that block i's KV cache holds per token under a plan."""
+    shape = job.shapes[i]
+    width = shape.kv_heads * (shape.qk + shape.v)
+    for unit in job.block_units(i):
+        solver, full = job.units[unit], job.full(unit)
+        width += solver.cache(unit, shape, plan.get(unit, full)) - solver.cache(unit, shape, full)
+    return width
+
+
+def channels(shape: Shape, site: str) -> int:
+    """Width of the tensor at a tap's site."""
+    where, end = site.rpartition(":")[2].split(".")
+    if where not in shape.roles:
+        return shape.hidden
+    out, n = shape.linear(where)
+    return out if end == "out" else n
+
+
+def sums(shape: Shape, tap: Tap) -> int:
+    """fp64 numbers that a tap accumulates."""
+    inputs = [torch.empty(1, channels(shape, s), device="meta") for s in tap.sites]
+    extra = {"heads": tap.heads} if tap.heads else {}
+    return sum(t.numel() for t in KINDS[tap.kind](*inputs, **extra).values())
+
+
+def estimate(
+    job: Job, plan: Plan, size: tuple[int, int], params: int, head: int, itemsize: int, attend: int
+) -> tuple[int, float, dict[str, str]]:
+    """Peak resident bytes, seconds, and how they were found."""
+    tokens = prod(size)
+    stream = job.stream
+    shape = max(job.shapes, key=Shape.count)
+    units = [u for u in job.block_units(shape.block) if plan.get(u, job.full(u)) < job.full(u)]
+    taps = {t for stage in job.method.stages(job.block_units(shape.block)) for t in job.taps(stage)}
+    statistics = sum(sums(shape, t) for t in taps)
+    width = stream.dtype.itemsize
+    both = 2 if job.method.prefix == "both" else 1
+    on_cpu = stream.device.type == "cpu"
+
+    block = shape.count() * (itemsize + (width if on_cpu and width != itemsize else 0))
+    outside = (params - job.total) * (width if on_cpu else itemsize)
+    activations = tokens * shape.hidden * width * 2 * both
+    working = max(2 * statistics, 3 * max(map(prod, map(shape.linear, shape.roles)))) * 8
+    one_batch = min(tokens, 8192) * 4 * max(shape.intermediate, shape.heads * shape.qk) * width if on_cpu else 0
+    peak = resident() + outside + 2 * block * both + activations + statistics * 8 + working + one_batch
+
+    single, double, eigen = measure_rates(stream.device, stream.dtype)
+    stages = len(job.method.stages(units)) if units else 0
+    passes = both * max(stages, 1) + (1 if job.method.prefix != "dense" else 0)
+    forward = passes * tokens * (2 * job.total + attend) / single
+    taking = len(job.shapes) * 2 * statistics * tokens / double
+    sides = [min(job.shapes[u.block].linear(u.name)) if u.name in shape.roles else shape.hidden for u in job.units]
+    solving = sum(eigen * n**3 for n in sides)
+    how = {
+        "peak_ram": f"this process now ({resident() / 2**20:.0f} MiB) + embeddings, head + 2 blocks + activations of "
+        f"{size[0]} × {size[1]} tokens + one block's statistics in fp64 + the largest decomposition's working space",
+        "seconds": f"{passes} forward passes over {tokens} tokens and one block's statistics at this machine's measured "
+        f"{single / 1e9:.0f} and {double / 1e9:.0f} GFLOP/s (fp64), one eigendecomposition per unit; right within a "
+        "factor of about 3; reading and writing files not included",
+        "flops": f"two per weight and token, and attention over {size[1]} tokens of context",
+    }
+    return int(peak), forward + taking + solving, how
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
+    """FLOP/s of a product in `dtype` and in fp64, and seconds / n³ of an fp64 eigendecomposition of side n."""
+
+    def seconds(run: Callable[[], Any]) -> float:
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    n, m = 512, 256
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    flops = 2 * n**3
+    single = flops / seconds(lambda: a @ a)
+    b = torch.ones(n, n, device="cpu" if device.type == "mps" else device, dtype=torch.float64)
+    double = flops / seconds(lambda: b @ b)
+    c = torch.diag(torch.arange(1.0, m + 1, dtype=torch.float64)) + 0.1
+    return single, double, seconds(lambda: torch.linalg.eigh(c)) / m**3
+
+
+def resident() -> int:
+    """Resident bytes of this process now (its peak where the system does not tell)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
