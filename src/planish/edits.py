@@ -40,6 +40,24 @@ def value_edits(v: Tensor, o: Tensor, bias: Tensor | None, rank: int) -> list[Ed
     ]
 
 
+def qk_edits(weights: Weights, q: Tensor, k: Tensor, rank: int, pairs: Tensor | None = None) -> list[Edit]:
+    """Edits that map every head's queries by q (heads, d, rank)ᵀ and keys by k (kv_heads, d, rank)ᵀ, biases included.
+
+    `pairs` (kv_heads, m): which rotary pairs the first 2m channels are, where some were dropped.
+    """
+    edits = []
+    for role, maps in (("q", q), ("k", k)):
+        w = (maps.mT @ weights[role].double().unflatten(0, (len(maps), -1))).flatten(0, 1)
+        tensors = {"weight": w}
+        if f"{role}.bias" in weights:
+            tensors["bias"] = (maps.mT @ weights[f"{role}.bias"].double().view(len(maps), -1, 1)).flatten()
+        edits.append(Edit(role, {"kind": "dense", "out": w.shape[0], "in": w.shape[1]}, tensors))
+    form: dict = {"kind": "own", "qk": rank}
+    if pairs is None:
+        return [*edits, Edit("attention", form, {})]
+    return [*edits, Edit("attention", form | {"pairs": pairs.shape[1]}, {"pairs": pairs})]
+
+
 def neuron_edits(weights: Weights, kept: Tensor, down: Tensor) -> list[Edit]:
     """Edits that keep these neurons, with the given down projection (hidden, rank)."""
     edits = []

@@ -125,6 +125,24 @@ def balance(left: Tensor, right: Tensor, floor: float = 1e-10) -> tuple[Tensor, 
     return a @ u * scale[..., None, :], b @ vh.mT * scale[..., None, :], s
 
 
+def reduce_scores(q: Tensor, k: Tensor, select: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps Q and P (groups, d, d) of queries and keys whose first r columns keep qᵀ k best at every rank r, and the loss.
+
+    `q`, `k` (groups, d, d): second moments. Either `balance`, or with `select` the channels with the largest
+    E[q_j²] E[k_j²]. Loss (d + 1,): E(qᵀ k − q̃ᵀ k̃)² over independent tokens, summed over groups.
+    """
+    if q.shape[-1] == 0:
+        return q, k, q.new_zeros(1, dtype=torch.float64)
+    if not select:
+        p, back, s = balance(q, k)
+        squares = s.square().sum(0)
+        return back, p, torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    inner = (q * k).double()
+    order = inner.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True)
+    pick = torch.eye(q.shape[-1], dtype=inner.dtype, device=q.device)[order].mT  # columns = kept channels
+    return pick, pick, torch.stack([tail_sums(m[o][:, o]) for m, o in zip(inner, order, strict=True)]).sum(0)
+
+
 def tail_sums(inner: Tensor) -> Tensor:
     """Σ_{i,j ≥ r} inner_ij for r = 0 … n of a symmetric (n, n): (n + 1,), what dropping all but the first r loses."""
     tail = inner.flip(0, 1)

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.edits import neuron_edits
-from planish.linalg import nystrom, ridge_leverage, root
+from planish.linalg import nystrom, ridge_leverage, selection_losses
 from planish.stats import Stats, Tap
 
 
@@ -64,22 +61,3 @@ class Neurons(Solver):
         kept = f["order"][:rank].sort().values
         down = nystrom(f["gram"], kept, f["down"], self.damping) if self.refit else f["down"][:, kept]
         return neuron_edits(f, kept, down)
-
-
-def selection_losses(gram: Tensor, down: Tensor, order: Tensor, refit: bool, damping: float) -> Tensor:
-    """E‖W x − W' x_J‖² when the first r of `order` are kept, for r = 0 … n: (n + 1,).
-
-    Without refit: tr of the dropped columns' block, by a cumulative sum. With refit: the pivot-free Cholesky of the
-    reordered Gram gives each further neuron's explained energy in one factorisation.
-    """
-    c = gram[order][:, order]
-    w = down[:, order].double()
-    if not refit:
-        inner = (w.T @ w) * c
-        tail = inner.flip(0, 1)
-        steps = 2 * torch.tril(tail, -1).sum(1) + tail.diagonal()
-        return torch.cat([steps.cumsum(0).flip(0), steps.new_zeros(1)]).clamp(min=0)
-
-    factor = root(c, damping)
-    explained = (w @ factor).square().sum(0)  # column i: energy that neuron i adds to those before it
-    return torch.cat([explained.flip(0).cumsum(0).flip(0), explained.new_zeros(1)])

@@ -34,6 +34,10 @@ class ValuePCA(Solver):
     def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
         return rank * shape.hidden * (shape.kv_heads + shape.heads)
 
+
+    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return rank * shape.kv_heads
+
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("v.out", "head_gram", heads=shape.kv_heads)]
 
