@@ -45,15 +45,21 @@ class Shard:
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"cannot read {path}: {error}; download it again") from None
 
-    def read(self, name: str) -> Tensor:
+    def entry(self, name: str) -> Entry:
         if name not in self.entries:
             raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
-        entry = self.entries[name]
+        return self.entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entry(name).shape
+
+    def read(self, name: str) -> Tensor:
+        entry = self.entry(name)
         data = torch.empty(entry.size, dtype=torch.uint8)
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(entry.start)
-                view = memoryview(data.numpy())
+                view = data.numpy().data
                 while view:
                     count = file.readinto(view)  # type: ignore[attr-defined]
                     if not count:
@@ -103,7 +109,9 @@ def check_entry(name: str, value: Any, base: int, total: int) -> Entry:
         raise ValueError(f"the header's entry for {name} has no dtype")
     shape, offsets = value.get("shape"), value.get("data_offsets")
     if value["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name} has dtype {value['dtype'][:20]}, which is not read (known: {', '.join(DTYPES)})")
+        raise ValueError(
+            f"tensor {name} has dtype {value['dtype'][:20]}, which is not read (known: {', '.join(DTYPES)})"
+        )
     if not isinstance(shape, list) or len(shape) > 8 or not all(map(whole, shape)):
         raise ValueError(f"tensor {name} has no valid shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(whole, offsets)):
@@ -138,7 +146,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
             digest.update(piece)
             write_all(file, piece)
         for name in order:
-            data = memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(data)
             write_all(file, data)
         os.fsync(file.fileno())

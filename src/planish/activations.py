@@ -1,0 +1,72 @@
+"""Calibration activations between blocks: in memory up to a limit, beyond it in an unnamed file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Room:
+    """How many bytes all activations of one stream may hold in memory, and where the rest goes.
+
+    Default: a quarter of the machine's memory; files in `folder` (the system's temporary one by default) have no name
+    and vanish with the process, however it ends.
+    """
+
+    def __init__(self, limit: int | None = None, folder: Path | None = None):
+        self.limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 if limit is None else limit
+        self.folder, self.used = folder, 0
+
+
+class Activations(Sequence[Tensor]):
+    """One tensor per batch, on the CPU; those beyond the room's limit are written out and read again when asked for.
+
+    Plain reads and writes, no memory map: mapped pages would count as resident.
+    """
+
+    def __init__(self, room: Room, tensors: Iterable[Tensor] = ()):
+        self.room, self.held = room, [0]
+        self.items: list[Tensor | tuple[int, torch.dtype, torch.Size]] = []
+        self.file: Any = None
+        weakref.finalize(self, release, room, self.held)
+        for t in tensors:
+            self.append(t)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def append(self, tensor: Tensor) -> None:
+        tensor = tensor.detach().to("cpu")
+        size = tensor.numel() * tensor.element_size()
+        if self.room.used + size <= self.room.limit:
+            self.room.used += size
+            self.held[0] += size
+            self.items.append(tensor)
+            return
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(dir=self.room.folder)  # noqa: SIM115
+        start = self.file.seek(0, os.SEEK_END)
+        self.file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.items.append((start, tensor.dtype, tensor.shape))
+
+    def __getitem__(self, n):  # type: ignore[override]
+        item = self.items[n]
+        if not isinstance(item, tuple):
+            return item
+        start, dtype, shape = item
+        tensor = torch.empty(shape, dtype=dtype)
+        self.file.seek(start)
+        if self.file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+            raise OSError("activations that were written out cannot be read back")
+        return tensor
+
+
+def release(room: Room, held: list[int]) -> None:
+    room.used -= held[0]

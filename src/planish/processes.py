@@ -1,0 +1,75 @@
+"""Several processes, one result: everything is summed in an order that does not depend on how many there are.
+
+Calibration batches belong to `LANES` lanes, contiguous runs of batches. A process runs whole lanes; lane sums are
+added in the order of lanes. One process without torch.distributed follows the same order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LANES = 8
+
+T = TypeVar("T")
+
+
+def start(device: str = "cpu") -> bool:
+    """Join the processes that torchrun started, once; False where there is only this one."""
+    if dist.is_available() and dist.is_initialized():
+        return True
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return False
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    return True
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if count() > 1 else 0
+
+
+def own_lanes() -> Iterator[int]:
+    """Lane numbers of this process, rising."""
+    return iter(range(rank(), LANES, count()))
+
+
+def gather(value: T) -> list[T]:
+    """Every process's value, by rank, on every process."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def share(value: T, source: int = 0) -> T:
+    """One process's value on every process."""
+    if count() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def share_tensors(tensors: dict[Any, Tensor], source: int) -> dict[Any, Tensor]:
+    """One process's tensors on every process, without pickling them."""
+    if count() == 1:
+        return tensors
+    layout = share({k: (t.shape, t.dtype, t.device.type) for k, t in tensors.items()}, source)
+    out = {}
+    for key, (shape, dtype, device) in layout.items():
+        t = tensors[key].contiguous() if rank() == source else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(t, src=source)
+        out[key] = t
+    return out
