@@ -156,6 +156,7 @@ def forecast(
         device=place,
         dtype=find_dtype(dtype),
         round_to=round_to,
+        settings=settings,
         progress=progress,
     )
     found.warnings = notes + found.warnings

@@ -72,6 +72,7 @@ class Job:
         self.edits: dict[int, list[Edit]] = {}  # per block, what the plan has worked out itself; not solved again
         self.notes: dict[str, Any] = {}  # what the method wants recorded in the manifest
         self.seconds: dict[str, float] = {}
+        self.timers: list[Timer] = []  # running now, the innermost last
         self.errors: dict[str, float] = {}  # predicted loss of the planned rank, per unit
 
     @property
@@ -161,7 +162,7 @@ class Job:
         return sorted({t for u in units for t in (solver or self.units[u]).taps(u, self.shapes[u.block])})
 
     def phase(self, name: str) -> Timer:
-        return Timer(self.seconds, name)
+        return Timer(self.seconds, name, self.timers)
 
     def solve(self, plan: Plan, emit: Callable[[int, nn.Module, Spec], None], phase: str = "blocks") -> list[Tensor]:
         """Walk the blocks, solve every planned unit, hand each finished block to `emit`; last block's outputs."""
@@ -222,16 +223,22 @@ class Job:
 
 
 class Timer:
-    """Adds the seconds of a with-block to a dict entry."""
+    """Adds the seconds of a with-block, less those of timers running inside it, to a dict entry."""
 
-    def __init__(self, seconds: dict[str, float], name: str):
-        self.seconds, self.name = seconds, name
+    def __init__(self, seconds: dict[str, float], name: str, running: list[Timer]):
+        self.seconds, self.name, self.running = seconds, name, running
+        self.inner = 0.0
 
     def __enter__(self) -> None:
+        self.running.append(self)
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
+        took = time.perf_counter() - self.start
+        self.running.pop()
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + took - self.inner
+        if self.running:
+            self.running[-1].inner += took
 
 
 def read_weights(block: nn.Module, stream: Stream) -> Weights:
@@ -258,23 +265,31 @@ def check_keep(keep: float) -> None:
         raise InputError(f"keep must lie in (0, 1], got {keep:g} (the share of the blocks' weights that stays)")
 
 
-def check_tokens(job: Job, windows: Tensor, damped: bool) -> None:
+DAMPINGS = ("damping", "ridge")  # settings with which a method makes a singular Gram invertible
+
+
+def check_tokens(job: Job, windows: Tensor, settings: dict[str, Any]) -> None:
     """Fewer calibration tokens than a Gram's dimension make it singular: an error unless damping is asked for."""
-    if damped:
+    own = [n for n in DAMPINGS if n in job.method.settings()]
+    if set(own) & set(settings):
         return
-    for shape in job.shapes[:1]:
-        sizes = {
-            "q.in": shape.hidden,
-            "up.in": shape.hidden,
-            "o.in": shape.heads * shape.v,
-            "down.in": shape.intermediate,
-        }
-        need = max((sizes.get(t.site, 0) for t in job.taps(job.block_units(0)) if t.kind == "gram"), default=0)
-        if 0 < windows.numel() < need:
-            raise InputError(
-                f"calibration has {windows.numel()} tokens, fewer than the largest Gram's dimension {need}: "
-                f"use at least {need} tokens (--n-samples × --seq-len), or ask for damping (--set damping=0.01)"
-            )
+    grams = [t for t in job.taps(job.block_units(0)) if t.kind in ("gram", "moments")]
+    need = max((channels(job.shapes[0], t.site) for t in grams), default=0)
+    if 0 < windows.numel() < need:
+        hint = f", or ask for damping (--set {own[0]}=0.01)" if own else ""
+        raise InputError(
+            f"calibration has {windows.numel()} tokens, fewer than the largest Gram's dimension {need}: "
+            f"use at least {need} tokens (--n-samples × --seq-len){hint}"
+        )
+
+
+def channels(shape: Shape, site: str) -> int:
+    """Width of the tensor at a tap's site."""
+    where, end = site.rpartition(":")[2].split(".")
+    if where not in shape.roles:
+        return shape.hidden
+    out, n = shape.linear(where)
+    return out if end == "out" else n
 
 
 def peak_rss() -> int:
@@ -315,7 +330,7 @@ def compress(
             warnings.simplefilter("always")
             stream = Stream(source, windows, device=device, dtype=dtype or pick_dtype(source, device))
             job = Job(stream, method, keep, step=round_to, progress=progress)
-            check_tokens(job, windows, "damping" in (settings or {}))
+            check_tokens(job, windows, settings or {})
             with job.phase("plan"):
                 plan = method.plan(job)
                 method.finish(job, plan)
@@ -340,6 +355,9 @@ def pick_dtype(source: Source, device: str) -> torch.dtype:
 
 def check_windows(windows: Tensor, source: Source) -> None:
     limit = getattr(source.config, "max_position_embeddings", None)
+    rope = getattr(source.config, "rope_parameters", None) or {}
+    if limit and rope.get("rope_type") == "dynamic":  # tables that grow with the sequence
+        limit = int(limit * rope.get("factor", 1.0))
     if limit and windows.shape[-1] > limit:
         raise InputError(f"--seq-len {windows.shape[-1]} is longer than the model's {limit} positions")
     vocabulary = source.config.vocab_size
@@ -367,11 +385,12 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
             writer.block(len(specs) - 1, block, source.family)
 
     job.solve(plan, emit)
-    outside = source.outside()
-    writer.shard(0, drop_tied(outside, source))
     kind = write_config(writer, source, specs, shapes)
+    outside = drop_tied(source.outside(), source)
+    outer = sum(t.numel() for t in outside.values())
+    head = source.family.head if kind == "native" else "lm_head"
+    writer.shard(0, {n.replace("lm_head.", f"{head}.", 1) if n.startswith("lm_head.") else n: t for n, t in outside.items()})
     source.copy_files(writer.partial)
-    outer = sum(t.numel() for t in drop_tied(outside, source).values())
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
     before = job.total
     return Result(

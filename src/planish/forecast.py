@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from planish.checkpoint import Source
-from planish.compress import Job, check_tokens, check_windows, find_name, pick_dtype
+from planish.compress import Job, channels, check_tokens, check_windows, find_name, pick_dtype
 from planish.core import Method, Plan, Progress, Shape
 from planish.stats import KINDS, Tap
 from planish.stream import Stream
@@ -79,6 +79,7 @@ def forecast(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     round_to: int = 1,
+    settings: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Forecast:
     """The plan and its consequences. `read` gives the calibration windows, called only if the plan needs statistics.
@@ -97,7 +98,7 @@ def forecast(
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
         job = Job(Stream(source, windows, device=device, dtype=dtype), method, keep, step=round_to, progress=progress)
-        check_tokens(job, windows, damped=True)
+        check_tokens(job, windows, settings or {})
         plan, measured = method.plan(job), True
     return describe(job, plan, size, measured, time.perf_counter() - start)
 
@@ -156,15 +157,6 @@ def cache_width(job: Job, plan: Plan, i: int) -> int:
         solver, full = job.units[unit], job.full(unit)
         width += solver.cache(unit, shape, plan.get(unit, full)) - solver.cache(unit, shape, full)
     return width
-
-
-def channels(shape: Shape, site: str) -> int:
-    """Width of the tensor at a tap's site."""
-    where, end = site.rpartition(":")[2].split(".")
-    if where not in shape.roles:
-        return shape.hidden
-    out, n = shape.linear(where)
-    return out if end == "out" else n
 
 
 def sums(shape: Shape, tap: Tap) -> int:
