@@ -1,0 +1,284 @@
+"""Reload an export where it will run and compare it with the transformers model: logits and greedy tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from planish.checkpoint import find_folder, load, load_config, load_tokenizer
+from planish.errors import InputError
+
+TARGETS = ("hf", "gguf", "onnx", "vllm")
+TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit
+GGUF_TOLERANCES = {"1": 5e-3, "32": 2e-2, "7": 5e-2}  # by general.file_type: f16, bf16, q8_0
+PROBE = "def main(argv):\n    return 0  # It costs 12.50, isn't it? Über 1000 Ω\n"
+
+
+@dataclass
+class Comparison:
+    """What a target computed against transformers, over the same token ids."""
+
+    target: str
+    file: str
+    tokens: int
+    max_logit_difference: float  # largest |difference| of one logit
+    mean_logit_difference: float
+    max_logit: float  # largest |logit| of the reference: the scale of the differences
+    greedy_tokens: int
+    greedy_equal: int  # leading greedy tokens that agree
+    tokenizer_equal: bool | None  # None: no tokenizer on one side
+    tolerance: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return (
+            self.max_logit_difference <= self.tolerance * max(self.max_logit, 1.0) and self.tokenizer_equal is not False
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+class Runner(Protocol):
+    """A model in some stack."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(tokens, vocabulary) fp32 for ids (tokens,)."""
+
+    def greedy(self, ids: Tensor, new_tokens: int) -> list[int]:
+        """The next tokens, each the most likely one, with the stack's own cache."""
+
+    def encode(self, text: str) -> list[int] | None:
+        """Token ids without special tokens, or None without a tokenizer."""
+
+
+class Transformers:
+    """The reference, and the target "hf"."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None):
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids[None], use_cache=False).logits[0].float()
+
+    @torch.no_grad()
+    def greedy(self, ids: Tensor, new_tokens: int) -> list[int]:
+        out = self.model(input_ids=ids[None], use_cache=True)
+        tokens = []
+        for _ in range(new_tokens):
+            tokens.append(int(out.logits[0, -1].argmax()))
+            step = torch.tensor([[tokens[-1]]])
+            out = self.model(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
+        return tokens
+
+    def encode(self, text: str) -> list[int] | None:
+        return None if self.tokenizer is None else self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+class LlamaCpp:
+    """A GGUF file through llama-cpp-python, with an fp32 cache."""
+
+    def __init__(self, file: Path, context: int):
+        try:
+            import llama_cpp
+        except ImportError:
+            raise InputError(
+                "verify --target gguf needs llama-cpp-python · pip install llama-cpp-python (builds llama.cpp)"
+            ) from None
+        settings = {
+            "n_ctx": context,
+            "n_batch": context,
+            "logits_all": True,
+            "type_k": 0,
+            "type_v": 0,
+            "flash_attn": False,
+        }
+        try:
+            self.llama = llama_cpp.Llama(str(file), verbose=False, n_threads=1, n_threads_batch=1, **settings)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"llama.cpp cannot load {file}: {error}") from None
+        self.tolerance = GGUF_TOLERANCES.get(self.llama.metadata.get("general.file_type", "0"), TOLERANCES["gguf"])
+        self.has_vocabulary = self.llama.metadata.get("tokenizer.ggml.model") not in (None, "none")
+
+    def logits(self, ids: Tensor) -> Tensor:
+        self.llama.reset()
+        self.llama.eval(ids.tolist())
+        return torch.from_numpy(np.array(self.llama.scores[: len(ids)], dtype=np.float32))
+
+    def greedy(self, ids: Tensor, new_tokens: int) -> list[int]:
+        self.llama.reset()
+        self.llama.eval(ids.tolist())
+        tokens = []
+        for n in range(new_tokens):
+            tokens.append(int(np.argmax(self.llama.scores[len(ids) + n - 1])))
+            self.llama.eval([tokens[-1]])
+        return tokens
+
+    def encode(self, text: str) -> list[int] | None:
+        return self.llama.tokenize(text.encode(), add_bos=False, special=False) if self.has_vocabulary else None
+
+
+class OnnxRuntime:
+    """An ONNX file with past keys and values as inputs and outputs."""
+
+    def __init__(self, file: Path):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise InputError("verify --target onnx needs onnxruntime · pip install 'planish[onnx]'") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library's own classes derive from different bases
+            raise InputError(f"onnxruntime cannot load {file}: {error}") from None
+        self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_")]
+
+    def run(self, ids: np.ndarray, past: dict[str, np.ndarray] | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        if past is None:
+            types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+            past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), dtype=types[i.type]) for i in self.past}
+        length = ids.shape[1] + (next(iter(past.values())).shape[2] if past else 0)
+        feed = {"input_ids": ids, "attention_mask": np.ones((1, length), dtype=np.int64), **past}
+        logits, *present = self.session.run(None, feed)
+        return logits, {i.name: p for i, p in zip(self.past, present, strict=True)}
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return torch.from_numpy(self.run(ids[None].numpy(), None)[0][0].astype(np.float32))
+
+    def greedy(self, ids: Tensor, new_tokens: int) -> list[int]:
+        logits, past = self.run(ids[None].numpy(), None)
+        tokens = []
+        for _ in range(new_tokens):
+            tokens.append(int(logits[0, -1].argmax()))
+            logits, past = self.run(np.array([[tokens[-1]]], dtype=np.int64), past)
+        return tokens
+
+    def encode(self, text: str) -> list[int] | None:
+        return None
+
+
+class Vllm:
+    """The folder itself in vLLM, without remote code: the plugin that planish installs knows its architectures."""
+
+    def __init__(self, folder: Path, context: int):
+        if importlib.util.find_spec("vllm") is None:
+            raise InputError("verify --target vllm needs vLLM in this environment · see docs/export.md")
+        from vllm import LLM, SamplingParams
+
+        self.sampling = SamplingParams
+        self.engine = LLM(
+            model=str(folder), dtype="float32", max_model_len=context, enforce_eager=True, max_logprobs=-1, seed=0
+        )
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Log-probabilities, which equal the logits up to one constant per position; NaN where vLLM reports none."""
+        settings = self.sampling(temperature=0.0, max_tokens=1, prompt_logprobs=-1, logprobs=-1)
+        out = self.engine.generate([{"prompt_token_ids": ids.tolist()}], settings, use_tqdm=False)[0]
+        size = self.engine.llm_engine.model_config.get_vocab_size()
+        rows = torch.full((len(ids), size), float("nan"))
+        for n, row in enumerate([*out.prompt_logprobs[1:], out.outputs[0].logprobs[0]]):
+            for token, value in row.items():
+                rows[n, token] = value.logprob
+        return rows
+
+    def greedy(self, ids: Tensor, new_tokens: int) -> list[int]:
+        settings = self.sampling(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        out = self.engine.generate([{"prompt_token_ids": ids.tolist()}], settings, use_tqdm=False)[0]
+        return list(out.outputs[0].token_ids)
+
+    def encode(self, text: str) -> list[int] | None:
+        return None
+
+
+def verify(
+    folder: str | Path,
+    target: str,
+    *,
+    file: str | Path | None = None,
+    dense_reference: str | Path | None = None,
+    prompt_len: int = 48,
+    new_tokens: int = 16,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Compare a folder in `target` with the same folder in transformers (fp32), on random ids.
+
+    `file`: an existing .gguf or .onnx; without it the folder is exported (fp32) to a temporary one. `dense_reference`:
+    compare with this uncompressed model instead; the differences are then what compression changed.
+    """
+    if target not in TARGETS:
+        raise InputError(f"unknown target {target!r}; expected one of {', '.join(TARGETS)}")
+    path = find_folder(folder)
+    config = load_config(path)
+    longest = config.max_position_embeddings
+    if target == "gguf":
+        longest = min(longest, getattr(config, "sliding_window", None) or longest)
+    context = min(longest, prompt_len + new_tokens)
+    new_tokens = min(new_tokens, context // 2)
+    prompt_len = context - new_tokens
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.vocab_size, (prompt_len,), generator=generator)
+    reference_folder = path if dense_reference is None else find_folder(dense_reference)
+    # vLLM forks its own processes; transformers comes second so that it starts from a clean one
+    with tempfile.TemporaryDirectory() as scratch:
+        runner, name = open_target(path, target, file, context, Path(scratch))
+        got, got_greedy, got_ids = runner.logits(ids), runner.greedy(ids, new_tokens), None
+        with suppress(InputError):
+            got_ids = runner.encode(PROBE)
+        usual = getattr(runner, "tolerance", TOLERANCES[target])
+        del runner
+    reference = Transformers(load(reference_folder, dtype=torch.float32), load_tokenizer(reference_folder))
+    want, want_greedy, want_ids = reference.logits(ids), reference.greedy(ids, new_tokens), reference.encode(PROBE)
+    if got.shape != want.shape:
+        raise InputError(f"{target} gives logits of shape {tuple(got.shape)}, transformers {tuple(want.shape)}")
+    if target == "vllm":
+        want = want.log_softmax(-1)
+    difference = (got - want).abs()
+    difference = difference[~difference.isnan()] if target == "vllm" else difference
+    if not torch.isfinite(difference).all():
+        raise InputError(f"{target} computes logits that are not finite")
+    equal = next((n for n, (a, b) in enumerate(zip(got_greedy, want_greedy)) if a != b), new_tokens)
+    return Comparison(
+        target,
+        name,
+        len(ids),
+        float(difference.max()),
+        float(difference.mean()),
+        float(want.abs().max()),
+        new_tokens,
+        equal,
+        None if got_ids is None or want_ids is None else list(got_ids) == list(want_ids),
+        usual if tolerance is None else tolerance,
+    )
+
+
+def open_target(path: Path, target: str, file: str | Path | None, context: int, scratch: Path) -> tuple[Runner, str]:
+    """The model in its target, exported first where no file is given."""
+    if target == "hf":
+        return Transformers(load(path, dtype=torch.float32), load_tokenizer(path)), str(path)
+    if target == "vllm":
+        return Vllm(path, context), str(path)
+    if file is None:
+        export: Callable[..., Any]
+        if target == "gguf":
+            from planish.export.gguf import export_gguf as export
+        else:
+            from planish.export.onnx import export_onnx as export
+        file = scratch / f"model.{target}"
+        export(path, file, dtype="f32")
+    elif not Path(file).is_file():
+        raise InputError(f"no such file: {file}")
+    return (LlamaCpp(Path(file), context) if target == "gguf" else OnnxRuntime(Path(file))), str(file)

@@ -1,0 +1,425 @@
+"""GGUF for llama.cpp: the smallest of its architectures that computes exactly what the folder computes.
+
+| architecture | holds | price |
+|---|---|---|
+| llama, qwen2, qwen3 | equal blocks | smaller value dimensions and unequal MLP widths are filled up with zeros |
+| deci | MLP widths per block, removed attention, attention → linear (normed input) | value dimensions are filled up |
+| mimo2 | value dimensions below the head size, equal in all blocks | unequal MLP widths are filled up; no biases, no query/key norm |
+
+Low-rank linears are multiplied back and removed rotary pairs return as zero channels: no graph of llama.cpp has either.
+Blocks of which nothing is left are not written; a constant beside a linear map becomes the bias of an MLP of zeros, in a
+block of its own; a linear map for an MLP becomes an MLP whose gate is the constant 1.
+What the filling costs is in the report; a model that none of them computes exactly is refused with the reason.
+
+Traps: deci drops the attention of blocks without an MLP (they get 32 neurons of zeros) and reads the head size from
+block 0 (which keeps an attention of zeros); llama and deci rotate neighbouring channels, qwen and mimo2 halves; mimo2 asks
+for one sliding-window block (the window is set to the context length, so that it is none).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planish.errors import InputError
+from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
+from planish.export.vocabulary import write_vocabulary
+from planish.version import __version__
+
+FAMILIES = {
+    "llama": ["llama"],
+    "mistral": ["llama"],
+    "phi3": ["llama"],
+    "qwen2": ["qwen2", "llama"],
+    "qwen3": ["qwen3"],
+}
+DTYPES = ("f32", "f16", "bf16", "q8_0")
+ZERO_WIDTH = 32  # neurons of zeros that stand for no MLP
+NEIGHBOURS = ("llama", "deci")  # rotate channels 2j and 2j + 1; the others j and j + d/2
+
+
+@dataclass
+class Written:
+    """What an export wrote."""
+
+    target: str
+    output: str
+    architecture: str
+    dtype: str
+    parameters: int
+    stored_parameters: int  # of the compressed folder
+    bytes: int
+    tokenizer: str
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export_gguf(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "f16",
+    architecture: str | None = None,
+    vocabulary: bool = True,
+) -> Written:
+    """Write `output`. `architecture`: force one of llama.cpp's; `vocabulary`: include the folder's tokenizer."""
+    try:
+        import gguf
+    except ImportError:
+        raise InputError("export to gguf needs the gguf library · pip install 'planish[gguf]'") from None
+    if dtype not in DTYPES:
+        raise InputError(f"unknown GGUF type {dtype!r}; expected one of {', '.join(DTYPES)}")
+    source = Folder(folder)
+    check_family(source)
+    sketches = [sketch(s) for i in range(len(source)) for s in split_slots(plain_block(source, i))]
+    if not sketches:
+        raise InputError(f"nothing is left of any block of {folder}")
+    outside = source.outside()
+    tied = bool(source.config.tie_word_embeddings)
+    rope = read_rope(source)
+    architecture, reasons = choose(source, sketches, tied, rope, architecture)
+    context, notes = context_length(source)
+
+    target = Path(output)
+    partial = target.with_name(target.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
+    total = 0
+
+    def add(name: str, tensor: Tensor) -> None:
+        nonlocal total
+        total += tensor.numel()
+        data = tensor.float().contiguous().numpy()
+        kind = pick_kind(dtype, data)
+        if kind == "f16" and np.abs(data).max(initial=0) > 65504:
+            raise InputError(f"tensor {name} exceeds the range of f16; use --dtype bf16 or f32")
+        if kind in ("f32", "f16"):
+            writer.add_tensor(name, data.astype(np.float16 if kind == "f16" else np.float32))
+        else:
+            raw = {"bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}[kind]
+            writer.add_tensor(name, gguf.quantize(data, raw), raw_dtype=raw)
+
+    try:
+        write_metadata(writer, gguf, source, sketches, architecture, context, rope, dtype)
+        tokenizer = write_vocabulary(writer, source.path, source.config, vocabulary)
+        embedding = outside["model.embed_tokens.weight"]
+        add("token_embd.weight", embedding)
+        add("output_norm.weight", outside["model.norm.weight"])
+        if not tied:
+            add("output.weight", outside["lm_head.weight"])
+        elif architecture == "mimo2":
+            add("output.weight", embedding)
+        if architecture in NEIGHBOURS and not rope.plain:
+            add("rope_freqs.weight", rope.factors)
+        slot = 0
+        for i in range(len(source)):
+            for plain in split_slots(plain_block(source, i)):
+                for name, tensor in block_tensors(plain, slot, sketches, architecture, rope):
+                    add(f"blk.{slot}.{name}", tensor)
+                slot += 1
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(target)
+    except BaseException:
+        writer.close()
+        partial.unlink(missing_ok=True)
+        raise
+    stored = sum(source.tensor(n).numel() for n in source.files)
+    notes = describe_cost(total - stored, sum(s.extra for s in sketches), architecture, reasons) + notes
+    return Written("gguf", str(target), architecture, dtype, total, stored, target.stat().st_size, tokenizer, notes)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What choosing an architecture needs to know about one block."""
+
+    heads: int
+    kv_heads: int
+    qk: int
+    hidden: int
+    attention: str
+    mlp: str
+    v: int
+    width: int
+    biases: frozenset[str]
+    extra: int
+    numbers: int  # in its tensors
+
+
+def sketch(plain: Plain) -> Sketch:
+    s, t = plain.shape, plain.tensors
+    biases = frozenset(n.removesuffix(".bias") for n in t if n.endswith(".bias"))
+    numbers = sum(x.numel() for x in t.values())
+    return Sketch(
+        s.heads,
+        s.kv_heads,
+        s.qk,
+        s.hidden,
+        plain.attention,
+        plain.mlp,
+        plain.v,
+        plain.width,
+        biases,
+        plain.extra,
+        numbers,
+    )
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies as the model uses them: `factors` (d/2,) = base^(−2j/d) / frequency; 1e30 for no rotation."""
+
+    base: float
+    width: int  # rotated channels
+    head: int
+    factors: Tensor
+
+    @property
+    def plain(self) -> bool:
+        return self.width == self.head and bool((self.factors == 1).all())
+
+
+def read_rope(source: Folder) -> Rope:
+    rotary = source.model.base_model.rotary_emb
+    parameters = getattr(source.config, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type", "default")
+    if kind in ("dynamic", "longrope") or abs(getattr(rotary, "attention_scaling", 1.0) - 1) > 1e-6:
+        raise InputError(
+            f"rotary embedding of type {kind!r} (frequencies that depend on the length, or scaled attention) is not "
+            "written to GGUF; use llama.cpp's own converter for the uncompressed model"
+        )
+    shape = source.shape(0)
+    base, width = float(parameters["rope_theta"]), shape.rotary
+    used = rotary.inv_freq.double()
+    if len(used) != width // 2:
+        raise InputError(f"rotary table has {len(used)} frequencies, expected {width // 2}")
+    factors = torch.full((shape.qk // 2,), 1e30, dtype=torch.float64)
+    factors[: width // 2] = base ** (-torch.arange(0, width, 2).double() / shape.qk) / used
+    factors[(factors - 1).abs() < 1e-5] = 1.0
+    return Rope(base, width, shape.qk, factors.float())
+
+
+def context_length(source: Folder) -> tuple[int, list[str]]:
+    """The context that llama.cpp may use: no longer than a sliding window, which these graphs do not have."""
+    length = source.config.max_position_embeddings
+    window = getattr(source.config, "sliding_window", None)
+    if not source.family.window or not window or window >= length:
+        return length, []
+    return window, [f"context limited to the sliding window, {window} of {length} positions"]
+
+
+def describe_cost(grown: int, back: int, architecture: str, reasons: dict[str, str]) -> list[str]:
+    """What the export costs, and why architectures that are looked at first could not be used."""
+    notes = []
+    if back:
+        notes.append(f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights")
+    if grown != back:
+        notes.append(f"zeros to fit {architecture}, less norms of removed submodules: {grown - back:+,} weights")
+    return notes + [f"{a} cannot hold it: {r}" for a, r in reasons.items()]
+
+
+def split_slots(plain: Plain) -> list[Plain]:
+    """A block as blocks of llama.cpp: none if nothing is left of it; two if its linear attention has a constant."""
+    if plain.attention == plain.mlp == "none":
+        return []
+    t = plain.tensors
+    if "linear.bias" not in t:
+        return [plain]
+    first = {n: t[n] for n in ("attention_norm", "linear")} | {"down.bias": t["linear.bias"]}
+    rest = {n: x for n, x in t.items() if n not in ("attention_norm", "linear", "linear.bias")}
+    slots = [replace(plain, mlp="none", width=0, tensors=first)]
+    if plain.mlp != "none":
+        slots.append(replace(plain, attention="none", tensors=rest, extra=0))
+    return slots
+
+
+def check_family(source: Folder) -> None:
+    kind = source.family.model_type
+    if kind not in FAMILIES:
+        raise InputError(
+            f"GGUF export writes {', '.join(FAMILIES)}; got {kind}. Export to dense and use llama.cpp's own converter"
+        )
+    if source.config.hidden_act != "silu":
+        raise InputError(f"GGUF export needs the activation silu, got {source.config.hidden_act!r}")
+
+
+def choose(
+    source: Folder, sketches: list[Sketch], tied: bool, rope: Rope, forced: str | None
+) -> tuple[str, dict[str, str]]:
+    """The architecture with the fewest weights, and why the others were refused."""
+    kind = source.family.model_type
+    candidates = [*FAMILIES[kind], "deci", "mimo2"]
+    if forced is not None and forced not in candidates:
+        raise InputError(f"{kind} can be written as {', '.join(candidates)}; got {forced!r}")
+    costs: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    for name in candidates:
+        reason = refuse(name, source, sketches, rope)
+        if reason:
+            reasons[name] = reason
+            continue
+        costs[name] = sum(padded(s, sketches, name) for s in sketches)
+        costs[name] += source.config.vocab_size * source.config.hidden_size if tied and name == "mimo2" else 0
+    if forced is not None:
+        if forced in reasons:
+            raise InputError(f"{forced} cannot hold this model: {reasons[forced]}")
+        return forced, {}
+    if not costs:
+        raise InputError(
+            "no architecture of llama.cpp holds this model: " + "; ".join(f"{a}: {r}" for a, r in reasons.items())
+        )
+    best = min(costs, key=costs.__getitem__)  # the first of equals
+    return best, {a: r for a, r in reasons.items() if candidates.index(a) < candidates.index(best)}
+
+
+def refuse(architecture: str, source: Folder, sketches: list[Sketch], rope: Rope) -> str | None:
+    """Why an architecture cannot compute these blocks exactly, or None."""
+    linear = [i for i, s in enumerate(sketches) if s.attention == "linear"]
+    mlp_linear = [i for i, s in enumerate(sketches) if s.mlp == "linear"]
+    biases = frozenset().union(*(s.biases for s in sketches))
+    first = sketches[0]
+    if architecture != "deci" and linear:
+        return f"block {linear[0]} has a linear map for its attention"
+    if mlp_linear and architecture not in ("llama", "deci"):
+        return f"block {mlp_linear[0]} has a linear map for its MLP, which needs biases in the MLP"
+    if source.family.qk_norm and architecture != "qwen3":
+        return "it has no norms of queries and keys"
+    if architecture not in NEIGHBOURS and not rope.plain:
+        return "it has no frequency factors for this rotary scaling"
+    allowed = {
+        "llama": set("qkvo") | {"gate", "up", "down"},
+        "deci": set("qkvo") | {"gate", "up", "down"},
+        "qwen2": set("qkv"),
+    }.get(architecture, set())
+    if biases - allowed:
+        return f"it has no bias for {sorted(biases - allowed)[0]}"
+    if architecture == "qwen2" and (first.heads * first.qk != first.hidden or not set("qkv") <= biases):
+        return "it needs heads × head size = hidden size and biases of q, k and v"
+    if architecture == "mimo2" and all(s.v in (0, s.qk) for s in sketches):
+        return "no block has fewer value dimensions"
+    return None
+
+
+def padded(s: Sketch, sketches: list[Sketch], architecture: str) -> int:
+    """Numbers in a block after filling it up."""
+    v, width, attention = targets(s, sketches, architecture)
+    was = s.hidden * (s.v * (s.heads + s.kv_heads) + s.qk * (s.heads + s.kv_heads) if s.attention == "full" else 0)
+    now = s.hidden * (v + s.qk) * (s.heads + s.kv_heads) if attention == "full" else 0
+    matrices = 3 if s.mlp != "linear" else 2
+    return s.numbers + now - was + s.hidden * (3 * width - matrices * s.width)
+
+
+def targets(s: Sketch, sketches: list[Sketch], architecture: str) -> tuple[int, int, str]:
+    """(value dimensions, MLP width, attention kind) that a block gets in an architecture."""
+    width = s.width if architecture == "deci" else max(x.width for x in sketches)
+    v = max(x.v for x in sketches) if architecture == "mimo2" else s.qk
+    attention = s.attention
+    if attention == "none" and (architecture != "deci" or s is sketches[0]):  # block 0 tells deci the head size
+        attention = "full"
+    return v, max(width, ZERO_WIDTH if s.mlp == "none" else 0), attention
+
+
+def block_tensors(
+    plain: Plain, slot: int, sketches: list[Sketch], architecture: str, rope: Rope
+) -> list[tuple[str, Tensor]]:
+    """GGUF names and tensors of one block."""
+    shape, has_biases = plain.shape, frozenset("qkv") if architecture == "qwen2" else sketches[slot].biases
+    v, width, attention = targets(sketches[slot], sketches, architecture)
+    t = plain.tensors
+    if plain.mlp == "linear":  # silu(gate) is the constant 1
+        like = t["up"]
+        t["gate"] = torch.zeros_like(like)
+        t["gate.bias"] = like.new_full((len(like),), solve_silu(1.0))
+    if attention == "full":
+        if plain.attention == "none":
+            zero_attention(plain, v, has_biases)
+        pad_values(plain, v)
+    pad_width(plain, width)
+    names = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
+    names |= {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "linear": "attn_output"}
+    names |= {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+    if attention == "none":
+        del names["attention_norm"]
+    if architecture in NEIGHBOURS:
+        for role, heads in (("q", shape.heads), ("k", shape.kv_heads)):
+            for name in (role, f"{role}.bias"):
+                if name in t:
+                    t[name] = interleave(t[name], heads, rope.width)
+    out = []
+    for name, tensor in t.items():
+        role, _, leaf = name.partition(".")
+        if role in names:
+            out.append((f"{names[role]}.{leaf or 'weight'}", tensor))
+    return out
+
+
+def interleave(w: Tensor, heads: int, width: int) -> Tensor:
+    """Rows of each head: rotated channels j and j + width/2 become neighbours 2j and 2j + 1; the rest stays."""
+    x = w.unflatten(0, (heads, -1))
+    turned = x[:, :width].unflatten(1, (2, width // 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([turned, x[:, width:]], 1).flatten(0, 1)
+
+
+def solve_silu(y: float) -> float:
+    """The x > 0 with x · sigmoid(x) = y."""
+    x = 1.0
+    for _ in range(60):
+        s = 1 / (1 + math.exp(-x))
+        x -= (x * s - y) / (s + x * s * (1 - s))
+    return x
+
+
+def pick_kind(dtype: str, data: np.ndarray) -> str:
+    """Vectors stay f32; rows that do not fill blocks of 32 cannot be q8_0."""
+    if data.ndim < 2:
+        return "f32"
+    return "f16" if dtype == "q8_0" and data.shape[-1] % 32 else dtype
+
+
+def write_metadata(
+    writer: Any,
+    gguf: Any,
+    source: Folder,
+    sketches: list[Sketch],
+    architecture: str,
+    context: int,
+    rope: Rope,
+    dtype: str,
+) -> None:
+    config, first = source.config, sketches[0]
+    plans = [targets(s, sketches, architecture) for s in sketches]
+    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_name(Path(source.path).name)
+    writer.add_description(f"written by planish {__version__}")
+    writer.add_file_type(gguf.LlamaFileType[kinds[dtype]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(len(sketches))
+    writer.add_context_length(context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    widths = [w for _, w, _ in plans]
+    writer.add_feed_forward_length(widths if architecture == "deci" else widths[0])
+    heads = [0 if kind == "none" else first.heads for _, _, kind in plans]
+    kv = [first.kv_heads if kind == "full" else 0 for _, _, kind in plans]
+    writer.add_head_count(heads if architecture == "deci" else heads[0])
+    writer.add_head_count_kv(kv if architecture == "deci" else kv[0])
+    writer.add_key_length(first.qk)
+    writer.add_value_length(max(v for v, _, _ in plans))
+    writer.add_rope_dimension_count(first.qk if architecture in NEIGHBOURS else rope.width)
+    writer.add_rope_freq_base(rope.base)
+    if architecture == "mimo2":
+        writer.add_expert_feed_forward_length(widths[0])
+        writer.add_sliding_window(context)
+        writer.add_sliding_window_pattern([i == len(sketches) - 1 for i in range(len(sketches))])
+        writer.add_rope_freq_base_swa(rope.base)

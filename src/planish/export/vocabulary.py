@@ -1,0 +1,129 @@
+"""The folder's tokenizer as GGUF metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from planish.checkpoint import load_tokenizer
+from planish.errors import InputError
+
+# Pre-tokenizer of tokenizer.json → llama.cpp's name of the same splitting.
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    _LLAMA3: "llama-bpe",
+    _QWEN2: "qwen2",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt-2",
+}
+# gguf.TokenType
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True) -> str:
+    """Add the tokenizer to a GGUF writer; returns what was written: "gpt2 (pre-tokenizer)", "llama" or "none"."""
+    file = folder / "tokenizer.json"
+    if not wanted or not file.is_file():
+        if wanted and (folder / "tokenizer.model").is_file():
+            raise InputError(
+                f"{folder} has a tokenizer.model but no tokenizer.json; write one with "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder), or pass --no-vocabulary"
+            )
+        writer.add_tokenizer_model("none")
+        return "none"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    model = data.get("model", {})
+    if model.get("type", "BPE") != "BPE":
+        raise InputError(
+            f"{file} holds a {model['type']} tokenizer; GGUF export writes BPE (pass --no-vocabulary to leave it out)"
+        )
+    tokens, types = list_tokens(data, config.vocab_size)
+    if model.get("byte_fallback"):
+        kind = "llama"
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(merge_scores(model, tokens))
+        writer.add_add_space_prefix(adds_space(data))
+    else:
+        pre = find_split(data, file)
+        kind = f"gpt2 ({pre})"
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    write_special(writer, folder)
+    return kind
+
+
+def list_tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Every id's text and llama.cpp token type; ids that the tokenizer lacks are unused."""
+    model = data["model"]
+    tokens = [f"[PAD{i}]" for i in range(size)]
+    types = [UNUSED] * size
+    for text, i in model["vocab"].items():
+        is_byte = model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x")
+        tokens[i], types[i] = text, BYTE if is_byte else UNKNOWN if text == model.get("unk_token") else NORMAL
+    for added in data.get("added_tokens", []):
+        i, text = added["id"], added["content"]
+        if i >= size:
+            continue
+        special = UNKNOWN if text == model.get("unk_token") and model.get("byte_fallback") else CONTROL
+        tokens[i], types[i] = text, special if added.get("special") else USER_DEFINED
+    return tokens, types
+
+
+def merge_scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
+    """Scores under which llama.cpp's bigram merging follows the merge ranks: −rank of the first merge that gives a token."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    last = len(model["merges"])
+    return [-float(ranks.get(t, last)) for t in tokens]
+
+
+def adds_space(data: dict[str, Any]) -> bool:
+    """Does the tokenizer put a space before the text?"""
+    normalizer = data.get("normalizer") or {}
+    parts = normalizer.get("normalizers", [normalizer])
+    pre = data.get("pre_tokenizer") or {}
+    return any(p.get("type") == "Prepend" for p in parts) or (
+        pre.get("type") == "Metaspace" and pre.get("prepend_scheme", "always") != "never"
+    )
+
+
+def find_split(data: dict[str, Any], file: Path) -> str:
+    """llama.cpp's name of a byte-level tokenizer's splitting."""
+    pre = data.get("pre_tokenizer") or {}
+    parts = pre.get("pretokenizers", [pre])
+    regexes = [p["pattern"].get("Regex", "") for p in parts if p.get("type") == "Split"]
+    regexes += [r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+                for p in parts if p.get("type") == "ByteLevel" and p.get("use_regex", True)]  # fmt: skip
+    others = [p["type"] for p in parts if p.get("type") not in ("Split", "ByteLevel")]
+    prefix = any(p.get("add_prefix_space") for p in parts if p.get("type") == "ByteLevel")
+    if len(regexes) == 1 and not others and not prefix and regexes[0] in SPLITS:
+        return SPLITS[regexes[0]]
+    raise InputError(
+        f"{file} splits text in a way that GGUF export does not know (pre-tokenizer {json.dumps(pre)[:200]}); a wrong one "
+        "would change the tokens. Pass --no-vocabulary to leave the tokenizer out"
+    )
+
+
+def write_special(writer: Any, folder: Path) -> None:
+    """Special ids, what is added around a text, and the chat template."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return
+    for name in ("bos", "eos", "unk", "pad"):
+        value = getattr(tokenizer, f"{name}_token_id")
+        if value is not None:
+            getattr(writer, f"add_{name}_token_id")(value)
+    ids = tokenizer("a").input_ids
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    writer.add_add_bos_token(len(ids) > len(plain) and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)

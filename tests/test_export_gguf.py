@@ -1,0 +1,369 @@
+"""GGUF files hold what the torch model computes: read back tensor by tensor, and run by llama.cpp where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import compressed
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import build
+
+from planish.checkpoint import load
+from planish.errors import InputError
+from planish.export.folder import Folder, plain_block
+
+gguf = pytest.importorskip("gguf")
+from planish.export.gguf import export_gguf, solve_silu  # noqa: E402
+from planish.export.vocabulary import merge_scores  # noqa: E402
+
+REFUSED = "submodules → linear before the norm"
+EXACT = [n for n in compressed.FORMS if n != REFUSED]
+ARCHITECTURES = {  # which of llama.cpp's graphs a compressed llama ends up in
+    "dense": "llama", "narrow MLP": "llama", "MLP widths per block": "deci", "fewer value dimensions": "mimo2",
+    "low-rank pairs": "llama", "fewer rotary pairs": "llama", "attention removed": "deci", "attention → linear": "deci",
+    "MLP → linear": "deci", "MLP removed": "deci", "attention → linear with a constant": "deci", "blocks removed": "llama",
+}  # fmt: skip
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
+    return tensors, {k: f.contents() for k, f in reader.fields.items()}
+
+
+class Graph:
+    """What llama.cpp's graphs of these architectures compute, from a GGUF file, in a few lines of torch (fp64)."""
+
+    def __init__(self, path: Path):
+        tensors, self.meta = read(path)
+        self.t = {n: x.double() for n, x in tensors.items()}
+        self.arch = self.meta["general.architecture"]
+
+    def get(self, key: str, block: int | None = None):
+        value = self.meta[f"{self.arch}.{key}"]
+        return value[block] if isinstance(value, list) and block is not None else value
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.t[f"{name}.weight"].T
+        return y + self.t[f"{name}.bias"] if f"{name}.bias" in self.t else y
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        eps = self.get("attention.layer_norm_rms_epsilon")
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * self.t[f"{name}.weight"]
+
+    def rope(self, x: torch.Tensor) -> torch.Tensor:
+        d = self.get("rope.dimension_count")
+        base = self.get("rope.freq_base")
+        factors = self.t.get("rope_freqs.weight", torch.ones(d // 2, dtype=torch.float64))
+        angle = torch.arange(x.shape[0])[:, None] * base ** (-torch.arange(0, d, 2).double() / d) / factors
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        if self.arch in ("llama", "deci"):
+            a, b = x[..., 0:d:2], x[..., 1:d:2]
+            turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+        else:
+            a, b = x[..., : d // 2], x[..., d // 2 : d]
+            turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+        return torch.cat([turned, x[..., d:]], -1)
+
+    def attention(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        heads, kv = self.get("attention.head_count", i), self.get("attention.head_count_kv", i)
+        name = f"blk.{i}.attn_"
+        if kv == 0:
+            return self.linear(f"{name}output", x)
+        q, k = (self.linear(name + r, x).unflatten(-1, (h, -1)) for r, h in (("q", heads), ("k", kv)))
+        v = self.linear(name + "v", x).unflatten(-1, (kv, -1))
+        assert q.shape[-1] == self.get("attention.key_length") and v.shape[-1] == self.get("attention.value_length")
+        if self.arch == "qwen3":
+            q, k = self.norm(name + "q_norm", q), self.norm(name + "k_norm", k)
+        q, k = self.rope(q), self.rope(k)
+        k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        mask = torch.ones(len(x), len(x)).triu(1).bool()
+        weights = scores.masked_fill(mask, -torch.inf).softmax(-1)
+        return self.linear(f"{name}output", torch.einsum("hqk,khv->qhv", weights, v).flatten(1))
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.t["token_embd.weight"][ids]
+        for i in range(self.get("block_count")):
+            blk = f"blk.{i}."
+            assert self.get("feed_forward_length", i) > 0, "deci would drop the attention of a block without an MLP"
+            if self.get("attention.head_count", i) > 0:
+                x = x + self.attention(i, self.norm(blk + "attn_norm", x))
+            else:
+                assert i > 0, "llama.cpp reads the head size from block 0"
+            h = self.norm(blk + "ffn_norm", x)
+            hidden = torch.nn.functional.silu(self.linear(blk + "ffn_gate", h)) * self.linear(blk + "ffn_up", h)
+            x = x + self.linear(blk + "ffn_down", hidden)
+        head = "output.weight" if "output.weight" in self.t else "token_embd.weight"
+        return self.norm("output_norm", x) @ self.t[head].T
+
+
+def expect(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return load(folder, dtype=torch.float64)(input_ids=ids[None]).logits[0]
+
+
+def ids_for(folder: Path, seed: int = 0) -> torch.Tensor:
+    config = Folder(folder).config
+    length = min(12, getattr(config, "sliding_window", None) or 12)
+    return torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("form", EXACT)
+def test_every_form_of_llama_is_exact(form, tmp_path):
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", compressed.FORMS[form])
+    written = export_gguf(folder, tmp_path / "m.gguf", dtype="f32")
+    ids = ids_for(folder)
+    torch.testing.assert_close(Graph(tmp_path / "m.gguf").logits(ids), expect(folder, ids), atol=2e-4, rtol=0)
+    assert written.architecture == ARCHITECTURES.get(form, written.architecture)
+    tensors, _ = read(tmp_path / "m.gguf")
+    assert sum(t.numel() for t in tensors.values()) == written.parameters
+    grown = [int(n.split(":")[1].split()[0].replace(",", "")) for n in written.notes if "weights" in n]
+    assert written.parameters - written.stored_parameters == sum(grown), "the report says what the export costs"
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [
+        ("llama_mha", "llama"), ("llama_head_dim", "llama"), ("llama_bias", "llama"), ("llama_tied", "llama"),
+        ("llama_rope3", "llama"), ("mistral", "llama"), ("qwen2", None), ("qwen3", "qwen3"), ("phi3_partial", "llama"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["dense", "value dimensions and MLP widths per block"])
+def test_every_family_is_exact(family, architecture, form, tmp_path):
+    model = build(family, **({"use_sliding_window": False} if family == "qwen2" else {}))
+    folder = compressed.make_folder(model, tmp_path / "m", compressed.FORMS[form])
+    written = export_gguf(folder, tmp_path / "m.gguf", dtype="f32")
+    ids = ids_for(folder)
+    torch.testing.assert_close(Graph(tmp_path / "m.gguf").logits(ids), expect(folder, ids), atol=2e-4, rtol=0)
+    if form == "dense" and architecture:
+        assert written.architecture == architecture
+
+
+def test_the_smallest_architecture_is_chosen_and_others_can_be_forced(tmp_path):
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", [compressed.values(5)])
+    sizes = {
+        a: export_gguf(folder, tmp_path / f"{a}.gguf", dtype="f32", architecture=a).parameters
+        for a in ("llama", "deci", "mimo2")
+    }
+    assert export_gguf(folder, tmp_path / "best.gguf").parameters == min(sizes.values()) == sizes["mimo2"]
+    with pytest.raises(InputError, match="gemma2 cannot be written|can be written as"):
+        export_gguf(folder, tmp_path / "x.gguf", architecture="gemma2")
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "message"),
+    [
+        (
+            "llama_gqa",
+            REFUSED,
+            "block 0's attention is replaced by a linear map of the residual stream before the norm",
+        ),
+        (
+            "qwen3",
+            "attention → linear",
+            "no architecture of llama.cpp holds this model: qwen3: block 0 has a linear map",
+        ),
+        ("llama_yarn", "dense", "rotary embedding of type 'yarn'"),
+        ("llama_dynamic", "dense", "rotary embedding of type 'dynamic'"),
+        ("opt", "dense", "GGUF export writes llama, mistral, phi3, qwen2, qwen3; got opt"),
+        ("gemma2", "dense", "GGUF export writes llama, mistral, phi3, qwen2, qwen3; got gemma2"),
+    ],
+)
+def test_what_would_be_lossy_is_refused(family, form, message, tmp_path):
+    folder = compressed.make_folder(build(family), tmp_path / "m", compressed.FORMS[form])
+    with pytest.raises(InputError, match=message):
+        export_gguf(folder, tmp_path / "m.gguf", dtype="f32")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_values_beyond_half_precision_are_refused(tmp_path):
+    model = build("llama_gqa")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight exceeds the range of f16"):
+        export_gguf(tmp_path / "m", tmp_path / "m.gguf", dtype="f16")
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 1e-2)])
+def test_types_round_as_they_should(dtype, error, tmp_path):
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", compressed.FORMS["MLP widths per block"])
+    export_gguf(folder, tmp_path / "a.gguf", dtype="f32")
+    export_gguf(folder, tmp_path / "b.gguf", dtype=dtype)
+    exact, rounded = read(tmp_path / "a.gguf")[0], read(tmp_path / "b.gguf")[0]
+    for name, x in exact.items():
+        y = rounded[name].float()
+        assert (x - y).abs().max() <= error * x.abs().max()
+        assert x.ndim > 1 or torch.equal(x, y), "vectors stay in f32"
+
+
+def test_a_window_limits_the_context(tmp_path):
+    written = export_gguf(compressed.make_folder(build("mistral"), tmp_path / "m", [None]), tmp_path / "m.gguf")
+    assert written.notes == [f"context limited to the sliding window, {tiny.WINDOW} of {tiny.POSITIONS} positions"]
+    assert read(tmp_path / "m.gguf")[1]["llama.context_length"] == tiny.WINDOW
+
+
+def test_silu_of_the_constant_gate_is_one():
+    assert float(torch.nn.functional.silu(torch.tensor(solve_silu(1.0), dtype=torch.float64))) == pytest.approx(
+        1, abs=1e-14
+    )
+
+
+# ------------------------------------------------------------------ tokenizers
+
+
+def train_tokenizer(folder: Path, byte_level: bool) -> None:
+    """A BPE tokenizer of 97 ids, byte-level like GPT-2's or with byte fallback like LLaMA 2's."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = ["the cat sat on the mat", "then the hat sat on that cat", "a bat and a rat"] * 3
+    if byte_level:
+        t = Tokenizer(models.BPE())
+        t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        t = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<s>", "</s>"] if byte_level else ["<unk>", "<s>", "</s>", "<0x0A>", "<0xC3>"]
+    t.train_from_iterator(text, trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False))
+    t.add_special_tokens([AddedToken("<s>", special=True)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{{ messages[0].content }}"
+    fast.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+def test_tokenizer_is_written(byte_level, tmp_path):
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", [None])
+    train_tokenizer(folder, byte_level)
+    written = export_gguf(folder, tmp_path / "m.gguf")
+    meta = read(tmp_path / "m.gguf")[1]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert written.tokenizer == ("gpt2 (gpt-2)" if byte_level else "llama")
+    assert meta["tokenizer.ggml.model"] == ("gpt2" if byte_level else "llama")
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == 97
+    for text, i in tokenizer.get_vocab().items():
+        assert tokens[i] == text
+    assert types[tokenizer.bos_token_id] == 3 and types[96] == 5, (
+        "special ids are control, ids beyond the tokenizer unused"
+    )
+    assert meta["tokenizer.ggml.bos_token_id"] == tokenizer.bos_token_id
+    assert meta["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert meta["tokenizer.chat_template"] == tokenizer.chat_template
+    assert meta["tokenizer.ggml.add_bos_token"] is False
+    for text in ("the cat sat", "then that rat and the bat"):
+        assert encode_like_llama_cpp(meta, text) == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_like_llama_cpp(meta: dict, text: str) -> list[int]:
+    """llama.cpp's two merging rules: by rank for "gpt2", by the score of the result for "llama" (plain words only)."""
+    index = {t: i for i, t in enumerate(meta["tokenizer.ggml.tokens"])}
+    if meta["tokenizer.ggml.model"] == "gpt2":
+        ranks = {tuple(m.split(" ")): r for r, m in enumerate(meta["tokenizer.ggml.merges"])}
+        words = [w.replace(" ", "Ġ") for w in [text.split(" ")[0], *(f" {w}" for w in text.split(" ")[1:])]]
+    else:
+        scores = dict(zip(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.scores"]))
+        words = ["▁" * bool(meta["tokenizer.ggml.add_space_prefix"]) + text.replace(" ", "▁")]
+    out = []
+    for word in words:
+        parts = list(word)
+        while True:
+            pairs = list(zip(parts, parts[1:]))
+            if meta["tokenizer.ggml.model"] == "gpt2":
+                found = [(ranks[p], n) for n, p in enumerate(pairs) if p in ranks]
+            else:
+                found = [(-scores[a + b], n) for n, (a, b) in enumerate(pairs) if a + b in index]
+            if not found:
+                break
+            n = min(found)[1]
+            parts[n : n + 2] = [parts[n] + parts[n + 1]]
+        out += [index[p] for p in parts]
+    return out
+
+
+def test_scores_follow_the_first_merge():
+    model = {"merges": ["a b", ["ab", "c"], ["a", "bc"], ["b", "c"]]}
+    assert merge_scores(model, ["a", "ab", "abc", "bc"]) == [-4.0, 0.0, -1.0, -3.0]
+
+
+def test_unknown_splitting_is_refused(tmp_path):
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", [None])
+    train_tokenizer(folder, True)
+    file = folder / "tokenizer.json"
+    file.write_text(
+        file.read_text()
+        .replace('"use_regex":true', '"use_regex":false')
+        .replace('"use_regex": true', '"use_regex": false')
+    )
+    with pytest.raises(InputError, match="splits text in a way"):
+        export_gguf(folder, tmp_path / "m.gguf")
+    assert export_gguf(folder, tmp_path / "m.gguf", vocabulary=False).tokenizer == "none"
+
+
+# ------------------------------------------------------------------ in llama.cpp itself
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(tmp_path_factory):
+    """llama-cpp-python, installed or from wheels built before: PLANISH_WHEELS (default ~/.cache/planish-wheels)."""
+    try:
+        return importlib.import_module("llama_cpp")
+    except ImportError:
+        pass
+    wheels = Path(os.environ.get("PLANISH_WHEELS") or Path.home() / ".cache" / "planish-wheels")
+    found = [*wheels.glob("llama_cpp_python-*.whl"), *wheels.glob("diskcache-*.whl")]
+    if len({f.name.split("-")[0] for f in found}) < 2:
+        pytest.skip(
+            f"llama-cpp-python is neither installed nor in {wheels} (PLANISH_WHEELS): "
+            "pip wheel llama-cpp-python diskcache -w FOLDER (about 15 minutes)"
+        )
+    place = tmp_path_factory.mktemp("llama_cpp")
+    for wheel in found:
+        zipfile.ZipFile(wheel).extractall(place)
+    sys.path.insert(0, str(place))
+    return importlib.import_module("llama_cpp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", EXACT)
+def test_llama_cpp_computes_the_same(form, llama_cpp, tmp_path):
+    from planish.evaluate.verify import verify
+
+    model = build("llama_gqa", hidden_size=64, head_dim=32, intermediate_size=96)
+    folder = compressed.make_folder(model, tmp_path / "m", compressed.FORMS[form])
+    train_tokenizer(folder, True)
+    result = verify(folder, "gguf", prompt_len=24, new_tokens=8)
+    assert result.passed and result.greedy_equal == 8 and result.tokenizer_equal
+    assert result.max_logit_difference < 1e-4 * result.max_logit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["llama_bias", "llama_rope3", "llama_tied", "mistral", "qwen2", "qwen3", "phi3_partial"]
+)
+@pytest.mark.parametrize("form", ["dense", "value dimensions and MLP widths per block"])
+def test_llama_cpp_computes_the_same_for_every_family(family, form, llama_cpp, tmp_path):
+    from planish.evaluate.verify import verify
+
+    model = build(family, **({"use_sliding_window": False} if family == "qwen2" else {}))
+    folder = compressed.make_folder(model, tmp_path / "m", compressed.FORMS[form])
+    result = verify(folder, "gguf", prompt_len=24, new_tokens=8)
+    assert result.passed and result.greedy_equal == result.greedy_tokens
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_both_tokenizers(llama_cpp, stories_dir, tmp_path):
+    from planish.evaluate.verify import verify
+
+    result = verify(stories_dir, "gguf", prompt_len=24, new_tokens=8)
+    assert result.passed and result.tokenizer_equal
