@@ -179,11 +179,9 @@ class Job:
             units = [u for u in self.block_units(i) if plan.get(u, self.full(u)) < self.full(u) and u.name not in done]
             outputs = None
             weights = read_weights(block, stream)
+            dense = copy.deepcopy(block) if method.prefix == "both" else None
             spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
-            stages = method.stages(units)
-            whole = copy.deepcopy(block) if method.prefix == "both" or len(stages) > 1 else None
-            dense = whole if method.prefix == "both" else None
-            for stage in stages:
+            for stage in method.stages(units):
                 taps = self.taps(stage)
                 with self.phase("stream"):
                     current = stream.place(block)
@@ -191,7 +189,7 @@ class Job:
                     known = self.stored.get(i, Stats())
                     taps = [t for t in taps if t not in known.sums]
                     if taps or sequential:
-                        stats, outputs = stream.measure(i, current, taps, hidden, pair)
+                        stats, outputs = stream.measure(i, current, taps, hidden, pair, outputs=not sequential)
                     else:
                         stats = Stats()
                     stats.merge(known)
@@ -203,8 +201,6 @@ class Job:
                         if not isnan(loss := float(frontier.loss[plan[unit]])):  # nothing is predicted
                             self.errors[str(unit)] = loss
                         new += solver.truncate(frontier, plan[unit], shape)
-                    if edits:  # every stage starts from the uncompressed block, so that forms never meet forms
-                        block = copy.deepcopy(whole)
                     if edits:  # edits of a block are applied together, to a block as it was
                         block = stream.block(i)
                     edits += new

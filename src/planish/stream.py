@@ -7,9 +7,11 @@ tables reach each block exactly as its family makes them, without a line of any 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -106,8 +108,13 @@ class Stream:
     @contextmanager
     def replace_blocks(self, function: Callable[..., Tensor]) -> Iterator[None]:
         """Within the context block i's forward is function(i, hidden, **kwargs)."""
+
+        def call(i: int, hidden_states: Tensor, *args, **kwargs):
+            out = function(i, hidden_states, *args, **kwargs)
+            return (out, None) if self.family.tuples else out
+
         for i, block in enumerate(self.blocks):
-            block.forward = lambda hidden_states, *a, _i=i, **k: function(_i, hidden_states, *a, **k)
+            block.forward = functools.partial(call, i)
         try:
             yield
         finally:
@@ -118,10 +125,10 @@ class Stream:
     def start(self) -> Hidden:
         """Inputs of block 0 for every batch; remembers each block's call arguments per batch size."""
         inputs = Activations(self.room)
+        names = list(inspect.signature(type(self.blocks[0]).forward).parameters)[2:]  # after self and hidden states
 
         def record(i: int, hidden: Tensor, *args, **kwargs) -> Tensor:
-            if args:
-                raise TypeError("blocks are expected to take everything but hidden states by keyword")
+            kwargs |= dict(zip(names, args))
             if i == 0:
                 inputs.append(hidden)
             self.calls.setdefault(len(hidden), [{}] * len(self.blocks))[i] = kwargs
@@ -176,12 +183,14 @@ class Stream:
         taps: list[Tap],
         hidden: Hidden,
         dense: tuple[nn.Module, Hidden] | None = None,
+        outputs: bool = True,
     ) -> tuple[Stats, Hidden]:
-        """Statistics of block i over all batches, and its outputs.
+        """Statistics of block i over all batches, and its outputs (none without `outputs`: then only as much of the
+        block runs as the sites need).
 
         `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:".
         """
-        outputs = Activations(self.room)
+        results = Activations(self.room)
         own_sites = {s for t in taps for s in t.sites if ":" not in s}
         dense_sites = {s.removeprefix("dense:") for t in taps for s in t.sites if s.startswith("dense:")}
         gaps = {s.removesuffix(".gap") for s in own_sites if s.endswith(".gap")}
@@ -190,20 +199,21 @@ class Stream:
 
         def run(n: int) -> dict[str, Tensor]:
             h, values = hidden[n], dict[str, Tensor]()
-            with tap_sites(block, self.family, own_sites) as seen:
-                outputs.append(self.forward(i, block, h))
+            if own_sites or outputs:
+                with tap_sites(block, self.family, own_sites, not outputs) as seen, suppress(AllSeen):
+                    results.append(self.forward(i, block, h))
                 values |= seen
             if dense_sites:
                 assert dense is not None
-                with tap_sites(dense[0], self.family, dense_sites) as seen:
+                with tap_sites(dense[0], self.family, dense_sites, True) as seen, suppress(AllSeen):
                     self.forward(i, dense[0], dense[1][n])
-                    values |= {f"dense:{s}": v for s, v in seen.items()}
+                values |= {f"dense:{s}": v for s, v in seen.items()}
             for where in gaps:
                 dense_sum = values[f"dense:{where}.raw"] + values[f"dense:{where}.add"]
                 values[f"{where}.gap"] = dense_sum.view_as(values[f"{where}.raw"]) - values[f"{where}.raw"]
             return {s: v.reshape(len(h), -1, v.shape[-1]) for s, v in values.items()}
 
-        return self.collect(taps, run), outputs
+        return self.collect(taps, run), results
 
     def collect(self, taps: list[Tap], run: Callable[[int], dict[str, Tensor]]) -> Stats:
         """Statistics over all batches of all processes. `run(n)`: every site's (batch, seq, channels) for piece n.
@@ -277,7 +287,8 @@ class Stream:
         draws = [torch.Generator().manual_seed(seed * 1_000_003 + first + n) for n in range(len(hidden))]
         noise = torch.cat([torch.rand(hidden.shape[1], generator=g, dtype=torch.float64) for g in draws])
         with torch.enable_grad(), self.replace_blocks(lambda i, x, *a, **k: h if i == len(self) - 1 else x):
-            logits = self.model(inputs_embeds=h.detach(), use_cache=False).logits.float().flatten(0, 1)
+            logits = self.model(inputs_embeds=h.detach(), use_cache=False).logits.flatten(0, 1)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             steps = logits.detach().double().softmax(-1).cumsum(-1)
             labels = torch.searchsorted(steps, noise[:, None].to(self.device))
             labels = labels.clamp(max=logits.shape[-1] - 1).squeeze(1)
@@ -354,25 +365,35 @@ def share_stats(stats: Stats, source: int) -> Stats:
     return out
 
 
+class AllSeen(Exception):
+    """Ends a forward pass whose sites have all been seen."""
+
+
 @contextmanager
-def tap_sites(block: nn.Module, family: Family, sites: set[str]) -> Iterator[dict[str, Tensor]]:
-    """Within the context a forward of the block fills the yielded dict with the tensors at these sites."""
+def tap_sites(
+    block: nn.Module, family: Family, sites: set[str], stop: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Within the context a forward of the block fills the yielded dict with the tensors at these sites.
+
+    `stop`: the forward ends with `AllSeen` as soon as it has them all.
+    """
     seen: dict[str, Tensor] = {}
     handles = []
 
     def first(args, kwargs) -> Tensor:
         return args[0] if args else kwargs["hidden_states"]
 
+    def see(site: str, value: Tensor) -> None:
+        seen[site] = value
+        if stop and len(seen) == len(sites):
+            raise AllSeen
+
     def tap_input(module: nn.Module, site: str) -> None:
-        handles.append(
-            module.register_forward_pre_hook(lambda m, a, k: seen.__setitem__(site, first(a, k)), with_kwargs=True)
-        )
+        handles.append(module.register_forward_pre_hook(lambda m, a, k: see(site, first(a, k)), with_kwargs=True))
 
     def tap_output(module: nn.Module, site: str) -> None:
         handles.append(
-            module.register_forward_hook(
-                lambda m, a, out: seen.__setitem__(site, out[0] if isinstance(out, tuple) else out)
-            )
+            module.register_forward_hook(lambda m, a, out: see(site, out[0] if isinstance(out, tuple) else out))
         )
 
     for site in sites:
