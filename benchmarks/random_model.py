@@ -37,7 +37,10 @@ def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0
         weight_map.update(dict.fromkeys(tensors, name))
 
     ones = torch.ones(d, dtype=dtype)
-    outside = {"model.embed_tokens.weight": matrix(config.vocab_size, d), "lm_head.weight": matrix(config.vocab_size, d)}
+    outside = {
+        "model.embed_tokens.weight": matrix(config.vocab_size, d),
+        "lm_head.weight": matrix(config.vocab_size, d),
+    }
     shard(0, outside | {"model.norm.weight": ones})
     del outside
     for i in range(n):

@@ -16,7 +16,7 @@ DAMPING = 1e-8
 
 
 def symmetrise(m: Tensor) -> Tensor:
-    return (m + m.transpose(-1, -2)) / 2
+    return (m + m.transpose(-1, -2)).div_(2)
 
 
 def damp(gram: Tensor, damping: float) -> Tensor:
@@ -24,7 +24,8 @@ def damp(gram: Tensor, damping: float) -> Tensor:
     gram = symmetrise(gram.double())
     level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     level = torch.where(level > 0, level, torch.ones_like(level)) * damping
-    return gram + level[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram.diagonal(dim1=-2, dim2=-1).add_(level[..., None])
+    return gram
 
 
 def root(gram: Tensor, damping: float = DAMPING) -> Tensor:

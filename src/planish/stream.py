@@ -7,9 +7,11 @@ tables reach each block exactly as its family makes them, without a line of any 
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
@@ -27,6 +29,7 @@ from planish.stats import Stats, Tap
 
 T = TypeVar("T")
 Hidden = Sequence[Tensor]  # for each of this process's batches: (batch, seq, hidden), on the CPU
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 LARGE = 1 << 20  # parameters; larger modules outside the blocks are in memory only while they are needed
 
 
@@ -149,6 +152,7 @@ class Stream:
 
         `edits` are made to it first.
         """
+        return_memory()
         block = self.source.block(i)
         apply_edits(block, list(edits), self.family, self.source.config, self.source.shape(i))
         return block
@@ -340,6 +344,12 @@ class Stream:
             use(i, block, stats)
             if progress:
                 progress(phase, len(self) - i, len(self))
+
+
+def return_memory() -> None:
+    """Give freed heap pages back to the system: glibc keeps those of tensors below its growing mmap threshold."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def add_batch(stats: Stats, taps: list[Tap], values: dict[str, Tensor], first: int) -> None:

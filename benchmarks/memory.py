@@ -1,0 +1,82 @@
+"""Peak memory of `planish compress` on a random-weight model of several gigabytes, against the model's size.
+
+    python benchmarks/memory.py                     # 4.2 GB of bf16 weights in 168 blocks
+    python benchmarks/memory.py --method svd-llm --blocks 80 --dtype float32
+
+Writes the model to a temporary folder (twice its size is needed on disk), runs the compression in a process of its own
+and reads that process's peak resident memory from the kernel. One row is put into docs/tables/memory.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from random_model import write_model
+
+TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "memory.md"
+HEAD = """# Peak memory of `planish compress`
+
+Measured by `python benchmarks/memory.py`: peak resident memory of the whole process (Python and its libraries included)
+on random-weight LLaMA folders; "of it" = peak / size of the weights on disk. The aim is below 35 %.
+
+| model | blocks | on disk | method | tokens | peak | of it | minutes |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--method", default="flat-llm")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, default=2816)
+    parser.add_argument("--blocks", type=int, default=168)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--set", action="append", default=["damping=0.01"])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="planish-memory-") as folder:
+        sizes = {
+            "vocab_size": 32000, "hidden_size": args.hidden, "intermediate_size": args.intermediate,
+            "num_hidden_layers": args.blocks, "num_attention_heads": args.hidden // 64,
+            "num_key_value_heads": args.hidden // 128,
+        }  # fmt: skip
+        model, out, text = (Path(folder) / n for n in ("model", "out", "text.npy"))
+        size = write_model(model, getattr(torch, args.dtype), **sizes)
+        np.save(text, np.random.default_rng(0).integers(0, 32000, args.samples * args.seq_len))
+        command = [
+            sys.executable, "-m", "planish", "compress", str(model), "--keep", "0.8", "--method", args.method, "-o", str(out),
+            "--calibration", str(text), "--n-samples", str(args.samples), "--seq-len", str(args.seq_len), "--json",
+        ]  # fmt: skip
+        start = time.perf_counter()
+        for setting in args.set:
+            command += ["--set", setting]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        minutes = (time.perf_counter() - start) / 60
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    shape = f"{args.hidden}/{args.intermediate} {args.dtype}"
+    row = (
+        f"| {shape} | {args.blocks} | {size / 1e9:.2f} GB | {args.method} | {args.samples * args.seq_len} | "
+        f"{peak / 1e9:.2f} GB | **{peak / size:.1%}** | {minutes:.1f} |"
+    )
+    print(json.dumps({"model_bytes": size, "peak_rss_bytes": peak, "share": peak / size}))
+    print(row)
+    keep = TABLE.read_text(encoding="utf-8") if TABLE.exists() else HEAD
+    same = " | ".join(row.split(" | ")[:4])
+    rows = [r for r in keep.splitlines() if not r.startswith(same)]
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    TABLE.write_text("\n".join([*rows, row]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
