@@ -32,9 +32,10 @@ class ErcSVD(Method):
     beta: float = 0.05
     residual_metric: Literal["plain", "whitened"] = "plain"
     candidates: int = 6
+    form: Literal["pair", "pivoted"] = "pair"
 
     def solvers(self) -> list[Solver]:
-        return [TwoStageSVD(beta=self.beta, residual_metric=self.residual_metric)]
+        return [TwoStageSVD(beta=self.beta, residual_metric=self.residual_metric, form=self.form)]
 
     def plan(self, job: Job) -> Plan:
         n, removed = len(job.shapes), 1 - job.keep

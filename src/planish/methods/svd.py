@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from planish.core import Method, Solver
 from planish.solvers.linear import LinearSVD
@@ -14,5 +14,7 @@ class SVD(Method):
     title: ClassVar[str] = "truncated SVD of the weights"
     reference: ClassVar[str] = "Eckart & Young, 1936"
 
+    form: Literal["pair", "pivoted"] = "pair"
+
     def solvers(self) -> list[Solver]:
-        return [LinearSVD(metric="plain")]
+        return [LinearSVD(metric="plain", form=self.form)]

@@ -21,6 +21,7 @@ class SVDLLM(Method):
     `allocation` "v2": within each matrix type the removed share is ∝ 1 / (1 + log(L / L_min)), L the truncation loss
     at the uniform ratio (V2's 1 / log L depends on the number of tokens and breaks for L ≤ 1; this form does neither).
     `update`: V1's sequential least squares of B on the compressed prefix's inputs.
+    `form` "pivoted" stores a rank r in r(m + n − r) weights instead of r(m + n), so the same budget buys higher ranks.
     """
 
     title: ClassVar[str] = "whitened truncated SVD of every linear"
@@ -28,19 +29,20 @@ class SVDLLM(Method):
 
     allocation: Literal["uniform", "v2"] = "uniform"
     update: bool = False
+    form: Literal["pair", "pivoted"] = "pair"
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
         return "both" if self.update else "dense"
 
     def solvers(self) -> list[Solver]:
-        return [LinearSVD(metric="whitened", update=self.update)]
+        return [LinearSVD(metric="whitened", update=self.update, form=self.form)]
 
     def plan(self, job: Job) -> Plan:
         uniform = job.spread(lambda unit: 1.0)
         if self.allocation == "uniform":
             return uniform
-        solver = LinearSVD(metric="whitened")
+        solver = LinearSVD(metric="whitened", form=self.form)
         groups = defaultdict(dict)
         for unit, frontier in job.frontiers(solver).items():
             loss = float(frontier.loss[uniform[unit]]) ** 0.5
