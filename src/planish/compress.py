@@ -10,14 +10,15 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from math import isnan
 from importlib.metadata import version
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from planish.activations import Room
 from planish.allocate import BudgetError, spread
 from planish.checkpoint import Source, Writer, apply_edits, count_block, is_empty, kv_bytes, open_source, write_config
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
@@ -324,7 +325,8 @@ def compress(
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            stream = Stream(source, windows, device=device, dtype=dtype or pick_dtype(source, device))
+            room = Room(folder=writer.partial)
+            stream = Stream(source, windows, device=device, dtype=dtype or pick_dtype(source, device), room=room)
             job = Job(stream, method, keep, step=round_to, progress=progress)
             check_tokens(job, windows, settings or {})
             with job.phase("plan"):

@@ -55,10 +55,18 @@ class ErcSVD(Method):
             return self.last(job, self.k or n)
         count = min(self.candidates, n - least + 1)
         tried = sorted({least + round(i * (n - least) / max(count - 1, 1)) for i in range(count)})
-        errors = job.output_errors([self.last(job, k) for k in tried])
-        best = min(range(len(tried)), key=lambda i: errors[i])
-        job.notes |= {"k": tried[best], "searched": dict(zip(tried, errors, strict=True))}
-        return self.last(job, tried[best])
+        plans: dict[int, Plan] = {}
+        for k in tried:
+            try:
+                plans[k] = self.last(job, k)
+            except InputError as error:  # rounding of ranks leaves no room for so few blocks
+                refusal = error
+        if not plans:
+            raise refusal
+        errors = dict(zip(plans, job.output_errors(list(plans.values())), strict=True))
+        best = min(errors, key=lambda k: errors[k])
+        job.notes |= {"k": best, "searched": errors}
+        return plans[best]
 
     def last(self, job: Job, k: int) -> Plan:
         first = len(job.shapes) - k
