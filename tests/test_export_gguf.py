@@ -6,18 +6,19 @@ import importlib
 import os
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
-import compressed
 import numpy as np
 import pytest
-import tiny
 import torch
-from tiny import build
 
+import compressed
+import tiny
 from planish.checkpoint import load
 from planish.errors import InputError
-from planish.export.folder import Folder, plain_block
+from planish.export.folder import Folder
+from tiny import build
 
 gguf = pytest.importorskip("gguf")
 from planish.export.gguf import export_gguf, solve_silu  # noqa: E402
@@ -154,7 +155,7 @@ def test_the_smallest_architecture_is_chosen_and_others_can_be_forced(tmp_path):
         for a in ("llama", "deci", "mimo2")
     }
     assert export_gguf(folder, tmp_path / "best.gguf").parameters == min(sizes.values()) == sizes["mimo2"]
-    with pytest.raises(InputError, match="gemma2 cannot be written|can be written as"):
+    with pytest.raises(InputError, match="llama can be written as llama, deci, mimo2"):
         export_gguf(folder, tmp_path / "x.gguf", architecture="gemma2")
 
 
@@ -278,7 +279,7 @@ def encode_like_llama_cpp(meta: dict, text: str) -> list[int]:
     for word in words:
         parts = list(word)
         while True:
-            pairs = list(zip(parts, parts[1:]))
+            pairs = list(pairwise(parts))
             if meta["tokenizer.ggml.model"] == "gpt2":
                 found = [(ranks[p], n) for n, p in enumerate(pairs) if p in ranks]
             else:

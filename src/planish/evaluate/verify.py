@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -272,13 +271,11 @@ def open_target(path: Path, target: str, file: str | Path | None, context: int, 
     if target == "vllm":
         return Vllm(path, context), str(path)
     if file is None:
-        export: Callable[..., Any]
-        if target == "gguf":
-            from planish.export.gguf import export_gguf as export
-        else:
-            from planish.export.onnx import export_onnx as export
+        from planish.export.gguf import export_gguf
+        from planish.export.onnx import export_onnx
+
         file = scratch / f"model.{target}"
-        export(path, file, dtype="f32")
+        (export_gguf if target == "gguf" else export_onnx)(path, file, dtype="f32")
     elif not Path(file).is_file():
         raise InputError(f"no such file: {file}")
     return (LlamaCpp(Path(file), context) if target == "gguf" else OnnxRuntime(Path(file))), str(file)

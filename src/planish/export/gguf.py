@@ -19,7 +19,7 @@ for one sliding-window block (the window is set to the context length, so that i
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from planish.errors import InputError
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.vocabulary import write_vocabulary
+from planish.export.written import Written
 from planish.version import __version__
 
 FAMILIES = {
@@ -42,24 +43,6 @@ FAMILIES = {
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 ZERO_WIDTH = 32  # neurons of zeros that stand for no MLP
 NEIGHBOURS = ("llama", "deci")  # rotate channels 2j and 2j + 1; the others j and j + d/2
-
-
-@dataclass
-class Written:
-    """What an export wrote."""
-
-    target: str
-    output: str
-    architecture: str
-    dtype: str
-    parameters: int
-    stored_parameters: int  # of the compressed folder
-    bytes: int
-    tokenizer: str
-    notes: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def export_gguf(
