@@ -60,6 +60,13 @@ def find_family(config) -> Family:
             f"model family {kind!r} is not supported; nearest: {', '.join(near)} (supported: {', '.join(sorted(FAMILIES))})"
         )
     family = FAMILIES[kind]
+    if getattr(config, "add_cross_attention", False):
+        raise InputError(f"{kind} with add_cross_attention=true is not supported: only decoder-only models are")
+    if getattr(getattr(config, "attn_config", None), "clip_qkv", None):
+        raise InputError(
+            f"{kind} with attn_config.clip_qkv={config.attn_config.clip_qkv:g} is not supported: "
+            "clipped queries, keys and values cannot be reduced linearly"
+        )
     if getattr(config, "do_layer_norm_before", True) is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
     return family
@@ -168,12 +175,12 @@ class FolderSource(Source):
         self.rename = self._match_names()
 
     def _match_names(self) -> dict[str, str]:
-        """Name in the causal LM → stored name, where checkpoints of base models drop the prefix."""
-        prefix = self.family.blocks.partition(".")[0] + "."
-        stored = set(self.files)
+        """Name in the causal LM → stored name; checkpoints of base models drop the prefix, some call the head otherwise."""
+        prefix, head = self.family.blocks.partition(".")[0] + ".", f"{self.family.head}."
+        stored = {n: f"lm_head.{n.removeprefix(head)}" if n.startswith(head) else n for n in self.files}
         if any(n.startswith(self.family.blocks + ".") for n in stored):
-            return {n: n for n in stored}
-        return {(n if n.startswith("lm_head") else prefix + n): n for n in stored}
+            return {name: n for n, name in stored.items()}
+        return {(name if name.startswith("lm_head.") else prefix + name): n for n, name in stored.items()}
 
     def tensor(self, name: str) -> Tensor:
         stored = self.rename[name]
@@ -541,6 +548,8 @@ def find_native(specs: list[Spec], shape: Shape, family: Family) -> dict[str, in
             return None
         widths |= {f["in"] if r == "down" else f["out"] for r, f in linears.items()}
     widths.discard(None)
+    if not family.intermediate:
+        return {} if widths == {shape.intermediate} else None
     return {family.intermediate: widths.pop()} if len(widths) == 1 else None  # type: ignore[dict-item]
 
 
@@ -585,7 +594,8 @@ def per_layer(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[st
     for i, (spec, shape) in enumerate(zip(specs, shapes, strict=True)):
         layer: dict[str, Any] = {}
         down = spec.get("linears", {}).get("down", {})
-        layer[family.intermediate] = down.get("in", shape.intermediate)
+        if family.intermediate:
+            layer[family.intermediate] = down.get("in", shape.intermediate)
         skip = [
             n for n, key in (("attention", "attention"), ("mlp", "mlp")) if spec.get(key, {}).get("kind") == "bypass"
         ]

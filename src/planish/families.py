@@ -37,7 +37,9 @@ class Family:
     mixed_layers: bool = False  # masks, rotary tables or caches differ from block to block
     parallel: bool = False  # attention and MLP may read the same residual
     conv1d: bool = False  # linears are stored transposed
-    intermediate: str = "intermediate_size"  # the config's name of the MLP width
+    tuples: bool = False  # blocks return a tuple, hidden states first
+    intermediate: str = "intermediate_size"  # the config's name of the MLP width; empty where it has none
+    head: str = "lm_head"  # what stored checkpoints call the model's `lm_head`
 
     @property
     def gated(self) -> bool:
@@ -115,6 +117,35 @@ _ROWS = (
         blocks="gpt_neox.layers",
         attention="attention",
         parallel=True,
+        head="embed_out",
+    ),
+    Family(
+        "gpt2",
+        ("GPT2Config", "GPT2Model", "GPT2LMHeadModel"),
+        {"o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
+        fused=(Fused("attn.c_attn", ("q", "k", "v")),),
+        blocks="transformer.h",
+        attention="attn",
+        attention_norm="ln_1",
+        mlp_norm="ln_2",
+        rotary=False,
+        conv1d=True,
+        intermediate="n_inner",
+    ),
+    Family(
+        "mpt",
+        _classes("Mpt"),
+        {"o": "attn.out_proj", "up": "ffn.up_proj", "down": "ffn.down_proj"},
+        fused=(Fused("attn.Wqkv", ("q", "k", "v")),),
+        blocks="transformer.blocks",
+        attention="attn",
+        mlp=None,  # its MLP adds the residual itself
+        activation="ffn.act",
+        attention_norm="norm_1",
+        mlp_norm="norm_2",
+        rotary=False,
+        tuples=True,
+        intermediate="",
     ),
 )
 

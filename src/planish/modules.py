@@ -12,11 +12,13 @@ have different forms. A block's `spec` is JSON; `install` builds empty modules f
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from .families import FAMILIES, Family
 from .families import Fused as FusedRow
@@ -164,7 +166,7 @@ class Attention(nn.Module):
         self.config, self.layer_idx, self.is_causal = config, stock.layer_idx, getattr(stock, "is_causal", True)
         self.heads, self.kv_heads, self.qk, self.v = heads, kv_heads, qk, v
         self.head_dim, self.num_key_value_groups = qk, heads // kv_heads
-        self.scaling = stock.scaling
+        self.scaling = stock.scaling if hasattr(stock, "scaling") else stock.softmax_scale
         self.dropout = float(getattr(stock, "attention_dropout", getattr(stock, "dropout", 0.0)) or 0.0)
         window = getattr(stock, "sliding_window", None) if hasattr(stock, "sliding_window") else None
         if family.window and not hasattr(stock, "sliding_window"):
@@ -187,6 +189,7 @@ class Attention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values=None,
         layer_past=None,
+        position_bias: Tensor | None = None,
         **kwargs,
     ):
         shape = hidden_states.shape[:-1]
@@ -211,12 +214,14 @@ class Attention(nn.Module):
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        if position_bias is not None:
+            attention_mask = add_position_bias(position_bias, attention_mask, key)
         extra = {}
         if self.sliding_window is not None:
             extra["sliding_window"] = self.sliding_window
         if self.softcap is not None:
             extra["softcap"] = self.softcap
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         output, weights = attend(
             self,
             query,
@@ -229,6 +234,12 @@ class Attention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+def add_position_bias(bias: Tensor, masked: Tensor | None, key: Tensor) -> Tensor:
+    """ALiBi's (heads, 1, positions) and MPT's mask, true where masked, as one additive mask (B, heads, queries, keys)."""
+    bias = bias[None, :, :, -key.shape[2] :].to(key.dtype)
+    return bias if masked is None else bias.masked_fill(masked, torch.finfo(key.dtype).min)
 
 
 def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, softcap=None, **_):
@@ -282,6 +293,8 @@ def count_heads(config) -> tuple[int, int]:
 def split_block(block: nn.Module, family: Family, config) -> nn.Module:
     """Make a stock block canonical, in place: fused linears become `Fused`, so that every role is a linear of its own."""
     heads, kv_heads = count_heads(config)
+    if family.conv1d:
+        swap_linears(block, family, Conv1D, lambda c: make_linear(c.weight.data.T, c.bias.data))
     for row in family.fused:
         try:
             stock = block.get_submodule(row.path)
@@ -297,15 +310,18 @@ def split_block(block: nn.Module, family: Family, config) -> nn.Module:
             sizes = [out // len(row.roles)] * len(row.roles)
         weights = split_fused(stock.weight.data, row, sizes, heads)
         biases = [None] * len(sizes) if stock.bias is None else split_fused(stock.bias.data, row, sizes, heads)
-        parts = {}
-        for role, w, b in zip(row.roles, weights, biases, strict=True):
-            linear = nn.Linear(w.shape[1], w.shape[0], bias=b is not None, device="meta")
-            linear.weight = nn.Parameter(w.contiguous(), requires_grad=False)
-            if b is not None:
-                linear.bias = nn.Parameter(b.contiguous(), requires_grad=False)
-            parts[role] = linear
+        parts = {r: make_linear(w, b) for r, w, b in zip(row.roles, weights, biases, strict=True)}
         set_module(block, row.path, Fused(parts, row.layout, heads))
     return block
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear that holds these tensors."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.contiguous(), requires_grad=bias.requires_grad)
+    return linear
 
 
 def join_block(block: nn.Module, family: Family) -> nn.Module:
@@ -317,13 +333,32 @@ def join_block(block: nn.Module, family: Family) -> nn.Module:
             continue
         if not isinstance(fused, Fused) or not all(type(getattr(fused, r)) is nn.Linear for r in fused.roles):
             continue
-        w, b = fused.join()
-        linear = nn.Linear(w.shape[1], w.shape[0], bias=b is not None, device="meta")
-        linear.weight = nn.Parameter(w, requires_grad=w.requires_grad)
-        if b is not None:
-            linear.bias = nn.Parameter(b, requires_grad=b.requires_grad)
-        set_module(block, row.path, linear)
+        set_module(block, row.path, make_linear(*fused.join()))
+    if family.conv1d:
+        swap_linears(block, family, nn.Linear, make_conv1d)
     return block
+
+
+def swap_linears(block: nn.Module, family: Family, kind: type, make: Callable[[Any], nn.Module]) -> None:
+    """Replace every module of exactly this kind that stands where the family has a linear, in place."""
+    for path in (*family.linears.values(), *(row.path for row in family.fused)):
+        try:
+            module = block.get_submodule(path)
+        except AttributeError:  # an edit has replaced the submodule that held it
+            continue
+        if type(module) is kind:
+            set_module(block, path, make(module))
+
+
+def make_conv1d(linear: nn.Linear) -> nn.Module:
+    """The transposed form in which GPT-2 stores a linear with a bias; one without stays a linear."""
+    if linear.bias is None:
+        return linear
+    with torch.device("meta"):
+        conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=linear.weight.requires_grad)
+    conv.bias = linear.bias
+    return conv
 
 
 def build_linear(form: Spec, stock: nn.Linear) -> nn.Module:
