@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from planish.allocate import Alternative, Curve, choose
 from planish.core import Frontier, Method, Plan, Solver, Unit
+from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.two_sided import TwoSided
 
 if TYPE_CHECKING:
     from planish.compress import Job
 
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+WAYS = {  # alternatives for a submodule: units that go together, and the linears that each of them holds
+    "attention": (("q", "k", "v", "o"), ("qk", "vo"), ("q", "k", "vo")),
+    "mlp": (("gate", "up", "down"), ("mlp",)),
+}
+HOLDS = {"qk": ("q", "k"), "vo": ("v", "o"), "mlp": MLP}
+
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """Low-rank linears in pivoted form, ranks from one allocation over all linears of all blocks.
+    """Low-rank linears in pivoted form, value dimensions, rotary pairs and neurons, ranks from one allocation.
 
-    One pass forward and back measures input moments R and gradient moments G (labels sampled from the model); every
-    linear's frontier is then ½ Σ σ² of G^½ W R^½ in nats per token. `anchor`: see `planish.solvers.two_sided`.
+    One pass forward and back measures input moments and gradient moments (labels sampled from the model); every unit's
+    frontier is then in nats per token, and each submodule takes the alternative that is best at the budget's price.
+    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only.
+    `anchor`: share of the dense model's activations in the target of each solve, see the solvers.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
     reference: ClassVar[str] = "planish"
 
-    anchor: float = 0.0
+    units: Literal["any", "structural", "linear"] = "any"
+    anchor: float = 0.5
     ridge: float = 1e-3
 
     @property
@@ -34,21 +45,38 @@ class Auto(Method):
         return "both" if self.anchor else "dense"
 
     def solvers(self) -> list[Solver]:
-        return [TwoSided(anchor=self.anchor, ridge=self.ridge)]
+        structural = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge), FisherPairs()]
+        linear = [TwoSided(anchor=self.anchor, ridge=self.ridge)]
+        return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         if not self.anchor:
             return [units]
-        order = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+        order = (("q", "k", "qk", "v"), ("o", "vo"), ("gate", "up"), ("down", "mlp"))
         return [s for s in ([u for u in units if u.name in names] for names in order) if s]
 
     def plan(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
         job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
-        groups = [[Alternative((self.curve(job, f),))] for f in frontiers.values()]
-        plan, loss = choose(groups, job.budget)
+        curves = {u: self.curve(job, f) for u, f in frontiers.items()}
+        plan, loss = choose(self.groups(job, curves), int(job.keep * job.total + 1e-6))
         job.notes["predicted_loss"] = loss
         return plan
+
+    def groups(self, job: Job, curves: dict[Unit, Curve]) -> list[list[Alternative]]:
+        """Per submodule the ways to treat it with the units at hand; linears that no unit holds cost what they cost."""
+        groups = []
+        for shape in job.shapes:
+            for roles, ways in ((ATTENTION, WAYS["attention"]), (MLP, WAYS["mlp"])):
+                found = {}
+                for way in ways:
+                    present = tuple(n for n in way if Unit(shape.block, n) in curves)
+                    held = {r for n in present for r in HOLDS.get(n, (n,))}
+                    rest = [r for r in roles if r in shape.roles and r not in held]
+                    fixed = shape.count(*rest) if rest else 0
+                    found[present] = Alternative(tuple(curves[Unit(shape.block, n)] for n in present), fixed)
+                groups.append(list(found.values()))
+        return groups
 
     def curve(self, job: Job, frontier: Frontier) -> Curve:
         unit = frontier.unit

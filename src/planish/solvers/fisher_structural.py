@@ -1,0 +1,196 @@
+"""Structural cuts measured in predicted nats: neurons, value dimensions and rotary pairs in the output metric.
+
+G = E[g gᵀ] is the second moment of the summed NLL's gradient at a linear's output, labels sampled from the model (true
+Fisher). A cut that changes that output by e costs ½ E[(gᵀe)²] ≈ ½ tr(G E[e eᵀ]) nats per token.
+
+`anchor` > 0 (needs the dense prefix beside the compressed one): o and down are refitted to (1 − a) W x̂ + a W x on the
+compressed prefix's inputs x̂, so that they repair what earlier cuts broke.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
+from planish.edits import neuron_edits, qk_edits, value_edits
+from planish.linalg import balance, eigh_root, selection_losses, solve, tail_sums
+from planish.stats import Stats, Tap, kind
+
+
+@kind
+def pair_effects(q: Tensor, g: Tensor, heads: int) -> dict[str, Tensor]:
+    """Σ s sᵀ (heads · half)² with s_{h,f} = Σ q_j g_j over the two channels (f, f + half) of head h's rotary pair f.
+
+    q, g (tokens, heads · 2 half) before rotation. −s is what zeroing a pair does, to first order, to the summed NLL.
+    """
+    s = (q.double() * g.double()).unflatten(-1, (heads, 2, -1)).sum(2).flatten(1)
+    return {"sum": s.T @ s}
+
+
+def anchored(stats: Stats, site: str, anchor: float) -> tuple[Tensor, Tensor]:
+    """(E[x̂ x̂ᵀ], E[t x̂ᵀ]) with t = (1 − a) x̂ + a x; both are E[x xᵀ] where only the dense prefix was measured."""
+    own = Tap(site, "gram")
+    if not anchor or own not in stats.sums:
+        gram = stats.mean(Tap(f"dense:{site}", "gram"))
+        return gram, gram
+    gram = stats.mean(own)
+    return gram, (1 - anchor) * gram + anchor * stats.mean(Tap(f"dense:{site}", "cross", site))
+
+
+def anchored_taps(site: str, anchor: float) -> list[Tap]:
+    dense = [Tap(f"dense:{site}", "gram")]
+    return [*dense, Tap(site, "gram"), Tap(f"dense:{site}", "cross", site)] if anchor else dense
+
+
+def refit(w: Tensor, gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """W' (out, k) with least E‖W t − W' x_J‖² from gram = E[x xᵀ] and cross = E[t xᵀ]."""
+    return solve(gram[kept][:, kept], (w @ cross[:, kept]).T, damping).T
+
+
+@dataclass(frozen=True)
+class FisherNeurons(Solver):
+    """Keep the neurons of an MLP that matter most to the loss; down is refitted by least squares.
+
+    Order: E[x_i²] · w_iᵀ G w_i, w_i the neuron's column of down. Predicted loss: ½ of the output error in the metric G,
+    exact for the refit at every rank, from one Cholesky factor of the ordered Gram.
+    """
+
+    name: ClassVar[str] = "fisher-neurons"
+    anchor: float = 0.0
+    damping: float = 1e-4
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [Unit(shape.block, "mlp")]
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        return range(1, shape.intermediate + 1)
+
+    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return rank * shape.hidden * (3 if shape.gated else 2)
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return [*anchored_taps("down.in", self.anchor), Tap("grad:down.out", "gram")]
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        gram, cross = anchored(stats, "down.in", self.anchor)
+        metric = eigh_root(stats.mean(Tap("grad:down.out", "gram")))[0].T @ weights["down"].double()
+        order = (gram.diagonal() * metric.square().sum(0)).argsort(descending=True, stable=True)
+        loss = selection_losses(gram, metric, order, True, self.damping) / 2
+        roles = [n for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights]
+        factors = {"order": order, "gram": gram, "cross": cross, **{n: weights[n] for n in roles}}
+        return Frontier(unit, loss, factors, nats=True)
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        if rank >= shape.intermediate:
+            return []
+        f = frontier.factors
+        kept = f["order"][:rank].sort().values
+        return neuron_edits(f, kept, refit(f["down"].double(), f["gram"], f["cross"], kept, self.damping))
+
+
+@dataclass(frozen=True)
+class FisherValues(Solver):
+    """Per kv group: value directions that matter most to the loss, v ← Pᵀ v, o refitted by least squares.
+
+    P balances the pooled second moment of the group's heads' o inputs against Σ_h O_hᵀ G O_h. Predicted loss: ½ of o's
+    output error in the metric G, exact for the refit at every rank.
+    """
+
+    name: ClassVar[str] = "fisher-values"
+    anchor: float = 0.0
+    damping: float = 1e-4
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [Unit(shape.block, "vo")]
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        return range(1, shape.v + 1)
+
+    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return rank * shape.hidden * (shape.kv_heads + shape.heads)
+
+    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return rank * shape.kv_heads
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return [*anchored_taps("o.in", self.anchor), Tap("grad:o.out", "gram")]
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        heads, groups, d = shape.heads, shape.groups, shape.v
+        gram, cross = anchored(stats, "o.in", self.anchor)
+        root = eigh_root(stats.mean(Tap("grad:o.out", "gram")))[0].T
+        o = weights["o"].double()
+        by_head = (root @ o).unflatten(1, (heads, d)).transpose(0, 1)  # (heads, hidden, d)
+        left = (by_head.mT @ by_head).unflatten(0, (-1, groups)).sum(1)
+        own = gram.view(heads, d, heads, d).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        p, q, _ = balance(left, own.unflatten(0, (-1, groups)).sum(1))
+        full_p = torch.block_diag(*p.repeat_interleave(groups, 0))  # z = Pᵀ o, all heads
+        full_q = torch.block_diag(*q.repeat_interleave(groups, 0))
+        z = full_p.T @ gram @ full_p
+        loss = selection_losses(z, root @ o @ full_q, self.order(d, shape), True, self.damping)[::heads] / 2
+        names = [n for n in ("v", "v.bias") if n in weights]
+        factors = {"P": p, "gram": z, "o": o, "cross": cross @ full_p, **{n: weights[n] for n in names}}
+        return Frontier(unit, loss, factors, nats=True)
+
+    def order(self, rank: int, shape: Shape) -> Tensor:
+        """Indices of the first `rank` channels of every head, best channels of all heads first."""
+        return (torch.arange(rank)[:, None] + torch.arange(shape.heads) * shape.v).flatten()
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        if rank >= shape.v:
+            return []
+        f = frontier.factors
+        kept = self.order(rank, shape).sort().values
+        o = refit(f["o"], f["gram"], f["cross"], kept, self.damping)
+        p = f["P"][..., :rank].mT
+        v = (p @ f["v"].double().unflatten(0, (shape.kv_heads, -1))).flatten(0, 1)
+        bias = (p @ f["v.bias"].double().view(shape.kv_heads, -1, 1)).flatten() if "v.bias" in f else None
+        return value_edits(v, o, bias, rank)
+
+
+@dataclass(frozen=True)
+class FisherPairs(Solver):
+    """Every kv group keeps the rotary pairs whose loss costs most: dropping a set D predicts ½ E[(Σ_{f∈D} s_f)²].
+
+    s_f: see `pair_effects`. Only where every channel is rotated and q, k are not normalised.
+    """
+
+    name: ClassVar[str] = "fisher-pairs"
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [Unit(shape.block, "qk")] if shape.rotary == shape.qk and not shape.qk_norm else []
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        return range(2, shape.qk + 1, 2)
+
+    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return rank * shape.hidden * (shape.heads + shape.kv_heads)
+
+    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return rank * shape.kv_heads
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return [Tap("dense:q.out", "pair_effects", "grad:q.out", heads=shape.heads)]
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        size = (shape.kv_heads, shape.groups, shape.qk // 2)
+        effects = stats.mean(self.taps(unit, shape)[0]).view(*size, *size).sum((1, 4))  # over the group's query heads
+        effects = effects.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (kv_heads, half, half)
+        order = effects.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        pairs = sum(tail_sums(e[at][:, at]) for e, at in zip(effects, order, strict=True)) / 2
+        loss = pairs.repeat_interleave(2)[: shape.qk + 1]
+        names = [n for r in "qk" for n in (r, f"{r}.bias") if n in weights]
+        return Frontier(unit, loss, {"order": order, **{n: weights[n] for n in names}}, nats=True)
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        if rank >= shape.qk:
+            return []
+        f, half = frontier.factors, shape.qk // 2
+        kept = f["order"][:, : rank // 2].sort(1).values
+        pick = torch.eye(shape.qk, dtype=torch.float64)[torch.cat([kept, kept + half], 1)].mT
+        return qk_edits(f, pick.repeat_interleave(shape.groups, 0), pick, rank, kept)
