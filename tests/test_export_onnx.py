@@ -16,7 +16,9 @@ from planish.export.onnx import export_onnx
 
 MIXED = [
     compressed.both(compressed.values(3), compressed.neurons(24)),
-    compressed.both(compressed.bypass("attention", 4, gate=True, shift=True, raw=True), compressed.low_rank("pair", 6, "up")),
+    compressed.both(
+        compressed.bypass("attention", 4, gate=True, shift=True, raw=True), compressed.low_rank("pair", 6, "up")
+    ),
     compressed.both(compressed.rotary_pairs(2), compressed.low_rank("pivoted", 6, "down")),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,22 @@ class Folder:
         inside = self.family.blocks + "."
         return {n: self.tensor(n) for n in self.files if not n.startswith(inside)}
 
+    @cached_property
+    def stock_config(self) -> Any:
+        """The original model's configuration."""
+        ours = ("planish", "per_layer_config", "auto_map", "architectures", "model_type")
+        settings = {k: v for k, v in self.config.to_dict().items() if k not in ours}
+        return getattr(transformers, self.family.classes[0])(**settings)
+
+    @cached_property
+    def stock(self) -> PreTrainedModel:
+        """The original architecture, without weights."""
+        with torch.device("meta"):
+            return getattr(transformers, self.family.classes[2])(self.stock_config)
+
     def shape(self, i: int) -> Shape:
         """Sizes of the ORIGINAL block i, before compression."""
-        if not hasattr(self, "_stock"):
-            kind = getattr(transformers, self.family.classes[0])
-            plain = kind(
-                **{
-                    k: v
-                    for k, v in self.config.to_dict().items()
-                    if k not in ("planish", "per_layer_config", "auto_map")
-                }
-            )
-            with torch.device("meta"):
-                self._stock = getattr(transformers, self.family.classes[2])(plain)
-        block = split_block(find_blocks(self._stock, self.family)[i], self.family, self.config)
+        block = split_block(find_blocks(self.stock, self.family)[i], self.family, self.config)
         heads, kv_heads = count_heads(self.config)
         attention = block.get_submodule(self.family.attention)
         down = get_linear(block, self.family, "down")

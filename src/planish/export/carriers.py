@@ -1,0 +1,167 @@
+"""Folders in architectures that other stacks know and that have room for compressed shapes: MiMo-V2-Flash and DeciLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from planish.checkpoint import Writer
+from planish.errors import InputError
+from planish.export.dense import copy_files
+from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
+from planish.export.written import Written
+
+FAMILIES = ("llama", "mistral", "qwen2", "phi3")  # RMS norms, rotary embedding, gated silu MLP, no query/key norm
+
+NAMES = {r: f"self_attn.{r}_proj" for r in "qkvo"} | {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
+NAMES |= {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+def export_mimo(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> Written:
+    """MiMo-V2-Flash with full attention and dense MLPs: value dimensions below the head size, the same in all blocks.
+
+    Loads with transformers' own class (eager attention), vLLM, SGLang and MLX. Value dimensions and MLP widths that differ
+    from block to block are filled up with zeros to the largest; removed submodules likewise.
+    """
+    source = open_folder(folder, "mimo")
+    plains = [plain_block(source, i) for i in range(len(source))]
+    for i, p in enumerate(plains):
+        refuse_linear(p, i, "mimo")
+    biases = {r for p in plains for r in ("q", "k", "v", "o", "gate", "up", "down") if f"{r}.bias" in p.tensors}
+    if biases - set("qkv"):
+        raise InputError(f"mimo has no bias for {sorted(biases - set('qkv'))[0]}")
+    v, width = max(p.v for p in plains), max(p.width for p in plains)
+    config = source.stock_config
+    n = len(source)
+    rope = dict(config.rope_parameters) | {"partial_rotary_factor": plains[0].shape.rotary / plains[0].shape.qk}
+    settings = base_settings(source) | {
+        "architectures": ["MiMoV2FlashForCausalLM"],
+        "model_type": "mimo_v2_flash",
+        "head_dim": plains[0].shape.qk,
+        "v_head_dim": v,
+        "intermediate_size": width,
+        "attention_bias": bool(biases),
+        "attention_value_scale": 1.0,
+        "layer_types": ["full_attention"] * n,
+        "mlp_layer_types": ["dense"] * n,
+        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+        "sliding_window": config.max_position_embeddings,
+    }
+
+    def prepare(plain: Plain) -> None:
+        if plain.attention == "none":
+            zero_attention(plain, v, biases)
+        pad_values(plain, v)
+        pad_width(plain, width)
+        for role in biases:
+            plain.tensors.setdefault(f"{role}.bias", plain.tensors[role].new_zeros(len(plain.tensors[role])))
+
+    del plains
+    return write(source, Path(output), "mimo", settings, prepare, overwrite)
+
+
+def export_deci(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> Written:
+    """DeciLM (nemotron-nas): MLP widths per block and removed submodules, for vLLM, SGLang and MLX.
+
+    transformers itself has no class for it. Block 0 keeps an attention (of zeros if it was removed): vLLM asks for one.
+    """
+    source = open_folder(folder, "deci")
+    plains = [plain_block(source, i) for i in range(len(source))]
+    for i, p in enumerate(plains):
+        refuse_linear(p, i, "deci")
+    first = plains[0].shape
+    biases = {r for p in plains for r in p.tensors if r.endswith(".bias")}
+    if biases or first.rotary != first.qk:
+        raise InputError("deci is written for models without biases whose heads are rotated in full")
+    blocks = []
+    for i, p in enumerate(plains):
+        attention = {"no_op": p.attention == "none" and i > 0, "replace_with_linear": False}
+        attention["n_heads_in_group"] = None if attention["no_op"] else first.groups
+        ffn = {"no_op": p.mlp == "none", "replace_with_linear": False, "ffn_mult": None}
+        ffn["intermediate_size"] = None if p.mlp == "none" else p.width
+        blocks.append({"attention": attention, "ffn": ffn})
+    settings = base_settings(source) | {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "head_dim": first.qk,
+        "num_key_value_heads": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "block_configs": blocks,
+        "rope_theta": source.stock_config.rope_parameters["rope_theta"],
+        "rope_parameters": source.stock_config.rope_parameters,
+    }
+
+    def prepare(plain: Plain) -> None:
+        if plain.attention == "none" and plain.shape.block == 0:
+            zero_attention(plain, plain.shape.v)
+        if plain.attention == "full":
+            pad_values(plain, plain.shape.v)
+
+    del plains
+    return write(source, Path(output), "deci", settings, prepare, overwrite)
+
+
+def open_folder(folder: str | Path, target: str) -> Folder:
+    source = Folder(folder)
+    kind, config = source.family.model_type, source.stock_config
+    if kind not in FAMILIES:
+        raise InputError(f"{target} can carry {', '.join(FAMILIES)}; got {kind}")
+    if config.hidden_act != "silu":
+        raise InputError(f"{target} needs the activation silu, got {config.hidden_act!r}")
+    if source.family.window and getattr(config, "sliding_window", None):
+        raise InputError(f"{target} is written without sliding windows; this model has one of {config.sliding_window}")
+    return source
+
+
+def refuse_linear(plain: Plain, i: int, target: str) -> None:
+    if "linear" in (plain.attention, plain.mlp):
+        raise InputError(f"{target} has no place for block {i}'s linear map in place of a submodule")
+
+
+def base_settings(source: Folder) -> dict[str, Any]:
+    """What any of these architectures reads from config.json."""
+    config = source.stock_config
+    names = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+        "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings",
+        "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout",
+    )  # fmt: skip
+    dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
+    return {n: getattr(config, n) for n in names if hasattr(config, n)} | ({"dtype": dtype} if dtype else {})
+
+
+def write(
+    source: Folder, output: Path, target: str, settings: dict[str, Any], prepare: Any, overwrite: bool
+) -> Written:
+    """Write every block under LLaMA's tensor names, after `prepare`."""
+    writer = Writer(output, len(source), overwrite)
+    back = 0
+    try:
+        for i in range(len(source)):
+            plain = plain_block(source, i)
+            back += plain.extra
+            prepare(plain)
+            tensors = {}
+            for name, tensor in plain.tensors.items():
+                role, _, leaf = name.partition(".")
+                unused = (name == "attention_norm" and plain.attention == "none") or (
+                    name == "mlp_norm" and plain.width == 0
+                )
+                if not unused:
+                    tensors[f"model.layers.{i}.{NAMES[role]}.{leaf or 'weight'}"] = tensor
+            writer.shard(i + 1, tensors)
+        writer.shard(0, source.outside())
+        writer.text("config.json", json.dumps(settings, indent=2) + "\n")
+        copy_files(source, writer)
+        size, total = writer.bytes, writer.parameters
+        writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+    stored = sum(source.tensor(n).numel() for n in source.files)
+    notes = [f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights"] if back else []
+    if total - stored != back:
+        notes.append(f"zeros to fit {target}, less norms of removed submodules: {total - stored - back:+,} weights")
+    return Written(target, str(output), settings["architectures"][0], "as stored", total, stored, size, "copied", notes)

@@ -1,0 +1,146 @@
+"""Folders of plain matrices: low-rank linears multiplied back, and on request everything filled up to a stock architecture."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planish.checkpoint import COPIED, Writer, set_parameter, write_config
+from planish.core import Shape
+from planish.errors import InputError
+from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, plain_linear, zero_attention
+from planish.export.written import Written
+from planish.modules import Attention, Bypass, Spec, find_blocks, get_linear, set_module, split_block
+
+LOW_RANK = ("pair", "pivoted", "head_pair")
+
+
+def export_dense(folder: str | Path, output: str | Path, *, pad: bool = False, overwrite: bool = False) -> Written:
+    """Write a folder without low-rank forms. The logits stay the same up to rounding of the products.
+
+    It loads with nothing of planish where the stock architecture then holds the shapes. `pad`: make it so, by filling up
+    value dimensions, rotary pairs, MLP widths and removed submodules with zeros; the notes say what that costs.
+    """
+    source = Folder(folder)
+    writer = Writer(Path(output), len(source), overwrite)
+    shapes = [source.shape(i) for i in range(len(source))]
+    specs: list[Spec] = []
+    notes: list[str] = []
+    back = 0
+    try:
+        width = max(plain_block(source, i).width for i in range(len(source))) if pad else 0
+        for i, shape in enumerate(shapes):
+            if pad:
+                plain = plain_block(source, i)
+                back += plain.extra
+                specs.append(write_padded(writer, source, plain, width))
+            else:
+                block = source.block(i)
+                spec, grown = make_dense(block, source, copy.deepcopy(source.specs[i]), shape)
+                back += grown
+                specs.append(spec)
+                writer.block(i, block, source.family)
+        writer.shard(0, source.outside())
+        like: Any = SimpleNamespace(config=source.stock_config, family=source.family, n_blocks=len(source))
+        kind = write_config(writer, like, specs, shapes)
+        copy_files(source, writer)
+        size, total = writer.bytes, writer.parameters
+        writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+    stored = sum(source.tensor(n).numel() for n in source.files)
+    if back:
+        notes.append(f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights")
+    if total - stored != back:
+        notes.append(f"filled up with zeros: {total - stored - back:+,} weights")
+    if kind != "native":
+        notes.append("blocks differ in shape: the folder still needs planish or its own modelling files (or --pad)")
+    return Written("dense", str(writer.output), kind, "as stored", total, stored, size, "copied", notes)
+
+
+def make_dense(block: nn.Module, source: Folder, spec: Spec, shape: Shape) -> tuple[Spec, int]:
+    """Replace low-rank linears of a canonical block, in place; its new spec and how many weights that adds."""
+    attention = block.get_submodule(source.family.attention)
+    linears = spec.get("linears", {})
+    grown = 0
+    for role, form in list(linears.items()):
+        inside = isinstance(attention, Bypass) if role in "qkvo" else spec.get("mlp", {}).get("kind") == "bypass"
+        if inside or form["kind"] not in LOW_RANK:
+            continue
+        module = get_linear(block, source.family, role)
+        weight, bias = plain_linear(module)
+        grown += weight.numel() - sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+        linear = make_linear(weight, bias)
+        if role in "qkvo" and isinstance(attention, Attention):
+            setattr(attention, f"{role}_proj", linear)
+        else:
+            set_module(block, source.family.path(role), linear)
+        linears[role] = {"kind": "dense", "out": weight.shape[0], "in": weight.shape[1]}
+        if tuple(weight.shape) == shape.linear(role):
+            del linears[role]
+    if "linears" in spec and not linears:
+        del spec["linears"]
+    return spec, grown
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def write_padded(writer: Writer, source: Folder, plain: Plain, width: int) -> Spec:
+    """Write one block with stock shapes and the given MLP width; its spec."""
+    shape, i = plain.shape, plain.shape.block
+    if "linear" in (plain.attention, plain.mlp):
+        raise InputError(f"block {i} holds a linear map in place of a submodule; no stock block can hold that exactly")
+    source.shape(i)
+    block = copy.deepcopy(find_blocks(source.stock, source.family)[i])
+    split_block(block, source.family, source.stock_config)
+    biases = [r for r in source.family.roles if get_linear(block, source.family, r).bias is not None]
+    if plain.attention == "none":
+        zero_attention(plain, shape.v, biases)
+        if "o" in biases:
+            plain.tensors["o.bias"] = torch.zeros(shape.hidden, dtype=plain.tensors["o"].dtype)
+    pad_values(plain, shape.v)
+    pad_width(plain, width)
+    for role in source.family.roles:
+        linear = get_linear(block, source.family, role)
+        linear.weight = nn.Parameter(plain.tensors[role], requires_grad=False)
+        if linear.bias is not None:
+            zeros = plain.tensors[role].new_zeros(len(plain.tensors[role]))
+            linear.bias = nn.Parameter(plain.tensors.get(f"{role}.bias", zeros), requires_grad=False)
+    original = source.block(i)
+    for name, parameter in list(block.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        try:
+            set_parameter(block, name, original.get_parameter(name).data)
+        except AttributeError:  # a norm that a removed submodule left behind
+            like = plain.tensors["q"]
+            ones = 0 if name.endswith("bias") or "gemma" in source.family.model_type else 1
+            set_parameter(block, name, torch.full(parameter.shape, ones, dtype=like.dtype))
+    writer.block(i, block, source.family)
+    if width == shape.intermediate:
+        return {}
+    sizes = {"gate": (width, shape.hidden), "up": (width, shape.hidden), "down": (shape.hidden, width)}
+    return {
+        "linears": {
+            r: {"kind": "dense", "out": sizes[r][0], "in": sizes[r][1]} for r in source.family.roles if r in sizes
+        }
+    }
+
+
+def copy_files(source: Folder, writer: Writer) -> None:
+    """Tokenizer and generation files."""
+    for name in COPIED:
+        if (source.path / name).is_file():
+            (writer.partial / name).write_bytes((source.path / name).read_bytes())

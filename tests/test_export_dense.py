@@ -1,0 +1,119 @@
+"""Dense, padded, MiMo and DeciLM folders compute what the compressed folder computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import compressed
+import pytest
+import torch
+from tiny import build
+from transformers import AutoModelForCausalLM
+
+from planish.checkpoint import index_tensors, load
+from planish.errors import InputError
+from planish.export import export
+from planish.export.folder import Folder
+
+LINEAR = [n for n in compressed.FORMS if "→" in n]
+
+
+def logits(folder: Path, **kw) -> torch.Tensor:
+    ids = torch.randint(3, 97, (2, 19), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return load(folder, dtype=torch.float64, **kw)(input_ids=ids).logits
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=0)
+
+
+def stated(notes: list[str]) -> int:
+    return sum(int(n.split(":")[1].split()[0].replace(",", "")) for n in notes if "weights" in n)
+
+
+@pytest.mark.parametrize("form", compressed.FORMS)
+def test_dense_has_no_low_rank_form_and_the_same_logits(form, tmp_path):
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", compressed.FORMS[form])
+    written = export(folder, "dense", tmp_path / "d")
+    same(logits(tmp_path / "d"), logits(folder))
+    names = index_tensors(tmp_path / "d")
+    assert not [n for n in names if n.endswith((".A.weight", ".B.weight", ".P.weight", ".C.weight", ".U", ".order"))]
+    assert written.parameters - written.stored_parameters == stated(written.notes)
+    if form in ("dense", "narrow MLP", "low-rank pairs", "pivoted low rank", "low-rank heads"):
+        assert json.loads((tmp_path / "d" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "llama_bias", "qwen3", "phi3_partial", "gemma2", "opt", "gpt_neox"])
+def test_padding_gives_the_stock_architecture(family, tmp_path):
+    form = [
+        compressed.both(compressed.values(3), compressed.neurons(24)),
+        compressed.both(
+            compressed.low_rank("pair", 6, *"qkvo"),
+            compressed.bypass("mlp") if family != "opt" else compressed.neurons(9),
+        ),
+        compressed.bypass("attention"),
+    ]
+    folder = compressed.make_folder(build(family), tmp_path / "m", form)
+    written = export(folder, "dense", tmp_path / "d", pad=True)
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert (
+        written.architecture == "native" and not config["model_type"].startswith("planish") and "auto_map" not in config
+    )
+    same(logits(tmp_path / "d"), logits(folder))
+
+
+@pytest.mark.parametrize("form", [n for n in compressed.FORMS if n not in LINEAR])
+def test_mimo_loads_with_transformers_own_class(form, tmp_path):
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", compressed.FORMS[form])
+    written = export(folder, "mimo", tmp_path / "d")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "d", attn_implementation="eager")
+    assert type(model).__module__.startswith("transformers.") and written.architecture == "MiMoV2FlashForCausalLM"
+    with torch.no_grad():
+        ids = torch.randint(3, 97, (2, 19), generator=torch.Generator().manual_seed(3))
+        same(model(input_ids=ids).logits, logits(folder).float())
+
+
+@pytest.mark.parametrize("form", LINEAR)
+@pytest.mark.parametrize("target", ["mimo", "deci"])
+def test_linear_maps_are_refused(target, form, tmp_path):
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", compressed.FORMS[form])
+    with pytest.raises(InputError, match="linear map"):
+        export(folder, target, tmp_path / "d")
+    assert not list(tmp_path.glob("d*"))
+
+
+def test_deci_describes_every_block(tmp_path):
+    folder = compressed.make_folder(
+        build("llama_gqa"),
+        tmp_path / "m",
+        [
+            compressed.bypass("attention"),
+            compressed.both(compressed.neurons(8), compressed.values(5)),
+            compressed.bypass("mlp"),
+        ],
+    )
+    export(folder, "deci", tmp_path / "d")
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    attention, ffn = ([b[k] for b in config["block_configs"]] for k in ("attention", "ffn"))
+    assert [a["no_op"] for a in attention] == [False, False, False], "block 0 keeps an attention of zeros"
+    assert [f["no_op"] for f in ffn] == [False, False, True]
+    assert [f["intermediate_size"] for f in ffn] == [44, 8, None]
+    names = index_tensors(tmp_path / "d")
+    assert not [n for n in names if n.startswith(("model.layers.2.mlp", "model.layers.2.post_attention_layernorm"))]
+    deci, old = Folder(folder), tmp_path / "d"
+    from safetensors.torch import load_file
+
+    tensors = {k: v for f in old.glob("*.safetensors") for k, v in load_file(f).items()}
+    assert tensors["model.layers.0.self_attn.o_proj.weight"].abs().max() == 0
+    o = tensors["model.layers.1.self_attn.o_proj.weight"].unflatten(1, (4, 8))
+    assert o[..., 5:].abs().max() == 0
+    assert torch.equal(o[..., :5].flatten(1), deci.tensor("model.layers.1.self_attn.o_proj.weight"))
+
+
+def test_settings_of_other_targets_are_refused(tmp_path):
+    with pytest.raises(InputError, match="export to mimo has no setting 'pad'"):
+        export(tmp_path, "mimo", tmp_path / "d", pad=True)
+    with pytest.raises(InputError, match="unknown export target 'tflite'"):
+        export(tmp_path, "tflite", tmp_path / "d")
