@@ -42,7 +42,7 @@ class ASVD(Method):
 
     alpha: float = 0.5
     allocation: Literal["strs", "uniform"] = "strs"
-    samples: int = 8
+    samples: int = 4
     form: Literal["pair", "pivoted"] = "pair"
 
     def solvers(self) -> list[Solver]:

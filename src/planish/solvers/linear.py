@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class LinearSVD(Solver):
             loss = low.tails()
         else:
             loss = output_errors(w, low, stats.mean(self.gram_tap(unit)))
-        factors = {"B": low.B, "A": low.A}
+        factors: dict[str, Any] = {"low": low}
         if self.update:
             site = input_site(unit.name)
             factors["gram"] = stats.mean(Tap(site, "gram"))
@@ -88,10 +88,10 @@ class LinearSVD(Solver):
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= min(shape.linear(frontier.unit.name)):
             return []
-        b, a = frontier.factors["B"][:, :rank], frontier.factors["A"][:rank]
+        b, a = frontier.factors["low"].at(rank)
         if self.update:
             b = least_squares(a @ frontier.factors["gram"] @ a.T, frontier.factors["target"] @ a.T)
-        return [low_rank_edit(frontier.unit.name, b, a, self.form)]
+        return [low_rank_edit(frontier.unit.name, b, a, self.form, orthogonal=not self.update)]
 
 
 def output_errors(w: Tensor, low: LowRank, gram: Tensor) -> Tensor:
@@ -219,6 +219,10 @@ class Anchored:
         inner = (b.T @ b) * (a @ self.own @ a.T)
         return max(0.0, float(self.energy - 2 * ((b.T @ self.target) * a).sum() + inner.sum()))
 
+    def dense_error(self) -> float:
+        """E‖y − W x̂‖²: what staying dense leaves."""
+        return max(0.0, float(self.energy - (self.w * (2 * self.target - self.w @ self.own)).sum()))
+
     @cached_property
     def low(self) -> LowRank:
         """All ranks' optima of the damped problem."""
@@ -234,7 +238,9 @@ class Anchored:
         inner = (ga @ low.A.T) * (low.B.T @ low.B)
         pairs = torch.tril(inner, -1).sum(1) * 2 + inner.diagonal()
         steps = pairs - 2 * ((low.B.T @ self.target) * low.A).sum(1)
-        return torch.cat([steps.new_zeros(1), steps.cumsum(0)]).add(self.energy).clamp(min=0)
+        errors = torch.cat([steps.new_zeros(1), steps.cumsum(0)]).add(self.energy).clamp(min=0)
+        errors[-1] = self.dense_error()
+        return errors
 
     def optimum(self, rank: int) -> tuple[Tensor, Tensor]:
         """B (out, rank), A (rank, in)."""
@@ -255,7 +261,7 @@ class Anchored:
 
 
 class AlternatingLosses(Sequence[float]):
-    """E‖y − B A x̂‖² after the alternating steps, computed when asked for; 0 at full rank, which stays dense."""
+    """E‖y − B A x̂‖² after the alternating steps, computed when asked for; the full rank stays dense."""
 
     def __init__(self, problem: Anchored):
         self.problem = problem
@@ -266,4 +272,6 @@ class AlternatingLosses(Sequence[float]):
     def __getitem__(self, rank):  # type: ignore[override]
         if not 0 <= rank < len(self):
             raise IndexError(rank)
-        return 0.0 if rank == len(self) - 1 else self.problem.error(*self.problem.alternate(rank))
+        if rank == len(self) - 1:
+            return self.problem.dense_error()
+        return self.problem.error(*self.problem.alternate(rank))
