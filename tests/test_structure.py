@@ -18,7 +18,7 @@ LAYERS = [
     {"methods"},
     {"compress", "forecast"},
     {"evaluate", "export", "report"},
-    {"api", "cli", "__init__", "__main__"},
+    {"api", "demo", "cli", "__init__", "__main__"},
 ]
 MAY_USE_TRANSFORMERS = {"families", "modules", "modelling", "checkpoint", "export", "evaluate"}
 FORBIDDEN_FILES = {"utils", "util", "helpers", "helper", "common", "misc"}

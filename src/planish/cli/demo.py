@@ -2,6 +2,81 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-def demo() -> None:
-    """soon"""
+import typer
+from rich.markup import escape
+
+from planish.cli import options as o
+from planish.cli.run import format_seconds, make_table, session
+
+if TYPE_CHECKING:
+    from planish.demo import Demo
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for chart, table and model")] = Path(
+        "planish-demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="keep 0.8 alone, less text")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="another folder than the embedded model", show_default=False)
+    ] = None,
+    limit: Annotated[float, typer.Option(help="seconds after which the rest is skipped")] = 165,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Compress the embedded model by every method, offline: a table, a chart, and code completed side by side."""
+    with session(as_json) as run:
+        run.api  # noqa: B018  (silences transformers)
+        from planish.demo import run_demo
+
+        found = run_demo(
+            output,
+            model=model,
+            quick=quick,
+            limit=limit,
+            progress=lambda what, done, total: run.progress("runs", done, total),
+        )
+        run.give(
+            found.as_dict(),
+            *make_views(found),
+            f"wrote {', '.join(found.files)} · {format_seconds(found.seconds)}",
+            *(
+                ()
+                if any(f.endswith(".png") for f in found.files)
+                else (escape("for the chart: pip install 'planish[report]'"),)
+            ),
+        )
+
+
+def make_views(found: Demo) -> list[Any]:
+    """The table and the completions."""
+    from rich.columns import Columns
+    from rich.panel import Panel
+    from rich.text import Text
+
+    table = make_table("method", "keep", "parameters", "perplexity", "seconds", "KV bytes/token")
+    last = None
+    for row in [found.dense, *found.rows]:
+        if last is not None and row.keep_requested != last:
+            table.add_section()
+        last = row.keep_requested
+        if row.skipped:
+            table.add_row(row.method, f"{row.keep_requested:g}", "", "", f"{row.seconds:.1f}", "skipped", style="dim")
+            continue
+        table.add_row(
+            row.method,
+            f"{row.keep:.3f}",
+            f"{row.parameters:,}",
+            f"{row.perplexity:,.2f}",
+            f"{row.seconds:.1f}" if row.seconds else "",
+            f"{row.kv_bytes_per_token:,}",
+        )
+    panels = [
+        Panel(Text.assemble((found.prompt, "dim"), (text, "bold")), title=name, title_align="left", width=58)
+        for name, text in found.completions.items()
+    ]
+    reasons = dict.fromkeys(f"{r.method} at {r.keep_requested:g}: {r.skipped}" for r in found.rows if r.skipped)
+    skipped = [Text("skipped: " + "\n         ".join(reasons), style="dim")] if reasons else []
+    return [table, *skipped, Columns(panels)]
