@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from planish.core import Plan, Shape, Solver, Unit
+from planish.core import Edit, Frontier, Plan, Shape, Solver, Unit, Weights
 from planish.errors import InputError
+from planish.stats import Stats, Tap
 
 
 def spread(
@@ -78,6 +80,36 @@ def top_up(
         if extra <= left:
             plan[u], left = higher[0], left - extra
     return plan
+
+
+@dataclass(frozen=True)
+class CacheCost(Solver):
+    """Another solver, costed by what the KV cache holds per token instead of by weights; only units that the cache holds."""
+
+    solver: Solver
+    name: ClassVar[str] = "cache-cost"
+
+    def units(self, shape: Shape) -> list[Unit]:
+        units = self.solver.units(shape)
+        return [u for u in units if self.solver.cache(u, shape, self.solver.ranks(u, shape)[-1]) > 0]
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        return self.solver.ranks(unit, shape)
+
+    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return self.cache(unit, shape, rank)
+
+    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return self.solver.cache(unit, shape, rank)
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return self.solver.taps(unit, shape)
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        return self.solver.decompose(unit, weights, stats, shape)
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        return self.solver.truncate(frontier, rank, shape)
 
 
 class BudgetError(InputError):

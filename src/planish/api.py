@@ -56,6 +56,7 @@ def compress(
     tokenizer: Any = None,
     *,
     keep: float = 0.8,
+    kv_keep: float | None = None,
     method: str | Method | None = None,
     calibration: Any = "builtin",
     n_samples: int | None = None,
@@ -73,7 +74,8 @@ def compress(
     """Compress a model into the folder `output` and report what was counted; without `output` return the smaller model.
 
     `model`: folder, hub id, or causal LM in memory (left untouched; give its `tokenizer`, unless the text is token ids).
-    `keep`: share of the decoder blocks' linear weights that stays. `method`: a name of `planish methods`, by default
+    `keep`: share of the decoder blocks' linear weights that stays; or `kv_keep`: share of the KV cache's bytes per token,
+    which cuts only what the cache holds. `method`: a name of `planish methods`, by default
     "auto" where it exists, else "flat-llm"; `settings`: its hyper-parameters.
     `calibration`: a SOURCE of `planish.text.load_tokens` (name, file, or token ids) from which `n_samples` windows
     (128) of `seq_len` tokens (2048, or as many as the model has positions) are taken: text at random by `seed`, ids
@@ -84,12 +86,14 @@ def compress(
     if output is None:
         with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as folder:
             compress(
-                model, tokenizer, keep=keep, method=method, calibration=calibration, n_samples=n_samples,
+                model, tokenizer, keep=keep, kv_keep=kv_keep, method=method, calibration=calibration, n_samples=n_samples,
                 seq_len=seq_len, seed=seed, sampling=sampling, output=Path(folder) / "model", device=device,
                 dtype=dtype, round_to=round_to, settings=settings, progress=progress,
             )  # fmt: skip
             return load(Path(folder) / "model")
     check_keep(keep)
+    if kv_keep is not None:
+        check_keep(kv_keep, "kv-keep", "of the KV cache")
     check_round(round_to)
     chosen = find_method(method or default_method(), settings or {})
     place = find_device(device)
@@ -99,6 +103,7 @@ def compress(
         source,
         output=output,
         keep=keep,
+        kv_keep=kv_keep,
         method=chosen,
         windows=text.windows,
         calibration=text.record,
@@ -118,6 +123,7 @@ def forecast(
     tokenizer: Any = None,
     *,
     keep: float = 0.8,
+    kv_keep: float | None = None,
     method: str | Method | None = None,
     calibration: Any = "builtin",
     n_samples: int | None = None,
@@ -135,6 +141,8 @@ def forecast(
     The calibration text is read only where the method needs statistics to choose its ranks.
     """
     check_keep(keep)
+    if kv_keep is not None:
+        check_keep(kv_keep, "kv-keep", "of the KV cache")
     check_round(round_to)
     chosen = find_method(method or default_method(), settings or {})
     place = find_device(device)
@@ -150,6 +158,7 @@ def forecast(
     found = forecast_windows(
         source,
         keep=keep,
+        kv_keep=kv_keep,
         method=chosen,
         read=read,
         size=(n_samples or N_SAMPLES, seq_len),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.activations import Room
-from planish.allocate import BudgetError, spread
+from planish.allocate import BudgetError, CacheCost, spread
 from planish.checkpoint import Source, Writer, apply_edits, count_block, is_empty, kv_bytes, open_source, write_config
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
 from planish.errors import InputError
@@ -61,14 +61,28 @@ class Result:
 class Job:
     """One method on one model and one calibration text under one budget: what a method's `plan` can ask."""
 
-    def __init__(self, stream: Stream, method: Method, keep: float, *, step: int = 1, progress: Progress | None = None):
+    def __init__(
+        self,
+        stream: Stream,
+        method: Method,
+        keep: float,
+        *,
+        kv_keep: float | None = None,
+        step: int = 1,
+        progress: Progress | None = None,
+    ):
         self.stream, self.method, self.keep, self.step, self.progress = stream, method, keep, step, progress
         self.shapes: list[Shape] = [stream.source.shape(i) for i in range(len(stream))]
         self.units: dict[Unit, Solver] = {}
-        for solver in method.solvers():
+        for solver in method.solvers() if kv_keep is None else map(CacheCost, method.solvers()):
             for shape in self.shapes:
                 self.units |= dict.fromkeys(solver.units(shape), solver)
-        self.total = sum(s.count() for s in self.shapes)
+        self.total = self.weights = sum(s.count() for s in self.shapes)
+        self.kv_keep = kv_keep
+        if kv_keep is not None:  # the budget is then the cache's: numbers per token
+            self.keep, self.total = kv_keep, sum(s.kv_heads * (s.qk + s.v) for s in self.shapes)
+            if not self.units:
+                raise InputError(f"--kv-keep: {find_name(method)} cuts neither keys nor values; use a3, modegpt or flat-llm")
         self.stored: dict[int, Stats] = {}  # statistics that a plan measured and the solve uses again
         self.edits: dict[int, list[Edit]] = {}  # per block, what the plan has worked out itself; not solved again
         self.notes: dict[str, Any] = {}  # what the method wants recorded in the manifest
@@ -90,6 +104,12 @@ class Job:
     def cost(self, unit: Unit, rank: int) -> int:
         return self.units[unit].cost(unit, self.shapes[unit.block], rank)
 
+    def count(self, unit: Unit, rank: int) -> int:
+        """Weights left in the unit at this rank, whatever the budget counts."""
+        solver = self.units[unit]
+        solver = solver.solver if isinstance(solver, CacheCost) else solver
+        return solver.cost(unit, self.shapes[unit.block], rank)
+
     def spread(self, share: Callable[[Unit], float]) -> Plan:
         """Ranks in proportion to `share`, within the budget (see `planish.allocate.spread`)."""
         try:
@@ -97,8 +117,12 @@ class Job:
         except BudgetError as error:
             smallest = (error.smallest + self.total - self.full_cost()) / self.total
             raise InputError(
-                f"keep {self.keep:g} cannot be reached by {find_name(self.method)}: the smallest keep is {ceil4(smallest)}"
+                f"{'keep' if self.kv_keep is None else 'kv-keep'} {self.keep:g} cannot be reached by {find_name(self.method)}: the smallest keep is {ceil4(smallest)}"
             ) from None
+
+    def plan(self) -> Plan:
+        """The method's ranks within the budget."""
+        return self.method.plan(self) if self.kv_keep is None else self.method.plan_cache(self)
 
     def measure(
         self,
@@ -257,9 +281,9 @@ def ceil4(x: float) -> float:
     return -(-x * 10_000 // 1) / 10_000
 
 
-def check_keep(keep: float) -> None:
+def check_keep(keep: float, name: str = "keep", share: str = "of the blocks' weights") -> None:
     if not 0 < keep <= 1:
-        raise InputError(f"keep must lie in (0, 1], got {keep:g} (the share of the blocks' weights that stays)")
+        raise InputError(f"{name} must lie in (0, 1], got {keep:g} (the share {share} that stays)")
 
 
 DAMPINGS = ("damping", "ridge")  # settings with which a method makes a singular Gram invertible
@@ -301,6 +325,7 @@ def compress(
     *,
     output: str | Path,
     keep: float = 0.8,
+    kv_keep: float | None = None,
     method: str | Method = "flat-llm",
     windows: Tensor,
     calibration: dict[str, Any] | None = None,
@@ -314,10 +339,13 @@ def compress(
     """Compress a model into a folder. `windows` (n, seq): calibration token ids (see `planish.text`).
 
     `model`: folder, hub id or causal LM in memory (left untouched). `settings`: the method's hyper-parameters by name.
+    `kv_keep`, instead of `keep`: kept share of the KV cache's bytes per token; only what the cache holds is then cut.
     `calibration`: what to record about the text in the manifest. Raises InputError for anything wrong with the input.
     """
     start = time.perf_counter()
     check_keep(keep)
+    if kv_keep is not None:
+        check_keep(kv_keep, "kv-keep", "of the KV cache")
     method = find_method(method, settings or {})
     source = open_source(model, tokenizer)
     check_windows(windows, source)
@@ -327,10 +355,10 @@ def compress(
             warnings.simplefilter("always")
             room = Room(folder=writer.partial)
             stream = Stream(source, windows, device=device, dtype=dtype or pick_dtype(source, device), room=room)
-            job = Job(stream, method, keep, step=round_to, progress=progress)
+            job = Job(stream, method, keep, kv_keep=kv_keep, step=round_to, progress=progress)
             check_tokens(job, windows, settings or {})
             with job.phase("plan"):
-                plan = method.plan(job)
+                plan = job.plan()
                 method.finish(job, plan)
             result = write(job, plan, writer)
         result.warnings = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
@@ -382,7 +410,7 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         with job.phase("write"):
             writer.block(len(specs) - 1, block, source.family)
 
-    job.solve(plan, emit)
+    job.method.solve(job, plan, emit)
     kind = write_config(writer, source, specs, shapes)
     outside = drop_tied(source.outside(), source)
     outer = sum(t.numel() for t in outside.values())
@@ -390,7 +418,7 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
     writer.shard(0, {n.replace("lm_head.", f"{head}.", 1) if n.startswith("lm_head.") else n: t for n, t in outside.items()})
     source.copy_files(writer.partial)
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
-    before = job.total
+    before = job.weights
     return Result(
         find_name(job.method),
         job.keep,

@@ -169,11 +169,19 @@ class Method(ABC):
         """Ranks within the budget; uniform unless the recipe says otherwise."""
         return job.spread(lambda unit: 1.0)
 
+    def plan_cache(self, job: Job) -> Plan:
+        """Ranks within a budget of the KV cache; `job` then has only the units that the cache holds, at their cost in it."""
+        return job.spread(lambda unit: 1.0)
+
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         return [units]
 
     def finish(self, job: Job, plan: Plan) -> None:  # noqa: B027
         """A hook after planning, before solving."""
+
+    def solve(self, job: Job, plan: Plan, emit: Callable[[int, Any, dict[str, Any]], None]) -> None:
+        """Solve every block and hand it with its spec to `emit`; recipes that are not made of units have their own."""
+        job.solve(plan, emit)
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

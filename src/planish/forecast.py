@@ -73,6 +73,7 @@ def forecast(
     source: Source,
     *,
     keep: float,
+    kv_keep: float | None = None,
     method: Method,
     read: Callable[[], Tensor],
     size: tuple[int, int],
@@ -87,19 +88,19 @@ def forecast(
     `size` (n_samples, seq_len): the calibration that memory and time are estimated for.
     """
     dtype = dtype or pick_dtype(source, device)
-    job = Job(
-        Unread(source, torch.empty(0, 0, dtype=torch.long), device=device, dtype=dtype), method, keep, step=round_to
-    )
+    unread = Unread(source, torch.empty(0, 0, dtype=torch.long), device=device, dtype=dtype)
+    job = Job(unread, method, keep, kv_keep=kv_keep, step=round_to)
     start = time.perf_counter()
     try:
-        plan, measured = method.plan(job), False
+        plan, measured = job.plan(), False
     except TextNeeded:
         windows = read()
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
-        job = Job(Stream(source, windows, device=device, dtype=dtype), method, keep, step=round_to, progress=progress)
+        stream = Stream(source, windows, device=device, dtype=dtype)
+        job = Job(stream, method, keep, kv_keep=kv_keep, step=round_to, progress=progress)
         check_tokens(job, windows, settings or {})
-        plan, measured = method.plan(job), True
+        plan, measured = job.plan(), True
     return describe(job, plan, size, measured, time.perf_counter() - start)
 
 
@@ -111,11 +112,11 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
     for unit in sorted(job.units):
         full = job.full(unit)
         rank = plan.get(unit, full)
-        before, after = job.cost(unit, full), job.cost(unit, rank)
+        before, after = job.count(unit, full), job.count(unit, rank)
         rows.append(
             {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, "before": before, "after": after}
         )
-    blocks = job.total
+    blocks = job.weights
     blocks_after = blocks - sum(r["before"] - r["after"] for r in rows)
     source.empty_block(0)
     model = source._empty  # type: ignore[attr-defined]
@@ -181,7 +182,7 @@ def estimate(
     on_cpu = stream.device.type == "cpu"
 
     block = shape.count() * (itemsize + (width if on_cpu and width != itemsize else 0))
-    outside = (params - job.total) * (width if on_cpu else itemsize)
+    outside = (params - job.weights) * (width if on_cpu else itemsize)
     activations = tokens * shape.hidden * width * 2 * both
     working = max(2 * statistics, 3 * max(map(prod, map(shape.linear, shape.roles)))) * 8
     one_batch = min(tokens, 8192) * 4 * max(shape.intermediate, shape.heads * shape.qk) * width if on_cpu else 0
@@ -190,7 +191,7 @@ def estimate(
     single, double, eigen = measure_rates(stream.device, stream.dtype)
     stages = len(job.method.stages(units)) if units else 0
     passes = both * max(stages, 1) + (1 if job.method.prefix != "dense" else 0)
-    forward = passes * tokens * (2 * job.total + attend) / single
+    forward = passes * tokens * (2 * job.weights + attend) / single
     taking = len(job.shapes) * 2 * statistics * tokens / double
     sides = [min(job.shapes[u.block].linear(u.name)) if u.name in shape.roles else shape.hidden for u in job.units]
     solving = sum(eigen * n**3 for n in sides)

@@ -15,6 +15,7 @@ def compress(
     model: o.ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
     keep: o.KeepOption = 0.8,
+    kv_keep: o.KVKeepOption = None,
     method: o.MethodOption = None,
     calibration: o.CalibrationOption = "builtin",
     n_samples: o.SamplesOption = None,
@@ -30,11 +31,13 @@ def compress(
 ) -> None:
     """Make a smaller model from MODEL and write it to a folder."""
     values = o.parse_settings(settings)
+    asked = f"{keep:g}" if kv_keep is None else f"kv-keep {kv_keep:g}"
     with session(as_json) as run:
         result = run.api.compress(
             model,
             output=output,
             keep=keep,
+            kv_keep=kv_keep,
             method=method,
             calibration=calibration,
             n_samples=n_samples,
@@ -54,7 +57,7 @@ def compress(
         phases = ", ".join(f"{name} {format_seconds(s)}" for name, s in result.seconds.items() if name != "total")
         run.give(
             result.as_dict(),
-            f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {keep:g}) · {result.output} ({how})",
+            f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {asked}) · {result.output} ({how})",
             make_comparison(
                 [
                     ("parameters", result.params_before, result.params_after),

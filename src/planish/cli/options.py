@@ -34,6 +34,12 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub id", show_default=False)
 ]
 KeepOption = Annotated[float, typer.Option(help="share of the decoder blocks' linear weights that stays, in (0, 1]")]
+KVKeepOption = Annotated[
+    float | None,
+    typer.Option(
+        help="instead of --keep: share of the KV cache's bytes per token that stays, in (0, 1]", show_default=False
+    ),
+]
 MethodOption = Annotated[
     str | None, typer.Option(help="see `planish methods`  [default: auto if there is one]", show_default=False)
 ]

@@ -14,6 +14,7 @@ from planish.cli.run import format_bytes, format_seconds, make_comparison, make_
 def plan(
     model: o.ModelArgument,
     keep: o.KeepOption = 0.8,
+    kv_keep: o.KVKeepOption = None,
     method: o.MethodOption = None,
     calibration: o.CalibrationOption = "builtin",
     n_samples: o.SamplesOption = None,
@@ -28,10 +29,12 @@ def plan(
 ) -> None:
     """Say what compressing would give and take; change and write nothing."""
     values = o.parse_settings(settings)
+    asked = f"{keep:g}" if kv_keep is None else f"kv-keep {kv_keep:g}"
     with session(as_json) as run:
         found = run.api.forecast(
             model,
             keep=keep,
+            kv_keep=kv_keep,
             method=method,
             calibration=calibration,
             n_samples=n_samples,
@@ -49,7 +52,7 @@ def plan(
         measured = "ranks from calibration statistics" if found.needed_statistics else "ranks from shapes alone"
         run.give(
             found.as_dict(),
-            f"[bold]{found.method}[/] · keep {found.keep:.4f} (asked {keep:g}) · {measured} · nothing is written",
+            f"[bold]{found.method}[/] · keep {found.keep:.4f} (asked {asked}) · {measured} · nothing is written",
             make_ranks(found.units),
             make_comparison(
                 [

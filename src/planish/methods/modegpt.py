@@ -1,0 +1,96 @@
+"""MoDeGPT: modules of two or three matrices reduced together, more from blocks that change their input least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from planish.core import Method, Plan, Solver
+from planish.errors import InputError
+from planish.solvers.neurons import Neurons
+from planish.solvers.qk_joint import QKJoint
+from planish.solvers.rotary_pairs import RotaryPairs
+from planish.solvers.value_output import ValueOutput
+from planish.stats import Tap
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+
+@dataclass(frozen=True)
+class MoDeGPT(Method):
+    """Neurons by ridge leverage and Nyström, Q–K channels or rotary pairs by CR, V–O by SVD with the input's moments.
+
+    `allocation` "entropy": the share φ_l removed from block l is N φ softmax(−s/ε)_l, s_l = 1 − E cos(input, output)
+    of the block, ε = `smoothing`; no block loses more than `cap`, what that leaves over is spread over the others in
+    the same proportions. `refit`: least squares of o too. Models that normalise q and k keep them.
+    Differs from the paper: rotary pairs of a group are scored together; ε and the cap are those of a public port (the
+    paper tunes ε and gives no cap, without which a block of a deep model can lose more than it has).
+    """
+
+    title: ClassVar[str] = "Nyström neurons, CR for Q–K, SVD for V–O, entropic ranks from block influence"
+    reference: ClassVar[str] = "MoDeGPT, arXiv 2408.09632"
+
+    allocation: Literal["entropy", "uniform"] = "entropy"
+    smoothing: float = 0.15
+    cap: float = 0.8
+    ridge: float = 1e-2
+    refit: bool = False
+    damping: float = 1e-8
+
+    def solvers(self) -> list[Solver]:
+        return [
+            QKJoint("select"),
+            RotaryPairs("product", "select"),
+            ValueOutput("values", self.refit, self.damping),
+            Neurons("leverage", self.ridge, True, self.damping),
+        ]
+
+    def plan(self, job: Job) -> Plan:
+        if any(s.qk_norm for s in job.shapes):
+            job.notes["qk"] = "left as they are: this family normalises q and k over all channels of a head"
+        if self.allocation == "uniform" or job.keep == 1:
+            return job.spread(lambda unit: 1.0)
+        tap = Tap("block.in", "angle", "block.out")
+        influence: dict[int, float] = {}
+
+        def use(i: int, block: object, stats) -> None:
+            influence[i] = 1 - float(stats.mean(tap, "cosine"))
+
+        job.measure(lambda shape: [tap], use)
+        removed = spread_removal([influence[i] for i in range(len(influence))], 1 - job.keep, self.smoothing, self.cap)
+        job.notes |= {"influence": influence, "removed": removed}
+        return job.spread(lambda unit: 1 - removed[unit.block])
+
+    def plan_cache(self, job: Job) -> Plan:
+        return self.plan(job)
+
+
+def spread_removal(influence: list[float], removed: float, smoothing: float, cap: float) -> list[float]:
+    """Removed share of every block: mean `removed`, ∝ softmax(−influence / smoothing), none above `cap`.
+
+    Blocks that reach the cap stay there and the rest share what is left in proportion: at most one round per block.
+    """
+    if not (smoothing > 0 and 0 < cap < 1):
+        raise InputError(f"modegpt: smoothing must be positive and cap between 0 and 1, got {smoothing:g} and {cap:g}")
+    if removed >= cap:
+        raise InputError(
+            f"modegpt: keep {1 - removed:g} removes {removed:g} of every block on average, which must stay below "
+            f"cap={cap:g}; raise it with --set cap={(1 + removed) / 2:.3f}"
+        )
+    least = min(influence)
+    weights = [exp((least - s) / smoothing) for s in influence]
+    shares = [0.0] * len(weights)
+    open_blocks, left = set(range(len(weights))), removed * len(weights)
+    while open_blocks:
+        total = sum(weights[i] for i in open_blocks)
+        level = {i: left * weights[i] / total if total > 0 else left / len(open_blocks) for i in open_blocks}
+        over = {i for i in open_blocks if level[i] >= cap}
+        for i in over or open_blocks:
+            shares[i] = cap if over else level[i]
+        if not over:
+            break
+        left -= cap * len(over)
+        open_blocks -= over
+    return shares
