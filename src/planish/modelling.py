@@ -54,23 +54,34 @@ def _build(family: str) -> dict[str, type]:
         config_class = Config
 
         def __init__(self, config):
-            super().__init__(copy_config(config))
-            self.config = config
+            plain = copy_config(config)
+            super().__init__(plain)
             install_model(self, config)
+            share_config(self, plain, config)
 
     class LM(stock_lm):  # type: ignore[misc, valid-type]
         config_class = Config
 
         def __init__(self, config):
-            super().__init__(copy_config(config))
-            self.config = config
+            plain = copy_config(config)
+            super().__init__(plain)
             install_model(self, config)
+            share_config(self, plain, config)
 
     made = {config_name: Config, base_name: Model, lm_name: LM}
     for name, cls in made.items():
         cls.__name__ = cls.__qualname__ = name
         cls.__module__ = __name__
     return made
+
+
+def share_config(model, plain, config) -> None:
+    """One configuration for a model and all its modules, so that a change of the attention reaches every one of them."""
+    for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+        setattr(config, name, getattr(plain, name, None))
+    for module in model.modules():
+        if getattr(module, "config", None) is plain:
+            module.config = config
 
 
 for _family in FAMILIES:
@@ -88,5 +99,7 @@ def register() -> None:
             continue
         config = globals()[config_name]
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, globals()[base_name], exist_ok=True)
-        AutoModelForCausalLM.register(config, globals()[lm_name], exist_ok=True)
+        config.register_for_auto_class()  # `save_pretrained` copies these files into the folder
+        for auto, name in ((AutoModel, base_name), (AutoModelForCausalLM, lm_name)):
+            auto.register(config, globals()[name], exist_ok=True)
+            globals()[name].register_for_auto_class(auto)
