@@ -198,8 +198,10 @@ class Stream:
         own_sites = {s for t in taps for s in t.sites if ":" not in s}
         dense_sites = {s.removeprefix("dense:") for t in taps for s in t.sites if s.startswith("dense:")}
         gaps = {s.removesuffix(".gap") for s in own_sites if s.endswith(".gap")}
-        own_sites = {s for s in own_sites if not s.endswith(".gap")} | {f"{g}.raw" for g in gaps}
-        dense_sites |= {f"{g}.{end}" for g in gaps for end in ("raw", "add")}
+        own_sites = {s for s in own_sites if not s.endswith(".gap")}
+        if gaps:
+            own_sites |= {"attention.raw", "mlp.raw", "attention.add"}
+            dense_sites |= {"attention.raw", "attention.add", "mlp.raw", "mlp.add"}
 
         def run(n: int) -> dict[str, Tensor]:
             h, values = hidden[n], dict[str, Tensor]()
@@ -213,8 +215,7 @@ class Stream:
                     self.forward(i, dense[0], dense[1][n])
                 values |= {f"dense:{s}": v for s, v in seen.items()}
             for where in gaps:
-                dense_sum = values[f"dense:{where}.raw"] + values[f"dense:{where}.add"]
-                values[f"{where}.gap"] = dense_sum.view_as(values[f"{where}.raw"]) - values[f"{where}.raw"]
+                values[f"{where}.gap"] = find_gap(where, values, self.source.shape(i).parallel)
             return {s: v.reshape(len(h), -1, v.shape[-1]) for s, v in values.items()}
 
         return self.collect(taps, run), results
@@ -307,14 +308,17 @@ class Stream:
         progress: Progress | None = None,
         phase: str = "gradients",
         seed: int = 0,
-        blocks: Callable[[int], nn.Module] | None = None,
+        edits: Mapping[int, list[Edit]] | None = None,
     ) -> None:
         """Walk the model forwards keeping every block's inputs, then backwards from sampled labels, block by block.
 
         Each block is recomputed from its kept inputs; `use` gets (i, block, stats) from the last block to the first, with
-        forward sites and "grad:" sites measured together. `blocks` replaces `self.block` (a compressed model, say).
+        forward sites and "grad:" sites measured together. `edits`: of the model that these edits make.
         """
-        get = blocks or self.block
+
+        def get(i: int) -> nn.Module:
+            return self.block(i, (edits or {}).get(i, ()))
+
         inputs = [self.start()]
         for i in range(len(self)):
             inputs.append(self.run(i, self.place(get(i)), inputs[-1]))
@@ -373,6 +377,20 @@ def share_stats(stats: Stats, source: int) -> Stats:
     for (tap, name), t in processes.share_tensors(tensors, source).items():
         out.sums.setdefault(tap, {})[name] = t
     return out
+
+
+def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
+    """What a submodule would have to add to the residual stream for the sum to be the uncompressed model's.
+
+    Where both submodules read the same residual, attention aims at its uncompressed self and the feed-forward at the sum.
+    """
+    v = {s: t.reshape(values["attention.raw"].shape) for s, t in values.items() if s.endswith((".raw", ".add"))}
+    if parallel and where == "attention":
+        return v["dense:attention.add"]
+    if parallel:
+        total = v["dense:mlp.raw"] + v["dense:attention.add"] + v["dense:mlp.add"]
+        return total - v["mlp.raw"] - v["attention.add"]
+    return v[f"dense:{where}.raw"] + v[f"dense:{where}.add"] - v[f"{where}.raw"]
 
 
 class AllSeen(Exception):

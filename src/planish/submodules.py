@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import floor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Plan, Unit
+from planish.activations import Activations
+from planish.core import Edit, Plan, Unit, Weights
 from planish.errors import InputError
-from planish.stream import Stream
+from planish.modules import get_linear
+from planish.solvers.bypass import Moments
+from planish.stats import Tap
+from planish.stream import Hidden, Stream, tap_sites
 
 if TYPE_CHECKING:
     from planish.compress import Job
@@ -117,7 +123,7 @@ def trial_losses(stream: Stream, edits: Edits, trials: Mapping[Key, Edits]) -> d
     in memory together), so every block is read once.
     """
     main = stream.start()
-    flows: dict[Key, list[Tensor]] = {}
+    flows: dict[Key, Hidden] = {}
     for i in range(len(stream)):
         plain = stream.place(stream.block(i, edits.get(i, ())))
         for key, trial in trials.items():
@@ -149,3 +155,83 @@ def search_greedily(
         made.append(best)
         losses.append(found[best])
     return made, losses
+
+
+def remove_blocks(job: Job, sparsity: float | None) -> int:
+    """How many whole blocks go; at least one stays."""
+    return count_removed(job, ("attention", "ffn"), sparsity, together=True)["attention"]
+
+
+def check_foldable(job: Job, name: str) -> None:
+    """A map behind the feed-forward can only be folded where nothing stands between it and the residual stream."""
+    family = job.stream.family
+    if family.mlp_post_norm is not None:
+        raise InputError(
+            f"{name} cannot be used with {family.model_type}: a norm follows the down projection, so no map can be "
+            "folded into it; use subfit, shortgpt or sleb"
+        )
+
+
+@torch.no_grad()
+def compare_windows(job: Job, n: int, windows: int, name: Literal["angle", "cosine"]) -> dict[int, float]:
+    """First block → mean angle / π, or cosine, between input and output of the n blocks from there, over all tokens.
+
+    Both are residual streams, never the normed last one. n + 1 sets of activations are kept.
+    """
+    stream = job.stream.subset(windows)
+    found: dict[int, float] = {}
+    tap = Tap("in", "angle", "out")
+    with job.phase("search"):
+        hidden = stream.start()
+        recent = deque([hidden], maxlen=n + 1)
+        for i in range(len(stream)):
+            hidden = stream.run(i, stream.place(stream.block(i)), hidden)
+            recent.append(hidden)
+            if len(recent) == n + 1:
+                before = recent[0]
+                stats = stream.collect([tap], lambda m, a=before, b=hidden: {"in": a[m], "out": b[m]})
+                found[i + 1 - n] = float(stats.mean(tap, name))
+    return found
+
+
+@dataclass
+class Window:
+    """What it takes to fit a map behind block `first` to the output of a later block."""
+
+    weights: Weights  # of the first block's down projection
+    train: Moments
+    held: Moments | None
+    x: list[Tensor]  # per batch (tokens, channels), if stored
+    f: list[Tensor]
+
+
+@torch.no_grad()
+def fit_window(job: Job, first: int, last: int, site: str, store: bool = False) -> Window:
+    """Moments of x = `site` in block `first` and f = output of block `last` − what block `first` puts out but for its
+    feed-forward."""
+    stream = job.stream
+    with job.phase("statistics"):
+        hidden = stream.start()
+        for i in range(first):
+            hidden = stream.run(i, stream.place(stream.block(i)), hidden)
+        block = stream.block(first)
+        down = get_linear(block, stream.family, "down")
+        weights = {"down": down.weight.detach()} | ({} if down.bias is None else {"down.bias": down.bias.detach()})
+        placed = stream.place(block)
+        xs, rest, outputs = (Activations(stream.room) for _ in range(3))
+        for h in hidden:
+            with tap_sites(placed, stream.family, {site, "mlp.add"}) as seen:
+                out = stream.forward(first, placed, h)
+            xs.append(seen[site].reshape(*h.shape[:2], -1))
+            rest.append(out - seen["mlp.add"].view_as(out))
+            outputs.append(out)
+        for i in range(first + 1, last + 1):
+            outputs = stream.run(i, stream.place(stream.block(i)), outputs)
+        taps = [Tap("x", "moments", "f", part=part) for part in ("fit", "held")]
+        stats = stream.collect(taps, lambda m: {"x": xs[m], "f": outputs[m] - rest[m]})
+        train, held = (Moments.read(stats, tap) for tap in taps)
+        assert train is not None
+    if not store:
+        return Window(weights, train, held, [], [])
+    f = [(out - r).flatten(0, 1) for r, out in zip(rest, outputs, strict=True)]
+    return Window(weights, train, held, [x.flatten(0, 1) for x in xs], f)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor
 
 from planish.core import Edit, Method, Plan, Solver, Unit
-from planish.errors import InputError
 from planish.solvers.bypass import Bypass, is_factored, shared_basis
 from planish.stats import Tap
 from planish.submodules import count_removed, lowest, make_plan, merge, trial_losses
@@ -80,11 +79,6 @@ class SubFit(Method):
         return [stage for k in self.kinds if (stage := [u for u in units if u.name == k])]
 
     def plan(self, job: Job) -> Plan:
-        if self.fit == "compensated" and any(s.parallel for s in job.shapes):
-            raise InputError(
-                "subfit: fit=compensated needs blocks whose feed-forward reads the attention's output; "
-                "this model's run in parallel: use --set fit=sequential"
-            )
         counts = count_removed(job, self.kinds, self.sparsity)
         removed: list[Unit] = []
         edits: dict[int, list[Edit]] = {}

@@ -42,6 +42,11 @@ class Moments:
             return self
         return Moments(*(getattr(self, k) + getattr(other, k) for k in ("n", "x", "f", "xx", "xf", "ff")))
 
+    def shift(self, c: Tensor) -> Moments:
+        """The sums with f − c in place of f."""
+        ff = self.ff - 2 * c * self.f + self.n * c.square()
+        return Moments(self.n, self.x, self.f - self.n * c, self.xx, self.xf - torch.outer(self.x, c), ff)
+
     @property
     def means(self) -> tuple[Tensor, Tensor]:
         """μ = E[x], ν = E[f]."""
@@ -221,7 +226,12 @@ class Bypass(Solver):
         return Tap(site, "moments" if self.tokens == "all" else "calm_moments", f"{where}.{end}", part=part)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
-        return [] if self.kind == "zero" else [self.tap(unit, "fit"), self.tap(unit, "held")]
+        if self.kind == "zero":
+            return [self.power_tap(unit)]
+        return [self.tap(unit, "fit"), self.tap(unit, "held")]
+
+    def power_tap(self, unit: Unit) -> Tap:
+        return Tap("attention.add" if unit.name == "attention" else "mlp.add", "squares")
 
     def moments(self, unit: Unit, stats: Stats) -> tuple[Moments, Moments | None]:
         """Of the tokens to fit, and of those held out to choose the ridge."""
@@ -233,7 +243,7 @@ class Bypass(Solver):
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         """loss[0] = mean |f − f̂|² per token over all tokens, exactly; factors: the fit, the ridge, E|f|²."""
         if self.kind == "zero":
-            return Frontier(unit, [float("nan"), 0.0])
+            return Frontier(unit, [float(stats.mean(self.power_tap(unit)).sum()), 0.0])
         train, held = self.moments(unit, stats)
         rank = self.inner_rank(unit, shape)
         shared = self.shared if unit.name == "ffn" and is_factored(rank, shape.hidden) else None

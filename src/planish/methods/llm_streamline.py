@@ -1,0 +1,52 @@
+"""LLM-Streamline, layer variant: one block stands for a window; here its down projection is fitted in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from planish.core import Method, Plan, Solver, Unit
+from planish.solvers.bypass import Bypass
+from planish.solvers.window import down_edit, fit_map_held_out
+from planish.submodules import check_foldable, compare_windows, fit_window, make_plan, remove_blocks
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+
+@dataclass(frozen=True)
+class LLMStreamline(Method):
+    """To remove n blocks, the window of n + 1 whose input and output have the highest cosine becomes its first block,
+    refitted to the window's output.
+
+    The result is the stock architecture with fewer blocks. Differs from the paper: the light block is not trained; its
+    down projection is the least-squares one, λ chosen on held-out sequences (`ridge` fixes it).
+    """
+
+    title: ClassVar[str] = "a window of blocks becomes its first block with a least-squares down projection"
+    reference: ClassVar[str] = "LLM-Streamline, arXiv 2403.19135"
+
+    sparsity: float | None = None
+    ridge: float = 0.0
+    windows: int = 16
+
+    def solvers(self) -> list[Solver]:
+        return [Bypass(kind="zero")]
+
+    def plan(self, job: Job) -> Plan:
+        check_foldable(job, "llm-streamline")
+        n = remove_blocks(job, self.sparsity)
+        if n == 0:
+            return make_plan(job, [], self.sparsity)
+        cosines = compare_windows(job, n + 1, self.windows, "cosine")
+        start = max(cosines, key=lambda a: (cosines[a], -a))
+        job.notes["window"] = {"first": start, "last": start + n, "cosines": cosines}
+        window = fit_window(job, start, start + n, "down.in")
+        bias = window.weights.get("down.bias")
+        train, held = window.train, window.held
+        if bias is not None:  # it stays
+            train, held = train.shift(bias.double()), held and held.shift(bias.double())
+        w, job.notes["ridge"] = fit_map_held_out(train, held, self.ridge)
+        job.edits = {start: [down_edit(window.weights, w.T, bias)]}
+        gone = range(start + 1, start + n + 1)
+        return make_plan(job, [Unit(i, name) for i in gone for name in ("attention", "ffn")], self.sparsity)

@@ -1,0 +1,53 @@
+"""NBL: the attentions that are most nearly linear become linear maps of the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from planish.core import Edit, Method, Plan, Solver, Unit
+from planish.solvers.bypass import Bypass, compute_correlations
+from planish.stats import Tap
+from planish.submodules import count_removed, lowest, make_plan
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+
+@dataclass(frozen=True)
+class NBL(Method):
+    """f̂(x) = W x + b by least squares on the raw residual stream (the norm goes too), W dense; one shot.
+
+    Score: Σ (1 − ρ²) over the canonical correlations of x and x + f; the attentions with the least are replaced.
+    Differs from the public code: sums instead of stored activations; Cholesky with a small ridge, no explicit inverse.
+    """
+
+    title: ClassVar[str] = "attentions replaced by least-squares linear maps, chosen by canonical correlation"
+    reference: ClassVar[str] = "NBL, arXiv 2505.21077"
+
+    sparsity: float | None = None
+    ridge: float = 1e-9
+
+    def solvers(self) -> list[Solver]:
+        how = {"input": "raw", "gate": False, "basis": "pca", "ridge": self.ridge}
+        return [Bypass(("attention",), attention_rank=1.0, **how)]
+
+    def plan(self, job: Job) -> Plan:
+        solver = self.solvers()[0]
+        assert isinstance(solver, Bypass)
+        gram = Tap("attention.add", "gram")
+        scores: dict[Unit, float] = {}
+        edits: dict[Unit, list[Edit]] = {}
+
+        def use(i, block, stats) -> None:
+            unit = Unit(i, "attention")
+            train, held = solver.moments(unit, stats)
+            rho = compute_correlations(train + held, stats.sums[gram]["sum"])
+            scores[unit] = float((1 - rho.square()).sum())
+            edits[unit] = solver.truncate(solver.decompose(unit, {}, stats, job.shapes[i]), 0, job.shapes[i])
+
+        job.measure(lambda shape: [gram, *solver.taps(Unit(shape.block, "attention"), shape)], use)
+        gone = lowest(scores, count_removed(job, ("attention",), self.sparsity)["attention"])
+        job.notes["scores"] = {str(u): s for u, s in scores.items()}
+        job.edits = {u.block: edits[u] for u in gone}
+        return make_plan(job, gone, self.sparsity)

@@ -1,0 +1,42 @@
+"""ShortGPT: the blocks that hardly turn the residual stream go, one shot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from planish.core import Method, Plan, Solver, Unit
+from planish.solvers.bypass import Bypass
+from planish.stats import Tap
+from planish.submodules import make_plan, remove_blocks
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+
+@dataclass(frozen=True)
+class ShortGPT(Method):
+    """Block influence: E[1 − cos(input, output)] over all tokens; the blocks with the least go, wherever they are.
+
+    The result is the stock architecture with fewer blocks. Differs from public code: the last block's output is taken
+    before the final norm.
+    """
+
+    title: ClassVar[str] = "drop the blocks of least influence"
+    reference: ClassVar[str] = "ShortGPT, arXiv 2403.03853"
+
+    sparsity: float | None = None
+
+    def solvers(self) -> list[Solver]:
+        return [Bypass(kind="zero")]
+
+    def plan(self, job: Job) -> Plan:
+        tap = Tap("block.in", "angle", "block.out")
+        influence: dict[int, float] = {}
+        job.measure(
+            lambda shape: [tap], lambda i, block, stats: influence.update({i: 1 - float(stats.mean(tap, "cosine"))})
+        )
+        job.notes["influence"] = influence
+        n = remove_blocks(job, self.sparsity)
+        gone = sorted(influence, key=lambda i: (influence[i], i))[:n]
+        return make_plan(job, [Unit(i, name) for i in gone for name in ("attention", "ffn")], self.sparsity)

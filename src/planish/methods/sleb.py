@@ -1,0 +1,45 @@
+"""SLEB: blocks go one at a time, each time the one whose removal costs the least loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from planish.core import Method, Plan, Solver, Unit
+from planish.errors import InputError
+from planish.solvers.bypass import Bypass, drop_edit
+from planish.submodules import make_plan, remove_blocks, search_greedily
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+
+@dataclass(frozen=True)
+class SLEB(Method):
+    """Greedy search on the loss of `windows` calibration sequences; the first and the last block are protected.
+
+    The result is the stock architecture with fewer blocks.
+    """
+
+    title: ClassVar[str] = "drop blocks greedily by measured loss"
+    reference: ClassVar[str] = "SLEB, arXiv 2402.09025"
+
+    sparsity: float | None = None
+    windows: int = 16
+    protect: bool = True
+
+    def solvers(self) -> list[Solver]:
+        return [Bypass(kind="zero")]
+
+    def plan(self, job: Job) -> Plan:
+        n = remove_blocks(job, self.sparsity)
+        able = range(1, len(job.shapes) - 1) if self.protect else range(len(job.shapes))
+        if n > len(able):
+            raise InputError(
+                f"sleb: {n} of {len(job.shapes)} blocks would have to go, {len(able)} may (--set protect=false)"
+            )
+        trials = {i: {i: [drop_edit("attention"), drop_edit("mlp")]} for i in able}
+        with job.phase("search"):
+            gone, losses = search_greedily(job.stream.subset(self.windows), trials, lambda made: len(made) >= n)
+        job.notes["search"] = dict(zip(gone, losses, strict=True))
+        return make_plan(job, [Unit(i, name) for i in gone for name in ("attention", "ffn")], self.sparsity)
