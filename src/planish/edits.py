@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Weights
-from planish.linalg import pivot, svd
+from planish.linalg import pivot
 
 
 def input_site(role: str) -> str:
@@ -14,17 +14,20 @@ def input_site(role: str) -> str:
     return {"q": "q.in", "k": "q.in", "v": "q.in", "gate": "up.in", "up": "up.in"}.get(role, f"{role}.in")
 
 
-def low_rank_edit(role: str, b: Tensor, a: Tensor, form: str) -> Edit:
-    """Edit that gives `role` the weight B A in the given form."""
+def low_rank_edit(role: str, b: Tensor, a: Tensor, form: str, orthogonal: bool = False) -> Edit:
+    """Edit that gives `role` the weight B A in the given form.
+
+    A pair is stored with orthogonal columns in B (`orthogonal`: they are already), each as long as its row of A:
+    rounding either factor to the stored dtype then costs about as much as rounding W would.
+    """
     rank = a.shape[0]
     if form == "pair":
-        u, r = torch.linalg.qr(b)  # balance the factors: Uᵀ U = I up to √σ on both sides
-        left, s, vh = svd(r @ a)
-        return Edit(
-            role,
-            {"kind": "pair", "rank": rank},
-            {"B.weight": (u @ left) * s.sqrt(), "A.weight": s.sqrt()[:, None] * vh},
-        )
+        if not orthogonal:
+            b, r = torch.linalg.qr(b)
+            a = r @ a
+        tiny = torch.finfo(a.dtype).tiny
+        scale = (a.norm(dim=1).clamp(min=tiny) / b.norm(dim=0).clamp(min=tiny)).sqrt()
+        return Edit(role, {"kind": "pair", "rank": rank}, {"B.weight": b * scale, "A.weight": a / scale[:, None]})
     p = pivot(b, a)
     tensors = {"P.weight": p.base, "C.weight": p.coefficients, "order": p.order()}
     return Edit(role, {"kind": "pivoted", "rank": rank}, tensors)

@@ -7,7 +7,9 @@ Conventions: a linear is y = W x with W (out, in); a gram is Σ x xᵀ (in, in);
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +19,15 @@ DAMPING = 1e-8
 
 def symmetrise(m: Tensor) -> Tensor:
     return (m + m.transpose(-1, -2)).div_(2)
+
+
+def symmetric_product(a: Tensor, b: Tensor, tile: int = 512) -> Tensor:
+    """a bᵀ (n, n) for a, b (n, k) whose product is known to be symmetric: tiles on and above the diagonal, mirrored."""
+    out = a.new_empty(len(a), len(a))
+    for i in range(0, len(a), tile):
+        out[i : i + tile, i:] = a[i : i + tile] @ b[i:].T
+        out[i + tile :, i : i + tile] = out[i : i + tile, i + tile :].T
+    return out
 
 
 def damp(gram: Tensor, damping: float) -> Tensor:
@@ -76,23 +87,52 @@ class LowRank:
     A: Tensor
     s: Tensor
 
+    def at(self, rank: int) -> tuple[Tensor, Tensor]:
+        """B (out, rank), A (rank, in)."""
+        return self.B[:, :rank], self.A[:rank]
+
     def tails(self) -> Tensor:
         """Loss of every rank 0 … k: (k + 1,), falling, last 0."""
         squares = self.s.square()
         return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
 
 
+class Projected(LowRank):
+    """Factors that follow from an orthonormal basis (p, k), column by column: computed only up to the rank asked for."""
+
+    def __init__(self, basis: Tensor, s: Tensor, b: Callable[[Tensor], Tensor], a: Callable[[Tensor], Tensor]):
+        self.__dict__.update(basis=basis, s=s, b=b, a=a)
+
+    def at(self, rank: int) -> tuple[Tensor, Tensor]:
+        basis = self.basis[:, :rank]  # type: ignore[attr-defined]
+        return self.b(basis), self.a(basis)  # type: ignore[attr-defined]
+
+    @property
+    def B(self) -> Tensor:  # type: ignore[override]
+        return self.b(self.basis)  # type: ignore[attr-defined]
+
+    @property
+    def A(self) -> Tensor:  # type: ignore[override]
+        return self.a(self.basis)  # type: ignore[attr-defined]
+
+
 def whitened_svd(w: Tensor, gram: Tensor | None = None, out_gram: Tensor | None = None) -> LowRank:
     """Best low-rank forms of W (out, in) for every rank at once, min ‖G^½ (W − W̃) R^½‖_F.
 
     R = `gram` (input second moment) and G = `out_gram` (second moment of the output's gradient); either may be
-    None for the identity. With R alone this is SVD-LLM's optimum, computed without any inverse: B = U,
-    A = Uᵀ W with U the eigenvectors of W R Wᵀ (m ≤ n), or through a clamped root of R otherwise.
+    None for the identity. With R alone this is SVD-LLM's optimum by one symmetric eigenproblem of the smaller side:
+    B = U, A = Uᵀ W with U the eigenvectors of W R Wᵀ (m ≤ n), else B = W L V, A = Vᵀ L⁻¹ (a triangular solve) with
+    V the eigenvectors of Lᵀ Wᵀ W L, L Lᵀ = R; a nearly singular R takes the SVD with a clamped root instead.
     """
     w = w.double()
     if out_gram is None and gram is not None and w.shape[0] <= w.shape[1]:
-        values, u = eigh_descending(w @ gram.double() @ w.T)
-        return LowRank(u, u.T @ w, values.clamp(min=0).sqrt())
+        values, u = eigh_descending(symmetric_product(w @ gram.double(), w))
+        return Projected(u, values.clamp(min=0).sqrt(), lambda u: u, lambda u: u.T @ w)
+    if out_gram is None and gram is not None and (lower := well_conditioned_root(gram)) is not None:
+        wl = (w @ lower).T
+        values, v = eigh_descending(symmetric_product(wl, wl))
+        solve_right = partial(torch.linalg.solve_triangular, lower, upper=False, left=False)
+        return Projected(v, values.clamp(min=0).sqrt(), lambda v: w @ (lower @ v), lambda v: solve_right(v.T))
     left = None if out_gram is None else eigh_root(out_gram)[0]
     right, right_inverse = (None, None) if gram is None else eigh_root(gram)
     wr = w if right is None else w @ right
@@ -100,6 +140,13 @@ def whitened_svd(w: Tensor, gram: Tensor | None = None, out_gram: Tensor | None 
     # For a given A the best B is the least-squares one whatever G is, so G is never inverted: B = W R^½ V, A = Vᵀ R^-½.
     b, a = wr @ vh.T, vh if right_inverse is None else vh @ right_inverse
     return LowRank(b, a, s)
+
+
+def well_conditioned_root(gram: Tensor, limit: float = 1e-6) -> Tensor | None:
+    """Lower L with L Lᵀ = gram, or None where its diagonal falls by more than `limit` (squared: the condition number)."""
+    factor, info = torch.linalg.cholesky_ex(symmetrise(gram.double()))
+    diagonal = factor.diagonal()
+    return factor if not info.any() and diagonal.min() > limit * diagonal.max() else None
 
 
 def svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
