@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from planish.cli import compress, demo, doctor, evaluate, methods, plan
+from planish.cli import bench, compress, demo, doctor, evaluate, export, methods, plan, push
 from planish.cli.run import Commands
 
 app = typer.Typer(
@@ -20,6 +20,10 @@ app = typer.Typer(
 app.command("compress")(compress.compress)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
+app.command("export")(export.export)
+app.command("verify")(export.verify)
+app.command("push")(push.push)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

@@ -45,6 +45,10 @@ class Folder:
         self.blocks = find_blocks(self.model, self.family)
         self.specs: list[Spec] = layout["blocks"] if layout else [{} for _ in self.blocks]
         self.files = index_tensors(self.path)
+        if any("slice" in spec for spec in self.specs):
+            raise InputError(
+                f"{self.path} has a sliced residual stream (slicegpt), which no export target holds; load it in transformers"
+            )
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -1,0 +1,74 @@
+"""planish bench"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from planish.cli import options as o
+from planish.cli.run import format_bytes, make_table, session
+
+
+def bench(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="compressed or Hugging Face folder, or hub id", show_default=False)
+    ],
+    against: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="measure this one in turns with it", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="repeatable  [default: 1 and 8]", show_default=False)
+    ] = None,
+    prompt_len: Annotated[int, typer.Option(min=1, help="tokens of the prompt")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="measured runs; the median is shown")] = 5,
+    compiled: Annotated[bool, typer.Option("--compile", help="with torch.compile")] = False,
+    device: o.DeviceOption = o.Device.auto,
+    dtype: o.DTypeOption = None,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Measure prefill and decode tokens per second, time to first token, memory and KV bytes."""
+    with session(as_json) as run:
+        place = run.api.find_device(device.value)
+        kind = run.api.find_dtype(dtype and dtype.value)
+        from planish.evaluate.speed import bench as measure
+
+        models = {
+            name: run.api.load(name, **({"dtype": kind} if kind else {})) for name in filter(None, (against, folder))
+        }
+        rows = measure(
+            models,
+            batch_sizes=batch_size or (1, 8),
+            prompt_len=prompt_len,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            device=place,
+            compile=compiled,
+            progress=lambda done, total: run.progress("runs", done, total),
+        )
+        table = make_table(
+            "model", "batch", "prefill tok/s", "decode tok/s", "first token", "weights", "KV cache", "peak"
+        )
+        dense = {r.batch_size: r for r in rows if r.model == against}
+        for r in rows:
+            base = dense.get(r.batch_size)
+            compared = base is not None and r.model != against
+
+            def rate(name: str, r=r, base=base, compared=compared) -> str:
+                s = getattr(r, name)
+                times = f" ×{s.median / getattr(base, name).median:.2f}" if compared else ""
+                return f"{s.median:,.0f} ({s.low:,.0f}–{s.high:,.0f}){times}"
+
+            table.add_row(
+                r.model,
+                str(r.batch_size),
+                rate("prefill_tokens_per_s"),
+                rate("decode_tokens_per_s"),
+                f"{r.time_to_first_token_s.median * 1000:.1f} ms",
+                format_bytes(r.weight_bytes),
+                format_bytes(r.kv_bytes),
+                format_bytes(r.peak_bytes),
+            )
+        run.give({"runs": [asdict(r) for r in rows]}, table, "median (lowest–highest); models run in turns")
