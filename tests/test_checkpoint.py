@@ -1,0 +1,341 @@
+"""Compressed folders: they load with stock calls, generate with every cache, and hold what was counted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import tiny
+from planish.checkpoint import MemorySource, apply_edits, load
+from planish.compress import Result, compress
+from planish.core import Edit, Method, Plan, Unit
+from planish.edits import value_edits
+from planish.methods import find_method, list_methods
+from planish.modules import Attention, find_blocks, get_linear
+from planish.stream import Stream
+
+WINDOWS = tiny.windows(8, 24)
+EOS = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+CUTS = [("flat-llm", f) for f in tiny.NAMES] + [
+    (method, family)
+    for method, family in (
+        ("svd-llm", "qwen2"), ("svd-llm", "phi3"), ("a3", "llama_gqa"), ("a3", "gemma2"), ("a3", "opt"),
+        ("a3", "phi3_partial"), ("a3", "gpt_neox"), ("auto", "llama_bias"), ("llm-drop", "llama_gqa"),
+        ("llm-drop", "gemma3"), ("llm-drop", "opt"), ("subfit", "qwen2"), ("subfit", "opt"), ("shortgpt", "mistral"),
+    )
+    if method in list_methods()
+]  # fmt: skip
+SOME = [c for c in CUTS if c[1] in (*tiny.CORE, "gemma3", "llama_bias") or c[0] != "flat-llm"]
+ALL = [pytest.param(*c, marks=() if c in SOME else pytest.mark.slow, id="-".join(c)) for c in CUTS]
+
+
+@dataclass(frozen=True)
+class Custom(Method):
+    """FLAT-LLM's solvers under a plan given by hand: one rank for all units of a name."""
+
+    ranks: tuple[tuple[str, int], ...] = ()
+
+    def solvers(self):
+        return find_method("flat-llm").solvers()
+
+    def plan(self, job) -> Plan:
+        ranks = dict(self.ranks)
+        return {u: ranks.get(u.name, job.full(u)) for u in job.units}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Callable[[str, str], tuple[Path, Result]]:
+    """(folder, result) of a method on a tiny family, compressed once."""
+    done: dict[tuple[str, str], tuple[Path, Result]] = {}
+
+    def make(method: str, family: str) -> tuple[Path, Result]:
+        if (method, family) not in done:
+            folder = tmp_path_factory.mktemp("made") / f"{method}-{family}"
+            model = tiny.build(family)
+            # whole submodules are large steps
+            keep = 0.65 if method in ("llm-drop", "shortgpt", "subfit", "nbl") else 0.75
+            done[method, family] = folder, compress(model, output=folder, keep=keep, method=method, windows=WINDOWS)
+        return done[method, family]
+
+    return make
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor = WINDOWS, **kw: Any) -> Tensor:
+    return model(input_ids=ids, use_cache=False, **kw).logits
+
+
+# ---------------------------------------------------------------- our attention is the stock one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", tiny.NAMES)
+def test_uncut_attention_is_the_stock_one(family, attention):
+    """Masks, windows, soft caps, norms, rotation and scale of every family, with nothing cut away."""
+    model = tiny.build(family, attn_implementation=attention)
+    stream = Stream(MemorySource(model), WINDOWS)
+    hidden = stream.start()
+    for i in range(len(stream)):
+        block, shape = stream.block(i), stream.source.shape(i)
+        v, o = (get_linear(block, stream.family, r) for r in "vo")
+        edits = value_edits(v.weight, o.weight, v.bias, shape.v)
+        edits[-1] = Edit("attention", {"kind": "own", "v": shape.v, "qk": shape.qk}, {})
+        apply_edits(block, edits, stream.family, stream.source.config, shape)
+        assert isinstance(block.get_submodule(stream.family.attention), Attention)
+        ours, hidden = stream.run(i, block, hidden), stream.run(i, stream.block(i), hidden)
+        torch.testing.assert_close(ours[0], hidden[0], rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- loading
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "family"), ALL)
+def test_auto_classes_and_saving_again(method, family, made, tmp_path):
+    folder, result = made(method, family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = logits(model)
+    assert not model.training and torch.isfinite(expected).all()
+    assert torch.equal(expected, logits(load(folder)))
+    base, found = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"] and not found["mismatched_keys"]
+    hidden = base(input_ids=WINDOWS, use_cache=False).last_hidden_state
+    assert torch.equal(hidden, model.base_model(input_ids=WINDOWS, use_cache=False).last_hidden_state)
+
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(expected, logits(load(tmp_path / "again")))
+    kept = {"auto_map", "planish", "model_type", "architectures"} & set(read_config(folder))
+    assert {k: read_config(folder)[k] for k in kept} == {k: read_config(tmp_path / "again")[k] for k in kept}
+    if result.format != "native":
+        assert {p.name for p in (tmp_path / "again").glob("*.py")} == {p.name for p in folder.glob("*.py")}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", tiny.CORE)
+def test_per_layer_config_describes_the_blocks(family, made, capfd):
+    folder, _ = made("flat-llm", family)
+    config, row = AutoConfig.from_pretrained(folder), MemorySource(tiny.build(family)).family
+    for i, block in enumerate(find_blocks(load(folder), row)):
+        assert getattr(config.per_layer_config[i], row.intermediate) == get_linear(block, row, "down").in_features
+    assert config.to_dict()["per_layer_config"] and config.to_diff_dict() and repr(config)
+    assert "per-layer" not in capfd.readouterr().err
+
+
+REMOTE = """
+import importlib.abc, json, sys, torch
+
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "planish":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hidden())
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+folders, out = json.loads(sys.argv[1]), sys.argv[2]
+ids = torch.load(out + "/ids.pt")
+found = {}
+for name, folder in folders.items():
+    kw = {"trust_remote_code": True}
+    AutoConfig.from_pretrained(folder, **kw)
+    AutoModel.from_pretrained(folder, **kw)
+    model = AutoModelForCausalLM.from_pretrained(folder, **kw)
+    with torch.no_grad():
+        found[name] = model(input_ids=ids).logits
+        tokens = model.generate(ids[:2, :10], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.save_pretrained(out + "/again-" + name)
+    again = AutoModelForCausalLM.from_pretrained(out + "/again-" + name, **kw)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, found[name]), name
+assert "planish" not in sys.modules
+torch.save(found, out + "/logits.pt")
+"""
+
+
+def test_folders_carry_their_own_code(made, tmp_path):
+    """Where planish is not installed: AutoConfig, AutoModel and AutoModelForCausalLM with trust_remote_code, quietly."""
+    names = (
+        ("flat-llm", "gemma3"),
+        ("flat-llm", "gpt_neox"),
+        ("svd-llm", "phi3"),
+        ("a3", "llama_gqa"),
+        ("subfit", "qwen2"),
+    )
+    cuts = [c for c in SOME if c in names or c[0] == "llm-drop"]
+    folders = {f"{m}-{f}": str(made(m, f)[0]) for m, f in cuts}
+    torch.save(WINDOWS, tmp_path / "ids.pt")
+    environment = {
+        "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, json.dumps(folders), str(tmp_path)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for word in ("per-layer", "newly initialized", "MISSING", "MISMATCH"):
+        assert word not in done.stderr, done.stderr[-3000:]
+    found = torch.load(tmp_path / "logits.pt")
+    for m, f in cuts:
+        assert torch.equal(found[f"{m}-{f}"], logits(load(made(m, f)[0]))), (m, f)
+
+
+@pytest.mark.parametrize("family", tiny.NAMES)
+def test_uniform_neurons_load_with_stock_classes(family, tmp_path):
+    model = tiny.build(family)
+    result = compress(model, output=tmp_path / "out", keep=0.8, method=Custom((("mlp", 28),)), windows=WINDOWS)
+    config = read_config(tmp_path / "out")
+    assert result.format == "native"
+    assert not {"auto_map", "planish", "per_layer_config"} & set(config) and not list(tmp_path.glob("out/*.py"))
+    assert config["architectures"] == [type(model).__name__]
+    loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(loaded) is type(model) and not any(
+        found[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
+    assert 28 in (getattr(loaded.config, k, 0) for k in ("intermediate_size", "ffn_dim"))
+    assert torch.isfinite(logits(loaded)).all()
+
+
+# ---------------------------------------------------------------- generating
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "family"), ALL)
+def test_generate_with_every_cache_and_padding(method, family, made):
+    """Greedy tokens agree between no cache, dynamic and static cache, padded and not; well past the sliding window."""
+    model = load(made(method, family)[0])
+    prompt = WINDOWS[:2, :13]
+    plain = model.generate(prompt, max_new_tokens=10, use_cache=False, **EOS)
+    assert plain.shape == (2, 23)
+    assert torch.equal(plain, model.generate(prompt, max_new_tokens=10, **EOS))
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(plain, model.generate(prompt, max_new_tokens=10, **static, **EOS))
+
+    short = WINDOWS[2:3, :8]
+    padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), prompt[:1]])
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0
+    for kw in ({}, static, {"use_cache": False}):
+        both = model.generate(padded, attention_mask=mask, max_new_tokens=6, **kw, **EOS)
+        alone = model.generate(short, max_new_tokens=6, use_cache=False, **EOS)
+        assert torch.equal(both[0, 5:], alone[0]), kw
+        assert torch.equal(both[1], plain[0, :19]), kw
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "family"), ALL)
+def test_real_cache_is_as_large_as_reported(method, family, made):
+    folder, result = made(method, family)
+    for model, expected in (
+        (tiny.build(family), result.kv_bytes_per_token_before),
+        (load(folder), result.kv_bytes_per_token_after),
+    ):
+        n = tiny.WINDOW - 1  # every layer holds all tokens
+        cache = model(input_ids=WINDOWS[:1, :n], use_cache=True).past_key_values
+        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+        assert sum(t.numel() * t.element_size() for t in tensors) == expected * n
+    if method in ("flat-llm", "a3"):
+        assert result.kv_bytes_per_token_after < result.kv_bytes_per_token_before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "family"), SOME)
+def test_eager_and_sdpa_agree(method, family, made):
+    folder, _ = made(method, family)
+    model = load(folder, attn_implementation="eager")
+    expected = logits(model)
+    if family != "gemma2":  # sdpa has no soft cap, in the stock model neither
+        torch.testing.assert_close(logits(load(folder, attn_implementation="sdpa")), expected, rtol=1e-4, atol=1e-4)
+    switched = load(folder, attn_implementation="sdpa")
+    switched.set_attn_implementation("eager")
+    assert torch.equal(logits(switched), expected)
+    weights = [w for w in model(input_ids=WINDOWS, output_attentions=True).attentions if w is not None]
+    for w in weights:
+        torch.testing.assert_close(w.sum(-1), torch.ones_like(w[..., 0]), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("method", "family", "backend"),
+    [("flat-llm", "llama_gqa", "eager")]
+    + [pytest.param(*c, b, marks=pytest.mark.slow) for b in ("eager", "inductor") for c in SOME],
+)
+def test_compiles_without_a_graph_break(method, family, backend, made):
+    model = load(made(method, family)[0])
+    expected = logits(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(logits(compiled), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- ways in which checkpoints are stored
+
+
+def restore(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Rewrite a one-file checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {k: t.clone() for k, t in change(tensors).items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama_tied", lambda t: {"lm_head.weight" if "embed" in k else k: v for k, v in t.items()}),
+        ("llama_tied", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]}),
+        ("llama_tied", lambda t: {k.removeprefix("model."): v for k, v in t.items()}),
+        ("qwen3", lambda t: {k.removeprefix("model."): v for k, v in t.items()}),
+        ("opt", lambda t: {k.removeprefix("model."): v for k, v in t.items()}),
+        ("opt", lambda t: {"lm_head.weight" if "embed_tokens" in k else k: v for k, v in t.items()}),
+        ("gpt_neox", lambda t: {k.replace("embed_out", "lm_head"): v for k, v in t.items()}),
+        ("gpt_neox", lambda t: {k.removeprefix("gpt_neox."): v for k, v in t.items()}),
+        (
+            "gpt_neox",
+            lambda t: t | {f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq": torch.ones(2) for i in range(3)},
+        ),
+        (
+            "llama_gqa",
+            lambda t: t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)},
+        ),
+    ],
+)
+def test_checkpoints_of_all_ages(family, change, tmp_path):
+    """Tied matrices under either name, base models' names, buffers of old versions: the same compressed model."""
+    kw = {"keep": 0.8, "method": "svd-llm", "windows": WINDOWS}
+    folder = tiny.save(tiny.build(family), tmp_path / "model")
+    first = compress(folder, output=tmp_path / "a", **kw)
+    restore(folder, change)
+    second = compress(folder, output=tmp_path / "b", **kw)
+    assert torch.equal(logits(load(tmp_path / "a")), logits(load(tmp_path / "b")))
+    assert first.params_after == second.params_after and first.params_before == second.params_before
+    model = load(tmp_path / "a")
+    if model.config.tie_word_embeddings:
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert first.params_before == sum(p.numel() for p in tiny.build(family).parameters())
+
+
+def test_edits_name_every_part(made):
+    """The manifest repeats the run: plan, settings and errors of every cut unit."""
+    folder, result = made("flat-llm", "llama_gqa")
+    manifest = json.loads((folder / "planish.json").read_text())
+    assert manifest["method"] == "flat-llm" and manifest["result"]["keep"] == result.keep
+    cut = {u for u, r in manifest["plan"].items() if r < manifest["full"][u]}
+    assert cut and cut == set(manifest["errors"])
+    assert all(Unit.parse(u).name in ("vo", "mlp") for u in manifest["plan"])
+    assert manifest["transformers"] == transformers.__version__
