@@ -73,8 +73,8 @@ def draw_chart(points: Sequence[Point], dense: float, path: Path, title: str, su
     heights = spread_labels(
         [axes.transAxes.inverted().transform(axes.transData.transform((1, y)))[1] for y, _, _ in ends]
     )
-    for height, (y, text, method) in zip(heights, ends, strict=True):
-        at = axes.transAxes.inverted().transform(axes.transData.transform((1, y)))[1]
+    for height, (end, text, method) in zip(heights, ends, strict=True):
+        at = axes.transAxes.inverted().transform(axes.transData.transform((1, end)))[1]
         bold = method in named
         colour = COLOURS[named[method]] if bold else MUTED
         axes.plot([1.0, 1.02], [at, height], transform=axes.transAxes, color=colour, linewidth=0.6, clip_on=False)
