@@ -1,0 +1,179 @@
+"""What each stack can hold of a compressed model, and how that constrains the ranks before anything is solved.
+
+| form | hf | vllm | gguf | onnx |
+|---|---|---|---|---|
+| low-rank linears (`pair`, `pivoted`, low-rank heads) | yes | yes | multiplied back: saves nothing | yes |
+| fewer value dimensions | yes | yes; cache not smaller | yes, equal in all blocks, and MLP widths then too | yes |
+| fewer rotary pairs, fewer query/key dimensions | yes | yes | filled up: saves nothing | yes |
+| fewer neurons | yes | yes | yes, per block | yes |
+| MLP removed or linear | yes | yes | yes; linear of the normed input | yes |
+| attention removed or linear | yes | no: a block needs an attention call | yes; linear of the normed input | yes |
+
+`any` asks for nothing: what comes out runs in transformers, and where else it runs, `planish export` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from planish.core import Edit, Frontier, Plan, Shape, Solver, Unit, Weights
+from planish.errors import InputError
+from planish.stats import Stats, Tap
+
+Spec = dict[str, Any]
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+LOW_RANK = ("pair", "pivoted", "head_pair")
+
+
+@dataclass(frozen=True)
+class Target:
+    """`refuses`: what a unit would become (`describe_unit`) → why that cannot, or need not, be cut for this target.
+    `steps`: unit name → ranks are multiples of it. `uniform`: units that must have the same rank in every block as soon
+    as the first of them is cut."""
+
+    title: str
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+    uniform: tuple[str, ...] = ()
+
+
+_NO_GRAPH = "llama.cpp has no graph for it, and filled up again it saves nothing"
+
+TARGETS: dict[str, Target] = {
+    "any": Target("transformers; elsewhere as far as it goes"),
+    "hf": Target("transformers"),
+    "onnx": Target("ONNX Runtime"),
+    "vllm": Target(
+        "vLLM, through its Transformers backend",
+        refuses={
+            "no attention": "vLLM refuses a block without an attention call",
+            "linear attention": "vLLM refuses a block without an attention call",
+            "raw linear attention": "vLLM refuses a block without an attention call",
+        },
+        steps={"vo": 8, "qk": 8, "mlp": 8},
+    ),
+    "gguf": Target(
+        "llama.cpp",
+        refuses={
+            "low-rank linear": _NO_GRAPH,
+            "fewer query/key dimensions": _NO_GRAPH,
+            "raw linear attention": "llama.cpp has no linear map of the residual stream before the norm",
+            "raw linear MLP": "llama.cpp has no linear map of the residual stream before the norm",
+        },
+        steps={"vo": 8, "mlp": 32},
+        uniform=("vo", "mlp"),
+    ),
+}
+
+
+def find_target(name: str) -> Target:
+    if name not in TARGETS:
+        raise InputError(f"unknown target {name!r}; expected one of {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def describe_unit(unit: Unit, solver: Solver) -> str:
+    """What a solver makes of a unit when it cuts it."""
+    if unit.name in ROLES:
+        return "low-rank linear"
+    if unit.name in ("attention", "ffn"):
+        part = "attention" if unit.name == "attention" else "MLP"
+        raw = getattr(solver, "input", None) == "raw"
+        return f"raw linear {part}" if raw else f"linear {part}"
+    return {"vo": "fewer value dimensions", "qk": "fewer query/key dimensions", "mlp": "fewer neurons"}.get(unit.name, unit.name)
+
+
+@dataclass(frozen=True)
+class Rounded(Solver):
+    """Another solver, whose ranks are multiples of `step` (or full)."""
+
+    solver: Solver
+    step: int
+    name: ClassVar[str] = "rounded"
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return self.solver.units(shape)
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        ranks = self.solver.ranks(unit, shape)
+        return [r for r in ranks if r % self.step == 0 or r == ranks[-1]]
+
+    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return self.solver.cost(unit, shape, rank)
+
+    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return self.solver.cache(unit, shape, rank)
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return self.solver.taps(unit, shape)
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        return self.solver.decompose(unit, weights, stats, shape)
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        return self.solver.truncate(frontier, rank, shape)
+
+
+def constrain(name: str, method: str, units: dict[Unit, Solver], shapes: list[Shape]) -> dict[Unit, Solver]:
+    """The units that may be cut for a target, with the ranks they may have. Raises InputError if none is left."""
+    target = find_target(name)
+    if not target.refuses and not target.steps:
+        return units
+    kept: dict[Unit, Solver] = {}
+    refused: dict[str, str] = {}
+    for unit, solver in units.items():
+        what = describe_unit(unit, solver)
+        if what in target.refuses:
+            refused[what] = target.refuses[what]
+            continue
+        step = target.steps.get(unit.name, 1)
+        small = step >= solver.ranks(unit, shapes[unit.block])[-1]  # tiny models: rounding would leave nothing to cut
+        kept[unit] = solver if step == 1 or small else Rounded(solver, step)
+    if units and not kept:
+        what, why = next(iter(refused.items()))
+        raise InputError(
+            f"--target {name}: {method} gives a {what} and nothing else; {why} · choose a method that cuts value "
+            "dimensions or neurons (flat-llm, a3), or --target hf"
+        )
+    return kept
+
+
+def make_uniform(name: str, plan: Plan) -> Plan:
+    """The plan with equal ranks in all blocks where the target needs that: the smallest of each kind."""
+    uniform = find_target(name).uniform
+    if not uniform or not any(u.name == uniform[0] for u in plan):
+        return plan
+    least = {n: min((r for u, r in plan.items() if u.name == n), default=0) for n in uniform}
+    return {u: least.get(u.name, r) for u, r in plan.items()}
+
+
+def check(name: str, specs: list[Spec], shapes: list[Shape]) -> list[str]:
+    """Why a finished model (its blocks' specs) does not fit a target at the size it has; empty if it does."""
+    target = find_target(name)
+    reasons: list[str] = []
+    if name == "vllm":
+        gone = [i for i, s in enumerate(specs) if s.get("attention", {}).get("kind") == "bypass"]
+        if gone:
+            reasons.append(f"block {gone[0]} has no attention: {target.refuses['no attention']}")
+        wide = [i for i, s in enumerate(specs) if s.get("attention", {}).get("v", 0) > s.get("attention", {}).get("qk", 1 << 30)]
+        if wide:
+            reasons.append(f"block {wide[0]} has more value than query dimensions, which vLLM's backend cannot hold")
+    if name == "gguf":
+        for i, spec in enumerate(specs):
+            for role, form in spec.get("linears", {}).items():
+                if form["kind"] in LOW_RANK:
+                    reasons.append(f"block {i}'s {role} is a {form['kind']}: multiplied back to dense")
+            for part in ("attention", "mlp"):
+                form = spec.get(part, {})
+                adds = form.get("rank") or form.get("gate") or form.get("shift")
+                if form.get("kind") == "bypass" and form["raw"] and adds:
+                    reasons.append(f"block {i}'s {part} is a linear map of the residual stream: no graph has that")
+            form = spec.get("attention", {})
+            if form.get("kind") == "own" and form["qk"] < shapes[i].qk:
+                reasons.append(f"block {i} has fewer query/key dimensions: filled up again")
+        values = {s.get("attention", {}).get("v", h.v) for s, h in zip(specs, shapes) if s.get("attention", {}).get("kind") != "bypass"}
+        if len(values) > 1:
+            reasons.append(f"value dimensions differ from block to block ({min(values)} to {max(values)}): filled up to the largest")
+    return reasons
