@@ -6,7 +6,8 @@ have different forms. A block's `spec` is JSON; `install` builds empty modules f
 
     {"linears": {role: {"kind": "dense", "out": 8, "in": 16} | {"kind": "pair" | "pivoted", "rank": 4}},
      "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": 30} | {"kind": "bypass", "rank": 8, ...},
-     "mlp": {"kind": "bypass", "rank": 0, ...}}
+     "mlp": {"kind": "bypass", "rank": 0, ...},
+     "slice": {"in": 48, "mid": 48, "out": 64}}
 """
 
 from __future__ import annotations
@@ -143,6 +144,48 @@ class Bypass(nn.Module):
             z = self.V(x)
             y = y + (z if self.W is None else self.W(z))
         return (y, None) if self.as_tuple else y
+
+
+class SlicedNorm(nn.Module):
+    """RMSNorm without weight of a `full`-wide vector that is given in a basis of fewer directions."""
+
+    def __init__(self, full: int, epsilon: float):
+        super().__init__()
+        self.full, self.epsilon = full, epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / self.full + self.epsilon)).to(x.dtype)
+
+
+class SlicedBlock(nn.Module):
+    """A block whose residual stream has `in`, `mid` and `out` channels, each in a basis of its own (SliceGPT).
+
+    h = S_a x + attention(norm(x)), y = S_m h + mlp(norm(h)): the shortcuts S_a (mid, in) and S_m (out, mid) change
+    from one basis to the next. Everything else keeps the stock block's names.
+    """
+
+    def __init__(self, stock: nn.Module, family: Family, form: Spec, full: int):
+        super().__init__()
+        p = next(stock.parameters())
+        kw = {"device": p.device, "dtype": p.dtype, "bias": False}
+        for name, module in stock.named_children():
+            self.add_module(name, module)
+        for path in (family.attention_norm, family.mlp_norm):
+            norm = stock.get_submodule(path)
+            set_module(self, path, SlicedNorm(full, norm.variance_epsilon))  # type: ignore[arg-type]
+        self.attention_shortcut = nn.Linear(form["in"], form["mid"], **kw)
+        self.mlp_shortcut = nn.Linear(form["mid"], form["out"], **kw)
+        self.paths = (family.attention_norm, family.attention, family.mlp_norm, family.mlp)
+        for name in ("attention_type", "layer_idx"):
+            if hasattr(stock, name):
+                setattr(self, name, getattr(stock, name))
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        attention_norm, attention, mlp_norm, mlp = (self.get_submodule(p) for p in self.paths)
+        attended = attention(hidden_states=attention_norm(hidden_states), **kwargs)
+        h = self.attention_shortcut(hidden_states) + (attended[0] if isinstance(attended, tuple) else attended)
+        return self.mlp_shortcut(h) + mlp(mlp_norm(h))
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -379,7 +422,10 @@ def build_linear(form: Spec, stock: nn.Linear) -> nn.Module:
 
 
 def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
-    """Give a stock block the (empty) modules that `spec` names, in place; the same call serves solving and loading."""
+    """Give a stock block the (empty) modules that `spec` names, in place; the same call serves solving and loading.
+
+    Returns the block, which is another object only where its residual stream is sliced.
+    """
     if not spec:
         return block
     split_block(block, family, config)
@@ -407,7 +453,8 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
             set_module(block, family.activation, nn.Identity())
             set_module(block, family.path("down"), nn.Identity())
         _drop_norms(block, family.mlp_norm if form["raw"] else None, family.mlp_post_norm)
-    return join_block(block, family)
+    join_block(block, family)
+    return SlicedBlock(block, family, spec["slice"], config.hidden_size) if "slice" in spec else block
 
 
 def _bypass(form: Spec, like: nn.Module, config, as_tuple: bool) -> Bypass:
@@ -437,7 +484,7 @@ def install_model(model: nn.Module, config) -> None:
     blocks = find_blocks(model, family)
     index = 0
     for i, block in enumerate(blocks):
-        install(block, layout["blocks"][i], family, config)
+        block = blocks[i] = install(block, layout["blocks"][i], family, config)
         attention = block.get_submodule(family.attention)
         if not isinstance(attention, Bypass):
             attention.layer_idx = index

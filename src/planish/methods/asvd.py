@@ -58,7 +58,8 @@ class ASVD(Method):
     def search(self, job: Job, sensitivity: Sensitivity) -> Plan:
         """Lower the keep of the linear whose next step down costs least, until the budget is met."""
         plan = {u: job.full(u) for u in job.units}
-        spent, queue = job.full_cost(), []
+        spent = job.full_cost()
+        queue: list[tuple[float, Unit, int, int]] = []
 
         def push(unit: Unit, level: int) -> None:
             if level < len(KEEPS):

@@ -17,6 +17,7 @@ from planish.stats import Stats, Tap
 if TYPE_CHECKING:
     from planish.compress import Job
 
+
 @dataclass(frozen=True)
 class MPIFA(Method):
     """Inside a block q, k, v → o → gate, up → down, each on inputs measured again behind what is already compressed.

@@ -1,0 +1,186 @@
+"""SliceGPT: the residual stream is rotated to its principal components, and the last ones are cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from planish.core import Method, Plan, Shape, Solver
+from planish.errors import InputError
+from planish.linalg import eigh_descending
+from planish.modules import get_linear, install, split_block
+from planish.stats import Tap
+from planish.stream import Hidden, Stream
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+
+@dataclass(frozen=True)
+class SliceGPT(Method):
+    """RMSNorm without its weight commutes with rotations: x ↦ Qᵀ x may change from sublayer to sublayer, Q being
+    absorbed into the linears around it, with Q_prevᵀ Q_next as a shortcut matrix on the residual path. Q holds the top
+    eigenvectors of Σ x xᵀ of the stream between sublayers, measured behind what is already sliced; one width for all.
+
+    Shortcuts count as weights of the block. Only for blocks x + f(norm(x)) with RMSNorm (not LayerNorm).
+    Differs from the paper: the embedding keeps its width (the first block's first shortcut rotates), as the last
+    block's output does in the paper's code, so that nothing outside the blocks changes and tied matrices stay tied.
+    Differs from the repository: no mean is subtracted from the embedding, which RMSNorm models do not allow; no damping
+    of Σ x xᵀ, which leaves its eigenvectors as they are.
+    """
+
+    title: ClassVar[str] = "principal components of the residual stream"
+    reference: ClassVar[str] = "SliceGPT, arXiv 2401.15024"
+    prefix: ClassVar[str] = "compressed"
+
+    def solvers(self) -> list[Solver]:
+        return []
+
+    def plan(self, job: Job) -> Plan:
+        check_family(job.stream)
+        job.notes["width"] = find_width(job)
+        return {}
+
+    def plan_cache(self, job: Job) -> Plan:
+        raise InputError("slicegpt leaves the KV cache as it is: give --keep instead of --kv-keep")
+
+    def solve(self, job: Job, plan: Plan, emit: Callable[[int, Any, dict[str, Any]], None]) -> None:
+        stream, width = job.stream, job.notes["width"]
+        hidden = stream.start()
+        basis: Tensor | None = None  # (hidden, width) of the block's input; None: as it is
+        for i, shape in enumerate(job.shapes):
+            if width == shape.hidden:
+                emit(i, stream.block(i), {})
+                continue
+            with job.phase("stream"):
+                block, _ = slice_block(stream, shape, basis, None, None)
+                if i == 0:
+                    check_block(stream, block, hidden)
+                mid = principal(stream, i, block, "mlp.raw", hidden, width)
+                after = None
+                if i < len(job.shapes) - 1:
+                    block, _ = slice_block(stream, shape, basis, mid, None)
+                    after, hidden = (
+                        principal(stream, i, block, "block.out", hidden, width),
+                        run(stream, i, block, hidden),
+                    )
+                    hidden = [(h.double() @ after.to(h.device)).to(h.dtype) for h in hidden]
+            block, spec = slice_block(stream, shape, basis, mid, after)
+            emit(i, block, spec)
+            basis = after
+            if job.progress:
+                job.progress("blocks", i + 1, len(job.shapes))
+
+
+def count_weights(shape: Shape, width: int, last: bool) -> int:
+    """Weights of a block's linears and shortcuts when its stream has `width` channels."""
+    before = shape.hidden if shape.block == 0 else width
+    after = shape.hidden if last else width
+    sizes = (
+        {"o": (width, 1), "down": (after, 0)}
+        | dict.fromkeys("qkv", (before, 1))
+        | dict.fromkeys(("gate", "up"), (width, 1))
+    )
+    total = width * (before + after)
+    for role in shape.roles:
+        out, n = shape.linear(role)
+        total += sizes[role][0] * (n if role in ("o", "down") else out)
+    return total
+
+
+def find_width(job: Job) -> int:
+    """Largest width (a multiple of `round_to`) whose weights, shortcuts included, fit the budget; full width has none."""
+    hidden, allowed = job.shapes[0].hidden, int(job.keep * job.total + 1e-6)
+    if job.keep == 1:
+        return hidden
+    costs = {
+        w: sum(count_weights(s, w, s.block == len(job.shapes) - 1) for s in job.shapes)
+        for w in range(job.step, hidden, job.step)
+    }
+    fitting = [w for w, cost in costs.items() if cost <= allowed]
+    if not fitting:
+        least = min(costs.values(), default=job.total) / job.total
+        raise InputError(f"keep {job.keep:g} cannot be reached by slicegpt: the smallest keep is {least + 5e-5:.4f}")
+    return max(fitting)
+
+
+def check_family(stream: Stream) -> None:
+    """Only blocks x + f(norm(x)) with RMSNorm can be rotated."""
+    family = stream.family
+    block = stream.source.block(0)
+    norms = [n for n in (family.attention_norm, family.mlp_norm) if hasattr(block.get_submodule(n), "variance_epsilon")]
+    sandwich = family.attention_post_norm or family.mlp_post_norm
+    if len(norms) < 2 or sandwich or family.parallel or family.mlp is None or family.tuples:
+        raise InputError(f"slicegpt needs blocks of the form x + f(RMSNorm(x)); {family.model_type} has others")
+
+
+@torch.no_grad()
+def check_block(stream: Stream, block: nn.Module, hidden: Hidden) -> None:
+    """The first block, with norms folded and nothing cut, must still do what it did."""
+    x = next(iter(hidden))
+    one, two = (stream.forward(0, stream.place(b), x).double() for b in (stream.block(0), block))
+    error = float((one - two).norm() / one.norm())
+    if not error < 0.05:
+        raise InputError(
+            f"slicegpt: {stream.family.model_type}'s blocks are not of the form x + f(RMSNorm(x)): folding the norms "
+            f"changes the first block's output by {error:.0%}"
+        )
+
+
+def principal(stream: Stream, i: int, block: nn.Module, site: str, hidden: Hidden, width: int) -> Tensor:
+    """Top eigenvectors (channels, width) of Σ x xᵀ at a site."""
+    tap = Tap(site, "gram")
+    stats, _ = stream.measure(i, stream.place(block), [tap], hidden, outputs=False)
+    return eigh_descending(stats.mean(tap))[1][:, :width].cpu()
+
+
+def run(stream: Stream, i: int, block: nn.Module, hidden: Hidden) -> Hidden:
+    return stream.run(i, stream.place(block), hidden)
+
+
+def slice_block(
+    stream: Stream, shape: Shape, before: Tensor | None, mid: Tensor | None, after: Tensor | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Block with its stream in these bases (hidden, width) at its input, middle and output (None: as it is), and spec."""
+    family, config = stream.family, stream.source.config
+    block = stream.block(shape.block)
+    weights = {r: get_linear(block, family, r) for r in shape.roles}
+    gains = {r: block.get_submodule(family.mlp_norm).weight.double() for r in ("gate", "up")} | dict.fromkeys(
+        "qkv", block.get_submodule(family.attention_norm).weight.double()
+    )
+    tensors: dict[str, Tensor] = {}
+    for role in shape.roles:
+        w, bias = weights[role].weight.double(), weights[role].bias
+        if role in gains:
+            basis = before if role in "qkv" else mid
+            w = w * gains[role]
+            w = w if basis is None else w @ basis
+        else:
+            basis = mid if role == "o" else after
+            w = w if basis is None else basis.T @ w
+            bias = bias if bias is None or basis is None else basis.T @ bias.double()
+        tensors[f"{role}.weight"] = w
+        if bias is not None:
+            tensors[f"{role}.bias"] = bias
+    eye = torch.eye(shape.hidden, dtype=torch.float64)
+    first, second, third = (eye if q is None else q for q in (before, mid, after))
+    spec = {
+        "linears": {
+            r: {"kind": "dense", "out": tensors[f"{r}.weight"].shape[0], "in": tensors[f"{r}.weight"].shape[1]}
+            for r in shape.roles
+        },
+        "slice": {"in": first.shape[1], "mid": second.shape[1], "out": third.shape[1]},
+    }
+    sliced = split_block(install(block, spec, family, config), family, config)
+    modules = {r: get_linear(sliced, family, r) for r in shape.roles}
+    modules |= {"attention_shortcut": sliced.attention_shortcut, "mlp_shortcut": sliced.mlp_shortcut}  # type: ignore[dict-item]
+    tensors |= {"attention_shortcut.weight": second.T @ first, "mlp_shortcut.weight": third.T @ second}
+    for name, tensor in tensors.items():
+        role, _, leaf = name.partition(".")
+        dtype = getattr(modules[role], leaf).dtype
+        setattr(modules[role], leaf, nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=False))
+    return sliced.eval(), spec
