@@ -73,6 +73,8 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "GPTNeoX",
         {"use_parallel_residual": False, "num_hidden_layers": 2} | _rope("default", partial_rotary_factor=0.25),
     ),
+    "gpt2": ("GPT2LMHead", {"n_inner": 44, "tie_word_embeddings": True}),
+    "mpt": ("Mpt", {"max_seq_len": POSITIONS, "num_hidden_layers": 2}),
 }  # fmt: skip
 NAMES = tuple(_ROWS)
 
@@ -83,14 +85,14 @@ CORE = ("llama_gqa", "qwen2", "phi3", "gemma2", "opt", "gpt_neox")
 def configure(name: str, **overrides: Any):
     """The configuration of one of `NAMES`."""
     stem, settings = _ROWS[name]
-    return getattr(transformers, f"{stem}Config")(**(_COMMON | settings | overrides))
+    return getattr(transformers, f"{stem.removesuffix('LMHead')}Config")(**(_COMMON | settings | overrides))
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
     """A causal LM in evaluation mode, random but the same every time."""
     stem = _ROWS[name][0].replace("Gemma3Text", "Gemma3")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{stem}ForCausalLM")(configure(name, **overrides))
+    model = getattr(transformers, f"{stem}Model" if stem.endswith("LMHead") else f"{stem}ForCausalLM")(configure(name, **overrides))
     randomise(model, torch.Generator().manual_seed(1 + NAMES.index(name)))
     return model.to(dtype).eval()
 
@@ -101,7 +103,7 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
     offset = "gemma" in model.config.model_type  # their norms scale by 1 + weight
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn(p.shape, generator=generator)
-        if "norm" in name:
+        if "norm" in name or ".ln_" in name:
             p.copy_(0.3 * noise + (0 if offset or name.endswith("bias") else 1))
         elif name.endswith("bias"):
             p.copy_(0.3 * noise)

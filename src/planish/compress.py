@@ -8,8 +8,9 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from math import isnan
 from pathlib import Path
@@ -18,15 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planish import processes
 from planish.activations import Room
 from planish.allocate import BudgetError, CacheCost, spread
-from planish.checkpoint import Source, Writer, apply_edits, count_block, is_empty, kv_bytes, open_source, write_config
+from planish.cache import Cache, open_cache
+from planish.checkpoint import (
+    FolderSource,
+    Source,
+    Writer,
+    apply_edits,
+    count_block,
+    is_empty,
+    kv_bytes,
+    open_source,
+    write_config,
+)
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.methods import find_method
 from planish.modules import Spec, get_linear
+from planish.shards import Shard
 from planish.stats import Stats, Tap
 from planish.stream import Stream
+from planish.targets import constrain, find_target, make_uniform
 from planish.version import __version__
 
 
@@ -70,13 +85,18 @@ class Job:
         kv_keep: float | None = None,
         step: int = 1,
         progress: Progress | None = None,
+        cache: Cache | None = None,
+        target: str = "any",
     ):
         self.stream, self.method, self.keep, self.step, self.progress = stream, method, keep, step, progress
+        self.cache = cache or Cache()
         self.shapes: list[Shape] = [stream.source.shape(i) for i in range(len(stream))]
         self.units: dict[Unit, Solver] = {}
         for solver in method.solvers() if kv_keep is None else map(CacheCost, method.solvers()):
             for shape in self.shapes:
                 self.units |= dict.fromkeys(solver.units(shape), solver)
+        self.target = target
+        self.units = constrain(target, find_name(method), self.units, self.shapes)
         self.total = self.weights = sum(s.count() for s in self.shapes)
         self.kv_keep = kv_keep
         if kv_keep is not None:  # the budget is then the cache's: numbers per token
@@ -88,6 +108,8 @@ class Job:
         self.notes: dict[str, Any] = {}  # what the method wants recorded in the manifest
         self.seconds: dict[str, float] = {}
         self.timers: list[Timer] = []  # running now, the innermost last
+        self.finished: dict[int, Callable[[nn.Module], Any]] = {}  # blocks of an interrupted run: turn into the solved one
+        self.caught: list[warnings.WarningMessage] = []
         self.errors: dict[str, float] = {}  # predicted loss of the planned rank, per unit
 
     @property
@@ -122,17 +144,47 @@ class Job:
 
     def plan(self) -> Plan:
         """The method's ranks within the budget."""
-        return self.method.plan(self) if self.kv_keep is None else self.method.plan_cache(self)
+        plan = self.method.plan(self) if self.kv_keep is None else self.method.plan_cache(self)
+        return make_uniform(self.target, plan)
 
     def measure(
         self,
         taps: Callable[[Shape], list[Tap]],
         use: Callable[[int, nn.Module, Stats], None],
         edits: dict[int, list[Edit]] | None = None,
-    ) -> list[Tensor]:
+    ) -> None:
         """One pass over the uncompressed model, or over the model with `edits` (per block); see `Stream.sweep`."""
         with self.phase("statistics"):
-            return self.stream.sweep(taps, use, self.progress, edits=edits)
+            if edits:
+                self.stream.sweep(taps, use, self.progress, edits=edits)
+            else:
+                self.recall("forward", taps, use, self.stream.sweep, range(len(self.shapes)))
+
+    def recall(
+        self,
+        origin: str,
+        taps: Callable[[Shape], list[Tap]],
+        use: Callable[[int, nn.Module, Stats], None],
+        sweep: Callable[..., object],
+        order: Sequence[int],
+    ) -> None:
+        """Hand every block's statistics of the uncompressed model to `use`; `sweep` measures what the cache lacks."""
+        wanted = {s.block: taps(s) for s in self.shapes}
+        missing = {i: self.cache.missing(origin, i, t) for i, t in wanted.items()}
+
+        def merge(i: int, block: nn.Module, stats: Stats) -> None:
+            self.cache.keep_stats(origin, i, stats)
+            stats.merge(self.cache.stats(origin, i, set(wanted[i]) - set(missing[i])))
+            stats.origin = origin
+            use(i, block, stats)
+
+        if any(missing.values()) or not any(wanted.values()):
+            sweep(lambda shape: missing[shape.block], merge, self.progress)
+            return
+        for n, i in enumerate(order):
+            merge(i, self.stream.block(i), Stats())
+            if self.progress:
+                self.progress("cached statistics", n + 1, len(order))
 
     def frontiers(self, solver: Solver | None = None) -> dict[Unit, Frontier]:
         """Every unit's frontier from the uncompressed model's statistics, without the factors.
@@ -149,36 +201,129 @@ class Job:
 
     def decompose(self, i: int, block: nn.Module, stats: Stats, solver: Solver | None = None) -> dict[Unit, Frontier]:
         """Frontiers of block i's units, without the factors."""
-        weights, found = read_weights(block, self.stream), {}
+        weights, found, new = read_weights(block, self.stream), {}, []
         for unit in self.block_units(i):
-            f = (solver or self.units[unit]).decompose(unit, weights, stats, self.shapes[i])
+            used = solver or self.units[unit]
+            if f := self.cache.losses(stats.origin, used, unit):
+                found[unit] = f
+                continue
+            f = used.decompose(unit, weights, stats, self.shapes[i])
             found[unit] = Frontier(unit, f.loss, {}, f.nats)
+            new.append((used, found[unit]))
+        self.cache.keep_losses(stats.origin, new)
         return found
 
-    def gradients(self, use: Callable[[int, nn.Module, Stats], None]) -> None:
-        """One pass forward and back over the uncompressed model for all units' taps; the sums stay in `stored`."""
+    def gradients(
+        self,
+        use: Callable[[int, nn.Module, Stats], None],
+        taps: Callable[[Shape], list[Tap]] | None = None,
+        edits: dict[int, list[Edit]] | None = None,
+    ) -> None:
+        """One pass forward and back over the uncompressed model, or the one that `edits` make; see `Stream.sweep_back`.
+
+        Without `taps`: those of all units that the uncompressed model answers; the sums stay in `stored`.
+        """
 
         def keep(i: int, block: nn.Module, stats: Stats) -> None:
             self.stored[i] = stats
             use(i, block, stats)
 
         with self.phase("gradients"):
-            self.stream.sweep_back(lambda shape: self.stored_taps(shape.block), keep, self.progress)
+            chosen = taps or (lambda shape: self.stored_taps(shape.block))
+            if edits:
+                self.stream.sweep_back(chosen, use if taps else keep, self.progress, edits=edits)
+            else:
+                order = range(len(self.shapes))[::-1]
+                self.recall("gradients", chosen, use if taps else keep, self.stream.sweep_back, order)
+
+    def solve_stored(self, plan: Plan) -> dict[int, list[Edit]]:
+        """Edits of every block under a plan, from the stored statistics alone."""
+        edits: dict[int, list[Edit]] = {}
+        with self.phase("solve"):
+            for i, shape in enumerate(self.shapes):
+                weights = read_weights(self.stream.block(i), self.stream)
+                for unit in self.block_units(i):
+                    if plan.get(unit, self.full(unit)) < self.full(unit):
+                        frontier = self.units[unit].decompose(unit, weights, self.stored[i], shape)
+                        new = self.units[unit].truncate(frontier, plan[unit], shape)
+                        edits.setdefault(i, []).extend(new)
+        return edits
 
     def stored_taps(self, i: int) -> list[Tap]:
         """Taps of a block's units that the uncompressed model alone answers."""
         taps = self.taps(self.block_units(i))
         return [t for t in taps if all(s.startswith(("grad:", "dense:")) for s in t.sites)]
 
+    def probe(self, plan: Plan, windows: int) -> tuple[dict[Unit, Frontier], dict[Unit, float]]:
+        """Frontiers without factors, and what each unit alone, at its rank in `plan`, adds to the calibration loss.
+
+        In nats per token over the first `windows` windows. Costs, per unit, those windows through the blocks behind it.
+        """
+        stream = self.stream
+        small = Stream(stream.source, torch.cat(stream.batches)[:windows], device=str(stream.device), dtype=stream.dtype)
+        hidden = small.start()
+        frontiers: dict[Unit, Frontier] = {}
+        losses: dict[Unit, float] = {}
+
+        def use(i: int, block: nn.Module, stats: Stats) -> None:
+            nonlocal hidden
+            weights = read_weights(block, stream)
+            for unit in self.block_units(i):
+                solver, shape = self.units[unit], self.shapes[i]
+                f = solver.decompose(unit, weights, stats, shape)
+                frontiers[unit] = Frontier(unit, f.loss, {}, f.nats)
+                cut = stream.block(i)
+                apply_edits(cut, solver.truncate(f, plan[unit], shape), stream.family, stream.source.config, shape)
+                out = small.run(i, small.place(cut), hidden)
+                for j in range(i + 1, len(self.shapes)):
+                    out = small.run(j, small.place(stream.block(j)), out)
+                losses[unit] = small.nll(out)
+            hidden = small.run(i, small.place(block), hidden)
+
+        self.measure(lambda shape: self.taps(self.block_units(shape.block)), use)
+        dense = small.nll(hidden)
+        return frontiers, {u: loss - dense for u, loss in losses.items()}
+
+    def nll(self, plan: Plan) -> float:
+        """Calibration loss of the model under a plan, in nats per token."""
+        return self.stream.nll(self.outputs(plan, "search"))
+
+    def outputs(self, plan: Plan, phase: str) -> list[Tensor]:
+        """Last-block outputs of the model under a plan, whichever prefix the method measures on."""
+        hidden = self.stream.start()
+
+        def emit(i: int, block: nn.Module, spec: Spec) -> None:
+            nonlocal hidden
+            hidden = self.stream.run(i, self.stream.place(block), hidden)
+
+        self.solve(plan, emit, phase=phase)
+        return hidden
+
     def output_errors(self, plans: list[Plan]) -> list[float]:
         """Mean squared error per token of the last block's output under each plan."""
-        dense = self.measure(lambda shape: [], lambda i, block, stats: None)
+        with self.phase("statistics"):
+            dense = self.stream.sweep(lambda shape: [], lambda i, block, stats: None, self.progress)
         errors = []
         for n, plan in enumerate(plans):
-            hidden = self.solve(plan, lambda i, block, spec: None, phase=f"search {n + 1}/{len(plans)}")
+            hidden = self.outputs(plan, f"search {n + 1}/{len(plans)}")
             squares = [(a.double() - b.double()).square().sum(-1) for a, b in zip(hidden, dense, strict=True)]
-            errors.append(float(torch.cat([x.flatten() for x in squares]).mean()))
+            sums = self.stream.in_order([(float(x.sum()), x.numel()) for x in squares])
+            errors.append(sum(s for s, _ in sums) / sum(n for _, n in sums))
         return errors
+
+    def unknown(self, i: int, units: list[Unit]) -> tuple[str, list[Tap]]:
+        """For solving block i's units on the uncompressed model's statistics: (the passes they come from, taps to measure).
+
+        The passes' name is empty where something else has been stored.
+        """
+        stored = self.stored.get(i, Stats())
+        origin = "forward" if i not in self.stored else f"{stored.origin}+forward" if stored.origin else ""
+        taps = self.taps([u for u in units if not self.cache.holds(origin, self.units[u], u)])
+        return origin, self.cache.missing("forward", i, [t for t in taps if t not in stored.sums])
+
+    def planned(self, i: int, plan: Plan) -> list[Unit]:
+        """Block i's units that a plan cuts."""
+        return [u for u in self.block_units(i) if plan.get(u, self.full(u)) < self.full(u)]
 
     def block_units(self, i: int) -> list[Unit]:
         return [u for u in self.units if u.block == i]
@@ -193,15 +338,28 @@ class Job:
         """Walk the blocks, solve every planned unit, hand each finished block to `emit`; last block's outputs."""
         stream, method = self.stream, self.method
         sequential = method.prefix != "dense"
-        hidden = stream.start() if stream.batches and (sequential or not self.stored) else []
+        pristine = not sequential and not self.edits  # then all statistics are the uncompressed model's
+        unknown = any(self.unknown(s.block, self.planned(s.block, plan))[1] for s in self.shapes)
+        ready = phase == "blocks" and pristine and not unknown
+        hidden = stream.start() if stream.batches and not ready and (sequential or not self.stored) else []
         dense_hidden = hidden if method.prefix == "both" else None
         for i, shape in enumerate(self.shapes):
+            if i in self.finished:
+                block = stream.block(i)
+                with self.phase("stream"):
+                    before = stream.place(stream.block(i, self.edits.get(i, ())))
+                    self.finished[i](block)
+                    if dense_hidden is not None:
+                        dense_hidden = stream.run(i, stream.place(stream.block(i)), dense_hidden)
+                    hidden = stream.run(i, stream.place(block) if sequential else before, hidden)
+                emit(i, block, {})
+                continue
             block = stream.block(i)
             before = count_block(block)
             assert before == shape.count(), f"block {i} has {before} weights, its shape says {shape.count()}"
             edits = list(self.edits.get(i, []))
             done = {SUBMODULES.get(e.target) for e in edits}
-            units = [u for u in self.block_units(i) if plan.get(u, self.full(u)) < self.full(u) and u.name not in done]
+            units = [u for u in self.planned(i, plan) if u.name not in done]
             outputs = None
             weights = read_weights(block, stream)
             dense = copy.deepcopy(block) if method.prefix == "both" else None
@@ -211,21 +369,21 @@ class Job:
                 with self.phase("stream"):
                     current = stream.place(block)
                     pair = (stream.place(dense), dense_hidden) if dense is not None else None
-                    known = self.stored.get(i, Stats())
+                    origin, known = "", Stats()
+                    known.merge(self.stored.get(i, Stats()))
+                    if pristine and not edits:
+                        origin, taps = self.unknown(i, stage)
+                        known.merge(self.cache.stats("forward", i, set(self.taps(stage)) - set(taps) - set(known.sums)))
                     taps = [t for t in taps if t not in known.sums]
                     if taps or sequential:
                         stats, outputs = stream.measure(i, current, taps, hidden, pair, outputs=not sequential)
                     else:
                         stats = Stats()
+                    if origin:
+                        self.cache.keep_stats("forward", i, stats)
                     stats.merge(known)
                 with self.phase("solve"):
-                    new = []
-                    for unit in stage:
-                        solver = self.units[unit]
-                        frontier = solver.decompose(unit, weights, stats, shape)
-                        if not isnan(loss := float(frontier.loss[plan[unit]])):  # nothing is predicted
-                            self.errors[str(unit)] = loss
-                        new += solver.truncate(frontier, plan[unit], shape)
+                    new = self.solve_units(stage, plan, weights, stats, origin)
                     if edits:  # edits of a block are applied together, to a block as it was
                         block = stream.block(i)
                     edits += new
@@ -241,6 +399,21 @@ class Job:
             if self.progress:
                 self.progress(phase, i + 1, len(self.shapes))
         return hidden
+
+    def solve_units(self, units: list[Unit], plan: Plan, weights: Weights, stats: Stats, origin: str) -> list[Edit]:
+        """Edits of units of one block, in the order of units; several processes share the units out by cost."""
+        found: dict[int, tuple[float, list[Edit]]] = {}
+        for n in processes.own_work([self.full_cost([u]) for u in units]):
+            unit, shape = units[n], self.shapes[units[n].block]
+            solver = self.units[unit]
+            make = partial(solver.decompose, unit, weights, stats, shape)
+            frontier = self.cache.frontier(origin, solver, unit, make) if origin else make()
+            found[n] = (float(frontier.loss[plan[unit]]), solver.truncate(frontier, plan[unit], shape))
+        found = {n: f for part in processes.gather(found) for n, f in part.items()}
+        for n, unit in enumerate(units):
+            if not isnan(found[n][0]):  # nothing is predicted
+                self.errors[str(unit)] = found[n][0]
+        return [edit for n in range(len(units)) for edit in found[n][1]]
 
 
 class Timer:
@@ -335,33 +508,55 @@ def compress(
     round_to: int = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
+    stream: Stream | None = None,
+    cache: Cache | bool = False,
+    resume: bool = False,
+    target: str = "any",
 ) -> Result:
     """Compress a model into a folder. `windows` (n, seq): calibration token ids (see `planish.text`).
 
     `model`: folder, hub id or causal LM in memory (left untouched). `settings`: the method's hyper-parameters by name.
     `kv_keep`, instead of `keep`: kept share of the KV cache's bytes per token; only what the cache holds is then cut.
     `calibration`: what to record about the text in the manifest. Raises InputError for anything wrong with the input.
+    `cache`: the one that several runs share, or whether to use the one on disk; `stream`: what several runs share.
+    `resume`: take up an interrupted run with these same arguments (see `planish.resume`).
     """
     start = time.perf_counter()
+    if processes.start(device):
+        device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     check_keep(keep)
     if kv_keep is not None:
         check_keep(kv_keep, "kv-keep", "of the KV cache")
+    find_target(target)
     method = find_method(method, settings or {})
     source = open_source(model, tokenizer)
     check_windows(windows, source)
-    writer = Writer(Path(output), source.n_blocks, overwrite)
+    writer = Writer(Path(output), source.n_blocks, overwrite, resume)
     try:
+        if not resume and isinstance(source, FolderSource):
+            request = {
+                "model": str(source.folder.resolve()), "name": source.name, "keep": keep, "kv_keep": kv_keep,
+                "method": find_name(method), "settings": method.settings(), "given": sorted(settings or {}),
+                "calibration": calibration or {}, "device": device.partition(":")[0], "dtype": dtype and str(dtype)[6:],
+                "round_to": round_to, "overwrite": overwrite, "target": target,
+                "processes": processes.count(),
+            }  # fmt: skip
+            writer.keep_request(request, windows)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            room = Room(folder=writer.partial)
-            stream = Stream(source, windows, device=device, dtype=dtype or pick_dtype(source, device), room=room)
-            job = Job(stream, method, keep, kv_keep=kv_keep, step=round_to, progress=progress)
+            if stream is None:
+                room = Room(folder=writer.partial)
+                stream = Stream(source, windows, device=device, dtype=dtype or pick_dtype(source, device), room=room)
+            shared = open_cache(stream) if cache is True else cache or None
+            job = Job(stream, method, keep, kv_keep=kv_keep, step=round_to, progress=progress, cache=shared, target=target)
+            job.caught = caught
             check_tokens(job, windows, settings or {})
             with job.phase("plan"):
                 plan = job.plan()
                 method.finish(job, plan)
             result = write(job, plan, writer)
-        result.warnings = sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
+        earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
+        result.warnings = sorted({*read_warnings(caught), *earlier})
         result.seconds["total"] = time.perf_counter() - start
         write_manifest(writer, job, plan, result, calibration or {})
         writer.close()
@@ -369,6 +564,42 @@ def compress(
         writer.abort()
         raise
     return result
+
+
+def resume(output: str | Path, progress: Progress | None = None) -> Result:
+    """Finish an interrupted `compress` into `output`: the same weights as if it had never been interrupted.
+
+    The plan is worked out again (it is deterministic); finished blocks are read back and only run, not solved.
+    """
+    output = Path(output)
+    state = output.with_name(output.name + ".partial") / "resume"
+    if not (state / "request.json").is_file():
+        hint = ": it is complete" if (output / "planish.json").is_file() else ""
+        raise InputError(f"nothing to resume at {output}{hint} (no {state / 'request.json'})")
+    try:
+        request = json.loads((state / "request.json").read_text(encoding="utf-8"))
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in request["settings"].items()}
+        method = find_method(find_method(request["method"]).__class__(**values))
+        dtype = getattr(torch, request["dtype"]) if request["dtype"] else None
+        if request["processes"] != processes.world():
+            warnings.warn(f"started with {request['processes']} processes, resumed with {processes.world()}", stacklevel=2)
+        source = open_source(request["model"])
+        source.name = request["name"]
+        keep, kv_keep, round_to, overwrite = (request[k] for k in ("keep", "kv_keep", "round_to", "overwrite"))
+        target = request["target"]
+        calibration, given, device = request["calibration"], dict.fromkeys(request["given"]), request["device"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"cannot read {state / 'request.json'}: {error!r}; compress again with --overwrite") from None
+    return compress(
+        source, output=output, keep=keep, kv_keep=kv_keep, method=method,
+        windows=Shard(state / "windows.safetensors").read("windows"), calibration=calibration, settings=given,
+        device=device, dtype=dtype, round_to=round_to, overwrite=overwrite, progress=progress, resume=True,
+        target=target,
+    )  # fmt: skip
+
+
+def read_warnings(caught: list[warnings.WarningMessage]) -> list[str]:
+    return sorted({str(w.message) for w in caught if issubclass(w.category, UserWarning)})
 
 
 def pick_dtype(source: Source, device: str) -> torch.dtype:
@@ -401,22 +632,30 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
 
     def emit(i: int, block: nn.Module, spec: Spec) -> None:
         nonlocal itemsize
+        spec = writer.finished[i]["spec"] if i in writer.finished else spec
+        errors = {u: e for u, e in job.errors.items() if Unit.parse(u).block == i}
+        entry = {"spec": spec, "errors": errors, "warnings": read_warnings(job.caught)}
         if is_empty(spec):
+            writer.block(i, None, source.family, len(specs), entry)
             return
         counted.append(count_block(block))
         specs.append(spec)
         shapes.append(job.shapes[i])
         itemsize = next(block.parameters()).element_size()
         with job.phase("write"):
-            writer.block(len(specs) - 1, block, source.family)
+            writer.block(i, block, source.family, len(specs) - 1, entry)
 
+    for i, entry in writer.finished.items():
+        job.errors |= entry["errors"]
+        job.finished[i] = partial(writer.restore, i, source=source)
     job.method.solve(job, plan, emit)
     kind = write_config(writer, source, specs, shapes)
     outside = drop_tied(source.outside(), source)
     outer = sum(t.numel() for t in outside.values())
     head = source.family.head if kind == "native" else "lm_head"
     writer.shard(0, {n.replace("lm_head.", f"{head}.", 1) if n.startswith("lm_head.") else n: t for n, t in outside.items()})
-    source.copy_files(writer.partial)
+    if writer.active:
+        source.copy_files(writer.partial)
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
     before = job.weights
     return Result(

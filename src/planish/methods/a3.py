@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
+
+from planish.allocate import Alternative, Curve, choose
 from planish.core import Method, Plan, Solver
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
@@ -23,7 +26,8 @@ class A3(Method):
     `vo`: moments behind values and output, "attention" (the paper's for one query head per kv head, pooled within a
     group) or "values" (the paper's R_kv form for groups). `mlp`: score of neurons, "energy" (the paper's) or ridge
     "leverage". `refit`: least squares of o and of down on what is kept; false is the paper's plain slicing.
-    `allocation` "mixed": ranks searched by the loss of the calibration text (see `plan_mixed`), "uniform".
+    `allocation` "mixed": ranks searched by the loss of the calibration text, `probes` windows of it for each unit.
+    Differs from the paper: refit and pooling are on; its mixed ranks come without an algorithm, see `search`.
     """
 
     title: ClassVar[str] = "joint reduction of Q–K, O–V and neurons to smaller dense shapes"
@@ -34,18 +38,49 @@ class A3(Method):
     mlp: Literal["energy", "leverage"] = "energy"
     refit: bool = True
     allocation: Literal["uniform", "mixed"] = "uniform"
+    probes: int = 16
     damping: float = 1e-8
 
     def solvers(self) -> list[Solver]:
         return [
             QKJoint(),
             RotaryPairs(self.qk),
-            ValueOutput(self.vo, self.refit, self.damping),
+            ValueOutput(self.vo, self.refit),
             Neurons(self.mlp, refit=self.refit, damping=self.damping),
         ]
 
     def plan(self, job: Job) -> Plan:
-        return job.spread(lambda unit: 1.0)
+        uniform = job.spread(lambda unit: 1.0)
+        return uniform if self.allocation == "uniform" or job.keep == 1 else self.search(job, uniform)
+
+    def plan_cache(self, job: Job) -> Plan:
+        return self.plan(job)
+
+    def search(self, job: Job, uniform: Plan) -> Plan:
+        """Ranks that differ from unit to unit, chosen by the loss of the calibration text.
+
+        One probe per unit measures what cutting it alone to its uniform rank adds to the loss; that scales the unit's
+        frontier to nats, and the sum is minimised under the budget. Of the uniform plan, this one, and the one whose
+        scales are the probes' square roots, the plan with the least loss of the whole compressed model wins.
+        """
+        frontiers, rises = job.probe(uniform, self.probes)
+        least = max(1e-6, 0.01 * sum(max(r, 0.0) for r in rises.values()) / len(rises))
+        plans = {"uniform": uniform}
+        for name, power in (("mixed", 1.0), ("tempered", 0.5)):
+            groups = []
+            for unit, f in frontiers.items():
+                full = job.full(unit)
+                ranks = [r for r in job.units[unit].ranks(unit, job.shapes[unit.block]) if r == full or r % job.step == 0]
+                loss = torch.tensor([float(f.loss[r]) if r < full else 0.0 for r in ranks], dtype=torch.float64)
+                at = max(float(f.loss[uniform[unit]]), 1e-300)
+                cost = torch.tensor([float(job.cost(unit, r)) for r in ranks], dtype=torch.float64)
+                loss = loss / at * max(rises[unit], least) ** power
+                groups.append([Alternative((Curve(unit, torch.tensor(ranks), cost, loss),))])
+            plans[name] = choose(groups, job.budget)[0]
+        losses = {name: job.nll(plan) for name, plan in plans.items()}
+        best = min(losses, key=lambda name: losses[name])
+        job.notes |= {"searched": losses, "chosen": best, "rises": {str(u): r for u, r in rises.items()}}
+        return plans[best]
 
     def finish(self, job: Job, plan: Plan) -> None:
         if any(s.qk_norm for s in job.shapes):

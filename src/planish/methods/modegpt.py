@@ -43,7 +43,7 @@ class MoDeGPT(Method):
         return [
             QKJoint("select"),
             RotaryPairs("product", "select"),
-            ValueOutput("values", self.refit, self.damping),
+            ValueOutput("values", self.refit),
             Neurons("leverage", self.ridge, True, self.damping),
         ]
 

@@ -28,6 +28,10 @@ class QKJoint(Solver):
     name: ClassVar[str] = "qk-joint"
     form: Literal["svd", "select"] = "svd"
 
+    @property
+    def exempt(self) -> dict[str, str]:
+        return {"monotone": "one more channel may undo what cancelled"} if self.form == "select" else {}
+
     def units(self, shape: Shape) -> list[Unit]:
         return [Unit(shape.block, "qk")] if shape.rotary == 0 and not shape.qk_norm else []
 

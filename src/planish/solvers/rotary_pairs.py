@@ -35,6 +35,10 @@ class RotaryPairs(Solver):
     score: Literal["product", "energy"] = "product"
     rest: Literal["svd", "select"] = "svd"
 
+    @property
+    def exempt(self) -> dict[str, str]:
+        return {"monotone": "one more channel may undo what cancelled"} if self.rest == "select" else {}
+
     def units(self, shape: Shape) -> list[Unit]:
         return [Unit(shape.block, "qk")] if shape.rotary > 0 and not shape.qk_norm else []
 

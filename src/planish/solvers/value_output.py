@@ -11,7 +11,7 @@ from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.edits import value_edits
-from planish.linalg import DAMPING, balance, nystrom, selection_losses
+from planish.linalg import balance, nystrom, selection_losses
 from planish.stats import Stats, Tap
 
 
@@ -37,7 +37,11 @@ class ValueOutput(Solver):
     name: ClassVar[str] = "value-output"
     moments: Literal["attention", "values"] = "attention"
     refit: bool = True
-    damping: float = DAMPING
+    damping: float = 1e-10
+
+    @property
+    def exempt(self) -> dict[str, str]:
+        return {} if self.refit else {"monotone": "heads may cancel"}
 
     def units(self, shape: Shape) -> list[Unit]:
         return [Unit(shape.block, "vo")]
