@@ -1,0 +1,311 @@
+"""What calibration found in an uncompressed model, kept for the next budget: sums behind taps, predicted losses.
+
+In memory for several runs of one process (then whole frontiers too, with their factors), on disk across commands.
+Everything is kept under a fingerprint of the weights, the text, the arithmetic and the code that measures. What is read
+back gives the same bits as measuring again; files carry their SHA-256 in their names and are never trusted without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planish import checkpoint, families, modules, processes, stats, stream
+from planish.checkpoint import FolderSource, Source
+from planish.core import Frontier, Solver, Unit
+from planish.errors import InputError
+from planish.shards import Shard, hash_file, write_shard
+from planish.stats import Stats, Tap
+from planish.stream import Stream
+from planish.text import fingerprint
+from planish.version import __version__
+
+FORMAT = 1
+DISK = 8 << 30  # bytes of all fingerprints together; at most a quarter of what is free
+WHOLE = 1 << 30  # checkpoints up to this many bytes are hashed whole
+
+Record = dict[str, Tensor]
+
+
+class Cache:
+    """Records (named groups of tensors) of one fingerprint. Without a `folder` in memory only; `memory`: bytes to hold.
+
+    Records of other fingerprints make room for new ones, the longest unused first; those of this one never do.
+    """
+
+    def __init__(self, folder: Path | None = None, memory: int = 0, disk: int = DISK):
+        self.folder, self.memory, self.disk = folder, memory, disk
+        self.held: dict[str, Record] = {}
+        self.frontiers: dict[tuple[str, Solver, Unit], Frontier] = {}
+        self.files: dict[str, tuple[Path, list[str]]] = {}  # record → its file and the names of its tensors
+        self.checked: set[Path] = set()
+        if processes.count() > 1:  # several writers; every process would have to find the same
+            self.folder, self.memory = None, 0
+        if self.folder is not None:
+            self.open(self.folder)
+
+    def open(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.utime(folder)
+            self.disk = min(self.disk, shutil.disk_usage(folder).free // 4)
+            for path in sorted(folder.glob("*.safetensors")):
+                self.index(path)
+        except OSError as error:
+            self.give_up(error)
+
+    def index(self, path: Path) -> None:
+        try:
+            names = list(Shard(path).entries)
+        except InputError:
+            path.unlink(missing_ok=True)
+            return
+        for name in names:
+            record, _, part = name.rpartition("#")
+            self.files.setdefault(record, (path, []))[1].append(part)
+
+    def give_up(self, error: OSError) -> None:
+        warnings.warn(f"the cache in {self.folder} is not used: {error.strerror or error}", stacklevel=3)
+        self.folder, self.files = None, {}
+
+    def has(self, records: Iterable[str]) -> bool:
+        """Whether all of these can be had; files are checked here, once."""
+        return all(r in self.held or self.check(r) for r in records)
+
+    def check(self, record: str) -> bool:
+        if record not in self.files:
+            return False
+        path = self.files[record][0]
+        if path in self.checked:
+            return True
+        with contextlib.suppress(OSError):
+            if hash_file(path) == path.stem:
+                self.checked.add(path)
+                return True
+        self.files = {r: f for r, f in self.files.items() if f[0] != path}
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return False
+
+    def get(self, record: str) -> Record:
+        """A record that `has` said is there; not to be changed."""
+        if record in self.held:
+            return self.held[record]
+        path, names = self.files[record]
+        shard = Shard(path)
+        found = {n: shard.read(f"{record}#{n}") for n in names}
+        self.hold({record: found})
+        return found
+
+    def keep(self, records: dict[str, Record]) -> None:
+        new = {name: record for name, record in records.items() if name not in self.held and name not in self.files}
+        self.hold(new)
+        if new and self.folder is not None:
+            try:
+                self.write(self.folder, new)
+            except OSError as error:
+                self.give_up(error)
+
+    def hold(self, records: dict[str, Record]) -> None:
+        for name, record in records.items():
+            size = measure(record)
+            if size <= self.memory:
+                self.held[name] = record
+                self.memory -= size
+
+    def write(self, folder: Path, records: dict[str, Record]) -> None:
+        tensors = {f"{name}#{part}": t for name, record in records.items() for part, t in record.items()}
+        if not self.make_room(folder, sum(t.nbytes for t in tensors.values())):
+            return
+        draft = folder / f"{os.getpid()}.draft"
+        path = folder / f"{write_shard(draft, tensors)}.safetensors"
+        draft.replace(path)
+        self.checked.add(path)
+        for name, record in records.items():
+            self.files[name] = (path, list(record))
+
+    def make_room(self, folder: Path, size: int) -> bool:
+        """Let other fingerprints go until `size` more bytes fit."""
+        others = sorted(
+            (f for f in folder.parent.iterdir() if f.is_dir() and f != folder), key=lambda f: f.stat().st_mtime
+        )
+        sizes = {f: sum(p.stat().st_size for p in f.glob("*")) for f in [folder, *others]}
+        if sizes[folder] + size > self.disk:
+            return False
+        while sum(sizes.values()) + size > self.disk:
+            shutil.rmtree(others[0], ignore_errors=True)
+            del sizes[others.pop(0)]
+        return True
+
+    # ------------------------------------------------------------ statistics and frontiers
+
+    def missing(self, origin: str, i: int, taps: Iterable[Tap]) -> list[Tap]:
+        """Those of block i's taps that have not been measured in a pass called `origin`."""
+        return [t for t in taps if not self.has([name_tap(origin, i, t)])]
+
+    def stats(self, origin: str, i: int, taps: Iterable[Tap]) -> Stats:
+        """What is known of these taps."""
+        found = Stats()
+        for tap in sorted(set(taps)):
+            if self.has([name := name_tap(origin, i, tap)]):
+                record = dict(self.get(name))
+                found.tokens[tap] = int(record.pop("tokens"))
+                found.sums[tap] = record
+        return found
+
+    def keep_stats(self, origin: str, i: int, measured: Stats) -> None:
+        records = {}
+        for tap, sums in measured.sums.items():
+            if all(t.device.type == "cpu" for t in sums.values()):  # elsewhere reading back would move them
+                tokens = torch.tensor(measured.tokens[tap])
+                records[name_tap(origin, i, tap)] = {"tokens": tokens, **{n: t.contiguous() for n, t in sums.items()}}
+        self.keep(records)
+
+    def losses(self, origin: str, solver: Solver, unit: Unit) -> Frontier | None:
+        """A unit's frontier without factors."""
+        name = name_frontier(origin, solver, unit)
+        if not name or not self.has([name]):
+            return None
+        record = self.get(name)
+        return Frontier(unit, record["loss"], {}, bool(record["nats"]))
+
+    def keep_losses(self, origin: str, found: Iterable[tuple[Solver, Frontier]]) -> None:
+        records = {}
+        for solver, f in found:
+            name = name_frontier(origin, solver, f.unit)
+            if name and isinstance(f.loss, Tensor) and f.loss.device.type == "cpu":
+                records[name] = {"loss": f.loss.detach().clone(), "nats": torch.tensor(f.nats)}
+        self.keep(records)
+
+    def holds(self, origin: str, solver: Solver, unit: Unit) -> bool:
+        """Whether `frontier` has it in memory."""
+        return bool(self.frontiers) and (origin, solver, unit) in self.frontiers
+
+    def frontier(self, origin: str, solver: Solver, unit: Unit, make: Callable[[], Frontier]) -> Frontier:
+        """A unit's frontier with its factors: held, or made (and held where there is room)."""
+        if self.holds(origin, solver, unit):
+            return self.frontiers[origin, solver, unit]
+        made = make()
+        size = measure(made) if self.memory and origin else 0
+        if 0 < size <= self.memory:
+            self.frontiers[origin, solver, unit] = made
+            self.memory -= size
+        return made
+
+
+def name_tap(origin: str, i: int, tap: Tap) -> str:
+    return "|".join(map(str, (origin, i, tap.site, tap.kind, tap.other, tap.heads, tap.part)))
+
+
+def name_frontier(origin: str, solver: Solver, unit: Unit) -> str:
+    """Empty for a solver that plain values do not describe."""
+    return f"{origin}|{describe(solver)}|{unit}" if origin and describe(solver) else ""
+
+
+def describe(value: Any) -> str:
+    """A text that tells solvers with other settings apart; empty where there is none."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, tuple):
+        parts = [describe(v) for v in value]
+        return f"({','.join(parts)})" if all(parts) else ""
+    if isinstance(value, Solver) and is_dataclass(value):
+        settings = {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+        inner = ",".join(f"{n}={s}" for n, s in settings.items())
+        return f"{type(value).__name__}({inner})" if all(settings.values()) else ""
+    return f"{type(value).__name__}()" if isinstance(value, Solver) and not vars(value) else ""
+
+
+def measure(value: Any, seen: set[int] | None = None) -> int:
+    """Bytes of all tensors that an object holds."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        first = storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        return storage.nbytes() if first else 0
+    if isinstance(value, dict):
+        return sum(measure(v, seen) for v in value.values())
+    if isinstance(value, list | tuple):
+        return sum(measure(v, seen) for v in value)
+    return sum(measure(v, seen) for v in vars(value).values()) if hasattr(value, "__dict__") else 0
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def open_cache(calibrated: Stream) -> Cache | None:
+    """The cache on disk for this model, text and arithmetic; None where the model cannot be told apart (in memory)."""
+    source = calibrated.source
+    if not isinstance(source, FolderSource) or not calibrated.batches:
+        return None
+    parts = {
+        "format": FORMAT,
+        "planish": __version__,
+        "code": hash_code(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "arithmetic": [str(calibrated.device), str(calibrated.dtype), torch.get_num_threads()],
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "attention": getattr(calibrated.model.config, "_attn_implementation", None),
+        "windows": fingerprint(torch.cat(calibrated.batches)),
+        "source": hash_source(source),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Cache(find_root() / key[:32])
+
+
+def find_root() -> Path:
+    """$PLANISH_CACHE, or planish in the user's cache folder."""
+    named = os.environ.get("PLANISH_CACHE")
+    return (
+        Path(named).expanduser()
+        if named
+        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "planish"
+    )
+
+
+@functools.cache
+def hash_code() -> str:
+    """Of the files that decide what is measured and predicted."""
+    here = Path(__file__).parent
+    files = [Path(str(m.__file__)) for m in (checkpoint, families, modules, processes, stats, stream)]
+    files += [here / "linalg.py", *sorted((here / "solvers").glob("*.py"))]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
+
+
+def hash_source(source: Source) -> str:
+    """Of a checkpoint's configuration and weights: whole files up to a limit; of larger ones name, size, time of change,
+    header and a sample of every sixteenth mebibyte."""
+    assert isinstance(source, FolderSource)
+    digest = hashlib.sha256((source.folder / "config.json").read_bytes())
+    paths = sorted(set(source.files.values()))
+    whole = sum(p.stat().st_size for p in paths) <= WHOLE
+    for path in paths:
+        if whole:
+            digest.update(hash_file(path).encode())
+            continue
+        status = path.resolve().stat()
+        digest.update(json.dumps([path.name, status.st_size, status.st_mtime_ns]).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(int.from_bytes(file.read(8), "little")))
+            for at in range(0, status.st_size, 16 << 20):
+                file.seek(at)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()

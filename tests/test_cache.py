@@ -1,0 +1,194 @@
+"""Cached statistics change nothing but the time."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from planish.cache import Cache, open_cache
+from planish.checkpoint import open_source
+from planish.compress import Job, compress, read_weights
+from planish.methods import find_method
+from planish.stats import Stats
+from planish.stream import Stream
+
+WINDOWS = tiny.windows(12, 24)
+DENSE = [("svd-llm", {}), ("svd-llm", {"allocation": "v2"}), ("a3", {}), ("auto", {"anchor": "0"})]
+OTHERS = [("flat-llm", {}), ("llm-drop", {})]
+SLOW = [("auto", {}), ("asvd", {}), ("mpifa", {}), ("erc-svd", {}), ("subfit", {})]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "llama"
+    tiny.build("llama_gqa").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PLANISH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def run(folder: Path, output: Path, method: str, settings: dict, keep: float = 0.8, **more) -> str:
+    """SHA-256 of everything that was written but the manifest."""
+    compress(
+        folder, output=output, keep=keep, method=method, settings=settings, windows=WINDOWS, overwrite=True, **more
+    )
+    files = [p for p in sorted(output.iterdir()) if p.suffix in (".safetensors",) or p.name == "config.json"]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[str]:
+    """Names of the passes over the model that were run, as they are run."""
+    seen: list[str] = []
+    for name in ("sweep", "sweep_back", "start", "measure"):
+        old = getattr(Stream, name)
+
+        def spy(self, *args, _name=name, _old=old, **kwargs):
+            seen.append(_name)
+            return _old(self, *args, **kwargs)
+
+        monkeypatch.setattr(Stream, name, spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), DENSE + OTHERS + [pytest.param(*s, marks=pytest.mark.slow) for s in SLOW], ids=str
+)
+def test_cached_and_uncached_runs_are_bit_identical(folder, root, tmp_path, method, settings):
+    plain = run(folder, tmp_path / "out", method, settings, 0.75)
+    disk = [run(folder, tmp_path / "out", method, settings, keep, cache=True) for keep in (0.9, 0.75)]
+    shared = Cache(memory=1 << 30)
+    stream = Stream(open_source(folder), WINDOWS)
+    memory = [
+        run(folder, tmp_path / "out", method, settings, keep, cache=shared, stream=stream) for keep in (0.9, 0.75)
+    ]
+    assert disk[1] == memory[1] == plain
+    assert disk[0] == memory[0] != plain
+
+
+@pytest.mark.parametrize(("method", "settings"), DENSE, ids=str)
+def test_a_second_budget_runs_no_calibration_text(folder, root, tmp_path, passes, method, settings):
+    run(folder, tmp_path / "out", method, settings, 0.9, cache=True)
+    assert "start" in passes
+    passes.clear()
+    run(folder, tmp_path / "out", method, settings, 0.7, cache=True)
+    assert passes == []
+
+
+def test_methods_that_share_taps_share_measurements(folder, tmp_path):
+    """Whatever one method left in memory must not change another's result, nor be changed by it."""
+    shared, stream = Cache(memory=1 << 30), Stream(open_source(folder), WINDOWS)
+    for method, settings in [("svd-llm", {}), ("a3", {}), ("flat-llm", {})]:
+        alone = run(folder, tmp_path / "out", method, settings)
+        sums = {n: {p: t.clone() for p, t in r.items()} for n, r in shared.held.items()}
+        assert run(folder, tmp_path / "out", method, settings, cache=shared, stream=stream) == alone, method
+        for name, record in sums.items():
+            assert all(torch.equal(t, shared.held[name][p]) for p, t in record.items()), f"{method} changed {name}"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x10
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a bit flipped": flip,
+    "cut short": lambda p: p.write_bytes(p.read_bytes()[:-7]),
+    "empty": lambda p: p.write_bytes(b""),
+    "not a tensor file": lambda p: p.write_bytes(b"pickle" * 50),
+    "a folder": lambda p: (p.unlink(), p.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_measured_again(folder, root, tmp_path, damage):
+    plain = run(folder, tmp_path / "out", "svd-llm", {})
+    run(folder, tmp_path / "out", "svd-llm", {}, cache=True)
+    files = sorted(root.rglob("*.safetensors"))
+    assert files
+    for path in files:
+        DAMAGE[damage](path)
+    assert run(folder, tmp_path / "out", "svd-llm", {}, cache=True) == plain
+    assert run(folder, tmp_path / "out", "svd-llm", {}, cache=True) == plain
+
+
+def test_another_model_or_text_is_another_fingerprint(folder, root, tmp_path):
+    def key(path: Path, windows=WINDOWS, **more) -> str:
+        cache = open_cache(Stream(open_source(path), windows, **more))
+        assert cache is not None and cache.folder is not None
+        return cache.folder.name
+
+    other = tiny.build("llama_gqa")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[3, 4] += 2.0**-10  # one weight; file names and sizes stay
+    other.save_pretrained(tmp_path / "other")
+    settled = tiny.build("llama_gqa")
+    settled.config.rms_norm_eps *= 2
+    settled.save_pretrained(tmp_path / "settled")
+    windows = WINDOWS.clone()
+    windows[3, 5] = (windows[3, 5] + 1) % tiny.VOCABULARY
+    keys = [
+        key(folder), key(tmp_path / "other"), key(tmp_path / "settled"), key(folder, windows),
+        key(folder, WINDOWS.reshape(-1, 12)), key(folder, dtype=torch.float64),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert key(folder) == keys[0]
+
+
+def test_a_model_in_memory_is_not_kept_on_disk(root, tmp_path):
+    run(tiny.build("llama_gqa"), tmp_path / "out", "svd-llm", {}, cache=True)
+    assert not root.exists()
+
+
+def test_older_fingerprints_make_room_and_the_own_one_never_does(tmp_path):
+    def record(n: int) -> dict:
+        return {f"r{n}": {"x": torch.full((1000,), float(n))}}
+
+    for n in range(3):
+        cache = Cache(tmp_path / f"key{n}", disk=10_000)
+        cache.keep(record(n))
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["key1", "key2"]
+    cache.keep(record(3))
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["key2"]
+    cache.keep(record(4))  # no room: kept nowhere
+    assert cache.has(["r2", "r3"]) and not cache.has(["r4"])
+    again = Cache(tmp_path / "key2", disk=10_000)
+    assert again.has(["r3"]) and torch.equal(again.get("r3")["x"], record(3)["r3"]["x"])
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PLANISH_CACHE", str(tmp_path / "file" / "below"))
+    plain = run(folder, tmp_path / "out", "svd-llm", {})
+    assert run(folder, tmp_path / "out", "svd-llm", {}, cache=True) == plain
+
+
+def test_statistics_of_an_edited_model_are_never_kept(folder):
+    cache = Cache(memory=1 << 30)
+    stream = Stream(open_source(folder), WINDOWS)
+    job = Job(stream, find_method("svd-llm", {}), 0.5, cache=cache)
+    plan = job.plan()
+    edits: dict = {}
+    frontiers = job.frontiers()
+    assert frontiers and cache.held
+    kept = set(cache.held)
+    seen: list[Stats] = []
+    for i, shape in enumerate(job.shapes):
+        block = stream.block(i)
+        taps = job.taps(job.block_units(i))
+        stats = cache.stats("forward", i, taps)
+        unit = job.block_units(i)[0]
+        frontier = job.units[unit].decompose(unit, read_weights(block, stream), stats, shape)
+        edits[i] = job.units[unit].truncate(frontier, plan[unit], shape)
+    job.measure(lambda shape: job.taps(job.block_units(shape.block)), lambda i, block, stats: seen.append(stats), edits)
+    assert set(cache.held) == kept
+    assert all(s.origin == "" for s in seen)
