@@ -114,6 +114,7 @@ class Stats:
 
     def __init__(self, taps: Iterable[Tap] = ()):
         self.sums: dict[Tap, Sums] = {}
+        self.origin = ""  # the pass over the uncompressed model that all of it comes from, if it does
         self.tokens: dict[Tap, int] = dict.fromkeys(sorted(set(taps)), 0)
 
     def update(self, values: dict[str, Tensor], taps: Iterable[Tap] | None = None) -> None:
@@ -131,6 +132,12 @@ class Stats:
         for tap, sums in other.sums.items():
             add(self.sums.setdefault(tap, {}), sums)
             self.tokens[tap] = self.tokens.get(tap, 0) + other.tokens[tap]
+
+    def replace(self, other: Stats) -> None:
+        """Take over the other's taps in place of this one's."""
+        self.sums |= other.sums
+        self.tokens |= other.tokens
+        self.origin = self.origin if self.origin == other.origin else ""
 
     def mean(self, tap: Tap, name: str = "sum") -> Tensor:
         """A sum divided by its number of tokens."""

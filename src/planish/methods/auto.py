@@ -6,21 +6,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from torch import nn
 
 from planish.allocate import Alternative, Curve, choose
-from planish.core import Frontier, Method, Plan, Solver, Unit
+from planish.core import Frontier, Method, Plan, Shape, Solver, Unit
+from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.two_sided import TwoSided
+from planish.stats import Stats, Tap
 
 if TYPE_CHECKING:
     from planish.compress import Job
 
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 WAYS = {  # alternatives for a submodule: units that go together, and the linears that each of them holds
-    "attention": (("q", "k", "v", "o"), ("qk", "vo"), ("q", "k", "vo")),
-    "mlp": (("gate", "up", "down"), ("mlp",)),
+    "attention": (("q", "k", "v", "o"), ("qk", "vo"), ("q", "k", "vo"), ("attention",)),
+    "mlp": (("gate", "up", "down"), ("mlp",), ("ffn",)),
 }
-HOLDS = {"qk": ("q", "k"), "vo": ("v", "o"), "mlp": MLP}
+HOLDS = {"qk": ("q", "k"), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Auto(Method):
     units: Literal["any", "structural", "linear"] = "any"
     anchor: float = 0.5
     ridge: float = 1e-3
+    bypass: bool = False
+    rounds: int = 1
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
@@ -46,22 +51,49 @@ class Auto(Method):
 
     def solvers(self) -> list[Solver]:
         structural = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge), FisherPairs()]
+        structural.append(FisherBypass(self.ridge)) if self.bypass else None
         linear = [TwoSided(anchor=self.anchor, ridge=self.ridge)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         if not self.anchor:
             return [units]
-        order = (("q", "k", "qk", "v"), ("o", "vo"), ("gate", "up"), ("down", "mlp"))
+        order = (("q", "k", "qk", "v", "attention"), ("o", "vo"), ("gate", "up", "ffn"), ("down", "mlp"))
         return [s for s in ([u for u in units if u.name in names] for names in order) if s]
 
     def plan(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
         job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
-        curves = {u: self.curve(job, f) for u, f in frontiers.items()}
-        plan, loss = choose(self.groups(job, curves), int(job.keep * job.total + 1e-6))
+        for n in range(1, self.rounds + 1):
+            if n > 1:
+                frontiers = self.measure_again(job, plan)
+            curves = {u: self.curve(job, f) for u, f in frontiers.items()}
+            keep = 1 - (1 - job.keep) * n / self.rounds
+            plan, loss = choose(self.groups(job, curves), int(keep * job.total + 1e-6))
         job.notes["predicted_loss"] = loss
+        names = sorted({u.name for u in plan})
+        job.notes["cut"] = {n: sum(u.name == n and r < job.full(u) for u, r in plan.items()) for n in names}
         return plan
+
+    def measure_again(self, job: Job, plan: Plan) -> dict[Unit, Frontier]:
+        """Frontiers of the uncompressed weights with gradients of the model under `plan`, wherever they still exist."""
+        gone = {"qk": "qk", "vo": "v", "mlp": ("gate", "up"), "attention": ATTENTION, "ffn": MLP}
+        edits = job.solve_stored(plan)
+        frontiers: dict[Unit, Frontier] = {}
+
+        def taps(shape: Shape) -> list[Tap]:
+            cut = [u.name for u, r in plan.items() if u.block == shape.block and r < job.full(u)]
+            missing = {f"grad:{r}.out" for name in cut for r in gone.get(name, ())}
+            missing |= {"grad:attention.add"} if "attention" in cut else set()
+            missing |= {"grad:mlp.add"} if "ffn" in cut else set()
+            return [t for t in job.stored_taps(shape.block) if t.site.startswith("grad:") and t.site not in missing]
+
+        def use(i: int, block: nn.Module, stats: Stats) -> None:
+            job.stored[i].replace(stats)
+            frontiers.update(job.decompose(i, job.stream.block(i), job.stored[i]))
+
+        job.gradients(use, taps, edits)
+        return frontiers
 
     def groups(self, job: Job, curves: dict[Unit, Curve]) -> list[list[Alternative]]:
         """Per submodule the ways to treat it with the units at hand; linears that no unit holds cost what they cost."""

@@ -1,0 +1,80 @@
+"""A fitted affine map in place of a whole submodule, chosen and measured in predicted nats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
+from planish.linalg import damp, solve, whitened_svd
+from planish.stats import Stats, Tap
+
+PARTS = {"attention": ("attention", "q.in", ("q", "k", "v", "o")), "ffn": ("mlp", "up.in", ("gate", "up", "down"))}
+
+
+@dataclass(frozen=True)
+class FisherBypass(Solver):
+    """A submodule's contribution f(x) becomes ν + (x − μ) U, rank U = r: reduced-rank regression in the metric G.
+
+    x is the submodule's normed input. Predicted loss ½ (tr(G Σ_f|x) + Σ_{i>r} σ_i²), σ of G^½ C S^-½, with C = Cov(f, x),
+    S = Cov(x), Σ_f|x what no linear map explains. Ranks 0 … d/2 − 1; the last one, d + 1, leaves the submodule.
+    Reference: SubFit (arXiv 2606.02559) and NBL (arXiv 2505.21077) for the form; the metric is ours.
+    """
+
+    name: ClassVar[str] = "fisher-bypass"
+    damping: float = 1e-4
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [Unit(shape.block, name) for name in PARTS]
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        return [*range(shape.hidden // 2), shape.hidden + 1]
+
+    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+        if rank > shape.hidden:
+            return shape.count(*(r for r in shape.roles if r in PARTS[unit.name][2]))
+        return 2 * rank * shape.hidden + shape.hidden
+
+    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
+        """Channels cached per token for keys and values."""
+        kept = unit.name == "attention" and rank > shape.hidden
+        return shape.kv_heads * (shape.qk + shape.v) if kept else 0
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        target, site, _ = PARTS[unit.name]
+        add = f"{target}.add"
+        return [
+            Tap(f"dense:{site}", "moments", f"dense:{add}"),
+            Tap(f"dense:{add}", "gram"),
+            Tap(f"grad:{add}", "gram"),
+        ]
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        both, own, gradient = self.taps(unit, shape)
+        mu, nu = stats.mean(both, "x"), stats.mean(both, "f")
+        s = damp(stats.mean(both, "xx") - mu.outer(mu), self.damping)
+        c = stats.mean(both, "xf").T - nu.outer(mu)  # (out, in)
+        w = solve(s, c.T, 0.0).T
+        metric = stats.mean(gradient)
+        unexplained = stats.mean(own) - nu.outer(nu) - w @ s @ w.T
+        floor = (metric * unexplained).sum().clamp(min=0)
+        low = whitened_svd(w, s, metric)
+        tails = (low.tails() + floor) / 2
+        loss: Tensor = tails.new_zeros(shape.hidden + 2)
+        loss[: len(tails)] = tails
+        loss[-1] = 0
+        return Frontier(unit, loss, {"B": low.B, "A": low.A, "mu": mu, "nu": nu}, nats=True)
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        if rank > shape.hidden:
+            return []
+        f = frontier.factors
+        b, a = f["B"][:, :rank], f["A"][:rank]
+        form = {"kind": "bypass", "rank": rank, "gate": False, "shift": True, "raw": False, "factored": True}
+        tensors = {"shift": f["nu"] - b @ (a @ f["mu"])}
+        if rank:
+            tensors |= {"V.weight": a, "W.weight": b}
+        return [Edit(PARTS[frontier.unit.name][0], form, tensors)]
