@@ -30,6 +30,7 @@ KEEPS = (0.8, 0.7, 0.9)  # in the order of work: if time runs out, every method 
 FIRST = ("flat-llm", "a3", "subfit", "erc-svd", "svd-llm", "auto")
 SEQ_LEN, CALIBRATION, EVALUATION = 256, 8, 24  # windows of SEQ_LEN tokens; a Gram of this model needs 576 tokens
 LIMIT = 165.0  # seconds
+SETTINGS: dict[str, dict[str, Any]] = {"erc-svd": {"candidates": 2}}  # searches, bounded
 PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n    with open(path) as f:\n       '
 
 Report = Callable[[str, int, int], None]
@@ -107,6 +108,7 @@ def run_demo(
         "evaluation_tokens": evaluation.numel(),
         "seq_len": seq_len,
         "fingerprint": fingerprint(evaluation),
+        "settings": SETTINGS,
     }
     jobs = [(m, k) for k in ((0.8,) if quick else KEEPS) for m in order_methods()]
     best: Row | None = None
@@ -187,6 +189,7 @@ def measure(
         result = api.compress(
             folder, keep=row.keep_requested, method=row.method, calibration=calibration.flatten(), n_samples=len(calibration),
             seq_len=seq_len, output=output, device="cpu", overwrite=True, progress=watch,
+            settings=SETTINGS.get(row.method),
         )  # fmt: skip
         row.keep, row.parameters = result.keep, result.params_after
         row.kv_bytes_per_token = result.kv_bytes_per_token_after
@@ -203,7 +206,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompt: str, lines: int = 3, tokens: int = 48) -> str:
+def complete(model: Any, tokenizer: Any, prompt: str, lines: int = 2, tokens: int = 40) -> str:
     """The model's likeliest continuation of a prompt, by greedy choice, up to `lines` lines."""
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     out = model.generate(
@@ -275,5 +278,10 @@ def make_page(found: Demo, chart: Path | None, subtitle: str) -> str:
 """
 
 
-def list_skipped(rows: Sequence[Row]) -> list[str]:
-    return [f"{r.method} at {r.keep_requested:g}: {r.skipped}" for r in rows if r.skipped]
+def group_skipped(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Reason → what was skipped for it."""
+    groups: dict[str, list[str]] = {}
+    for r in rows:
+        if r.skipped:
+            groups.setdefault(r.skipped, []).append(f"{r.method} {r.keep_requested:g}")
+    return groups

@@ -56,6 +56,8 @@ def make_views(found: Demo) -> list[Any]:
     from rich.panel import Panel
     from rich.text import Text
 
+    from planish.demo import group_skipped
+
     table = make_table("method", "keep", "parameters", "perplexity", "seconds", "KV bytes/token")
     last = None
     for row in [found.dense, *found.rows]:
@@ -63,7 +65,6 @@ def make_views(found: Demo) -> list[Any]:
             table.add_section()
         last = row.keep_requested
         if row.skipped:
-            table.add_row(row.method, f"{row.keep_requested:g}", "", "", f"{row.seconds:.1f}", "skipped", style="dim")
             continue
         table.add_row(
             row.method,
@@ -77,6 +78,8 @@ def make_views(found: Demo) -> list[Any]:
         Panel(Text.assemble((found.prompt, "dim"), (text, "bold")), title=name, title_align="left", width=58)
         for name, text in found.completions.items()
     ]
-    reasons = dict.fromkeys(f"{r.method} at {r.keep_requested:g}: {r.skipped}" for r in found.rows if r.skipped)
-    skipped = [Text("skipped: " + "\n         ".join(reasons), style="dim")] if reasons else []
+    skipped = [
+        Text(f"skipped, {reason}: {', '.join(names)}", style="dim")
+        for reason, names in group_skipped(found.rows).items()
+    ]
     return [table, *skipped, Columns(panels)]
