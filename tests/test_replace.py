@@ -357,8 +357,8 @@ def test_families_generate_with_every_cache(tmp_path, name):
 def force(score, unit: Unit):
     """A score that makes `unit` go first."""
 
-    def forced(job, kind, edits):
-        scores, fits = score(job, kind, edits)
+    def forced(*args):
+        scores, fits = score(*args)
         return {u: -1.0 if u == unit else s for u, s in scores.items()}, fits
 
     return forced

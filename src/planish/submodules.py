@@ -137,20 +137,20 @@ def trial_losses(stream: Stream, edits: Edits, trials: Mapping[Key, Edits]) -> d
 
 
 def search_greedily(
-    stream: Stream, trials: Mapping[Key, Edits], enough: Callable[[list[Key]], bool]
+    stream: Stream, trials: Mapping[Key, Edits], enough: Callable[[list[Key]], bool], edits: Edits | None = None
 ) -> tuple[list[Key], list[float]]:
     """Make the trial that costs the least loss, again and again, until `enough`; what was made and the losses.
 
-    Reference: SLEB (arXiv 2402.09025) Alg. 1, BlockPruner (arXiv 2406.10594) Alg. 1.
+    `edits` are made from the start. Reference: SLEB (arXiv 2402.09025) Alg. 1, BlockPruner (arXiv 2406.10594) Alg. 1.
     """
     made: list[Key] = []
     losses: list[float] = []
     while not enough(made):
-        edits = merge(*(trials[k] for k in made))
+        now = merge(edits or {}, *(trials[k] for k in made))
         rest = {k: t for k, t in trials.items() if k not in made}
         if not rest:
             break
-        found = trial_losses(stream, edits, rest)
+        found = trial_losses(stream, now, rest)
         best = min(rest, key=lambda k: found[k])
         made.append(best)
         losses.append(found[best])

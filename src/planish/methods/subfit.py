@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from planish.core import Edit, Method, Plan, Solver, Unit
 from planish.solvers.bypass import Bypass, is_factored, shared_basis
 from planish.stats import Tap
-from planish.submodules import count_removed, lowest, make_plan, merge, trial_losses
+from planish.submodules import count_removed, lowest, make_plan, merge, search_greedily, trial_losses
 
 if TYPE_CHECKING:
     from planish.compress import Job
@@ -26,7 +27,7 @@ class SubFit(Method):
     Scores, lowest go. "influence": rotation × magnitude, E[1 − cos(x, x + f)] and E[|f| / |x|] (`combine` "sum": each
     divided by its mean over the blocks, then added). "cosine": the rotation alone. "error": replacement-aware, what the
     fit leaves over, E|f − f̂|² / E|x|², x the residual stream. "loss": replacement-aware, the calibration loss with the
-    fit in place, on `windows` sequences.
+    fit in place, on `windows` sequences; "greedy": the same, measured again after every choice.
 
     `fit`: "once" = each bypass from the statistics it was chosen by; "sequential" = all refitted from the first block
     to the last, each on the inputs that the replaced model before it produces; "compensated" = the same, fitting what
@@ -44,8 +45,8 @@ class SubFit(Method):
 
     sparsity: float | None = None
     submodules: Literal["both", "attention", "ffn"] = "both"
-    attention_score: Literal["influence", "cosine", "error", "loss"] = "influence"
-    ffn_score: Literal["influence", "cosine", "error", "loss"] = "loss"
+    attention_score: Literal["influence", "cosine", "error", "loss", "greedy"] = "influence"
+    ffn_score: Literal["influence", "cosine", "error", "loss", "greedy"] = "loss"
     combine: Literal["product", "sum"] = "product"
     fit: Literal["once", "sequential", "compensated"] = "compensated"
     attention_rank: float = 1 / 16
@@ -83,9 +84,9 @@ class SubFit(Method):
         removed: list[Unit] = []
         edits: dict[int, list[Edit]] = {}
         for kind in self.kinds:
-            scores, fits = self.score(job, kind, edits)
+            scores, fits = self.score(job, kind, edits, counts[kind])
             chosen = lowest(scores, counts[kind])
-            job.notes[f"{kind}_scores"] = {str(u): s for u, s in sorted(scores.items())}
+            job.notes[f"{kind}_scores"] = {str(u): s for u, s in sorted(scores.items()) if isfinite(s)}
             if kind == "ffn" and self.shared and chosen and self.basis == "pca":
                 fits |= self.share(job, chosen, edits)
             edits = merge(edits, {u.block: fits[u] for u in chosen if u in fits})
@@ -94,8 +95,8 @@ class SubFit(Method):
             job.edits = edits
         return make_plan(job, removed, self.sparsity)
 
-    def score(self, job: Job, kind: str, edits: Mapping[int, list[Edit]]) -> tuple[dict[Unit, float], Fits]:
-        """Scores of all submodules of one kind in the model with `edits`, and their fits."""
+    def score(self, job: Job, kind: str, edits: Mapping[int, list[Edit]], n: int) -> tuple[dict[Unit, float], Fits]:
+        """Scores of all submodules of one kind in the model with `edits`, and their fits; the n lowest will go."""
         how = self.attention_score if kind == "attention" else self.ffn_score
         where = "attention" if kind == "attention" else "mlp"
         turn, power = Tap(f"{where}.raw", "influence", f"{where}.add"), Tap(f"{where}.raw", "squares")
@@ -115,10 +116,15 @@ class SubFit(Method):
             scores = {u: rotation for u, (rotation, _) in parts.items()}
         elif how == "influence":
             scores = combine(parts, self.combine)
-        elif how == "loss":
+        elif how in ("loss", "greedy"):
             with job.phase("search"):
                 trials = {u: {u.block: f} for u, f in fits.items()}
-                scores = trial_losses(job.stream.subset(self.windows), edits, trials)
+                few = job.stream.subset(self.windows)
+                if how == "loss":
+                    scores = trial_losses(few, edits, trials)
+                else:
+                    made, losses = search_greedily(few, trials, lambda made: len(made) >= n, edits)
+                    scores = dict.fromkeys(fits, float("inf")) | dict(zip(made, losses, strict=True))
         return scores, fits
 
     def share(self, job: Job, chosen: list[Unit], edits: Mapping[int, list[Edit]]) -> Fits:
