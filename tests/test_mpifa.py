@@ -94,12 +94,11 @@ def test_mpifa_plan_uses_the_whole_budget_and_no_more(keep):
 def test_mpifa_splits_the_budget_between_attention_and_mlp():
     j = job("mpifa", 0.7, attention_keep="0.5")
     plan = j.method.plan(j)
-    kept = lambda roles: (
-        sum(j.cost(u, r) for u, r in plan.items() if u.name in roles)
-        / (
-            sum(j.cost(u, j.full(u)) for u in plan if u.name in roles)
-        )
-    )
+
+    def kept(roles) -> float:
+        spent = sum(j.cost(u, r) for u, r in plan.items() if u.name in roles)
+        return spent / sum(j.cost(u, j.full(u)) for u in plan if u.name in roles)
+
     assert kept("qkvo") == pytest.approx(0.5, abs=0.05) and kept(("gate", "up", "down")) > 0.72
     with pytest.raises(InputError, match="attention_keep"):
         (other := job("mpifa", 0.95, attention_keep="0.1")).method.plan(other)

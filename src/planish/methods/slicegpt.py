@@ -41,6 +41,8 @@ class SliceGPT(Method):
         return []
 
     def plan(self, job: Job) -> Plan:
+        if job.target not in ("any", "hf"):
+            raise InputError(f"slicegpt changes the width of the residual stream, which {job.target} cannot hold")
         check_family(job.stream)
         job.notes["width"] = find_width(job)
         return {}

@@ -1,0 +1,85 @@
+"""Speed of one linear: dense, pair and pivoted at the same share of weights. Prints a table of dense time / time.
+
+    python benchmarks/pivoted.py                                    # CPU, one thread, fp32
+    python benchmarks/pivoted.py --device cuda --dtype bfloat16 --compile
+
+The three run in turns (A B C A B C …), so that a busy machine slows all of them; medians of --repeats rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from planish.modules import Pair, Pivoted
+
+SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632), (4096, 4096))  # out, in
+KEEPS = (0.8, 0.7, 0.5)
+TOKENS = (1, 8, 256)
+
+
+def build(out: int, n: int, keep: float, **kw) -> dict[str, nn.Module]:
+    """The three forms; ranks are the largest within keep · out · in weights."""
+    pair = int(keep * out * n / (out + n))
+    pivoted = int((out + n - sqrt((out + n) ** 2 - 4 * keep * out * n)) / 2)
+    found = {
+        "dense": nn.Linear(n, out, bias=False, **kw),
+        "pair": Pair(n, out, pair, bias=False, **kw),
+        "pivoted": Pivoted(n, out, pivoted, bias=False, **kw),
+    }
+    order = torch.randperm(out)  # pivots anywhere, as they are; both parts rising
+    found["pivoted"].order.copy_(torch.cat([order[:pivoted].sort().values, order[pivoted:].sort().values]))
+    return found
+
+
+@torch.no_grad()
+def measure(forms: dict[str, Callable[[Tensor], Tensor]], x: Tensor, repeats: int) -> dict[str, float]:
+    """Median seconds of each form; on one CPU thread its own seconds, which other processes hardly disturb."""
+    clock = time.thread_time if not x.is_cuda and torch.get_num_threads() == 1 else time.perf_counter
+    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for turn in range(repeats + 2):
+        for name, form in forms.items():
+            wait()
+            start = clock()
+            form(x)
+            wait()
+            if turn >= 2:
+                seconds[name].append(clock() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    kw = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+
+    print(f"{options.device}, {options.dtype}, {options.threads} threads; times faster than dense: pair / pivoted\n")
+    print("| out × in | keep | " + " | ".join(f"{t} tokens" for t in TOKENS) + " |\n|---|---|" + "---|" * len(TOKENS))
+    for out, n in SHAPES:
+        for keep in KEEPS:
+            forms = build(out, n, keep, **kw)
+            if options.compile:
+                forms = {name: torch.compile(m, fullgraph=True) for name, m in forms.items()}
+            cells = []
+            for tokens in TOKENS:
+                t = measure(forms, torch.randn(1, tokens, n, **kw), options.repeats)
+                cells.append(f"{t['dense'] / t['pair']:.2f} / {t['dense'] / t['pivoted']:.2f}")
+            print(f"| {out} × {n} | {keep} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
