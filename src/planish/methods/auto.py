@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
-from planish.allocate import Alternative, Curve, choose
+from planish.allocate import Alternative, BudgetError, Curve, choose
 from planish.core import Frontier, Method, Plan, Shape, Solver, Unit
+from planish.errors import InputError
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.two_sided import TwoSided
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from planish.compress import Job
 
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
-WAYS = {  # alternatives for a submodule: units that go together, and the linears that each of them holds
+WAYS = {  # alternatives for a submodule: units that go together
     "attention": (("q", "k", "v", "o"), ("qk", "vo"), ("q", "k", "vo"), ("attention",)),
-    "mlp": (("gate", "up", "down"), ("mlp",), ("ffn",)),
+    "ffn": (("gate", "up", "down"), ("mlp",), ("ffn",)),
 }
+# the linears that a unit holds, where it is not one itself
 HOLDS = {"qk": ("q", "k"), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
 
 
@@ -32,8 +34,10 @@ class Auto(Method):
 
     One pass forward and back measures input moments and gradient moments (labels sampled from the model); every unit's
     frontier is then in nats per token, and each submodule takes the alternative that is best at the budget's price.
-    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only.
-    `anchor`: share of the dense model's activations in the target of each solve, see the solvers.
+    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only; `bypass` adds fitted affine maps
+    in place of whole submodules. `anchor`: share of the uncompressed model's activations in the target of each solve
+    (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `rounds`: gradients are measured
+    again on the model compressed so far after each equal share of the cut; 0 = 1, or 2 below keep 0.6.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
@@ -43,16 +47,16 @@ class Auto(Method):
     anchor: float = 0.5
     ridge: float = 1e-3
     bypass: bool = False
-    rounds: int = 1
+    rounds: int = 0
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
         return "both" if self.anchor else "dense"
 
     def solvers(self) -> list[Solver]:
-        structural = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge), FisherPairs()]
-        structural.append(FisherBypass(self.ridge)) if self.bypass else None
-        linear = [TwoSided(anchor=self.anchor, ridge=self.ridge)]
+        structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
+        structural += [FisherPairs(), *([FisherBypass(self.ridge)] if self.bypass else [])]
+        linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
@@ -64,15 +68,31 @@ class Auto(Method):
     def plan(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
         job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
-        for n in range(1, self.rounds + 1):
+        rounds = self.rounds or (1 if job.keep >= 0.6 else 2)
+        plan: Plan = {}
+        for n in range(1, rounds + 1):
             if n > 1:
                 frontiers = self.measure_again(job, plan)
-            curves = {u: self.curve(job, f) for u, f in frontiers.items()}
-            keep = 1 - (1 - job.keep) * n / self.rounds
+            plan = self.allocate(job, frontiers, 1 - (1 - job.keep) * n / rounds)
+        return plan
+
+    def plan_cache(self, job: Job) -> Plan:
+        frontiers: dict[Unit, Frontier] = {}
+        job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
+        return self.allocate(job, frontiers, job.keep)
+
+    def allocate(self, job: Job, frontiers: dict[Unit, Frontier], keep: float) -> Plan:
+        """The cheapest plan in predicted nats at this share of the job's budget, weights or cache."""
+        curves = {u: self.curve(job, f) for u, f in frontiers.items()}
+        try:
             plan, loss = choose(self.groups(job, curves), int(keep * job.total + 1e-6))
-        job.notes["predicted_loss"] = loss
+        except BudgetError as error:
+            raise InputError(
+                f"keep {keep:g} cannot be reached by auto: the smallest keep is {error.smallest / job.total:.4f}"
+            ) from None
         names = sorted({u.name for u in plan})
-        job.notes["cut"] = {n: sum(u.name == n and r < job.full(u) for u, r in plan.items()) for n in names}
+        cut = {n: sum(u.name == n and r < job.full(u) for u, r in plan.items()) for n in names}
+        job.notes |= {"predicted_loss": loss, "units cut": {n: c for n, c in cut.items() if c}}
         return plan
 
     def measure_again(self, job: Job, plan: Plan) -> dict[Unit, Frontier]:
@@ -96,19 +116,25 @@ class Auto(Method):
         return frontiers
 
     def groups(self, job: Job, curves: dict[Unit, Curve]) -> list[list[Alternative]]:
-        """Per submodule the ways to treat it with the units at hand; linears that no unit holds cost what they cost."""
+        """Per submodule the ways to treat it with the units at hand; what no unit holds costs what it costs."""
         groups = []
         for shape in job.shapes:
-            for roles, ways in ((ATTENTION, WAYS["attention"]), (MLP, WAYS["mlp"])):
+            for name, ways in WAYS.items():
                 found = {}
                 for way in ways:
                     present = tuple(n for n in way if Unit(shape.block, n) in curves)
                     held = {r for n in present for r in HOLDS.get(n, (n,))}
-                    rest = [r for r in roles if r in shape.roles and r not in held]
-                    fixed = shape.count(*rest) if rest else 0
-                    found[present] = Alternative(tuple(curves[Unit(shape.block, n)] for n in present), fixed)
+                    rest = [r for r in HOLDS[name] if r in shape.roles and r not in held]
+                    chosen = tuple(curves[Unit(shape.block, n)] for n in present)
+                    found[present] = Alternative(chosen, sum(self.price(job, shape, r) for r in rest))
                 groups.append(list(found.values()))
         return groups
+
+    def price(self, job: Job, shape: Shape, role: str) -> int:
+        """What an uncut linear costs of the job's budget: its weights, or its channels in the cache."""
+        if job.kv_keep is None:
+            return shape.count(role)
+        return {"k": shape.kv_heads * shape.qk, "v": shape.kv_heads * shape.v}.get(role, 0)
 
     def curve(self, job: Job, frontier: Frontier) -> Curve:
         unit = frontier.unit
