@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from planish import families as families_file
 from planish import modelling as modelling_file
 from planish import modules as modules_file
+from planish import processes
 from planish.core import Edit, Shape
 from planish.errors import InputError
 from planish.families import FAMILIES, Family
@@ -39,7 +40,7 @@ from planish.modules import (
     rotary_width,
     split_block,
 )
-from planish.shards import Shard, write_shard
+from planish.shards import Shard, hash_file, write_shard, write_text
 
 register()  # the Auto classes know compressed models from here on
 
@@ -471,45 +472,122 @@ def count_block(block: nn.Module) -> int:
 
 
 class Writer:
-    """A compressed folder, written shard by shard into `<output>.partial` and renamed when it is complete."""
+    """A compressed folder, written shard by shard into `<output>.partial` and renamed when it is complete.
 
-    def __init__(self, output: Path, n_blocks: int, overwrite: bool = False):
+    `resume/` inside it holds what was asked (`keep_request`) and a journal: one line per finished block, added after its
+    shard is durable. `finished`: the journal's entries by block, where an interrupted run is taken up. Of several
+    processes only the first writes.
+    """
+
+    def __init__(self, output: Path, n_blocks: int, overwrite: bool = False, resume: bool = False):
         self.output, self.n_shards = output, n_blocks + 1
+        self.active = processes.rank() == 0
+        self.weight_map: dict[str, str] = {}
+        self.bytes = 0
+        self.parameters = 0
+        self.partial = output.with_name(output.name + ".partial")
+        self.state = self.partial / "resume"
+        self.finished: dict[int, dict[str, Any]] = {}
+        if resume:
+            self.finished = processes.share(self.read_journal() if self.active else {})
+        elif self.active:
+            self.create(output, overwrite)
+
+    def create(self, output: Path, overwrite: bool) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
             raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
         if output.exists() and not output.is_dir():
             raise InputError(f"output {output} is a file")
-        self.partial = output.with_name(output.name + ".partial")
+        if (self.state / "journal.jsonl").exists() and not overwrite:
+            raise InputError(f"{self.partial} holds an unfinished run: planish resume {output}, or pass --overwrite")
         if self.partial.exists():
             shutil.rmtree(self.partial)
         try:
-            self.partial.mkdir(parents=True)
+            self.state.mkdir(parents=True)
         except OSError as error:
             raise InputError(f"cannot create {self.partial}: {error}") from None
-        self.weight_map: dict[str, str] = {}
-        self.bytes = 0
-        self.parameters = 0
 
-    def shard(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """Write shard `number` (0 = what is outside the blocks, i + 1 = block i)."""
-        name = f"model-{number + 1:05d}-of-{self.n_shards:05d}.safetensors"
+    def read_journal(self) -> dict[int, dict[str, Any]]:
+        """Entries by block, up to the first whose line is torn or whose shard is not what was written."""
+        found: dict[int, dict[str, Any]] = {}
+        path = self.state / "journal.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if entry["shard"] and hash_file(self.partial / entry["shard"]) != entry["sha256"]:
+                    break
+            except (ValueError, KeyError, TypeError, OSError):
+                break
+            found[entry["block"]] = entry
+        if path.exists():
+            write_text(path, "".join(json.dumps(e) + "\n" for e in found.values()))
+        for stray in set(self.partial.glob("*.safetensors*")) - {self.partial / str(e["shard"]) for e in found.values()}:
+            stray.unlink()
+        return found
+
+    def keep_request(self, request: dict[str, Any], windows: Tensor) -> None:
+        """Remember what was asked, so that an interrupted run can be taken up."""
+        if self.active:
+            write_shard(self.state / "windows.safetensors", {"windows": windows})
+            write_text(self.state / "request.json", json.dumps(request, indent=2, default=str) + "\n")
+
+    def shard(self, number: int, tensors: dict[str, Tensor], write: bool = True) -> tuple[str, str]:
+        """Write shard `number` (0 = what is outside the blocks, i + 1 = block i); its name and SHA-256."""
+        name, digest = f"model-{number + 1:05d}-of-{self.n_shards:05d}.safetensors", ""
         try:
-            write_shard(self.partial / name, tensors)
+            if write and self.active:
+                digest = write_shard(self.partial / name, tensors)
         except OSError as error:
             raise InputError(f"cannot write {self.partial / name}: {error}") from None
         for key, t in tensors.items():
             self.weight_map[key] = name
             self.bytes += t.numel() * t.element_size()
             self.parameters += t.numel() if t.is_floating_point() else 0
+        return name, digest
 
-    def block(self, i: int, block: nn.Module, family: Family) -> None:
-        join_block(block, family)
-        self.shard(i + 1, {f"{family.blocks}.{i}.{k}": v for k, v in block.state_dict().items()})
+    def block(
+        self, i: int, block: nn.Module | None, family: Family, at: int | None = None, entry: dict[str, Any] | None = None
+    ) -> None:
+        """Write block `i` of the source as block `at` of the output (None: it is left out); with an `entry`, note it in
+        the journal."""
+        name, digest, at = None, "", i if at is None else at
+        if block is not None:
+            join_block(block, family)
+            tensors = {f"{family.blocks}.{at}.{k}": v for k, v in block.state_dict().items()}
+            name, digest = self.shard(at + 1, tensors, write=i not in self.finished)
+        if entry is not None and i not in self.finished and self.active:
+            line = json.dumps({"block": i, "at": at, "shard": name, "sha256": digest, **entry})
+            try:
+                with (self.state / "journal.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise InputError(f"cannot write the journal in {self.state}: {error}") from None
+
+    def restore(self, i: int, block: nn.Module, source: Source) -> nn.Module:
+        """Turn block i of the source, in place, into the finished one; canonical."""
+        entry = self.finished[i]
+        install(block, entry["spec"], source.family, source.config)
+        join_block(block, source.family)
+        if entry["shard"]:
+            shard, prefix = Shard(self.partial / entry["shard"]), f"{source.family.blocks}.{entry['at']}."
+            for name in shard.entries:
+                set_parameter(block, name.removeprefix(prefix), shard.read(name))
+        return split_block(block, source.family, source.config)
 
     def text(self, name: str, text: str) -> None:
-        (self.partial / name).write_text(text, encoding="utf-8")
+        if not self.active:
+            return
+        try:
+            write_text(self.partial / name, text)
+        except OSError as error:
+            raise InputError(f"cannot write {self.partial / name}: {error}") from None
 
     def close(self) -> None:
+        if not self.active:
+            return
         names = sorted(set(self.weight_map.values()))
         if len(names) != self.n_shards:  # whole blocks are gone
             renamed = {n: f"{n[:15]}{len(names):05d}.safetensors" for n in names}
@@ -521,12 +599,20 @@ class Writer:
             "weight_map": dict(sorted(self.weight_map.items())),
         }
         self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        for part in self.partial.glob("*.part"):
+            part.unlink()
+        old = self.output.with_name(self.output.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if self.output.exists():
-            shutil.rmtree(self.output)
+            os.replace(self.output, old)
         os.replace(self.partial, self.output)
+        shutil.rmtree(self.output / "resume", ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
     def abort(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """After an error: leave nothing behind, unless blocks are finished and the run can be taken up again."""
+        if self.active and not (self.state / "journal.jsonl").exists():
+            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def is_empty(spec: Spec) -> bool:

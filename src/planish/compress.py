@@ -699,6 +699,7 @@ def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibra
         "result": result.as_dict(),
         "plan": {str(u): r for u, r in sorted(plan.items())},
         "full": {str(u): job.full(u) for u in sorted(job.units)},
+        "weights": {str(u): [job.count(u, job.full(u)), job.count(u, r)] for u, r in sorted(plan.items())},
         "errors": job.errors,
         "notes": job.notes,
     }

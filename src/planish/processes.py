@@ -6,6 +6,7 @@ added in the order of lanes. One process without torch.distributed follows the s
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -28,11 +29,17 @@ def start(device: str = "cpu") -> bool:
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    atexit.register(dist.destroy_process_group)
     return True
 
 
 def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def world() -> int:
+    """How many processes torchrun started, joined or not."""
+    return count() if count() > 1 else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
@@ -42,6 +49,16 @@ def rank() -> int:
 def own_lanes() -> Iterator[int]:
     """Lane numbers of this process, rising."""
     return iter(range(rank(), LANES, count()))
+
+
+def own_work(costs: list[int]) -> list[int]:
+    """Numbers of the tasks this process does, rising: costliest first to whoever has least, so all know who does what."""
+    loads = [0] * count()
+    owner = {}
+    for n in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
+        owner[n] = loads.index(min(loads))
+        loads[owner[n]] += costs[n]
+    return sorted(n for n, who in owner.items() if who == rank())
 
 
 def gather(value: T) -> list[T]:

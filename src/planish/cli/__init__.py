@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from planish.cli import bench, compress, demo, doctor, evaluate, export, methods, plan, push
+from planish.cli import bench, compress, demo, doctor, evaluate, export, methods, plan, push, resume, sweep
 from planish.cli.run import Commands
 
 app = typer.Typer(
@@ -18,7 +18,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compress")(compress.compress)
+app.command("resume")(resume.resume)
 app.command("plan")(plan.plan)
+app.command("sweep")(sweep.sweep)
+app.command("report")(sweep.report)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
