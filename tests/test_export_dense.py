@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import compressed
 import pytest
 import torch
-from tiny import build
 from transformers import AutoModelForCausalLM
 
+import compressed
 from planish.checkpoint import index_tensors, load
 from planish.errors import InputError
 from planish.export import export
 from planish.export.folder import Folder
+from tiny import build
 
 LINEAR = [n for n in compressed.FORMS if "→" in n]
 

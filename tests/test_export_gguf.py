@@ -15,6 +15,7 @@ import torch
 
 import compressed
 import tiny
+from compressed import train_tokenizer
 from planish.checkpoint import load
 from planish.errors import InputError
 from planish.export.folder import Folder
@@ -218,26 +219,6 @@ def test_silu_of_the_constant_gate_is_one():
 
 
 # ------------------------------------------------------------------ tokenizers
-
-
-def train_tokenizer(folder: Path, byte_level: bool) -> None:
-    """A BPE tokenizer of 97 ids, byte-level like GPT-2's or with byte fallback like LLaMA 2's."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    text = ["the cat sat on the mat", "then the hat sat on that cat", "a bat and a rat"] * 3
-    if byte_level:
-        t = Tokenizer(models.BPE())
-        t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    else:
-        t = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    special = ["<s>", "</s>"] if byte_level else ["<unk>", "<s>", "</s>", "<0x0A>", "<0xC3>"]
-    t.train_from_iterator(text, trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False))
-    t.add_special_tokens([AddedToken("<s>", special=True)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{{ messages[0].content }}"
-    fast.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("byte_level", [True, False])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from planish.cli import options as o
-from planish.cli.run import session
+from planish.cli.run import make_table, session
 
 
 def evaluate(
@@ -21,12 +22,36 @@ def evaluate(
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="stop after so many  [default: all]", show_default=False)
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE_OR_NAME",
+            help="instead of --text: zero-shot accuracy on a .jsonl file or a task of lm_eval (repeatable, or a,b)",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="DENSE", help="with --tasks: score this model beside it", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="with --tasks: only so many examples", show_default=False)
+    ] = None,
     device: o.DeviceOption = o.Device.auto,
     dtype: o.DTypeOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Measure perplexity: non-overlapping windows, the tail dropped, as the papers do."""
+    """Measure perplexity (non-overlapping windows, the tail dropped, as the papers do), or zero-shot accuracy."""
     with session(as_json) as run:
+        if tasks:
+            names = [t for group in tasks for t in group.split(",") if t]
+            found = {
+                m: run.api.evaluate_tasks(
+                    m, names, limit=limit, device=device.value, dtype=dtype and dtype.value, progress=run.progress
+                )
+                for m in filter(None, (against, model))
+            }
+            run.give({"tasks": {m: [asdict(s) for s in scores] for m, scores in found.items()}}, make_scores(found))
+            return
         found = run.api.evaluate(
             model,
             text,
@@ -43,3 +68,17 @@ def evaluate(
             f"perplexity [bold]{found.perplexity:.4f}[/] · {found.nll:.5f} nats per token",
             f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len} · {found.source} ({bos}) · {found.dtype}",
         )
+
+
+def make_scores(found: dict[str, list[Any]]) -> Table:
+    """A row per task and model: accuracies in percent with standard errors."""
+    table = make_table("task", "model", "examples", "acc", "acc_norm")
+
+    def percent(value: float | None, error: float | None) -> str:
+        return "" if value is None else f"{100 * value:.2f} ± {100 * (error or 0):.2f}"
+
+    for rows in zip(*found.values(), strict=True):
+        for name, s in zip(found, rows, strict=True):
+            accs = percent(s.acc, s.acc_stderr), percent(s.acc_norm, s.acc_norm_stderr)
+            table.add_row(s.task, name, f"{s.examples:,}", *accs)
+    return table
