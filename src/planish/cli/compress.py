@@ -16,6 +16,7 @@ def compress(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
     keep: o.KeepOption = 0.8,
     kv_keep: o.KVKeepOption = None,
+    sparsity: o.SparsityOption = None,
     method: o.MethodOption = None,
     calibration: o.CalibrationOption = "builtin",
     n_samples: o.SamplesOption = None,
@@ -25,13 +26,16 @@ def compress(
     device: o.DeviceOption = o.Device.auto,
     dtype: o.DTypeOption = None,
     round_to: o.RoundOption = 1,
+    target: o.TargetOption = o.Target.any,
     settings: o.SetOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output folder")] = False,
+    cache: o.CacheOption = True,
     as_json: o.JsonOption = False,
 ) -> None:
     """Make a smaller model from MODEL and write it to a folder."""
-    values = o.parse_settings(settings)
+    values = o.parse_settings(settings, sparsity)
     asked = f"{keep:g}" if kv_keep is None else f"kv-keep {kv_keep:g}"
+    asked = asked if sparsity is None else f"sparsity {sparsity:g}"
     with session(as_json) as run:
         result = run.api.compress(
             model,
@@ -47,8 +51,10 @@ def compress(
             device=device.value,
             dtype=dtype and dtype.value,
             round_to=round_to,
+            target=target.value,
             overwrite=overwrite,
             settings=values,
+            cache=cache,
             progress=run.progress,
         )
         for warning in result.warnings:

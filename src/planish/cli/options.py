@@ -23,6 +23,14 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+class Target(StrEnum):
+    any = "any"
+    hf = "hf"
+    vllm = "vllm"
+    gguf = "gguf"
+    onnx = "onnx"
+
+
 class Sampling(StrEnum):
     contiguous = "contiguous"
     random = "random"
@@ -38,6 +46,13 @@ KVKeepOption = Annotated[
     float | None,
     typer.Option(
         help="instead of --keep: share of the KV cache's bytes per token that stays, in (0, 1]", show_default=False
+    ),
+]
+SparsityOption = Annotated[
+    float | None,
+    typer.Option(
+        help="instead of --keep, for methods that remove submodules: share of each kind that goes, in [0, 1)",
+        show_default=False,
     ),
 ]
 MethodOption = Annotated[
@@ -59,7 +74,11 @@ DeviceOption = Annotated[Device, typer.Option(help="auto: CUDA where there is on
 DTypeOption = Annotated[
     DType | None, typer.Option(help="to compute in  [default: float32 on a CPU, else as stored]", show_default=False)
 ]
+TargetOption = Annotated[Target, typer.Option("--target", help="where the result has to run: ranks are chosen to suit it")]
 RoundOption = Annotated[int, typer.Option(min=1, help="make ranks multiples of this (8, 16, 32, 64 suit hardware)")]
+CacheOption = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="keep calibration statistics on disk and use them again")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -69,9 +88,9 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
 
 
-def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
-    """["a=1", "b=x"] → {"a": "1", "b": "x"}; the method converts the values."""
-    settings: dict[str, Any] = {}
+def parse_settings(pairs: list[str] | None, sparsity: float | None = None) -> dict[str, Any]:
+    """["a=1", "b=x"] → {"a": "1", "b": "x"}; the method converts the values. `sparsity` is a setting of its own."""
+    settings: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         name = name.strip().replace("-", "_")

@@ -15,6 +15,7 @@ def plan(
     model: o.ModelArgument,
     keep: o.KeepOption = 0.8,
     kv_keep: o.KVKeepOption = None,
+    sparsity: o.SparsityOption = None,
     method: o.MethodOption = None,
     calibration: o.CalibrationOption = "builtin",
     n_samples: o.SamplesOption = None,
@@ -24,12 +25,14 @@ def plan(
     device: o.DeviceOption = o.Device.auto,
     dtype: o.DTypeOption = None,
     round_to: o.RoundOption = 1,
+    target: o.TargetOption = o.Target.any,
     settings: o.SetOption = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Say what compressing would give and take; change and write nothing."""
-    values = o.parse_settings(settings)
+    values = o.parse_settings(settings, sparsity)
     asked = f"{keep:g}" if kv_keep is None else f"kv-keep {kv_keep:g}"
+    asked = asked if sparsity is None else f"sparsity {sparsity:g}"
     with session(as_json) as run:
         found = run.api.forecast(
             model,
@@ -44,6 +47,7 @@ def plan(
             device=device.value,
             dtype=dtype and dtype.value,
             round_to=round_to,
+            target=target.value,
             settings=values,
             progress=run.progress,
         )
