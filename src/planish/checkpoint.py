@@ -609,9 +609,12 @@ class Writer:
         shutil.rmtree(self.output / "resume", ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-    def abort(self) -> None:
-        """After an error: leave nothing behind, unless blocks are finished and the run can be taken up again."""
-        if self.active and not (self.state / "journal.jsonl").exists():
+    def abort(self, wrong_input: bool = False) -> None:
+        """After an error: leave nothing behind, unless blocks are finished and the run can be taken up again.
+
+        `wrong_input`: taking it up again would meet the same wrong input, or the same full disk.
+        """
+        if self.active and (wrong_input or not (self.state / "journal.jsonl").exists():
             shutil.rmtree(self.partial, ignore_errors=True)
 
 

@@ -560,8 +560,8 @@ def compress(
         result.seconds["total"] = time.perf_counter() - start
         write_manifest(writer, job, plan, result, calibration or {})
         writer.close()
-    except BaseException:
-        writer.abort()
+    except BaseException as error:
+        writer.abort(wrong_input=isinstance(error, (InputError, OSError)) and not resume)
         raise
     return result
 
