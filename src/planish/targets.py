@@ -82,7 +82,9 @@ def describe_unit(unit: Unit, solver: Solver) -> str:
         part = "attention" if unit.name == "attention" else "MLP"
         raw = getattr(solver, "input", None) == "raw"
         return f"raw linear {part}" if raw else f"linear {part}"
-    return {"vo": "fewer value dimensions", "qk": "fewer query/key dimensions", "mlp": "fewer neurons"}.get(unit.name, unit.name)
+    return {"vo": "fewer value dimensions", "qk": "fewer query/key dimensions", "mlp": "fewer neurons"}.get(
+        unit.name, unit.name
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,11 @@ def check(name: str, specs: list[Spec], shapes: list[Shape]) -> list[str]:
         gone = [i for i, s in enumerate(specs) if s.get("attention", {}).get("kind") == "bypass"]
         if gone:
             reasons.append(f"block {gone[0]} has no attention: {target.refuses['no attention']}")
-        wide = [i for i, s in enumerate(specs) if s.get("attention", {}).get("v", 0) > s.get("attention", {}).get("qk", 1 << 30)]
+        wide = [
+            i
+            for i, s in enumerate(specs)
+            if s.get("attention", {}).get("v", 0) > s.get("attention", {}).get("qk", 1 << 30)
+        ]
         if wide:
             reasons.append(f"block {wide[0]} has more value than query dimensions, which vLLM's backend cannot hold")
     if name == "gguf":
@@ -173,7 +179,13 @@ def check(name: str, specs: list[Spec], shapes: list[Shape]) -> list[str]:
             form = spec.get("attention", {})
             if form.get("kind") == "own" and form["qk"] < shapes[i].qk:
                 reasons.append(f"block {i} has fewer query/key dimensions: filled up again")
-        values = {s.get("attention", {}).get("v", h.v) for s, h in zip(specs, shapes) if s.get("attention", {}).get("kind") != "bypass"}
+        values = {
+            s.get("attention", {}).get("v", h.v)
+            for s, h in zip(specs, shapes)
+            if s.get("attention", {}).get("kind") != "bypass"
+        }
         if len(values) > 1:
-            reasons.append(f"value dimensions differ from block to block ({min(values)} to {max(values)}): filled up to the largest")
+            reasons.append(
+                f"value dimensions differ from block to block ({min(values)} to {max(values)}): filled up to the largest"
+            )
     return reasons

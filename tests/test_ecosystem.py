@@ -1,0 +1,215 @@
+"""What other libraries do with compressed models: upload them, serve them, train adapters on them, quantise them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import compressed
+import pytest
+import tiny
+import torch
+from tiny import build
+
+from planish.checkpoint import load
+from planish.errors import InputError
+from planish.export.hub import push
+from planish.families import FAMILIES
+from planish.modelling import class_names
+
+MIXED = [
+    compressed.both(compressed.values(3), compressed.neurons(24)),
+    compressed.both(compressed.low_rank("pair", 6, "q", "up"), compressed.low_rank("pivoted", 6, "down")),
+    compressed.bypass("mlp", 4, shift=True),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return compressed.make_folder(build("llama_gqa"), tmp_path / "m", MIXED)
+
+
+# ------------------------------------------------------------------ hub
+
+
+class Hub:
+    """Stands for the hub's API; remembers the calls."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+        Hub.calls = self.calls = []
+
+    def create_repo(self, repo, **settings):
+        self.calls.append(("create", repo, settings))
+
+    def upload_folder(self, **settings):
+        self.calls.append(("upload", settings["repo_id"], settings))
+        return types.SimpleNamespace(commit_url=f"hub/{settings['repo_id']}/commit/1")
+
+
+def test_push_uploads_what_belongs_to_a_model(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    (folder / "notes.pickle").write_bytes(b"")
+    assert push(folder, "owner/small", private=True) == "hub/owner/small/commit/1"
+    (_, repo, created), (_, _, uploaded) = Hub.calls
+    assert repo == "owner/small" and created == {"private": True, "exist_ok": True}
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = [f.name for f in folder.iterdir()]
+    sent = set(filter_repo_objects(names, allow_patterns=uploaded["allow_patterns"]))
+    assert set(names) - sent == {"notes.pickle"} and {"config.json", "modelling.py"} <= sent
+
+
+def test_push_refuses_before_anything_is_created(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    Hub.calls = []
+    for where, repo, message in (
+        (tmp_path / "absent", "a/b", "no such folder"),
+        (folder, "small", "must be owner/name"),
+        (folder, "a/b/c", "must be owner/name"),
+        (tmp_path, "a/b", "no config.json"),
+    ):
+        with pytest.raises(InputError, match=message):
+            push(where, repo)
+    assert Hub.calls == []
+
+
+def test_push_says_what_the_hub_said(folder, monkeypatch):
+    class Closed(Hub):
+        def create_repo(self, repo, **settings):
+            raise PermissionError("you may not\nmore")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Closed)
+    with pytest.raises(InputError, match=r"cannot upload to a/b: PermissionError: you may not; check `hf auth login`"):
+        push(folder, "a/b")
+
+
+# ------------------------------------------------------------------ vLLM
+
+
+def test_the_plugin_is_an_entry_point_and_needs_no_vllm_to_be_imported():
+    (found,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "planish"]
+    assert found.value == "planish.export.vllm_plugin:register"
+    assert callable(found.load()) and ("vllm" in sys.modules) <= (importlib.util.find_spec("vllm") is not None)
+
+
+def test_the_plugin_registers_every_architecture_once(monkeypatch):
+    class Registry:
+        known: dict[str, str] = {}
+
+        @classmethod
+        def get_supported_archs(cls):
+            return cls.known
+
+        @classmethod
+        def register_model(cls, name, where):
+            assert name not in cls.known
+            cls.known[name] = where
+
+    fake = types.ModuleType("vllm")
+    fake.ModelRegistry = Registry
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    from planish.export.vllm_plugin import BACKEND, register
+
+    register()
+    register()
+    assert Registry.known == {class_names(f)[2]: BACKEND for f in FAMILIES}
+
+
+def test_attention_meets_the_rules_of_the_transformers_backend(folder):
+    """One call of the attention interface per attention, with `scaling`, by a module that has a unique `layer_idx`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen = []
+
+    def attend(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
+        seen.append((module.layer_idx, scaling, module.is_causal))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("counting", attend)
+    from transformers import AutoModel
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register("counting", sdpa_mask)
+    model = AutoModel.from_pretrained(folder, attn_implementation="counting", trust_remote_code=False)
+    with torch.no_grad():
+        model(input_ids=tiny.windows(1, 8))
+    assert seen == [(i, 8**-0.5, True) for i in range(3)]
+
+
+@pytest.mark.slow
+def test_vllm_serves_a_compressed_folder_without_remote_code(tmp_path):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed (it pins its own torch: use an environment of its own)")
+    from planish.evaluate.verify import verify
+
+    model = build("llama_gqa", hidden_size=128, head_dim=32, intermediate_size=96)
+    folder = compressed.make_folder(model, tmp_path / "m", [compressed.both(compressed.values(16), compressed.neurons(64)), *MIXED[1:]])
+    assert verify(folder, "vllm", prompt_len=24, new_tokens=8).passed
+
+
+# ------------------------------------------------------------------ recovery and quantisation
+
+
+def test_lora_trains_on_every_form(folder):
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
+    model = load(folder)
+    frozen = {n: p.clone() for n, p in model.named_parameters()}
+    linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m) is torch.nn.Linear} - {"lm_head"})
+    assert {"A", "B", "P", "C", "q_proj"} <= set(linears)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=linears, task_type="CAUSAL_LM"))
+    ids = tiny.windows(4, 16)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = tuned(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    for name, p in tuned.named_parameters():
+        if "lora_" not in name:
+            key = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(p, frozen[key]), "only the adapters change"
+    merged = tuned.merge_and_unload()
+    with torch.no_grad():
+        assert torch.isfinite(merged(input_ids=ids).logits).all()
+
+
+def test_integer_weights_run_on_every_form(folder):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed (pip install 'planish[quant]')")
+    model, ids = load(folder), tiny.windows(2, 16)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        got = model(input_ids=ids).logits
+    assert 0 < (got - want).abs().max() < 0.1 * want.abs().max()
+
+
+@pytest.mark.slow
+def test_the_modelling_files_alone_load_the_folder(folder, tmp_path):
+    """`trust_remote_code=True` where planish is not installed: the folder's own files give the same logits."""
+    import subprocess
+
+    script = (
+        "import sys, torch; sys.modules['planish'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        "assert type(m).__module__.startswith('transformers_modules')\n"
+        f"torch.save(m(input_ids=torch.arange(3, 15)[None]).logits.detach(), {str(tmp_path / 'out.pt')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=_clean_env(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    with torch.no_grad():
+        want = load(folder)(input_ids=torch.arange(3, 15)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), want)
+
+
+def _clean_env(cache: Path) -> dict[str, str]:
+    import os
+
+    return {**os.environ, "HF_HOME": str(cache / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
