@@ -1,0 +1,88 @@
+"""One, two or four processes: the same plan and the same weights, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+
+import tiny
+from planish import processes
+from planish.compress import compress
+from planish.stats import Stats, Tap
+from test_resume import fork, hashes, wait
+
+WINDOWS = torch.randint(0, 90, (700, 64), generator=torch.Generator().manual_seed(0))  # six batches, two lanes empty
+
+
+def launch(count: int, task) -> None:
+    """Run a task in several processes as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int) -> None:
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({k: str(v) for k, v in world.items()})
+        torch.set_num_threads(1)
+        task()
+
+    children = [fork(lambda rank=rank: one(rank)) for rank in range(count)]
+    assert [wait(child) for child in children] == [0] * count
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "flat-llm",
+        "svd-llm",
+        pytest.param("auto", marks=pytest.mark.slow),
+        pytest.param("erc-svd", marks=pytest.mark.slow),
+        pytest.param("asvd", marks=pytest.mark.slow),
+    ],
+)
+def test_same_weights_for_any_number_of_processes(method, tmp_path):
+    model = tiny.save(tiny.build(tiny.NAMES[0]), tmp_path / "model")
+    for count in (1, 2, 4):
+        launch(
+            count, lambda n=count: compress(model, output=tmp_path / str(n), keep=0.7, method=method, windows=WINDOWS)
+        )
+    one = hashes(tmp_path / "1")
+    assert hashes(tmp_path / "2") == one
+    assert hashes(tmp_path / "4") == one
+
+
+def test_lanes_add_up_to_plain_sums(tiny_llama):
+    """Statistics by lanes = one Gram over all tokens."""
+    from planish.checkpoint import MemorySource
+    from planish.stream import Stream
+
+    stream = Stream(MemorySource(tiny_llama(max_position_embeddings=64)), WINDOWS)
+    assert len(stream.batches) == 6
+    hidden, tap = stream.start(), Tap("block.in", "gram")
+    stats, _ = stream.measure(0, stream.place(stream.block(0)), [tap], hidden)
+    x = torch.cat([h.flatten(0, 1) for h in hidden]).double()
+    torch.testing.assert_close(stats.sums[tap]["sum"], x.T @ x, rtol=1e-12, atol=1e-9)
+    assert stats.tokens[tap] == len(x)
+
+
+def test_tiled_gram_is_the_plain_one():
+    x = torch.randn(1500, 700)
+    stats, tap = Stats([Tap("q.in", "gram")]), Tap("q.in", "gram")
+    stats.update({"q.in": x})
+    stats.update({"q.in": x})
+    gram = stats.sums[tap]["sum"]
+    torch.testing.assert_close(gram, 2 * x.double().T @ x.double(), rtol=1e-12, atol=1e-9)
+    assert torch.equal(gram, gram.T)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_task_has_one_owner(count, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: count)
+    costs, found = [5, 1, 1, 7, 3, 3], []
+    for rank in range(count):
+        monkeypatch.setattr(processes, "rank", lambda r=rank: r)
+        found += processes.own_work(costs)
+    assert sorted(found) == list(range(len(costs)))
