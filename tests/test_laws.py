@@ -12,6 +12,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from math import isnan
 from pathlib import Path
 
@@ -453,6 +454,7 @@ def test_batches_do_not_matter(method, family):
     job = Job(Stream(MemorySource(tiny.build(family)), WINDOWS[:1]), find_method(method), 1.0)
     taps = job.taps(list(job.units))  # held-out parts and sampled labels go by the sequence's number
     ordered = any(t.part != "all" or "grad:" in t.site + t.other for t in taps)
+    ordered |= hasattr(job.method, "windows")  # so do measurements on the first few sequences
     order = torch.arange(12) if ordered else torch.randperm(12, generator=torch.Generator().manual_seed(0))
     parts = solve(family, method, list(WINDOWS[order].split(5)))
     assert whole.keys() == parts.keys()
@@ -507,3 +509,71 @@ def test_loaded_model_computes_what_was_solved(method, family, tmp_path):
         run(tmp_path / "model", tmp_path / "out", method, 0.7)
     compressed = load(tmp_path / "out")
     assert torch.equal(compressed(input_ids=WINDOWS).logits, solved)
+
+
+# ---------------------------------------------------------------- recipes against naive forms
+
+
+@pytest.mark.parametrize("family", ["llama_mha", "llama_head_dim", "qwen2", "phi3", "gemma3", "opt", "gpt_neox"])
+def test_value_pca_is_the_naive_projection(family):
+    """Every query head's map x → W_o^h (W_v^g x + b_v^g) becomes W_o^h P_g (W_v^g x + b_v^g), P_g the PCA of group g."""
+    b, rank = bench(family), 3
+    (solver, *_) = find_method("flat-llm").solvers()
+    ((unit, frontier, shape),) = cases(family, solver)
+    dense = b.blocks[unit.block]
+    block = b.edited(solver.truncate(frontier, rank, shape), shape)
+    v = b.see(unit.block, dense, "v.out")["v.out"]
+    old, new = ([get_linear(m, b.family, r) for r in "vo"] for m in (dense, block))
+    for h in range(shape.heads):
+        g = h // shape.groups
+        at, small = (slice(i * n, (i + 1) * n) for i, n in ((g, shape.v), (g, rank)))
+        vectors = torch.linalg.eigh(v[:, at].T @ v[:, at])[1][:, -rank:]
+        wo = old[1].weight[:, h * shape.v : (h + 1) * shape.v] @ vectors @ vectors.T
+        wo_small = new[1].weight[:, h * rank : (h + 1) * rank]
+        torch.testing.assert_close(wo_small @ new[0].weight[small], wo @ old[0].weight[at], rtol=1e-6, atol=1e-8)
+        if old[0].bias is not None:
+            torch.testing.assert_close(wo_small @ new[0].bias[small], wo @ old[0].bias[at], rtol=1e-6, atol=1e-8)
+
+
+def test_flat_llm_leaves_queries_and_keys_and_biases_alone(tmp_path):
+    model = tiny.build("qwen2")
+    compress(model, output=tmp_path / "out", keep=0.7, method="flat-llm", windows=WINDOWS)
+    mine = load(tmp_path / "out").state_dict()
+    for name, t in model.state_dict().items():
+        if any(part in name for part in ("q_proj", "k_proj", "norm", "embed", "lm_head")):
+            assert torch.equal(mine[name], t), name
+
+
+def spend(name: str, method: str, **more: str) -> tuple[Job, dict[Unit, int]]:
+    job = Job(Stream(MemorySource(tiny.build(name)), WINDOWS), find_method(method, more), 0.6)
+    return job, job.method.plan(job)
+
+
+def test_svd_llm_v2_keeps_more_where_more_is_lost():
+    """Within a matrix type, a larger truncation loss at the uniform rank means a larger rank; the budget is the same."""
+    uniform_job, uniform = spend("llama_gqa", "svd-llm")
+    job, plan = spend("llama_gqa", "svd-llm", allocation="v2")
+    assert sum(job.cost(u, r) for u, r in plan.items()) <= job.budget == uniform_job.budget
+    losses = {u: float(f.loss[uniform[u]]) for u, f in uniform_job.frontiers().items()}
+    assert plan != uniform
+    for role in job.shapes[0].roles:
+        units = sorted((u for u in plan if u.name == role), key=losses.__getitem__)
+        ranks = [plan[u] for u in units]
+        assert all(b >= a - 1 for a, b in pairwise(ranks)), f"{role}: {ranks}"  # one step is what rounding may do
+
+
+def test_svd_llm_update_repairs_what_the_prefix_lost():
+    """V1's sequential least squares: less error at the last block's output than without it."""
+    errors = {}
+    for update in ("false", "true"):
+        job, plan = spend("llama_gqa", "svd-llm", update=update)
+        errors[update] = job.output_errors([plan])[0]
+    assert errors["true"] < errors["false"]
+
+
+def test_erc_svd_compresses_the_last_blocks_only():
+    job, plan = spend("llama_gqa", "erc-svd", k="2")
+    cut = {u.block for u, r in plan.items() if r < job.full(u)}
+    assert cut == {1, 2}
+    with pytest.raises(InputError, match="k must lie in"):
+        spend("llama_gqa", "erc-svd", k="1")
