@@ -18,6 +18,8 @@ from planish.compress import compress as compress_windows
 from planish.core import Method, Progress
 from planish.errors import InputError
 from planish.evaluate import perplexity
+from planish.evaluate import tasks as tasks_file
+from planish.evaluate.tasks import Score
 from planish.forecast import Forecast
 from planish.forecast import forecast as forecast_windows
 from planish.methods import find_method, list_methods
@@ -69,6 +71,8 @@ def compress(
     round_to: int = 1,
     overwrite: bool = False,
     settings: dict[str, Any] | None = None,
+    target: str = "any",
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> Result | nn.Module:
     """Compress a model into the folder `output` and report what was counted; without `output` return the smaller model.
@@ -81,6 +85,8 @@ def compress(
     (128) of `seq_len` tokens (2048, or as many as the model has positions) are taken: text at random by `seed`, ids
     side by side from the start, unless `sampling` says otherwise.
     `device`: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "mps"; `dtype`: what to compute in.
+    `target`: where the result has to run: any, hf, vllm, gguf, onnx (see `planish.targets`).
+    `cache`: keep what calibration found in a folder model on disk ($PLANISH_CACHE), and use it for the next budget.
     `round_to`: ranks are multiples of it. `progress(phase, done, total)` is called as blocks are done.
     """
     if output is None:
@@ -88,7 +94,7 @@ def compress(
             compress(
                 model, tokenizer, keep=keep, kv_keep=kv_keep, method=method, calibration=calibration, n_samples=n_samples,
                 seq_len=seq_len, seed=seed, sampling=sampling, output=Path(folder) / "model", device=device,
-                dtype=dtype, round_to=round_to, settings=settings, progress=progress,
+                dtype=dtype, round_to=round_to, settings=settings, target=target, cache=cache, progress=progress,
             )  # fmt: skip
             return load(Path(folder) / "model")
     check_keep(keep)
@@ -112,6 +118,8 @@ def compress(
         dtype=find_dtype(dtype),
         round_to=round_to,
         overwrite=overwrite,
+        target=target,
+        cache=cache,
         progress=progress,
     )
     result.warnings = text.notes + result.warnings
@@ -134,6 +142,7 @@ def forecast(
     dtype: str | torch.dtype | None = None,
     round_to: int = 1,
     settings: dict[str, Any] | None = None,
+    target: str = "any",
     progress: Progress | None = None,
 ) -> Forecast:
     """What `compress` with the same arguments would give and take; nothing is changed or written.
@@ -166,6 +175,7 @@ def forecast(
         dtype=find_dtype(dtype),
         round_to=round_to,
         settings=settings,
+        target=target,
         progress=progress,
     )
     found.warnings = notes + found.warnings
@@ -266,6 +276,24 @@ def fit_seq_len(source: Source, seq_len: int | None) -> tuple[int, list[str]]:
         return seq_len, []
     notes = [f"seq_len {limit}: the model has no more positions"] if limit < SEQ_LEN else []
     return min(SEQ_LEN, limit), notes
+
+
+def evaluate_tasks(
+    model: str | Path | nn.Module,
+    tasks: list[str],
+    tokenizer: Any = None,
+    *,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """Zero-shot accuracies on local .jsonl files and lm_eval's tasks (see `planish.evaluate.tasks`)."""
+    if not isinstance(model, nn.Module):
+        tokenizer = tokenizer or load_tokenizer(find_folder(model))
+        model = load(model, device=find_device(device), dtype=dtype)
+    show = None if progress is None else lambda done, total: progress("examples", done, total)
+    return tasks_file.evaluate_tasks(model, tokenizer, tasks, limit=limit, progress=show)
 
 
 def find_device(name: str) -> str:

@@ -250,7 +250,7 @@ def measure(value: Any, seen: set[int] | None = None) -> int:
 # ---------------------------------------------------------------- fingerprints
 
 
-def open_cache(calibrated: Stream) -> Cache | None:
+def open_cache(calibrated: Stream, memory: int = 0) -> Cache | None:
     """The cache on disk for this model, text and arithmetic; None where the model cannot be told apart (in memory)."""
     source = calibrated.source
     if not isinstance(source, FolderSource) or not calibrated.batches:
@@ -268,7 +268,7 @@ def open_cache(calibrated: Stream) -> Cache | None:
         "source": hash_source(source),
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Cache(find_root() / key[:32])
+    return Cache(find_root() / key[:32], memory)
 
 
 def find_root() -> Path:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 import transformers.initialization as initialization
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -130,6 +129,7 @@ class Source:
             self.family.gated,
             self.family.qk_norm,
             parallel,
+            self.n_blocks,
         )
 
     def empty_block(self, i: int) -> nn.Module:
@@ -141,7 +141,10 @@ class Source:
 
 
 def build_skeleton(config, family: Family) -> PreTrainedModel:
-    return getattr(transformers, family.classes[2])(config)
+    try:
+        return getattr(transformers, family.classes[2])(config)
+    except Exception as error:  # sizes that do not fit together, or into memory
+        raise InputError(f"config.json is no valid {family.model_type}: {type(error).__name__}: {error}") from None
 
 
 @contextmanager
@@ -174,6 +177,12 @@ class FolderSource(Source):
         self.files = index_tensors(folder)
         self._shards: dict[Path, Shard] = {}
         self.rename = self._match_names()
+        inside = {n.removeprefix(f"{self.family.blocks}.").partition(".")[0] for n in self.names(f"{self.family.blocks}.")}
+        if self.n_blocks != len(inside):
+            raise InputError(
+                f"{folder}/config.json says {self.n_blocks} blocks, the checkpoint holds {len(inside)}: "
+                "it is incomplete or another model's"
+            )
 
     def _match_names(self) -> dict[str, str]:
         """Name in the causal LM → stored name; checkpoints of base models drop the prefix, some call the head otherwise."""
@@ -250,6 +259,7 @@ class FolderSource(Source):
     def copy_files(self, target: Path) -> None:
         for name in COPIED:
             if (self.folder / name).is_file():
+                check_inside(self.folder, self.folder / name)
                 shutil.copyfile(self.folder / name, target / name)
 
 
@@ -352,9 +362,10 @@ def index_tensors(folder: Path) -> dict[str, Path]:
             items = {str(k): str(v) for k, v in mapping.items()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"cannot read {index}: {error!r}") from None
-        for shard in set(items.values()):
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+        for shard in sorted(set(items.values())):
+            if Path(shard).name != shard or not shard.endswith(".safetensors") or "\0" in shard:
                 raise InputError(f"{index} names the shard {shard!r}: not a plain .safetensors file name")
+            check_inside(folder, folder / shard)
             if not (folder / shard).is_file():
                 raise InputError(f"shard {shard} is missing in {folder}: download it again")
         return {name: folder / shard for name, shard in items.items()}
@@ -362,7 +373,18 @@ def index_tensors(folder: Path) -> dict[str, Path]:
         others = [p.name for p in folder.glob("*.bin")]
         hint = f" (found {others[0]}: only safetensors are read, never pickles; convert it first)" if others else ""
         raise InputError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{hint}")
+    check_inside(folder, single)
     return dict.fromkeys(Shard(single).entries, single)
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """A model's files lie in its folder, or in the hub cache's own store beside it."""
+    try:
+        target, home = file.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot follow {file}: {error}") from None
+    if not target.is_relative_to(home) and not target.is_relative_to(home.parent.parent / "blobs"):
+        raise InputError(f"{file} is a link to {target}, outside the model's folder: copy the file there")
 
 
 def open_source(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
@@ -500,6 +522,9 @@ class Writer:
             raise InputError(f"output {output} is a file")
         if (self.state / "journal.jsonl").exists() and not overwrite:
             raise InputError(f"{self.partial} holds an unfinished run: planish resume {output}, or pass --overwrite")
+        for path in (output, self.partial):
+            if path.is_symlink():
+                raise InputError(f"{path} is a link; give the folder itself")
         if self.partial.exists():
             shutil.rmtree(self.partial)
         try:
@@ -599,8 +624,8 @@ class Writer:
             "weight_map": dict(sorted(self.weight_map.items())),
         }
         self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        for part in self.partial.glob("*.part"):
-            part.unlink()
+        for leftover in self.partial.glob("*.part"):
+            leftover.unlink()
         old = self.output.with_name(self.output.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if self.output.exists():
@@ -614,7 +639,7 @@ class Writer:
 
         `wrong_input`: taking it up again would meet the same wrong input, or the same full disk.
         """
-        if self.active and (wrong_input or not (self.state / "journal.jsonl").exists():
+        if self.active and (wrong_input or not (self.state / "journal.jsonl").exists()):
             shutil.rmtree(self.partial, ignore_errors=True)
 
 
@@ -669,7 +694,7 @@ def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list
             "per_layer_config": per_layer(specs, shapes, family),
         }
         for module in (families_file, modules_file, modelling_file):
-            path = Path(module.__file__)
+            path = Path(str(module.__file__))
             writer.text(path.name, path.read_text(encoding="utf-8"))
     config["transformers_version"] = transformers.__version__
     writer.text("config.json", json.dumps(config, indent=2, default=str) + "\n")
@@ -711,6 +736,6 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     load_config(path)
     try:
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs).eval()
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load {folder}: {error}") from None
+    except Exception as error:  # whatever a damaged folder makes the model's own code raise
+        raise InputError(f"cannot load {folder}: {type(error).__name__}: {error}") from None
 

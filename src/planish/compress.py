@@ -102,13 +102,17 @@ class Job:
         if kv_keep is not None:  # the budget is then the cache's: numbers per token
             self.keep, self.total = kv_keep, sum(s.kv_heads * (s.qk + s.v) for s in self.shapes)
             if not self.units:
-                raise InputError(f"--kv-keep: {find_name(method)} cuts neither keys nor values; use a3, modegpt or flat-llm")
+                raise InputError(
+                    f"--kv-keep: {find_name(method)} cuts neither keys nor values; use a3, modegpt or flat-llm"
+                )
         self.stored: dict[int, Stats] = {}  # statistics that a plan measured and the solve uses again
         self.edits: dict[int, list[Edit]] = {}  # per block, what the plan has worked out itself; not solved again
         self.notes: dict[str, Any] = {}  # what the method wants recorded in the manifest
         self.seconds: dict[str, float] = {}
         self.timers: list[Timer] = []  # running now, the innermost last
-        self.finished: dict[int, Callable[[nn.Module], Any]] = {}  # blocks of an interrupted run: turn into the solved one
+        self.finished: dict[
+            int, Callable[[nn.Module], Any]
+        ] = {}  # blocks of an interrupted run: turn into the solved one
         self.caught: list[warnings.WarningMessage] = []
         self.errors: dict[str, float] = {}  # predicted loss of the planned rank, per unit
 
@@ -260,7 +264,9 @@ class Job:
         In nats per token over the first `windows` windows. Costs, per unit, those windows through the blocks behind it.
         """
         stream = self.stream
-        small = Stream(stream.source, torch.cat(stream.batches)[:windows], device=str(stream.device), dtype=stream.dtype)
+        small = Stream(
+            stream.source, torch.cat(stream.batches)[:windows], device=str(stream.device), dtype=stream.dtype
+        )
         hidden = small.start()
         frontiers: dict[Unit, Frontier] = {}
         losses: dict[Unit, float] = {}
@@ -288,7 +294,7 @@ class Job:
         """Calibration loss of the model under a plan, in nats per token."""
         return self.stream.nll(self.outputs(plan, "search"))
 
-    def outputs(self, plan: Plan, phase: str) -> list[Tensor]:
+    def outputs(self, plan: Plan, phase: str) -> Sequence[Tensor]:
         """Last-block outputs of the model under a plan, whichever prefix the method measures on."""
         hidden = self.stream.start()
 
@@ -334,7 +340,9 @@ class Job:
     def phase(self, name: str) -> Timer:
         return Timer(self.seconds, name, self.timers)
 
-    def solve(self, plan: Plan, emit: Callable[[int, nn.Module, Spec], None], phase: str = "blocks") -> list[Tensor]:
+    def solve(
+        self, plan: Plan, emit: Callable[[int, nn.Module, Spec], None], phase: str = "blocks"
+    ) -> Sequence[Tensor]:
         """Walk the blocks, solve every planned unit, hand each finished block to `emit`; last block's outputs."""
         stream, method = self.stream, self.method
         sequential = method.prefix != "dense"
@@ -368,7 +376,9 @@ class Job:
                 taps = self.taps(stage)
                 with self.phase("stream"):
                     current = stream.place(block)
-                    pair = (stream.place(dense), dense_hidden) if dense is not None else None
+                    pair = (
+                        (stream.place(dense), dense_hidden) if dense is not None and dense_hidden is not None else None
+                    )
                     origin, known = "", Stats()
                     known.merge(self.stored.get(i, Stats()))
                     if pristine and not edits:
@@ -548,7 +558,9 @@ def compress(
                 room = Room(folder=writer.partial)
                 stream = Stream(source, windows, device=device, dtype=dtype or pick_dtype(source, device), room=room)
             shared = open_cache(stream) if cache is True else cache or None
-            job = Job(stream, method, keep, kv_keep=kv_keep, step=round_to, progress=progress, cache=shared, target=target)
+            job = Job(
+                stream, method, keep, kv_keep=kv_keep, step=round_to, progress=progress, cache=shared, target=target
+            )
             job.caught = caught
             check_tokens(job, windows, settings or {})
             with job.phase("plan"):
@@ -582,7 +594,9 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         method = find_method(find_method(request["method"]).__class__(**values))
         dtype = getattr(torch, request["dtype"]) if request["dtype"] else None
         if request["processes"] != processes.world():
-            warnings.warn(f"started with {request['processes']} processes, resumed with {processes.world()}", stacklevel=2)
+            warnings.warn(
+                f"started with {request['processes']} processes, resumed with {processes.world()}", stacklevel=2
+            )
         source = open_source(request["model"])
         source.name = request["name"]
         keep, kv_keep, round_to, overwrite = (request[k] for k in ("keep", "kv_keep", "round_to", "overwrite"))
@@ -653,7 +667,9 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
     outside = drop_tied(source.outside(), source)
     outer = sum(t.numel() for t in outside.values())
     head = source.family.head if kind == "native" else "lm_head"
-    writer.shard(0, {n.replace("lm_head.", f"{head}.", 1) if n.startswith("lm_head.") else n: t for n, t in outside.items()})
+    writer.shard(
+        0, {n.replace("lm_head.", f"{head}.", 1) if n.startswith("lm_head.") else n: t for n, t in outside.items()}
+    )
     if writer.active:
         source.copy_files(writer.partial)
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
@@ -699,6 +715,7 @@ def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibra
         "result": result.as_dict(),
         "plan": {str(u): r for u, r in sorted(plan.items())},
         "full": {str(u): job.full(u) for u in sorted(job.units)},
+        "roles": job.shapes[0].roles,
         "weights": {str(u): [job.count(u, job.full(u)), job.count(u, r)] for u, r in sorted(plan.items())},
         "errors": job.errors,
         "notes": job.notes,

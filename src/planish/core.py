@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -33,6 +35,7 @@ class Shape:
     gated: bool
     qk_norm: bool = False
     parallel: bool = False
+    blocks: int = 1  # of the whole model
 
     @property
     def groups(self) -> int:
@@ -141,9 +144,9 @@ class Solver(ABC):
         ranks = self.ranks(unit, shape)
         full = ranks[-1]
         budget = keep * self.cost(unit, shape, full) * (1 + 1e-12)
-        allowed = [r for r in ranks if r == full or r % step == 0] or [full]
-        best = [r for r in allowed if self.cost(unit, shape, r) <= budget]
-        return max(best) if best else allowed[0]
+        fits = bisect_right(ranks, budget, key=lambda r: self.cost(unit, shape, r))  # costs rise with the rank
+        falling = (ranks[i] for i in reversed(range(fits)))
+        return next(r for r in chain(falling, ranks) if r == full or r % step == 0)  # the smallest, where none fits
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from planish import api
-from planish.checkpoint import find_folder, load_config, load_tokenizer
+from planish.cache import Cache
+from planish.checkpoint import find_folder, load_config, load_tokenizer, open_source
+from planish.compress import compress
 from planish.errors import InputError, PlanishError
 from planish.evaluate import perplexity
 from planish.methods import list_methods
 from planish.report.chart import Point, draw_chart
+from planish.stream import Stream
 from planish.text import builtin_text, check_ids, fingerprint
 
 MODEL = Path(__file__).parent / "data" / "demo"
@@ -48,6 +51,19 @@ class Row:
     seconds: float = 0.0
     kv_bytes_per_token: int = 0
     skipped: str = ""
+
+
+class Bench:
+    """What all runs share: the model's stream over the calibration windows, what it found, and the evaluation tokens."""
+
+    def __init__(self, folder: Path, windows: Tensor, evaluation: Tensor):
+        self.windows, self.evaluation = windows, evaluation
+        self.stream = Stream(open_source(folder), windows)
+        self.cache = Cache(memory=1 << 30)
+
+    def measure(self, model: Any, progress: Callable[[int, int], None] | None = None) -> float:
+        seq_len = self.windows.shape[1]
+        return perplexity.evaluate(model, self.evaluation, seq_len, batch_size=8, progress=progress).perplexity
 
 
 @dataclass
@@ -101,7 +117,8 @@ def run_demo(
 
     dense_model = api.load(folder, dtype="float32")
     dense = Row("dense", 1.0, 1.0, sum(p.numel() for p in dense_model.parameters()))
-    dense.perplexity = perplexity.evaluate(dense_model, evaluation, seq_len, batch_size=8).perplexity
+    bench = Bench(folder, calibration, evaluation)
+    dense.perplexity = bench.measure(dense_model)
     found = Demo(folder.name if model is None else str(folder), dense)
     found.text = {
         "calibration_tokens": calibration.numel(),
@@ -110,18 +127,22 @@ def run_demo(
         "fingerprint": fingerprint(evaluation),
         "settings": SETTINGS,
     }
-    jobs = [(m, k) for k in ((0.8,) if quick else KEEPS) for m in order_methods()]
     best: Row | None = None
     took: dict[str, float] = {}
+    methods, keeps = order_methods(), (0.8,) if quick else KEEPS
+    total = len(methods) * len(keeps)
     with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as scratch:
-        for n, (method, keep) in enumerate(jobs):
+        for n in range(total):
+            if n % len(methods) == 0:
+                methods.sort(key=lambda m: took.get(m, 0.0))  # later rounds: the quick ones first
+            method, keep = methods[n % len(methods)], keeps[n // len(methods)]
             left = limit - (time.perf_counter() - start)
             row = Row(method, keep)
             if took.get(method, 0.0) > left or left < 1:
                 row.skipped = f"no time left (limit {limit:g} s)"
             else:
                 share = left if method in FIRST else min(left, max(10.0, limit / 10))
-                measure(row, folder, calibration, evaluation, seq_len, Path(scratch) / "model", share)
+                measure(row, bench, Path(scratch) / "model", share)
                 took[method] = row.seconds
             if not dense.kv_bytes_per_token and not row.skipped:
                 dense.kv_bytes_per_token = read_result(Path(scratch) / "model")["kv_bytes_per_token_before"]
@@ -131,7 +152,7 @@ def run_demo(
                 shutil.copytree(Path(scratch) / "model", output / "model")
             found.rows.append(row)
             if progress:
-                progress(f"{method} {keep:g}", n + 1, len(jobs))
+                progress(f"{method} {keep:g}", n + 1, total)
     found.rows.sort(key=lambda r: (-r.keep_requested, bool(r.skipped), r.perplexity, r.method))
     found.prompt = PROMPT
     found.completions["dense"] = complete(dense_model, tokenizer, PROMPT)
@@ -175,9 +196,7 @@ def sample_builtin(tokenizer: Any, split: str, n: int, seq_len: int, seed: int =
     return torch.stack(windows)
 
 
-def measure(
-    row: Row, folder: Path, calibration: Tensor, evaluation: Tensor, seq_len: int, output: Path, share: float
-) -> None:
+def measure(row: Row, bench: Bench, output: Path, share: float) -> None:
     """Fill a row: compress into `output`, load, perplexity; at most `share` seconds."""
     start = time.perf_counter()
 
@@ -186,16 +205,15 @@ def measure(
             raise OutOfTime(f"stopped after {share:.0f} s")
 
     try:
-        result = api.compress(
-            folder, keep=row.keep_requested, method=row.method, calibration=calibration.flatten(), n_samples=len(calibration),
-            seq_len=seq_len, output=output, device="cpu", overwrite=True, progress=watch,
-            settings=SETTINGS.get(row.method),
+        result = compress(
+            bench.stream.source, output=output, keep=row.keep_requested, method=row.method, windows=bench.windows,
+            calibration={"source": "builtin", "n_samples": len(bench.windows), "seq_len": bench.windows.shape[1]},
+            settings=SETTINGS.get(row.method), overwrite=True, progress=watch, stream=bench.stream, cache=bench.cache,
         )  # fmt: skip
         row.keep, row.parameters = result.keep, result.params_after
         row.kv_bytes_per_token = result.kv_bytes_per_token_after
         row.seconds = time.perf_counter() - start
-        small = api.load(output, dtype="float32")
-        row.perplexity = perplexity.evaluate(small, evaluation, seq_len, batch_size=8, progress=watch).perplexity
+        row.perplexity = bench.measure(api.load(output, dtype="float32"), watch)
     except PlanishError as error:
         row.skipped = str(error)
     row.seconds = row.seconds or time.perf_counter() - start

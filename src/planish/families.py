@@ -66,11 +66,21 @@ def _classes(stem: str, config: str = "Config") -> tuple[str, str, str]:
     return f"{stem}{config}", f"{stem}Model", f"{stem}ForCausalLM"
 
 
-_SANDWICH = {
-    "attention_post_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
-}
+def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: bool = False) -> Family:
+    """A family that normalises what each submodule adds as well as what it reads."""
+    return Family(
+        model_type,
+        classes,
+        _ATTENTION | _GATED,
+        qk_norm=qk_norm,
+        attention_post_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+        window=True,
+        softcap=True,
+        mixed_layers=True,
+    )
+
 
 _ROWS = (
     Family("llama", _classes("Llama"), _ATTENTION | _GATED),
@@ -84,19 +94,8 @@ _ROWS = (
         fused=(Fused("self_attn.qkv_proj", ("q", "k", "v")), Fused("mlp.gate_up_proj", ("gate", "up"))),
         window=True,
     ),
-    Family(
-        "gemma2", _classes("Gemma2"), _ATTENTION | _GATED, window=True, softcap=True, mixed_layers=True, **_SANDWICH
-    ),
-    Family(
-        "gemma3_text",
-        ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"),
-        _ATTENTION | _GATED,
-        qk_norm=True,
-        window=True,
-        softcap=True,
-        mixed_layers=True,
-        **_SANDWICH,
-    ),
+    _sandwich("gemma2", _classes("Gemma2")),
+    _sandwich("gemma3_text", ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"), qk_norm=True),
     Family(
         "opt",
         _classes("OPT"),

@@ -81,6 +81,7 @@ def forecast(
     dtype: torch.dtype | None = None,
     round_to: int = 1,
     settings: dict[str, Any] | None = None,
+    target: str = "any",
     progress: Progress | None = None,
 ) -> Forecast:
     """The plan and its consequences. `read` gives the calibration windows, called only if the plan needs statistics.
@@ -89,7 +90,7 @@ def forecast(
     """
     dtype = dtype or pick_dtype(source, device)
     unread = Unread(source, torch.empty(0, 0, dtype=torch.long), device=device, dtype=dtype)
-    job = Job(unread, method, keep, kv_keep=kv_keep, step=round_to)
+    job = Job(unread, method, keep, kv_keep=kv_keep, step=round_to, target=target)
     start = time.perf_counter()
     try:
         plan, measured = job.plan(), False
@@ -98,7 +99,7 @@ def forecast(
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
         stream = Stream(source, windows, device=device, dtype=dtype)
-        job = Job(stream, method, keep, kv_keep=kv_keep, step=round_to, progress=progress)
+        job = Job(stream, method, keep, kv_keep=kv_keep, step=round_to, progress=progress, target=target)
         check_tokens(job, windows, settings or {})
         plan, measured = job.plan(), True
     return describe(job, plan, size, measured, time.perf_counter() - start)

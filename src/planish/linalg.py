@@ -202,7 +202,8 @@ def selection_losses(gram: Tensor, w: Tensor, order: Tensor, refit: bool, dampin
     """E‖W x − W' x_J‖² when the first r inputs of `order` are kept, for r = 0 … n: (n + 1,).
 
     Without refit: tr of the dropped columns' block, by a cumulative sum. With refit: the pivot-free Cholesky of the
-    reordered Gram gives each further input's explained energy in one factorisation.
+    reordered Gram gives each further input's explained energy in one factorisation (of the damped Gram: with a large
+    damping the loss is that of the damped problem).
     """
     c = gram.double()[order][:, order]
     w = w[:, order].double()

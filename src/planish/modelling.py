@@ -68,7 +68,7 @@ def _build(family: str) -> dict[str, type]:
             install_model(self, config)
             share_config(self, plain, config)
 
-    made = {config_name: Config, base_name: Model, lm_name: LM}
+    made: dict[str, type] = {config_name: Config, base_name: Model, lm_name: LM}
     for name, cls in made.items():
         cls.__name__ = cls.__qualname__ = name
         cls.__module__ = __name__

@@ -135,7 +135,7 @@ class Bypass(nn.Module):
         self.V = nn.Linear(width, rank if factored else width, bias=False, **kw) if rank else None
         self.W = nn.Linear(rank, width, bias=False, **kw) if rank and factored else None
 
-    def forward(self, hidden_states: Tensor | None = None, *args, **kwargs):
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
         x = hidden_states
         y = torch.zeros_like(x) if self.gate is None else self.gate * x
         if self.shift is not None:
@@ -239,10 +239,10 @@ class Attention(nn.Module):
         query = self.q_proj(hidden_states).view(*shape, -1, self.qk)
         key = self.k_proj(hidden_states).view(*shape, -1, self.qk)
         value = self.v_proj(hidden_states).view(*shape, -1, self.v).transpose(1, 2)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        if self.rotary:
+        if self.rotary and position_embeddings is not None:
             cos, sin = (t[..., : t.shape[-1] // 2] for t in position_embeddings)
             if self.pairs is None:
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -408,6 +408,7 @@ def build_linear(form: Spec, stock: nn.Linear) -> nn.Module:
     """A linear of the given form with the stock one's dtype, device and bias; its weights are still to be filled."""
     kw = {"device": stock.weight.device, "dtype": stock.weight.dtype}
     out, n, bias = form.get("out", stock.out_features), form.get("in", stock.in_features), stock.bias is not None
+    linear: nn.Module
     if form["kind"] == "dense":
         linear = nn.Linear(n, out, bias=form.get("bias", bias), **kw)
     elif form["kind"] == "head_pair":

@@ -129,6 +129,7 @@ class Stats:
             self.tokens[tap] = self.tokens.get(tap, 0) + len(tensors[0])
 
     def merge(self, other: Stats) -> None:
+        """Add the other's sums, which this one takes over: the other is not to be used afterwards."""
         for tap, sums in other.sums.items():
             add(self.sums.setdefault(tap, {}), sums)
             self.tokens[tap] = self.tokens.get(tap, 0) + other.tokens[tap]

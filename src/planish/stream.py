@@ -352,7 +352,7 @@ class Stream:
 
 def return_memory() -> None:
     """Give freed heap pages back to the system: glibc keeps those of tensors below its growing mmap threshold."""
-    if hasattr(LIBC, "malloc_trim"):
+    if LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
 
 

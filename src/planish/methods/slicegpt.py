@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from planish.core import Method, Plan, Shape, Solver
+from planish.core import Edit, Frontier, Method, Plan, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.linalg import eigh_descending
 from planish.modules import get_linear, install, split_block
-from planish.stats import Tap
+from planish.stats import Stats, Tap
 from planish.stream import Hidden, Stream
 
 if TYPE_CHECKING:
     from planish.compress import Job
+
+STREAM = Unit(0, "stream")
+
+
+@dataclass(frozen=True)
+class StreamWidth(Solver):
+    """The width of the residual stream: one rank for the whole model, which `SliceGPT.solve` cuts block by block."""
+
+    name: ClassVar[str] = "stream-width"
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [STREAM] if shape.block == STREAM.block else []
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        whole = self.cost(unit, shape, shape.hidden)
+        return [w for w in range(1, shape.hidden) if self.cost(unit, shape, w) < whole] + [shape.hidden]
+
+    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+        """Weights of all blocks, shortcuts included; at full width there are none."""
+        if rank == shape.hidden:
+            return shape.blocks * shape.count()
+        readers = sum(shape.linear(r)[0] for r in shape.roles if r not in ("o", "down"))  # rows that read the stream
+        written = rank * shape.linear("o")[1] + rank * shape.linear("down")[1]
+        every = rank * readers + written + 2 * rank * rank
+        wider = shape.hidden - rank  # the first block's input and the last block's output keep their width
+        first = wider * (sum(shape.linear(r)[0] for r in "qkv") + rank)
+        last = wider * (shape.linear("down")[1] + rank)
+        return shape.blocks * every + first + last
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return []
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        """Nothing is predicted: every block's error depends on what is sliced before it."""
+        return Frontier(unit, [float("nan")] * shape.hidden + [0.0])
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        """A stream's width is no edit of one block: see `SliceGPT.solve`."""
+        if rank < shape.hidden:
+            raise TypeError("slicegpt cuts all blocks together and cannot be mixed with other solvers")
+        return []
 
 
 @dataclass(frozen=True)
@@ -38,20 +79,19 @@ class SliceGPT(Method):
     prefix: ClassVar[str] = "compressed"
 
     def solvers(self) -> list[Solver]:
-        return []
+        return [StreamWidth()]
 
     def plan(self, job: Job) -> Plan:
         if job.target not in ("any", "hf"):
             raise InputError(f"slicegpt changes the width of the residual stream, which {job.target} cannot hold")
         check_family(job.stream)
-        job.notes["width"] = find_width(job)
-        return {}
+        return job.spread(lambda unit: 1.0)
 
     def plan_cache(self, job: Job) -> Plan:
         raise InputError("slicegpt leaves the KV cache as it is: give --keep instead of --kv-keep")
 
     def solve(self, job: Job, plan: Plan, emit: Callable[[int, Any, dict[str, Any]], None]) -> None:
-        stream, width = job.stream, job.notes["width"]
+        stream, width = job.stream, plan.get(STREAM, job.full(STREAM))
         hidden = stream.start()
         basis: Tensor | None = None  # (hidden, width) of the block's input; None: as it is
         for i, shape in enumerate(job.shapes):
@@ -76,38 +116,6 @@ class SliceGPT(Method):
             basis = after
             if job.progress:
                 job.progress("blocks", i + 1, len(job.shapes))
-
-
-def count_weights(shape: Shape, width: int, last: bool) -> int:
-    """Weights of a block's linears and shortcuts when its stream has `width` channels."""
-    before = shape.hidden if shape.block == 0 else width
-    after = shape.hidden if last else width
-    sizes = (
-        {"o": (width, 1), "down": (after, 0)}
-        | dict.fromkeys("qkv", (before, 1))
-        | dict.fromkeys(("gate", "up"), (width, 1))
-    )
-    total = width * (before + after)
-    for role in shape.roles:
-        out, n = shape.linear(role)
-        total += sizes[role][0] * (n if role in ("o", "down") else out)
-    return total
-
-
-def find_width(job: Job) -> int:
-    """Largest width (a multiple of `round_to`) whose weights, shortcuts included, fit the budget; full width has none."""
-    hidden, allowed = job.shapes[0].hidden, int(job.keep * job.total + 1e-6)
-    if job.keep == 1:
-        return hidden
-    costs = {
-        w: sum(count_weights(s, w, s.block == len(job.shapes) - 1) for s in job.shapes)
-        for w in range(job.step, hidden, job.step)
-    }
-    fitting = [w for w, cost in costs.items() if cost <= allowed]
-    if not fitting:
-        least = min(costs.values(), default=job.total) / job.total
-        raise InputError(f"keep {job.keep:g} cannot be reached by slicegpt: the smallest keep is {least + 5e-5:.4f}")
-    return max(fitting)
 
 
 def check_family(stream: Stream) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from planish.core import Method, Plan, Solver
+from planish.core import Method, Plan, Solver, Unit
 from planish.solvers.linear import LinearSVD
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ class SVDLLM(Method):
         if self.allocation == "uniform":
             return uniform
         solver = LinearSVD(metric="whitened", form=self.form)
-        groups = defaultdict(dict)
+        groups: dict[str, dict[Unit, float]] = defaultdict(dict)
         for unit, frontier in job.frontiers(solver).items():
             loss = float(frontier.loss[uniform[unit]]) ** 0.5
             if loss > 0:
                 groups[unit.name][unit] = loss
-        keep = {}
+        keep: dict[Unit, float] = {}
         for losses in groups.values():
             least = min(losses.values())
             weight = {u: 1 / (1 + log(loss / least)) for u, loss in losses.items()}

@@ -133,8 +133,8 @@ class FisherValues(Solver):
         full_q = torch.block_diag(*q.repeat_interleave(groups, 0))
         z = full_p.T @ gram @ full_p
         loss = selection_losses(z, root @ o @ full_q, self.order(d, shape), True, self.damping)[::heads] / 2
-        names = [n for n in ("v", "v.bias") if n in weights]
-        factors = {"P": p, "gram": z, "o": o, "cross": cross @ full_p, **{n: weights[n] for n in names}}
+        factors = {"P": p, "gram": z, "o": o, "cross": cross @ full_p}
+        factors |= {n: weights[n] for n in ("v", "v.bias") if n in weights}
         return Frontier(unit, loss, factors, nats=True)
 
     def order(self, rank: int, shape: Shape) -> Tensor:
@@ -182,7 +182,8 @@ class FisherPairs(Solver):
         effects = stats.mean(self.taps(unit, shape)[0]).view(*size, *size).sum((1, 4))  # over the group's query heads
         effects = effects.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (kv_heads, half, half)
         order = effects.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-        pairs = sum(tail_sums(e[at][:, at]) for e, at in zip(effects, order, strict=True)) / 2
+        tails = [tail_sums(e[at][:, at]) for e, at in zip(effects, order, strict=True)]
+        pairs = torch.stack(tails).sum(0) / 2
         loss = pairs.repeat_interleave(2)[: shape.qk + 1]
         names = [n for r in "qk" for n in (r, f"{r}.bias") if n in weights]
         return Frontier(unit, loss, {"order": order, **{n: weights[n] for n in names}}, nats=True)
