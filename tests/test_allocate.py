@@ -1,0 +1,148 @@
+"""Spending a budget over units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planish.allocate import BudgetError, spread
+from planish.core import Frontier, Shape, Solver, Unit
+from planish.errors import InputError
+from planish.solvers.linear import LinearSVD
+from planish.solvers.neurons import Neurons
+from planish.solvers.value_pca import ValuePCA
+
+settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("quick")
+
+
+def shapes(n: int, hidden: int = 24, intermediate: int = 56) -> list[Shape]:
+    return [Shape(i, hidden, 4, 2, 6, 6, intermediate, 6, True) for i in range(n)]
+
+
+def cover(solvers: list[Solver], blocks: list[Shape]) -> dict[Unit, Solver]:
+    return {u: s for s in solvers for shape in blocks for u in s.units(shape)}
+
+
+def spent(units: dict[Unit, Solver], blocks: list[Shape], plan: dict[Unit, int]) -> int:
+    return sum(s.cost(u, blocks[u.block], plan[u]) for u, s in units.items())
+
+
+def iterative_clipping(importance: list[float], keep: float) -> list[float]:
+    """FLAT-LLM's Algorithm 1: w_l = B t_l / Σ t over the active blocks; whatever exceeds 1 is fixed there."""
+    active, fixed = set(range(len(importance))), {}
+    budget = keep * len(importance)
+    while True:
+        total = sum(importance[i] for i in active)
+        w = {i: budget * importance[i] / total for i in active}
+        over = [i for i in active if w[i] > 1]
+        if not over:
+            return [fixed.get(i, w.get(i, 1.0)) for i in range(len(importance))]
+        for i in over:
+            fixed[i] = 1.0
+            active.remove(i)
+            budget -= 1
+
+
+@given(st.lists(st.floats(0.02, 1), min_size=2, max_size=8), st.floats(0.1, 0.95))
+def test_spread_is_iterative_clipping(importance, keep):
+    """Shares in proportion, clipped at 1, the rest raised until the budget is spent."""
+    blocks = shapes(len(importance), hidden=1, intermediate=1_000)
+    units = cover([Neurons()], blocks)
+    budget = int(keep * spent(units, blocks, dict.fromkeys(units, 1_000)))
+    plan = spread(units, blocks, lambda u: importance[u.block], budget)
+    got = [plan[Unit(i, "mlp")] / 1_000 for i in range(len(importance))]
+    assert got == pytest.approx(iterative_clipping(importance, keep), abs=3e-3)
+
+
+SOLVERS = [
+    [Neurons(), ValuePCA()],
+    [LinearSVD()],
+    [LinearSVD(form="pivoted")],
+    [ValuePCA(), LinearSVD(roles=("gate", "up", "down"))],
+]
+
+
+@given(
+    st.sampled_from(SOLVERS),
+    st.lists(st.one_of(st.floats(0, 3), st.just(float("inf"))), min_size=3, max_size=3),
+    st.floats(0.05, 1),
+    st.sampled_from([1, 2, 4, 8]),
+)
+def test_budget_is_met_and_never_exceeded(solvers, shares, keep, step):
+    blocks = shapes(3)
+    units = cover(solvers, blocks)
+    full = {u: s.ranks(u, blocks[u.block])[-1] for u, s in units.items()}
+    budget = int(keep * spent(units, blocks, full))
+    try:
+        plan = spread(units, blocks, lambda u: shares[u.block], budget, step)
+    except BudgetError as error:
+        plan, smallest = None, error.smallest
+    if plan is None:
+        assert smallest > budget
+        return
+    assert set(plan) == set(units) and spent(units, blocks, plan) <= budget
+    left = budget - spent(units, blocks, plan)
+    for u, s in units.items():
+        ranks = s.ranks(u, blocks[u.block])
+        assert plan[u] in ranks and (plan[u] % step == 0 or plan[u] in (full[u], min(ranks)))
+        if shares[u.block] == float("inf"):
+            assert plan[u] == full[u]
+    steps = []
+    for u, s in units.items():
+        higher = [r for r in s.ranks(u, blocks[u.block]) if r > plan[u] and (r % step == 0 or r == full[u])]
+        if higher and shares[u.block] > 0:
+            steps.append(s.cost(u, blocks[u.block], higher[0]) - s.cost(u, blocks[u.block], plan[u]))
+    assert not steps or left < max(steps)
+
+
+def test_more_budget_is_not_less_rank():
+    blocks = shapes(3)
+    units = cover([Neurons(), ValuePCA()], blocks)
+    full = spent(units, blocks, {u: s.ranks(u, blocks[u.block])[-1] for u, s in units.items()})
+    totals = [
+        spent(units, blocks, spread(units, blocks, lambda u: 1.0 + u.block, int(k * full / 50))) for k in range(5, 51)
+    ]
+    assert totals == sorted(totals) and totals[-1] == full
+
+
+def test_what_cannot_be_reached_is_named():
+    blocks = shapes(2)
+    units = cover([LinearSVD()], blocks)
+    with pytest.raises(InputError, match="smallest reachable"):
+        spread(units, blocks, lambda u: 1.0, 10)
+
+
+@dataclass(frozen=True)
+class Coarse(Neurons):
+    """Ranks in steps of ten, so that the largest multiple of `step` matters."""
+
+    def ranks(self, unit, shape):
+        return [*range(10, shape.intermediate, 10), shape.intermediate]
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.77, 0.999, 1.0])
+@pytest.mark.parametrize("step", [1, 4, 16])
+@pytest.mark.parametrize("solver", [Neurons(), Coarse(), ValuePCA(), LinearSVD(), LinearSVD(form="pivoted")], ids=repr)
+def test_rank_at_is_the_largest_that_fits(solver, step, keep):
+    (shape,) = shapes(1)
+    for unit in solver.units(shape):
+        ranks = list(solver.ranks(unit, shape))
+        allowed = [r for r in ranks if r % step == 0 or r == ranks[-1]]
+        full = solver.cost(unit, shape, ranks[-1])
+        fits = [r for r in allowed if solver.cost(unit, shape, r) <= keep * full * (1 + 1e-9)]
+        assert solver.rank_at(unit, shape, keep, step) == (max(fits) if fits else allowed[0])
+
+
+def test_frontiers_end_whole():
+    """The last admissible rank costs what the stock linears cost."""
+    for blocks in (shapes(1), shapes(1, hidden=10, intermediate=7)):
+        for solver in (Neurons(), ValuePCA(), LinearSVD(), LinearSVD(form="pivoted")):
+            for unit in solver.units(blocks[0]):
+                roles = {"mlp": ("gate", "up", "down"), "vo": ("v", "o")}.get(unit.name, (unit.name,))
+                assert solver.cost(unit, blocks[0], solver.ranks(unit, blocks[0])[-1]) == blocks[0].count(*roles)
+    assert float(torch.as_tensor(Frontier(Unit(0, "q"), [1.0, 0.0]).loss)[-1]) == 0

@@ -1,0 +1,125 @@
+"""The stream sees exactly what the model's own forward computes, one block at a time."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from planish.checkpoint import MemorySource, open_source
+from planish.compress import Job
+from planish.methods import find_method
+from planish.modules import find_blocks
+from planish.stats import Tap
+from planish.stream import Stream
+
+WINDOWS = tiny.windows(10, 24)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stored", ["memory", "folder"])
+@pytest.mark.parametrize("family", tiny.NAMES)
+def test_hidden_states_are_the_models_own(family, stored, tmp_path):
+    """Every block's input, the last output through norm and head, and the NLL; batches of unequal size."""
+    model = tiny.build(family)
+    source = MemorySource(model) if stored == "memory" else open_source(tiny.save(model, tmp_path / "m", sharded=True))
+    stream = Stream(source, WINDOWS)
+    stream.batches = list(WINDOWS.split(4))  # 4, 4, 2
+    expected = model(input_ids=WINDOWS, use_cache=False, output_hidden_states=True)
+    hidden = stream.start()
+    for i in range(len(stream)):
+        torch.testing.assert_close(torch.cat(list(hidden)), expected.hidden_states[i], rtol=1e-5, atol=1e-5)
+        hidden = stream.run(i, stream.block(i), hidden)
+    ours = torch.cat([stream.logits(h) for h in hidden])
+    torch.testing.assert_close(ours, expected.logits, rtol=1e-4, atol=1e-4)
+    loss = nn.functional.cross_entropy(expected.logits[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten())
+    assert stream.nll(hidden) == pytest.approx(float(loss), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.CORE)
+def test_taps_measure_what_hooks_see(family):
+    """Sites against plain hooks on the stock modules of the whole model."""
+    model = tiny.build(family)
+    stream = Stream(MemorySource(model), WINDOWS)
+    row, i = stream.family, 1
+    block = find_blocks(model, row)[i]
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        def hook(module, args, kwargs, out):
+            seen[f"{name}.in"] = args[0] if args else kwargs["hidden_states"]
+            seen[f"{name}.out"] = out[0] if isinstance(out, tuple) else out
+
+        return hook
+
+    paths = {"block": "", "o": row.linears["o"], "down": row.linears["down"], "norm": row.attention_norm}
+    paths["mlp_norm"] = row.mlp_norm
+    paths |= {"post": row.attention_post_norm or row.attention}
+    handles = [block.get_submodule(p).register_forward_hook(keep(n), with_kwargs=True) for n, p in paths.items()]
+    model(input_ids=WINDOWS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    sites = {
+        "block.in": seen["block.in"], "block.out": seen["block.out"], "o.in": seen["o.in"], "down.in": seen["down.in"],
+        "q.in": seen["norm.out"], "up.in": seen["mlp_norm.out"], "attention.raw": seen["norm.in"],
+        "mlp.raw": seen["mlp_norm.in"], "attention.add": seen["post.out"], "down.out": seen["down.out"],
+    }  # fmt: skip
+    found = {}
+    taps = [Tap(s, "gram") for s in sites]
+    stream.sweep(lambda shape: taps if shape.block == i else [], lambda j, b, stats: found.setdefault(j, stats))
+    for site, x in sites.items():
+        x = x.flatten(0, -2).double()
+        torch.testing.assert_close(found[i].sums[Tap(site, "gram")]["sum"], x.T @ x, rtol=1e-4, atol=1e-4, msg=site)
+        assert found[i].tokens[Tap(site, "gram")] == WINDOWS.numel()
+
+
+@torch.no_grad()
+def test_parts_split_the_windows():
+    stream = Stream(MemorySource(tiny.build("llama_gqa")), tiny.windows(17, 24))
+    stream.batches = list(tiny.windows(17, 24).split(5))
+    taps = [Tap("block.in", "gram", part=p) for p in ("all", "fit", "held")]
+    stats, _ = stream.measure(0, stream.block(0), taps, stream.start())
+    assert [stats.tokens[t] // 24 for t in taps] == [17, 15, 2]
+    all_, fit, held = (stats.sums[t]["sum"] for t in taps)
+    torch.testing.assert_close(fit + held, all_)
+    x = tiny.build("llama_gqa").get_input_embeddings()(tiny.windows(17, 24)[7::8]).flatten(0, 1).double()
+    torch.testing.assert_close(held, x.T @ x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "flat-llm", "a3"])
+def test_few_blocks_are_alive_at_once(method, tmp_path):
+    """Whatever the number of blocks: the one being solved, its pristine copy and the one being written."""
+    model = tiny.build("llama_gqa", num_hidden_layers=7)
+    source = open_source(tiny.save(model, tmp_path / "m"))
+    stream = Stream(source, WINDOWS)
+    alive: list[weakref.ref] = []
+    peak = 0
+    read = source.block
+
+    def block(i: int) -> nn.Module:
+        nonlocal peak
+        module = read(i)
+        alive.append(weakref.ref(module))
+        peak = max(peak, sum(ref() is not None for ref in alive))
+        return module
+
+    source.block = block
+    job = Job(stream, find_method(method), 0.7)
+    job.solve(job.method.plan(job), lambda i, b, spec: None)
+    assert len(alive) >= 7 and peak <= 2
+    assert all(p.is_meta for b in stream.blocks for p in b.parameters())
+
+
+def test_nothing_is_left_behind():
+    model = tiny.build("gemma2")
+    before = {n: sorted(vars(m)) for n, m in model.named_modules()}
+    stream = Stream(MemorySource(model), WINDOWS)
+    hidden = stream.start()
+    stream.measure(0, stream.block(0), [Tap("o.in", "gram"), Tap("attention.add", "squares")], hidden)
+    assert {n: sorted(vars(m)) for n, m in model.named_modules()} == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any("forward" in vars(b) for b in stream.blocks)
