@@ -19,7 +19,7 @@ from torch import Tensor
 
 from planish.checkpoint import Source
 from planish.compress import Job, channels, check_tokens, check_windows, find_name, pick_dtype
-from planish.core import Method, Plan, Progress, Shape
+from planish.core import SUBMODULES, Method, Plan, Progress, Shape
 from planish.stats import KINDS, Tap
 from planish.stream import Stream
 
@@ -152,12 +152,15 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
 
 
 def cache_width(job: Job, plan: Plan, i: int) -> int:
-    """Numbers that block i's KV cache holds per token under a plan."""
+    """Numbers that block i's KV cache holds per token under a plan; none where the whole attention is replaced."""
     shape = job.shapes[i]
     width = shape.kv_heads * (shape.qk + shape.v)
     for unit in job.block_units(i):
         solver, full = job.units[unit], job.full(unit)
-        width += solver.cache(unit, shape, plan.get(unit, full)) - solver.cache(unit, shape, full)
+        rank = plan.get(unit, full)
+        if unit.name == SUBMODULES["attention"] and rank < full:
+            return 0
+        width += solver.cache(unit, shape, rank) - solver.cache(unit, shape, full)
     return width
 
 
