@@ -1,0 +1,122 @@
+"""planish sweep, planish report"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planish.cli import options as o
+from planish.cli.run import format_seconds, make_table, say, session
+from planish.errors import InputError
+
+
+class KeepModels(StrEnum):
+    best = "best"
+    all = "all"
+    none = "none"
+
+
+def sweep(
+    model: o.ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,…", help="methods, with settings as in auto:anchor=0", show_default=False)
+    ],
+    keep: Annotated[
+        str, typer.Option(metavar="SHARE,…", help="shares of the blocks' weights that stay")
+    ] = "0.9,0.8,0.7",
+    calibration: o.CalibrationOption = "builtin",
+    n_samples: o.SamplesOption = None,
+    seq_len: o.LengthOption = None,
+    seed: o.SeedOption = 0,
+    sampling: o.SamplingOption = None,
+    eval_text: Annotated[str, typer.Option("--eval-text", metavar="SOURCE", help=o.SOURCE_HELP)] = "builtin",
+    eval_tokens: Annotated[
+        int | None, typer.Option(min=2, help="measure on so many tokens  [default: all]", show_default=False)
+    ] = None,
+    device: o.DeviceOption = o.Device.auto,
+    dtype: o.DTypeOption = None,
+    round_to: o.RoundOption = 1,
+    keep_models: Annotated[
+        KeepModels, typer.Option(help="whose weights stay on disk; best: of the best method at every keep")
+    ] = KeepModels.best,
+    bench: Annotated[bool, typer.Option("--bench", help="measure tokens per second too")] = False,
+    cache: o.CacheOption = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew")] = False,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Compress MODEL by every method at every keep from one calibration: results.csv and report.html.
+
+    Run again to go on after an interruption; finished points are not repeated.
+    """
+    try:
+        keeps = [float(k) for k in keep.split(",") if k.strip()]
+    except ValueError:
+        raise InputError(f"--keep {keep}: expected numbers separated by commas, such as 0.9,0.8") from None
+    with session(as_json) as run:
+        run.api  # noqa: B018  (silences transformers)
+        from planish.sweep import sweep as run_sweep
+
+        found = run_sweep(
+            model,
+            methods=[m for m in methods.split(",") if m.strip()],
+            keeps=keeps,
+            output=output,
+            calibration=calibration,
+            n_samples=n_samples,
+            seq_len=seq_len,
+            seed=seed,
+            sampling=sampling and sampling.value,
+            eval_text=eval_text,
+            eval_tokens=eval_tokens,
+            device=device.value,
+            dtype=dtype and dtype.value,
+            round_to=round_to,
+            keep_models=keep_models.value,
+            bench=bench,
+            cache=cache,
+            overwrite=overwrite,
+            progress=lambda what, done, total: run.progress("points", done, total),
+        )
+        for warning in found.warnings:
+            say(f"note: {warning}")
+        table = make_table("method", "keep", "parameters", "perplexity", "KV bytes/token", "seconds")
+        for p in found.points:
+            if p.error:
+                table.add_row(p.label, f"{p.keep_requested:g}", "", "", "failed", "", style="dim")
+                say(f"failed: {p.label} at {p.keep_requested:g}: {p.error}")
+                continue
+            table.add_row(
+                p.label,
+                f"{p.keep:.4f}",
+                f"{p.params:,}",
+                f"{p.perplexity:,.3f}",
+                f"{p.kv_bytes_per_token:,}",
+                f"{p.seconds:.1f}" if p.seconds == p.seconds else "",
+            )
+        finished = f" ({found.skipped} points were there already)" if found.skipped else ""
+        run.give(
+            found.as_dict(),
+            table,
+            f"{format_seconds(found.seconds)}{finished} · {output / 'results.csv'} · {output / 'report.html'}",
+        )
+
+
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="of a sweep, or one compressed folder", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="file  [default: OUT/report.html]", show_default=False)
+    ] = None,
+    as_json: o.JsonOption = False,
+) -> None:
+    """Write report.html again from results.csv and the points' planish.json; or one for a compressed folder."""
+    with session(as_json) as run:
+        from planish.report.page import write_report
+
+        path = write_report(folder, output)
+        run.give({"report": str(path)}, str(path))

@@ -1,0 +1,73 @@
+"""The rows of results.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from planish.errors import InputError
+from planish.shards import write_text
+
+NAN = float("nan")
+
+
+@dataclass
+class Point:
+    """A row of results.csv: one method at one keep, or the dense model. Empty cells were not measured."""
+
+    name: str  # of its folder below points/
+    method: str
+    settings: str = "{}"  # JSON, those that were given
+    keep_requested: float = 1.0
+    keep: float = NAN
+    params: int = 0
+    block_params: int = 0
+    kv_bytes_per_token: int = 0
+    perplexity: float = NAN
+    nll: float = NAN
+    excess: float = NAN  # log(perplexity / dense perplexity), nats per token
+    predicted: float = NAN  # the same, as the method predicted it
+    kl: float = NAN  # KL(dense ‖ compressed) of the next token, nats
+    prefill_tokens_per_s: float = NAN
+    decode_tokens_per_s: float = NAN
+    dense_decode_tokens_per_s: float = NAN  # measured in turns with it
+    seconds: float = NAN  # of compressing, with whatever statistics were there already
+    peak_rss_bytes: int = 0
+    format: str = ""
+    kept: str = ""  # "yes" where the weights are still in the folder
+    error: str = ""
+
+    @property
+    def label(self) -> str:
+        """The method and the settings that were given: one line in the charts."""
+        given = json.loads(self.settings or "{}")
+        return " ".join([self.method, *(f"{k}={v}" for k, v in given.items())])
+
+
+def write_points(output: Path, points: Sequence[Point]) -> None:
+    """results.csv, complete or not at all. Numbers are written so that reading them gives the same bits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Point)], lineterminator="\n")
+    writer.writeheader()
+    for point in points:
+        writer.writerow({k: "" if v != v else v for k, v in asdict(point).items()})
+    write_text(output / "results.csv", text.getvalue())
+
+
+def read_points(output: Path) -> list[Point]:
+    path = output / "results.csv"
+    if not path.is_file():
+        return []
+    kinds = {f.name: str(f.type) for f in fields(Point)}
+    empty = {"float": NAN, "int": 0, "str": ""}
+    convert: dict[str, Callable[[str], Any]] = {"float": float, "int": int, "str": str}
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+        return [Point(**{k: convert[kinds[k]](v) if v else empty[kinds[k]] for k, v in r.items()}) for r in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {path}: {error!r}; choose another folder or pass --overwrite") from None

@@ -1,0 +1,301 @@
+"""Many methods and budgets from one calibration: every point compressed, measured and recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import inf, isfinite, log
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from planish import api
+from planish.activations import Room
+from planish.cache import Cache, open_cache
+from planish.checkpoint import FolderSource, load_tokenizer, open_source
+from planish.compress import Result, check_keep, check_windows, find_name, pick_dtype
+from planish.compress import compress as compress_windows
+from planish.core import Method
+from planish.errors import InputError, PlanishError
+from planish.evaluate import drift, perplexity, speed
+from planish.methods import find_method
+from planish.report.page import write_report
+from planish.report.points import NAN, Point, read_points, write_points
+from planish.shards import write_text
+from planish.stream import Stream
+from planish.text import fingerprint, load_tokens
+
+Watch = Callable[[str, int, int], None]
+
+
+@dataclass
+class Sweep:
+    """What a sweep measured and wrote."""
+
+    output: str
+    points: list[Point] = field(default_factory=list)
+    skipped: int = 0  # finished by an earlier run
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sweep(
+    model: str | Path,
+    *,
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    output: str | Path,
+    calibration: Any = "builtin",
+    n_samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    sampling: api.Sampling | None = None,
+    eval_text: Any = "builtin",
+    eval_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    round_to: int = 1,
+    keep_models: Literal["best", "all", "none"] = "best",
+    bench: bool = False,
+    cache: bool = False,
+    overwrite: bool = False,
+    progress: Watch | None = None,
+) -> Sweep:
+    """Compress `model` by every method at every keep into output/points, measure, write results.csv and report.html.
+
+    `methods`: names, with settings as in "auto:anchor=0". All points share one calibration: the captured inputs of the
+    first block, and every statistic of the uncompressed model. Points that results.csv already has are not run again;
+    one that fails is recorded with its reason. `keep_models`: whose weights stay on disk, "best" = the best method's at
+    every keep. `bench`: measure tokens per second too. `cache`: see `planish.api.compress`.
+    """
+    start = time.perf_counter()
+    chosen = [parse_method(text) for text in methods]
+    for keep in keeps:
+        check_keep(keep)
+    if not chosen or not keeps:
+        raise InputError("a sweep needs at least one method and one keep")
+    place, output = api.find_device(device), Path(output)
+    source = open_source(model)
+    tokenizer = load_tokenizer(source.folder) if isinstance(source, FolderSource) else None
+    text = api.read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
+    check_windows(text.windows, source)
+    length = text.windows.shape[1]
+    tokens = load_tokens(eval_text, tokenizer, split="evaluation", vocab_size=source.config.vocab_size).tokens
+    if eval_tokens is not None:
+        tokens = tokens[: max(eval_tokens, length)]
+    tokens = tokens[: len(tokens) // length * length]
+    request = {
+        "model": str(model),
+        "calibration": text.record,
+        "evaluation": {"source": str(eval_text) if isinstance(eval_text, str | Path) else "ids", "tokens": len(tokens),
+                       "seq_len": length, "fingerprint": fingerprint(tokens)},
+        "device": place, "dtype": dtype, "round_to": round_to,
+    }  # fmt: skip
+    book = Book(output, request, overwrite)
+    names = [(label, settings, method, keep) for label, settings, method in chosen for keep in keeps]
+    runner = Runner(source.name, tokens, length, place, dtype, bench)
+    if not book.finished("dense"):
+        book.record(runner.measure_dense())
+    kind = api.find_dtype(dtype) or pick_dtype(source, place)
+    stream: Stream | None = None
+    shared: Cache | None = None
+    found = Sweep(str(output))
+    for n, (label, settings, method, keep) in enumerate(names):
+        name = re.sub(r"[^A-Za-z0-9.=_+-]+", "-", f"{label}-{keep:g}")
+        if book.finished(name):
+            found.skipped += 1
+        else:
+            if stream is None or shared is None:
+                room = Room(folder=output)
+                stream = Stream(source, text.windows, device=place, dtype=kind, room=room)
+                memory = room.limit // 2
+                shared = (open_cache(stream, memory) if cache else None) or Cache(memory=memory)
+            point = Point(name, find_name(method), json.dumps(settings), keep)
+
+            run = partial(
+                compress_windows, source, output=book.folder(name), keep=keep, method=method, windows=text.windows,
+                calibration=text.record, settings=settings, device=place, dtype=kind, round_to=round_to, overwrite=True,
+                stream=stream, cache=shared,
+            )  # fmt: skip
+            runner.measure(point, run, book)
+            book.record(point)
+            book.thin(keep_models)
+        if progress:
+            progress(f"{label} {keep:g}", n + 1, len(names))
+    found.points = list(book.points.values())
+    found.warnings = text.notes
+    found.seconds = time.perf_counter() - start
+    write_report(output)
+    return found
+
+
+def parse_method(text: str) -> tuple[str, dict[str, str], Method]:
+    """ "auto:anchor=0:units=linear" → (the text, {"anchor": "0", …}, the method)."""
+    name, *pairs = text.strip().split(":")
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--methods {text}: {pair!r} has no value; write {name}:name=value")
+        settings[key.strip().replace("-", "_")] = value.strip()
+    return text.strip(), settings, find_method(name, settings)
+
+
+class Book:
+    """results.csv and the points' folders below `output`; what is finished stays finished."""
+
+    def __init__(self, output: Path, request: dict[str, Any], overwrite: bool):
+        self.output, self.points = output, dict[str, Point]()
+        earlier = output / "sweep.json"
+        if earlier.is_file() and not overwrite:
+            self.points = {p.name: p for p in read_points(output)}
+            try:
+                old = json.loads(earlier.read_text(encoding="utf-8"))
+            except ValueError:
+                old = {}
+            for key, value in json.loads(json.dumps(request)).items():
+                if old.get(key) != value:
+                    raise InputError(
+                        f"{output} holds a sweep with another {key} ({describe(old.get(key))}, now {describe(value)}); "
+                        "choose another folder or pass --overwrite"
+                    )
+        elif output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+            raise InputError(f"output {output} exists and is not a sweep; choose another or pass --overwrite")
+        elif overwrite:
+            shutil.rmtree(output / "points", ignore_errors=True)
+        try:
+            (output / "points").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot create {output}: {error.strerror or error}") from None
+        write_text(earlier, json.dumps(request, indent=2) + "\n")
+
+    def folder(self, name: str) -> Path:
+        return self.output / "points" / name
+
+    def finished(self, name: str) -> bool:
+        return name in self.points and not self.points[name].error
+
+    def record(self, point: Point) -> None:
+        dense = self.points.get("dense")
+        if dense and not point.error:
+            point.excess = log(point.perplexity / dense.perplexity) if isfinite(point.perplexity) else inf
+            dense.kv_bytes_per_token = (
+                dense.kv_bytes_per_token or self.manifest(point.name)["kv_bytes_per_token_before"]
+            )
+            dense.block_params = dense.block_params or self.manifest(point.name)["block_params_before"]
+        self.points[point.name] = point
+        write_points(self.output, list(self.points.values()))
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder(name) / "planish.json").read_text(encoding="utf-8"))["result"]
+
+    def thin(self, keep_models: str) -> None:
+        """Delete the weights that need not stay; manifests do."""
+        done = [p for p in self.points.values() if p.name != "dense" and not p.error]
+        best = {k: min((p for p in done if p.keep_requested == k), key=lambda p: p.perplexity) for k in
+                {p.keep_requested for p in done}}  # fmt: skip
+        for point in done:
+            if point.kept and (
+                keep_models == "none" or (keep_models == "best" and best[point.keep_requested] is not point)
+            ):
+                point.kept = ""
+                for path in self.folder(point.name).iterdir():
+                    if path.name not in ("planish.json", "drift.json"):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_points(self.output, list(self.points.values()))
+
+
+class Runner:
+    """Measures points on one evaluation text (n · length tokens), beside the dense model `name`."""
+
+    def __init__(self, name: str, tokens: Tensor, length: int, device: str, dtype: str | None, bench: bool):
+        self.name, self.tokens, self.length, self.device, self.bench = name, tokens, length, device, bench
+        self.dtype = dtype or ("float32" if device == "cpu" else None)
+        self.model: Any = None  # the dense one, where it is needed beside others
+        self.traced: drift.Trace | None = None
+
+    def dense(self) -> Any:
+        if self.model is None:
+            model = api.load(self.name, device=self.device, dtype=self.dtype)
+            if not self.bench:
+                return model
+            self.model = model
+        return self.model
+
+    def measure_dense(self) -> Point:
+        model = self.dense()
+        point = Point("dense", "dense", keep=1.0, params=sum(p.numel() for p in model.parameters()), format="native")
+        self.evaluate(point, model)
+        point.excess = 0.0
+        if self.bench:
+            self.time(point, {"dense": model})
+        self.trace(model)
+        return point
+
+    def evaluate(self, point: Point, model: Any) -> None:
+        measured = perplexity.evaluate(model, self.tokens, self.length, batch_size=max(1, 2048 // self.length))
+        point.perplexity, point.nll = measured.perplexity, measured.nll
+
+    def trace(self, model: Any) -> None:
+        vocabulary = model.config.get_text_config().vocab_size
+        self.windows = drift.choose_windows(self.tokens, self.length, vocabulary)
+        self.traced = drift.trace(model, self.windows)
+
+    def time(self, point: Point, models: dict[str, Any]) -> None:
+        positions = getattr(next(iter(models.values())).config, "max_position_embeddings", None) or 512
+        prompt = min(128, positions // 2)
+        rows = {
+            r.model: r for r in speed.bench(models, batch_sizes=(1,), prompt_len=prompt, new_tokens=min(32, prompt))
+        }
+        point.dense_decode_tokens_per_s = rows["dense"].decode_tokens_per_s.median
+        row = rows.get(point.name, rows["dense"])
+        point.decode_tokens_per_s = row.decode_tokens_per_s.median
+        point.prefill_tokens_per_s = row.prefill_tokens_per_s.median
+
+    def measure(self, point: Point, run: Callable[[], Result], book: Book) -> None:
+        """Compress and measure one point; what goes wrong becomes its `error`."""
+        folder = book.folder(point.name)
+        try:
+            result = run()
+            point.keep, point.params, point.block_params = result.keep, result.params_after, result.block_params_after
+            point.kv_bytes_per_token, point.format = result.kv_bytes_per_token_after, result.format
+            point.seconds, point.peak_rss_bytes, point.kept = result.seconds["total"], result.peak_rss_bytes, "yes"
+            notes = json.loads((folder / "planish.json").read_text(encoding="utf-8"))["notes"]
+            point.predicted = float(notes.get("predicted_loss", NAN))
+            small = api.load(folder, device=self.device, dtype=self.dtype)
+            self.evaluate(point, small)
+            if self.traced is None:
+                self.trace(self.dense())
+            self.compare(point, small, notes, folder)
+            if self.bench:
+                self.time(point, {"dense": self.dense(), point.name: small})
+        except (PlanishError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError, MemoryError) as error:
+            point.error = " ".join(
+                f"{'' if isinstance(error, PlanishError) else type(error).__name__ + ': '}{error}".split()
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def compare(self, point: Point, small: Any, notes: dict[str, Any], folder: Path) -> None:
+        assert self.traced is not None
+        gone = [set(r["blocks"]) for r in notes.get("removed", {}).values()]
+        traced = drift.trace(small, self.windows)
+        removed = sorted(set.intersection(*gone)) if gone and len(traced.blocks) < len(self.traced.blocks) else []
+        found = drift.compare(self.traced, traced, removed)
+        point.kl = found.kl
+        write_text(folder / "drift.json", json.dumps(asdict(found)) + "\n")
+
+
+def describe(value: Any) -> str:
+    """Short, for messages."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {str(v)[:12]}" for k, v in value.items())
+    return str(value)
