@@ -1,0 +1,103 @@
+"""Integer weights after compression (torchao, weight-only): perplexity and bytes; writes docs/tables/quantised.md.
+
+    python benchmarks/quantise.py                                          # the embedded model
+    python benchmarks/quantise.py --model FOLDER --text FILE --name NAME   # any other; FILE is split: 3/4 to calibrate
+
+int8: one scale per output channel. int4: one scale per group of 32, 16 or 8 inputs, the largest that divides the width;
+ranks are rounded to multiples of --round-to so that groups fit. Embeddings and head stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import planish
+from planish.checkpoint import load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from structural import ROOT, split_text
+
+TABLE = ROOT / "docs" / "tables" / "quantised.md"
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "src" / "planish" / "data" / "demo")
+    parser.add_argument("--name", default="embedded model")
+    parser.add_argument("--text", type=Path, help="text to calibrate and to evaluate on (default: builtin)")
+    parser.add_argument("--method", default="a3")
+    parser.add_argument("--keep", default="0.9,0.8")
+    parser.add_argument("--round-to", type=int, default=8)
+    parser.add_argument("--n-samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def quantise(model: nn.Module, bits: int) -> int:
+    """Give the blocks' linears integer weights in place; returns the bytes of their weights and scales."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+    total = 0.0
+    head = model.get_output_embeddings()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    for linear in linears.values():
+        width = linear.in_features
+        if bits == 8:
+            config, scales = Int8WeightOnlyConfig(), 1
+        elif bits == 4:
+            group = next((g for g in (32, 16, 8) if width % g == 0), width)
+            config, scales = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group)), width // group
+        else:
+            total += linear.weight.nbytes
+            continue
+        quantize_(linear, config)
+        total += linear.out_features * (width * bits / 8 + 2 * scales)
+    return int(total)
+
+
+def main() -> None:
+    args = read_arguments()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as scratch:
+        calibration, held_out = split_text(args.text, Path(scratch))
+        tokenizer = load_tokenizer(args.model)
+        models = {"dense": args.model}
+        for keep in args.keep.split(","):
+            models[f"{args.method} {keep}"] = Path(scratch) / keep
+            planish.compress(
+                args.model, keep=float(keep), method=args.method, calibration=calibration, n_samples=args.n_samples,
+                seq_len=args.seq_len, output=Path(scratch) / keep, round_to=args.round_to,
+            )  # fmt: skip
+        rows = ["| model | bf16 | int8 | int4 |", "|---|---|---|---|"]
+        for name, folder in models.items():
+            cells = []
+            for bits in (16, 8, 4):
+                model = planish.load(folder, dtype="bfloat16")
+                size = quantise(model, bits)
+                found = planish.evaluate(
+                    model, held_out, args.seq_len, tokenizer=tokenizer, max_windows=args.windows, batch_size=4
+                )
+                cells.append(f"{found.perplexity:.3f} ({size / 1e6:.2f} MB)")
+            rows.append(f"| {name} | " + " | ".join(cells) + " |")
+            print(rows[-1], flush=True)
+    title, text = args.name, "Perplexity (bytes of the blocks' linear weights and scales).\n\n" + "\n".join(rows)
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    start = "# Integer weights after compression\n\nWritten by `benchmarks/quantise.py`; weight-only, torchao.\n"
+    old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else start
+    parts = [p for p in re.split(r"(?m)^(?=## )", old) if not p.startswith(f"## {title}\n")]
+    TABLE.write_text("\n\n".join(p.strip() for p in [*parts, f"## {title}\n\n{text}"]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""A3 and MoDeGPT against the formulas as printed, and against models in which part of every head carries nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, nn
+
+import tiny
+from planish.checkpoint import MemorySource, load
+from planish.compress import compress
+from planish.core import Method, Plan, Solver, Unit
+from planish.errors import InputError
+from planish.families import FAMILIES
+from planish.linalg import balance, nystrom, reduce_scores, selection_losses
+from planish.methods.a3 import A3
+from planish.methods.modegpt import spread_removal
+from planish.modules import find_blocks, get_linear, join_block, split_block
+from planish.solvers.neurons import Neurons
+from planish.solvers.qk_joint import QKJoint
+from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
+from planish.solvers.value_output import ValueOutput
+
+WINDOWS = tiny.windows(12, 24)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def power(m: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(m)
+    return vectors * values**exponent @ vectors.T
+
+
+def moment(x: Tensor) -> Tensor:
+    return x.T @ x / len(x)
+
+
+def truncated(m: Tensor, rank: int) -> Tensor:
+    u, s, vh = torch.linalg.svd(m, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ vh[:rank]
+
+
+HIDDEN, D, G, TOKENS, RANK = 12, 4, 3, 200, 2
+X = draw(TOKENS, HIDDEN, seed=1) @ draw(HIDDEN, HIDDEN, seed=2)
+WQ, WK, WV = draw(G, HIDDEN, D, seed=3), draw(HIDDEN, D, seed=4), draw(HIDDEN, D, seed=5)
+WO = draw(G, D, HIDDEN, seed=6)
+
+
+def test_scores_equal_the_printed_root_form_for_a_group():
+    r = moment(X)
+    half, inverse = power(r, 0.5), power(r, -0.5)
+    stacked = torch.cat([half @ w @ WK.T @ half for w in WQ])
+    printed = [inverse @ m @ inverse for m in truncated(stacked, RANK).split(HIDDEN)]
+    q, p, loss = reduce_scores(sum(moment(X @ w) for w in WQ)[None], moment(X @ WK)[None])
+    ours = [w @ q[0, :, :RANK] @ p[0, :, :RANK].T @ WK.T for w in WQ]
+    for a, b in zip(ours, printed):
+        assert torch.allclose(a, b, atol=1e-9 * float(b.abs().max()))
+    error = sum((X @ (w @ WK.T - m) @ X.T).square().sum() for w, m in zip(WQ, ours)) / TOKENS**2
+    assert float(error) == pytest.approx(float(loss[RANK]), rel=1e-10)
+
+
+def test_scores_with_biases_reach_the_eckart_young_error():
+    q, k = X @ WQ[0] + draw(D, seed=7), X @ WK + 3 * draw(D, seed=8)
+    a, b, loss = (t[0] if t.ndim == 3 else t for t in reduce_scores(moment(q)[None], moment(k)[None]))
+    exact = torch.linalg.svdvals(q @ k.T / TOKENS)
+    for rank in range(1, D):
+        error = (q @ k.T - q @ a[:, :rank] @ (k @ b[:, :rank]).T).square().mean()
+        assert float(error) == pytest.approx(float(exact[rank:D].square().sum()), rel=1e-10)
+        assert float(error) == pytest.approx(float(loss[rank]), rel=1e-10)
+
+
+def test_singular_moments_need_no_damping():
+    q, k = X @ WQ[0], X @ WK
+    q, k = torch.cat([q, q[:, :1]], 1), torch.cat([k, 0 * k[:, :1]], 1)
+    a, b, loss = reduce_scores(moment(q)[None], moment(k)[None])
+    assert torch.allclose(q @ a[0, :, :D] @ (k @ b[0, :, :D]).T, q @ k.T)
+    assert float(loss[D]) < 1e-12 * float(loss[0])
+
+
+def test_values_equal_the_printed_form_and_not_the_misprinted_ones():
+    """One head: W̃ = R^-½ SVD_r(R^½ Wv Wo). A group: N = [R^½ Wv Wo_1 …] = U S Vᵀ, Wv ← R^-½ U S, Wo_i ← V_iᵀ."""
+    r = moment(X)
+    half, inverse = power(r, 0.5), power(r, -0.5)
+
+    def error(w: Tensor, i: int = 0) -> float:
+        return float((half @ (WV @ WO[i] - w)).square().sum() / (half @ WV @ WO[i]).square().sum())
+
+    p, q, _ = balance(WO[0] @ WO[0].T, moment(X @ WV))
+    ours = WV @ p[:, :RANK] @ q[:, :RANK].T @ WO[0]
+    printed = inverse @ truncated(half @ WV @ WO[0], RANK)
+    assert torch.allclose(ours, printed, atol=1e-10 * float(printed.abs().max()))
+    assert error(truncated(half @ WV @ WO[0], RANK) @ inverse) > 5 * error(ours)
+
+    u, s, vh = torch.linalg.svd(torch.cat([half @ WV @ o for o in WO], 1), full_matrices=False)
+    p, q, _ = balance(sum(o @ o.T for o in WO), moment(X @ WV))
+    for i, o in enumerate(WO):
+        part = vh[:RANK, i * HIDDEN : (i + 1) * HIDDEN]
+        right = inverse @ (u[:, :RANK] * s[:RANK]) @ part
+        assert torch.allclose(WV @ p[:, :RANK] @ q[:, :RANK].T @ o, right, atol=1e-10 * float(right.abs().max()))
+        assert error((u[:, :RANK] * s[:RANK]) @ part @ inverse, i) > 5 * error(right, i)
+
+
+def test_pooled_moments_and_refit_each_help_a_group():
+    """R_kv form ≥ moments of what attention makes of the values ≥ least squares of the whole output projection."""
+    scores = draw(G, TOKENS, TOKENS, seed=9) * 2
+    attention = (scores + torch.full_like(scores[0], -torch.inf).triu(1)).softmax(-1)
+    heads = attention @ (X @ WV)
+    o, w = torch.cat(list(heads), 1), torch.cat(list(WO))
+    left = sum(m @ m.T for m in WO)
+
+    def reduce(right: Tensor, refit: bool) -> float:
+        p, q, _ = balance(left, right)
+        z = torch.cat([h @ p[:, :RANK] for h in heads], 1)
+        new = torch.linalg.lstsq(z, o @ w).solution if refit else torch.cat([q[:, :RANK].T @ m for m in WO])
+        return float((o @ w - z @ new).square().sum() / (o @ w).square().sum()) ** 0.5
+
+    pooled = sum(moment(h) for h in heads)
+    errors = [reduce(moment(X @ WV), False), reduce(pooled, False), reduce(pooled, True)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.95 * errors[0]
+
+
+def test_neuron_score_is_the_diagonal_of_the_root_form_and_refit_never_hurts():
+    x, w = X.relu(), draw(5, HIDDEN, seed=10)
+    r = moment(x)
+    printed = power(r, 0.5).square().sum(0) * w.square().sum(0)
+    ours = r.diagonal() * w.square().sum(0)
+    assert torch.allclose(printed, ours)
+    order = ours.argsort(descending=True)
+    sliced, refitted = (selection_losses(r, w, order, refit, 1e-12) for refit in (False, True))
+    for rank in range(1, HIDDEN):
+        kept = order[:rank]
+        assert float((x @ w.T - x[:, kept] @ w[:, kept].T).square().sum(1).mean()) == pytest.approx(float(sliced[rank]))
+        new = nystrom(r, kept, w, 1e-12)
+        assert float((x @ w.T - x[:, kept] @ new.T).square().sum(1).mean()) == pytest.approx(
+            float(refitted[rank]), rel=1e-6
+        )
+        assert refitted[rank] <= sliced[rank] * (1 + 1e-9)
+
+
+def test_energy_is_the_score_lost_over_all_rotations_and_ignores_rotations_within_a_pair():
+    q, k = draw(50, 2, seed=11), draw(60, 2, seed=12)
+    angles = torch.arange(360, dtype=torch.float64) * torch.pi / 180
+    turn = torch.stack([torch.stack([angles.cos(), -angles.sin()]), torch.stack([angles.sin(), angles.cos()])])
+    lost = torch.einsum("na,abt,mb->nmt", q, turn, k).square().mean()
+    energy = q.square().sum(1).mean() * k.square().sum(1).mean() / 2
+    assert float(lost) == pytest.approx(float(energy), rel=1e-12)
+    turned = q @ turn[..., 30]
+    product, after = ((m.square().mean(0) * k.square().mean(0)).sum() for m in (q, turned))
+    assert float(turned.square().sum(1).mean()) == pytest.approx(float(q.square().sum(1).mean()))
+    assert abs(float(product - after)) > 1e-3 * float(product)
+
+
+def test_ranks_are_split_between_pairs_and_unrotated_channels_at_least_loss():
+    pairs, rest = torch.tensor([9.0, 4, 1, 0]), torch.tensor([7.0, 6, 2, 1, 0])
+    split, loss = split_ranks(pairs, rest, 10)
+    for rank in range(2, 11, 2):
+        best = min(float(pairs[m] + rest[rank - 2 * m]) for m in range(1, 4) if 0 <= rank - 2 * m <= 4)
+        assert float(loss[rank]) == best == float(pairs[split[rank]] + rest[rank - 2 * split[rank]])
+    assert (loss[1:] <= loss[:-1]).all()
+
+
+# ---------------------------------------------------------------- models in which part of every head carries nothing
+
+
+@dataclass(frozen=True)
+class Cut(Method):
+    """Fixed ranks."""
+
+    cuts: tuple[tuple[str, int], ...] = ()
+    parts: tuple[Solver, ...] = (QKJoint(), RotaryPairs(), ValueOutput(), Neurons("energy"))
+
+    def solvers(self) -> list[Solver]:
+        return list(self.parts)
+
+    def plan(self, job) -> Plan:
+        return {u: dict(self.cuts)[u.name] for u in job.units}
+
+
+def projector(d: int, rank: int, seed: int) -> Tensor:
+    q = torch.linalg.qr(draw(d, rank, seed=seed)).Q
+    return q @ q.T
+
+
+@torch.no_grad()
+def hollow(model: nn.Module, qk: int, v: int, mlp: int) -> None:
+    """Let only `qk` channels of every key (random pairs where they rotate), `v` value dimensions, `mlp` neurons matter."""
+    family = FAMILIES[model.config.model_type]
+    for i, block in enumerate(find_blocks(model, family)):
+        split_block(block, family, model.config)
+        linear = {r: get_linear(block, family, r) for r in family.roles}
+        heads = model.config.num_attention_heads
+        kv = linear["k"].out_features * heads // linear["q"].out_features
+        d = linear["k"].out_features // kv
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        half = int(d * rope.get("partial_rotary_factor", 1.0)) // 2 if family.rotary else 0
+        maps = {"v": torch.stack([projector(d, v, 100 * i + g) for g in range(kv)])}
+        if half and not family.qk_norm:
+            pairs = min((d - qk) // 2, half - 1)  # the others go from what is not rotated
+            rest = qk - 2 * (half - pairs)
+            keep = torch.ones(kv, d, dtype=torch.float64)
+            for g in range(kv):
+                gone = torch.randperm(half, generator=torch.Generator().manual_seed(10 * i + g))[:pairs]
+                keep[g, gone] = keep[g, gone + half] = 0
+            maps["k"] = torch.diag_embed(keep)
+            for g in range(kv):
+                maps["k"][g, 2 * half :, 2 * half :] = projector(d - 2 * half, rest, 100 * i + 50 + g)
+        elif not family.qk_norm:
+            maps["k"] = torch.stack([projector(d, qk, 100 * i + 50 + g) for g in range(kv)])
+        for role, m in maps.items():
+            w = linear[role].weight
+            w.copy_((m.to(w) @ w.unflatten(0, (kv, d))).flatten(0, 1))
+            if linear[role].bias is not None:
+                b = linear[role].bias
+                b.copy_((m.to(w) @ b.view(kv, d, 1)).flatten())
+        linear["down"].weight[:, torch.randperm(linear["down"].in_features)[mlp:]] = 0
+        join_block(block, family)
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_what_carries_nothing_goes_without_a_trace(name, tmp_path):
+    """Logits, generation and the cache of a model cut to exactly what matters; every rope variant and partial rotary."""
+    model = tiny.build(name, torch.float64)
+    shape = MemorySource(model).shape(0)
+    qk, v, mlp = shape.qk - 2, shape.v - 3, shape.intermediate - 9
+    hollow(model, qk, v, mlp)
+    method = Cut(cuts=(("qk", qk), ("vo", v), ("mlp", mlp)))
+    windows = WINDOWS[:, : min(24, getattr(model.config, "max_position_embeddings", 24))]
+    result = compress(model, output=tmp_path / "m", keep=1.0, method=method, windows=windows, dtype=torch.float64)
+    small = load(tmp_path / "m", dtype=torch.float64)
+    ids = windows[:2, :6]
+    with torch.no_grad():
+        difference = float((small(windows[:4]).logits - model(windows[:4]).logits).abs().max())
+        cache = small(ids, use_cache=True).past_key_values
+    assert difference < 1e-4  # stock norms and softmax compute in fp32, the refit is damped
+    per_token = shape.kv_heads * ((shape.qk if shape.qk_norm else qk) + v) * 8 * model.config.num_hidden_layers
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == ids.numel() * per_token
+    assert result.kv_bytes_per_token_after == per_token < result.kv_bytes_per_token_before
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0  # left padding
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached, fresh, dense = (
+        m.generate(ids, use_cache=c, **options) for m, c in ((small, True), (small, False), (model, True))
+    )
+    assert torch.equal(cached, fresh) and torch.equal(cached, dense)
+
+
+# ---------------------------------------------------------------- methods
+
+
+def test_families_that_normalise_queries_and_keys_keep_them_and_say_so(tmp_path):
+    model = tiny.build("qwen3")
+    compress(model, output=tmp_path / "m", keep=0.7, method="a3", windows=WINDOWS)
+    small = load(tmp_path / "m")
+    for old, new in zip(model.model.layers, small.model.layers):
+        for part in ("q_proj", "k_proj"):
+            assert torch.equal(getattr(old.self_attn, part).weight, getattr(new.self_attn, part).weight)
+    assert "normalises" in json.loads((tmp_path / "m" / "planish.json").read_text())["notes"]["qk"]
+
+
+@pytest.mark.parametrize("method", ["a3", "modegpt", "flat-llm"])
+def test_kv_budget_cuts_the_cache_and_nothing_else(method, tmp_path):
+    model = tiny.build("llama_gqa")
+    result = compress(model, output=tmp_path / "m", kv_keep=0.6, method=method, windows=WINDOWS)
+    share = result.kv_bytes_per_token_after / result.kv_bytes_per_token_before
+    assert 0.5 < share <= 0.6
+    small = load(tmp_path / "m")
+    for old, new in zip(model.model.layers, small.model.layers):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            assert torch.equal(getattr(old.mlp, part).weight, getattr(new.mlp, part).weight)
+
+
+def test_kv_budget_needs_a_method_that_cuts_keys_or_values(tmp_path):
+    with pytest.raises(InputError, match="svd-llm cuts neither keys nor values"):
+        compress(tiny.build("llama_gqa"), output=tmp_path / "m", kv_keep=0.5, method="svd-llm", windows=WINDOWS)
+    with pytest.raises(InputError, match="kv-keep must lie in"):
+        compress(tiny.build("llama_gqa"), output=tmp_path / "m", kv_keep=1.5, method="a3", windows=WINDOWS)
+
+
+def test_mixed_ranks_do_no_worse_on_the_calibration_text(tmp_path):
+    result = compress(
+        tiny.build("llama_gqa"),
+        output=tmp_path / "m",
+        keep=0.6,
+        method=A3(allocation="mixed", probes=4),
+        windows=WINDOWS,
+    )
+    notes = json.loads((tmp_path / "m" / "planish.json").read_text())["notes"]
+    assert set(notes["searched"]) == {"uniform", "mixed", "tempered"}
+    assert notes["searched"][notes["chosen"]] == min(notes["searched"].values())
+    assert len(notes["rises"]) == 9 and len(set(notes["searched"].values())) == 3
+    assert 0.55 < result.keep <= 0.6
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.floats(0, 2), min_size=1, max_size=40), st.floats(0, 0.79), st.floats(0.001, 1), st.floats(0.8, 0.99)
+)
+def test_removal_spreads_under_its_cap(influence, removed, smoothing, cap):
+    shares = spread_removal(influence, removed, smoothing, cap)
+    assert sum(shares) == pytest.approx(removed * len(shares), abs=1e-9)
+    assert all(0 <= s <= cap + 1e-12 for s in shares)
+    by_influence = sorted(zip(influence, shares))
+    assert all(a[1] >= b[1] - 1e-9 for a, b in itertools.pairwise(by_influence))
+
+
+def test_removal_beyond_the_cap_is_an_error():
+    with pytest.raises(InputError, match=r"cap=0\.8"):
+        spread_removal([0.1, 0.2], 0.85, 0.15, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "clip_qkv=6"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+    ],
+)
+def test_what_cannot_be_reduced_linearly_is_refused(name, change, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        compress(tiny.build(name, **change), output=tmp_path / "m", method="a3", windows=WINDOWS)
+
+
+def test_units_of_the_two_score_solvers_never_meet():
+    for name in ("llama_gqa", "opt", "qwen3", "gpt_neox"):
+        shape = MemorySource(tiny.build(name)).shape(0)
+        found = [u for s in A3().solvers() for u in s.units(shape)]
+        assert len(found) == len(set(found))
+        assert (Unit(0, "qk") in found) == (not shape.qk_norm)
