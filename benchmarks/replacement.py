@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "replacement.md"
 LEVELS = (0.125, 0.1875, 0.25, 0.3125, 0.375)
 
-WHOLE = {  # attentions and feed-forwards, or whole blocks: the same share of both goes
+WHOLE: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # attentions and feed-forwards, or whole blocks: the same share of both goes
     "subfit": ("subfit", {}),
     "subfit, one shot": ("subfit", {"fit": "once", "basis": "pca", "ffn_score": "error"}),
     "llm-drop": ("llm-drop", {}),
@@ -43,7 +46,7 @@ WHOLE = {  # attentions and feed-forwards, or whole blocks: the same share of bo
     "replaceme, cosine": ("replaceme", {"objective": "cosine"}),
     "llm-streamline": ("llm-streamline", {}),
 }
-ATTENTION = {  # attentions only
+ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {  # attentions only
     "subfit, attention only": ("subfit", {"submodules": "attention", "attention_rank": 1.0}),
     "nbl": ("nbl", {}),
     "llm-drop, attention only": ("llm-drop", {"submodules": "attention"}),

@@ -188,8 +188,11 @@ def compare_windows(job: Job, n: int, windows: int, name: Literal["angle", "cosi
             hidden = stream.run(i, stream.place(stream.block(i)), hidden)
             recent.append(hidden)
             if len(recent) == n + 1:
-                before = recent[0]
-                stats = stream.collect([tap], lambda m, a=before, b=hidden: {"in": a[m], "out": b[m]})
+
+                def pair(m: int, before: Hidden = recent[0], after: Hidden = hidden) -> dict[str, Tensor]:
+                    return {"in": before[m], "out": after[m]}
+
+                stats = stream.collect([tap], pair)
                 found[i + 1 - n] = float(stats.mean(tap, name))
     return found
 
@@ -218,13 +221,14 @@ def fit_window(job: Job, first: int, last: int, site: str, store: bool = False) 
         down = get_linear(block, stream.family, "down")
         weights = {"down": down.weight.detach()} | ({} if down.bias is None else {"down.bias": down.bias.detach()})
         placed = stream.place(block)
-        xs, rest, outputs = (Activations(stream.room) for _ in range(3))
+        xs, rest, after = (Activations(stream.room) for _ in range(3))
         for h in hidden:
             with tap_sites(placed, stream.family, {site, "mlp.add"}) as seen:
                 out = stream.forward(first, placed, h)
             xs.append(seen[site].reshape(*h.shape[:2], -1))
             rest.append(out - seen["mlp.add"].view_as(out))
-            outputs.append(out)
+            after.append(out)
+        outputs: Hidden = after
         for i in range(first + 1, last + 1):
             outputs = stream.run(i, stream.place(stream.block(i)), outputs)
         taps = [Tap("x", "moments", "f", part=part) for part in ("fit", "held")]

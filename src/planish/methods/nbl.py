@@ -29,8 +29,7 @@ class NBL(Method):
     ridge: float = 1e-9
 
     def solvers(self) -> list[Solver]:
-        how = {"input": "raw", "gate": False, "basis": "pca", "ridge": self.ridge}
-        return [Bypass(("attention",), attention_rank=1.0, **how)]
+        return [Bypass(("attention",), attention_rank=1.0, input="raw", gate=False, basis="pca", ridge=self.ridge)]
 
     def plan(self, job: Job) -> Plan:
         solver = self.solvers()[0]

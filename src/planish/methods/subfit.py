@@ -72,8 +72,12 @@ class SubFit(Method):
         names = ("attention_rank", "ffn_rank", "input", "gate", "basis", "ridge", "tokens")
         return Bypass(self.kinds, **{n: getattr(self, n) for n in names})
 
+    def refit_solver(self) -> Bypass:
+        """With which the chosen ones are fitted at last."""
+        return replace(self.solver(), target="gap") if self.fit == "compensated" else self.solver()
+
     def solvers(self) -> list[Solver]:
-        return [replace(self.solver(), target="gap") if self.fit == "compensated" else self.solver()]
+        return [self.refit_solver()]
 
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         """The feed-forward is fitted on what the replaced attention of its block puts out."""
@@ -153,7 +157,8 @@ class SubFit(Method):
 
         job.measure(taps, collect, merge(edits))
         basis = shared_basis(covariances, rank)
-        job.units |= {u: replace(job.units[u], shared=basis) for u in chosen}
+        shared = replace(self.refit_solver(), shared=basis)
+        job.units |= dict.fromkeys(chosen, shared)
         if self.fit == "once":
             solver = replace(self.solver(), shared=basis)
             job.measure(taps, refit, merge(edits))

@@ -54,9 +54,11 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """S = E[(x − μ)(x − μ)ᵀ] (d, d)."""
+        """S = E[(x − μ)(x − μ)ᵀ] (d, d), raised by what rounding leaves of the difference, or a constant x has S < 0."""
         mu, _ = self.means
-        return self.xx / self.n - torch.outer(mu, mu)
+        second = self.xx / self.n
+        noise = torch.finfo(second.dtype).eps * second.trace()  # d · eps · mean(diag)
+        return second - torch.outer(mu, mu) + noise * torch.eye(len(mu), dtype=second.dtype, device=second.device)
 
     @property
     def cross(self) -> Tensor:
