@@ -28,6 +28,12 @@ def optional_data(*parts: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """Commands that the tests run keep their statistics here, not in the user's cache."""
+    os.environ["PLANISH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def data_path() -> Callable[..., Path]:
     """``data_path("text", "wikitext2_test.txt")``: an optional file; the test is skipped where it is absent."""

@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 LAYERS = [
     {"errors", "linalg", "version", "processes", "activations", "shards"},
     {"stats", "families", "core", "edits", "modules", "modelling"},
-    {"solvers", "allocate", "text", "checkpoint", "stream"},
+    {"solvers", "allocate", "targets", "text", "checkpoint", "stream", "cache"},
     {"methods"},
     {"compress", "forecast"},
     {"evaluate", "export", "report"},
-    {"api", "demo", "cli", "__init__", "__main__"},
+    {"api", "demo", "sweep", "cli", "__init__", "__main__"},
 ]
 MAY_USE_TRANSFORMERS = {"families", "modules", "modelling", "checkpoint", "export", "evaluate"}
 FORBIDDEN_FILES = {"utils", "util", "helpers", "helper", "common", "misc"}

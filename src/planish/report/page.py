@@ -177,44 +177,50 @@ def make_charts(r: Results, colours: dict[str, int]) -> str:
     if not measured or not r.dense:
         return ""
     dense = r.dense
-    limit = max([dense.perplexity * 1.02, *(p.perplexity for p in measured if p.perplexity <= 5 * dense.perplexity)])
+    most = sorted(p.perplexity for p in measured)[int(0.8 * (len(measured) - 1))]
+    limit = max(dense.perplexity * 1.02, min(most, 5 * dense.perplexity) * 1.01)
 
-    def lines(value: Any, kind: str) -> str:
-        found = []
-        front = find_front([dense, *measured], value, more=kind == "speed")
-        for label, n in colours.items():
-            marks = [Mark(value(p), p.perplexity, hover(p), p.name in front) for p in measured if p.label == label]
-            found.append(Series(label, n, [m for m in marks if isfinite(m.x)]))
-        show = {"params": count, "kv": number, "speed": lambda v: f"{v:,.0f}"}[kind]
-        name = {"params": "parameters of the whole model", "kv": "KV cache, bytes per token",
-                "speed": "decoded tokens per second (dense: " + f"{dense.decode_tokens_per_s:,.0f})"}[kind]  # fmt: skip
+    def series(x: Any, y: Any, more: bool = False) -> list[Series]:
+        front = find_front([dense, *measured], x, more)
+        found = {label: Series(label, n) for label, n in colours.items()}
+        for p in measured:
+            if isfinite(x(p)):
+                found[p.label].marks.append(Mark(x(p), y(p), hover(p), p.name in front))
+        return list(found.values())
+
+    def plot(x: Any, name: str, show: Any, more: bool = False) -> str:
         return chart(
-            found, (name, show), ("perplexity", lambda v: f"{v:g}"), level=(dense.perplexity, f"dense {dense.perplexity:.2f}"),
-            log_x=False, top=limit,
+            series(x, lambda p: p.perplexity, more), (name, show), ("perplexity", lambda v: f"{v:g}"),
+            level=(dense.perplexity, f"dense {dense.perplexity:.2f}"), log_x=False, top=limit,
         )  # fmt: skip
 
-    cards = [("Perplexity and size", lines(lambda p: p.params, "params"))]
-    cards.append(("Perplexity and KV cache", lines(lambda p: p.kv_bytes_per_token, "kv")))
+    size = "parameters of the whole model"
+    excess = series(lambda p: p.params, lambda p: p.excess if p.excess > 0 else NAN)
+    cards = [
+        ("Perplexity and size", plot(lambda p: p.params, size, count)),
+        (
+            "Loss over dense and size",
+            chart(excess, (size, count), ("log(perplexity / dense), nats", short), log_x=False, log_y=True),
+        ),
+        ("Perplexity and KV cache", plot(lambda p: p.kv_bytes_per_token, "KV cache, bytes per token", number)),
+    ]
     if any(isfinite(p.decode_tokens_per_s) for p in measured):
-        cards.append(("Perplexity and speed", lines(lambda p: p.decode_tokens_per_s, "speed")))
+        name = f"decoded tokens per second (dense: {dense.decode_tokens_per_s:,.0f})"
+        cards.append(("Perplexity and speed", plot(lambda p: p.decode_tokens_per_s, name, number, more=True)))
     known = [p for p in measured if p.predicted > 0 and p.excess > 0]
     if known:
-        series = [
+        pairs = [
             Series(label, n, [Mark(p.predicted, p.excess, hover(p)) for p in known if p.label == label], joined=False)
             for label, n in colours.items()
         ]
-        plot = chart(
-            series,
-            ("predicted loss, nats per token", short),
-            ("measured, log(perplexity / dense)", short),
-            diagonal=True,
-        )
-        cards.append(("Predicted and measured", plot))
+        names = (("predicted loss, nats per token", short), ("measured, log(perplexity / dense)", short))
+        cards.append(("Predicted and measured", chart(pairs, *names, diagonal=True)))
     body = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{plot}</figure>" for name, plot in cards)
     off = sum(p.perplexity > limit for p in measured)
     note = "Filled: nothing else is both smaller (or faster) and better. Hover for values."
-    note += f" ↑: {off} beyond five times the dense perplexity." if off else ""
-    return f'<section><h2>What it costs</h2>{make_legend(colours)}<div class="grid2">{body}</div><p class="note">{note}</p></section>'
+    note += f" ↑: perplexity above the picture ({off} points)." if off else ""
+    body = f'{make_legend(colours)}<div class="grid2">{body}</div><p class="note">{note}</p>'
+    return f"<section><h2>What it costs</h2>{body}</section>"
 
 
 def find_front(points: list[Point], value: Any, more: bool) -> set[str]:
@@ -288,22 +294,27 @@ def make_drifts(r: Results, colours: dict[str, int]) -> str:
             if r.drifts.get(p.name)
         ]
         if any(s.marks for s in series):
-            plot = chart(series, ("block", lambda v: f"{v:g}"), ("relative squared difference", short), log_x=False)
+            plot = chart(
+                series,
+                ("block", lambda v: f"{v:.0f}" if v == int(v) else ""),
+                ("relative squared difference", short),
+                log_x=False,
+            )
             rows = "".join(
                 f'<tr><td><i style="--c:var(--c{colours[p.label] % COLOURS})"></i>{escape(p.label)}<td>{p.kl:.4f}<td>{p.excess:.4f}'
                 for p in r.at(keep)
                 if isfinite(p.kl)
             )
             table = f"<table><tr><th>method<th>KL to dense, nats<th>log(ppl / dense)</tr>{rows}</table>"
-            groups.append(
-                (
-                    keep,
-                    f'<div class="grid2"><figure><figcaption>Outputs of the blocks</figcaption>{plot}</figure><figure><figcaption>Predictions</figcaption>{table}</figure></div>',
-                )
-            )
+            figures = (("Outputs of the blocks", plot), ("Predictions", table))
+            body = "".join(f"<figure><figcaption>{name}</figcaption>{inner}</figure>" for name, inner in figures)
+            groups.append((keep, f'<div class="grid2">{body}</div>'))
     if not groups:
         return ""
-    note = "|x − x_dense|² / |x_dense|² of every block's output and KL(dense ‖ compressed) of the next token, on a few windows of the evaluation text."
+    note = (
+        "|x − x_dense|² / |x_dense|² of every block's output and KL(dense ‖ compressed) of the next token, "
+        "on a few windows of the evaluation text."
+    )
     return f'<section><h2>Drift</h2><p class="note">{escape(note)}</p>{fold(groups)}</section>'
 
 
@@ -334,7 +345,7 @@ def make_table(r: Results, colours: dict[str, int]) -> str:
                 digits(p.perplexity, 3),
                 digits(p.excess, 4),
             ]
-            cells += [digits(p.predicted, 4)] if predicted else []
+            cells += [short(p.predicted) if isfinite(p.predicted) else ""] if predicted else []
             cells += [digits(p.kl, 4)]
             if speed:
                 cells += [
@@ -348,24 +359,20 @@ def make_table(r: Results, colours: dict[str, int]) -> str:
             )
     for p in r.points:
         if p.error:
-            rows.append(
-                f'<tr class="failed new"><td><i></i>{escape(p.label)}<td>{p.keep_requested:g}<td colspan="{len(heads) - 2}">{escape(p.error)}</tr>'
-            )
+            start = f'<tr class="failed new"><td><i></i>{escape(p.label)}<td>{p.keep_requested:g}'
+            rows.append(f'{start}<td colspan="{len(heads) - 2}">{escape(p.error)}</tr>')
     head = "".join(f"<th>{escape(h)}" for h in heads)
     note = "Seconds count compressing alone, with the statistics that earlier points had left."
-    return f'<section><h2>All points</h2><div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div><p class="note">{note}</p></section>'
+    table = f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    return f'<section><h2>All points</h2>{table}<p class="note">{note}</p></section>'
 
 
 def make_commands(r: Results) -> str:
-    lines = []
-    for p in r.done:
-        lines.append(f"# {p.label}, keep {p.keep_requested:g}\n{make_command(r, p)}")
-    body = escape("\n\n".join(lines))
-    return (
-        f"<section><h2>The same again</h2><details><summary>commands, one point at a time</summary><pre>{body}</pre></details></section>"
-        if lines
-        else ""
-    )
+    lines = [f"# {p.label}, keep {p.keep_requested:g}\n{make_command(r, p)}" for p in r.done]
+    if not lines:
+        return ""
+    body = f"<summary>commands, one point at a time</summary><pre>{escape(chr(10).join(lines))}</pre>"
+    return f"<section><h2>The same again</h2><details>{body}</details></section>"
 
 
 def make_command(r: Results, p: Point) -> str:
@@ -424,7 +431,8 @@ def make_command(r: Results, p: Point) -> str:
 
 
 def hover(p: Point) -> str:
-    text = f"{p.label}, keep {p.keep:.3f}: perplexity {p.perplexity:.3f}, {count(p.params)} parameters, {p.kv_bytes_per_token:,} KV bytes per token"
+    text = f"{p.label}, keep {p.keep:.3f}: perplexity {p.perplexity:.3f}, {count(p.params)} parameters"
+    text += f", {p.kv_bytes_per_token:,} KV bytes per token"
     text += f", predicted {p.predicted:.4f}, measured {p.excess:.4f}" if isfinite(p.predicted) else ""
     return text + (f", {p.decode_tokens_per_s:,.0f} tokens/s" if isfinite(p.decode_tokens_per_s) else "")
 

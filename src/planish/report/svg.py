@@ -99,7 +99,7 @@ def chart(
 
     Logarithmic where not told otherwise and the values span more than a factor of four.
     """
-    width, height, left, right, upper, lower = 460, 330, 54, 16, 14, 46
+    width, height, left, right, upper, lower = 460, 330, 64, 16, 14, 46
     xs = [m.x for s in series for m in s.marks if isfinite(m.x)]
     ys = [m.y for s in series for m in s.marks if isfinite(m.y) and (top is None or m.y <= top)]
     ys += [level[0]] if level else []
@@ -149,17 +149,18 @@ def chart(
     if level:
         at = ay.at(level[0])
         out.append(f'<line class="level" x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        out.append(f'<text class="tick" x="{left + 5}" y="{at - 5:.1f}">{escape(level[1])}</text>')
+        out.append(f'<text class="tick halo" x="{left + 5}" y="{at - 5:.1f}">{escape(level[1])}</text>')
     for s in reversed(series):  # the first ones lie on top
         colour = f'style="--c:var(--c{s.number % COLOURS})"'
         marks = sorted((m for m in s.marks if isfinite(m.x) and m.y == m.y), key=lambda m: m.x)
         cut = [top is not None and m.y > top for m in marks]
         at_y = [ay.at(ay.high) if c else ay.at(m.y) for m, c in zip(marks, cut, strict=True)]
         out.append(f"<g {colour}>")
-        if s.joined and len(marks) > 1:
-            path = " ".join(f"{ax.at(m.x):.1f},{v:.1f}" for m, v in zip(marks, at_y, strict=True))
-            dash = ' stroke-dasharray="6 4"' if s.number >= COLOURS else ""
-            out.append(f'<polyline class="line"{dash} points="{path}"/>')
+        places = [f"{ax.at(m.x):.1f},{v:.1f}" for m, v in zip(marks, at_y, strict=True)]
+        dash = ' stroke-dasharray="6 4"' if s.number >= COLOURS else ""
+        for n in range(1, len(marks) if s.joined else 0):
+            if not (cut[n - 1] and cut[n]):  # both lie above the picture
+                out.append(f'<polyline class="line"{dash} points="{places[n - 1]} {places[n]}"/>')
         for m, v, off in zip(marks, at_y, cut, strict=True):
             if off:
                 mark = f'<text class="off" x="{ax.at(m.x):.1f}" y="{v + 10:.1f}" text-anchor="middle">↑'
@@ -181,10 +182,10 @@ def heat_map(rows: Sequence[str], cells: Sequence[Sequence[tuple[float, str] | N
     """Rows × blocks; a cell is (share that stays, what hovering shows), the darker the more is gone. None: no such cell."""
     n = max(map(len, cells), default=0)
     left, lower, high = 40, 20, 21
-    wide = min(34.0, (460 - left) / max(n, 1))
+    wide = min(46.0, (460 - left) / max(n, 1))
     width, height = left + wide * n, high * len(rows) + lower
     out = [
-        f'<svg viewBox="0 0 {width:.0f} {height}" style="max-width:{width:.0f}px" role="img" aria-label="kept weights">'
+        f'<svg viewBox="0 0 {width:.0f} {height}" style="max-width:{1.2 * width:.0f}px" role="img" aria-label="kept weights">'
     ]
     for r, (name, row) in enumerate(zip(rows, cells, strict=True)):
         y = r * high
