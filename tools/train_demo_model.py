@@ -11,11 +11,13 @@ result is reproducible up to the arithmetic of the machine.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -72,6 +74,15 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalise(p.grad.lerp(m, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Weights in bf16, the tied matrix once."""
+    model.save_pretrained(folder)
+    weights = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -179,9 +190,7 @@ def main() -> None:
             print(rows[-1], flush=True)
             if args.log:
                 args.log.write_text("\n".join(rows) + "\n")
-            weights = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
-            model.config.dtype = "bfloat16"
-            model.save_pretrained(args.output, state_dict=weights)
+            save(model, args.output)
         elif step in (5, 20, 60):
             print(f"step {step} {(step + 1) * batch.numel() / (time.time() - start):.0f} tokens/s", flush=True)
     print(f"held-out perplexity {math.exp(nll):.3f} (fp32 weights, windows of {args.seq_len})")
