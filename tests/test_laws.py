@@ -452,8 +452,8 @@ def test_batches_do_not_matter(method, family):
     except InputError:
         pytest.skip(f"{method} refuses {family}")
     job = Job(Stream(MemorySource(tiny.build(family)), WINDOWS[:1]), find_method(method), 1.0)
-    taps = job.taps(list(job.units))  # held-out parts and sampled labels go by the sequence's number
-    ordered = any(t.part != "all" or "grad:" in t.site + t.other for t in taps)
+    taps = job.taps(list(job.units))  # held-out parts, sampled labels and first samples go by the sequence's number
+    ordered = any(t.part != "all" or "grad:" in t.site + t.other for t in taps) or hasattr(job.method, "samples")
     ordered |= hasattr(job.method, "windows")  # so do measurements on the first few sequences
     order = torch.arange(12) if ordered else torch.randperm(12, generator=torch.Generator().manual_seed(0))
     parts = solve(family, method, list(WINDOWS[order].split(5)))

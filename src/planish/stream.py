@@ -249,7 +249,8 @@ class Stream:
         """Mean NLL per predicted token of the calibration windows, from last-block outputs."""
         losses = []
         for piece, h in zip(self.pieces, hidden, strict=True):
-            logits = self.logits(h)[:, :-1].float()
+            logits = self.logits(h)[:, :-1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             target = piece.ids[:, 1:].to(self.device)
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
             losses.append((loss, target.numel()))
