@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from planish.checkpoint import find_folder, load, load_config, load_tokenizer
 from planish.errors import InputError
@@ -179,7 +181,13 @@ class Vllm:
 
         self.sampling = SamplingParams
         self.engine = LLM(
-            model=str(folder), dtype="float32", max_model_len=context, enforce_eager=True, max_logprobs=-1, seed=0
+            model=str(folder),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=context,
+            enforce_eager=True,
+            max_logprobs=-1,
+            seed=0,
         )
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -221,7 +229,7 @@ def verify(
     if target not in TARGETS:
         raise InputError(f"unknown target {target!r}; expected one of {', '.join(TARGETS)}")
     path = find_folder(folder)
-    config = load_config(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False) if is_carrier(path) else load_config(path)
     longest = config.max_position_embeddings
     if target == "gguf":
         longest = min(longest, getattr(config, "sliding_window", None) or longest)
@@ -264,10 +272,20 @@ def verify(
     )
 
 
+def is_carrier(path: Path) -> bool:
+    """Was the folder exported to an architecture of transformers that is not one of planish's families?"""
+    file = path / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "mimo_v2_flash"
+
+
 def open_target(path: Path, target: str, file: str | Path | None, context: int, scratch: Path) -> tuple[Runner, str]:
     """The model in its target, exported first where no file is given."""
     if target == "hf":
-        return Transformers(load(path, dtype=torch.float32), load_tokenizer(path)), str(path)
+        if is_carrier(path):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        else:
+            model = load(path, dtype=torch.float32)
+        return Transformers(model, load_tokenizer(path)), str(path)
     if target == "vllm":
         return Vllm(path, context), str(path)
     if file is None:

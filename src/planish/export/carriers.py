@@ -160,7 +160,7 @@ def write(
     except BaseException:
         writer.abort()
         raise
-    stored = sum(source.tensor(n).numel() for n in source.files)
+    stored = source.count()
     notes = [f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights"] if back else []
     if total - stored != back:
         notes.append(f"zeros to fit {target}, less norms of removed submodules: {total - stored - back:+,} weights")

@@ -54,7 +54,7 @@ def export_dense(folder: str | Path, output: str | Path, *, pad: bool = False, o
     except BaseException:
         writer.abort()
         raise
-    stored = sum(source.tensor(n).numel() for n in source.files)
+    stored = source.count()
     if back:
         notes.append(f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights")
     if total - stored != back:

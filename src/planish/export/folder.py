@@ -53,6 +53,12 @@ class Folder:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def count(self) -> int:
+        """Stored parameters, tied ones once."""
+        return sum(t.numel() for t in self.outside().values()) + sum(
+            self.tensor(n).numel() for n in self.files if n.startswith(self.family.blocks + ".")
+        )
+
     def tensor(self, name: str) -> Tensor:
         try:
             with safe_open(self.files[name], "pt") as handle:
@@ -73,7 +79,10 @@ class Folder:
     def outside(self) -> dict[str, Tensor]:
         """Stored tensors that belong to no block."""
         inside = self.family.blocks + "."
-        return {n: self.tensor(n) for n in self.files if not n.startswith(inside)}
+        names = [n for n in self.files if not n.startswith(inside)]
+        if self.config.tie_word_embeddings and len(names) > 1:
+            names = [n for n in names if n != "lm_head.weight"]  # some checkpoints store the embedding twice
+        return {n: self.tensor(n) for n in names}
 
     @cached_property
     def stock_config(self) -> Any:
@@ -114,8 +123,8 @@ class Plain:
     """One block as plain matrices, whatever forms it was stored in.
 
     `attention`: "full"; "none" (adds nothing); "linear" (adds `linear` @ normed input + `linear.bias`). `mlp`: "full";
-    "none"; "linear" (adds `down` @ (`up` @ normed input) + `down.bias`). `tensors`: role → weight (out, in), "role.bias" → (out,), and the
-    norms "attention_norm", "mlp_norm", "q_norm", "k_norm". `extra`: weights that multiplying low-rank forms back costs.
+    "none"; "linear" (adds `down` @ (`up` @ normed input) + `down.bias`).
+    `tensors`: role → weight (out, in), "role.bias" → (out,), and the norms "attention_norm", "mlp_norm", "q_norm", "k_norm". `extra`: weights that multiplying low-rank forms back costs.
     """
 
     shape: Shape

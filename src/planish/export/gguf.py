@@ -4,7 +4,7 @@
 |---|---|---|
 | llama, qwen2, qwen3 | equal blocks | smaller value dimensions and unequal MLP widths are filled up with zeros |
 | deci | MLP widths per block, removed attention, attention → linear (normed input) | value dimensions are filled up |
-| mimo2 | value dimensions below the head size, equal in all blocks | unequal MLP widths are filled up; no biases, no query/key norm |
+| mimo2 | value dimensions below the head size, equal in all blocks | unequal MLP widths are filled up; no biases |
 
 Low-rank linears are multiplied back and removed rotary pairs return as zero channels: no graph of llama.cpp has either.
 Blocks of which nothing is left are not written; a constant beside a linear map becomes the bias of an MLP of zeros, in a
@@ -117,7 +117,7 @@ def export_gguf(
         writer.close()
         partial.unlink(missing_ok=True)
         raise
-    stored = sum(source.tensor(n).numel() for n in source.files)
+    stored = source.count()
     notes = describe_cost(total - stored, sum(s.extra for s in sketches), architecture, reasons) + notes
     return Written("gguf", str(target), architecture, dtype, total, stored, target.stat().st_size, tokenizer, notes)
 
