@@ -56,7 +56,7 @@ def read_task(path: Path, limit: int | None = None) -> list[Example]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read task {path}: {error}") from None
-    examples = []
+    examples: list[Example] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -224,10 +224,9 @@ def evaluate_names(
 
         acc = get("acc")
         if acc is not None:
-            error, norm_error = get("acc_stderr"), get("acc_norm_stderr")
-            scores.append(
-                Score(name, count, acc, float("nan") if error is None else error, get("acc_norm"), norm_error)
-            )
+            spread = get("acc_stderr")
+            spread = float("nan") if spread is None else spread
+            scores.append(Score(name, count, acc, spread, get("acc_norm"), get("acc_norm_stderr")))
     return scores
 
 

@@ -76,9 +76,9 @@ def export_deci(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
         raise InputError("deci is written for models without biases whose heads are rotated in full")
     blocks = []
     for i, p in enumerate(plains):
-        attention = {"no_op": p.attention == "none" and i > 0, "replace_with_linear": False}
+        attention: dict[str, Any] = {"no_op": p.attention == "none" and i > 0, "replace_with_linear": False}
         attention["n_heads_in_group"] = None if attention["no_op"] else first.groups
-        ffn = {"no_op": p.mlp == "none", "replace_with_linear": False, "ffn_mult": None}
+        ffn: dict[str, Any] = {"no_op": p.mlp == "none", "replace_with_linear": False, "ffn_mult": None}
         ffn["intermediate_size"] = None if p.mlp == "none" else p.width
         blocks.append({"attention": attention, "ffn": ffn})
     settings = base_settings(source) | {

@@ -124,7 +124,8 @@ class Plain:
 
     `attention`: "full"; "none" (adds nothing); "linear" (adds `linear` @ normed input + `linear.bias`). `mlp`: "full";
     "none"; "linear" (adds `down` @ (`up` @ normed input) + `down.bias`).
-    `tensors`: role → weight (out, in), "role.bias" → (out,), and the norms "attention_norm", "mlp_norm", "q_norm", "k_norm". `extra`: weights that multiplying low-rank forms back costs.
+    `tensors`: role → weight (out, in), "role.bias" → (out,), and the norms "attention_norm", "mlp_norm", "q_norm",
+    "k_norm". `extra`: weights that multiplying low-rank forms back costs.
     """
 
     shape: Shape
