@@ -39,6 +39,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--n-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of --seq-len tokens")
+    parser.add_argument("--repeats", type=int, default=5, help="turns in which decoding is timed")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -71,7 +72,13 @@ def main() -> None:
                     rows.append(f"| {name} | {keep:g} | {error} | | | |")
                     continue
                 model = planish.load(Path(scratch) / "out", dtype="float32")
-                speeds = bench({"dense": dense, "small": model}, batch_sizes=[1], prompt_len=64, new_tokens=48)
+                speeds = bench(
+                    {"dense": dense, "small": model},
+                    batch_sizes=[1],
+                    prompt_len=32,
+                    new_tokens=16,
+                    repeats=args.repeats,
+                )
                 base, small = (s.decode_tokens_per_s for s in speeds)
                 ratio = sorted(b / a for a, b in zip(base.values, small.values))[len(base.values) // 2]
                 rows.append(

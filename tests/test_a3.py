@@ -22,6 +22,7 @@ from planish.linalg import balance, nystrom, reduce_scores, selection_losses
 from planish.methods.a3 import A3
 from planish.methods.modegpt import spread_removal
 from planish.modules import find_blocks, get_linear, join_block, split_block
+from planish.solvers.key_latent import KeyLatent
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
@@ -267,7 +268,7 @@ def test_families_that_normalise_queries_and_keys_keep_them_and_say_so(tmp_path)
     assert "normalises" in json.loads((tmp_path / "m" / "planish.json").read_text())["notes"]["qk"]
 
 
-@pytest.mark.parametrize("method", ["a3", "modegpt", "flat-llm"])
+@pytest.mark.parametrize("method", ["a3", "modegpt", "flat-llm", "palu"])
 def test_kv_budget_cuts_the_cache_and_nothing_else(method, tmp_path):
     model = tiny.build("llama_gqa")
     result = compress(model, output=tmp_path / "m", kv_keep=0.6, method=method, windows=WINDOWS)
@@ -336,3 +337,36 @@ def test_units_of_the_two_score_solvers_never_meet():
         found = [u for s in A3().solvers() for u in s.units(shape)]
         assert len(found) == len(set(found))
         assert (Unit(0, "qk") in found) == (not shape.qk_norm)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_yarn", "mistral", "qwen3", "gemma3", "gpt_neox", "opt", "mpt"])
+def test_latent_keys_are_rebuilt_before_norm_and_rotation(name, tmp_path):
+    """A model whose keys of all heads lie in a small subspace loses nothing when only that is cached."""
+    model = tiny.build(name, torch.float64)
+    shape = MemorySource(model).shape(0)
+    solver, family = KeyLatent(), FAMILIES[model.config.model_type]
+    rank = solver.ranks(Unit(0, "keys"), shape)[-2]
+    with torch.no_grad():
+        for i, block in enumerate(find_blocks(model, family)):
+            linear = get_linear(split_block(block, family, model.config), family, "k")
+            p = projector(linear.out_features, rank, i)
+            linear.weight.copy_(p @ linear.weight)
+            if linear.bias is not None:
+                linear.bias.copy_(p @ linear.bias)
+            join_block(block, family)
+    method = Cut(cuts=(("keys", rank),), parts=(solver,))
+    result = compress(model, output=tmp_path / "m", keep=1.0, method=method, windows=WINDOWS, dtype=torch.float64)
+    small, ids = load(tmp_path / "m", dtype=torch.float64), WINDOWS[:2, :6]
+    with torch.no_grad():
+        assert float((small(WINDOWS[:4]).logits - model(WINDOWS[:4]).logits).abs().max()) < 1e-4
+        cache = small(ids, use_cache=True).past_key_values
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == ids.numel() * result.kv_bytes_per_token_after
+    assert held == ids.numel() * model.config.num_hidden_layers * (rank + shape.kv_heads * shape.v) * 8
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0  # left padding
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached, fresh, dense = (
+        m.generate(ids, use_cache=c, **options) for m, c in ((small, True), (small, False), (model, True))
+    )
+    assert torch.equal(cached, fresh) and torch.equal(cached, dense)

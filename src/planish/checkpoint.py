@@ -726,7 +726,8 @@ def kv_bytes(specs: list[Spec], shapes: list[Shape], itemsize: int) -> int:
         form = spec.get("attention", {})
         if form.get("kind") == "bypass":
             continue
-        total += shape.kv_heads * (form.get("qk", shape.qk) + form.get("v", shape.v)) * itemsize
+        keys = form["k_rank"] * form["k_groups"] if "k_rank" in form else shape.kv_heads * form.get("qk", shape.qk)
+        total += (keys + shape.kv_heads * form.get("v", shape.v)) * itemsize
     return total
 
 

@@ -13,6 +13,7 @@ have different forms. A block's `spec` is JSON; `install` builds empty modules f
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -44,10 +45,9 @@ class Pair(nn.Module):
 
 
 class Pivoted(nn.Module):
-    """y[order] = [P x, C (P x)], plus bias: P (rank, in), C (out − rank, rank), `order` (out,) a permutation.
+    """y = [P x, C (P x)][order], plus bias: P (rank, in), C (out − rank, rank), `order` (out,) a permutation.
 
-    r(in + out − r) numbers for any linear of rank r, and as many multiplications. Writing both parts in place costs
-    less than joining and permuting them; `benchmarks/pivoted.py` measures it.
+    r(in + out − r) numbers for any linear of rank r, and as many multiplications; `benchmarks/pivoted.py` times it.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, **kw):
@@ -56,18 +56,15 @@ class Pivoted(nn.Module):
         self.P = nn.Linear(in_features, rank, bias=False, **kw)
         self.C = nn.Linear(rank, out_features - rank, bias=False, **kw)
         self.bias = nn.Parameter(torch.zeros(out_features, **kw)) if bias else None
-        self.register_buffer("order", torch.arange(out_features, device=kw.get("device")))
+        self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=kw.get("device")))
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.P(x)
-        y = base.new_empty(*base.shape[:-1], self.out_features)
-        y.index_copy_(-1, self.order[: self.rank], base)
-        y.index_copy_(-1, self.order[self.rank :], self.C(base))
+        y = torch.cat([base, self.C(base)], dim=-1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias
 
     def dense(self) -> Tensor:
-        rows = torch.cat([self.P.weight, self.C.weight @ self.P.weight])
-        return torch.empty_like(rows).index_copy(0, self.order, rows)
+        return torch.cat([self.P.weight, self.C.weight @ self.P.weight]).index_select(0, self.order)
 
 
 class HeadPair(nn.Module):
@@ -257,6 +254,11 @@ class Attention(nn.Module):
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        return self.attend(query, key, value, attention_mask, position_bias, **kwargs)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, position_bias, **kwargs):
+        """Scores, softmax and output projection by the model's attention implementation: (B, T, hidden), weights."""
+        shape = query.shape[0], query.shape[2]
         if position_bias is not None:
             attention_mask = add_position_bias(position_bias, attention_mask, key)
         extra = {}
@@ -277,6 +279,59 @@ class Attention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+class Latent(Attention):
+    """Attention that caches `rank` numbers for each of `groups` sets of kv heads in place of their keys.
+
+    Keys are rebuilt at every call, k = U z with U (groups, heads of a group · qk, rank), then normalised and rotated at
+    their index in the cache (scores depend on relative positions alone). Costs a product with U per cached token.
+    """
+
+    def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, rank: int, groups: int):
+        super().__init__(stock, config, family, qk, v, None)
+        weight = next(stock.parameters())
+        kw = {"device": weight.device, "dtype": weight.dtype}
+        self.U = nn.Parameter(torch.zeros(groups, self.kv_heads // groups * qk, rank, **kw), requires_grad=False)
+        self.layer_type = getattr(stock, "layer_type", None)
+        self.tables = make_rotary(stock) if family.rotary else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        layer_past=None,
+        position_bias: Tensor | None = None,
+        **kwargs,
+    ):
+        shape = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*shape, -1, self.qk).transpose(1, 2)
+        latent = self.k_proj(hidden_states).view(*shape, len(self.U), -1).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*shape, -1, self.v).transpose(1, 2)
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            if getattr(cache, "is_compileable", False):
+                raise NotImplementedError("attention on latent keys needs a cache that grows, such as DynamicCache")
+            latent, value = cache.update(latent, value, self.layer_idx)
+        key = (latent @ self.U.mT).unflatten(-1, (-1, self.qk)).transpose(2, 3).flatten(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.tables is not None:
+            at = torch.arange(key.shape[2], device=key.device)[None]
+            extra = () if self.layer_type is None or not hasattr(self.tables, "layer_types") else (self.layer_type,)
+            cos, sin = (t[:, None, :, : t.shape[-1] // 2] for t in self.tables(value, at, *extra))
+            key = rotate_pairs(key, cos, sin)
+            query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
+        return self.attend(query, key, value, attention_mask, position_bias, **kwargs)
+
+
+def make_rotary(stock: nn.Module) -> nn.Module:
+    """The rotary tables' module of a stock attention's own family."""
+    names = vars(sys.modules[type(stock).__module__])
+    kind = next(c for n, c in names.items() if n.endswith("RotaryEmbedding"))
+    return kind(config=stock.config)
 
 
 def add_position_bias(bias: Tensor, masked: Tensor | None, key: Tensor) -> Tensor:
@@ -437,7 +492,10 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
         linears[role] = build_linear(f, linears[role])
         set_module(block, family.path(role), linears[role])
     if form.get("kind") == "own":
-        own = Attention(stock, config, family, form["qk"], form["v"], form.get("pairs"))
+        if "k_rank" in form:
+            own = Latent(stock, config, family, form["qk"], form["v"], form["k_rank"], form["k_groups"])
+        else:
+            own = Attention(stock, config, family, form["qk"], form["v"], form.get("pairs"))
         for role in "qkvo":
             setattr(own, f"{role}_proj", linears[role])
         set_module(block, family.attention, own)

@@ -1,0 +1,69 @@
+"""Keys of several heads cached as one latent and rebuilt before they are rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights, compute_loss_tails
+from planish.linalg import eigh_descending
+from planish.stats import Stats, Tap
+
+
+@dataclass(frozen=True)
+class KeyLatent(Solver):
+    """Per group of up to `group` kv heads: z = Qᵀ k of the heads' keys side by side, cached; k ≈ Q z.
+
+    Q: top eigenvectors of E[k kᵀ] of the group before norm and rotation, biases included, which is the whitened SVD of
+    the group's W_k without a root. Costs r · groups · (hidden + group · d) and the product Q z per cached token at every
+    step; works with rotary positions and with normalised keys. Predicted loss: Σ of dropped eigenvalues.
+    Reference: Palu (arXiv 2407.21118), G-LRD. Differs from the paper: biases are part of the latent.
+    """
+
+    name: ClassVar[str] = "key-latent"
+    exempt: ClassVar[dict[str, str]] = {"exact": "keys are rebuilt inside the attention, where no site shows them"}
+    group: int = 4
+
+    def heads(self, shape: Shape) -> int:
+        """Kv heads that share a latent: the largest divisor of their number up to `group`."""
+        return max(n for n in range(1, self.group + 1) if shape.kv_heads % n == 0)
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [Unit(shape.block, "keys")]
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        full = self.heads(shape) * shape.qk
+        below = (full * shape.hidden - 1) // (shape.hidden + full)
+        return [*range(1, min(below, full - 1) + 1), full]
+
+    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+        full, groups = self.heads(shape) * shape.qk, shape.kv_heads // self.heads(shape)
+        return groups * (full * shape.hidden if rank >= full else rank * (shape.hidden + full))
+
+    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return rank * (shape.kv_heads // self.heads(shape))
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return [Tap("k.out", "head_gram", heads=shape.kv_heads // self.heads(shape))]
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        values, vectors = eigh_descending(stats.mean(self.taps(unit, shape)[0]))
+        loss = compute_loss_tails(values.clamp(min=0).sum(0))
+        return Frontier(unit, loss, {"Q": vectors, **{n: weights[n] for n in ("k", "k.bias") if n in weights}})
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        f = frontier.factors
+        if rank >= self.heads(shape) * shape.qk:
+            return []
+        q = f["Q"][..., :rank]  # (groups, heads of a group · qk, rank)
+        w = (q.mT @ f["k"].double().unflatten(0, (len(q), -1))).flatten(0, 1)
+        tensors: dict[str, torch.Tensor] = {"weight": w}
+        if "k.bias" in f:
+            tensors["bias"] = (q.mT @ f["k.bias"].double().view(len(q), -1, 1)).flatten()
+        return [
+            Edit("k", {"kind": "dense", "out": w.shape[0], "in": w.shape[1]}, tensors),
+            Edit("attention", {"kind": "own", "k_rank": rank, "k_groups": len(q)}, {"U": q}),
+        ]
