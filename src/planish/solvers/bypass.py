@@ -57,7 +57,7 @@ class Moments:
         """S = E[(x − μ)(x − μ)ᵀ] (d, d), raised by what rounding leaves of the difference, or a constant x has S < 0."""
         mu, _ = self.means
         second = self.xx / self.n
-        noise = torch.finfo(second.dtype).eps * second.trace()  # d · eps · mean(diag)
+        noise = 4 * self.n**0.5 * torch.finfo(second.dtype).eps * second.trace()
         return second - torch.outer(mu, mu) + noise * torch.eye(len(mu), dtype=second.dtype, device=second.device)
 
     @property
