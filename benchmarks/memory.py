@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--first", type=int, default=0, help="stop after so many blocks: every one of them is alike")
     parser.add_argument("--set", action="append", default=["damping=0.01"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="planish-memory-") as folder:
@@ -61,12 +62,19 @@ def main() -> None:
         start = time.perf_counter()
         for setting in args.set:
             command += ["--set", setting]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        process, shards = subprocess.Popen(command, stdout=subprocess.DEVNULL), out.with_name("out.partial")
+        while process.poll() is None:
+            time.sleep(0.5)
+            if args.first and len(list(shards.glob("*.safetensors"))) > args.first:
+                process.kill()
+        if process.returncode and not args.first:
+            raise SystemExit(f"compress failed with {process.returncode}")
         minutes = (time.perf_counter() - start) / 60
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     shape = f"{args.hidden}/{args.intermediate} {args.dtype}"
+    blocks = f"first {args.first} of {args.blocks}" if args.first else str(args.blocks)
     row = (
-        f"| {shape} | {args.blocks} | {size / 1e9:.2f} GB | {args.method} | {args.samples * args.seq_len} | "
+        f"| {shape} | {blocks} | {size / 1e9:.2f} GB | {args.method} | {args.samples * args.seq_len} | "
         f"{peak / 1e9:.2f} GB | **{peak / size:.1%}** | {minutes:.1f} |"
     )
     print(json.dumps({"model_bytes": size, "peak_rss_bytes": peak, "share": peak / size}))

@@ -16,7 +16,7 @@ LAYERS = [
     {"stats", "families", "core", "edits", "modules", "modelling"},
     {"solvers", "allocate", "targets", "text", "checkpoint", "stream", "cache"},
     {"methods"},
-    {"compress", "forecast"},
+    {"compress", "forecast", "predict", "recipe"},
     {"evaluate", "export", "report"},
     {"api", "demo", "sweep", "cli", "__init__", "__main__"},
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from planish import checkpoint
 from planish.checkpoint import FolderSource, Source, find_folder, load_tokenizer, open_source
-from planish.compress import Result, check_keep
+from planish.compress import Result, check_keep, find_name
 from planish.compress import compress as compress_windows
 from planish.core import Method, Progress
 from planish.errors import InputError
@@ -23,6 +23,7 @@ from planish.evaluate.tasks import Score
 from planish.forecast import Forecast
 from planish.forecast import forecast as forecast_windows
 from planish.methods import find_method, list_methods
+from planish.recipe import Recipe, Text
 from planish.text import fingerprint, load_tokens, sample_windows
 
 N_SAMPLES, SEQ_LEN = 128, 2048  # unless told; fewer where the text or the model has fewer
@@ -105,6 +106,13 @@ def compress(
     place = find_device(device)
     source = open_source(model, tokenizer)
     text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
+    recipe = None
+    if isinstance(source, FolderSource) and isinstance(calibration, str | Path):
+        recipe = Recipe(
+            model=source.name, keep=keep, kv_keep=kv_keep, method=find_name(chosen), settings=chosen.settings(),
+            calibration=Text(source=str(calibration), **{n: text.record[n] for n in ("n_samples", "seq_len", "seed", "sampling")}),
+            device=place.partition(":")[0], dtype=dtype if isinstance(dtype, str) else None, round_to=round_to, target=target,
+        )  # fmt: skip
     result = compress_windows(
         source,
         output=output,
@@ -121,6 +129,7 @@ def compress(
         target=target,
         cache=cache,
         progress=progress,
+        files={"recipe.yaml": recipe.text()} if recipe else None,
     )
     result.warnings = text.notes + result.warnings
     return result

@@ -522,6 +522,7 @@ def compress(
     cache: Cache | bool = False,
     resume: bool = False,
     target: str = "any",
+    files: dict[str, str] | None = None,
 ) -> Result:
     """Compress a model into a folder. `windows` (n, seq): calibration token ids (see `planish.text`).
 
@@ -530,6 +531,7 @@ def compress(
     `calibration`: what to record about the text in the manifest. Raises InputError for anything wrong with the input.
     `cache`: the one that several runs share, or whether to use the one on disk; `stream`: what several runs share.
     `resume`: take up an interrupted run with these same arguments (see `planish.resume`).
+    `files`: further text files for the folder, by name.
     """
     start = time.perf_counter()
     if processes.start(device):
@@ -548,7 +550,7 @@ def compress(
                 "model": str(source.folder.resolve()), "name": source.name, "keep": keep, "kv_keep": kv_keep,
                 "method": find_name(method), "settings": method.settings(), "given": sorted(settings or {}),
                 "calibration": calibration or {}, "device": device.partition(":")[0], "dtype": dtype and str(dtype)[6:],
-                "round_to": round_to, "overwrite": overwrite, "target": target,
+                "round_to": round_to, "overwrite": overwrite, "target": target, "files": files or {},
                 "processes": processes.count(),
             }  # fmt: skip
             writer.keep_request(request, windows)
@@ -571,6 +573,8 @@ def compress(
         result.warnings = sorted({*read_warnings(caught), *earlier})
         result.seconds["total"] = time.perf_counter() - start
         write_manifest(writer, job, plan, result, calibration or {})
+        for name, content in (files or {}).items():
+            writer.text(name, content)
         writer.close()
     except BaseException as error:
         writer.abort(wrong_input=isinstance(error, (InputError, OSError)) and not resume)
@@ -600,7 +604,7 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         source = open_source(request["model"])
         source.name = request["name"]
         keep, kv_keep, round_to, overwrite = (request[k] for k in ("keep", "kv_keep", "round_to", "overwrite"))
-        target = request["target"]
+        target, files = request["target"], request["files"]
         calibration, given, device = request["calibration"], dict.fromkeys(request["given"]), request["device"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {state / 'request.json'}: {error!r}; compress again with --overwrite") from None
@@ -608,7 +612,7 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         source, output=output, keep=keep, kv_keep=kv_keep, method=method,
         windows=Shard(state / "windows.safetensors").read("windows"), calibration=calibration, settings=given,
         device=device, dtype=dtype, round_to=round_to, overwrite=overwrite, progress=progress, resume=True,
-        target=target,
+        target=target, files=files,
     )  # fmt: skip
 
 

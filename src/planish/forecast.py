@@ -6,8 +6,6 @@ count two per weight and token. Peak memory and time are estimates; `how` says f
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from torch import Tensor
 from planish.checkpoint import Source
 from planish.compress import Job, channels, check_tokens, check_windows, find_name, pick_dtype
 from planish.core import SUBMODULES, Method, Plan, Progress, Shape
+from planish.predict import Prediction, predict
 from planish.stats import KINDS, Tap
 from planish.stream import Stream
 
@@ -43,6 +42,8 @@ class Forecast:
     kv_bytes_per_token_after: int
     context: int
     peak_ram_bytes: int
+    peak_vram_bytes: int
+    disk_bytes: int
     seconds: float
     needed_statistics: bool
     units: list[dict[str, Any]]
@@ -127,7 +128,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
     full_caches = {i: s.kv_heads * (s.qk + s.v) for i, s in enumerate(shapes)}
     context = size[1]
     attend, attend_after = (sum(2 * context * s.groups * c[s.block] for s in shapes) for c in (full_caches, caches))
-    peak, seconds, how = estimate(job, plan, size, params, head, itemsize, attend)
+    peaks, seconds, how = estimate(job, plan, size, params, head, itemsize, attend)
     return Forecast(
         method=find_name(job.method),
         keep_requested=job.keep,
@@ -143,7 +144,9 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         kv_bytes_per_token_before=sum(full_caches.values()) * itemsize,
         kv_bytes_per_token_after=sum(caches.values()) * itemsize,
         context=context,
-        peak_ram_bytes=peak,
+        peak_ram_bytes=peaks.ram,
+        peak_vram_bytes=peaks.vram,
+        disk_bytes=peaks.disk + peaks.spill,
         seconds=seconds + (planning if measured else 0.0),
         needed_statistics=measured,
         units=rows,
@@ -173,24 +176,30 @@ def sums(shape: Shape, tap: Tap) -> int:
 
 def estimate(
     job: Job, plan: Plan, size: tuple[int, int], params: int, head: int, itemsize: int, attend: int
-) -> tuple[int, float, dict[str, str]]:
-    """Peak resident bytes, seconds, and how they were found."""
+) -> tuple[Prediction, float, dict[str, str]]:
+    """Peak bytes, seconds, and how they were found."""
     tokens = prod(size)
     stream = job.stream
     shape = max(job.shapes, key=Shape.count)
     units = [u for u in job.block_units(shape.block) if plan.get(u, job.full(u)) < job.full(u)]
     taps = {t for stage in job.method.stages(job.block_units(shape.block)) for t in job.taps(stage)}
     statistics = sum(sums(shape, t) for t in taps)
-    width = stream.dtype.itemsize
     both = 2 if job.method.prefix == "both" else 1
-    on_cpu = stream.device.type == "cpu"
-
-    block = shape.count() * (itemsize + (width if on_cpu and width != itemsize else 0))
-    outside = (params - job.weights) * (width if on_cpu else itemsize)
-    activations = tokens * shape.hidden * width * 2 * both
-    working = max(2 * statistics, 3 * max(map(prod, map(shape.linear, shape.roles)))) * 8
-    one_batch = min(tokens, 8192) * 4 * max(shape.intermediate, shape.heads * shape.qk) * width if on_cpu else 0
-    peak = resident() + outside + 2 * block * both + activations + statistics * 8 + working + one_batch
+    written = params - job.weights + sum(job.cost(u, plan.get(u, job.full(u))) for u in job.units)
+    written += job.weights - job.full_cost()
+    found = predict(
+        job.shapes,
+        outside=params - job.weights,
+        largest=head,
+        statistics=statistics,
+        tokens=tokens,
+        written=written,
+        stored=itemsize,
+        computed=stream.dtype.itemsize,
+        streams=both,
+        accelerator=stream.device.type != "cpu",
+        activation_limit=stream.room.limit,
+    )
 
     single, double, eigen = measure_rates(stream.device, stream.dtype)
     stages = len(job.method.stages(units)) if units else 0
@@ -200,14 +209,14 @@ def estimate(
     sides = [min(job.shapes[u.block].linear(u.name)) if u.name in shape.roles else shape.hidden for u in job.units]
     solving = sum(eigen * n**3 for n in sides)
     how = {
-        "peak_ram": f"this process now ({resident() / 2**20:.0f} MiB) + embeddings, head + 2 blocks + activations of "
-        f"{size[0]} × {size[1]} tokens + one block's statistics in fp64 + the largest decomposition's working space",
+        "peak_ram": f"libraries + one block as stored and as computed + activations of {size[0]} × {size[1]} tokens + one "
+        "block's statistics in fp64 + the largest decomposition's working space (planish.predict)",
         "seconds": f"{passes} forward passes over {tokens} tokens and one block's statistics at this machine's measured "
         f"{single / 1e9:.0f} and {double / 1e9:.0f} GFLOP/s (fp64), one eigendecomposition per unit; right within a "
         "factor of about 3; reading and writing files not included",
         "flops": f"two per weight and token, and attention over {size[1]} tokens of context",
     }
-    return int(peak), forward + taking + solving, how
+    return found, forward + taking + solving, how
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
@@ -231,15 +240,3 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, floa
     double = flops / seconds(lambda: b @ b)
     c = torch.diag(torch.arange(1.0, m + 1, dtype=torch.float64)) + 0.1
     return single, double, seconds(lambda: torch.linalg.eigh(c)) / m**3
-
-
-def resident() -> int:
-    """Resident bytes of this process now (its peak where the system does not tell)."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from planish.cli import bench, compress, demo, doctor, evaluate, export, methods, plan, push, resume, sweep
+from planish.cli import bench, compress, demo, doctor, evaluate, export, methods, plan, push, reproduce, resume, sweep
 from planish.cli.run import Commands
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compress")(compress.compress)
+app.command("reproduce")(reproduce.reproduce)
 app.command("resume")(resume.resume)
 app.command("plan")(plan.plan)
 app.command("sweep")(sweep.sweep)

@@ -12,6 +12,7 @@ from planish.cli.run import format_bytes, format_seconds, make_comparison, say, 
 
 
 def compress(
+    context: typer.Context,
     model: o.ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
     keep: o.KeepOption = 0.8,
@@ -32,31 +33,26 @@ def compress(
     cache: o.CacheOption = True,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Make a smaller model from MODEL and write it to a folder."""
+    """Make a smaller model from MODEL (or as a recipe, a .yaml file, says) and write it to a folder."""
     values = o.parse_settings(settings, sparsity)
     asked = f"{keep:g}" if kv_keep is None else f"kv-keep {kv_keep:g}"
     asked = asked if sparsity is None else f"sparsity {sparsity:g}"
     with session(as_json) as run:
-        result = run.api.compress(
-            model,
-            output=output,
-            keep=keep,
-            kv_keep=kv_keep,
-            method=method,
-            calibration=calibration,
-            n_samples=n_samples,
-            seq_len=seq_len,
-            seed=seed,
-            sampling=sampling and sampling.value,
-            device=device.value,
-            dtype=dtype and dtype.value,
-            round_to=round_to,
-            target=target.value,
-            overwrite=overwrite,
-            settings=values,
-            cache=cache,
-            progress=run.progress,
-        )
+        arguments = {
+            "model": model, "keep": keep, "kv_keep": kv_keep, "method": method, "calibration": calibration,
+            "n_samples": n_samples, "seq_len": seq_len, "seed": seed, "sampling": sampling and sampling.value,
+            "device": device.value, "dtype": dtype and dtype.value, "round_to": round_to, "target": target.value,
+            "settings": values,
+        }  # fmt: skip
+        if model.endswith((".yaml", ".yml")):  # options on the command line go before the recipe's
+            from planish.recipe import read_recipe
+
+            recipe = read_recipe(Path(model)).arguments()
+            given = {n for n in arguments if str(context.get_parameter_source(n)).endswith("COMMANDLINE")} - {"model"}
+            arguments = {n: arguments[n] if n in given else recipe[n] for n in arguments}
+            arguments["settings"] = recipe["settings"] | values
+            asked = f"{arguments['keep']:g}"
+        result = run.api.compress(**arguments, output=output, overwrite=overwrite, cache=cache, progress=run.progress)
         for warning in result.warnings:
             say(f"note: {warning}")
         how = "loads with plain transformers" if result.format == "native" else "loads after `import planish`"

@@ -1,0 +1,82 @@
+"""Recipes say everything the flags can say, and repeat a run byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from planish.errors import InputError
+from planish.methods import find_method
+from planish.recipe import Recipe, find_papers, read_recipe
+from test_fuzz import VALUES, fuzz, survives
+from test_resume import hashes
+
+
+def call(*words: object) -> int:
+    from typer.main import get_command
+
+    from planish.cli import app
+
+    return get_command(app).main(list(map(str, words)), standalone_mode=False)
+
+
+def test_recipe_beside_the_weights_repeats_them(tmp_path):
+    model = tiny.save(tiny.build(tiny.NAMES[0]), tmp_path / "model")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 90, 400))
+    flags = ["--keep", 0.7, "--method", "flat-llm", "--calibration", tmp_path / "ids.npy", "--n-samples", 12]
+    flags += ["--seq-len", 16, "--set", "ridge=0.02", "--sampling", "random", "--seed", 3]
+    assert call("compress", model, "-o", tmp_path / "a", *flags) == 0
+    recipe = read_recipe(tmp_path / "a" / "recipe.yaml")
+    assert (recipe.keep, recipe.settings["ridge"], recipe.calibration.seed) == (0.7, 0.02, 3)
+    assert call("compress", tmp_path / "a" / "recipe.yaml", "-o", tmp_path / "b") == 0
+    assert hashes(tmp_path / "b") == hashes(tmp_path / "a")
+    assert call("compress", tmp_path / "a" / "recipe.yaml", "-o", tmp_path / "c", "--keep", 0.9) == 0
+    assert read_recipe(tmp_path / "c" / "recipe.yaml").keep == 0.9
+
+
+@pytest.mark.parametrize("path", find_papers().values(), ids=lambda p: p.stem)
+def test_papers(path):
+    recipe = read_recipe(path)
+    assert recipe.published and recipe.published.value > recipe.published.dense
+    find_method(recipe.method, recipe.arguments()["settings"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a mapping"),
+        ("version: 2\nmodel: x", "version 2"),
+        ("model: x\nkeep: 1.5", "keep: .*less than or equal to 1"),
+        ("model: x\nkeeep: 0.5", "keeep: .*not permitted"),
+        ("keep: 0.5", "model: .*required"),
+        ("a: [", "cannot read"),
+        ("!!python/object/apply:os.system [id]", "cannot read"),
+    ],
+)
+def test_wrong_recipes(text, message, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_recipe(tmp_path / "r.yaml")
+    assert call("compress", tmp_path / "r.yaml", "-o", tmp_path / "out") == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@fuzz
+@given(data=st.data())
+def test_any_recipe(data, tmp_path):
+    value = {"version": 1, "model": "x", "calibration": {"source": "y"}}
+    for key in data.draw(st.lists(st.sampled_from([*Recipe.model_fields, "other"]), min_size=1, max_size=3)):
+        value[key] = data.draw(VALUES)
+    path = Path(tmp_path / "r.yaml")
+    path.write_text(yaml.safe_dump(value))
+    if survives(lambda: read_recipe(path)):
+        again = tmp_path / "again.yaml"
+        again.write_text(read_recipe(path).text())
+        assert read_recipe(again).model_dump() == read_recipe(path).model_dump() or "nan" in again.read_text()
