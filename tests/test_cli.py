@@ -24,6 +24,8 @@ from planish.errors import InputError
 from planish.methods import list_methods
 
 METHODS = tuple(list_methods())
+MAIN = ("flat-llm", "a3", "subfit", "erc-svd", "svd-llm", "auto")
+EVERY = [m if m in MAIN else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 SHORT = ["--n-samples", "8", "--seq-len", "16"]
 
 
@@ -79,7 +81,7 @@ def check_refused(result, tmp_path: Path, *words: str) -> None:
 # ---------------------------------------------------------------- what works
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_plan_agrees_with_compress(method, folder, ids, tmp_path, run):
     common = [folder, "--keep", "0.75", "--method", method, "--calibration", ids, *SHORT, "--json"]
     planned, done = run("plan", *common), run("compress", *common, "-o", tmp_path / "out")
@@ -204,7 +206,7 @@ def test_python_api_in_memory(tmp_path):
     assert planish.evaluate(small, ids, 24, max_windows=5).windows == 5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_dead_neurons_and_constant_inputs_work(method, tmp_path):
     """A neuron that never fires, a silent head, and a text of one token: singular Grams everywhere."""
     model = tiny.build("llama_gqa")

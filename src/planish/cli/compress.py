@@ -52,7 +52,14 @@ def compress(
             arguments = {n: arguments[n] if n in given else recipe[n] for n in arguments}
             arguments["settings"] = recipe["settings"] | values
             asked = f"{arguments['keep']:g}"
-        result = run.api.compress(**arguments, output=output, overwrite=overwrite, cache=cache, progress=run.progress)
+        try:
+            result = run.api.compress(
+                **arguments, output=output, overwrite=overwrite, cache=cache, progress=run.progress
+            )
+        except KeyboardInterrupt:
+            if output.with_name(output.name + ".partial").exists():
+                say(f"to go on from here: planish resume {output}")
+            raise
         for warning in result.warnings:
             say(f"note: {warning}")
         how = "loads with plain transformers" if result.format == "native" else "loads after `import planish`"
