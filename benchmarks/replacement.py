@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from planish.checkpoint import load_tokenizer
 from planish.errors import InputError
 from planish.evaluate.perplexity import evaluate
 from planish.evaluate.speed import bench
+from planish.methods import list_methods
 from planish.submodules import round_half_up
 from planish.text import load_tokens
 
@@ -41,7 +43,7 @@ WHOLE: dict[
     "llm-drop": ("llm-drop", {}),
     "shortgpt": ("shortgpt", {}),
     "sleb": ("sleb", {}),
-    "blockpruner": ("blockpruner", {}),
+    "blockpruner, as many of each kind": ("blockpruner", {}),
     "replaceme": ("replaceme", {}),
     "replaceme, cosine": ("replaceme", {"objective": "cosine"}),
     "llm-streamline": ("llm-streamline", {}),
@@ -73,6 +75,8 @@ def measure(args: argparse.Namespace, model: Path, out: Path) -> dict:
     chosen: dict[str, Path] = {}
     for name, (method, settings) in {**WHOLE, **ATTENTION}.items():
         rows[name] = {}
+        searches = "windows" in {f.name for f in fields(list_methods()[method])}
+        search = {"windows": args.search_windows} if searches else {}
         for level in args.levels:
             n = round_half_up(level * blocks)
             same = [r for r in rows[name].values() if r.get("n") == n]
@@ -86,7 +90,7 @@ def measure(args: argparse.Namespace, model: Path, out: Path) -> dict:
                     model,
                     output=folder,
                     method=method,
-                    settings={**settings, "sparsity": level},
+                    settings={**settings, **search, "sparsity": level},
                     calibration=fit,
                     n_samples=args.windows,
                     seq_len=args.seq_len,
@@ -217,6 +221,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=96)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64 * 256, help="evaluated tokens")
+    parser.add_argument("--search-windows", type=int, default=8, help="of those, on which losses are compared")
     parser.add_argument("--speed-level", type=float, default=0.25)
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--output", type=Path, default=TABLE)

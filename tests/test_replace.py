@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from planish.compress import compress
 from planish.core import Shape, Unit
 from planish.errors import InputError
 from planish.methods import find_method
+from planish.methods.subfit import SubFit
 from planish.modules import find_blocks
 from planish.solvers.bypass import Bypass, Moments, bypass_edit, drop_edit, fit, fit_held_out
 from planish.solvers.window import fit_map
@@ -177,7 +179,7 @@ def test_full_rank_raw_ungated_attention_is_nbl(tmp_path):
     model = tiny.build("llama_gqa")
     windows = tiny.windows(40, 24)
     nbl, _, m1 = run(model, tmp_path / "a", "nbl", sparsity=0.67, windows=windows)
-    how = {
+    how: dict[str, Any] = {
         "submodules": "attention",
         "attention_rank": 1.0,
         "input": "raw",
@@ -277,6 +279,17 @@ def test_compensated_fit_sees_the_replaced_model_and_aims_at_the_dense_one():
         assert torch.allclose(stats.sums[tap][name], value, rtol=1e-5, atol=1e-4)
 
 
+def test_automatic_fit_is_the_best_of_three(tmp_path):
+    model, losses = tiny.build("llama_gqa"), {}
+    for fit_mode in ("once", "sequential", "compensated", "auto"):
+        small, _, manifest = run(model, tmp_path / fit_mode, "subfit", sparsity=0.34, fit=fit_mode, ffn_score="error")
+        with torch.no_grad():
+            losses[fit_mode] = float(small(input_ids=WINDOWS, labels=WINDOWS).loss)
+    assert losses["auto"] == pytest.approx(min(losses.values()), abs=1e-6)
+    assert manifest["notes"]["fit_losses"] == pytest.approx({k: v for k, v in losses.items() if k != "auto"}, abs=1e-5)
+    assert manifest["settings"]["fit"] in losses and manifest["settings"]["fit"] != "auto"
+
+
 @pytest.mark.parametrize("fit_mode", ["once", "sequential", "compensated"])
 def test_parameters_and_cache_are_counted(tmp_path, fit_mode):
     model = tiny.build("llama_gqa")
@@ -326,6 +339,7 @@ def test_families_generate_with_every_cache(tmp_path, name):
     n = source.n_blocks
     out = tmp_path / "a"
     method = find_method("subfit", {"sparsity": 0.34, "input": "raw"})
+    assert isinstance(method, SubFit)
     object.__setattr__(method, "score", force(method.score, Unit(0, "attention")))
     compress(model, output=out, method=method, windows=WINDOWS)
     small = load(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import floor
+from math import ceil, floor
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -29,6 +29,11 @@ Key = TypeVar("Key")
 def round_half_up(x: float) -> int:
     """7.5 → 8, as the published cache sizes show (30 blocks at 25 %: 240 MiB → 176 MiB)."""
     return floor(x + 0.5 + 1e-9)
+
+
+def ceil4(x: float) -> float:
+    """Rounded up to four digits: what a user can ask for."""
+    return ceil(x * 10_000 - 1e-9) / 10_000
 
 
 def count_removed(job: Job, kinds: Sequence[str], sparsity: float | None, together: bool = False) -> dict[str, int]:
@@ -61,7 +66,7 @@ def count_removed(job: Job, kinds: Sequence[str], sparsity: float | None, togeth
         smallest = 1 - max(sum(c[k] * saved[k] for k in kinds) for c in choices) / job.total
         raise InputError(
             f"keep {job.keep:g} cannot be reached by removing {' and '.join(kinds)} of {n} blocks: "
-            f"the smallest keep is {-(-smallest * 10_000 // 1) / 10_000:g}"
+            f"the smallest keep is {ceil4(smallest):g}"
         )
     return min(able, key=lambda c: (sum(c[k] * saved[k] for k in kinds), c[first]))
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from planish.core import Method, Plan, Solver, Unit
+from planish.errors import InputError
 from planish.solvers.bypass import Bypass, drop_edit
-from planish.submodules import make_plan, remove_blocks, saving, search_greedily
+from planish.submodules import ceil4, count_removed, make_plan, saving, search_greedily
 
 if TYPE_CHECKING:
     from planish.compress import Job
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockPruner(Method):
-    """Greedy search over single submodules on the loss of `windows` calibration sequences; their numbers are free.
+    """Greedy search over single submodules on the loss of `windows` calibration sequences.
 
-    `sparsity`: go on until as many weights are gone as that share of the blocks has; otherwise until `keep` is reached.
+    `sparsity`: this share of each kind goes; otherwise the numbers are free, until `keep` is reached.
     """
 
     title: ClassVar[str] = "drop attentions and feed-forwards greedily by measured loss"
@@ -30,19 +31,26 @@ class BlockPruner(Method):
         return [Bypass(kind="zero")]
 
     def plan(self, job: Job) -> Plan:
-        if self.sparsity is None:
-            need = job.total - int(job.keep * job.total + 1e-6)
-        else:
-            need = remove_blocks(job, self.sparsity) * saving(job, [Unit(0, "attention"), Unit(0, "ffn")])
+        kinds = ("attention", "ffn")
         targets = {"attention": "attention", "ffn": "mlp"}
         trials = {u: {u.block: [drop_edit(targets[u.name])]} for u in job.units}
-        last = len(job.shapes) - 1
+        if self.sparsity is None:
+            limits = {"attention": len(job.shapes) - 1, "ffn": len(job.shapes)}
+            need = job.total - int(job.keep * job.total + 1e-6)
+            whole = [Unit(i, k) for k in kinds for i in range(limits[k])]
+            if saving(job, whole) < need:
+                smallest = ceil4(1 - saving(job, whole) / job.total)
+                raise InputError(
+                    f"keep {job.keep:g} cannot be reached by blockpruner: the smallest keep is {smallest:g}"
+                )
+        else:
+            limits, need = count_removed(job, kinds, self.sparsity), job.total
 
         def enough(made: list[Unit]) -> bool:
-            if sum(u.name == "attention" for u in made) == last:  # one attention stays
-                for u in [u for u in trials if u.name == "attention" and u not in made]:
-                    del trials[u]
-            return saving(job, made) >= need if made else need <= 0
+            full = {k for k in kinds if sum(u.name == k for u in made) == limits[k]}
+            for u in [u for u in trials if u.name in full and u not in made]:
+                del trials[u]
+            return need <= 0 or full == set(kinds) or (bool(made) and saving(job, made) >= need)
 
         with job.phase("search"):
             gone, losses = search_greedily(job.stream.subset(self.windows), trials, enough)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from planish.compress import Job
 
 Fits = dict[Unit, list[Edit]]
+Fit = Literal["auto", "once", "sequential", "compensated"]
+FITS: tuple[Fit, ...] = ("once", "sequential", "compensated")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class SubFit(Method):
 
     `fit`: "once" = each bypass from the statistics it was chosen by; "sequential" = all refitted from the first block
     to the last, each on the inputs that the replaced model before it produces; "compensated" = the same, fitting what
-    is missing to the uncompressed model's residual stream, so that later bypasses repair what earlier ones broke.
+    is missing to the uncompressed model's residual stream, so that later bypasses repair what earlier ones broke;
+    "auto" = all three are tried, the one with the least calibration loss is taken.
 
     Ranks up to 1 are relative to the hidden size (1/16 and 1 are the paper's 256 and 4096 at 4096), above 1 absolute.
     `sparsity` is the paper's: this share of the attentions and of the feed-forwards; otherwise `keep`, net of what the
@@ -45,10 +48,10 @@ class SubFit(Method):
 
     sparsity: float | None = None
     submodules: Literal["both", "attention", "ffn"] = "both"
-    attention_score: Literal["influence", "cosine", "error", "loss", "greedy"] = "influence"
-    ffn_score: Literal["influence", "cosine", "error", "loss", "greedy"] = "loss"
+    attention_score: Literal["influence", "cosine", "error", "loss", "greedy"] = "loss"
+    ffn_score: Literal["influence", "cosine", "error", "loss", "greedy"] = "greedy"
     combine: Literal["product", "sum"] = "product"
-    fit: Literal["once", "sequential", "compensated"] = "compensated"
+    fit: Fit = "auto"
     attention_rank: float = 1 / 16
     ffn_rank: float = 1.0
     input: Literal["normed", "raw"] = "normed"
@@ -61,7 +64,7 @@ class SubFit(Method):
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
-        return {"once": "dense", "sequential": "compressed", "compensated": "both"}[self.fit]
+        return {"once": "dense", "sequential": "compressed"}.get(self.fit, "both")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -74,7 +77,7 @@ class SubFit(Method):
 
     def refit_solver(self) -> Bypass:
         """With which the chosen ones are fitted at last."""
-        return replace(self.solver(), target="gap") if self.fit == "compensated" else self.solver()
+        return replace(self.solver(), target="gap") if self.fit in ("auto", "compensated") else self.solver()
 
     def solvers(self) -> list[Solver]:
         return [self.refit_solver()]
@@ -95,9 +98,34 @@ class SubFit(Method):
                 fits |= self.share(job, chosen, edits)
             edits = merge(edits, {u.block: fits[u] for u in chosen if u in fits})
             removed += chosen
-        if self.fit == "once":
+        plan = make_plan(job, removed, self.sparsity)
+        fit = self.fit
+        if fit == "auto":
+            fit = self.pick_fit(job, plan, edits) if removed else "once"
+            job.method = replace(self, fit=fit)
+        if fit == "once":
             job.edits = edits
-        return make_plan(job, removed, self.sparsity)
+        return plan
+
+    def pick_fit(self, job: Job, plan: Plan, edits: dict[int, list[Edit]]) -> Fit:
+        """The way of fitting that leaves the least loss on the calibration windows; the job's units fit that way."""
+        basis = next((s.shared for s in job.units.values() if isinstance(s, Bypass) and s.shared is not None), None)
+        losses: dict[Fit, float] = {}
+
+        def use(fit: Fit) -> None:
+            job.method = method = replace(self, fit=fit)
+            job.units = dict.fromkeys(job.units, replace(method.refit_solver(), shared=basis))
+            job.edits = edits if fit == "once" else {}
+
+        for n, fit in enumerate(FITS):
+            use(fit)
+            hidden = job.solve(plan, lambda i, block, spec: None, phase=f"fit {n + 1}/{len(FITS)}")
+            losses[fit] = job.stream.nll(hidden)
+        job.notes["fit_losses"] = losses
+        job.errors = {}
+        best = min(FITS, key=lambda fit: losses[fit])
+        use(best)
+        return best
 
     def score(self, job: Job, kind: str, edits: Mapping[int, list[Edit]], n: int) -> tuple[dict[Unit, float], Fits]:
         """Scores of all submodules of one kind in the model with `edits`, and their fits; the n lowest will go."""
@@ -159,7 +187,7 @@ class SubFit(Method):
         basis = shared_basis(covariances, rank)
         shared = replace(self.refit_solver(), shared=basis)
         job.units |= dict.fromkeys(chosen, shared)
-        if self.fit == "once":
+        if self.fit in ("auto", "once"):
             solver = replace(self.solver(), shared=basis)
             job.measure(taps, refit, merge(edits))
         return fits
