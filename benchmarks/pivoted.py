@@ -34,7 +34,7 @@ def build(out: int, n: int, keep: float, **kw) -> dict[str, nn.Module]:
         "pivoted": Pivoted(n, out, pivoted, bias=False, **kw),
     }
     order = torch.randperm(out)  # pivots anywhere, as they are; both parts rising
-    found["pivoted"].order.copy_(torch.cat([order[:pivoted].sort().values, order[pivoted:].sort().values]))
+    found["pivoted"].order.copy_(torch.cat([order[:pivoted].sort().values, order[pivoted:].sort().values]).argsort())
     return found
 
 

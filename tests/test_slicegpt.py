@@ -10,7 +10,7 @@ from planish.checkpoint import count_block, load, open_source
 from planish.compress import Job, compress
 from planish.errors import InputError
 from planish.methods import find_method
-from planish.methods.slicegpt import count_weights, find_width, slice_block
+from planish.methods.slicegpt import STREAM, slice_block
 from planish.modules import SlicedBlock
 from planish.stream import Stream
 
@@ -46,11 +46,9 @@ def test_written_weights_meet_the_budget_and_load_again(family, tmp_path):
     loaded = load(tmp_path / "a")
     blocks = [m for m in loaded.modules() if isinstance(m, SlicedBlock)]
     j = job(family, 0.7, torch.float32)
-    width, last = find_width(j), len(j.shapes) - 1
-    assert [count_block(b) for b in blocks] == [count_weights(s, width, s.block == last) for s in j.shapes]
-    assert sum(map(count_block, blocks)) == result.block_params_after <= 0.7 * result.block_params_before
-    more = sum(count_weights(s, width + 1, s.block == last) for s in j.shapes)
-    assert more > 0.7 * result.block_params_before
+    width = j.plan()[STREAM]
+    assert sum(map(count_block, blocks)) == result.block_params_after == j.cost(STREAM, width)
+    assert result.block_params_after <= 0.7 * result.block_params_before < j.cost(STREAM, width + 1)
     ids = tiny.windows(2, 9)
     assert torch.equal(loaded(input_ids=ids).logits, load(tmp_path / "a")(input_ids=ids).logits)
     greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}

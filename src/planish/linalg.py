@@ -242,8 +242,8 @@ class Pivoted:
     coefficients: Tensor
 
     def order(self) -> Tensor:
-        """(out,) with W[order] = cat[base, coefficients @ base]."""
-        return torch.cat([self.pivots, self.rest])
+        """(out,) int32 with W = cat[base, coefficients @ base][order]."""
+        return torch.cat([self.pivots, self.rest]).argsort().int()
 
 
 def pivot(b: Tensor, a: Tensor, bound: float = 2.0) -> Pivoted:

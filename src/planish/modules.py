@@ -326,6 +326,11 @@ class Latent(Attention):
             query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
         return self.attend(query, key, value, attention_mask, position_bias, **kwargs)
 
+    def rebuild(self, k: Tensor) -> Tensor:
+        """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
+        groups, _, rank = self.U.shape
+        return (self.U.data @ k.reshape(groups, rank, -1)).reshape(-1, *k.shape[1:])
+
 
 def make_rotary(stock: nn.Module) -> nn.Module:
     """The rotary tables' module of a stock attention's own family."""

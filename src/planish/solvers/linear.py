@@ -210,6 +210,7 @@ class Anchored:
         self.target = w @ ((1 - anchor) * own + anchor * cross)  # H (out, in)
         mixed = (1 - anchor) ** 2 * own + anchor * (1 - anchor) * (cross + cross.T) + anchor**2 * dense
         self.energy = float(((w @ mixed) * w).sum())  # E‖y‖²
+        self.drift = anchor**2 * ((dense - cross) + (own - cross.T))  # of y − W x̂ = a W (x − x̂)
         self.damped = damp(own, damping)  # G'
         level = float(self.damped.diagonal().sum() - own.diagonal().sum()) / len(own)
         self.damped_target = self.target + level * w  # H'
@@ -221,7 +222,7 @@ class Anchored:
 
     def dense_error(self) -> float:
         """E‖y − W x̂‖²: what staying dense leaves."""
-        return max(0.0, float(self.energy - (self.w * (2 * self.target - self.w @ self.own)).sum()))
+        return max(0.0, float(((self.w @ self.drift) * self.w).sum()))
 
     @cached_property
     def low(self) -> LowRank:
