@@ -543,6 +543,7 @@ def compress(
     method = find_method(method, settings or {})
     source = open_source(model, tokenizer)
     check_windows(windows, source)
+    check_apart(Path(output), source)
     writer = Writer(Path(output), source.n_blocks, overwrite, resume)
     try:
         if not resume and isinstance(source, FolderSource):
@@ -626,6 +627,14 @@ def pick_dtype(source: Source, device: str) -> torch.dtype:
     if device == "cpu" or not isinstance(stored, torch.dtype):
         return torch.float32
     return stored
+
+
+def check_apart(output: Path, source: Source) -> None:
+    """The output must not replace the model that it is made from."""
+    if isinstance(source, FolderSource):
+        model, place = source.folder.resolve(), output.resolve()
+        if place == model or place in model.parents:
+            raise InputError(f"output {output} would replace the model {source.folder}; choose another folder")
 
 
 def check_windows(windows: Tensor, source: Source) -> None:
