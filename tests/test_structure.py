@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 # Imports point from later lines to earlier ones or stay on one line.
 LAYERS = [
     {"errors", "linalg", "version", "processes", "activations", "shards"},
-    {"stats", "families", "core", "edits", "modules", "modelling"},
+    {"stats", "moments", "families", "core", "edits", "modules", "modelling"},
     {"solvers", "allocate", "targets", "text", "checkpoint", "stream", "cache"},
-    {"methods"},
+    {"methods", "submodules"},
     {"compress", "forecast", "predict", "recipe"},
     {"evaluate", "export", "report"},
     {"api", "demo", "sweep", "cli", "__init__", "__main__"},

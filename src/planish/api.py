@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def compress(
         recipe = Recipe(
             model=source.name, keep=keep, kv_keep=kv_keep, method=find_name(chosen), settings=chosen.settings(),
             calibration=Text(source=str(calibration), **{n: text.record[n] for n in ("n_samples", "seq_len", "seed", "sampling")}),
-            device=place.partition(":")[0], dtype=dtype if isinstance(dtype, str) else None, round_to=round_to, target=target,
+            device=cast(Literal["cpu", "cuda", "mps"], place.partition(":")[0]), dtype=dtype if isinstance(dtype, str) else None, round_to=round_to, target=target,
         )  # fmt: skip
     result = compress_windows(
         source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -177,7 +178,9 @@ class FolderSource(Source):
         self.files = index_tensors(folder)
         self._shards: dict[Path, Shard] = {}
         self.rename = self._match_names()
-        inside = {n.removeprefix(f"{self.family.blocks}.").partition(".")[0] for n in self.names(f"{self.family.blocks}.")}
+        inside = {
+            n.removeprefix(f"{self.family.blocks}.").partition(".")[0] for n in self.names(f"{self.family.blocks}.")
+        }
         if self.n_blocks != len(inside):
             raise InputError(
                 f"{folder}/config.json says {self.n_blocks} blocks, the checkpoint holds {len(inside)}: "
@@ -539,23 +542,26 @@ class Writer:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for line in lines:
             try:
-                entry = json.loads(line)
+                entry = unseal(json.loads(line))
                 if entry["shard"] and hash_file(self.partial / entry["shard"]) != entry["sha256"]:
                     break
             except (ValueError, KeyError, TypeError, OSError):
                 break
             found[entry["block"]] = entry
         if path.exists():
-            write_text(path, "".join(json.dumps(e) + "\n" for e in found.values()))
-        for stray in set(self.partial.glob("*.safetensors*")) - {self.partial / str(e["shard"]) for e in found.values()}:
+            write_text(path, "".join(json.dumps(seal(e)) + "\n" for e in found.values()))
+        for stray in set(self.partial.glob("*.safetensors*")) - {
+            self.partial / str(e["shard"]) for e in found.values()
+        }:
             stray.unlink()
         return found
 
     def keep_request(self, request: dict[str, Any], windows: Tensor) -> None:
         """Remember what was asked, so that an interrupted run can be taken up."""
         if self.active:
-            write_shard(self.state / "windows.safetensors", {"windows": windows})
-            write_text(self.state / "request.json", json.dumps(request, indent=2, default=str) + "\n")
+            digest = write_shard(self.state / "windows.safetensors", {"windows": windows})
+            request = json.loads(json.dumps(request | {"windows": digest}, default=str))
+            write_text(self.state / "request.json", json.dumps(seal(request), indent=2) + "\n")
 
     def shard(self, number: int, tensors: dict[str, Tensor], write: bool = True) -> tuple[str, str]:
         """Write shard `number` (0 = what is outside the blocks, i + 1 = block i); its name and SHA-256."""
@@ -572,7 +578,12 @@ class Writer:
         return name, digest
 
     def block(
-        self, i: int, block: nn.Module | None, family: Family, at: int | None = None, entry: dict[str, Any] | None = None
+        self,
+        i: int,
+        block: nn.Module | None,
+        family: Family,
+        at: int | None = None,
+        entry: dict[str, Any] | None = None,
     ) -> None:
         """Write block `i` of the source as block `at` of the output (None: it is left out); with an `entry`, note it in
         the journal."""
@@ -582,7 +593,8 @@ class Writer:
             tensors = {f"{family.blocks}.{at}.{k}": v for k, v in block.state_dict().items()}
             name, digest = self.shard(at + 1, tensors, write=i not in self.finished)
         if entry is not None and i not in self.finished and self.active:
-            line = json.dumps({"block": i, "at": at, "shard": name, "sha256": digest, **entry})
+            entry = json.loads(json.dumps({"block": i, "at": at, "shard": name, "sha256": digest, **entry}))
+            line = json.dumps(seal(entry))
             try:
                 with (self.state / "journal.jsonl").open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
@@ -616,8 +628,8 @@ class Writer:
         names = sorted(set(self.weight_map.values()))
         if len(names) != self.n_shards:  # whole blocks are gone
             renamed = {n: f"{n[:15]}{len(names):05d}.safetensors" for n in names}
-            for old, new in renamed.items():
-                os.replace(self.partial / old, self.partial / new)
+            for name, short in renamed.items():
+                os.replace(self.partial / name, self.partial / short)
             self.weight_map = {k: renamed[n] for k, n in self.weight_map.items()}
         index = {
             "metadata": {"total_size": self.bytes, "total_parameters": self.parameters},
@@ -641,6 +653,20 @@ class Writer:
         """
         if self.active and (wrong_input or not (self.state / "journal.jsonl").exists()):
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def seal(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with a digest of itself."""
+    text = json.dumps(entry, sort_keys=True).encode()
+    return entry | {"digest": hashlib.sha256(text).hexdigest()}
+
+
+def unseal(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry without its digest, which must be right (ValueError)."""
+    rest = {k: v for k, v in entry.items() if k != "digest"} if isinstance(entry, dict) else {}
+    if not rest or seal(rest) != entry:
+        raise ValueError("it is not what was written")
+    return rest
 
 
 def is_empty(spec: Spec) -> bool:
@@ -739,4 +765,3 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs).eval()
     except Exception as error:  # whatever a damaged folder makes the model's own code raise
         raise InputError(f"cannot load {folder}: {type(error).__name__}: {error}") from None
-

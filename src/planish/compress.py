@@ -32,13 +32,14 @@ from planish.checkpoint import (
     is_empty,
     kv_bytes,
     open_source,
+    unseal,
     write_config,
 )
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.methods import find_method
 from planish.modules import Spec, get_linear
-from planish.shards import Shard
+from planish.shards import Shard, hash_file
 from planish.stats import Stats, Tap
 from planish.stream import Stream
 from planish.targets import constrain, find_target, make_uniform
@@ -142,8 +143,10 @@ class Job:
             return spread(self.units, self.shapes, share, self.budget, self.step)
         except BudgetError as error:
             smallest = (error.smallest + self.total - self.full_cost()) / self.total
+            asked = "keep" if self.kv_keep is None else "kv-keep"
             raise InputError(
-                f"{'keep' if self.kv_keep is None else 'kv-keep'} {self.keep:g} cannot be reached by {find_name(self.method)}: the smallest keep is {ceil4(smallest)}"
+                f"{asked} {self.keep:g} cannot be reached by {find_name(self.method)}: "
+                f"the smallest keep is {ceil4(smallest)}"
             ) from None
 
     def plan(self) -> Plan:
@@ -594,7 +597,9 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         hint = ": it is complete" if (output / "planish.json").is_file() else ""
         raise InputError(f"nothing to resume at {output}{hint} (no {state / 'request.json'})")
     try:
-        request = json.loads((state / "request.json").read_text(encoding="utf-8"))
+        request = unseal(json.loads((state / "request.json").read_text(encoding="utf-8")))
+        if hash_file(state / "windows.safetensors") != request["windows"]:
+            raise ValueError("the calibration windows are not what was written")
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in request["settings"].items()}
         method = find_method(find_method(request["method"]).__class__(**values))
         dtype = getattr(torch, request["dtype"]) if request["dtype"] else None

@@ -15,7 +15,7 @@ from planish.activations import Activations
 from planish.core import Edit, Plan, Unit, Weights
 from planish.errors import InputError
 from planish.modules import get_linear
-from planish.solvers.bypass import Moments
+from planish.moments import Moments
 from planish.stats import Tap
 from planish.stream import Hidden, Stream, tap_sites
 

@@ -69,7 +69,7 @@ def sweep(
             n_samples=n_samples,
             seq_len=seq_len,
             seed=seed,
-            sampling=sampling and sampling.value,
+            sampling=None if sampling is None else sampling.value,  # type: ignore[arg-type]
             eval_text=eval_text,
             eval_tokens=eval_tokens,
             device=device.value,

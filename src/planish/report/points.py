@@ -64,10 +64,13 @@ def read_points(output: Path) -> list[Point]:
     if not path.is_file():
         return []
     kinds = {f.name: str(f.type) for f in fields(Point)}
-    empty = {"float": NAN, "int": 0, "str": ""}
+    empty: dict[str, Any] = {"float": NAN, "int": 0, "str": ""}
     convert: dict[str, Callable[[str], Any]] = {"float": float, "int": int, "str": str}
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
-        return [Point(**{k: convert[kinds[k]](v) if v else empty[kinds[k]] for k, v in r.items()}) for r in rows]
+        values: list[dict[str, Any]] = [
+            {k: convert[kinds[k]](v) if v else empty[kinds[k]] for k, v in r.items()} for r in rows
+        ]
+        return [Point(**v) for v in values]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read {path}: {error!r}; choose another folder or pass --overwrite") from None

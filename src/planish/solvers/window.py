@@ -7,7 +7,7 @@ from torch import Tensor
 
 from planish.core import Edit, Weights
 from planish.linalg import damp, root
-from planish.solvers.bypass import RIDGES, Moments
+from planish.moments import RIDGES, Moments
 
 
 def fit_map(m: Moments, ridge: float) -> Tensor:
