@@ -360,6 +360,11 @@ def test_latent_keys_are_rebuilt_before_norm_and_rotation(name, tmp_path):
     with torch.no_grad():
         assert float((small(WINDOWS[:4]).logits - model(WINDOWS[:4]).logits).abs().max()) < 1e-4
         cache = small(ids, use_cache=True).past_key_values
+    for old, new in zip(find_blocks(model, family), find_blocks(small, family)):
+        dense = get_linear(split_block(old, family, model.config), family, "k").weight
+        rebuilt = new.get_submodule(family.attention).rebuild(get_linear(new, family, "k").weight)
+        assert torch.allclose(rebuilt, dense, atol=1e-6)
+        join_block(old, family)
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     assert held == ids.numel() * result.kv_bytes_per_token_after
     assert held == ids.numel() * model.config.num_hidden_layers * (rank + shape.kv_heads * shape.v) * 8

@@ -21,6 +21,7 @@ from planish.families import FAMILIES, Family
 from planish.modules import (
     Attention,
     Bypass,
+    Latent,
     Spec,
     count_heads,
     find_blocks,
@@ -186,6 +187,9 @@ def plain_block(folder: Folder, i: int) -> Plain:
     for role in roles:
         module = get_linear(block, family, role)
         weight, bias = plain_linear(module)
+        if role == "k" and isinstance(attention, Latent):
+            weight, bias = attention.rebuild(weight), None if bias is None else attention.rebuild(bias)
+            plain.extra -= attention.U.numel()
         plain.extra += weight.numel() - count_weights(module)
         tensors[role] = weight
         if bias is not None:
