@@ -111,7 +111,8 @@ def compress(
         recipe = Recipe(
             model=source.name, keep=keep, kv_keep=kv_keep, method=find_name(chosen), settings=chosen.settings(),
             calibration=Text(source=str(calibration), **{n: text.record[n] for n in ("n_samples", "seq_len", "seed", "sampling")}),
-            device=cast(Literal["cpu", "cuda", "mps"], place.partition(":")[0]), dtype=dtype if isinstance(dtype, str) else None, round_to=round_to, target=target,
+            device=cast(Literal["cpu", "cuda", "mps"], place.partition(":")[0]),
+            dtype=dtype if isinstance(dtype, str) else None, round_to=round_to, target=target,
         )  # fmt: skip
     result = compress_windows(
         source,
