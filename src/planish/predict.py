@@ -50,9 +50,9 @@ def predict(
     outside = P_o, largest = P_m, statistics = S, written = parameters of the output; `streams` 2 where the dense prefix runs
     beside the compressed one; `activation_limit`: bytes of activations held in memory before they go to disk.
 
-    RAM = base + max(at the start: P_m (s + c); at the end: P_o s; in a block: streams · P_b (s + c if c ≠ s) + A +
-    max(batch, 2 S · 8) + COPIES · 8 n²), A = min(2 · streams · T d c, limit), batch = t (3 m + 6 d) c. On an accelerator
-    the computing copy of a block, the batch and the statistics (2 S · 8) lie in VRAM instead.
+    RAM = base + max(at the start: P_m (s + c); at the end: P_o s; in a block: streams · P_b (s + c if c ≠ s) + A + 8 S' +
+    max(batch, COPIES · 8 n²)), A = min(2 · streams · T d c, limit), batch = t (3 m + 6 d) c, S' = 2 S where there is more
+    than one batch. On an accelerator the computing copy of a block, the batch and 8 S' lie in VRAM while it is measured.
     """
     shape = max(shapes, key=Shape.count)
     block, wide = shape.count(), max(shape.intermediate, shape.heads * shape.v, shape.hidden)
@@ -62,8 +62,11 @@ def predict(
     batch = min(tokens, BATCH) * (3 * shape.intermediate + 6 * shape.hidden) * computed
     sums = (2 if tokens > BATCH else 1) * 8 * statistics
     rooted = 8 * max(wide**2, 2 * max(prod(shape.linear(r)) for r in shape.roles) // COPIES)
-    on_device = streams * block * copy + batch + sums
-    on_host = streams * block * stored + held + COPIES * rooted
-    vram = max(on_device, largest * computed) if accelerator else 0
-    ram = base + max(largest * (stored + computed), outside * stored, on_host + (0 if accelerator else on_device))
+    on_host, on_device = streams * block * stored + held, streams * block * copy
+    if accelerator:
+        vram = max(on_device + batch + sums, largest * computed)
+        inside = on_host + sums + COPIES * rooted
+    else:
+        vram, inside = 0, on_host + on_device + sums + max(batch, COPIES * rooted)
+    ram = base + max(largest * (stored + computed), outside * stored, inside)
     return Prediction(ram, vram, written * stored, activations - held)

@@ -233,9 +233,14 @@ class Stream:
                 mine = Stats()
                 for n, piece in enumerate(pieces):
                     if piece.lane == lane + processes.rank():
-                        add_batch(mine, taps, run(n), piece.first)
+                        values = run(n)
+                        if self.device.type == "mps":  # it has no fp64
+                            values = {site: v.cpu() for site, v in values.items()}
+                        add_batch(mine, taps, values, piece.first)
             if lane in used:
                 total.merge(share_stats(mine, owner))
+        for sums in total.sums.values():  # solved beside the weights, on the CPU
+            sums.update({name: t.cpu() for name, t in sums.items()})
         return total
 
     @torch.no_grad()
@@ -399,9 +404,7 @@ class AllSeen(Exception):
 
 
 @contextmanager
-def tap_sites(
-    block: nn.Module, family: Family, sites: set[str], stop: bool = False
-) -> Iterator[dict[str, Tensor]]:
+def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """Within the context a forward of the block fills the yielded dict with the tensors at these sites.
 
     `stop`: the forward ends with `AllSeen` as soon as it has them all.
