@@ -353,6 +353,15 @@ def test_output_that_is_not_empty(folder, ids, tmp_path, run):
     assert not (kept / "precious.txt").exists()
 
 
+def test_output_never_replaces_the_model(folder, ids, tmp_path, run):
+    model = copy(folder, tmp_path / "model")
+    before = {p.name for p in model.iterdir()}
+    for output in (model, tmp_path):
+        result = run("compress", model, "--calibration", ids, *SHORT, "-o", output, "--overwrite")
+        check_refused(result, tmp_path, "would replace the model")
+    assert {p.name for p in model.iterdir()} == before
+
+
 def test_failure_leaves_the_old_output_alone(folder, ids, tmp_path, run):
     model = copy(folder, tmp_path / "model")
     change(model, "model.layers.2.mlp.up_proj.weight", float("nan"))
@@ -377,12 +386,17 @@ def test_disk_full(at, refuse, monkeypatch):
     refuse("No space left")
 
 
-def test_disk_full_at_the_manifest(refuse, monkeypatch):
-    def full(self, data, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+@pytest.mark.parametrize("name", ["request.json", "config.json", "planish.json"])
+def test_disk_full_at_a_small_file(name, refuse, monkeypatch):
+    real = checkpoint.write_text
 
-    monkeypatch.setattr(Path, "write_text", full)
-    refuse("No space left")
+    def full(path, text):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_text", full)
+    refuse("No space left", name)
 
 
 @pytest.mark.parametrize(
