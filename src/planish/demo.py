@@ -119,7 +119,7 @@ def run_demo(
     dense = Row("dense", 1.0, 1.0, sum(p.numel() for p in dense_model.parameters()))
     bench = Bench(folder, calibration, evaluation)
     dense.perplexity = bench.measure(dense_model)
-    found = Demo(folder.name if model is None else str(folder), dense)
+    found = Demo("embedded demo model" if model is None else folder.name, dense)
     found.text = {
         "calibration_tokens": calibration.numel(),
         "evaluation_tokens": evaluation.numel(),
@@ -239,7 +239,7 @@ def write_files(found: Demo, output: Path) -> None:
     """demo.json, demo.png and demo.html."""
     points = [Point(r.method, r.keep, r.perplexity) for r in found.rows if not r.skipped]
     subtitle = (
-        f"embedded demo model, {found.dense.parameters / 1e6:.1f} M parameters · "
+        f"{found.model}, {found.dense.parameters / 1e6:.1f} M parameters · "
         f"{found.text['evaluation_tokens']:,} tokens of held-out Python source"
     )
     chart = output / "demo.png"
