@@ -158,7 +158,7 @@ class Stream:
         return block
 
     def subset(self, n: int) -> Stream:
-        """The same model with the first n calibration windows only (rounded up to whole batches' worth, at most all)."""
+        """The same model with the first n calibration windows only (all, if there are fewer)."""
         few = copy.copy(self)
         few.batches = list(torch.cat(self.batches)[:n].split(len(self.batches[0]))) if self.batches else []
         few.calls = {}
