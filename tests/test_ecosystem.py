@@ -216,3 +216,26 @@ def _clean_env(cache: Path) -> dict[str, str]:
     import os
 
     return {**os.environ, "HF_HOME": str(cache / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("name", ["Attention", "Latent"])
+def test_attention_calls_the_interface_where_vllm_looks_for_it(name):
+    """vLLM's Transformers backend parses `forward`: one call, by a name assigned from the table, with `scaling=self.…`."""
+    import ast
+    import inspect
+    import textwrap
+
+    from planish import modules
+
+    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(modules, name).forward)))
+    assigned = {
+        t.id
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Assign) and ast.unparse(n.value).startswith("ALL_ATTENTION_FUNCTIONS.get_interface(")
+        for t in n.targets
+    }
+    calls = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in assigned
+    ]
+    assert len(calls) == 1
+    assert [ast.unparse(k.value) for k in calls[0].keywords if k.arg == "scaling"] == ["self.scaling"]

@@ -254,11 +254,17 @@ class Attention(nn.Module):
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        return self.attend(query, key, value, attention_mask, position_bias, **kwargs)
+        # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
+        mask, extra = self.settings(key, attention_mask, position_bias)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
+        dropout = self.dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
+        )
+        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, position_bias, **kwargs):
-        """Scores, softmax and output projection by the model's attention implementation: (B, T, hidden), weights."""
-        shape = query.shape[0], query.shape[2]
+    def settings(self, key: Tensor, attention_mask, position_bias) -> tuple[Tensor | None, dict]:
+        """The attention's mask, and the arguments that only some families' attentions take."""
         if position_bias is not None:
             attention_mask = add_position_bias(position_bias, attention_mask, key)
         extra = {}
@@ -266,19 +272,7 @@ class Attention(nn.Module):
             extra["sliding_window"] = self.sliding_window
         if self.softcap is not None:
             extra["softcap"] = self.softcap
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **extra,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+        return attention_mask, extra
 
 
 class Latent(Attention):
@@ -324,7 +318,14 @@ class Latent(Attention):
             cos, sin = (t[:, None, :, : t.shape[-1] // 2] for t in self.tables(value, at, *extra))
             key = rotate_pairs(key, cos, sin)
             query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
-        return self.attend(query, key, value, attention_mask, position_bias, **kwargs)
+        # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
+        mask, extra = self.settings(key, attention_mask, position_bias)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
+        dropout = self.dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
+        )
+        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
 
     def rebuild(self, k: Tensor) -> Tensor:
         """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
