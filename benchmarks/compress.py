@@ -127,7 +127,9 @@ def main() -> None:
         f"published in fp32 {max(map(abs, gaps['published, fp32'])):.0e}."
     )
     say()
-    say("The limit is the symmetric fp64 eigenproblem of each linear's smaller side: most of what is left for square linears.")
+    say(
+        "The limit is the symmetric fp64 eigenproblem of each linear's smaller side: most of what is left for square linears."
+    )
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
