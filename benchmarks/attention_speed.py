@@ -46,10 +46,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         dense, small = Path(scratch) / "dense", Path(scratch) / "small"
         write_model(dense, **SIZES)
-        ids = torch.randint(SIZES["vocab_size"], (64 * 128,))
+        ids = torch.randint(SIZES["vocab_size"], (4 * 128,))
         result = planish.compress(
-            dense, keep=args.keep, method=args.method, calibration=ids.numpy(), n_samples=64, seq_len=128, output=small,
-            round_to=args.round_to, settings={"refit": False},
+            dense, keep=args.keep, method=args.method, calibration=ids.numpy(), n_samples=4, seq_len=128, output=small,
+            round_to=args.round_to, settings={"refit": False, "damping": 0.01},
         )  # fmt: skip
         models = {n: planish.load(f, dtype=args.dtype) for n, f in (("dense", dense), (args.method, small))}
         speeds = bench(
