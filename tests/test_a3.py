@@ -375,3 +375,28 @@ def test_latent_keys_are_rebuilt_before_norm_and_rotation(name, tmp_path):
         m.generate(ids, use_cache=c, **options) for m, c in ((small, True), (small, False), (model, True))
     )
     assert torch.equal(cached, fresh) and torch.equal(cached, dense)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integer_weights_compose_with_compression(bits, tmp_path):
+    """A compressed folder loads with integer weights, computes nearly the same and generates."""
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'planish[quant]'")
+    from transformers import TorchAoConfig
+
+    if bits == 8:
+        config = quantization.Int8WeightOnlyConfig()
+    else:
+        axis = quantization.PerAxis(0)
+        config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=axis)
+    compress(tiny.build("llama_gqa"), output=tmp_path / "m", keep=0.8, method="a3", windows=WINDOWS)
+    small, ids = load(tmp_path / "m"), WINDOWS[:4]
+    small_int = load(tmp_path / "m", quantization_config=TorchAoConfig(config))
+    linear = small_int.model.layers[0].self_attn.v_proj
+    assert (
+        type(linear.weight.data) is not torch.Tensor
+        and linear.weight.shape == small.model.layers[0].self_attn.v_proj.weight.shape
+    )
+    with torch.no_grad():
+        a, b = small(ids).logits, small_int(ids).logits
+    assert 0 < float((a - b).norm() / a.norm()) < {8: 0.05, 4: 0.6}[bits]
+    assert small_int.generate(ids[:1, :4], max_new_tokens=4, pad_token_id=0).shape[1] > 4
