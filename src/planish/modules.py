@@ -235,7 +235,7 @@ class Attention(nn.Module):
         shape = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*shape, -1, self.qk)
         key = self.k_proj(hidden_states).view(*shape, -1, self.qk)
-        value = self.v_proj(hidden_states).view(*shape, -1, self.v).transpose(1, 2)
+        value = self.v_proj(hidden_states).contiguous().view(*shape, -1, self.v).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
@@ -303,7 +303,7 @@ class Latent(Attention):
         shape = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*shape, -1, self.qk).transpose(1, 2)
         latent = self.k_proj(hidden_states).view(*shape, len(self.U), -1).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(*shape, -1, self.v).transpose(1, 2)
+        value = self.v_proj(hidden_states).contiguous().view(*shape, -1, self.v).transpose(1, 2)
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             if getattr(cache, "is_compileable", False):
