@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import tiny
+from planish import checkpoint
 from planish.compress import compress, resume
 from planish.errors import InputError
 
@@ -143,22 +144,26 @@ def test_kill_at_random_moments(model, tmp_path, method):
         shutil.rmtree(output)
 
 
-def test_full_disk_keeps_finished_blocks(model, tmp_path, monkeypatch):
-    """A write that fails is one clear error; what was finished stays and is taken up."""
-    run(model, tmp_path / "whole", "flat-llm")
-    from planish import checkpoint
+def stop_after(model: Path, output: Path, method: str, blocks: int) -> None:
+    def stop(phase, done, total):
+        if phase == "blocks" and done == blocks:
+            raise KeyboardInterrupt
 
-    write, calls = checkpoint.write_shard, []
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, output=output, keep=0.7, method=method, windows=WINDOWS, progress=stop)
+
+
+def test_full_disk_while_resuming_keeps_finished_blocks(model, tmp_path, monkeypatch):
+    """One clear error; what was finished stays, is not thrown away by a new run, and is taken up."""
+    run(model, tmp_path / "whole", "flat-llm")
+    stop_after(model, tmp_path / "out", "flat-llm", 2)
 
     def full(path, tensors):
-        calls.append(path)
-        if len(calls) == 4:
-            raise OSError(28, "No space left on device")
-        return write(path, tensors)
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_shard", full)
     with pytest.raises(InputError, match="No space left"):
-        run(model, tmp_path / "out", "flat-llm")
+        resume(tmp_path / "out")
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="planish resume"):
@@ -169,13 +174,7 @@ def test_full_disk_keeps_finished_blocks(model, tmp_path, monkeypatch):
 
 def test_damaged_shard_is_solved_again(model, tmp_path):
     run(model, tmp_path / "whole", "svd-llm")
-
-    def stop(phase, done, total):
-        if phase == "blocks" and done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        compress(model, output=tmp_path / "out", keep=0.7, method="svd-llm", windows=WINDOWS, progress=stop)
+    stop_after(model, tmp_path / "out", "svd-llm", 2)
     shard = next((tmp_path / "out.partial").glob("model-00003-*"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1

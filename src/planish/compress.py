@@ -358,11 +358,11 @@ class Job:
             if i in self.finished:
                 block = stream.block(i)
                 with self.phase("stream"):
-                    before = stream.place(stream.block(i, self.edits.get(i, ())))
                     self.finished[i](block)
                     if dense_hidden is not None:
                         dense_hidden = stream.run(i, stream.place(stream.block(i)), dense_hidden)
-                    hidden = stream.run(i, stream.place(block) if sequential else before, hidden)
+                    seen = block if sequential else stream.block(i, self.edits.get(i, ()))
+                    hidden = stream.run(i, stream.place(seen), hidden)
                 emit(i, block, {})
                 continue
             block = stream.block(i)
