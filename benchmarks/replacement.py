@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "replacement.md"
 LEVELS = (0.125, 0.1875, 0.25, 0.3125, 0.375)
 
+FREE = "same keep"  # as published: as many weights go as in n whole blocks, of whichever kind
 WHOLE: dict[
     str, tuple[str, dict[str, Any]]
 ] = {  # attentions and feed-forwards, or whole blocks: the same share of both goes
@@ -44,6 +45,7 @@ WHOLE: dict[
     "shortgpt": ("shortgpt", {}),
     "sleb": ("sleb", {}),
     "blockpruner, as many of each kind": ("blockpruner", {}),
+    "blockpruner, free numbers": ("blockpruner", {FREE: True}),
     "replaceme": ("replaceme", {}),
     "replaceme, cosine": ("replaceme", {"objective": "cosine"}),
     "llm-streamline": ("llm-streamline", {}),
@@ -90,7 +92,8 @@ def measure(args: argparse.Namespace, model: Path, out: Path) -> dict:
                     model,
                     output=folder,
                     method=method,
-                    settings={**settings, **search, "sparsity": level},
+                    keep=1 - n / blocks,
+                    settings=search if FREE in settings else {**settings, **search, "sparsity": level},
                     calibration=fit,
                     n_samples=args.windows,
                     seq_len=args.seq_len,
@@ -203,12 +206,19 @@ def next_kv(r: dict) -> int:
 
 def verdict(r: dict, levels: tuple[float, ...]) -> list[str]:
     """Who is ahead at every level, and by how much, said by the measurements."""
-    lines = ["Perplexity over the dense model's, subfit against the best of the others:", ""]
+    lines = [
+        "Perplexity over the dense model's, subfit against the best of the others, and the weights that each keeps: at the "
+        "same sparsity subfit keeps more of them, its bypasses.",
+        "",
+    ]
     for s in levels:
         ppl = {m: r["rows"][m][s]["ppl"] / r["dense"] for m in WHOLE if "ppl" in r["rows"][m][s]}
         others = {m: p for m, p in ppl.items() if not m.startswith("subfit")}
         best = min(others, key=others.__getitem__)
-        lines.append(f"- {100 * s:g} %: × {ppl['subfit']:.3f} against × {others[best]:.3f} ({best})")
+        own, other = (r["rows"][m][s]["keep"] for m in ("subfit", best))
+        lines.append(
+            f"- {100 * s:g} %: × {ppl['subfit']:.3f} (keep {own:.3f}) against × {others[best]:.3f} ({best}, keep {other:.3f})"
+        )
     return lines
 
 
