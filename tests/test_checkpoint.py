@@ -85,6 +85,8 @@ def logits(model: nn.Module, ids: Tensor = WINDOWS, **kw: Any) -> Tensor:
 @pytest.mark.parametrize("family", tiny.NAMES)
 def test_uncut_attention_is_the_stock_one(family, attention):
     """Masks, windows, soft caps, norms, rotation and scale of every family, with nothing cut away."""
+    if family.startswith("mpt") and attention == "sdpa":
+        pytest.skip("the stock class has no sdpa")
     model = tiny.build(family, attn_implementation=attention)
     stream = Stream(MemorySource(model), WINDOWS)
     hidden = stream.start()
@@ -195,7 +197,7 @@ def test_folders_carry_their_own_code(made, tmp_path):
         assert torch.equal(found[f"{m}-{f}"], logits(load(made(m, f)[0]))), (m, f)
 
 
-@pytest.mark.parametrize("family", tiny.NAMES)
+@pytest.mark.parametrize("family", [n for n in tiny.NAMES if n != "mpt"])  # mpt: whole multiples of the width only
 def test_uniform_neurons_load_with_stock_classes(family, tmp_path):
     model = tiny.build(family)
     result = compress(model, output=tmp_path / "out", keep=0.8, method=Custom((("mlp", 28),)), windows=WINDOWS)
@@ -207,7 +209,7 @@ def test_uniform_neurons_load_with_stock_classes(family, tmp_path):
     assert type(loaded) is type(model) and not any(
         found[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
     )
-    assert 28 in (getattr(loaded.config, k, 0) for k in ("intermediate_size", "ffn_dim"))
+    assert 28 in (getattr(loaded.config, k, 0) for k in ("intermediate_size", "ffn_dim", "n_inner"))
     assert torch.isfinite(logits(loaded)).all()
 
 

@@ -92,7 +92,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn
     """A causal LM in evaluation mode, random but the same every time."""
     stem = _ROWS[name][0].replace("Gemma3Text", "Gemma3")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{stem}Model" if stem.endswith("LMHead") else f"{stem}ForCausalLM")(configure(name, **overrides))
+    model = getattr(transformers, f"{stem}Model" if stem.endswith("LMHead") else f"{stem}ForCausalLM")(
+        configure(name, **overrides)
+    )
     randomise(model, torch.Generator().manual_seed(1 + NAMES.index(name)))
     return model.to(dtype).eval()
 

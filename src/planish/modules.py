@@ -314,8 +314,8 @@ class Latent(Attention):
             query, key = self.q_norm(query), self.k_norm(key)
         if self.tables is not None:
             at = torch.arange(key.shape[2], device=key.device)[None]
-            extra = () if self.layer_type is None or not hasattr(self.tables, "layer_types") else (self.layer_type,)
-            cos, sin = (t[:, None, :, : t.shape[-1] // 2] for t in self.tables(value, at, *extra))
+            kind = () if self.layer_type is None or not hasattr(self.tables, "layer_types") else (self.layer_type,)
+            cos, sin = (t[:, None, :, : t.shape[-1] // 2] for t in self.tables(value, at, *kind))
             key = rotate_pairs(key, cos, sin)
             query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
         # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`

@@ -74,7 +74,9 @@ DeviceOption = Annotated[Device, typer.Option(help="auto: CUDA where there is on
 DTypeOption = Annotated[
     DType | None, typer.Option(help="to compute in  [default: float32 on a CPU, else as stored]", show_default=False)
 ]
-TargetOption = Annotated[Target, typer.Option("--target", help="where the result has to run: ranks are chosen to suit it")]
+TargetOption = Annotated[
+    Target, typer.Option("--target", help="where the result has to run: ranks are chosen to suit it")
+]
 RoundOption = Annotated[int, typer.Option(min=1, help="make ranks multiples of this (8, 16, 32, 64 suit hardware)")]
 CacheOption = Annotated[
     bool, typer.Option("--cache/--no-cache", help="keep calibration statistics on disk and use them again")

@@ -70,7 +70,9 @@ class A3(Method):
             groups = []
             for unit, f in frontiers.items():
                 full = job.full(unit)
-                ranks = [r for r in job.units[unit].ranks(unit, job.shapes[unit.block]) if r == full or r % job.step == 0]
+                ranks = [
+                    r for r in job.units[unit].ranks(unit, job.shapes[unit.block]) if r == full or r % job.step == 0
+                ]
                 loss = torch.tensor([float(f.loss[r]) if r < full else 0.0 for r in ranks], dtype=torch.float64)
                 at = max(float(f.loss[uniform[unit]]), 1e-300)
                 cost = torch.tensor([float(job.cost(unit, r)) for r in ranks], dtype=torch.float64)

@@ -34,7 +34,6 @@ class ValuePCA(Solver):
     def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
         return rank * shape.hidden * (shape.kv_heads + shape.heads)
 
-
     def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
         return rank * shape.kv_heads
 
