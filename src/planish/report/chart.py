@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +35,14 @@ def draw_chart(points: Sequence[Point], dense: float, path: Path, title: str, su
     for p in points:
         lines[p.method].append(p)
     lines = {m: sorted(ps, key=lambda p: -p.keep) for m, ps in lines.items()}
-    worst = sorted(lines, key=lambda m: (min(p.keep for p in lines[m]), lines[m][-1].perplexity))
+    worst = sorted(lines, key=lambda m: log(lines[m][-1].perplexity / dense) / max(1 - lines[m][-1].keep, 1e-9))
     named = {m: i for i, m in enumerate(worst[:NAMED])}
     visible = [p.perplexity for p in points if p.perplexity <= 10 * dense] or [dense]
     top, bottom = max(max(visible) * 1.05, dense * 1.05), min([dense, *visible])
     logarithmic = top / bottom > 3
     bottom = bottom / (top / bottom) ** 0.08 if logarithmic else bottom - 0.08 * (top - bottom)
     keeps = sorted({round(p.keep, 2) for p in points} | {1.0}, reverse=True)
+    ticks = [t / 10 for t in range(10, 0, -1) if t / 10 >= keeps[-1] - 0.01]
 
     figure, axes = plt.subplots(figsize=(9.6, 5.6), dpi=160)
     figure.subplots_adjust(left=0.075, right=0.78, top=0.85, bottom=0.115)
@@ -83,13 +85,13 @@ def draw_chart(points: Sequence[Point], dense: float, path: Path, title: str, su
             fontsize=9 if bold else 8, fontweight="bold" if bold else "normal", annotation_clip=False,
         )  # fmt: skip
 
-    axes.xaxis.set_major_locator(FixedLocator(keeps))
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.set_xlabel("keep: share of the blocks' weights that stays", color=INK, fontsize=10)
     axes.set_ylabel("perplexity" + (" (log scale)" if logarithmic else ""), color=INK, fontsize=10)
     if logarithmic:
-        ticks = [m * 10**e for e in range(7) for m in (1, 1.5, 2, 3, 5, 7) if bottom <= m * 10**e <= top]
-        axes.yaxis.set_major_locator(FixedLocator(ticks))
+        heights = [m * 10**e for e in range(7) for m in (1, 1.5, 2, 3, 5, 7) if bottom <= m * 10**e <= top]
+        axes.yaxis.set_major_locator(FixedLocator(heights))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.grid(axis="y", color=GRID, linewidth=0.8)
