@@ -440,7 +440,9 @@ def solve(name: str, method: str, batches: list[Tensor], keep: float = 0.72) -> 
     plan = job.method.plan(job)
     job.method.finish(job, plan)
     found: dict[str, Tensor] = {}
-    job.method.solve(job, plan, lambda i, block, spec: found.update({f"{i}.{n}": t for n, t in block.state_dict().items()}))
+    job.method.solve(
+        job, plan, lambda i, block, spec: found.update({f"{i}.{n}": t for n, t in block.state_dict().items()})
+    )
     return found
 
 

@@ -12,7 +12,7 @@ import tiny
 from planish import processes
 from planish.compress import compress
 from planish.stats import Stats, Tap
-from test_resume import fork, hashes, wait
+from test_resume import fork, hashes, one_thread, wait  # noqa: F401
 
 WINDOWS = torch.randint(0, 90, (700, 64), generator=torch.Generator().manual_seed(0))  # six batches, two lanes empty
 

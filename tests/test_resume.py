@@ -48,6 +48,15 @@ def hashes(folder: Path) -> dict[str, str]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A forked child cannot use its parent's OpenMP threads; and equal bytes need equal numbers of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def fork(task: Callable[[], object]) -> int:
     """Run a task in a process of its own; its id."""
     child = os.fork()
