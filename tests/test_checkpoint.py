@@ -213,6 +213,15 @@ def test_uniform_neurons_load_with_stock_classes(family, tmp_path):
     assert torch.isfinite(logits(loaded)).all()
 
 
+def test_width_that_the_stock_class_cannot_name_is_ours(tmp_path):
+    """mpt's configuration knows whole multiples of the hidden size only: nothing else may pass for native."""
+    result = compress(
+        tiny.build("mpt"), output=tmp_path / "out", keep=0.8, method=Custom((("mlp", 28),)), windows=WINDOWS
+    )
+    assert result.format == "planish"
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
 # ---------------------------------------------------------------- generating
 
 
