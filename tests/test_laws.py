@@ -231,14 +231,13 @@ def test_predicted_loss_is_the_measured_error(solver, family):
         assert len(frontier.loss) == ranks[-1] + 1
         assert float(frontier.loss[ranks[-1]]) == pytest.approx(0, abs=1e-12)
         fits: set[str] | None = None
-        floor = min(max(1e-9, getattr(solver, "damping", 0.0)), 1e-8)  # what is predicted is the damped problem's loss
         for rank in some(ranks):
             predicted = float(frontier.loss[rank])
             if isnan(predicted):
                 continue  # nothing is predicted
             errors = measured(b, unit, shape, solver.truncate(frontier, rank, shape), frontier.nats)
             scale = max(float(frontier.loss[ranks[0]]), predicted)
-            near = {n for n, e in errors.items() if abs(e - predicted) <= 1e-6 * predicted + floor * scale}
+            near = {n for n, e in errors.items() if abs(e - predicted) <= 1e-6 * predicted + 1e-9 * scale}
             fits = near if fits is None else fits & near
             assert fits, f"{unit} at rank {rank}: predicted {predicted}, measured {errors}"
 

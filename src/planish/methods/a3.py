@@ -39,7 +39,7 @@ class A3(Method):
     refit: bool = True
     allocation: Literal["uniform", "mixed"] = "uniform"
     probes: int = 16
-    damping: float = 1e-8
+    damping: float = 1e-10
 
     def solvers(self) -> list[Solver]:
         return [

@@ -29,7 +29,7 @@ class FlatLLM(Method):
 
     allocation: Literal["iprs", "uniform"] = "iprs"
     ridge: float = 1e-2
-    damping: float = 1e-8
+    damping: float = 1e-10
     qk: Literal["dense", "pca"] = "dense"
 
     def solvers(self) -> list[Solver]:

@@ -37,7 +37,7 @@ class MoDeGPT(Method):
     cap: float = 0.8
     ridge: float = 1e-2
     refit: bool = False
-    damping: float = 1e-8
+    damping: float = 1e-10
 
     def solvers(self) -> list[Solver]:
         return [

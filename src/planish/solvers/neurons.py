@@ -28,7 +28,7 @@ class Neurons(Solver):
     score: Literal["leverage", "energy"] = "leverage"
     ridge: float = 1e-2
     refit: bool = True
-    damping: float = 1e-8
+    damping: float = 1e-10
 
     def units(self, shape: Shape) -> list[Unit]:
         return [Unit(shape.block, "mlp")]
