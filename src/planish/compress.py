@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish.activations import Room
-from planish.allocate import BudgetError, CacheCost, spread
+from planish.allocate import BudgetError, CacheCost, Curve, spread
 from planish.cache import Cache, open_cache
 from planish.checkpoint import (
     FolderSource,
@@ -42,7 +42,7 @@ from planish.modules import Spec, get_linear
 from planish.shards import Shard, hash_file
 from planish.stats import Stats, Tap
 from planish.stream import Stream
-from planish.targets import constrain, find_target, make_uniform
+from planish.targets import Rounded, constrain, find_target, make_uniform, needs_uniform
 from planish.version import __version__
 
 
@@ -115,6 +115,7 @@ class Job:
             int, Callable[[nn.Module], Any]
         ] = {}  # blocks of an interrupted run: turn into the solved one
         self.caught: list[warnings.WarningMessage] = []
+        self.known: dict[Unit, Frontier] = {}  # what a plan was chosen by
         self.errors: dict[str, float] = {}  # predicted loss of the planned rank, per unit
 
     @property
@@ -134,7 +135,8 @@ class Job:
     def count(self, unit: Unit, rank: int) -> int:
         """Weights left in the unit at this rank, whatever the budget counts."""
         solver = self.units[unit]
-        solver = solver.solver if isinstance(solver, CacheCost) else solver
+        while isinstance(solver, (CacheCost, Rounded)):
+            solver = solver.solver
         return solver.cost(unit, self.shapes[unit.block], rank)
 
     def spread(self, share: Callable[[Unit], float]) -> Plan:
@@ -152,7 +154,40 @@ class Job:
     def plan(self) -> Plan:
         """The method's ranks within the budget."""
         plan = self.method.plan(self) if self.kv_keep is None else self.method.plan_cache(self)
-        return make_uniform(self.target, plan)
+        if not needs_uniform(self.target, plan):
+            return plan
+        self.known = self.known or self.frontiers()
+        curves = {u: self.curve(self.known[u]) for u in plan}
+        uniform = set(find_target(self.target).uniform)
+        taken = self.total - sum(self.cost(u, self.full(u)) - self.cost(u, r) for u, r in plan.items())
+        # what the plan leaves of everything else stays; the rest of the budget goes to the units that must be equal
+        others = taken - sum(self.cost(u, r) for u, r in plan.items() if u.name in uniform)
+        try:
+            plan = make_uniform(self.target, plan, curves, int(self.keep * self.total + 1e-6) - others)
+        except BudgetError as error:
+            raise InputError(
+                f"keep {self.keep:g} cannot be reached by {find_name(self.method)} for {self.target}: the smallest keep "
+                f"is {ceil4((error.smallest + others) / self.total)}"
+            ) from None
+        self.notes["uniform"] = {
+            n: next(r for u, r in plan.items() if u.name == n) for n in sorted(uniform & {u.name for u in plan})
+        }
+        return plan
+
+    def curve(self, frontier: Frontier) -> Curve:
+        """Admissible ranks of a unit with their costs and predicted losses; leaving it whole loses nothing."""
+        unit = frontier.unit
+        solver, shape = self.units[unit], self.shapes[unit.block]
+        ranks = [r for r in solver.ranks(unit, shape) if r % self.step == 0 or r == self.full(unit)]
+        cost = torch.tensor([solver.cost(unit, shape, r) for r in ranks], dtype=torch.float64)
+        loss = torch.as_tensor(frontier.loss, dtype=torch.float64)[torch.tensor(ranks)]
+        return Curve(unit, torch.tensor(ranks), cost, loss)
+
+    def predicted(self, plan: Plan) -> float | None:
+        """Predicted loss of a plan, summed over its units: nats, or the frontiers' squared errors; None if none is known."""
+        if not all(u in self.known for u in plan):
+            return None
+        return sum(float(self.known[u].loss[r]) for u, r in plan.items())
 
     def measure(
         self,

@@ -7,7 +7,8 @@
 | fewer rotary pairs, fewer query/key dimensions | yes | yes | filled up: saves nothing | yes |
 | fewer neurons | yes | yes | yes, per block | yes |
 | MLP removed or linear | yes | yes | yes; linear of the normed input | yes |
-| attention removed or linear | yes | no: a block needs an attention call | yes; linear of the normed input | yes |
+| attention removed or linear | yes | yes | yes; linear of the normed input | yes |
+| keys cached at low rank (palu) | yes | no | multiplied back: saves nothing | not tried |
 
 `any` asks for nothing: what comes out runs in transformers, and where else it runs, `planish export` says.
 """
@@ -18,6 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
+from planish.allocate import BudgetError, Curve
 from planish.core import Edit, Frontier, Plan, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.stats import Stats, Tap
@@ -39,6 +44,7 @@ class Target:
     uniform: tuple[str, ...] = ()
 
 
+_NO_LATENT = "vLLM's cache has no room for keys that attention rebuilds"
 _NO_GRAPH = "llama.cpp has no graph for it, and filled up again it saves nothing"
 
 TARGETS: dict[str, Target] = {
@@ -47,17 +53,14 @@ TARGETS: dict[str, Target] = {
     "onnx": Target("ONNX Runtime"),
     "vllm": Target(
         "vLLM, through its Transformers backend",
-        refuses={
-            "no attention": "vLLM refuses a block without an attention call",
-            "linear attention": "vLLM refuses a block without an attention call",
-            "raw linear attention": "vLLM refuses a block without an attention call",
-        },
+        refuses={"keys": _NO_LATENT},
         steps={"vo": 8, "qk": 8, "mlp": 8},
     ),
     "gguf": Target(
         "llama.cpp",
         refuses={
             "low-rank linear": _NO_GRAPH,
+            "keys": _NO_GRAPH,
             "fewer query/key dimensions": _NO_GRAPH,
             "raw linear attention": "llama.cpp has no linear map of the residual stream before the norm",
             "raw linear MLP": "llama.cpp has no linear map of the residual stream before the norm",
@@ -142,30 +145,50 @@ def constrain(name: str, method: str, units: dict[Unit, Solver], shapes: list[Sh
     return kept
 
 
-def make_uniform(name: str, plan: Plan) -> Plan:
-    """The plan with equal ranks in all blocks where the target needs that: the smallest of each kind."""
+def needs_uniform(name: str, plan: Plan) -> bool:
+    """Does the target ask for equal ranks in all blocks under this plan?"""
     uniform = find_target(name).uniform
-    if not uniform or not any(u.name == uniform[0] for u in plan):
-        return plan
-    least = {n: min((r for u, r in plan.items() if u.name == n), default=0) for n in uniform}
-    return {u: least.get(u.name, r) for u, r in plan.items()}
+    return bool(uniform) and any(u.name == uniform[0] for u in plan)
+
+
+def make_uniform(name: str, plan: Plan, curves: Mapping[Unit, Curve], budget: float) -> Plan:
+    """The plan with equal ranks in all blocks where the target needs that: least predicted loss within the budget.
+
+    `curves`: of the plan's units; `budget`: what the target's uniform units in the plan may cost together. All
+    combinations of one rank per kind are looked at (value dimensions × MLP widths), so the choice is exact.
+    """
+    kinds = [n for n in find_target(name).uniform if any(u.name == n for u in plan)]
+    sums = [add_curves([curves[u] for u in sorted(plan) if u.name == n]) for n in kinds]
+    cost, loss = torch.zeros(()), torch.zeros(())
+    for _, c, f in sums:
+        cost, loss = cost.unsqueeze(-1) + c, loss.unsqueeze(-1) + f
+    fits = cost <= budget * (1 + 1e-12)
+    if not fits.any():
+        raise BudgetError(int(cost.min()), int(budget))
+    best = loss[fits].min()
+    at = torch.where(fits & (loss <= best), cost, -1).argmax()  # of equally good ones the largest
+    picks = torch.unravel_index(at, cost.shape) if sums else ()
+    chosen = {n: int(ranks[i]) for n, (ranks, _, _), i in zip(kinds, sums, picks, strict=True)}
+    return {u: chosen.get(u.name, r) for u, r in plan.items()}
+
+
+def add_curves(curves: list[Curve]) -> tuple[Tensor, Tensor, Tensor]:
+    """(ranks, cost, loss) of one rank for all of these units: the ranks that they all have, costs and losses added."""
+    common = sorted(set.intersection(*({int(r) for r in c.ranks} for c in curves)))
+    ranks = torch.tensor(common)
+    at = [torch.searchsorted(c.ranks, ranks) for c in curves]
+    cost = sum((c.cost[i] for c, i in zip(curves, at, strict=True)), torch.zeros(len(ranks)))
+    return ranks, cost, sum((c.loss[i] for c, i in zip(curves, at, strict=True)), torch.zeros(len(ranks)))
 
 
 def check(name: str, specs: list[Spec], shapes: list[Shape]) -> list[str]:
     """Why a finished model (its blocks' specs) does not fit a target at the size it has; empty if it does."""
-    target = find_target(name)
+    find_target(name)
     reasons: list[str] = []
     if name == "vllm":
-        gone = [i for i, s in enumerate(specs) if s.get("attention", {}).get("kind") == "bypass"]
-        if gone:
-            reasons.append(f"block {gone[0]} has no attention: {target.refuses['no attention']}")
-        wide = [
-            i
-            for i, s in enumerate(specs)
-            if s.get("attention", {}).get("v", 0) > s.get("attention", {}).get("qk", 1 << 30)
-        ]
-        if wide:
-            reasons.append(f"block {wide[0]} has more value than query dimensions, which vLLM's backend cannot hold")
+        latent = [i for i, s in enumerate(specs) if "k_rank" in s.get("attention", {})]
+        if latent:
+            reasons.append(f"block {latent[0]} caches its keys at low rank: {_NO_LATENT}")
     if name == "gguf":
         for i, spec in enumerate(specs):
             for role, form in spec.get("linears", {}).items():

@@ -2,12 +2,12 @@
 
 vLLM finds it through the entry point group `vllm.general_plugins`; without vLLM nothing ever imports this file. Compressed
 models run in vLLM's Transformers backend, which takes transformers' classes as they are and replaces their linears,
-attention and cache by its own.
+attention and cache by its own (`planish.export.vllm_model` tells it what a compressed model has otherwise).
 """
 
 from __future__ import annotations
 
-BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
+BACKEND = "planish.export.vllm_model:TransformersForCausalLM"
 
 
 def register() -> None:

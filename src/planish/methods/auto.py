@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from torch import nn
 
 from planish.allocate import Alternative, BudgetError, Curve, choose
@@ -83,7 +82,8 @@ class Auto(Method):
 
     def allocate(self, job: Job, frontiers: dict[Unit, Frontier], keep: float) -> Plan:
         """The cheapest plan in predicted nats at this share of the job's budget, weights or cache."""
-        curves = {u: self.curve(job, f) for u, f in frontiers.items()}
+        job.known = frontiers
+        curves = {u: job.curve(f) for u, f in frontiers.items()}
         try:
             plan, loss = choose(self.groups(job, curves), int(keep * job.total + 1e-6))
         except BudgetError as error:
@@ -135,11 +135,3 @@ class Auto(Method):
         if job.kv_keep is None:
             return shape.count(role)
         return {"k": shape.kv_heads * shape.qk, "v": shape.kv_heads * shape.v}.get(role, 0)
-
-    def curve(self, job: Job, frontier: Frontier) -> Curve:
-        unit = frontier.unit
-        solver, shape = job.units[unit], job.shapes[unit.block]
-        ranks = [r for r in solver.ranks(unit, shape) if r % job.step == 0 or r == job.full(unit)]
-        cost = torch.tensor([solver.cost(unit, shape, r) for r in ranks], dtype=torch.float64)
-        loss = torch.as_tensor(frontier.loss)[torch.tensor(ranks)]
-        return Curve(unit, torch.tensor(ranks), cost, loss)
