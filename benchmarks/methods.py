@@ -1,10 +1,11 @@
-"""Every method at every budget: perplexity on held-out and on shifted text; writes docs/tables/methods.md.
+"""Every method at every budget: perplexity on held-out and on shifted text; writes docs/tables/methods.{csv,md}.
 
     python benchmarks/methods.py                                            # the embedded model
     python benchmarks/methods.py --model FOLDER --text FILE --name NAME     # any other; FILE is split: 3/4 to calibrate
     python benchmarks/methods.py --shifted FILE ... --methods auto,mpifa --keep 0.9,0.8
 
-Each run replaces the section of its model; the others stay. D = log(ppl / dense ppl). `auto/best` is D of auto over the
+Each point replaces its row of methods.csv, from which methods.md is written anew; other rows stay, so a run may be cut
+into pieces (`--missing` runs only what the table lacks). D = log(ppl / dense ppl). `auto/best` is D of auto over the
 least D of all published methods at the same counted budget; `auto:structural` competes with those whose result has dense
 shapes only.
 """
@@ -12,8 +13,9 @@ shapes only.
 from __future__ import annotations
 
 import argparse
+import csv
+import fcntl
 import math
-import re
 import tempfile
 import time
 import warnings
@@ -26,8 +28,8 @@ from planish.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "methods.md"
+COLUMNS = ("model", "text", "method", "keep", "perplexity", "counted", "seconds", "refused")
 STRUCTURAL = ("a3", "flat-llm", "modegpt")
-REPLACING = ("subfit", "shortgpt", "llm-drop", "sleb", "blockpruner", "replaceme", "llm-streamline", "nbl")
 
 
 def read_arguments() -> argparse.Namespace:
@@ -46,6 +48,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64, help="evaluation windows of --seq-len tokens per text")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--missing", action="store_true", help="leave points alone that the table has")
+    parser.add_argument("--tables", type=Path, default=TABLE, help="where methods.md goes, methods.csv beside it")
     return parser.parse_args()
 
 
@@ -67,10 +71,14 @@ def main() -> None:
             return found
 
         dense = perplexities(args.model)
-        rows: dict[str, dict[float, tuple[list[float], float, float] | str]] = {}
+        label = f"{args.name}, {args.n_samples} × {args.seq_len} calibration tokens, {args.windows} windows"
+        store(args.tables, [point(label, t, "dense", 1.0, p, 1.0, 0.0) for t, p in zip(texts, dense, strict=True)])
+        present = {(r["model"], r["method"], float(r["keep"])) for r in read(args.tables)}
         for name in args.methods.split(","):
             method, _, units = name.partition(":")
             for keep in keeps:
+                if args.missing and (label, name, keep) in present:
+                    continue
                 start = time.perf_counter()
                 try:
                     result = planish.compress(
@@ -79,11 +87,46 @@ def main() -> None:
                         settings={"units": units} if units else None,
                     )  # fmt: skip
                     seconds = time.perf_counter() - start
-                    rows.setdefault(name, {})[keep] = (perplexities(Path(scratch) / "out"), result.keep, seconds)
+                    found = perplexities(Path(scratch) / "out")
+                    rows = [
+                        point(label, t, name, keep, p, result.keep, seconds) for t, p in zip(texts, found, strict=True)
+                    ]
                 except InputError as error:
-                    rows.setdefault(name, {})[keep] = str(error)
-                print(name, keep, rows[name][keep], flush=True)
-                write_table(args.name, section(args, texts, dense, rows, keeps))
+                    rows = [point(label, t, name, keep, refused=str(error)) for t in texts]
+                print(*(list(r.values())[1:] for r in rows), sep="\n", flush=True)
+                store(args.tables, rows)
+
+
+def point(model, text, method, keep, perplexity=math.nan, counted=math.nan, seconds=math.nan, refused="") -> dict:
+    numbers = (f"{keep:g}", f"{perplexity:.6g}", f"{counted:.5f}", f"{seconds:.1f}")
+    return dict(zip(COLUMNS, (model, text, method, *numbers, refused), strict=True))
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    path = table.with_suffix(".csv")
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def store(table: Path, new: list[dict]) -> None:
+    """Put rows into the csv and write the page anew; runs beside one another wait their turn."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with (Path(tempfile.gettempdir()) / "planish-methods.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        keys = {tuple(r[c] for c in COLUMNS[:4]) for r in new}
+        rows = [r for r in read(table) if tuple(r[c] for c in COLUMNS[:4]) not in keys] + new
+        rows.sort(key=lambda r: (r["model"], r["text"] != "held-out", r["text"], order(r["method"]), -float(r["keep"])))
+        with table.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        table.write_text(page(rows), encoding="utf-8")
+
+
+def order(method: str) -> tuple[int, str]:
+    return (0 if method == "dense" else 1 if method.startswith("auto") else 2), method
 
 
 def split_text(args: argparse.Namespace, scratch: Path) -> tuple[str, dict[str, str]]:
@@ -98,54 +141,50 @@ def split_text(args: argparse.Namespace, scratch: Path) -> tuple[str, dict[str, 
     return str(scratch / "fit.txt"), {"held-out": str(scratch / "test.txt"), **shifted}
 
 
-def section(args, texts, dense, rows, keeps) -> str:
-    lines = [f"## {args.name}", ""]
-    lines += [f"Calibration {args.n_samples} × {args.seq_len} tokens; {args.windows} windows evaluated per text.", ""]
-    for t, text in enumerate(texts):
-        lines += [f"### {text}: perplexity (dense {dense[t]:.3f})", ""]
-        lines += ["| method | " + " | ".join(f"keep {k:g}" for k in keeps) + " |", "|---" * (len(keeps) + 1) + "|"]
-        for name, points in rows.items():
-            cells = [cell(points.get(k), t) for k in keeps]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        for mine, rivals in (("auto", None), ("auto:structural", STRUCTURAL)):
-            ratios = [compare(rows, mine, rivals, k, t, dense[t]) for k in keeps]
-            if any(ratios):
-                lines.append(f"| *{mine}: D / best published D* | " + " | ".join(r or "–" for r in ratios) + " |")
-        lines.append("")
-    seconds = {n: [p[2] for p in points.values() if not isinstance(p, str)] for n, points in rows.items()}
-    lines += [
-        "Mean seconds per point: " + ", ".join(f"{n} {sum(s) / len(s):.0f}" for n, s in seconds.items() if s) + ".",
-        "",
-    ]
+def page(rows: list[dict[str, str]]) -> str:
+    lines = ["# Methods", "", "Written by `benchmarks/methods.py`. D = log(perplexity / dense perplexity).", ""]
+    for model in dict.fromkeys(r["model"] for r in rows):
+        name, _, protocol = model.partition(", ")
+        lines += [f"## {name}", "", f"{protocol.capitalize()} evaluated per text.", ""]
+        mine = [r for r in rows if r["model"] == model]
+        for text in dict.fromkeys(r["text"] for r in mine):
+            lines += section(text, [r for r in mine if r["text"] == text])
+        seconds: dict[str, list[float]] = {}
+        for r in mine:
+            if r["method"] != "dense" and not r["refused"]:
+                seconds.setdefault(r["method"], []).append(float(r["seconds"]))
+        means = ", ".join(f"{n} {sum(s) / len(s):.0f}" for n, s in seconds.items())
+        lines += [f"Mean seconds per point, on a machine that may have done other work: {means}.", ""]
+        refusals = {f"{r['method']} at {r['keep']}: {r['refused']}" for r in mine if r["refused"]}
+        lines += [f"– {line}" + "  " for line in sorted(refusals)] + [""] * bool(refusals)
     return "\n".join(lines)
 
 
-def cell(point, t: int) -> str:
-    if point is None:
-        return ""
-    return "–" if isinstance(point, str) else f"{point[0][t]:.3f}"
+def section(text: str, rows: list[dict[str, str]]) -> list[str]:
+    """One table: methods down, keeps across, and how auto stands against the best of the published."""
+    found = {(r["method"], float(r["keep"])): float(r["perplexity"]) for r in rows if not r["refused"]}
+    dense = found.pop(("dense", 1.0))
+    methods = dict.fromkeys(r["method"] for r in rows if r["method"] != "dense")
+    keeps = sorted({float(r["keep"]) for r in rows if r["method"] != "dense"}, reverse=True)
+    lines = [f"### {text}: perplexity (dense {dense:.3f})", ""]
+    lines += ["| method | " + " | ".join(f"keep {k:g}" for k in keeps) + " |", "|---" * (len(keeps) + 1) + "|"]
+    for name in methods:
+        cells = [f"{found[name, k]:.3f}" if (name, k) in found else "–" for k in keeps]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name, rivals in (("auto", None), ("auto:structural", STRUCTURAL)):
+        ratios = [compare(found, name, rivals, k, dense) for k in keeps]
+        if any(ratios):
+            lines.append(f"| *{name}: D / best published D* | " + " | ".join(r or "–" for r in ratios) + " |")
+    return [*lines, ""]
 
 
-def compare(rows, mine: str, rivals, keep: float, t: int, dense: float) -> str:
-    def excess(name: str) -> float | None:
-        point = rows.get(name, {}).get(keep)
-        return None if point is None or isinstance(point, str) else math.log(point[0][t] / dense)
-
-    own = excess(mine)
-    others = {n: excess(n) for n in rows if not n.startswith("auto") and (rivals is None or n in rivals)}
-    others = {n: d for n, d in others.items() if d is not None}
-    if own is None or not others:
+def compare(found: dict[tuple[str, float], float], mine: str, rivals, keep: float, dense: float) -> str:
+    excess = {n: math.log(p / dense) for (n, k), p in found.items() if k == keep}
+    others = {n: d for n, d in excess.items() if not n.startswith("auto") and (rivals is None or n in rivals)}
+    if mine not in excess or not others:
         return ""
     best = min(others, key=lambda n: others[n])
-    return f"{own / others[best]:.2f} ({best})" if others[best] > 0 else ""
-
-
-def write_table(name: str, text: str) -> None:
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else "# Methods\n\nWritten by `benchmarks/methods.py`.\n"
-    parts = re.split(r"(?m)^(?=## )", old)
-    parts = [p for p in parts if not p.startswith(f"## {name}\n")]
-    TABLE.write_text("".join(p.rstrip() + "\n\n" for p in [*parts, text]), encoding="utf-8")
+    return f"{excess[mine] / others[best]:.2f} ({best})" if others[best] > 0 else ""
 
 
 if __name__ == "__main__":
