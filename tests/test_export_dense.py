@@ -117,3 +117,32 @@ def test_settings_of_other_targets_are_refused(tmp_path):
         export(tmp_path, "mimo", tmp_path / "d", pad=True)
     with pytest.raises(InputError, match="unknown export target 'tflite'"):
         export(tmp_path, "tflite", tmp_path / "d")
+
+
+@pytest.mark.parametrize("target", ["dense", "mimo", "deci"])
+@pytest.mark.parametrize("form", ["low-rank pairs", "pivoted low rank", "low-rank heads"])
+def test_products_of_bf16_factors_are_not_rounded_to_bf16(target, form, tmp_path):
+    folder = compressed.make_folder(build("llama_gqa").to(torch.bfloat16), tmp_path / "m", compressed.FORMS[form])
+    written = export(folder, target, tmp_path / "d")
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    names = index_tensors(tmp_path / "d")
+    size = sum(f.stat().st_size for f in (tmp_path / "d").glob("*.safetensors"))
+    (note,) = [n for n in written.notes if "float32" in n]
+    extra = int(note.split(": ")[1].split()[0].replace(",", ""))
+    assert written.bytes - 2 * written.parameters == extra > 0 and size > 2 * written.parameters + extra
+    rounded = export(folder, target, tmp_path / "r", dtype="bf16")
+    assert rounded.bytes == 2 * rounded.parameters and rounded.parameters == written.parameters
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["dtype"] == "bfloat16" and names
+    if target == "deci":  # transformers has no class for it
+        return
+    ids = torch.randint(3, 97, (2, 19), generator=torch.Generator().manual_seed(3))
+    kw = {"attn_implementation": "eager"} if target == "mimo" else {}
+    with torch.no_grad():
+        want = load(folder, dtype=torch.float64)(input_ids=ids).logits
+        got, off = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / d, **kw).double()(input_ids=ids).logits - want
+            for d in ("d", "r")
+        )
+    scale = want.abs().max()
+    assert got.abs().max() < 1e-5 * scale < off.abs().max() * 1e-1, "rounded products move the logits visibly"

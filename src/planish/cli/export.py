@@ -47,7 +47,11 @@ def export(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="to write", show_default=False)],
     dtype: Annotated[
-        FileType | None, typer.Option(help="gguf (default f16) and onnx (default f32, no q8_0)", show_default=False)
+        FileType | None,
+        typer.Option(
+            help="gguf (default f16), onnx (default f32, no q8_0), folders (default as stored, products f32)",
+            show_default=False,
+        ),
     ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="gguf: this one of llama.cpp's, not the smallest that fits", show_default=False)

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from planish.checkpoint import Writer
 from planish.errors import InputError
 from planish.export.dense import copy_files
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
-from planish.export.written import Written
+from planish.export.written import DTYPES, Written, check_dtype, describe_products, keep_dtype
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi3")  # RMS norms, rotary embedding, gated silu MLP, no query/key norm
 
@@ -18,7 +20,9 @@ NAMES = {r: f"self_attn.{r}_proj" for r in "qkvo"} | {r: f"mlp.{r}_proj" for r i
 NAMES |= {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
-def export_mimo(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> Written:
+def export_mimo(
+    folder: str | Path, output: str | Path, *, dtype: str | None = None, overwrite: bool = False
+) -> Written:
     """MiMo-V2-Flash with full attention and dense MLPs: value dimensions below the head size, the same in all blocks.
 
     Loads with transformers' own class (eager attention), vLLM, SGLang and MLX. Value dimensions and MLP widths that differ
@@ -58,10 +62,12 @@ def export_mimo(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
             plain.tensors.setdefault(f"{role}.bias", plain.tensors[role].new_zeros(len(plain.tensors[role])))
 
     del plains
-    return write(source, Path(output), "mimo", settings, prepare, overwrite)
+    return write(source, Path(output), "mimo", settings, prepare, dtype, overwrite)
 
 
-def export_deci(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> Written:
+def export_deci(
+    folder: str | Path, output: str | Path, *, dtype: str | None = None, overwrite: bool = False
+) -> Written:
     """DeciLM (nemotron-nas): MLP widths per block and removed submodules, for vLLM, SGLang and MLX.
 
     transformers itself has no class for it. Block 0 keeps an attention (of zeros if it was removed): vLLM asks for one.
@@ -100,7 +106,7 @@ def export_deci(folder: str | Path, output: str | Path, *, overwrite: bool = Fal
             pad_values(plain, plain.shape.v)
 
     del plains
-    return write(source, Path(output), "deci", settings, prepare, overwrite)
+    return write(source, Path(output), "deci", settings, prepare, dtype, overwrite)
 
 
 def open_folder(folder: str | Path, target: str) -> Folder:
@@ -133,11 +139,18 @@ def base_settings(source: Folder) -> dict[str, Any]:
 
 
 def write(
-    source: Folder, output: Path, target: str, settings: dict[str, Any], prepare: Any, overwrite: bool
+    source: Folder,
+    output: Path,
+    target: str,
+    settings: dict[str, Any],
+    prepare: Any,
+    dtype: str | None,
+    overwrite: bool,
 ) -> Written:
-    """Write every block under LLaMA's tensor names, after `prepare`."""
+    """Write every block under LLaMA's tensor names, after `prepare`, in `dtype` or (None) products in fp32, the rest as is."""
+    check_dtype(dtype)
     writer = Writer(output, len(source), overwrite)
-    back = 0
+    back, wide = 0, False
     try:
         for i in range(len(source)):
             plain = plain_block(source, i)
@@ -151,8 +164,11 @@ def write(
                 )
                 if not unused:
                     tensors[f"model.layers.{i}.{NAMES[role]}.{leaf or 'weight'}"] = tensor
-            writer.shard(i + 1, tensors)
-        writer.shard(0, source.outside())
+            writer.shard(i + 1, keep_dtype(tensors, dtype))
+            wide |= any(t.dtype == torch.float32 for n, t in tensors.items() if n.endswith("proj.weight"))
+        writer.shard(0, keep_dtype(source.outside(), dtype))
+        if dtype or wide:
+            settings["dtype"] = str(DTYPES[dtype or "f32"]).removeprefix("torch.")
         writer.text("config.json", json.dumps(settings, indent=2) + "\n")
         copy_files(source, writer)
         size, total = writer.bytes, writer.parameters
@@ -164,4 +180,7 @@ def write(
     notes = [f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights"] if back else []
     if total - stored != back:
         notes.append(f"zeros to fit {target}, less norms of removed submodules: {total - stored - back:+,} weights")
-    return Written(target, str(output), settings["architectures"][0], "as stored", total, stored, size, "copied", notes)
+    notes += describe_products(total, size, source.itemsize) if dtype is None else []
+    return Written(
+        target, str(output), settings["architectures"][0], dtype or "as stored", total, stored, size, "copied", notes
+    )

@@ -14,38 +14,47 @@ from planish.checkpoint import COPIED, Writer, set_parameter, write_config
 from planish.core import Shape
 from planish.errors import InputError
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, plain_linear, zero_attention
-from planish.export.written import Written
+from planish.export.written import DTYPES, Written, check_dtype, describe_products, keep_dtype
 from planish.modules import Attention, Bypass, Spec, find_blocks, get_linear, set_module, split_block
 
 LOW_RANK = ("pair", "pivoted", "head_pair")
 
 
-def export_dense(folder: str | Path, output: str | Path, *, pad: bool = False, overwrite: bool = False) -> Written:
-    """Write a folder without low-rank forms. The logits stay the same up to rounding of the products.
+def export_dense(
+    folder: str | Path, output: str | Path, *, pad: bool = False, dtype: str | None = None, overwrite: bool = False
+) -> Written:
+    """Write a folder without low-rank forms. The logits stay the same up to rounding of the products to fp32.
+
+    `dtype`: f32, f16 or bf16 for everything; None keeps what is stored as it is and products in fp32 (the configuration
+    then says float32, so that loading does not round them).
 
     It loads with nothing of planish where the stock architecture then holds the shapes. `pad`: make it so, by filling up
     value dimensions, rotary pairs, MLP widths and removed submodules with zeros; the notes say what that costs.
     """
+    check_dtype(dtype)
     source = Folder(folder)
     writer = Writer(Path(output), len(source), overwrite)
     shapes = [source.shape(i) for i in range(len(source))]
     specs: list[Spec] = []
     notes: list[str] = []
-    back = 0
+    back, wide = 0, False
     try:
         width = max(plain_block(source, i).width for i in range(len(source))) if pad else 0
         for i, shape in enumerate(shapes):
             if pad:
                 plain = plain_block(source, i)
                 back += plain.extra
-                specs.append(write_padded(writer, source, plain, width))
+                block, spec = make_padded(source, plain, width)
             else:
                 block = source.block(i)
                 spec, grown = make_dense(block, source, copy.deepcopy(source.specs[i]), shape)
                 back += grown
-                specs.append(spec)
-                writer.block(i, block, source.family)
-        writer.shard(0, source.outside())
+            specs.append(spec)
+            wide |= any(p.dtype == torch.float32 and p.ndim >= 2 for p in block.parameters())
+            writer.block(i, block if dtype is None else block.to(DTYPES[dtype]), source.family)
+        writer.shard(0, keep_dtype(source.outside(), dtype))
+        if dtype or wide:
+            source.stock_config.dtype = DTYPES[dtype or "f32"]
         like: Any = SimpleNamespace(config=source.stock_config, family=source.family, n_blocks=len(source))
         kind = write_config(writer, like, specs, shapes)
         copy_files(source, writer)
@@ -61,7 +70,8 @@ def export_dense(folder: str | Path, output: str | Path, *, pad: bool = False, o
         notes.append(f"filled up with zeros: {total - stored - back:+,} weights")
     if kind != "native":
         notes.append("blocks differ in shape: the folder still needs planish or its own modelling files (or --pad)")
-    return Written("dense", str(writer.output), kind, "as stored", total, stored, size, "copied", notes)
+    notes += describe_products(total, size, source.itemsize) if dtype is None else []
+    return Written("dense", str(writer.output), kind, dtype or "as stored", total, stored, size, "copied", notes)
 
 
 def make_dense(block: nn.Module, source: Folder, spec: Spec, shape: Shape) -> tuple[Spec, int]:
@@ -97,8 +107,8 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def write_padded(writer: Writer, source: Folder, plain: Plain, width: int) -> Spec:
-    """Write one block with stock shapes and the given MLP width; its spec."""
+def make_padded(source: Folder, plain: Plain, width: int) -> tuple[nn.Module, Spec]:
+    """One block with stock shapes and the given MLP width, and its spec."""
     shape, i = plain.shape, plain.shape.block
     if "linear" in (plain.attention, plain.mlp):
         raise InputError(f"block {i} holds a linear map in place of a submodule; no stock block can hold that exactly")
@@ -128,15 +138,11 @@ def write_padded(writer: Writer, source: Folder, plain: Plain, width: int) -> Sp
             like = plain.tensors["q"]
             ones = 0 if name.endswith("bias") or "gemma" in source.family.model_type else 1
             set_parameter(block, name, torch.full(parameter.shape, ones, dtype=like.dtype))
-    writer.block(i, block, source.family)
     if width == shape.intermediate:
-        return {}
+        return block, {}
     sizes = {"gate": (width, shape.hidden), "up": (width, shape.hidden), "down": (shape.hidden, width)}
-    return {
-        "linears": {
-            r: {"kind": "dense", "out": sizes[r][0], "in": sizes[r][1]} for r in source.family.roles if r in sizes
-        }
-    }
+    forms = {r: {"kind": "dense", "out": sizes[r][0], "in": sizes[r][1]} for r in source.family.roles if r in sizes}
+    return block, {"linears": forms}
 
 
 def copy_files(source: Folder, writer: Writer) -> None:

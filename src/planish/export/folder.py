@@ -60,6 +60,12 @@ class Folder:
             self.tensor(n).numel() for n in self.files if n.startswith(self.family.blocks + ".")
         )
 
+    @cached_property
+    def itemsize(self) -> int:
+        """Bytes of one stored weight."""
+        name = next(n for n in self.files if n.startswith(self.family.blocks + ".") and n.endswith("weight"))
+        return self.tensor(name).element_size()
+
     def tensor(self, name: str) -> Tensor:
         try:
             with safe_open(self.files[name], "pt") as handle:
@@ -139,13 +145,18 @@ class Plain:
 
 
 def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear of any form; products are taken in fp64 and rounded once."""
+    """Weight and bias of a linear of any form; products are taken in fp64 and rounded once, to fp32 where less is stored."""
     if isinstance(module, nn.Linear):
         return module.weight.data, None if module.bias is None else module.bias.data
-    dtype = next(module.parameters()).dtype
+    dtype = product_dtype(next(module.parameters()).dtype)
     weight = copy.deepcopy(module).double().dense().data.to(dtype)  # type: ignore[operator]
     bias = module.B.bias if hasattr(module, "B") else module.bias
     return weight, None if bias is None else bias.data  # type: ignore[union-attr, return-value]
+
+
+def product_dtype(stored: torch.dtype) -> torch.dtype:
+    """What products of stored factors are kept in: a product of bf16 numbers needs more digits than bf16 has."""
+    return torch.promote_types(stored, torch.float32)
 
 
 def count_weights(module: nn.Module) -> int:
@@ -188,7 +199,8 @@ def plain_block(folder: Folder, i: int) -> Plain:
         module = get_linear(block, family, role)
         weight, bias = plain_linear(module)
         if role == "k" and isinstance(attention, Latent):
-            weight, bias = attention.rebuild(weight), None if bias is None else attention.rebuild(bias)
+            weight, bias = (None if t is None else rebuild_keys(attention, t) for t in (weight, bias))
+            assert weight is not None
             plain.extra -= attention.U.numel()
         plain.extra += weight.numel() - count_weights(module)
         tensors[role] = weight
@@ -210,6 +222,12 @@ def plain_block(folder: Folder, i: int) -> Plain:
     return plain
 
 
+def rebuild_keys(attention: Latent, t: Tensor) -> Tensor:
+    """k_proj's weight or bias as that of the keys themselves; fp64 product, kept like other products."""
+    wide = copy.deepcopy(attention).double().rebuild(t.double())
+    return wide.to(product_dtype(t.dtype))
+
+
 def check_normed(form: Spec, what: str) -> None:
     if form["raw"]:
         raise InputError(
@@ -228,7 +246,7 @@ def bypass_factors(module: Bypass, hidden: int) -> tuple[Tensor, Tensor]:
 
 def bypass_matrix(module: Bypass, hidden: int) -> Tensor:
     """diag(gate) + W V."""
-    dtype = next(module.parameters()).dtype
+    dtype = product_dtype(next(module.parameters()).dtype)
     m = torch.zeros(hidden, hidden, dtype=torch.float64)
     if module.gate is not None:
         m += module.gate.data.double().diag()
