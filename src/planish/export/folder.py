@@ -199,8 +199,7 @@ def plain_block(folder: Folder, i: int) -> Plain:
         module = get_linear(block, family, role)
         weight, bias = plain_linear(module)
         if role == "k" and isinstance(attention, Latent):
-            weight, bias = (None if t is None else rebuild_keys(attention, t) for t in (weight, bias))
-            assert weight is not None
+            weight, bias = rebuild_keys(attention, weight), None if bias is None else rebuild_keys(attention, bias)
             plain.extra -= attention.U.numel()
         plain.extra += weight.numel() - count_weights(module)
         tensors[role] = weight
