@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
@@ -36,7 +36,10 @@ class Auto(Method):
     `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only; `bypass` adds fitted affine maps
     in place of whole submodules. `anchor`: share of the uncompressed model's activations in the target of each solve
     (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `rounds`: gradients are measured
-    again on the model compressed so far after each equal share of the cut; 0 = 1, or 2 below keep 0.6.
+    again on the model compressed so far after each equal share of the cut.
+    `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order prediction saturates, so a cut
+    that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the prediction itself. By default 0,
+    or 3 below keep 0.6.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
@@ -46,7 +49,8 @@ class Auto(Method):
     anchor: float = 0.5
     ridge: float = 1e-3
     bypass: bool = False
-    rounds: int = 0
+    rounds: int = 1
+    steep: float | None = None
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
@@ -67,7 +71,7 @@ class Auto(Method):
     def plan(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
         job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
-        rounds = self.rounds or (1 if job.keep >= 0.6 else 2)
+        rounds = max(self.rounds, 1)
         plan: Plan = {}
         for n in range(1, rounds + 1):
             if n > 1:
@@ -84,12 +88,15 @@ class Auto(Method):
         """The cheapest plan in predicted nats at this share of the job's budget, weights or cache."""
         job.known = frontiers
         curves = {u: job.curve(f) for u, f in frontiers.items()}
+        steep = self.steep if self.steep is not None else 0.0 if job.keep >= 0.6 else 3.0
+        curves = {u: replace(c, loss=c.loss * (1 + steep * c.loss)) for u, c in curves.items()}
         try:
-            plan, loss = choose(self.groups(job, curves), int(keep * job.total + 1e-6))
+            plan, _ = choose(self.groups(job, curves), int(keep * job.total + 1e-6))
         except BudgetError as error:
             raise InputError(
                 f"keep {keep:g} cannot be reached by auto: the smallest keep is {error.smallest / job.total:.4f}"
             ) from None
+        loss = sum(float(frontiers[u].loss[r]) for u, r in plan.items())
         names = sorted({u.name for u in plan})
         cut = {n: sum(u.name == n and r < job.full(u) for u, r in plan.items()) for n in names}
         job.notes |= {"predicted_loss": loss, "units cut": {n: c for n, c in cut.items() if c}}
