@@ -54,6 +54,58 @@ def spread(
     return top_up(units, shapes, best, budget - cost(best), step, lambda u: keep_at(u, low))
 
 
+def spread_by_kind(
+    units: Mapping[Unit, Solver],
+    shapes: list[Shape],
+    share: Callable[[Unit], float],
+    budget: int,
+    step: int = 1,
+) -> Plan:
+    """`spread` with a budget of its own for every kind of unit ("qk", "vo", "mlp"): what its shares ask for, unrounded.
+
+    Where one kind has coarse steps (whole rotary pairs of narrow heads) its units then take turns on either side of
+    their share, and the kind as a whole keeps it; otherwise all of them would be rounded down and others raised
+    instead. Kinds with the coarsest steps go first, what rounding leaves over goes to the next one.
+    """
+    shares = {u: share(u) for u in units}
+    full = {u: s.cost(u, shapes[u.block], s.ranks(u, shapes[u.block])[-1]) for u, s in units.items()}
+
+    def wanted(u: Unit, t: float) -> float:
+        return full[u] * (1.0 if shares[u] == float("inf") else min(1.0, t * shares[u]))
+
+    positive = [s for s in shares.values() if 0 < s < float("inf")]
+    low, high = 0.0, 1.0 / min(positive) if positive else 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(wanted(u, middle) for u in units) <= budget else (low, middle)
+
+    def coarseness(name: str) -> float:
+        steps = []
+        for u in units:
+            ranks = units[u].ranks(u, shapes[u.block])
+            if u.name == name and len(ranks) > 1:
+                last = units[u].cost(u, shapes[u.block], ranks[-2])
+                steps.append((full[u] - last) / full[u])
+        return max(steps, default=0.0)
+
+    names = sorted({u.name for u in units}, key=lambda n: (-coarseness(n), n))
+    kinds = [{u: s for u, s in units.items() if u.name == n} for n in names]
+    least = [sum(s.cost(u, shapes[u.block], s.rank_at(u, shapes[u.block], 0.0, step)) for u, s in k.items()) for k in kinds]
+    if sum(least) > budget:
+        raise BudgetError(sum(least), budget)
+    plan: Plan = {}
+    left, carry = budget, 0.0
+    for n, kind in enumerate(kinds):
+        own = left if n == len(kinds) - 1 else int(sum(wanted(u, low) for u in kind) + carry + 1e-6)
+        own = min(max(own, least[n]), left - sum(least[n + 1 :]))
+        new = spread(kind, shapes, shares.__getitem__, own, step)
+        spent = sum(s.cost(u, shapes[u.block], new[u]) for u, s in kind.items())
+        carry += sum(wanted(u, low) for u in kind) - spent
+        left -= spent
+        plan |= new
+    return top_up(units, shapes, plan, left, step, lambda u: 1.0 if shares[u] > 0 else 0.0)
+
+
 def top_up(
     units: Mapping[Unit, Solver],
     shapes: list[Shape],

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish.activations import Room
-from planish.allocate import BudgetError, CacheCost, Curve, spread
+from planish.allocate import BudgetError, CacheCost, Curve, spread, spread_by_kind
 from planish.cache import Cache, open_cache
 from planish.checkpoint import (
     FolderSource,
@@ -139,10 +139,11 @@ class Job:
             solver = solver.solver
         return solver.cost(unit, self.shapes[unit.block], rank)
 
-    def spread(self, share: Callable[[Unit], float]) -> Plan:
-        """Ranks in proportion to `share`, within the budget (see `planish.allocate.spread`)."""
+    def spread(self, share: Callable[[Unit], float], by_kind: bool = False) -> Plan:
+        """Ranks in proportion to `share`, within the budget (see `spread`, `spread_by_kind` of `planish.allocate`)."""
         try:
-            return spread(self.units, self.shapes, share, self.budget, self.step)
+            rule = spread_by_kind if by_kind else spread
+            return rule(self.units, self.shapes, share, self.budget, self.step)
         except BudgetError as error:
             smallest = (error.smallest + self.total - self.full_cost()) / self.total
             asked = "keep" if self.kv_keep is None else "kv-keep"

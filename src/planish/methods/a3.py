@@ -9,6 +9,7 @@ import torch
 
 from planish.allocate import Alternative, Curve, choose
 from planish.core import Method, Plan, Solver
+from planish.errors import InputError
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs
@@ -16,6 +17,8 @@ from planish.solvers.value_output import ValueOutput
 
 if TYPE_CHECKING:
     from planish.compress import Job
+
+PARTS = ("qk", "vo", "mlp")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class A3(Method):
     group) or "values" (the paper's R_kv form for groups). `mlp`: score of neurons, "energy" (the paper's) or ridge
     "leverage". `refit`: least squares of o and of down on what is kept; false is the paper's plain slicing.
     `allocation` "mixed": ranks searched by the loss of the calibration text, `probes` windows of it for each unit.
+    `parts`: which of the three are cut (all); the budget is then met by those alone.
+    Uniform means that each part keeps the share asked for. Where a part's steps are coarse (rotary pairs of narrow heads)
+    some blocks lie a step above it and some below; rounding all of them down would cost far more than it saves.
     Differs from the paper: refit and pooling are on; its mixed ranks come without an algorithm, see `search`.
     """
 
@@ -40,17 +46,20 @@ class A3(Method):
     allocation: Literal["uniform", "mixed"] = "uniform"
     probes: int = 16
     damping: float = 1e-10
+    parts: tuple[str, ...] = PARTS
 
     def solvers(self) -> list[Solver]:
-        return [
-            QKJoint(),
-            RotaryPairs(self.qk),
-            ValueOutput(self.vo, self.refit),
-            Neurons(self.mlp, refit=self.refit, damping=self.damping),
-        ]
+        if not self.parts or set(self.parts) - set(PARTS):
+            raise InputError(f"a3: parts={','.join(self.parts) or 'nothing'}; expected some of {','.join(PARTS)}")
+        cut: dict[str, list[Solver]] = {
+            "qk": [QKJoint(), RotaryPairs(self.qk)],
+            "vo": [ValueOutput(self.vo, self.refit)],
+            "mlp": [Neurons(self.mlp, refit=self.refit, damping=self.damping)],
+        }
+        return [solver for part in PARTS if part in self.parts for solver in cut[part]]
 
     def plan(self, job: Job) -> Plan:
-        uniform = job.spread(lambda unit: 1.0)
+        uniform = job.spread(lambda unit: 1.0, by_kind=True)
         return uniform if self.allocation == "uniform" or job.keep == 1 else self.search(job, uniform)
 
     def plan_cache(self, job: Job) -> Plan:

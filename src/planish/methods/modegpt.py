@@ -51,7 +51,7 @@ class MoDeGPT(Method):
         if any(s.qk_norm for s in job.shapes):
             job.notes["qk"] = "left as they are: this family normalises q and k over all channels of a head"
         if self.allocation == "uniform" or job.keep == 1:
-            return job.spread(lambda unit: 1.0)
+            return job.spread(lambda unit: 1.0, by_kind=True)
         tap = Tap("block.in", "angle", "block.out")
         influence: dict[int, float] = {}
 
@@ -61,7 +61,7 @@ class MoDeGPT(Method):
         job.measure(lambda shape: [tap], use)
         removed = spread_removal([influence[i] for i in range(len(influence))], 1 - job.keep, self.smoothing, self.cap)
         job.notes |= {"influence": influence, "removed": removed}
-        return job.spread(lambda unit: 1 - removed[unit.block])
+        return job.spread(lambda unit: 1 - removed[unit.block], by_kind=True)
 
     def plan_cache(self, job: Job) -> Plan:
         return self.plan(job)
