@@ -5,7 +5,7 @@ dimensions or rotary pairs than the stock one), `Bypass`. `Fused` stands for a f
 have different forms. A block's `spec` is JSON; `install` builds empty modules from it, for compressing and loading alike:
 
     {"linears": {role: {"kind": "dense", "out": 8, "in": 16} | {"kind": "pair" | "pivoted", "rank": 4}},
-     "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": 30} | {"kind": "bypass", "rank": 8, ...},
+     "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": 30} | {…, "k_rank": 96, "k_groups": 1} | {"kind": "bypass", "rank": 8, ...},
      "mlp": {"kind": "bypass", "rank": 0, ...},
      "slice": {"in": 48, "mid": 48, "out": 64}}
 """
@@ -333,6 +333,79 @@ class Latent(Attention):
         return (self.U.data @ k.reshape(groups, rank, -1)).reshape(-1, *k.shape[1:])
 
 
+class Frequencies(Attention):
+    """Attention whose kv heads of one set share `rank` rotated key channels; only those are cached, nothing is rebuilt.
+
+    Channel pair ρ of set g has the rotary frequency `frequencies[g, ρ]`; head j's key at it is Σ_ρ u_jρ z_ρ, complex. The
+    query of a head of j is multiplied by ū_jρ, channel by channel, and meets z itself. `U` (2, kv_heads, pairs): u. In the
+    cache the values of a set lie side by side, so that it has as many heads as there are sets.
+    """
+
+    def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, rank: int, groups: int):
+        super().__init__(stock, config, family, qk, v, None)
+        weight = next(stock.parameters())
+        kw = {"device": weight.device, "dtype": weight.dtype}
+        self.sets = groups
+        self.U = nn.Parameter(torch.zeros(2, self.kv_heads, rank // 2, **kw), requires_grad=False)
+        self.register_buffer("frequencies", torch.zeros(groups, rank // 2, dtype=torch.int32, device=weight.device))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        layer_past=None,
+        position_bias: Tensor | None = None,
+        **kwargs,
+    ):
+        assert position_embeddings is not None
+        shape = hidden_states.shape[:-1]
+        at = self.frequencies.flatten()
+        cos, sin = (
+            t.index_select(-1, at).unflatten(-1, self.frequencies.shape).transpose(1, 2) for t in position_embeddings
+        )
+        query = self.pick(self.q_proj(hidden_states)).view(*shape, self.heads, -1).transpose(1, 2)
+        real, imaginary = self.U.repeat_interleave(self.num_key_value_groups, 1).unsqueeze(2).unbind(0)
+        query = rotate_pairs(query, real, -imaginary)  # by ū
+        grouped = query.unflatten(1, (self.sets, -1))
+        query = rotate_pairs(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
+        key = rotate_pairs(self.k_proj(hidden_states).view(*shape, self.sets, -1).transpose(1, 2), cos, sin)
+        value = self.v_proj(hidden_states).view(*shape, self.sets, -1).transpose(1, 2)
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        shared = self.kv_heads // self.sets
+        key = key.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2)
+        value = value.unflatten(-1, (shared, -1)).transpose(2, 3).flatten(1, 2)
+        # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
+        mask, extra = self.settings(key, attention_mask, position_bias)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
+        dropout = self.dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
+        )
+        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+
+    def pick(self, query: Tensor) -> Tensor:
+        """The channels of every query head (…, heads · qk) at its set's frequencies: (…, heads · rank)."""
+        pairs = self.frequencies.repeat_interleave(self.heads // self.sets, 0)
+        at = torch.cat([pairs, pairs + self.qk // 2], 1)
+        first = torch.arange(0, self.heads * self.qk, self.qk, dtype=at.dtype, device=at.device)
+        return query.index_select(-1, (at + first[:, None]).flatten())
+
+    def rebuild(self, k: Tensor) -> Tensor:
+        """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
+        sets, pairs = self.frequencies.shape
+        shared = self.kv_heads // self.sets
+        z = k.reshape(sets, 1, 2, pairs, -1).to(self.U.dtype)
+        real, imaginary = self.U.unflatten(1, (sets, shared)).unsqueeze(-1)  # (sets, shared, pairs, 1)
+        parts = torch.stack([real * z[:, :, 0] - imaginary * z[:, :, 1], real * z[:, :, 1] + imaginary * z[:, :, 0]], 2)
+        out = parts.new_zeros(sets, shared, 2, self.qk // 2, parts.shape[-1])
+        at = self.frequencies.long()[:, None, None, :, None].expand_as(parts)
+        return out.scatter_add(3, at, parts).reshape(self.kv_heads * self.qk, *k.shape[1:])
+
+
 def make_rotary(stock: nn.Module) -> nn.Module:
     """The rotary tables' module of a stock attention's own family."""
     names = vars(sys.modules[type(stock).__module__])
@@ -499,7 +572,8 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
         set_module(block, family.path(role), linears[role])
     if form.get("kind") == "own":
         if "k_rank" in form:
-            own = Latent(stock, config, family, form["qk"], form["v"], form["k_rank"], form["k_groups"])
+            kind = Frequencies if form.get("k_form") == "frequency" else Latent
+            own = kind(stock, config, family, form["qk"], form["v"], form["k_rank"], form["k_groups"])
         else:
             own = Attention(stock, config, family, form["qk"], form["v"], form.get("pairs"))
         for role in "qkvo":
