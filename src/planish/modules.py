@@ -188,15 +188,16 @@ class SlicedBlock(nn.Module):
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first 2·p channels of x (..., d) as pairs (j, j + p); cos, sin (..., p); the rest passes through."""
     p = cos.shape[-1]
-    a, b, rest = x[..., :p], x[..., p : 2 * p], x[..., 2 * p :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    a, b, *rest = x.split([p, p, x.shape[-1] - 2 * p] if x.shape[-1] > 2 * p else p, dim=-1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), *rest], dim=-1)
 
 
 class Attention(nn.Module):
     """Multi-head attention with `qk` query/key and `v` value dimensions per head, for every family of the table.
 
     Takes over the stock module's norms, scale (of the ORIGINAL head dimension), window, soft cap and layer index.
-    With `pairs`, kv group j keeps the rotary pairs `pairs[j]` (kv_heads, p): cos and sin are gathered once per call.
+    With `pairs`, kv group j keeps the rotary pairs `pairs[j]` (kv_heads, p): the call's cos and sin are gathered by it, one
+    row per token position, and serve queries and keys.
     """
 
     def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, pairs: int | None):
@@ -233,24 +234,15 @@ class Attention(nn.Module):
         **kwargs,
     ):
         shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk)
+        query = self.q_proj(hidden_states).view(*shape, self.kv_heads, -1, self.qk)
+        key = self.k_proj(hidden_states).view(*shape, self.kv_heads, 1, self.qk)
         value = self.v_proj(hidden_states).contiguous().view(*shape, -1, self.v).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.rotary and position_embeddings is not None:
-            cos, sin = (t[..., : t.shape[-1] // 2] for t in position_embeddings)
-            if self.pairs is None:
-                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-                query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
-            else:
-                at = self.pairs.flatten()
-                cos, sin = (t.index_select(-1, at).unflatten(-1, self.pairs.shape).transpose(1, 2) for t in (cos, sin))
-                key = rotate_pairs(key, cos, sin)
-                grouped = query.unflatten(1, (self.kv_heads, self.num_key_value_groups))
-                query = rotate_pairs(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
-
+            cos, sin = self.turn(position_embeddings)
+            query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+        query, key = query.flatten(2, 3).transpose(1, 2), key.squeeze(3).transpose(1, 2)
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -258,10 +250,34 @@ class Attention(nn.Module):
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         dropout = self.dropout if self.training else 0.0
+        query, key, value = self.level(query, key, value)
         output, weights = attend(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
         )
+        if value.shape[-1] > self.v:
+            output = output[..., : self.v]
         return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+
+    def turn(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin (batch, tokens, kv_heads or 1, 1, pairs) of the pairs that every kv group has."""
+        cos, sin = position_embeddings
+        if self.pairs is None:
+            half = cos.shape[-1] // 2
+            return cos[..., None, None, :half], sin[..., None, None, :half]
+        at, shape = self.pairs.flatten(), (*cos.shape[:-1], self.kv_heads, 1, -1)
+        return cos.index_select(-1, at).view(shape), sin.index_select(-1, at).view(shape)
+
+    def level(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads filled up with zeros to one size where PyTorch's attention is several times slower without: on the CPU.
+
+        Scores stay; the output's channels beyond `v` are zero. What the cache holds is untouched.
+        """
+        qk, v = query.shape[-1], value.shape[-1]
+        if qk == v or query.device.type != "cpu" or self.config._attn_implementation != "sdpa":
+            return query, key, value
+        if qk > v:
+            return query, key, nn.functional.pad(value, (0, qk - v))
+        return nn.functional.pad(query, (0, v - qk)), nn.functional.pad(key, (0, v - qk)), value
 
     def settings(self, key: Tensor, attention_mask, position_bias) -> tuple[Tensor | None, dict]:
         """The attention's mask, and the arguments that only some families' attentions take."""
@@ -322,9 +338,12 @@ class Latent(Attention):
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         dropout = self.dropout if self.training else 0.0
+        query, key, value = self.level(query, key, value)
         output, weights = attend(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
         )
+        if value.shape[-1] > self.v:
+            output = output[..., : self.v]
         return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
 
     def rebuild(self, k: Tensor) -> Tensor:
@@ -382,9 +401,12 @@ class Frequencies(Attention):
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         dropout = self.dropout if self.training else 0.0
+        query, key, value = self.level(query, key, value)
         output, weights = attend(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
         )
+        if value.shape[-1] > self.v:
+            output = output[..., : self.v]
         return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
 
     def pick(self, query: Tensor) -> Tensor:
