@@ -537,7 +537,10 @@ def test_integer_weights_compose_with_compression(bits, tmp_path):
         type(linear.weight.data) is not torch.Tensor
         and linear.weight.shape == small.model.layers[0].self_attn.v_proj.weight.shape
     )
+    later = load(tmp_path / "m")
+    quantization.quantize_(later, config, lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
     with torch.no_grad():
         a, b = small(ids).logits, small_int(ids).logits
+        assert torch.equal(later(ids).logits, b)  # the same weights, whether they are made while loading or afterwards
     assert 0 < float((a - b).norm() / a.norm()) < {8: 0.05, 4: 0.6}[bits]
     assert small_int.generate(ids[:1, :4], max_new_tokens=4, pad_token_id=0).shape[1] > 4

@@ -90,7 +90,9 @@ def spread_by_kind(
 
     names = sorted({u.name for u in units}, key=lambda n: (-coarseness(n), n))
     kinds = [{u: s for u, s in units.items() if u.name == n} for n in names]
-    least = [sum(s.cost(u, shapes[u.block], s.rank_at(u, shapes[u.block], 0.0, step)) for u, s in k.items()) for k in kinds]
+    least = [
+        sum(s.cost(u, shapes[u.block], s.rank_at(u, shapes[u.block], 0.0, step)) for u, s in k.items()) for k in kinds
+    ]
     if sum(least) > budget:
         raise BudgetError(sum(least), budget)
     plan: Plan = {}

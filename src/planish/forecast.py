@@ -151,6 +151,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         needed_statistics=measured,
         units=rows,
         how=how,
+        warnings=list(job.remarks.values()),
     )
 
 

@@ -5,7 +5,8 @@ dimensions or rotary pairs than the stock one), `Bypass`. `Fused` stands for a f
 have different forms. A block's `spec` is JSON; `install` builds empty modules from it, for compressing and loading alike:
 
     {"linears": {role: {"kind": "dense", "out": 8, "in": 16} | {"kind": "pair" | "pivoted", "rank": 4}},
-     "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": 30} | {…, "k_rank": 96, "k_groups": 1} | {"kind": "bypass", "rank": 8, ...},
+     "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": 30} | {…, "k_rank": 96, "k_groups": 1, "k_form": "frequency"}
+                 | {"kind": "bypass", "rank": 8, ...},
      "mlp": {"kind": "bypass", "rank": 0, ...},
      "slice": {"in": 48, "mid": 48, "out": 64}}
 """

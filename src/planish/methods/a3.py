@@ -12,7 +12,7 @@ from planish.core import Method, Plan, Solver
 from planish.errors import InputError
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
-from planish.solvers.rotary_pairs import RotaryPairs
+from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs
 from planish.solvers.value_output import ValueOutput
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class A3(Method):
         return [solver for part in PARTS if part in self.parts for solver in cut[part]]
 
     def plan(self, job: Job) -> Plan:
+        if "qk" in self.parts and any(s.qk_norm for s in job.shapes):
+            job.remarks["qk"] = NORMALISED
         uniform = job.spread(lambda unit: 1.0, by_kind=True)
         return uniform if self.allocation == "uniform" or job.keep == 1 else self.search(job, uniform)
 
@@ -68,9 +70,9 @@ class A3(Method):
     def search(self, job: Job, uniform: Plan) -> Plan:
         """Ranks that differ from unit to unit, chosen by the loss of the calibration text.
 
-        One probe per unit measures what cutting it alone to its uniform rank adds to the loss; that scales the unit's
-        frontier to nats, and the sum is minimised under the budget. Of the uniform plan, this one, and the one whose
-        scales are the probes' square roots, the plan with the least loss of the whole compressed model wins.
+        One probe per unit measures how far cutting it alone to its uniform rank moves the model's predictions (KL); that
+        scales the unit's frontier to nats, and the sum is minimised under the budget. Of the uniform plan, this one, and
+        the one whose scales are the probes' square roots, the one with the least loss of the whole compressed model wins.
         """
         frontiers, rises = job.probe(uniform, self.probes)
         least = max(1e-6, 0.01 * sum(max(r, 0.0) for r in rises.values()) / len(rises))
@@ -92,7 +94,3 @@ class A3(Method):
         best = min(losses, key=lambda name: losses[name])
         job.notes |= {"searched": losses, "chosen": best, "rises": {str(u): r for u, r in rises.items()}}
         return plans[best]
-
-    def finish(self, job: Job, plan: Plan) -> None:
-        if any(s.qk_norm for s in job.shapes):
-            job.notes["qk"] = "left as they are: this family normalises q and k over all channels of a head"

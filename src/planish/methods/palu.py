@@ -44,7 +44,8 @@ class Palu(Method):
 
     def plan(self, job: Job) -> Plan:
         if self.keys == "frequency" and any(Unit(s.block, "keys") not in job.units for s in job.shapes):
-            job.notes["keys"] = "left as they are: this family normalises q and k, or rotates only some of their channels"
+            why = "normalises keys" if job.shapes[0].qk_norm else "does not rotate every channel of its keys"
+            job.remarks["keys"] = f"keys are left as they are: this family {why}; keys=rebuild cuts them"
         if self.allocation == "uniform" or job.keep == 1:
             return job.spread(lambda unit: 1.0)
         fisher: dict[Unit, float] = {}
