@@ -3,6 +3,7 @@
     python benchmarks/attention_speed.py                       # 0.33 billion random weights, keep 0.7, batch 1 and 8, CPU
     python benchmarks/attention_speed.py --attention eager,sdpa
     python benchmarks/attention_speed.py --compile --batch 1
+    python benchmarks/attention_speed.py --kv-keep 0.5 --prompt 1024 --method palu:allocation=uniform:keys=frequency
     python benchmarks/attention_speed.py --device cuda --dtype bfloat16
 
 Every run with --write replaces its own section of the table; the others stay.
@@ -36,7 +37,8 @@ SIZES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=float, default=0.7)
-    parser.add_argument("--method", default="a3")
+    parser.add_argument("--kv-keep", type=float, help="a budget of the KV cache, instead of --keep")
+    parser.add_argument("--method", default="a3:refit=false:damping=0.01", help="NAME[:setting=value…]")
     parser.add_argument("--round-to", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=16)
@@ -50,20 +52,22 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    name, *settings = args.method.split(":")
     with tempfile.TemporaryDirectory() as scratch:
         dense, small = Path(scratch) / "dense", Path(scratch) / "small"
         write_model(dense, **SIZES)
         ids = torch.randint(SIZES["vocab_size"], (4 * 128,))
+        budget = {"keep": args.keep} if args.kv_keep is None else {"kv_keep": args.kv_keep}
         result = planish.compress(
-            dense, keep=args.keep, method=args.method, calibration=ids.numpy(), n_samples=4, seq_len=128, output=small,
-            round_to=args.round_to, settings={"refit": False, "damping": 0.01},
+            dense, method=name, settings=dict(s.split("=") for s in settings), calibration=ids.numpy(), n_samples=4,
+            seq_len=128, output=small, round_to=args.round_to, **budget,
         )  # fmt: skip
         rows = [
             "| attention | batch | phase | dense tok/s | cut tok/s | ratio (median of turns, lowest – highest) |",
             "|---|---|---|---|---|---|",
         ]
         for attention in args.attention.split(","):
-            folders = (("dense", dense), (args.method, small))
+            folders = (("dense", dense), (name, small))
             models = {n: planish.load(f, dtype=args.dtype, attn_implementation=attention) for n, f in folders}
             speeds = bench(
                 models, batch_sizes=[int(b) for b in args.batch.split(",")], prompt_len=args.prompt,
@@ -72,9 +76,9 @@ def main() -> None:
             for a, b in zip(speeds[::2], speeds[1::2]):
                 rows += [f"| {attention} | {a.batch_size} | {describe(a, b, phase)} |" for phase in PHASES]
     size = f"{result.params_before / 1e9:.2f} → {result.params_after / 1e9:.2f} billion parameters"
-    how = f"{args.device}, {args.dtype}{', compiled' if args.compile else ''}"
+    how = f"{args.method}, prompt {args.prompt}, {args.device}, {args.dtype}{', compiled' if args.compile else ''}"
     text = (
-        f"{args.method} at keep {result.keep:.3f}, {size}, KV bytes/token {result.kv_bytes_per_token_before:,} → "
+        f"{name} at keep {result.keep:.3f}, {size}, KV bytes/token {result.kv_bytes_per_token_before:,} → "
         f"{result.kv_bytes_per_token_after:,} (as stored). Prompt {args.prompt}, {args.new} new tokens, "
         f"{platform.machine()}, {args.threads} threads.\n\n"
     ) + "\n".join(rows)

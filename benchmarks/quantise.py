@@ -108,7 +108,9 @@ def main() -> None:
                 cells.append(f"{found.perplexity:.3f} ({size / 1e6:.2f} MB)")
             rows.append(f"| {name} | " + " | ".join(cells) + " |")
             print(rows[-1], flush=True)
-    write_section(TABLE, START, args.name, "Perplexity (bytes of the blocks' linear weights and scales).\n\n" + "\n".join(rows))
+    write_section(
+        TABLE, START, args.name, "Perplexity (bytes of the blocks' linear weights and scales).\n\n" + "\n".join(rows)
+    )
 
 
 if __name__ == "__main__":

@@ -156,6 +156,9 @@ class CacheCost(Solver):
     def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
         return self.solver.cache(unit, shape, rank)
 
+    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return self.solver.work(unit, shape, rank)
+
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return self.solver.taps(unit, shape)
 

@@ -127,7 +127,8 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
     caches = {i: cache_width(job, plan, i) for i in range(len(shapes))}
     full_caches = {i: s.kv_heads * (s.qk + s.v) for i, s in enumerate(shapes)}
     context = size[1]
-    attend, attend_after = (sum(2 * context * s.groups * c[s.block] for s in shapes) for c in (full_caches, caches))
+    attend = 2 * context * sum(s.heads * (s.qk + s.v) for s in shapes)
+    attend_after = 2 * context * sum(attention_work(job, plan, i) for i in range(len(shapes)))
     peaks, seconds, how = estimate(job, plan, size, params, head, itemsize, attend)
     return Forecast(
         method=find_name(job.method),
@@ -166,6 +167,19 @@ def cache_width(job: Job, plan: Plan, i: int) -> int:
             return 0
         width += solver.cache(unit, shape, rank) - solver.cache(unit, shape, full)
     return width
+
+
+def attention_work(job: Job, plan: Plan, i: int) -> int:
+    """Multiplications of block i's attention per cached token under a plan; none where the whole attention is replaced."""
+    shape = job.shapes[i]
+    work = shape.heads * (shape.qk + shape.v)
+    for unit in job.block_units(i):
+        solver, full = job.units[unit], job.full(unit)
+        rank = plan.get(unit, full)
+        if unit.name == SUBMODULES["attention"] and rank < full:
+            return 0
+        work += solver.work(unit, shape, rank) - solver.work(unit, shape, full)
+    return work
 
 
 def sums(shape: Shape, tap: Tap) -> int:

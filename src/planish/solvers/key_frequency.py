@@ -57,6 +57,9 @@ class KeyFrequency(Solver):
     def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
         return rank * (shape.kv_heads // self.heads(shape))
 
+    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return shape.heads * (shape.qk if rank >= self.heads(shape) * shape.qk else rank)
+
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("k.out", "head_gram", heads=shape.kv_heads // self.heads(shape)), Tap("q.out", "squares")]
 
