@@ -108,9 +108,11 @@ def main() -> None:
                 cells.append(f"{found.perplexity:.3f} ({size / 1e6:.2f} MB)")
             rows.append(f"| {name} | " + " | ".join(cells) + " |")
             print(rows[-1], flush=True)
-    write_section(
-        TABLE, START, args.name, "Perplexity (bytes of the blocks' linear weights and scales).\n\n" + "\n".join(rows)
+    facts = (
+        f"Perplexity of {args.windows} × {args.seq_len} tokens (bytes of the blocks' linear weights and scales). Calibration "
+        f"{args.n_samples} × {args.seq_len} tokens.{' int8 made while loading.' if args.loader else ''}"
     )
+    write_section(TABLE, START, args.name, f"{facts}\n\n" + "\n".join(rows))
 
 
 if __name__ == "__main__":
