@@ -18,6 +18,7 @@ from planish.compress import Job, compress
 from planish.core import Method, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.families import FAMILIES
+from planish.forecast import attention_work
 from planish.linalg import balance, nystrom, reduce_scores, selection_losses
 from planish.methods.a3 import A3
 from planish.methods.modegpt import spread_removal
@@ -516,6 +517,47 @@ def test_parts_can_be_cut_alone(tmp_path):
         assert old.self_attn.v_proj.weight.shape != new.self_attn.v_proj.weight.shape
     with pytest.raises(InputError, match="parts=head; expected some of qk,vo,mlp"):
         compress(model, output=tmp_path / "n", keep=0.9, method=A3(parts=("head",)), windows=WINDOWS)
+
+
+@pytest.mark.parametrize(
+    "method", [A3(), Palu(allocation="uniform"), Palu(allocation="uniform", keys="frequency")], ids=str
+)
+def test_planned_work_is_what_attention_multiplies(method, tmp_path):
+    """One more token in the cache costs the planned number of multiplications, counted while decoding."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny.build("llama_gqa")
+    job = Job(Stream(MemorySource(model), WINDOWS), method, 1.0, kv_keep=0.6)
+    planned = sum(attention_work(job, job.plan(), i) for i in range(len(job.shapes)))
+    compress(model, output=tmp_path / "m", kv_keep=0.6, method=method, windows=WINDOWS)
+    small = load(tmp_path / "m", attn_implementation="eager")
+    counted = []
+    for length in (10, 11):
+        with torch.no_grad():
+            cache = small(WINDOWS[:1, :length], use_cache=True).past_key_values
+            with FlopCounterMode(display=False) as counter:
+                small(WINDOWS[:1, length : length + 1], past_key_values=cache)
+        counted.append(counter.get_total_flops())
+    shape = job.shapes[0]
+    rotates_again = getattr(method, "keys", "") == "rebuild"  # then every block makes the angles of all positions
+    assert counted[1] - counted[0] == 2 * planned + rotates_again * shape.rotary * shape.blocks
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_weights_compose_with_compression(bits, tmp_path):
+    """The same with bitsandbytes, whose kernels are run on CUDA here."""
+    if not torch.cuda.is_available():
+        pytest.skip("bitsandbytes needs CUDA, and there is none")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    compress(tiny.build("llama_gqa"), output=tmp_path / "m", keep=0.8, method="a3", windows=WINDOWS)
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    small, ids = load(tmp_path / "m").cuda(), WINDOWS[:4].cuda()
+    small_int = load(tmp_path / "m", quantization_config=config, device_map={"": 0})
+    with torch.no_grad():
+        a, b = small(ids).logits.float(), small_int(ids).logits.float()
+    assert 0 < float((a - b).norm() / a.norm()) < {8: 0.1, 4: 0.6}[bits]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
