@@ -64,7 +64,7 @@ def eigh_descending(m: Tensor) -> tuple[Tensor, Tensor]:
 
     Signs, or phases, are fixed so that results are reproducible: the largest entry of each vector is positive.
     """
-    values, vectors = torch.linalg.eigh(symmetrise(m.cdouble() if m.is_complex() else m.double()))
+    values, vectors = torch.linalg.eigh(symmetrise(m.to(torch.complex128 if m.is_complex() else torch.float64)))
     values, vectors = values.flip(-1), vectors.flip(-1)
     at = vectors.abs().argmax(-2, keepdim=True)
     return values, vectors * vectors.gather(-2, at).sgn().conj()

@@ -76,9 +76,8 @@ class KeyFrequency(Solver):
         loss = pairs.repeat_interleave(2)[: 2 * heads * half + 1]  # an odd rank holds no more than the even one below
         v = (vectors.conj() * root[..., None]).mT.flatten(1, 2)  # z_i = Σ_j v_ij κ_j
         u = (vectors / root[..., None]).mT.flatten(1, 2)  # κ_j ≈ Σ_i u_ij z_i, both (groups, half · heads, heads)
-        names = [n for n in ("k", "k.bias") if n in weights]
-        factors = {"order": order, "u": u, "v": v, **{n: weights[n] for n in names}}
-        return Frontier(unit, loss, factors)
+        held: Weights = {n: weights[n] for n in ("k", "k.bias") if n in weights}
+        return Frontier(unit, loss, {"order": order, "u": u, "v": v, **held})
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         f, heads = frontier.factors, self.heads(shape)
