@@ -365,7 +365,7 @@ class Frequencies(Attention):
         super().__init__(stock, config, family, qk, v, None)
         weight = next(stock.parameters())
         kw = {"device": weight.device, "dtype": weight.dtype}
-        self.sets = groups
+        self.sets, self.num_key_value_groups = groups, self.heads // groups
         self.U = nn.Parameter(torch.zeros(2, self.kv_heads, rank // 2, **kw), requires_grad=False)
         self.register_buffer("frequencies", torch.zeros(groups, rank // 2, dtype=torch.int32, device=weight.device))
 
@@ -386,7 +386,7 @@ class Frequencies(Attention):
             t.index_select(-1, at).unflatten(-1, self.frequencies.shape).transpose(1, 2) for t in position_embeddings
         )
         query = self.pick(self.q_proj(hidden_states)).view(*shape, self.heads, -1).transpose(1, 2)
-        real, imaginary = self.U.repeat_interleave(self.num_key_value_groups, 1).unsqueeze(2).unbind(0)
+        real, imaginary = self.U.repeat_interleave(self.heads // self.kv_heads, 1).unsqueeze(2).unbind(0)
         query = rotate_pairs(query, real, -imaginary)  # by ū
         grouped = query.unflatten(1, (self.sets, -1))
         query = rotate_pairs(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
@@ -395,9 +395,6 @@ class Frequencies(Attention):
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        shared = self.kv_heads // self.sets
-        key = key.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2)
-        value = value.unflatten(-1, (shared, -1)).transpose(2, 3).flatten(1, 2)
         # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
@@ -406,9 +403,10 @@ class Frequencies(Attention):
         output, weights = attend(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
         )
-        if value.shape[-1] > self.v:
-            output = output[..., : self.v]
-        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+        shared = self.kv_heads // self.sets
+        own = output[..., : shared * self.v].unflatten(-1, (shared, -1)).unflatten(2, (self.sets, shared, -1))
+        output = own.diagonal(dim1=3, dim2=5).movedim(-1, 3)  # every head's own values of its set's
+        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1)), weights
 
     def pick(self, query: Tensor) -> Tensor:
         """The channels of every query head (…, heads · qk) at its set's frequencies: (…, heads · rank)."""
