@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.allocate import BudgetError, spread
+from planish.allocate import BudgetError, Choices
+from planish.allocate import spread as spread_choices
 from planish.core import Frontier, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.solvers.linear import LinearSVD
@@ -30,6 +31,16 @@ def cover(solvers: list[Solver], blocks: list[Shape]) -> dict[Unit, Solver]:
 
 def spent(units: dict[Unit, Solver], blocks: list[Shape], plan: dict[Unit, int]) -> int:
     return sum(s.cost(u, blocks[u.block], plan[u]) for u, s in units.items())
+
+
+def spread(units, blocks, share, budget, step=1):
+    """Of one budget that counts weights."""
+    choices = {}
+    for u, s in units.items():
+        ranks = list(s.ranks(u, blocks[u.block]))
+        cost = torch.tensor([[float(s.cost(u, blocks[u.block], r)) for r in ranks]], dtype=torch.float64)
+        choices[u] = Choices(torch.tensor(ranks), cost)
+    return spread_choices(choices, share, [budget], step)
 
 
 def iterative_clipping(importance: list[float], keep: float) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ from planish.modules import (
     rotary_width,
     split_block,
 )
-from planish.shards import Shard, hash_file, write_shard, write_text
+from planish.shards import Shard, hash_file, make_header, write_shard, write_text
 
 register()  # the Auto classes know compressed models from here on
 
@@ -100,6 +101,17 @@ class Source:
         """Tokenizer and generation files."""
         raise NotImplementedError
 
+    def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
+        """Every tensor that the model consists of, by its name in the causal LM: numbers and dtype, as they are stored.
+        Nothing is read but headers; tied matrices count once."""
+        raise NotImplementedError
+
+    def untie(self, sizes: dict[str, tuple[int, torch.dtype]]) -> dict[str, tuple[int, torch.dtype]]:
+        head = "lm_head.weight"
+        if self.config.tie_word_embeddings and head in sizes:
+            sizes = {self.embedding_name(): sizes[head]} | {n: s for n, s in sizes.items() if n != head}
+        return sizes
+
     @property
     def n_blocks(self) -> int:
         return self.config.num_hidden_layers
@@ -109,6 +121,11 @@ class Source:
         self.empty_block(0)
         embedding = self._empty.get_input_embeddings()
         return next(n for n, m in self._empty.named_modules() if m is embedding) + ".weight"
+
+    def count_head(self) -> int:
+        """Weights of the output embedding."""
+        self.empty_block(0)
+        return self._empty.get_output_embeddings().weight.numel()
 
     def shape(self, i: int) -> Shape:
         """Sizes of block i, read off an empty block."""
@@ -232,6 +249,11 @@ class FolderSource(Source):
         known = set(self._structure().state_dict())
         return {n: t for n, t in tensors.items() if n in known}
 
+    def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
+        known = set(self._structure().state_dict())
+        entries = {n: self.shard(stored).entry(stored) for n, stored in self.rename.items() if n in known}
+        return self.untie({n: (math.prod(e.shape), e.dtype) for n, e in entries.items()})
+
     def skeleton(self) -> PreTrainedModel:
         self.check_headers()
         return copy.deepcopy(self._structure())
@@ -285,6 +307,9 @@ class MemorySource(Source):
     def outside(self) -> dict[str, Tensor]:
         inside = f"{self.family.blocks}."
         return {n: t.detach().cpu() for n, t in self.model.state_dict().items() if not n.startswith(inside)}
+
+    def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
+        return self.untie({n: (t.numel(), t.dtype) for n, t in self.model.state_dict().items()})
 
     def skeleton(self) -> PreTrainedModel:
         with no_parameters():
@@ -508,7 +533,8 @@ class Writer:
         self.output, self.n_shards = output, n_blocks + 1
         self.active = processes.rank() == 0
         self.weight_map: dict[str, str] = {}
-        self.bytes = 0
+        self.bytes = 0  # of tensors
+        self.headers = 0  # bytes of the files' headers
         self.parameters = 0
         self.partial = output.with_name(output.name + ".partial")
         self.state = self.partial / "resume"
@@ -571,6 +597,8 @@ class Writer:
                 digest = write_shard(self.partial / name, tensors)
         except OSError as error:
             raise InputError(f"cannot write {self.partial / name}: {error}") from None
+        if tensors:
+            self.headers += 8 + len(make_header(tensors)[0])
         for key, t in tensors.items():
             self.weight_map[key] = name
             self.bytes += t.numel() * t.element_size()

@@ -26,8 +26,19 @@ def sweep(
         str, typer.Option(metavar="NAME,…", help="methods, with settings as in auto:anchor=0", show_default=False)
     ],
     keep: Annotated[
-        str, typer.Option(metavar="SHARE,…", help="shares of the blocks' weights that stay")
-    ] = "0.9,0.8,0.7",
+        str | None,
+        typer.Option(
+            metavar="SHARE,…",
+            help="shares of the blocks' weights that stay  [default: 0.9,0.8,0.7 where no other is given]",
+            show_default=False,
+        ),
+    ] = None,
+    kv_keep: Annotated[
+        str | None, typer.Option(metavar="SHARE,…", help="shares of the KV cache that stay", show_default=False)
+    ] = None,
+    flops_keep: Annotated[
+        str | None, typer.Option(metavar="SHARE,…", help="shares of the blocks' FLOPs that stay", show_default=False)
+    ] = None,
     calibration: o.CalibrationOption = "builtin",
     n_samples: o.SamplesOption = None,
     seq_len: o.LengthOption = None,
@@ -50,12 +61,11 @@ def sweep(
 ) -> None:
     """Compress MODEL by every method at every keep from one calibration: results.csv and report.html.
 
-    Run again to go on after an interruption; finished points are not repeated.
+    Of two lists of budgets every pair holds together. Run again to go on after an interruption; finished points are not repeated.
     """
-    try:
-        keeps = [float(k) for k in keep.split(",") if k.strip()]
-    except ValueError:
-        raise InputError(f"--keep {keep}: expected numbers separated by commas, such as 0.9,0.8") from None
+    keeps, kv_keeps, flops_keeps = (
+        parse_shares(n, v) for n, v in (("keep", keep), ("kv-keep", kv_keep), ("flops-keep", flops_keep))
+    )
     with session(as_json) as run:
         run.api  # noqa: B018  (silences transformers)
         from planish.sweep import sweep as run_sweep
@@ -64,6 +74,8 @@ def sweep(
             model,
             methods=[m for m in methods.split(",") if m.strip()],
             keeps=keeps,
+            kv_keeps=kv_keeps,
+            flops_keeps=flops_keeps,
             output=output,
             calibration=calibration,
             n_samples=n_samples,
@@ -86,8 +98,8 @@ def sweep(
         table = make_table("method", "keep", "parameters", "perplexity", "KV bytes/token", "seconds")
         for p in found.points:
             if p.error:
-                table.add_row(p.label, f"{p.keep_requested:g}", "", "", "failed", "", style="dim")
-                say(f"failed: {p.label} at {p.keep_requested:g}: {p.error}")
+                table.add_row(p.label, p.asked_text, "", "", "failed", "", style="dim")
+                say(f"failed: {p.label} at {p.asked_text}: {p.error}")
                 continue
             table.add_row(
                 p.label,
@@ -103,6 +115,19 @@ def sweep(
             table,
             f"{format_seconds(found.seconds)}{finished} · {output / 'results.csv'} · {output / 'report.html'}",
         )
+
+
+def parse_shares(name: str, text: str | None) -> list[float]:
+    """ "0.9,0.8" → [0.9, 0.8]; nothing → []."""
+    if text is None:
+        return []
+    try:
+        found = [float(k) for k in text.split(",") if k.strip()]
+    except ValueError:
+        raise InputError(f"--{name} {text}: expected numbers separated by commas, such as 0.9,0.8") from None
+    if not found:
+        raise InputError(f"--{name} needs at least one number")
+    return found
 
 
 def report(
