@@ -160,6 +160,26 @@ def search_greedily(
     return made, losses
 
 
+def search_by_weight(
+    stream: Stream,
+    trials: Mapping[Key, Edits],
+    saved: Mapping[Key, int],
+    need: int,
+    able: Callable[[list[Key]], list[Key]],
+) -> tuple[list[Key], list[float]]:
+    """Make the trial that costs the least loss per weight saved (no more of them than are missing count), until `need`
+    weights are saved; what was made and the losses. `able(made)`: what may still be made."""
+    made: list[Key] = []
+    losses: list[float] = []
+    loss = stream.nll(stream.sweep(lambda shape: [], lambda i, block, stats: None))
+    while (missing := need - sum(saved[k] for k in made)) > 0:
+        found = trial_losses(stream, merge(*(trials[k] for k in made)), {k: trials[k] for k in able(made)})
+        best = min(found, key=lambda k: (found[k] - loss) / min(saved[k], missing))
+        made.append(best)
+        losses.append(loss := found[best])
+    return made, losses
+
+
 def remove_blocks(job: Job, sparsity: float | None) -> int:
     """How many whole blocks go; at least one stays."""
     return count_removed(job, ("attention", "ffn"), sparsity, together=True)["attention"]
