@@ -405,13 +405,24 @@ def find_folder(model: str | Path) -> Path:
     if path.exists():
         return path
     text = str(model)
+    neither = InputError(f"no such model: {text} is neither a folder nor a hub id (owner/name)")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise InputError(f"no such model: {text} is neither a folder nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
+        raise neither
+    from huggingface_hub import errors, is_offline_mode, snapshot_download
 
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    unwanted = ["*/*", "consolidated*"]  # other formats of the same weights
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        return Path(snapshot_download(text, allow_patterns=wanted, ignore_patterns=unwanted))
+    except errors.HFValidationError:
+        raise neither from None
+    except errors.GatedRepoError:
+        raise InputError(f"{text} is gated: accept its terms on the hub, then log in with `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"no such model: {text} is not on the hub, or it is private (`hf auth login`)") from None
+    except errors.LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
+        raise InputError(f"no such model: {text} is neither a folder nor in the hub's cache, and {why}") from None
     except Exception as error:
         raise InputError(f"cannot download {text} from the hub: {type(error).__name__}: {error}") from None
 
@@ -420,7 +431,11 @@ def load_tokenizer(folder: Path) -> Any | None:
     """The folder's tokenizer, or None where it has none."""
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever damaged files make it raise; code of its own is not run
+        what = " ".join(str(error).split())[:300]
+        raise InputError(f"cannot load the tokenizer of {folder}: {type(error).__name__}: {what}") from None
 
 
 def build_random(seed: int = 0) -> PreTrainedModel:

@@ -94,7 +94,8 @@ class Auto(Method):
             plan, _ = choose(self.groups(job, curves), int(keep * job.total + 1e-6))
         except BudgetError as error:
             raise InputError(
-                f"keep {keep:g} cannot be reached by auto: the smallest keep is {error.smallest / job.total:.4f}"
+                f"keep {keep:g} cannot be reached by auto: the smallest keep is "
+                f"{-(-10_000 * error.smallest // job.total) / 10_000}"
             ) from None
         loss = sum(float(frontiers[u].loss[r]) for u, r in plan.items())
         names = sorted({u.name for u in plan})
