@@ -60,6 +60,12 @@ def find_family(config) -> Family:
         raise InputError(
             f"model family {kind!r} is not supported; nearest: {', '.join(near)} (supported: {', '.join(sorted(FAMILIES))})"
         )
+    if quantised := getattr(config, "quantization_config", None):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        raise InputError(
+            f"the model is already quantised ({how or 'quantization_config'} in its config): "
+            "compress the original weights, then quantise the result"
+        )
     family = FAMILIES[kind]
     if getattr(config, "add_cross_attention", False):
         raise InputError(f"{kind} with add_cross_attention=true is not supported: only decoder-only models are")
@@ -711,7 +717,8 @@ def find_native(specs: list[Spec], shape: Shape, family: Family) -> dict[str, in
 def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list[Shape]) -> str:
     """config.json (and the modelling files where no stock architecture holds the shapes); returns "native" or "planish"."""
     config = source.config.to_dict()
-    config.pop("_name_or_path", None)
+    for name in ("_name_or_path", "auto_map"):  # code of the source's own is not carried
+        config.pop(name, None)
     family = source.family
     if len(specs) < source.n_blocks:
         config["num_hidden_layers"] = len(specs)
@@ -775,8 +782,13 @@ def kv_bytes(specs: list[Spec], shapes: list[Shape], itemsize: int) -> int:
 def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     """A causal LM from a dense or compressed folder; runs no code but planish's own and transformers'."""
     path = find_folder(folder)
-    load_config(path)
+    config = load_config(path)
+    files = index_tensors(path)  # says what is missing, and that pickles are not read
+    if not getattr(config, "quantization_config", None):
+        for file in sorted(set(files.values())):
+            Shard(file)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs).eval()
+        kwargs |= {"trust_remote_code": False, "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
     except Exception as error:  # whatever a damaged folder makes the model's own code raise
         raise InputError(f"cannot load {folder}: {type(error).__name__}: {error}") from None
