@@ -61,6 +61,12 @@ def find_family(config) -> Family:
         raise InputError(
             f"model family {kind!r} is not supported; nearest: {', '.join(near)} (supported: {', '.join(sorted(FAMILIES))})"
         )
+    if quantised := getattr(config, "quantization_config", None):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        raise InputError(
+            f"the model is already quantised ({how or 'quantization_config'} in its config): "
+            "compress the original weights, then quantise the result"
+        )
     family = FAMILIES[kind]
     if getattr(config, "add_cross_attention", False):
         raise InputError(f"{kind} with add_cross_attention=true is not supported: only decoder-only models are")
@@ -430,13 +436,24 @@ def find_folder(model: str | Path) -> Path:
     if path.exists():
         return path
     text = str(model)
+    neither = InputError(f"no such model: {text} is neither a folder nor a hub id (owner/name)")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise InputError(f"no such model: {text} is neither a folder nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
+        raise neither
+    from huggingface_hub import errors, is_offline_mode, snapshot_download
 
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    unwanted = ["*/*", "consolidated*"]  # other formats of the same weights
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        return Path(snapshot_download(text, allow_patterns=wanted, ignore_patterns=unwanted))
+    except errors.HFValidationError:
+        raise neither from None
+    except errors.GatedRepoError:
+        raise InputError(f"{text} is gated: accept its terms on the hub, then log in with `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"no such model: {text} is not on the hub, or it is private (`hf auth login`)") from None
+    except errors.LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
+        raise InputError(f"no such model: {text} is neither a folder nor in the hub's cache, and {why}") from None
     except Exception as error:
         raise InputError(f"cannot download {text} from the hub: {type(error).__name__}: {error}") from None
 
@@ -445,7 +462,11 @@ def load_tokenizer(folder: Path) -> Any | None:
     """The folder's tokenizer, or None where it has none."""
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever damaged files make it raise; code of its own is not run
+        what = " ".join(str(error).split())[:300]
+        raise InputError(f"cannot load the tokenizer of {folder}: {type(error).__name__}: {what}") from None
 
 
 def build_random(seed: int = 0) -> PreTrainedModel:
@@ -724,7 +745,8 @@ def find_native(specs: list[Spec], shape: Shape, family: Family) -> dict[str, in
 def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list[Shape]) -> str:
     """config.json (and the modelling files where no stock architecture holds the shapes); returns "native" or "planish"."""
     config = source.config.to_dict()
-    config.pop("_name_or_path", None)
+    for name in ("_name_or_path", "auto_map"):  # code of the source's own is not carried
+        config.pop(name, None)
     family = source.family
     if len(specs) < source.n_blocks:
         config["num_hidden_layers"] = len(specs)
@@ -788,8 +810,13 @@ def kv_bytes(specs: list[Spec], shapes: list[Shape], itemsize: int) -> int:
 def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     """A causal LM from a dense or compressed folder; runs no code but planish's own and transformers'."""
     path = find_folder(folder)
-    load_config(path)
+    config = load_config(path)
+    files = index_tensors(path)  # says what is missing, and that pickles are not read
+    if not getattr(config, "quantization_config", None):
+        for file in sorted(set(files.values())):
+            Shard(file)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs).eval()
+        kwargs |= {"trust_remote_code": False, "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
     except Exception as error:  # whatever a damaged folder makes the model's own code raise
         raise InputError(f"cannot load {folder}: {type(error).__name__}: {error}") from None

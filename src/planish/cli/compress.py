@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from planish.cli import options as o
 from planish.cli.run import format_bytes, format_seconds, make_comparison, say, session
@@ -76,7 +78,7 @@ def compress(
         phases = ", ".join(f"{name} {format_seconds(s)}" for name, s in result.seconds.items() if name != "total")
         run.give(
             result.as_dict(),
-            f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {asked}) · {result.output} ({how})",
+            f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {asked}) · {escape(result.output)} ({how})",
             make_comparison(
                 [
                     ("parameters", result.params_before, result.params_after),
@@ -92,5 +94,5 @@ def compress(
             ),
             *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
-            f"next: planish eval {result.output} --text SOURCE",
+            f"next: planish eval {escape(shlex.quote(result.output))} --text SOURCE",
         )

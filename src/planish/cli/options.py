@@ -86,24 +86,20 @@ SparsityOption = Annotated[
         show_default=False,
     ),
 ]
-MethodOption = Annotated[
-    str | None, typer.Option(help="see `planish methods`  [default: auto if there is one]", show_default=False)
-]
+MethodOption = Annotated[str | None, typer.Option(help="see `planish methods`", show_default="auto")]
 CalibrationOption = Annotated[str, typer.Option(metavar="SOURCE", help=SOURCE_HELP)]
-SamplesOption = Annotated[
-    int | None, typer.Option(min=1, help="calibration windows  [default: 128]", show_default=False)
-]
+SamplesOption = Annotated[int | None, typer.Option(min=1, help="calibration windows", show_default="128")]
 LengthOption = Annotated[
     int | None,
-    typer.Option(min=2, help="tokens per window  [default: 2048, or the model's positions]", show_default=False),
+    typer.Option(min=2, help="tokens per window", show_default="2048, or the model's positions"),
 ]
 SeedOption = Annotated[int, typer.Option(help="of the random windows")]
 SamplingOption = Annotated[
-    Sampling | None, typer.Option(help="of windows  [default: random; contiguous for token ids]", show_default=False)
+    Sampling | None, typer.Option(help="of windows", show_default="random; contiguous for token ids")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="auto: CUDA where there is one, else the CPU")]
 DTypeOption = Annotated[
-    DType | None, typer.Option(help="to compute in  [default: float32 on a CPU, else as stored]", show_default=False)
+    DType | None, typer.Option(help="to compute in", show_default="float32 on a CPU, else as stored")
 ]
 TargetOption = Annotated[
     Target, typer.Option("--target", help="where the result has to run: ranks are chosen to suit it")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from planish.cli import options as o
 from planish.cli.run import format_seconds, make_table, say, session
@@ -46,7 +47,7 @@ def sweep(
     sampling: o.SamplingOption = None,
     eval_text: Annotated[str, typer.Option("--eval-text", metavar="SOURCE", help=o.SOURCE_HELP)] = "builtin",
     eval_tokens: Annotated[
-        int | None, typer.Option(min=2, help="measure on so many tokens  [default: all]", show_default=False)
+        int | None, typer.Option(min=2, help="measure on so many tokens", show_default="all")
     ] = None,
     device: o.DeviceOption = o.Device.auto,
     dtype: o.DTypeOption = None,
@@ -113,7 +114,8 @@ def sweep(
         run.give(
             found.as_dict(),
             table,
-            f"{format_seconds(found.seconds)}{finished} · {output / 'results.csv'} · {output / 'report.html'}",
+            f"{format_seconds(found.seconds)}{finished} · "
+            + escape(f"{output / 'results.csv'} · {output / 'report.html'}"),
         )
 
 
@@ -134,9 +136,7 @@ def report(
     folder: Annotated[
         Path, typer.Argument(metavar="OUT", help="of a sweep, or one compressed folder", show_default=False)
     ],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="file  [default: OUT/report.html]", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="file", show_default="OUT/report.html")] = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Write report.html again from results.csv and the points' planish.json; or one for a compressed folder."""
@@ -144,4 +144,4 @@ def report(
         from planish.report.page import write_report
 
         path = write_report(folder, output)
-        run.give({"report": str(path)}, str(path))
+        run.give({"report": str(path)}, escape(str(path)))
