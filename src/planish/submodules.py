@@ -163,18 +163,27 @@ def search_greedily(
 def search_by_weight(
     stream: Stream,
     trials: Mapping[Key, Edits],
-    saved: Mapping[Key, int],
-    need: int,
+    saved: Mapping[Key, Tensor],
+    need: Tensor,
     able: Callable[[list[Key]], list[Key]],
 ) -> tuple[list[Key], list[float]]:
-    """Make the trial that costs the least loss per weight saved (no more of them than are missing count), until `need`
-    weights are saved; what was made and the losses. `able(made)`: what may still be made."""
+    """Make the trial that costs the least loss per cost saved, until `need` (budgets,) is saved; what was made and losses.
+
+    `saved` (budgets,): by each trial; no more of it counts than is missing, as a share of what is needed. `able(made)`:
+    what may still be made.
+    """
     made: list[Key] = []
     losses: list[float] = []
     loss = stream.nll(stream.sweep(lambda shape: [], lambda i, block, stats: None))
-    while (missing := need - sum(saved[k] for k in made)) > 0:
-        found = trial_losses(stream, merge(*(trials[k] for k in made)), {k: trials[k] for k in able(made)})
-        best = min(found, key=lambda k: (found[k] - loss) / min(saved[k], missing))
+    while ((missing := (need - sum(saved[k] for k in made)).clamp(min=0)) > 0).any():
+
+        def gain(k: Key, missing: Tensor = missing) -> float:
+            return float((torch.minimum(saved[k], missing) / need.clamp(min=1)).sum())
+
+        found = trial_losses(
+            stream, merge(*(trials[k] for k in made)), {k: trials[k] for k in able(made) if gain(k) > 0}
+        )
+        best = min(found, key=lambda k: (found[k] - loss) / gain(k))
         made.append(best)
         losses.append(loss := found[best])
     return made, losses

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from planish.core import Method, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.solvers.bypass import Bypass, drop_edit
-from planish.submodules import ceil4, make_plan, remove_blocks, search_greedily
+from planish.submodules import make_plan, remove_blocks, saving, search_greedily
 
 if TYPE_CHECKING:
     from planish.compress import Job
@@ -33,12 +33,12 @@ class SLEB(Method):
 
     def plan(self, job: Job) -> Plan:
         able = range(1, len(job.shapes) - 1) if self.protect else range(len(job.shapes))
-        smallest = ceil4(1 - len(able) / len(job.shapes))
-        if self.protect and self.sparsity is None and job.keep < smallest:
-            raise InputError(
-                f"keep {job.keep:g} cannot be reached by sleb, which protects the first and the last block: "
-                f"the smallest keep is {smallest:g} (or --set protect=false)"
-            )
+        if self.protect and self.sparsity is None:
+            every = [Unit(i, name) for i in able for name in ("attention", "ffn")]
+            for b in job.budgets:
+                if (least := b.total - saving(job, every, b)) > b.limit:
+                    who = "sleb, which protects the first and the last block (--set protect=false)"
+                    raise b.refuse(who, least)
         n = remove_blocks(job, self.sparsity)
         if n > len(able):
             raise InputError(

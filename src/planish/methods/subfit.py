@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from planish.budgets import Budget, make_budget
 from planish.core import SUBMODULES, Edit, Method, Plan, Solver, Unit
-from planish.errors import InputError
 from planish.solvers.bypass import Bypass, is_factored, shared_basis
 from planish.stats import Stats, Tap
 from planish.submodules import (
-    ceil4,
     count_removed,
     lowest,
     make_plan,
@@ -147,25 +147,26 @@ class SubFit(Method):
     def choose_freely(self, job: Job) -> tuple[list[Unit], dict[int, list[Edit]]]:
         """The submodules that cost the least loss per weight saved, until the budget is met, and their bypasses."""
         n = len(job.shapes)
-        if self.sparsity is not None:
-            job.keep = 1 - round_half_up(self.sparsity * n) / n
         full = self.solver()
         small = replace(full, ffn_rank=full.attention_rank)
         job.units = dict.fromkeys(job.units, small)
-        saved = {u: saving(job, [u]) for u in job.units}
-        need = job.total - int(job.keep * job.total + 1e-6)
-        most = sum(saved.values()) - max((s for u, s in saved.items() if u.name == "attention"), default=0)
-        if most < need:
-            raise InputError(
-                f"keep {job.keep:g} cannot be reached by subfit: the smallest keep is {ceil4(1 - most / job.total):g}"
-            )
+        for u in job.units:
+            saving(job, [u])  # refuses a bypass that saves nothing
+        need = torch.tensor([b.total - b.limit for b in self.budgets(job)], dtype=torch.float64)
+        saved = {u: self.saved(job, [u]) for u in job.units}
+        spared = max((u for u in saved if u.name == "attention"), key=lambda u: float(saved[u][0]), default=None)
+        most = self.saved(job, [u for u in saved if u != spared])
+        for b, most_of in zip(self.budgets(job), most.tolist(), strict=True):
+            if most_of < b.total - b.limit:
+                raise b.refuse("subfit", b.total - most_of)
         fits = self.fit_all(job, list(job.units))
 
         def able(others: list[Unit], gone: Unit | None = None) -> list[Unit]:
             """What may go besides `others`; instead of `gone`, if given: then the budget must be met."""
             last = sum(u.name == "attention" for u in others) >= n - 1
-            short = need - sum(saved[u] for u in others) if gone else 0
-            return [u for u in fits if u not in others and saved[u] >= short and not (last and u.name == "attention")]
+            short = need - sum(saved[u] for u in others) if gone else torch.zeros_like(need)
+            rest = [u for u in fits if u not in others and bool((saved[u] >= short).all())]
+            return [u for u in rest if not (last and u.name == "attention")]
 
         with job.phase("search"):
             few = job.stream.subset(self.windows)
@@ -179,7 +180,18 @@ class SubFit(Method):
         job.units = {u: replace(s, target=target) if isinstance(s, Bypass) else s for u, s in job.units.items()}
         return removed, merge(*({u.block: f} for u, f in fits.items()))
 
-    def raise_ranks(self, job: Job, removed: list[Unit], need: int) -> None:
+    def budgets(self, job: Job) -> list[Budget]:
+        """What the free choice has to meet: of a sparsity, as many weights as that share of whole blocks."""
+        if self.sparsity is None:
+            return job.budgets
+        share = round_half_up(self.sparsity * len(job.shapes)) / len(job.shapes)
+        return [make_budget("keep", 1 - share, job.stream.source, job.shapes, job.context)]
+
+    def saved(self, job: Job, units: list[Unit]) -> Tensor:
+        """What goes of every budget with these units, net of their bypasses."""
+        return torch.tensor([saving(job, units, b) for b in self.budgets(job)], dtype=torch.float64)
+
+    def raise_ranks(self, job: Job, removed: list[Unit], need: Tensor) -> None:
         """Give the replaced units the largest common rank at which what they save still meets the budget."""
         start, width = job.units, job.shapes[0].hidden
 
@@ -188,7 +200,7 @@ class SubFit(Method):
             for u in removed:
                 share = max(rank, self.solver().inner_rank(Unit(u.block, "attention"), job.shapes[u.block])) / width
                 job.units[u] = replace(self.solver(), attention_rank=share, ffn_rank=share)
-            return sum(job.cost(u, 1) - job.cost(u, 0) for u in removed) >= need
+            return bool((self.saved(job, removed) >= need).all())
 
         limit = self.solver().inner_rank(Unit(0, "ffn"), job.shapes[0])
         use(next((r for r in range(limit, 0, -1) if use(r)), 0))
