@@ -303,7 +303,7 @@ def bisect(table: Table, limits: Tensor, b: int = 0, other: Tensor | None = None
     return best
 
 
-def bisect_both(table: Table, limits: Tensor, steps: int = 48) -> Pick:
+def bisect_both(table: Table, limits: Tensor, steps: int = 32) -> Pick:
     """The best pick that keeps to both budgets, upgraded. Prices are found on at most `COARSE` ranks per curve."""
     coarse = table.thin(COARSE)
     found: list[tuple[float, Tensor, Pick]] = []
