@@ -280,14 +280,14 @@ def test_latency_is_predicted_from_what_is_written(method, tmp_path):
     for unit, rank in ((Unit.parse(u), r) for u, r in plan.items()):
         planned += job.cost(unit, rank) - job.cost(unit, job.full(unit))
     if method != "auto":  # whose units overlap
-        assert result.latency_ms_after == pytest.approx(planned / 1e6, abs=1e-5)
+        assert result.latency_ms_after == pytest.approx(planned / 1e6, abs=1e-4)  # costs are whole nanoseconds
 
 
 def test_slow_forms_are_not_chosen(tmp_path):
     """Where pivoted linears are ten times slower than dense ones, none is made, though they would save weights."""
     model = tiny.build("llama_gqa")
     table = fake_table(open_source(model), pivoted=10.0)
-    compress(model, output=tmp_path / "m", method="auto", max_latency=0.96, windows=WINDOWS, measured=table)
+    compress(model, output=tmp_path / "m", method="auto", max_latency=0.985, windows=WINDOWS, measured=table)
     kinds = {m.__class__.__name__ for m in load(tmp_path / "m").modules()}
     assert "Pivoted" not in kinds
     with pytest.raises(InputError, match=r"max-latency 0\.5 ms cannot be reached by auto: the smallest is 0\.9"):
@@ -380,14 +380,14 @@ def test_wrong_budgets(asked, message):
 @pytest.mark.parametrize(
     ("method", "asked", "message"),
     [
-        ("svd-llm", {"max_params": 8000}, "max-params 8,000 cannot be reached by svd-llm: the smallest is [\\d,]+$"),
+        ("svd-llm", {"max_params": 6300}, "max-params 6,300 cannot be reached by svd-llm: the smallest is [\\d,]+$"),
         ("auto", {"max_bytes": 1000}, "max-bytes 1,000 cannot be reached by auto: the smallest is [\\d,]+$"),
         (
             "flat-llm",
             {"flops_keep": 0.01},
             "flops-keep 0.01 cannot be reached by flat-llm: the smallest flops-keep is 0",
         ),
-        ("a3", {"keep": 0.9, "kv_keep": 0.01}, "kv-keep 0.01 cannot be reached by a3: the smallest kv-keep is 0.25"),
+        ("a3", {"keep": 0.9, "kv_keep": 0.01}, "kv-keep 0.01 cannot be reached by a3: the smallest kv-keep is 0.1875"),
         ("svd-llm", {"keep": 0.9, "kv_keep": 0.5}, "--kv-keep: svd-llm cuts neither keys nor values"),
         ("llm-drop", {"keep": 0.9, "flops_keep": 0.01}, "flops-keep 0.01 cannot be reached by removing"),
         ("asvd", {"keep": 0.9, "flops_keep": 0.8}, "asvd: allocation=strs keeps to one budget"),
@@ -478,7 +478,7 @@ def test_kv_keep_alone_cuts_the_cache_alone(folder, tmp_path):
     assert "0.mlp" not in json.loads((tmp_path / "a" / "planish.json").read_text())["plan"]
 
 
-@pytest.mark.parametrize("asked", [{"keep": 0.8, "kv_keep": 0.5}, {"max_bytes": 100_000}, {"max_latency": 0.97}])
+@pytest.mark.parametrize("asked", [{"keep": 0.8, "kv_keep": 0.5}, {"max_bytes": 100_000}, {"max_latency": 0.985}])
 def test_resume_with_budgets(folder, tmp_path, monkeypatch, asked):
     from planish.checkpoint import Writer
 

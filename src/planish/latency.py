@@ -155,6 +155,7 @@ def find_pieces(solver: Solver, unit: Unit, shape: Shape, rank: int) -> tuple[li
         return [*wide, ("columns", *shape.linear("down"), rank)], []
     if unit.name in ("attention", "ffn"):
         inner = solver.inner_rank(unit, shape) if hasattr(solver, "inner_rank") else rank
+        inner = 0 if getattr(solver, "kind", "") == "zero" else inner
         return bypass_pieces(shape.hidden, inner, 2 * inner < shape.hidden), []
     raise InputError(
         f"--max-latency: what {solver.name} makes of {unit.name} is not in the latency table; use another budget"
