@@ -274,6 +274,7 @@ class Table:
 
 LOW, HIGH = 1e-18, 1e6  # prices between which everything changes; a high one buys little
 COARSE = 256  # ranks per curve among which the prices of two budgets are found
+NEAR = 12  # of the picks that keep to both, so many of the best are upgraded
 
 
 def bisect(table: Table, limits: Tensor, b: int = 0, other: Tensor | None = None, steps: int = 100) -> Pick:
@@ -302,7 +303,7 @@ def bisect(table: Table, limits: Tensor, b: int = 0, other: Tensor | None = None
     return best
 
 
-def bisect_both(table: Table, limits: Tensor, steps: int = 48) -> Pick:
+def bisect_both(table: Table, limits: Tensor, steps: int = 32) -> Pick:
     """The best pick that keeps to both budgets, upgraded. Prices are found on at most `COARSE` ranks per curve."""
     coarse = table.thin(COARSE)
     found: list[tuple[float, Tensor, Pick]] = []
@@ -330,7 +331,8 @@ def bisect_both(table: Table, limits: Tensor, steps: int = 48) -> Pick:
             else:
                 low = middle
     found.sort(key=lambda f: f[0])
-    candidates = [pick for _, _, pick in found[:3]] or [find_feasible(table, limits)]
+    unlike = {(loss, *pick.spent.tolist()): pick for loss, _, pick in found}
+    candidates = list(unlike.values())[:NEAR] or [find_feasible(table, limits)]
     if found and coarse is not table:
         low, high = 0.25, 4.0  # the same prices, scaled, on all ranks
         for _ in range(30):
@@ -341,7 +343,7 @@ def bisect_both(table: Table, limits: Tensor, steps: int = 48) -> Pick:
                 candidates.append(pick)
             else:
                 low = middle
-    for pick in candidates[:3] + candidates[3:][-2:]:
+    for pick in candidates[:NEAR] + candidates[NEAR:][-2:]:
         upgrade(table, pick, limits)
     return min(candidates, key=lambda p: p.loss)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from planish import processes
 from planish.activations import Room
 from planish.allocate import BudgetError, Choices, Curve, spread
-from planish.budgets import Asked, Budget, CacheNumbers, count_flops, make_budget, read_asked
+from planish.budgets import Asked, Budget, CacheNumbers, count_flops, label, make_budget, read_asked, show
 from planish.cache import Cache, open_cache
 from planish.checkpoint import (
     FolderSource,
@@ -871,6 +871,11 @@ def make_card(manifest: dict[str, Any]) -> str:
     if r["format"] != "native":
         load = "import planish  # or trust_remote_code=True: the folder carries the modelling files\n" + load
     kv = (r["kv_bytes_per_token_before"], r["kv_bytes_per_token_after"])
+    asked = " and ".join(f"{label(n)} {show(n, b['asked'])}" for n, b in r["budgets"].items()) or "a sparsity"
+    latency = ""
+    if r["latency_ms_after"] is not None:
+        times = (r["latency_ms_before"], r["latency_ms_after"])
+        latency = f"| predicted ms per decoded token | {times[0]:.3g} | {times[1]:.3g} |\n"
     return f"""---
 {base}library_name: transformers
 tags: [planish, compressed, {manifest["method"]}]
@@ -882,7 +887,11 @@ tags: [planish, compressed, {manifest["method"]}]
 |---|---|---|
 | parameters | {r["params_before"]:,} | {r["params_after"]:,} |
 | parameters of the blocks' linears | {r["block_params_before"]:,} | {r["block_params_after"]:,} |
+| bytes of weights | {r["bytes_before"]:,} | {r["bytes_after"]:,} |
+| FLOPs per token, {r["context"]} tokens of context | {r["flops_per_token_before"]:,} | {r["flops_per_token_after"]:,} |
 | KV cache, bytes per token | {kv[0]:,} | {kv[1]:,} |
+{latency}
+Asked: {asked}.
 
 ```python
 {load}model = AutoModelForCausalLM.from_pretrained("this folder")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +37,7 @@ from planish.shards import write_text
 GRID = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)  # of a full rank or width
 HEADS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # of a head's dimensions
 POOL = 96 << 20  # bytes that copies of a module take turns in: more than processors' caches hold
-SAMPLES = 7
+SAMPLES = 9
 TOKENS = 8  # decoded per sample
 
 Piece = tuple[str, int, int, int]  # form, rows and columns of the stock linear, rank or width
@@ -63,8 +62,7 @@ class Table:
     def attention(self, shape: Shape, which: str, size: int) -> float:
         """Seconds of half an attention: of its queries and keys (which = "qk") or values ("v"), with `size` dimensions
         per head; both halves at full size are the whole."""
-        full = {"qk": shape.qk, "v": shape.v}[which]
-        sizes = list_heads(full)
+        sizes = [s for w, s in list_halves(shape) if w == which]
         times = [self.seconds[f"attention {which} {s}"] for s in sizes]
         return interpolate(sizes, times, size) - times[-1] / 2
 
@@ -157,6 +155,7 @@ def find_pieces(solver: Solver, unit: Unit, shape: Shape, rank: int) -> tuple[li
         return [*wide, ("columns", *shape.linear("down"), rank)], []
     if unit.name in ("attention", "ffn"):
         inner = solver.inner_rank(unit, shape) if hasattr(solver, "inner_rank") else rank
+        inner = 0 if getattr(solver, "kind", "") == "zero" else inner
         return bypass_pieces(shape.hidden, inner, 2 * inner < shape.hidden), []
     raise InputError(
         f"--max-latency: what {solver.name} makes of {unit.name} is not in the latency table; use another budget"
@@ -187,6 +186,12 @@ def list_sizes(form: str, out: int, n: int) -> list[int]:
 
 def list_heads(full: int) -> list[int]:
     return sorted({max(2, round(g * full / 2) * 2) if g < 1 else full for g in HEADS})
+
+
+def list_halves(shape: Shape) -> list[tuple[str, int]]:
+    """Head dimensions, rising, that attention is measured at; queries and keys that are normalised are never cut."""
+    qk = [shape.qk] if shape.qk_norm else list_heads(shape.qk)
+    return [("qk", size) for size in qk] + [("v", size) for size in list_heads(shape.v)]
 
 
 def interpolate(sizes: list[int], times: list[float], size: int) -> float:
@@ -241,7 +246,7 @@ def list_pieces(source: Source) -> list[Piece]:
 
 def list_names(source: Source) -> list[str]:
     shape = source.shape(0)
-    heads = [f"attention {w} {s}" for w, full in (("qk", shape.qk), ("v", shape.v)) for s in list_heads(full)]
+    heads = [f"attention {which} {size}" for which, size in list_halves(shape)]
     return sorted({name(*p) for p in list_pieces(source)} | {"model", *heads})
 
 
@@ -263,15 +268,19 @@ def measure(
     for form, out, n, size in list_pieces(source):
         if (key := name(form, out, n, size)) not in found:
             note(key, time_linear(form, out, n, size, pool))
-    note("model", time_model(source.skeleton().eval(), pool, context))
-    bare = time_model(strip(source, None, pool), pool, context)
-    for which, full in (("qk", shape.qk), ("v", shape.v)):
-        for size in list_heads(full):
-            own: Spec = {"kind": "own", "qk": shape.qk, "v": shape.v} | {which: size}
-            if which == "qk" and size < full and shape.rotary:
-                own["pairs"] = min(size, shape.rotary) // 2
-            taken = time_model(strip(source, own, pool), pool, context)
-            note(f"attention {which} {size}", (taken - bare) / source.n_blocks)
+    full: Spec = {"kind": "own", "qk": shape.qk, "v": shape.v}
+    models = {"model": source.skeleton().eval(), "none": strip(source, None, pool), "full": strip(source, full, pool)}
+    for which, size in list_halves(shape):
+        if size < full[which]:
+            pairs = {"pairs": min(size, shape.rotary) // 2} if which == "qk" and shape.rotary else {}
+            models[f"attention {which} {size}"] = strip(source, full | {which: size} | pairs, pool)
+    times = time_models(models, pool, context)
+    note("model", times["model"])
+    most = {"qk": 0.0, "v": 0.0}
+    for which, size in list_halves(shape):  # smaller heads do not take longer, whatever the clock says
+        taken = times.get(f"attention {which} {size}", times["full"]) - times["none"]
+        most[which] = max(most[which], min(taken, times["full"] - times["none"]) / source.n_blocks)
+        note(f"attention {which} {size}", most[which])
     return found
 
 
@@ -301,7 +310,7 @@ class Pool:
 
 
 def time_linear(form: str, out: int, n: int, size: int, pool: Pool) -> float:
-    """Median seconds of one token through a linear whose weights are not in the processor's cache."""
+    """Least seconds of one token through a linear whose weights are not in the processor's cache."""
     copies = [pool.fill(build(form, out, n, size))]
     count = sum(p.numel() for p in copies[0].parameters())
     copies += [pool.fill(build(form, out, n, size)) for _ in range(min(256, len(pool.data) // count) - 1)]
@@ -325,8 +334,8 @@ def build(form: str, out: int, n: int, size: int) -> nn.Module:
         return (Pivoted if form == "pivoted" else Pair)(n, out, size, False)
 
 
-def sample(run: Callable[[], Any], device: torch.device, least: float = 2e-3) -> float:
-    """Median seconds of `run`; short ones are repeated within a sample."""
+def sample(run: Callable[[], Any], device: torch.device, least: float = 1e-3) -> float:
+    """Least seconds of `run` (what else the machine does only adds); short ones are repeated within a sample."""
     run()
     start = tell_time(device)
     run()
@@ -337,7 +346,7 @@ def sample(run: Callable[[], Any], device: torch.device, least: float = 2e-3) ->
         for _ in range(times):
             run()
         found.append((tell_time(device) - start) / times)
-    return statistics.median(found)
+    return min(found)
 
 
 class Silent(nn.Module):
@@ -369,31 +378,41 @@ def strip(source: Source, form: Spec | None, pool: Pool) -> nn.Module:
     return model
 
 
-def time_model(model: nn.Module, pool: Pool, context: int) -> float:
-    """Median seconds per decoded token, batch 1, behind `context` tokens whose keys and values are random."""
-    pool.fill(model)
+def time_models(models: Mapping[str, nn.Module], pool: Pool, context: int) -> dict[str, float]:
+    """Least seconds per decoded token of each, batch 1, behind `context` tokens whose keys and values are random; they
+    take turns."""
     device = pool.data.device
-    for module in model.modules():
-        for key, b in module._buffers.items():
-            module._buffers[key] = None if b is None else b.to(device)
-    token = torch.ones(1, 1, dtype=torch.long, device=device)
-    past: dict[int, tuple[Tensor, Tensor]] = {}
-    found = []
+    for model in models.values():
+        pool.fill(model)
+        for module in model.modules():
+            for key, b in module._buffers.items():
+                if b is not None:
+                    module._buffers[key] = (
+                        torch.zeros(b.shape, dtype=b.dtype, device=device) if b.is_meta else b.to(device)
+                    )
+    found = dict.fromkeys(models, float("inf"))
     for _ in range(SAMPLES):
-        cache = model(input_ids=token, use_cache=True).past_key_values
-        for i, layer in enumerate(getattr(cache, "layers", ())):
-            if getattr(layer, "keys", None) is not None and layer.keys.numel() and context > 1:
-                if i not in past:
-                    sizes = ((*t.shape[:2], context - 1, t.shape[3]) for t in (layer.keys, layer.values))
-                    k, v = (torch.randn(s, device=device).to(pool.data.dtype) for s in sizes)
-                    past[i] = k, v
-                cache.update(*past[i], i)
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        for name, model in models.items():
+            found[name] = min(found[name], time_decode(model, pool, context))
+    return found
+
+
+def time_decode(model: nn.Module, pool: Pool, context: int) -> float:
+    """Seconds of the quickest of `TOKENS` tokens, one after the other."""
+    device = pool.data.device
+    token = torch.ones(1, 1, dtype=torch.long, device=device)
+    cache = model(input_ids=token, use_cache=True).past_key_values
+    for i, layer in enumerate(getattr(cache, "layers", ())):
+        if getattr(layer, "keys", None) is not None and layer.keys.numel() and context > 1:
+            sizes = ((*t.shape[:2], context - 1, t.shape[3]) for t in (layer.keys, layer.values))
+            cache.update(*(torch.zeros(s, device=device, dtype=pool.data.dtype).add_(0.01) for s in sizes), i)
+    model(input_ids=token, past_key_values=cache, use_cache=True)
+    best = float("inf")
+    for _ in range(TOKENS):
         start = tell_time(device)
-        for _ in range(TOKENS):
-            model(input_ids=token, past_key_values=cache, use_cache=True)
-        found.append((tell_time(device) - start) / TOKENS)
-    return statistics.median(found)
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+        best = min(best, tell_time(device) - start)
+    return best
 
 
 def tell_time(device: torch.device) -> float:
