@@ -130,7 +130,9 @@ def test_folder_keeps_its_promises(name, method, keep, made, tmp_path):
     if "soft caps" not in name:  # sdpa has none, in the stock model neither
         torch.testing.assert_close(eager, sdpa, rtol=1e-3, atol=1e-3)
     torch._dynamo.reset()
-    torch.testing.assert_close(logits(torch.compile(model, fullgraph=True, backend="eager")), full, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        logits(torch.compile(model, fullgraph=True, backend="eager")), full, rtol=1e-3, atol=1e-3
+    )
 
 
 BARE = """
