@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -115,3 +116,25 @@ def test_readme_names_commands_and_options_that_exist(run):
             text = known.setdefault(command, run(command, "--help", env={"COLUMNS": "300"}).stdout)
             for option in re.findall(r"(?<!\S)\[?(--[a-z-]+)", rest):
                 assert option in text, f"{file.name}: planish {command} has no {option}"
+
+
+def test_readme_repeats_the_tables(monkeypatch):
+    """Figures in the README are those of docs/tables, which commands write."""
+    root = Path(__file__).resolve().parent.parent
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    methods = importlib.import_module("methods")
+    readme, rows = (root / "README.md").read_text(encoding="utf-8"), methods.read(methods.TABLE)
+    assert methods.fill_readme(readme, rows) == readme, "run benchmarks/methods.py, which fills the README's tables in"
+    for model in ("embedded model", "stories260k"):
+        assert f"<!-- perplexities of {model} -->" in readme
+        dense = [r for r in rows if r["model"].startswith(model) and r["text"] == "held-out" and r["method"] == "dense"]
+        assert f"dense {float(dense[0]['perplexity']):.3f})" in readme
+    speed, memory = ((root / "docs" / "tables" / f"{n}.md").read_text(encoding="utf-8") for n in ("speed", "memory"))
+    times = re.search(r"solves ([\d.]+) × faster", readme).group(1)
+    assert re.search(rf"^\| all \|.*\| {re.escape(times)}× \|", speed, re.M), (
+        "the solve's speed-up is another in speed.md"
+    )
+    said = re.search(r"([\d.]+) GB of weights in (\d+) blocks peaked at ([\d.]+) GB resident, (\d+) %", readme).groups()
+    row = re.search(r"\| [^|]+ \| (\d+) \| ([\d.]+) GB \| [^|]+ \| \d+ \| ([\d.]+) GB \| \*\*([\d.]+)%", memory)
+    blocks, size, peak, share = row.groups()
+    assert (f"{float(size):.1f}", blocks, peak, f"{float(share):.0f}") == said
