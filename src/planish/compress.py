@@ -866,7 +866,8 @@ def make_card(manifest: dict[str, Any]) -> str:
     """The folder's model card."""
     r = manifest["result"]
     name = manifest["source"]
-    base = f"base_model: {name}\n" if name.count("/") == 1 and not name.startswith((".", "/")) else ""
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+    base = f"base_model: {name}\n" if is_hub_id else ""
     load = "from transformers import AutoModelForCausalLM\n"
     if r["format"] != "native":
         load = "import planish  # or trust_remote_code=True: the folder carries the modelling files\n" + load
