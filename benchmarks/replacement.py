@@ -82,6 +82,7 @@ ABLATION: dict[str, dict[str, Any]] = {  # one change to the defaults at a time
     "fit once, joint refit": {"fit": "joint"},
     "fit sequential": {"fit": "sequential"},
     "fit sequential, error-compensating": {"fit": "compensated"},
+    "down projections repaired": {"repair": True},
     "up to 4 swaps": {"swaps": 4},
     "free numbers": {"numbers": "free"},
     "as described: influence, error, shared PCA, once": {
