@@ -47,6 +47,7 @@ WHOLE: Runs = {  # attentions and feed-forwards, or whole blocks: the same share
     "subfit": ("subfit", {}),
     "subfit, free numbers": ("subfit", {"numbers": "free"}),
     "subfit, one shot": ("subfit", {"fit": "once", "basis": "pca", "ffn_score": "error"}),
+    "subfit, repaired": ("subfit", {"repair": True}),
     "llm-drop": ("llm-drop", {}),
     "shortgpt": ("shortgpt", {}),
     "sleb": ("sleb", {}),
@@ -82,6 +83,7 @@ ABLATION: dict[str, dict[str, Any]] = {  # one change to the defaults at a time
     "fit once, joint refit": {"fit": "joint"},
     "fit sequential": {"fit": "sequential"},
     "fit sequential, error-compensating": {"fit": "compensated"},
+    "down projections repaired": {"repair": True},
     "up to 4 swaps": {"swaps": 4},
     "free numbers": {"numbers": "free"},
     "as described: influence, error, shared PCA, once": {
@@ -117,12 +119,12 @@ class Bench:
 
     def run(self, method: str, settings: dict[str, Any], keep: float, seed: int = 0) -> dict:
         """Perplexity, counted keep, cache bytes and what went, or why it was refused."""
-        key = json.dumps([self.args.name, method, settings, keep, seed])
-        if key in self.rows:
-            return self.rows[key]
         args = self.args
         if "windows" in {f.name for f in fields(list_methods()[method])}:
             settings = settings | {"windows": args.search_windows}
+        key = json.dumps([args.name, args.windows, args.seq_len, args.tokens, method, settings, keep, seed])
+        if key in self.rows:
+            return self.rows[key]
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "out"
@@ -308,7 +310,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=96)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64 * 256, help="evaluated tokens")
-    parser.add_argument("--search-windows", type=int, default=8, help="of those, on which losses are compared")
+    parser.add_argument("--search-windows", type=int, default=16, help="of those, on which losses are compared")
     parser.add_argument("--speed-level", type=float, default=0.25)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--partial", type=Path, help="file in which what has been measured is kept")

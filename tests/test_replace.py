@@ -364,7 +364,8 @@ def test_massive_tokens_stay_out_of_the_fit(tmp_path):
     fitted = {}
     for tokens in ("all", "calm"):
         small, _, _ = run(model, tmp_path / tokens, "subfit", windows=ids, tokens=tokens, **settings)
-        fitted[tokens] = small.model.layers[0].mlp.V.weight.double(), small.model.layers[0].mlp.shift.double()
+        bypass = small.model.layers[0].mlp
+        fitted[tokens] = bypass.V.weight.detach().double(), bypass.shift.detach().double()
     stream = Stream(open_source(model), ids)
     block, start = stream.block(0), stream.start()[0]
     with torch.no_grad(), tap_sites(block, stream.family, {"mlp.raw", "mlp.add"}) as seen:
@@ -415,6 +416,38 @@ def test_joint_fit_is_to_the_inputs_of_the_model_with_all_bypasses(tmp_path):
     assert torch.allclose(first, second, atol=1e-4)  # nothing before the first bypass has changed
     first, second = (m.model.layers[blocks[1]].mlp.V.weight for m in (joint, sequential))
     assert torch.allclose(first, second, atol=1e-4)  # the first bypass has not changed either
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "opt"])
+def test_repair_is_a_regression_towards_the_old_weights(tmp_path, name):
+    """The first down projection behind a bypass, against a solve on stored activations; nothing before it changes."""
+    model = tiny.build(name)
+    how = {"submodules": "attention", "attention_score": "influence", "sparsity": 0.34, "fit": "once", "ridge": 1e-3}
+    small, before, _ = run(model, tmp_path / "a", "subfit", **how)
+    repaired, after, manifest = run(model, tmp_path / "b", "subfit", repair=True, **how)
+    (i,) = manifest["notes"]["removed"]["attention"]["blocks"]
+    assert after.keep == before.keep
+    family = open_source(model).family
+    dense_block, plain, new = (find_blocks(m, family)[i] for m in (model, small, repaired))
+    seen: dict[str, Tensor] = {}
+    plain.get_submodule(family.path("down")).register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
+    plain.get_submodule(family.mlp_norm).register_forward_pre_hook(lambda m, a: seen.update(mid=a[0]))
+    keep = {"out": lambda m, a, out: seen.update(out=out[0] if isinstance(out, tuple) else out)}
+    dense_block.register_forward_hook(keep["out"])
+    logits(small, WINDOWS)
+    logits(model, WINDOWS)
+    x, mid, out = (seen[n].reshape(WINDOWS.numel(), -1).double() for n in ("x", "mid", "out"))
+    old = dense_block.get_submodule(family.path("down"))
+    f = out - mid - (0 if old.bias is None else old.bias.detach().double())
+    t = old.weight.detach().double().T
+    level = 1e-3 * x.square().mean() * len(x)
+    t = t + torch.linalg.solve(x.T @ x + level * torch.eye(x.shape[1]), x.T @ (f - x @ t))
+    fitted = new.get_submodule(family.path("down"))
+    assert torch.allclose(fitted.weight.double(), t.T, atol=1e-4)
+    assert old.bias is None or torch.equal(fitted.bias, old.bias)
+    for j in range(i):
+        paths = [find_blocks(m, family)[j].get_submodule(family.path("down")).weight for m in (model, repaired)]
+        assert torch.equal(*paths)
 
 
 def test_automatic_fit_is_the_best_of_three(tmp_path):
@@ -617,6 +650,8 @@ def test_cache_layers_keep_their_types(tmp_path):
 def test_what_cannot_be_done_is_refused(tmp_path):
     with pytest.raises(InputError, match="norm follows"):
         run(tiny.build("gemma2"), tmp_path / "a", "replaceme", sparsity=0.34)
+    with pytest.raises(InputError, match="norm follows"):
+        run(tiny.build("gemma2"), tmp_path / "a", "subfit", sparsity=0.34, fit="once", repair=True)
     with pytest.raises(InputError, match="smallest keep"):
         run(tiny.build("llama_gqa"), tmp_path / "a", "shortgpt", keep=0.1)
     with pytest.raises(InputError, match="sparsity must lie"):
