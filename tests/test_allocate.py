@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.allocate import BudgetError, spread, spread_by_kind
+from planish.allocate import BudgetError, Choices
+from planish.allocate import spread as spread_choices
+from planish.allocate import spread_by_kind as spread_choices_by_kind
 from planish.core import Frontier, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.solvers.linear import LinearSVD
@@ -32,6 +34,20 @@ def cover(solvers: list[Solver], blocks: list[Shape]) -> dict[Unit, Solver]:
 
 def spent(units: dict[Unit, Solver], blocks: list[Shape], plan: dict[Unit, int]) -> int:
     return sum(s.cost(u, blocks[u.block], plan[u]) for u, s in units.items())
+
+
+def spread(units, blocks, share, budget, step=1, rule=spread_choices):
+    """Of one budget that counts weights."""
+    choices = {}
+    for u, s in units.items():
+        ranks = list(s.ranks(u, blocks[u.block]))
+        cost = torch.tensor([[float(s.cost(u, blocks[u.block], r)) for r in ranks]], dtype=torch.float64)
+        choices[u] = Choices(torch.tensor(ranks), cost)
+    return rule(choices, share, [budget], step)
+
+
+def spread_by_kind(*arguments):
+    return spread(*arguments, rule=spread_choices_by_kind)
 
 
 @given(st.lists(st.floats(0.02, 1), min_size=2, max_size=7), st.floats(0.15, 0.98), st.sampled_from([1, 2, 3]))

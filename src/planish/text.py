@@ -260,8 +260,9 @@ def _read_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
+        why = "it is no plain array (pickles are not read)" if "allow_pickle" in str(e) else str(e)
         raise InputError(
-            f"cannot read token ids · {path} · {e} · expected an array of integers written by numpy.save"
+            f"cannot read token ids · {path} · {why} · expected an array of integers written by numpy.save"
         ) from e
 
 

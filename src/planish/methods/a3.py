@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from planish.allocate import Alternative, Curve, choose
+from planish.allocate import Alternative, choose
 from planish.core import Method, Plan, Solver
 from planish.errors import InputError
 from planish.solvers.neurons import Neurons
@@ -80,16 +80,13 @@ class A3(Method):
         for name, power in (("mixed", 1.0), ("tempered", 0.5)):
             groups = []
             for unit, f in frontiers.items():
-                full = job.full(unit)
-                ranks = [
-                    r for r in job.units[unit].ranks(unit, job.shapes[unit.block]) if r == full or r % job.step == 0
-                ]
-                loss = torch.tensor([float(f.loss[r]) if r < full else 0.0 for r in ranks], dtype=torch.float64)
+                curve = job.curve(f)
                 at = max(float(f.loss[uniform[unit]]), 1e-300)
-                cost = torch.tensor([float(job.cost(unit, r)) for r in ranks], dtype=torch.float64)
-                loss = loss / at * max(rises[unit], least) ** power
-                groups.append([Alternative((Curve(unit, torch.tensor(ranks), cost, loss),))])
-            plans[name] = choose(groups, job.budget)[0]
+                loss = (
+                    torch.where(curve.ranks < job.full(unit), curve.loss, 0.0) / at * max(rises[unit], least) ** power
+                )
+                groups.append([Alternative((replace(curve, loss=loss),))])
+            plans[name] = choose(groups, job.limits)[0]
         losses = {name: job.nll(plan) for name, plan in plans.items()}
         best = min(losses, key=lambda name: losses[name])
         job.notes |= {"searched": losses, "chosen": best, "rises": {str(u): r for u, r in rises.items()}}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from planish.core import Method, Plan, Solver, Unit
 from planish.edits import input_site
+from planish.errors import InputError
 from planish.linalg import LowRank
 from planish.modules import get_linear
 from planish.solvers.linear import LinearSVD
@@ -52,6 +53,8 @@ class ASVD(Method):
         uniform = job.spread(lambda unit: 1.0)  # also says whether the budget can be reached at all
         if self.allocation == "uniform" or job.keep == 1 or not job.stream.batches:
             return uniform
+        if len(job.budgets) > 1:
+            raise InputError("asvd: allocation=strs keeps to one budget; use --set allocation=uniform for two")
         with job.phase("sensitivity"):
             return self.search(job, Sensitivity(job, self.samples))
 
