@@ -108,17 +108,13 @@ BYTES = {"": 1, "B": 1} | {
 def read_size(value: int | float | str, name: str, scale: dict[str, int]) -> int:
     """1500000000, "1.5B" or "800MiB" → a whole number."""
     text = str(value).replace(",", "").replace("_", "").strip()
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)", text)
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d*)?(?:[eE]\+?\d{1,2})?)\s*([A-Za-z]*)", text)
     units = {u.lower(): n for u, n in scale.items()}
     if match is None or match[2].lower() not in units:
-        raise InputError(
-            f"{name} {value}: expected a number, with one of {', '.join(u for u in scale if u)} behind it or none"
-        )
-    size = (
-        int(float(match[1]) * units[match[2].lower()] + 1e-6)
-        if "." in match[1] or "e" in match[1].lower()
-        else (int(match[1]) * units[match[2].lower()])
-    )
+        known = ", ".join(u for u in scale if u)
+        raise InputError(f"{name} {str(value)[:40]}: expected a number, with one of {known} behind it or none")
+    number, unit = match[1], units[match[2].lower()]
+    size = int(number) * unit if number.isdigit() else int(float(number) * unit + 1e-6)
     if size < 1:
         raise InputError(f"{name} must be 1 or more, got {value}")
     return size
