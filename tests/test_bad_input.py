@@ -290,3 +290,20 @@ def test_a_pickle_that_calls_itself_npy(tmp_path, run, folder):
     path.write_bytes(b"\x80\x04not an array")
     done = run("compress", folder, "--calibration", path, "-o", tmp_path / "out")
     assert done.exit_code == 2 and "no plain array" in done.stderr and "allow_pickle" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "value"),
+    [
+        ("flat-llm", "ridge", "-1"), ("flat-llm", "ridge", "nan"), ("flat-llm", "damping", "inf"), ("erc-svd", "k", "-1"),
+        ("erc-svd", "beta", "1.5"), ("erc-svd", "beta", "-0.1"), ("erc-svd", "candidates", "0"), ("asvd", "samples", "0"),
+        ("asvd", "alpha", "1000000"), ("asvd", "alpha", "-1"), ("auto", "ridge", "-1"), ("subfit", "windows", "-3"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_method_can_use(method, setting, value, tmp_path):
+    with pytest.raises(InputError) as caught:
+        compress(
+            tiny.build("llama_gqa", num_hidden_layers=2), output=tmp_path / "out", keep=0.8, method=method,
+            windows=WINDOWS, settings={setting: value},
+        )  # fmt: skip
+    assert setting in str(caught.value) and not list(tmp_path.iterdir())
