@@ -127,6 +127,58 @@ def fill(
     return low, best
 
 
+def spread_by_kind(
+    units: Mapping[Unit, Choices], share: Callable[[Unit], float], budgets: Sequence[float], step: int = 1
+) -> Plan:
+    """`spread` with a budget of its own for every kind of unit ("qk", "vo", "mlp"): what its shares ask for, unrounded.
+
+    Where one kind has coarse steps (whole rotary pairs of narrow heads) its units then take turns on either side of
+    their share, and the kind as a whole keeps it; otherwise all of them would be rounded down and others raised
+    instead. Kinds with the coarsest steps go first, what rounding leaves over goes to the next one. Of several budgets
+    each settles the units that `spread` says: there is no share of one budget that a kind could keep.
+    """
+    if len(budgets) > 1:
+        return spread(units, share, budgets, step)
+    budget = float(budgets[0])
+    shares = {u: share(u) for u in units}
+
+    def wanted(u: Unit, t: float) -> float:
+        return float(units[u].full[0]) * (1.0 if shares[u] == float("inf") else min(1.0, t * shares[u]))
+
+    def count(plan: Plan) -> float:
+        return sum(float(units[u].cost[0, units[u].at(r)]) for u, r in plan.items())
+
+    positive = [s for s in shares.values() if 0 < s < float("inf")]
+    low, high = 0.0, 1.0 / min(positive) if positive else 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(wanted(u, middle) for u in units) <= budget else (low, middle)
+
+    def coarseness(name: str) -> float:
+        steps = [1 - float(c.cost[0, -2] / c.full[0]) for u, c in units.items() if u.name == name and len(c.ranks) > 1]
+        return max(steps, default=0.0)
+
+    names = sorted({u.name for u in units}, key=lambda n: (-coarseness(n), n))
+    kinds = [{u: c for u, c in units.items() if u.name == n} for n in names]
+    least = [sum(float(c.cost[0, c.largest(0.0, [0], step)]) for c in k.values()) for k in kinds]
+    if sum(least) > budget:
+        raise BudgetError(sum(least), budget)
+    plan: Plan = {}
+    left, carry = budget, 0.0
+    for n, kind in enumerate(kinds):
+        own = left if n == len(kinds) - 1 else sum(wanted(u, low) for u in kind) + carry
+        own = min(max(own, least[n]), left - sum(least[n + 1 :]))
+        new = spread(kind, shares.__getitem__, [own], step)
+        spent = count(new)
+        carry += sum(wanted(u, low) for u in kind) - spent
+        left -= spent
+        plan |= new
+    at = {u: units[u].at(r) for u, r in plan.items()}
+    target = {u: 1.0 if shares[u] > 0 else 0.0 for u in units}
+    found = top_up(units, at, torch.tensor([left], dtype=torch.float64), step, target, dict.fromkeys(units, 0))
+    return {u: int(units[u].ranks[i]) for u, i in found.items()}
+
+
 def top_up(
     units: Mapping[Unit, Choices],
     plan: dict[Unit, int],

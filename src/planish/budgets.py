@@ -236,16 +236,9 @@ class Flops(Budget):
         products = 2 * solver.cost(unit, shape, rank)
         if unit.name == SUBMODULES["attention"]:
             return products + (2 * self.context * count_attention(shape) if rank == full else 0)
-        if unit.name == "keys":
-            kept = 2 * self.context * shape.heads * shape.qk
-            return products + kept + (2 * self.context * shape.kv_heads * shape.qk * rank if rank < full else 0)
-        width = {
-            "qk": shape.heads * rank,
-            "vo": shape.heads * rank,
-            "k": shape.heads * shape.qk,
-            "v": shape.heads * shape.v,
-        }
-        return products + 2 * self.context * width.get(unit.name, 0)
+        width = {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}.get(unit.name, 0)
+        work = solver.work(unit, shape, rank) if solver.cache(unit, shape, full) else width
+        return products + 2 * self.context * work
 
     def uncut(self, shape: Shape, role: str) -> float:
         width = {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}.get(role, 0)
@@ -297,8 +290,12 @@ def count_attention(shape: Shape, spec: Spec | None = None) -> int:
     form = (spec or {}).get("attention", {})
     if form.get("kind") == "bypass":
         return 0
-    rebuilt = shape.kv_heads * shape.qk * form["k_rank"] if "k_rank" in form else 0
-    return shape.heads * (form.get("qk", shape.qk) + form.get("v", shape.v)) + rebuilt
+    scores, values = shape.heads * form.get("qk", shape.qk), shape.heads * form.get("v", shape.v)
+    if form.get("k_form") == "frequency":
+        scores = shape.heads * form["k_rank"]
+    elif "k_rank" in form:
+        scores += shape.kv_heads * shape.qk * form["k_rank"]
+    return scores + values
 
 
 def count_flops(shapes: Sequence[Shape], specs: Sequence[Spec], weights: Sequence[int], context: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish.activations import Room
-from planish.allocate import BudgetError, Choices, Curve, spread
+from planish.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
 from planish.budgets import Asked, Budget, CacheNumbers, count_flops, label, make_budget, read_asked, show
 from planish.cache import Cache, open_cache
 from planish.checkpoint import (
@@ -129,6 +129,7 @@ class Job:
         self.stored: dict[int, Stats] = {}  # statistics that a plan measured and the solve uses again
         self.edits: dict[int, list[Edit]] = {}  # per block, what the plan has worked out itself; not solved again
         self.notes: dict[str, Any] = {}  # what the method wants recorded in the manifest
+        self.remarks: dict[str, str] = {}  # the same, and said to the user: what the method could not cut, and why
         self.seconds: dict[str, float] = {}
         self.timers: list[Timer] = []  # running now, the innermost last
         self.finished: dict[
@@ -197,10 +198,11 @@ class Job:
             self.costs[key] = solver, Choices(torch.tensor(ranks), cost.double())
         return self.costs[key][1]
 
-    def spread(self, share: Callable[[Unit], float]) -> Plan:
-        """Ranks in proportion to `share`, within the budgets (see `planish.allocate.spread`)."""
+    def spread(self, share: Callable[[Unit], float], by_kind: bool = False) -> Plan:
+        """Ranks in proportion to `share`, within the budgets (see `spread`, `spread_by_kind` of `planish.allocate`)."""
         try:
-            return spread({u: self.choices(u) for u in self.units}, share, self.limits, self.step)
+            rule = spread_by_kind if by_kind else spread
+            return rule({u: self.choices(u) for u in self.units}, share, self.limits, self.step)
         except BudgetError as error:
             b = self.budgets[error.which]
             raise b.refuse(find_name(self.method), error.smallest + b.limit - self.limits[error.which]) from None
@@ -353,17 +355,20 @@ class Job:
         return [t for t in taps if all(s.startswith(("grad:", "dense:")) for s in t.sites)]
 
     def probe(self, plan: Plan, windows: int) -> tuple[dict[Unit, Frontier], dict[Unit, float]]:
-        """Frontiers without factors, and what each unit alone, at its rank in `plan`, adds to the calibration loss.
+        """Frontiers without factors, and how far each unit alone, at its rank in `plan`, moves the model's predictions.
 
-        In nats per token over the first `windows` windows. Costs, per unit, those windows through the blocks behind it.
+        KL(uncompressed ‖ cut) in nats per token over the first `windows` windows: the expected rise of the loss without
+        the noise of the text's own labels, which for small cuts is larger than the rise. Costs, per unit, those windows
+        through the blocks behind it and the head twice.
         """
         stream = self.stream
         small = Stream(
             stream.source, torch.cat(stream.batches)[:windows], device=str(stream.device), dtype=stream.dtype
         )
         hidden = small.start()
+        reference = small.sweep(lambda shape: [], lambda i, block, stats: None)
         frontiers: dict[Unit, Frontier] = {}
-        losses: dict[Unit, float] = {}
+        moved: dict[Unit, float] = {}
 
         def use(i: int, block: nn.Module, stats: Stats) -> None:
             nonlocal hidden
@@ -377,12 +382,11 @@ class Job:
                 out = small.run(i, small.place(cut), hidden)
                 for j in range(i + 1, len(self.shapes)):
                     out = small.run(j, small.place(stream.block(j)), out)
-                losses[unit] = small.nll(out)
+                moved[unit] = small.divergence(out, reference)
             hidden = small.run(i, small.place(block), hidden)
 
         self.measure(lambda shape: self.taps(self.block_units(shape.block)), use)
-        dense = small.nll(hidden)
-        return frontiers, {u: loss - dense for u, loss in losses.items()}
+        return frontiers, moved
 
     def nll(self, plan: Plan) -> float:
         """Calibration loss of the model under a plan, in nats per token."""
@@ -674,7 +678,7 @@ def compress(
                 method.finish(job, plan)
             result = write(job, plan, writer)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        result.warnings = sorted({*read_warnings(caught), *earlier})
+        result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier})
         result.seconds["total"] = time.perf_counter() - start
         write_manifest(writer, job, plan, result, calibration or {})
         for name, content in (files or {}).items():
@@ -859,7 +863,7 @@ def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibra
         "roles": job.shapes[0].roles,
         "weights": {str(u): [job.count(u, job.full(u)), job.count(u, r)] for u, r in sorted(plan.items())},
         "errors": job.errors,
-        "notes": job.notes,
+        "notes": job.notes | job.remarks,
     }
     writer.text("planish.json", json.dumps(manifest, indent=2, default=str) + "\n")
     writer.text("README.md", make_card(manifest))

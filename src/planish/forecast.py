@@ -162,6 +162,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         needed_statistics=measured,
         units=rows,
         how=how,
+        warnings=list(job.remarks.values()),
     )
     for b in job.kept_budgets:
         cost = left(job, plan, b)

@@ -111,6 +111,9 @@ class Rounded(Solver):
     def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
         return self.solver.cache(unit, shape, rank)
 
+    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return self.solver.work(unit, shape, rank)
+
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return self.solver.taps(unit, shape)
 
