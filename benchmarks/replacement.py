@@ -230,7 +230,7 @@ def write_speed(args: argparse.Namespace) -> list[str]:
         f"{100 * args.speed_level:g} % of the attentions and of the feed-forwards (or of the blocks) gone, batch 1, prompt 128, 64 "
         f"new tokens, {torch.get_num_threads()} thread(s), models measured in turns ({args.repeats} times), medians.",
         "",
-        "| model | | time to first token, ms | gain | decode, tokens/s | gain | cache after the run, bytes |",
+        "| model | compressed by | time to first token, ms | gain | decode, tokens/s | gain | cache after the run, bytes |",
         "|---|---|---|---|---|---|---|",
     ]
     cheap = {"attention_score": "influence", "ffn_score": "error", "fit": "once", "ridge": 1e-3}

@@ -3,6 +3,7 @@ of a compressed folder, in this process and in one that has no planish."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -96,6 +97,7 @@ def test_folder_keeps_its_promises(name, method, keep, made, tmp_path):
     assert model.dtype == dtype and sum(p.numel() for p in model.parameters()) == result.params_after
     stored = logits(model)
     assert torch.isfinite(stored).all()
+    aligned = logits(copy.deepcopy(model))  # where tensors lie in a mapped file decides the last bit of an fp64 product
 
     cache = model(input_ids=IDS[:1, : tiny.WINDOW - 1], use_cache=True).past_key_values
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
@@ -106,7 +108,7 @@ def test_folder_keeps_its_promises(name, method, keep, made, tmp_path):
     for again in (tmp_path / "again", tmp_path / "and again"):
         model.save_pretrained(again)
         model = AutoModelForCausalLM.from_pretrained(again)
-        assert torch.equal(logits(model), stored)
+        assert torch.equal(logits(copy.deepcopy(model)), aligned)
 
     wide = {"dtype": torch.promote_types(dtype, torch.float32)}  # low precision has ties
     model = AutoModelForCausalLM.from_pretrained(folder, **wide)
@@ -126,7 +128,7 @@ def test_folder_keeps_its_promises(name, method, keep, made, tmp_path):
     eager, sdpa = (
         logits(AutoModelForCausalLM.from_pretrained(folder, attn_implementation=a, **wide)) for a in ("eager", "sdpa")
     )
-    torch.testing.assert_close(full, eager if "soft caps" in name else sdpa, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(full, sdpa, rtol=1e-4, atol=1e-4)
     if "soft caps" not in name:  # sdpa has none, in the stock model neither
         torch.testing.assert_close(eager, sdpa, rtol=1e-3, atol=1e-3)
     torch._dynamo.reset()

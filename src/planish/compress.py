@@ -642,7 +642,10 @@ def compress(
     try:
         kind = dtype or pick_dtype(source, device)
         if asked.max_latency is not None and measured is None:
-            measured = read_table(source, asked.context or windows.shape[1], device, kind)
+            first = processes.rank() == 0  # all plan with one table
+            measured = processes.share(
+                read_table(source, asked.context or windows.shape[1], device, kind, progress) if first else None
+            )
         if not resume and isinstance(source, FolderSource):
             request = {
                 "model": str(source.folder.resolve()), "name": source.name, "asked": asdict(asked),

@@ -50,6 +50,10 @@ class ASVD(Method):
         return [LinearSVD(metric="diagonal", power=self.alpha, form=self.form)]
 
     def plan(self, job: Job) -> Plan:
+        if not self.alpha <= 4 or self.samples < 1:
+            raise InputError(
+                f"asvd: alpha must lie in [0, 4] and samples be 1 or more, got {self.alpha:g} and {self.samples}"
+            )
         uniform = job.spread(lambda unit: 1.0)  # also says whether the budget can be reached at all
         if self.allocation == "uniform" or job.keep == 1 or not job.stream.batches:
             return uniform

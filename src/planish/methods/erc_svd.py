@@ -38,6 +38,10 @@ class ErcSVD(Method):
         return [TwoStageSVD(beta=self.beta, residual_metric=self.residual_metric, form=self.form)]
 
     def plan(self, job: Job) -> Plan:
+        if not self.beta < 1 or self.candidates < 1:
+            raise InputError(
+                f"erc-svd: beta must lie in [0, 1) and candidates be 1 or more, got {self.beta:g} and {self.candidates}"
+            )
         n, removed = len(job.shapes), 1 - job.keep
         least = floor(n * removed / (1 - self.beta) + 1e-9) + 1  # every compressed block must keep more than beta
         if self.k and not least <= self.k <= n:
