@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from planish import checkpoint
 from planish.budgets import read_asked
 from planish.checkpoint import FolderSource, Source, find_folder, load_tokenizer, open_source
-from planish.compress import Result, find_name
+from planish.compress import Result, find_name, pick_dtype
 from planish.compress import compress as compress_windows
 from planish.core import Method, Progress
 from planish.errors import InputError
 from planish.evaluate import perplexity
 from planish.evaluate import tasks as tasks_file
 from planish.evaluate.tasks import Score
+from planish.export.eora import Blocks, Compensation, compensate
 from planish.forecast import Forecast
 from planish.forecast import forecast as forecast_windows
 from planish.methods import find_method, list_methods
@@ -206,6 +207,37 @@ def forecast(
     )
     found.warnings = notes + found.warnings
     return found
+
+
+def eora(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    bits: int = 4,
+    rank: int = 32,
+    quantiser: str = "round",
+    calibration: Any = "builtin",
+    n_samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Compensation:
+    """Write a LoRA adapter that gives a dense or compressed folder back what integer weights take; nothing is trained.
+
+    `quantiser`: "torchao" for a model that torchao will quantise, "round" for plain rounding (see `planish.export.eora`).
+    Calibration as in `compress`.
+    """
+    source = Blocks(folder)
+    place = find_device(device)
+    text = read_calibration(source, load_tokenizer(source.folder), calibration, n_samples, seq_len, seed, sampling)
+    return compensate(
+        folder, text.windows, output, bits=bits, rank=rank, quantiser=quantiser, device=place,
+        dtype=find_dtype(dtype) or pick_dtype(source, place), overwrite=overwrite, progress=progress,
+    )  # fmt: skip
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | None = None, **kwargs: Any) -> Any:

@@ -76,13 +76,17 @@ class Folder:
 
     def block(self, i: int) -> nn.Module:
         """A canonical copy of block i (fused linears split) in the stored dtype."""
+        return split_block(self.stored_block(i), self.family, self.config)
+
+    def stored_block(self, i: int) -> nn.Module:
+        """A copy of block i under its stored names, in the stored dtype."""
         block = copy.deepcopy(self.blocks[i])
         prefix = f"{self.family.blocks}.{i}."
         for name in block.state_dict():
             if prefix + name not in self.files:
                 raise InputError(f"tensor {prefix}{name} is missing in {self.path}: the checkpoint is incomplete")
             set_parameter(block, name, self.tensor(prefix + name))
-        return split_block(block, self.family, self.config)
+        return block
 
     def outside(self) -> dict[str, Tensor]:
         """Stored tensors that belong to no block."""
