@@ -555,6 +555,7 @@ class Writer:
         self.active = processes.rank() == 0
         self.weight_map: dict[str, str] = {}
         self.bytes = 0  # of tensors
+        self.index_bytes = 0  # of these, index tables
         self.headers = 0  # bytes of the files' headers
         self.parameters = 0
         self.partial = output.with_name(output.name + ".partial")
@@ -623,6 +624,7 @@ class Writer:
         for key, t in tensors.items():
             self.weight_map[key] = name
             self.bytes += t.numel() * t.element_size()
+            self.index_bytes += 0 if t.is_floating_point() else t.numel() * t.element_size()
             self.parameters += t.numel() if t.is_floating_point() else 0
         return name, digest
 

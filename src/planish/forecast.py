@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from planish.budgets import SHARES, Asked, Budget, Bytes, CacheNumbers, Flops, count_cache, count_flops
+from planish.cache import Cache
 from planish.checkpoint import Source
 from planish.compress import Job, channels, check_tokens, check_windows, find_name, pick_dtype
 from planish.core import Method, Plan, Progress, Shape
@@ -23,6 +24,9 @@ from planish.latency import Latency, read_table
 from planish.predict import Prediction, predict
 from planish.stats import KINDS, Tap
 from planish.stream import Stream
+from planish.targets import describe_limits
+
+STATISTICS = 1 << 30  # bytes of statistics that planning without the target's limits may use again
 
 
 @dataclass
@@ -53,6 +57,11 @@ class Forecast:
     latency_ms_after: float | None = None
     budgets: dict[str, dict[str, float]] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
+    target: str = "any"
+    limits: list[str] = field(default_factory=list)  # what the target asks of this method's result
+    nats: bool = False  # predicted losses are nats per token, else squared errors of the units' outputs
+    predicted: dict[str, float] = field(default_factory=dict)  # kind of unit → predicted loss, where it is known
+    predicted_any: dict[str, float] = field(default_factory=dict)  # the same without the target's limits
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,6 +107,7 @@ def forecast(
     asked = replace(asked, context=asked.context or size[1])
     table = read_table(source, asked.context or 0, device, dtype, progress) if asked.max_latency is not None else None
     job = Job(unread, method, asked=asked, step=round_to, target=target, measured=table)
+    shared = Cache(memory=STATISTICS)
     start = time.perf_counter()
     try:
         plan, measured = job.plan(), False
@@ -106,10 +116,30 @@ def forecast(
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
         stream = Stream(source, windows, device=device, dtype=dtype)
-        job = Job(stream, method, asked=asked, step=round_to, progress=progress, target=target, measured=table)
+        arguments: dict[str, Any] = {"asked": asked, "step": round_to, "measured": table, "progress": progress, "cache": shared}
+        job = Job(stream, method, **arguments, target=target)
         check_tokens(job, windows, settings or {})
         plan, measured = job.plan(), True
-    return describe(job, plan, size, measured, time.perf_counter() - start)
+    found = describe(job, plan, size, measured, time.perf_counter() - start)
+    found.target, found.predicted = target, add_losses(job, plan)
+    found.nats = bool(job.known) and all(f.nats for f in job.known.values())
+    free = Job(unread, method, asked=asked, step=round_to, measured=table)
+    found.limits = describe_limits(target, free.units)
+    if found.limits and found.predicted:
+        free = Job(job.stream, method, **arguments)
+        loose = free.plan()
+        free.known = free.known or free.frontiers()
+        found.predicted_any = add_losses(free, loose)
+    return found
+
+
+def add_losses(job: Job, plan: Plan) -> dict[str, float]:
+    """Predicted loss of a plan for every kind of unit that it cuts; empty where no frontier is known."""
+    losses: dict[str, float] = {}
+    for unit, rank in sorted(plan.items()):
+        if unit in job.known and rank < job.full(unit):
+            losses[unit.name] = losses.get(unit.name, 0.0) + float(job.known[unit].loss[rank])
+    return losses
 
 
 def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planning: float) -> Forecast:

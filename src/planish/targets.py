@@ -77,6 +77,23 @@ def find_target(name: str) -> Target:
     return TARGETS[name]
 
 
+NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons"}
+
+
+def describe_limits(name: str, units: Mapping[Unit, Solver] | None = None) -> list[str]:
+    """What a target asks of a compressed model, one line each; with a method's `units` only what concerns them."""
+    target = find_target(name)
+    forms = None if units is None else {describe_unit(u, s) for u, s in units.items()}
+    cut = None if units is None else {u.name for u in units}
+    lines = [f"no {what}: {why}" for what, why in target.refuses.items() if forms is None or what in forms]
+    lines += [
+        f"{NAMES[unit]} in multiples of {step}" + (", equal in all blocks" if unit in target.uniform else "")
+        for unit, step in target.steps.items()
+        if cut is None or unit in cut
+    ]
+    return lines
+
+
 def describe_unit(unit: Unit, solver: Solver) -> str:
     """What a solver makes of a unit when it cuts it."""
     if unit.name in ROLES:

@@ -172,6 +172,7 @@ def write(
         writer.text("config.json", json.dumps(settings, indent=2) + "\n")
         copy_files(source, writer)
         size, total = writer.bytes, writer.parameters
+        weights = size - writer.index_bytes
         writer.close()
     except BaseException:
         writer.abort()
@@ -180,7 +181,7 @@ def write(
     notes = [f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights"] if back else []
     if total - stored != back:
         notes.append(f"zeros to fit {target}, less norms of removed submodules: {total - stored - back:+,} weights")
-    notes += describe_products(total, size, source.itemsize) if dtype is None else []
+    notes += describe_products(total, weights, source.itemsize) if dtype is None else []
     return Written(
         target, str(output), settings["architectures"][0], dtype or "as stored", total, stored, size, "copied", notes
     )

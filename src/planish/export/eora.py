@@ -77,9 +77,13 @@ class Blocks(Source):
         return self.opened.stored_block(i)
 
     def weight(self, name: str) -> Tensor:
-        if name not in self.opened.files and self.config.tie_word_embeddings:
-            name = self.embedding_name() if name.startswith("lm_head") else "lm_head.weight"
-        return self.opened.tensor(name)
+        names = [name]
+        if name.startswith("lm_head."):  # some families store it under another name
+            names.append(name.replace("lm_head", self.family.head, 1))
+        tied = (self.embedding_name(), "lm_head.weight")
+        if self.config.tie_word_embeddings and name in tied:
+            names += tied
+        return self.opened.tensor(next((n for n in names if n in self.opened.files), name))
 
     def embedding_name(self) -> str:
         embedding = self.opened.model.get_input_embeddings()
@@ -231,7 +235,7 @@ def quantise_linear(linear: nn.Linear, bits: int) -> None:
     except ImportError:
         raise InputError("integer weights need torchao · pip install 'planish[quant]'") from None
     group = find_group(linear.in_features, bits)
-    config = Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(torch.int4, PerGroup(group))
+    config = Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(torch.int4, PerGroup(group))  # type: ignore[attr-defined]
     quantize_(linear, config)
 
 

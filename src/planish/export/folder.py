@@ -56,10 +56,9 @@ class Folder:
         return len(self.blocks)
 
     def count(self) -> int:
-        """Stored parameters, tied ones once."""
-        return sum(t.numel() for t in self.outside().values()) + sum(
-            self.tensor(n).numel() for n in self.files if n.startswith(self.family.blocks + ".")
-        )
+        """Stored parameters, tied ones once; index tables are none."""
+        inside = (self.tensor(n) for n in self.files if n.startswith(self.family.blocks + "."))
+        return sum(t.numel() for part in (self.outside().values(), inside) for t in part if t.is_floating_point())
 
     @cached_property
     def itemsize(self) -> int:
@@ -68,6 +67,8 @@ class Folder:
         return self.tensor(name).element_size()
 
     def tensor(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
         try:
             with safe_open(self.files[name], "pt") as handle:
                 return handle.get_tensor(name)
