@@ -141,16 +141,19 @@ def compare_folders(folder: Path, reference: Path):
 
 
 def time_decode(runners: dict[tuple[str, str], Runner], args: argparse.Namespace) -> str:
-    """Greedy tokens per second at batch 1, one thread, fp32: every model in every stack in turns; ratios are of paired turns."""
-    torch.set_num_threads(1)  # as the runners of the other stacks
+    """Greedy tokens per second at batch 1, fp32: every model in every stack in turns; ratios are of paired turns.
+
+    One thread, as the runners have; its own seconds count, which other processes hardly disturb.
+    """
+    torch.set_num_threads(1)
     ids = torch.arange(8) + 5
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
     for turn in range(args.repeats + 1):
         for key, runner in runners.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             runner.greedy(ids, CONTEXT - len(ids))
             if turn:
-                times[key].append((CONTEXT - len(ids)) / (time.perf_counter() - start))
+                times[key].append((CONTEXT - len(ids)) / (time.thread_time() - start))
     rows = list(dict.fromkeys(row for row, _ in runners))
     stacks = list(dict.fromkeys(stack for _, stack in runners))
     names = {"gguf": "llama.cpp", "onnx": "ONNX Runtime"}
@@ -194,6 +197,9 @@ def measure_speed(args: argparse.Namespace, scratch: Path, new_tokens: int = 48,
     """Decode and prefill tokens/s of random weights at batch 1, all files in turns."""
     from llama_cpp import Llama
 
+    clock = (
+        time.thread_time if args.threads == 1 else time.perf_counter
+    )  # one thread's own seconds are hardly disturbed
     write_model(scratch / "dense", **SIZES)
     files: dict[tuple[str, str], Written] = {}
     keeps: dict[str, float] = {}
@@ -218,14 +224,14 @@ def measure_speed(args: argparse.Namespace, scratch: Path, new_tokens: int = 48,
         for turn in range(args.repeats + 1):
             for name, engine in engines.items():
                 engine.reset()
-                start = time.perf_counter()
+                start = clock()
                 engine.eval(list(range(prompt)))
-                first = time.perf_counter()
+                first = clock()
                 for token in range(new_tokens):
                     engine.eval([token])
                 if turn:
                     prefill[name].append(prompt / (first - start))
-                    decode[name].append(new_tokens / (time.perf_counter() - first))
+                    decode[name].append(new_tokens / (clock() - first))
         read = {n: count_read(Path(files[n, dtype].output)) for n in engines}
         for name in engines:
             cells = ["", "", ""]
