@@ -184,12 +184,13 @@ SIZES = {
     "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24, "num_attention_heads": 16,
     "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 8192,
 }  # fmt: skip
-UNEVEN = [1600 + 32 * round(i * 1184 / 23 / 32) for i in range(24)]  # MLP widths per block, mean 2192
+UNEVEN = {m: [1600 + m * round(i * 1184 / 23 / m) for i in range(24)] for m in (32, 64)}  # MLP widths per block
 FORMS: dict[str, tuple[int, list[int]]] = {  # value dimensions, MLP width per block
     "dense": (64, [3584] * 24),
     "value dimensions and neurons, equal (`--target gguf`)": (40, [2368] * 24),
     "neurons, equal": (64, [2176] * 24),
-    "neurons per block": (64, UNEVEN),
+    "neurons per block, multiples of 64": (64, UNEVEN[64]),
+    "neurons per block, multiples of 32": (64, UNEVEN[32]),
 }
 
 

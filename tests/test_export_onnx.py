@@ -50,7 +50,9 @@ def test_a_mixed_model_is_the_same_at_every_length(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mistral", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "opt"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "gpt2", "opt", "mpt"]
+)
 def test_every_family(family, tmp_path):
     folder = compressed.make_folder(build(family), tmp_path / "m", [compressed.values(4), None])
     check(folder, tmp_path / "m.onnx")

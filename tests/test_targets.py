@@ -144,3 +144,26 @@ def test_finished_models_say_why_they_do_not_fit(tmp_path):
     assert "no graph has that" in reasons("gguf", "submodules → linear before the norm")[0]
     assert "value dimensions differ" in reasons("gguf", "value dimensions and MLP widths per block")[0]
     assert reasons("gguf", "attention removed") == [] == reasons("hf", "low-rank pairs")
+
+
+def test_a_plan_says_what_the_target_asks_and_costs(tmp_path):
+    """flat-llm for gguf: equal ranks in steps; its predicted loss beside the one without them, by the same frontiers."""
+    from planish.api import forecast
+
+    model = build("llama_gqa", hidden_size=64, intermediate_size=192, head_dim=16)
+    ids = tiny.windows(16, 48).flatten().numpy()
+    settings = {"calibration": ids, "n_samples": 16, "seq_len": 48, "keep": 0.7, "method": "auto"}
+    found = forecast(model, target="gguf", **settings)
+    assert found.nats and found.target == "gguf"
+    assert [line.partition(":")[0] for line in found.limits] == [
+        "no low-rank linear",
+        "no fewer query/key dimensions",
+        "value dimensions in multiples of 8, equal in all blocks",
+        "neurons in multiples of 32, equal in all blocks",
+    ]
+    assert set(found.predicted) <= {"vo", "mlp"} and set(found.predicted_any) - {"vo", "mlp"}
+    assert sum(found.predicted.values()) > sum(found.predicted_any.values()) > 0, "limits cost something"
+    free = forecast(model, **settings)
+    assert free.predicted == pytest.approx(found.predicted_any) and not free.predicted_any and not free.limits
+    shapes_alone = forecast(model, target="vllm", keep=0.7, method="a3", calibration=ids, n_samples=16, seq_len=48)
+    assert shapes_alone.limits and not shapes_alone.predicted and not shapes_alone.needed_statistics
