@@ -59,6 +59,17 @@ def test_units_that_a_target_cannot_hold_are_left_alone():
         assert all(r % step == 0 or r == full for r in ranks) and ranks[-1] == full
 
 
+@pytest.mark.parametrize(("width", "step"), [(1024, 32), (2048, 64)])
+def test_wide_mlps_go_in_longer_steps(width, step):
+    """32 × 64 neurons or more: multiples of 64, so that llama.cpp's f16 product has no rest."""
+    source = open_source(build("llama_gqa", hidden_size=64, head_dim=32, intermediate_size=width))
+    shapes = [source.shape(0)]
+    (solver,) = (s for s in find_method("flat-llm", {}).solvers() if any(u.name == "mlp" for u in s.units(shapes[0])))
+    (unit,) = (u for u in solver.units(shapes[0]) if u.name == "mlp")
+    ranks = list(constrain("gguf", "flat-llm", {unit: solver}, shapes)[unit].ranks(unit, shapes[0]))
+    assert [r for r in ranks if r] == list(range(step, width + 1, step))
+
+
 def test_uniform_ranks_are_the_best_that_fit():
     """Against every combination by hand; plans without value dimensions are left alone."""
     plan = {Unit(0, "vo"): 16, Unit(1, "vo"): 24, Unit(0, "mlp"): 64, Unit(1, "mlp"): 96}
@@ -159,7 +170,7 @@ def test_a_plan_says_what_the_target_asks_and_costs(tmp_path):
         "no low-rank linear",
         "no fewer query/key dimensions",
         "value dimensions in multiples of 8, equal in all blocks",
-        "neurons in multiples of 32, equal in all blocks",
+        "neurons in multiples of 32 (64 from 2048 on), equal in all blocks",
     ]
     assert set(found.predicted) <= {"vo", "mlp"} and set(found.predicted_any) - {"vo", "mlp"}
     assert sum(found.predicted.values()) > sum(found.predicted_any.values()) > 0, "limits cost something"
