@@ -157,8 +157,8 @@ def constrain(name: str, method: str, units: dict[Unit, Solver], shapes: list[Sh
             refused[what] = target.refuses[what]
             continue
         full = solver.ranks(unit, shapes[unit.block])[-1]
-        step, wide = target.steps.get(unit.name, 1), target.wide.get(unit.name, 1)
-        step = wide if full >= 32 * wide > step else step
+        step, wide = target.steps.get(unit.name, 1), target.wide.get(unit.name)
+        step = wide if wide and full >= 32 * wide else step
         small = step >= full  # tiny models: rounding would leave nothing to cut
         kept[unit] = solver if step == 1 or small else Rounded(solver, step)
     if units and not kept:
