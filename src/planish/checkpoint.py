@@ -809,6 +809,16 @@ def kv_bytes(specs: list[Spec], shapes: list[Shape], itemsize: int) -> int:
     return total
 
 
+def load_exact(folder: str | Path, **kwargs) -> PreTrainedModel:
+    """`load` with an attention that computes all that the configuration says.
+
+    transformers' default drops the soft cap of attention scores (gemma2); its eager attention has it.
+    """
+    if getattr(load_config(find_folder(folder)), "attn_logit_softcapping", None) is not None:
+        kwargs.setdefault("attn_implementation", "eager")
+    return load(folder, **kwargs)
+
+
 def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     """A causal LM from a dense or compressed folder; runs no code but planish's own and transformers'."""
     path = find_folder(folder)

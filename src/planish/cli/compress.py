@@ -75,6 +75,16 @@ def compress(
         for warning in result.warnings:
             say(f"note: {warning}")
         how = "loads with plain transformers" if result.format == "native" else "loads after `import planish`"
+        stock = []
+        if result.format != "native":
+            from planish.export.carriers import find_carrier
+
+            names = {"mimo": "MiMo-V2-Flash, loads with plain transformers", "deci": "DeciLM, for vLLM and SGLang"}
+            shown = escape(shlex.quote(result.output))
+            if to := find_carrier(result.output):
+                stock = [
+                    f"a stock architecture holds it ({names[to]}): planish export {result.output} --to {to} -o FOLDER"
+                ]
         phases = ", ".join(f"{name} {format_seconds(s)}" for name, s in result.seconds.items() if name != "total")
         run.give(
             result.as_dict(),
@@ -94,5 +104,6 @@ def compress(
             ),
             *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
+            *stock,
             f"next: planish eval {escape(shlex.quote(result.output))} --text SOURCE",
         )
