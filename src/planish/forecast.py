@@ -116,7 +116,13 @@ def forecast(
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
         stream = Stream(source, windows, device=device, dtype=dtype)
-        arguments: dict[str, Any] = {"asked": asked, "step": round_to, "measured": table, "progress": progress, "cache": shared}
+        arguments: dict[str, Any] = {
+            "asked": asked,
+            "step": round_to,
+            "measured": table,
+            "progress": progress,
+            "cache": shared,
+        }
         job = Job(stream, method, **arguments, target=target)
         check_tokens(job, windows, settings or {})
         plan, measured = job.plan(), True

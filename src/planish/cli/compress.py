@@ -82,9 +82,7 @@ def compress(
             names = {"mimo": "MiMo-V2-Flash, loads with plain transformers", "deci": "DeciLM, for vLLM and SGLang"}
             shown = escape(shlex.quote(result.output))
             if to := find_carrier(result.output):
-                stock = [
-                    f"a stock architecture holds it ({names[to]}): planish export {result.output} --to {to} -o FOLDER"
-                ]
+                stock = [f"a stock architecture holds it ({names[to]}): planish export {shown} --to {to} -o FOLDER"]
         phases = ", ".join(f"{name} {format_seconds(s)}" for name, s in result.seconds.items() if name != "total")
         run.give(
             result.as_dict(),
