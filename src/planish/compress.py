@@ -38,6 +38,7 @@ from planish.checkpoint import (
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.methods import find_method
+from planish.kept import Kept
 from planish.modules import Spec, get_linear
 from planish.shards import Shard, hash_file
 from planish.stats import Stats, Tap
@@ -106,7 +107,7 @@ class Job:
                 raise InputError(
                     f"--kv-keep: {find_name(method)} cuts neither keys nor values; use a3, modegpt or flat-llm"
                 )
-        self.stored: dict[int, Stats] = {}  # statistics that a plan measured and the solve uses again
+        self.stored = Kept(stream.room)  # statistics that a plan measured and the solve uses again, per block
         self.edits: dict[int, list[Edit]] = {}  # per block, what the plan has worked out itself; not solved again
         self.notes: dict[str, Any] = {}  # what the method wants recorded in the manifest
         self.seconds: dict[str, float] = {}
@@ -260,15 +261,16 @@ class Job:
         use: Callable[[int, nn.Module, Stats], None],
         taps: Callable[[Shape], list[Tap]] | None = None,
         edits: dict[int, list[Edit]] | None = None,
+        whole: bool = False,
     ) -> None:
         """One pass forward and back over the uncompressed model, or the one that `edits` make; see `Stream.sweep_back`.
 
-        Without `taps`: those of all units that the uncompressed model answers; the sums stay in `stored`.
+        Without `taps`: those of all units' frontiers; what the solve uses again, with `whole` all of it, stays in `stored`.
         """
 
         def keep(i: int, block: nn.Module, stats: Stats) -> None:
-            self.stored[i] = stats
             use(i, block, stats)
+            self.stored[i] = stats if whole else stats.only(self.taps(self.block_units(i)))
 
         with self.phase("gradients"):
             chosen = taps or (lambda shape: self.stored_taps(shape.block))
@@ -292,9 +294,8 @@ class Job:
         return edits
 
     def stored_taps(self, i: int) -> list[Tap]:
-        """Taps of a block's units that the uncompressed model alone answers."""
-        taps = self.taps(self.block_units(i))
-        return [t for t in taps if all(s.startswith(("grad:", "dense:")) for s in t.sites)]
+        """Taps of a block's units that the uncompressed model alone answers: those of their frontiers to plan by."""
+        return sorted({t for u in self.block_units(i) for t in self.units[u].dense_taps(u, self.shapes[i])})
 
     def probe(self, plan: Plan, windows: int) -> tuple[dict[Unit, Frontier], dict[Unit, float]]:
         """Frontiers without factors, and what each unit alone, at its rank in `plan`, adds to the calibration loss.
@@ -531,7 +532,7 @@ def channels(shape: Shape, site: str) -> int:
     if where not in shape.roles:
         return shape.hidden
     out, n = shape.linear(where)
-    return out if end == "out" else n
+    return out if end in ("out", "product") else n
 
 
 def peak_rss() -> int:

@@ -142,6 +142,31 @@ def whitened_svd(w: Tensor, gram: Tensor | None = None, out_gram: Tensor | None 
     return LowRank(b, a, s)
 
 
+def metric_svd(w: Tensor, gram: Tensor, metric: Tensor, back: bool = False, damping: float = 1e-10) -> LowRank:
+    """Best low-rank forms of W (out, in) for every rank at once, min tr(G (W − W̃) R (W − W̃)ᵀ), R = `gram` (in, in).
+
+    `metric`: G (out, out), or with `back` Wᵀ G W (in, in), which is all of a tall W's G that matters. One symmetric
+    eigenproblem of that side. Gᵀ's root S: Sᵀ W R Wᵀ S = U Λ Uᵀ, A = Uᵀ Sᵀ W, B = W R Aᵀ Λ⁻¹, the best B for that A
+    whatever G is; `back`, R = L Lᵀ: Lᵀ (Wᵀ G W) L = V Λ Vᵀ, A = Vᵀ L⁻¹, B = W L V. Roots are damped by `damping`.
+    """
+    w, gram = w.double(), gram.double()
+    if back:
+        lower = root(gram, damping)
+        values, v = eigh_descending(lower.T @ metric.double() @ lower)
+        solve_right = partial(torch.linalg.solve_triangular, lower, upper=False, left=False)
+        wl = w @ lower
+        return Projected(v, values.clamp(min=0).sqrt(), lambda v: wl @ v, lambda v: solve_right(v.mT.contiguous()))
+    sw = root(metric, damping).T @ w
+    wr = w @ gram
+    values, u = eigh_descending(symmetric_product(sw @ gram, sw))
+    values, u = values[: min(w.shape)], u[:, : min(w.shape)]
+    alive = values > 1e-14 * values[:1]
+    inverse = torch.where(alive, values, 1).reciprocal() * alive
+    return Projected(
+        u, values.clamp(min=0).sqrt(), lambda u: (wr @ (sw.T @ u)) * inverse[: u.shape[1]], lambda u: u.T @ sw
+    )
+
+
 def well_conditioned_root(gram: Tensor, limit: float = 1e-6) -> Tensor | None:
     """Lower L with L Lᵀ = gram, or None where its diagonal falls by more than `limit` (squared: the condition number)."""
     factor, info = torch.linalg.cholesky_ex(symmetrise(gram.double()))

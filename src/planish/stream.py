@@ -175,9 +175,9 @@ class Stream:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def run(self, i: int, block: nn.Module, hidden: Hidden) -> Hidden:
-        """All batches through block i."""
-        return Activations(self.room, (self.forward(i, block, h) for h in hidden))
+    def run(self, i: int, block: nn.Module, hidden: Hidden, room: Room | None = None) -> Hidden:
+        """All batches through block i; the outputs lie in `room`, unless told the stream's."""
+        return Activations(room or self.room, (self.forward(i, block, h) for h in hidden))
 
     @torch.no_grad()
     def measure(
@@ -318,7 +318,7 @@ class Stream:
     ) -> None:
         """Walk the model forwards keeping every block's inputs, then backwards from sampled labels, block by block.
 
-        Each block is recomputed from its kept inputs; `use` gets (i, block, stats) from the last block to the first, with
+        Each block is recomputed from its kept inputs (in memory up to the room's `kept`, then on disk); `use` gets (i, block, stats) from the last block to the first, with
         forward sites and "grad:" sites measured together. `edits`: of the model that these edits make.
         """
 
@@ -327,30 +327,37 @@ class Stream:
 
         inputs = [self.start()]
         for i in range(len(self)):
-            inputs.append(self.run(i, self.place(get(i)), inputs[-1]))
-        outputs = inputs.pop()
-        gradients = [self.output_gradient(h, seed, p.first) for p, h in zip(self.pieces, outputs, strict=True)]
+            inputs.append(self.run(i, self.place(get(i)), inputs[-1], self.room.shelf))
+        last = zip(self.pieces, inputs.pop(), strict=True)
+        gradients = Activations(self.room, (self.output_gradient(h, seed, p.first) for p, h in last))
         self.release()
         for i in reversed(range(len(self))):
             block = get(i)
             placed = self.place(block).requires_grad_(False)
             wanted = taps(self.source.shape(i))
             forward = {s.removeprefix("dense:") for t in wanted for s in t.sites if not s.startswith("grad:")}
-            backward = sorted({s.removeprefix("grad:") for t in wanted for s in t.sites if s.startswith("grad:")})
-            hidden = inputs.pop()
+            grads = {s.removeprefix("grad:") for t in wanted for s in t.sites if s.startswith("grad:")}
+            back = {s: s.replace(".back", ".out") for s in sorted(grads) if s.endswith(".back")}
+            backward = sorted(grads - set(back) | set(back.values()))
+            dense = placed if not (edits or {}).get(i) else self.place(self.block(i))
+            weights = {s: get_linear(dense, self.family, s.removesuffix(".back")).weight.detach() for s in back}
+            hidden, earlier = inputs.pop(), Activations(self.room)
 
             def run(n: int) -> dict[str, Tensor]:
                 leaf = hidden[n].to(self.device).detach().requires_grad_(True)  # noqa: B023
                 with torch.enable_grad(), tap_sites(placed, self.family, forward | set(backward)) as seen:  # noqa: B023
                     out = self.forward(i, placed, leaf)  # noqa: B023
                     leaves = [leaf, *(seen[s] for s in backward)]  # noqa: B023
-                    found = torch.autograd.grad(out, leaves, gradients[n].to(self.device), allow_unused=True)
-                gradients[n] = found[0].to("cpu")
+                    found = torch.autograd.grad(out, leaves, gradients[n].to(self.device), allow_unused=True)  # noqa: B023
+                earlier.append(found[0])  # noqa: B023
                 values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}  # noqa: B023
                 values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}  # noqa: B023
+                through = {s: values.get(f"grad:{at}") for s, at in back.items()}  # noqa: B023
+                values |= {f"grad:{s}": g @ weights[s] for s, g in through.items() if g is not None}  # noqa: B023
                 return {s: v.reshape(len(leaf), -1, v.shape[-1]) for s, v in values.items()}
 
             stats = self.collect(wanted, run)
+            gradients = earlier
             use(i, block, stats)
             if progress:
                 progress(phase, len(self) - i, len(self))
@@ -428,9 +435,16 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             module.register_forward_hook(lambda m, a, out: see(site, out[0] if isinstance(out, tuple) else out))
         )
 
+    def tap_product(linear: nn.Module, site: str) -> None:
+        handles.append(
+            linear.register_forward_hook(lambda m, a, out: see(site, out if m.bias is None else out - m.bias))
+        )
+
     for site in sites:
         where, end = site.split(".")
-        if where == "block":
+        if end == "product":
+            tap_product(get_linear(block, family, where), site)
+        elif where == "block":
             (tap_input if end == "in" else tap_output)(block, site)
         elif end == "raw":
             norm = family.attention_norm if where == "attention" else family.mlp_norm

@@ -70,8 +70,8 @@ class Auto(Method):
 
     def plan(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
-        job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
         rounds = max(self.rounds, 1)
+        job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)), whole=rounds > 1)
         plan: Plan = {}
         for n in range(1, rounds + 1):
             if n > 1:
@@ -116,8 +116,10 @@ class Auto(Method):
             return [t for t in job.stored_taps(shape.block) if t.site.startswith("grad:") and t.site not in missing]
 
         def use(i: int, block: nn.Module, stats: Stats) -> None:
-            job.stored[i].replace(stats)
-            frontiers.update(job.decompose(i, job.stream.block(i), job.stored[i]))
+            known = job.stored[i]
+            known.replace(stats)
+            job.stored[i] = known
+            frontiers.update(job.decompose(i, job.stream.block(i), known))
 
         job.gradients(use, taps, edits)
         return frontiers
