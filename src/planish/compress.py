@@ -344,6 +344,27 @@ class Job:
         self.solve(plan, emit, phase=phase)
         return hidden
 
+    def trial(self, share: float = 0.5) -> tuple[Job, Stream]:
+        """(This job on the first windows of `share` of the calibration text, the stream of every eighth window, which it
+        leaves out): for the loss of plans on text that they are not solved on, see `held_loss`."""
+        windows = torch.cat(self.stream.batches)
+        held = torch.arange(len(windows)) % 8 == 7
+        few = copy.copy(self)
+        few.stream = self.stream.part(windows[~held][: max(1, round(share * len(windows)))])
+        few.cache, few.finished, few.errors, few.notes, few.progress = Cache(), {}, {}, {}, None
+        return few, self.stream.part(windows[held])
+
+    def held_loss(self, plan: Plan, held: Stream) -> float:
+        """Loss of the model under a plan, solved on this job's windows, on those of `held`: nats per token."""
+        hidden = held.start()
+
+        def emit(i: int, block: nn.Module, spec: Spec) -> None:
+            nonlocal hidden
+            hidden = held.run(i, held.place(block), hidden)
+
+        self.solve(plan, emit, phase="search")
+        return held.nll(hidden)
+
     def output_errors(self, plans: list[Plan]) -> list[float]:
         """Mean squared error per token of the last block's output under each plan."""
         with self.phase("statistics"):

@@ -159,10 +159,13 @@ class Stream:
 
     def subset(self, n: int) -> Stream:
         """The same model with the first n calibration windows only (all, if there are fewer)."""
-        few = copy.copy(self)
-        few.batches = list(torch.cat(self.batches)[:n].split(len(self.batches[0]))) if self.batches else []
-        few.calls = {}
-        return few
+        return self.part(torch.cat(self.batches)[:n]) if self.batches else self
+
+    def part(self, windows: Tensor) -> Stream:
+        """The same model with other calibration windows (n, seq)."""
+        other = copy.copy(self)
+        other.batches, other.calls = list(windows.split(len(self.batches[0]))), {}
+        return other
 
     def place(self, block: nn.Module) -> nn.Module:
         """A copy of a block to compute with, in the stream's dtype on its device."""

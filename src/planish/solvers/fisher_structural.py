@@ -18,7 +18,7 @@ from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.edits import neuron_edits, qk_edits, value_edits
-from planish.linalg import balance, eigh_root, selection_losses, solve, tail_sums
+from planish.linalg import balance, eigh_root, select_greedily, selection_losses, solve, tail_sums
 from planish.stats import Stats, Tap, kind
 
 
@@ -56,8 +56,8 @@ def refit(gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
 class FisherNeurons(Solver):
     """Keep the neurons of an MLP that matter most to the loss; down is refitted by least squares.
 
-    Order: E[x_i²] · w_iᵀ G w_i, w_i the neuron's column of down. Predicted loss: ½ of the output error in the metric G,
-    exact for the refit at every rank, from one Cholesky factor of the ordered Gram.
+    Order: by forward selection in the metric G, in 64 steps (see `select_greedily`). Predicted loss: ½ of the output error
+    in the metric G, exact for the refit at every rank, from one Cholesky factor of the ordered Gram.
     """
 
     name: ClassVar[str] = "fisher-neurons"
@@ -83,7 +83,7 @@ class FisherNeurons(Solver):
         w = weights["down"].double()
         gram, cross = anchored(stats, "down", w, self.anchor)
         metric = eigh_root(stats.mean(Tap("grad:down.out", "gram")))[0].T @ w
-        order = (gram.diagonal() * metric.square().sum(0)).argsort(descending=True, stable=True)
+        order = select_greedily(gram, metric, self.damping)
         loss = selection_losses(gram, metric, order, True, self.damping) / 2
         roles = [n for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights]
         factors = {"order": order, "gram": gram, "cross": cross, **{n: weights[n] for n in roles}}
