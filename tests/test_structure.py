@@ -16,7 +16,7 @@ LAYERS = [
     {"stats", "kept", "moments", "families", "core", "edits", "modules", "modelling"},
     {"solvers", "allocate", "targets", "text", "checkpoint", "stream", "cache"},
     {"methods", "submodules"},
-    {"compress", "forecast", "predict", "recipe"},
+    {"compress", "effects", "forecast", "predict", "recipe"},
     {"evaluate", "export", "report"},
     {"api", "demo", "sweep", "cli", "__init__", "__main__"},
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-KEPT = 128 << 20  # bytes
+KEPT = 64 << 20  # bytes
 
 
 class Room:

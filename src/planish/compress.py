@@ -352,6 +352,7 @@ class Job:
         few = copy.copy(self)
         few.stream = self.stream.part(windows[~held][: max(1, round(share * len(windows)))])
         few.cache, few.finished, few.errors, few.notes, few.progress = Cache(), {}, {}, {}, None
+        few.seconds, few.timers = {}, []  # the whole of it is one phase of this job's
         return few, self.stream.part(windows[held])
 
     def held_loss(self, plan: Plan, held: Stream) -> float:

@@ -234,12 +234,17 @@ def selection_losses(gram: Tensor, w: Tensor, order: Tensor, refit: bool, dampin
     w = w[:, order].double()
     if not refit:
         return tail_sums((w.T @ w) * c)
-    explained = (w @ root(c, damping)).square().sum(0)  # column i: energy that input i adds to those before it
-    return torch.cat([explained.flip(0).cumsum(0).flip(0), explained.new_zeros(1)])
+    return compute_tails((w @ root(c, damping)).square().sum(0))  # column i: energy that input i adds to those before it
 
 
-def select_greedily(gram: Tensor, w: Tensor, damping: float = DAMPING, steps: int = 64) -> Tensor:
-    """Order (n,) of the inputs of W (out, n) by forward selection: next come those that lower E‖W x − W' x_J‖² most.
+def compute_tails(steps: Tensor) -> Tensor:
+    """Σ_{i ≥ r} steps_i for r = 0 … n: (n + 1,), last 0."""
+    return torch.cat([steps.flip(0).cumsum(0).flip(0), steps.new_zeros(1)])
+
+
+def select_greedily(gram: Tensor, w: Tensor, damping: float = DAMPING, steps: int = 64) -> tuple[Tensor, Tensor]:
+    """Order (n,) of the inputs of W (out, n) by forward selection: next come those that lower E‖W x − W' x_J‖² most; and
+    that loss (n + 1,) of keeping the first 0 … n, as `selection_losses` gives it for a refit.
 
     Orthogonal matching pursuit on the damped Gram: each step takes the n / `steps` inputs that alone would explain most of
     what is left, |W C_i|² / C_ii, and conditions W C and C on them (a blocked pivoted Cholesky). Cost: n³ / 3 products.
@@ -247,20 +252,22 @@ def select_greedily(gram: Tensor, w: Tensor, damping: float = DAMPING, steps: in
     c = damp(gram, damping)
     n = len(c)
     unexplained, left = w.double() @ c, torch.arange(n)
-    order = []
+    order, gains = [], []
     while len(left):
         score = unexplained.square().sum(0) / c.diagonal()
         top = score.argsort(descending=True, stable=True)[: max(1, n // steps)]
         rest = torch.ones(len(left), dtype=torch.bool)
         rest[top] = False
-        factor = root(c[top][:, top], 0.0)
-        q = torch.linalg.solve_triangular(factor, c[top][:, rest], upper=False)
+        rest = rest.nonzero().flatten()
+        factor = root(c[top[:, None], top], 0.0)
+        q = torch.linalg.solve_triangular(factor, c[top[:, None], rest], upper=False)
         explained = torch.linalg.solve_triangular(factor, unexplained[:, top].T, upper=False)
         order.append(left[top])
+        gains.append(explained.square().sum(1))
         unexplained = unexplained[:, rest].addmm_(explained.T, q, alpha=-1)
-        c = c[rest][:, rest].addmm_(q.T, q, alpha=-1)
+        c = c[rest[:, None], rest].addmm_(q.T, q, alpha=-1)
         left = left[rest]
-    return torch.cat(order)
+    return torch.cat(order), compute_tails(torch.cat(gains))
 
 
 def least_squares(gram: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:

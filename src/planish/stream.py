@@ -287,6 +287,7 @@ class Stream:
             block = self.block(i, (edits or {}).get(i, ()))
             stats, hidden = self.measure(i, self.place(block), taps(self.source.shape(i)), hidden)
             use(i, block, stats)
+            del stats  # or it lies beside the next block's
             if progress:
                 progress(phase, i + 1, len(self))
         return hidden
@@ -362,6 +363,7 @@ class Stream:
             stats = self.collect(wanted, run)
             gradients = earlier
             use(i, block, stats)
+            del stats  # or it lies beside the next block's
             if progress:
                 progress(phase, len(self) - i, len(self))
 

@@ -57,7 +57,7 @@ class FisherNeurons(Solver):
     """Keep the neurons of an MLP that matter most to the loss; down is refitted by least squares.
 
     Order: by forward selection in the metric G, in 64 steps (see `select_greedily`). Predicted loss: ½ of the output error
-    in the metric G, exact for the refit at every rank, from one Cholesky factor of the ordered Gram.
+    in the metric G, exact for the refit at every rank.
     """
 
     name: ClassVar[str] = "fisher-neurons"
@@ -83,11 +83,10 @@ class FisherNeurons(Solver):
         w = weights["down"].double()
         gram, cross = anchored(stats, "down", w, self.anchor)
         metric = eigh_root(stats.mean(Tap("grad:down.out", "gram")))[0].T @ w
-        order = select_greedily(gram, metric, self.damping)
-        loss = selection_losses(gram, metric, order, True, self.damping) / 2
+        order, loss = select_greedily(gram, metric, self.damping)
         roles = [n for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights]
         factors = {"order": order, "gram": gram, "cross": cross, **{n: weights[n] for n in roles}}
-        return Frontier(unit, loss, factors, nats=True)
+        return Frontier(unit, loss / 2, factors, nats=True)
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= shape.intermediate:
