@@ -28,6 +28,7 @@ WAYS = {  # alternatives for a submodule: units that go together
 # the linears that a unit holds, where it is not one itself
 HOLDS = {"qk": ("q", "k"), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
 SATURATES = 0.1  # predicted nats per token above which plans are compared by measured loss
+HELD = 4  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
     "attention": (1 / 1.5, 1.5),
     "tilt": (-0.5, 0.5),
@@ -131,10 +132,11 @@ class Auto(Method):
 
     def compare(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
         """The plan with the least measured loss among those that a short search finds, from this one on."""
-        trial, held = job.trial()
-        if job.notes["predicted_loss"] < SATURATES or self.search < 2 or not held.batches or not trial.stream.batches:
+        windows = sum(map(len, job.stream.batches))
+        if job.notes["predicted_loss"] < SATURATES or self.search < 2 or windows < 8 * HELD:
             return plan
-        best, tried = self.start(job), {}
+        trial, held = job.trial()
+        best, tried = self.start(job), dict[tuple[tuple[Unit, int], ...], float]()
 
         def measure(weighing: Weighing) -> float:
             other = self.allocate(job, frontiers, job.keep, weighing)
