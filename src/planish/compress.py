@@ -433,13 +433,18 @@ class Job:
             weights = read_weights(block, stream)
             dense = copy.deepcopy(block) if method.prefix == "both" else None
             spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
+            captured, dense_outputs = None, None
+            sites = self.beside(units)
+            if dense is not None and dense_hidden is not None and sites:
+                with self.phase("stream"):
+                    captured, dense_outputs = stream.capture(i, stream.place(dense), sites, dense_hidden)
             for stage in method.stages(units):
                 taps = self.taps(stage)
                 with self.phase("stream"):
                     current = stream.place(block)
-                    pair = (
-                        (stream.place(dense), dense_hidden) if dense is not None and dense_hidden is not None else None
-                    )
+                    pair: Any = captured
+                    if captured is None and dense is not None and dense_hidden is not None:
+                        pair = (stream.place(dense), dense_hidden)
                     origin, known = "", Stats()
                     known.merge(self.stored.get(i, Stats()))
                     if pristine and not edits:
@@ -464,12 +469,22 @@ class Job:
                 if sequential or outputs is None:
                     outputs = stream.run(i, stream.place(block), hidden)
                 if dense is not None and dense_hidden is not None:
-                    dense_hidden = stream.run(i, stream.place(dense), dense_hidden)
+                    dense_hidden = dense_outputs or stream.run(i, stream.place(dense), dense_hidden)
                 hidden = outputs
             emit(i, block, spec)
             if self.progress:
                 self.progress(phase, i + 1, len(self.shapes))
         return hidden
+
+    def beside(self, units: list[Unit]) -> set[str]:
+        """Sites of the uncompressed block that solving these units of one block looks at, if one run beside the stages can
+        keep them all: none wider than what flows between submodules."""
+        known = self.stored.taps(units[0].block) if units else set()
+        seen = {s for t in self.taps(units) if t not in known for s in t.sites}
+        sites = {s.removeprefix("dense:") for s in seen if s.startswith("dense:")}
+        shape = self.shapes[units[0].block] if units else self.shapes[0]
+        narrow = all(channels(shape, s) <= max(shape.hidden, shape.heads * shape.v) for s in sites)
+        return sites if narrow and not any(s.endswith(".gap") for s in seen) else set()
 
     def solve_units(self, units: list[Unit], plan: Plan, weights: Weights, stats: Stats, origin: str) -> list[Edit]:
         """Edits of units of one block, in the order of units; several processes share the units out by cost."""

@@ -189,13 +189,13 @@ class Stream:
         block: nn.Module,
         taps: list[Tap],
         hidden: Hidden,
-        dense: tuple[nn.Module, Hidden] | None = None,
+        dense: tuple[nn.Module, Hidden] | dict[str, Hidden] | None = None,
         outputs: bool = True,
     ) -> tuple[Stats, Hidden]:
         """Statistics of block i over all batches, and its outputs (none without `outputs`: then only as much of the
         block runs as the sites need).
 
-        `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:".
+        `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:"; or what `capture` saw there.
         """
         results = Activations(self.room)
         own_sites = {s for t in taps for s in t.sites if ":" not in s}
@@ -212,7 +212,9 @@ class Stream:
                 with tap_sites(block, self.family, own_sites, not outputs) as seen, suppress(AllSeen):
                     results.append(self.forward(i, block, h))
                 values |= seen
-            if dense_sites:
+            if dense_sites and isinstance(dense, dict):
+                values |= {f"dense:{s}": dense[s][n].to(self.device) for s in dense_sites}
+            elif dense_sites:
                 assert dense is not None
                 with tap_sites(dense[0], self.family, dense_sites, True) as seen, suppress(AllSeen):
                     self.forward(i, dense[0], dense[1][n])
@@ -222,6 +224,19 @@ class Stream:
             return {s: v.reshape(len(h), -1, v.shape[-1]) for s, v in values.items()}
 
         return self.collect(taps, run), results
+
+    @torch.no_grad()
+    def capture(
+        self, i: int, block: nn.Module, sites: set[str], hidden: Hidden
+    ) -> tuple[dict[str, Hidden], Hidden]:
+        """What is seen at these sites of block i in one run over all batches, and its outputs."""
+        found, results = {s: Activations(self.room) for s in sorted(sites)}, Activations(self.room)
+        for h in hidden:
+            with tap_sites(block, self.family, sites) as seen:
+                results.append(self.forward(i, block, h))
+            for site, tensors in found.items():
+                tensors.append(seen[site])
+        return dict(found), results
 
     def collect(self, taps: list[Tap], run: Callable[[int], dict[str, Tensor]]) -> Stats:
         """Statistics over all batches of all processes. `run(n)`: every site's (batch, seq, channels) for piece n.
