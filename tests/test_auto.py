@@ -20,6 +20,7 @@ from planish.errors import InputError
 from planish.kept import Kept
 from planish.methods import find_method
 from planish.modules import find_blocks
+from planish.solvers.fisher_bypass import FisherBypass
 from planish.stats import Stats, Tap
 from planish.stream import Stream
 
@@ -205,3 +206,34 @@ def test_effects_need_gradients_and_text(tmp_path):
     ids = torch.arange(1, 60) % 90 + 1
     with pytest.raises(InputError, match="fewer than one window of 24; use a longer text"):
         planish.measure_effects(model, calibration=ids.numpy(), seq_len=24, held=ids[:10].numpy())
+
+
+def test_an_anchored_bypass_is_the_regression_on_the_compressed_inputs():
+    """Against least squares on the tokens themselves; with equal prefixes the dense fit comes out."""
+    shape = open_source(tiny.build("llama_gqa")).shape(0)
+    generator = torch.Generator().manual_seed(3)
+    n, d = 400, shape.hidden
+    x, noise, m = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((n, d), (n, d), (d, d)))
+    moved = x + 0.3 * noise
+    own, dense, g = (moved @ m).tanh(), (x @ m).tanh(), torch.eye(d, dtype=torch.float64)
+    solver = FisherBypass(damping=1e-12, anchor=0.5)
+    unit = Unit(0, "ffn")
+    stats = Stats()
+    values = {"up.in": moved, "mlp.add": own, "dense:mlp.add": dense, "grad:mlp.add": g.repeat(13, 1)[:n]}
+    stats.update(values, solver.taps(unit, shape))
+    frontier = solver.decompose(unit, {}, stats, shape)
+    target = (own + dense) / 2
+    rank = d // 2 - 1
+    edit = solver.truncate(frontier, rank, shape)[0]
+    columns = torch.cat([moved, torch.ones(n, 1, dtype=torch.float64)], 1)
+    best = torch.linalg.lstsq(columns, target).solution
+    full = frontier.factors["B"] @ frontier.factors["A"]
+    torch.testing.assert_close(full, best[:-1].T, rtol=1e-6, atol=1e-8)
+    assert torch.isnan(frontier.loss).all() and edit.tensors["V.weight"].shape == (rank, d)
+    again = Stats()
+    same = {"dense:up.in": x, "dense:mlp.add": dense, "up.in": x, "mlp.add": dense, "grad:mlp.add": values["grad:mlp.add"]}
+    again.update(same, [*solver.taps(unit, shape), *solver.dense_taps(unit, shape)])
+    dense_fit = FisherBypass(damping=1e-12).decompose(unit, {}, again, shape)
+    anchored_fit = solver.decompose(unit, {}, again, shape)
+    for name in ("B", "A", "mu", "nu"):
+        torch.testing.assert_close(anchored_fit.factors[name], dense_fit.factors[name], rtol=1e-6, atol=1e-8)

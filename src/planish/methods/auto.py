@@ -41,20 +41,22 @@ MOVES = {  # how a search changes the weights of predictions: one step either wa
 class Weighing:
     """What predicted losses are multiplied by when ranks are chosen: l becomes w · l · (1 + steep · w · l).
 
-    w = `attention` for what belongs to an attention, times `keys` for q and k, times e^(tilt · (1 − 2 i / (n − 1))) in
-    block i of n. Predictions miss by kind and by depth; measured losses of whole plans tell by how much.
+    w = `attention` for what belongs to an attention, times `keys` for q and k, `bypass` for whole submodules, times
+    e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by kind and by depth; measured losses of whole plans tell by how much.
     """
 
     steep: float = 0.0
     attention: float = 1.0
     keys: float = 1.0
     tilt: float = 0.0
+    bypass: float = 2.0
 
     def apply(self, curve: Curve, blocks: int) -> Curve:
         name, depth = curve.unit.name, curve.unit.block / max(blocks - 1, 1)
         weight = exp(self.tilt * (1 - 2 * depth))
         weight *= self.attention if name in ATTENTION_UNITS else 1.0
         weight *= self.keys if name in ("q", "k", "qk") else 1.0
+        weight *= self.bypass if name in ("attention", "ffn") else 1.0
         loss = weight * curve.loss
         return replace(curve, loss=loss * (1 + self.steep * loss))
 
@@ -90,7 +92,7 @@ class Auto(Method):
     bypass: bool = False
     rounds: int = 1
     steep: float | None = None
-    search: int = 16
+    search: int = 0
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
@@ -98,7 +100,7 @@ class Auto(Method):
 
     def solvers(self) -> list[Solver]:
         structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
-        structural += [FisherPairs(), *([FisherBypass(self.ridge)] if self.bypass else [])]
+        structural += [FisherPairs(), *([FisherBypass(self.ridge, self.anchor)] if self.bypass else [])]
         linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 
