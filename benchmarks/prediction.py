@@ -68,10 +68,23 @@ def main() -> None:
         text = {"calibration": calibration, "n_samples": args.n_samples, "seq_len": args.seq_len}
         keeps = [float(k) for k in args.keep.split(",")]
         found = planish.measure_effects(
-            args.model, settings={"bypass": True}, held=held, keeps=keeps, share=args.share, windows=args.windows, **text
+            args.model,
+            settings={"bypass": True},
+            held=held,
+            keeps=keeps,
+            share=args.share,
+            windows=args.windows,
+            **text,
         )
         rows = [
-            (args.name, e.unit, e.kind, e.rank, f"{e.keep:.4f}", *(f"{x:.6g}" for x in (e.predicted, e.measured, e.held)))
+            (
+                args.name,
+                e.unit,
+                e.kind,
+                e.rank,
+                f"{e.keep:.4f}",
+                *(f"{x:.6g}" for x in (e.predicted, e.measured, e.held)),
+            )
             for e in found
         ]
         rows += measure_plans(args, text, held, Path(scratch))
@@ -80,7 +93,9 @@ def main() -> None:
 
 def measure_plans(args: argparse.Namespace, text: dict, held: str, scratch: Path) -> list[tuple]:
     tokenizer = load_tokenizer(args.model)
-    windows = read_calibration(open_source(args.model), tokenizer, text["calibration"], args.n_samples, args.seq_len, 0, None)
+    windows = read_calibration(
+        open_source(args.model), tokenizer, text["calibration"], args.n_samples, args.seq_len, 0, None
+    )
     limit = args.windows * args.seq_len
     own = windows.windows.flatten()[:limit].numpy()
     other = load_tokens(held, tokenizer, split="evaluation").tokens[:limit].numpy()

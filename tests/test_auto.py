@@ -83,7 +83,10 @@ def test_back_of_an_edited_model_takes_the_uncompressed_weight():
 def test_kept_statistics_come_back_bit_by_bit(tmp_path):
     stats = Stats()
     tap, pair = Tap("o.in", "gram"), Tap("dense:q.out", "pair_effects", "grad:q.out", heads=4)
-    stats.sums = {tap: {"sum": torch.rand(5, 5, dtype=torch.float64)}, pair: {"sum": torch.rand(3, 3), "n": torch.tensor(7.0)}}
+    stats.sums = {
+        tap: {"sum": torch.rand(5, 5, dtype=torch.float64)},
+        pair: {"sum": torch.rand(3, 3), "n": torch.tensor(7.0)},
+    }
     stats.tokens, stats.origin = {tap: 11, pair: 12}, "gradients"
     for room in (Room(1 << 20), Room(0, tmp_path), Room(1 << 20, tmp_path, kept=0)):
         kept = Kept(room)
@@ -231,7 +234,13 @@ def test_an_anchored_bypass_is_the_regression_on_the_compressed_inputs():
     torch.testing.assert_close(full, best[:-1].T, rtol=1e-6, atol=1e-8)
     assert torch.isnan(frontier.loss).all() and edit.tensors["V.weight"].shape == (rank, d)
     again = Stats()
-    same = {"dense:up.in": x, "dense:mlp.add": dense, "up.in": x, "mlp.add": dense, "grad:mlp.add": values["grad:mlp.add"]}
+    same = {
+        "dense:up.in": x,
+        "dense:mlp.add": dense,
+        "up.in": x,
+        "mlp.add": dense,
+        "grad:mlp.add": values["grad:mlp.add"],
+    }
     again.update(same, [*solver.taps(unit, shape), *solver.dense_taps(unit, shape)])
     dense_fit = FisherBypass(damping=1e-12).decompose(unit, {}, again, shape)
     anchored_fit = solver.decompose(unit, {}, again, shape)

@@ -271,7 +271,9 @@ def measure_effects(
     tokens = load_tokens(held, tokenizer, split="evaluation", vocab_size=source.config.vocab_size).tokens
     count = min(windows, len(tokens) // length)
     if count < 1:
-        raise InputError(f"held-out text has {len(tokens)} tokens, fewer than one window of {length}; use a longer text")
+        raise InputError(
+            f"held-out text has {len(tokens)} tokens, fewer than one window of {length}; use a longer text"
+        )
     return effects.measure_effects(
         source, find_method(method, settings or {}), text.windows, tokens[: count * length].view(count, length),
         keeps=keeps, share=share, measured_windows=windows, seed=seed, device=place,

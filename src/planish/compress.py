@@ -37,8 +37,8 @@ from planish.checkpoint import (
 )
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
 from planish.errors import InputError
-from planish.methods import find_method
 from planish.kept import Kept
+from planish.methods import find_method
 from planish.modules import Spec, get_linear
 from planish.shards import Shard, hash_file
 from planish.stats import Stats, Tap

@@ -91,7 +91,12 @@ def measure_effects(
         hidden = [t.run(i, placed, h) for t, h in zip(texts, hidden, strict=True)]
     return [
         Effect(
-            str(u), KINDS.get(u.name, "low-rank linear"), r, job.count(u, r) / job.count(u, job.full(u)), predicted, *added
+            str(u),
+            KINDS.get(u.name, "low-rank linear"),
+            r,
+            job.count(u, r) / job.count(u, job.full(u)),
+            predicted,
+            *added,
         )
         for u, r, predicted, added in found
     ]

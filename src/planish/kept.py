@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 
-import torch
-
 from planish.activations import Activations, Room
 from planish.stats import Stats, Tap
 

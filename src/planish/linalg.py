@@ -234,7 +234,9 @@ def selection_losses(gram: Tensor, w: Tensor, order: Tensor, refit: bool, dampin
     w = w[:, order].double()
     if not refit:
         return tail_sums((w.T @ w) * c)
-    return compute_tails((w @ root(c, damping)).square().sum(0))  # column i: energy that input i adds to those before it
+    return compute_tails(
+        (w @ root(c, damping)).square().sum(0)
+    )  # column i: energy that input i adds to those before it
 
 
 def compute_tails(steps: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ class Stream:
             if dense_sites and isinstance(dense, dict):
                 values |= {f"dense:{s}": dense[s][n].to(self.device) for s in dense_sites}
             elif dense_sites:
-                assert dense is not None
+                assert isinstance(dense, tuple)
                 with tap_sites(dense[0], self.family, dense_sites, True) as seen, suppress(AllSeen):
                     self.forward(i, dense[0], dense[1][n])
                 values |= {f"dense:{s}": v for s, v in seen.items()}
@@ -226,9 +226,7 @@ class Stream:
         return self.collect(taps, run), results
 
     @torch.no_grad()
-    def capture(
-        self, i: int, block: nn.Module, sites: set[str], hidden: Hidden
-    ) -> tuple[dict[str, Hidden], Hidden]:
+    def capture(self, i: int, block: nn.Module, sites: set[str], hidden: Hidden) -> tuple[dict[str, Hidden], Hidden]:
         """What is seen at these sites of block i in one run over all batches, and its outputs."""
         found, results = {s: Activations(self.room) for s in sorted(sites)}, Activations(self.room)
         for h in hidden:
@@ -337,8 +335,9 @@ class Stream:
     ) -> None:
         """Walk the model forwards keeping every block's inputs, then backwards from sampled labels, block by block.
 
-        Each block is recomputed from its kept inputs (in memory up to the room's `kept`, then on disk); `use` gets (i, block, stats) from the last block to the first, with
-        forward sites and "grad:" sites measured together. `edits`: of the model that these edits make.
+        Each block is recomputed from its kept inputs (in memory up to the room's `kept`, then on disk); `use` gets (i, block,
+        stats) from the last block to the first, with forward sites and "grad:" sites measured together. `edits`: of the
+        model that these edits make.
         """
 
         def get(i: int) -> nn.Module:

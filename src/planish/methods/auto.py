@@ -42,7 +42,8 @@ class Weighing:
     """What predicted losses are multiplied by when ranks are chosen: l becomes w · l · (1 + steep · w · l).
 
     w = `attention` for what belongs to an attention, times `keys` for q and k, `bypass` for whole submodules, times
-    e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by kind and by depth; measured losses of whole plans tell by how much.
+    e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by kind and by
+    depth; measured losses of whole plans tell by how much.
     """
 
     steep: float = 0.0

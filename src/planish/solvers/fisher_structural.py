@@ -44,7 +44,9 @@ def anchored(stats: Stats, role: str, w: Tensor, anchor: float) -> tuple[Tensor,
 
 def anchored_taps(role: str, anchor: float) -> list[Tap]:
     site = f"{role}.in"
-    return [Tap(site, "gram"), Tap(f"dense:{role}.product", "cross", site)] if anchor else [Tap(f"dense:{site}", "gram")]
+    return (
+        [Tap(site, "gram"), Tap(f"dense:{role}.product", "cross", site)] if anchor else [Tap(f"dense:{site}", "gram")]
+    )
 
 
 def refit(gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
