@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -29,7 +30,7 @@ CALIBRATION = ("statistics", "gradients", "search", "stream")
 HEAD = """# Time of calibration
 
 Written by `benchmarks/calibration.py`. Seconds; calibration = everything that runs text through blocks (statistics, gradients,
-search, stream). The aim is at most three times flat-llm's.
+search, stream); CPU = the process's own seconds, which other work on the machine does not change. The aim is at most three times flat-llm's.
 """
 
 
@@ -57,19 +58,21 @@ def main() -> None:
             turn = {}
             for name in names:
                 method, *settings = name.split(":")
+                start = time.process_time()
                 turn[name] = planish.compress(
                     args.model, method=method, settings=dict(s.split("=") for s in settings), keep=args.keep,
                     calibration=windows.flatten().numpy(), n_samples=args.n_samples, seq_len=args.seq_len,
                     output=Path(scratch) / "out", overwrite=True,
                 ).seconds  # fmt: skip
+                turn[name]["cpu"] = time.process_time() - start
                 print(name, {k: round(v, 1) for k, v in turn[name].items()}, flush=True)
             turns.append(turn)
-    phases = sorted({p.partition(" ")[0] for t in turns for s in t.values() for p in s} - {"total"})
+    phases = sorted({p.partition(" ")[0] for t in turns for s in t.values() for p in s} - {"total", "cpu"})
     phases.sort(key=lambda p: (p not in CALIBRATION, p))
     lines = ["| phase | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for phase in phases:
         lines.append(f"| {phase} | " + " | ".join(f"{median(turns, n, phase):.1f}" for n in names) + " |")
-    for title, wanted in (("**calibration**", CALIBRATION), ("**all phases**", tuple(phases))):
+    for title, wanted in (("**calibration**", CALIBRATION), ("**all phases**", tuple(phases)), ("**CPU, all**", ("cpu",))):
         cells = []
         for n in names:
             ratio = statistics.median(add(t[n], wanted) / add(t[names[0]], wanted) for t in turns)
