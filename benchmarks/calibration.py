@@ -30,7 +30,8 @@ CALIBRATION = ("statistics", "gradients", "search", "stream")
 HEAD = """# Time of calibration
 
 Written by `benchmarks/calibration.py`. Seconds; calibration = everything that runs text through blocks (statistics, gradients,
-search, stream); CPU = the process's own seconds, which other work on the machine does not change. The aim is at most three times flat-llm's.
+search, stream); CPU = the process's own seconds, which other work on the machine changes less. The aim is at most three times
+flat-llm's.
 """
 
 
@@ -72,7 +73,11 @@ def main() -> None:
     lines = ["| phase | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for phase in phases:
         lines.append(f"| {phase} | " + " | ".join(f"{median(turns, n, phase):.1f}" for n in names) + " |")
-    for title, wanted in (("**calibration**", CALIBRATION), ("**all phases**", tuple(phases)), ("**CPU, all**", ("cpu",))):
+    for title, wanted in (
+        ("**calibration**", CALIBRATION),
+        ("**all phases**", tuple(phases)),
+        ("**CPU, all**", ("cpu",)),
+    ):
         cells = []
         for n in names:
             ratio = statistics.median(add(t[n], wanted) / add(t[names[0]], wanted) for t in turns)

@@ -162,6 +162,19 @@ def test_short_text_is_used_whole_with_a_note(folder, ids, tmp_path, run):
     assert "note: seq_len 64" in result.stderr
 
 
+@pytest.mark.parametrize("method", ["a3", "modegpt"])
+def test_queries_and_keys_that_are_left_are_named(method, ids, tmp_path, run):
+    """Families that normalise q and k: compress and plan say that those stay; others say nothing."""
+    model = tiny.save(tiny.build("qwen3"), tmp_path / "qwen3")
+    options = ("--method", method, "--calibration", ids, *SHORT)
+    done = run("compress", model, *options, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    left = "note: queries and keys are left as they are: this family normalises them"
+    assert left in done.stderr and left in run("plan", model, *options).stderr
+    plain = tiny.save(tiny.build("qwen2"), tmp_path / "qwen2")
+    assert "left as they are" not in run("compress", plain, *options, "-o", tmp_path / "out2").stderr
+
+
 def test_methods_lists_and_explains(run):
     listed = json.loads(run("methods", "--json").stdout)["methods"]
     assert [m["name"] for m in listed] == list(METHODS)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 LAYERS = [
     {"errors", "linalg", "version", "processes", "activations", "shards"},
     {"stats", "kept", "moments", "families", "core", "edits", "modules", "modelling"},
-    {"solvers", "allocate", "targets", "text", "checkpoint", "stream", "cache"},
+    {"solvers", "allocate", "budgets", "latency", "targets", "text", "checkpoint", "stream", "cache"},
     {"methods", "submodules"},
     {"compress", "effects", "forecast", "predict", "recipe"},
     {"evaluate", "export", "report"},

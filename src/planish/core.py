@@ -127,6 +127,10 @@ class Solver(ABC):
         """Numbers that the KV cache holds per token for the unit at this rank; 0 where the cache does not shrink."""
         return 0
 
+    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
+        """Multiplications of attention per cached token at this rank: each number of the cache meets its query heads."""
+        return shape.groups * self.cache(unit, shape, rank)
+
     @abstractmethod
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         """What it must know about the block's activations."""
