@@ -1,6 +1,6 @@
 """Predicted and measured decode latency of compressed random-weight models; docs/tables/latency.md.
 
-    python benchmarks/latency.py [--shares 0.9,0.8,0.7,0.6] [--blocks 12]
+    python benchmarks/latency.py [--shares 0.9,0.8,0.7,0.6] [--blocks 14]
 
 For every share s of the uncompressed model's predicted latency, `--max-latency` s × that; then the dense and the
 compressed models decode in turns, batch 1, behind the same context, least and median of all tokens.
@@ -9,6 +9,7 @@ compressed models decode in turns, batch 1, behind the same context, least and m
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--shares", default="0.9,0.8,0.7,0.6")
     parser.add_argument("--methods", default="auto,flat-llm")
     parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--blocks", type=int, default=14)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--windows", type=int, default=16)
@@ -62,8 +63,15 @@ def main() -> None:
             num_hidden_layers=args.blocks, num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 128,
         )  # fmt: skip
         ids = torch.randint(args.vocabulary, (args.windows * args.context,), generator=torch.Generator().manual_seed(0))
-        common = {"calibration": ids, "n_samples": args.windows, "seq_len": args.context, "device": "cpu"}
-        dense = planish.forecast(model, method="svd", max_latency=1e6, **common)
+        common = {
+            "calibration": ids,
+            "n_samples": args.windows,
+            "seq_len": args.context,
+            "device": "cpu",
+            "cache": True,
+        }
+        os.environ["PLANISH_CACHE"] = str(Path(folder) / "cache")  # a table of its own
+        dense = planish.forecast(model, method="svd", max_latency=1e6, context=args.context, device="cpu")
         rows = [("", None, dense.latency_ms_before, 1.0)]
         models = [planish.load(model, dtype="float32")]
         for method in args.methods.split(","):

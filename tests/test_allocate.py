@@ -36,23 +36,18 @@ def spent(units: dict[Unit, Solver], blocks: list[Shape], plan: dict[Unit, int])
     return sum(s.cost(u, blocks[u.block], plan[u]) for u, s in units.items())
 
 
-def choose_ranks(units, blocks):
-    """`Choices` of units whose one budget counts weights."""
+def spread(units, blocks, share, budget, step=1, rule=spread_choices):
+    """Of one budget that counts weights."""
     choices = {}
     for u, s in units.items():
         ranks = list(s.ranks(u, blocks[u.block]))
         cost = torch.tensor([[float(s.cost(u, blocks[u.block], r)) for r in ranks]], dtype=torch.float64)
         choices[u] = Choices(torch.tensor(ranks), cost)
-    return choices
+    return rule(choices, share, [budget], step)
 
 
-def spread(units, blocks, share, budget, step=1):
-    """Of one budget that counts weights."""
-    return spread_choices(choose_ranks(units, blocks), share, [budget], step)
-
-
-def spread_by_kind(units, blocks, share, budget, step=1):
-    return spread_choices_by_kind(choose_ranks(units, blocks), share, [budget], step)
+def spread_by_kind(*arguments):
+    return spread(*arguments, rule=spread_choices_by_kind)
 
 
 @given(st.lists(st.floats(0.02, 1), min_size=2, max_size=7), st.floats(0.15, 0.98), st.sampled_from([1, 2, 3]))

@@ -10,40 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import tiny
 from compressed import train_tokenizer
 from planish.checkpoint import find_folder, load, load_config
-from planish.cli import app
 from planish.compress import compress
 from planish.errors import InputError
 from planish.methods import list_methods
 
 WINDOWS = tiny.windows(16, 24)
 EVIL = "open({mark!r}, 'w').close()\n"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.save(tiny.build("llama_gqa"), tmp_path_factory.mktemp("models") / "llama", sharded=True)
-
-
-@pytest.fixture(scope="module")
-def ids(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "ids.npy"
-    np.save(path, tiny.windows(40, 24).flatten().numpy())
-    return path
-
-
-@pytest.fixture
-def run():
-    runner = CliRunner()
-    return lambda *args: runner.invoke(app, [str(a) for a in args])
 
 
 @pytest.fixture

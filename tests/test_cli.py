@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import planish
 import tiny
 from planish import api, checkpoint
-from planish.cli import app
 from planish.errors import InputError
 from planish.methods import list_methods
 
@@ -27,25 +25,6 @@ METHODS = tuple(list_methods())
 MAIN = ("flat-llm", "a3", "subfit", "erc-svd", "svd-llm", "auto")
 EVERY = [m if m in MAIN else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 SHORT = ["--n-samples", "8", "--seq-len", "16"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A random llama in several shards, without a tokenizer."""
-    return tiny.save(tiny.build("llama_gqa"), tmp_path_factory.mktemp("models") / "llama", sharded=True)
-
-
-@pytest.fixture(scope="module")
-def ids(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "ids.npy"
-    np.save(path, tiny.windows(40, 24).flatten().numpy())
-    return path
-
-
-@pytest.fixture
-def run():
-    runner = CliRunner()
-    return lambda *args: runner.invoke(app, [str(a) for a in args])
 
 
 def copy(source: Path, target: Path) -> Path:

@@ -11,20 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import tiny
-from planish.cli import app
 from planish.cli.methods import reflow
 from planish.cli.run import format_seconds
 from planish.demo import Bench
 from planish.version import __version__
-
-
-@pytest.fixture
-def run():
-    runner = CliRunner()
-    return lambda *args, **kw: runner.invoke(app, [str(a) for a in args], **kw)
 
 
 @pytest.mark.parametrize(

@@ -134,49 +134,49 @@ def spread_by_kind(
 
     Where one kind has coarse steps (whole rotary pairs of narrow heads) its units then take turns on either side of
     their share, and the kind as a whole keeps it; otherwise all of them would be rounded down and others raised
-    instead. Kinds with the coarsest steps go first, what rounding leaves over goes to the next one. Of several budgets
-    each settles the units that `spread` says: there is no share of one budget that a kind could keep.
+    instead. Kinds with the coarsest steps go first, what rounding leaves over goes to the next one. With several
+    budgets it is `spread`.
     """
     if len(budgets) > 1:
         return spread(units, share, budgets, step)
-    budget = float(budgets[0])
     shares = {u: share(u) for u in units}
 
     def wanted(u: Unit, t: float) -> float:
-        return float(units[u].full[0]) * (1.0 if shares[u] == float("inf") else min(1.0, t * shares[u]))
+        free = shares[u] == float("inf") or not units[u].prices(0)
+        return float(units[u].full[0]) * (1.0 if free else min(1.0, t * shares[u]))
 
-    def count(plan: Plan) -> float:
-        return sum(float(units[u].cost[0, units[u].at(r)]) for u, r in plan.items())
+    def least(u: Unit) -> float:
+        c = units[u]
+        return float(c.cost[0, c.largest(0.0, [0], step) if c.prices(0) else -1])
+
+    def coarseness(name: str) -> float:
+        costs = [c.cost[0] for u, c in units.items() if u.name == name and len(c.ranks) > 1]
+        return max((float((c[-1] - c[-2]) / c[-1]) for c in costs), default=0.0)
 
     positive = [s for s in shares.values() if 0 < s < float("inf")]
     low, high = 0.0, 1.0 / min(positive) if positive else 1.0
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(wanted(u, middle) for u in units) <= budget else (low, middle)
-
-    def coarseness(name: str) -> float:
-        steps = [1 - float(c.cost[0, -2] / c.full[0]) for u, c in units.items() if u.name == name and len(c.ranks) > 1]
-        return max(steps, default=0.0)
-
+        low, high = (middle, high) if sum(wanted(u, middle) for u in units) <= budgets[0] else (low, middle)
     names = sorted({u.name for u in units}, key=lambda n: (-coarseness(n), n))
-    kinds = [{u: c for u, c in units.items() if u.name == n} for n in names]
-    least = [sum(float(c.cost[0, c.largest(0.0, [0], step)]) for c in k.values()) for k in kinds]
-    if sum(least) > budget:
-        raise BudgetError(sum(least), budget)
+    kinds = [[u for u in units if u.name == n] for n in names]
+    smallest = [sum(map(least, kind)) for kind in kinds]
+    if sum(smallest) > budgets[0]:
+        raise BudgetError(sum(smallest), float(budgets[0]))
     plan: Plan = {}
-    left, carry = budget, 0.0
+    left, carry = float(budgets[0]), 0.0
     for n, kind in enumerate(kinds):
-        own = left if n == len(kinds) - 1 else sum(wanted(u, low) for u in kind) + carry
-        own = min(max(own, least[n]), left - sum(least[n + 1 :]))
-        new = spread(kind, shares.__getitem__, [own], step)
-        spent = count(new)
-        carry += sum(wanted(u, low) for u in kind) - spent
-        left -= spent
+        asked = sum(wanted(u, low) for u in kind)
+        own = left if n == len(kinds) - 1 else asked + carry + 1e-6
+        own = min(max(own, smallest[n]), left - sum(smallest[n + 1 :]))
+        new = spread({u: units[u] for u in kind}, shares.__getitem__, [own], step)
+        spent = sum(float(units[u].cost[0, units[u].at(r)]) for u, r in new.items())
+        carry, left = carry + asked - spent, left - spent
         plan |= new
     at = {u: units[u].at(r) for u, r in plan.items()}
     target = {u: 1.0 if shares[u] > 0 else 0.0 for u in units}
-    found = top_up(units, at, torch.tensor([left], dtype=torch.float64), step, target, dict.fromkeys(units, 0))
-    return {u: int(units[u].ranks[i]) for u, i in found.items()}
+    raised = top_up(units, at, torch.tensor([left], dtype=torch.float64), step, target, dict.fromkeys(units, 0))
+    return {u: int(units[u].ranks[i]) for u, i in raised.items()}
 
 
 def top_up(

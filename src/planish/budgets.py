@@ -108,13 +108,17 @@ BYTES = {"": 1, "B": 1} | {
 def read_size(value: int | float | str, name: str, scale: dict[str, int]) -> int:
     """1500000000, "1.5B" or "800MiB" → a whole number."""
     text = str(value).replace(",", "").replace("_", "").strip()
-    match = re.fullmatch(r"(\d{1,30}(?:\.\d*)?(?:[eE]\+?\d{1,2})?)\s*([A-Za-z]*)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)", text)
     units = {u.lower(): n for u, n in scale.items()}
     if match is None or match[2].lower() not in units:
-        known = ", ".join(u for u in scale if u)
-        raise InputError(f"{name} {str(value)[:40]}: expected a number, with one of {known} behind it or none")
-    number, unit = match[1], units[match[2].lower()]
-    size = int(number) * unit if number.isdigit() else int(float(number) * unit + 1e-6)
+        raise InputError(
+            f"{name} {value}: expected a number, with one of {', '.join(u for u in scale if u)} behind it or none"
+        )
+    size = (
+        int(float(match[1]) * units[match[2].lower()] + 1e-6)
+        if "." in match[1] or "e" in match[1].lower()
+        else (int(match[1]) * units[match[2].lower()])
+    )
     if size < 1:
         raise InputError(f"{name} must be 1 or more, got {value}")
     return size
@@ -236,9 +240,8 @@ class Flops(Budget):
         products = 2 * solver.cost(unit, shape, rank)
         if unit.name == SUBMODULES["attention"]:
             return products + (2 * self.context * count_attention(shape) if rank == full else 0)
-        width = {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}.get(unit.name, 0)
-        work = solver.work(unit, shape, rank) if solver.cache(unit, shape, full) else width
-        return products + 2 * self.context * work
+        width = {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}
+        return products + 2 * self.context * (width.get(unit.name, 0) + solver.work(unit, shape, rank))
 
     def uncut(self, shape: Shape, role: str) -> float:
         width = {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}.get(role, 0)
@@ -286,16 +289,15 @@ def count_cache(shape: Shape) -> int:
 
 
 def count_attention(shape: Shape, spec: Spec | None = None) -> int:
-    """Multiplications of attention per query token and cached token: scores and sums of values, keys that are rebuilt."""
+    """Multiplications of attention per query token and cached token: scores and sums of values, keys that
+    are rebuilt."""
     form = (spec or {}).get("attention", {})
     if form.get("kind") == "bypass":
         return 0
-    scores, values = shape.heads * form.get("qk", shape.qk), shape.heads * form.get("v", shape.v)
-    if form.get("k_form") == "frequency":
-        scores = shape.heads * form["k_rank"]
-    elif "k_rank" in form:
-        scores += shape.kv_heads * shape.qk * form["k_rank"]
-    return scores + values
+    qk, v = form.get("qk", shape.qk), form.get("v", shape.v)
+    if form.get("k_form") == "frequency":  # every head meets its set's keys and values
+        return shape.heads * (form["k_rank"] + shape.kv_heads // form["k_groups"] * v)
+    return shape.heads * (qk + v) + (shape.kv_heads * qk * form["k_rank"] if "k_rank" in form else 0)
 
 
 def count_flops(shapes: Sequence[Shape], specs: Sequence[Spec], weights: Sequence[int], context: int) -> int:

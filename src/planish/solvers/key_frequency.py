@@ -58,7 +58,10 @@ class KeyFrequency(Solver):
         return rank * (shape.kv_heads // self.heads(shape))
 
     def work(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return shape.heads * (shape.qk if rank >= self.heads(shape) * shape.qk else rank)
+        heads = self.heads(shape)
+        if rank >= heads * shape.qk:
+            return shape.heads * shape.qk
+        return shape.heads * (rank + (heads - 1) * shape.v)  # values of a set side by side; fewer where they are cut
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("k.out", "head_gram", heads=shape.kv_heads // self.heads(shape)), Tap("q.out", "squares")]
