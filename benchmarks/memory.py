@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                     # 4.2 GB of bf16 weights in 168 blocks
     python benchmarks/memory.py --method svd-llm --blocks 80 --dtype float32
+    python benchmarks/memory.py --method auto --blocks 40      # statistics of every block kept on disk in between
 
 Writes the model to a temporary folder (twice its size is needed on disk), runs the compression in a process of its own
 and reads that process's peak resident memory from the kernel. One row is put into docs/tables/memory.md.
@@ -43,9 +44,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--table", type=Path, default=TABLE, help="where the row goes")
     parser.add_argument("--first", type=int, default=0, help="stop after so many blocks: every one of them is alike")
-    parser.add_argument("--set", action="append", default=["damping=0.01"])
+    parser.add_argument("--set", action="append", help="settings; by default the damping that few tokens need")
     args = parser.parse_args()
+    args.set = args.set or ["ridge=0.001" if args.method == "auto" else "damping=0.01"]
     with tempfile.TemporaryDirectory(prefix="planish-memory-") as folder:
         sizes = {
             "vocab_size": 32000, "hidden_size": args.hidden, "intermediate_size": args.intermediate,
@@ -79,11 +82,11 @@ def main() -> None:
     )
     print(json.dumps({"model_bytes": size, "peak_rss_bytes": peak, "share": peak / size}))
     print(row)
-    keep = TABLE.read_text(encoding="utf-8") if TABLE.exists() else HEAD
+    keep = args.table.read_text(encoding="utf-8") if args.table.exists() else HEAD
     same = " | ".join(row.split(" | ")[:4])
     rows = [r for r in keep.splitlines() if not r.startswith(same)]
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text("\n".join([*rows, row]) + "\n", encoding="utf-8")
+    args.table.parent.mkdir(parents=True, exist_ok=True)
+    args.table.write_text("\n".join([*rows, row]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,41 @@ def test_two_sided_metric(out, n, seed):
         assert energy(g @ error @ x.T) == pytest.approx(energy(sigma[r:]), rel=1e-6, abs=1e-9 * energy(sigma))
 
 
+@given(SIZES, SIZES, st.booleans(), SEEDS)
+def test_metric_svd(out, n, back, seed):
+    """The same optimum from one eigenproblem, also where only Wᵀ G W of the output's metric is known."""
+    w, x, g = draw(seed, out, n), inputs(seed + 5, n, 3 * n + 5), inputs(seed + 9, out, 3 * out + 5)
+    gram, metric = x.T @ x, g.T @ g
+    low = linalg.metric_svd(w, gram, w.T @ metric @ w if back else metric, back)
+    sigma = torch.linalg.svdvals(torch.linalg.cholesky(metric).T @ w @ torch.linalg.cholesky(gram))
+    k = len(sigma)
+    torch.testing.assert_close(low.s[:k], sigma, rtol=1e-6, atol=1e-5 * float(sigma[0]))
+    for r in range(k + 1):
+        b, a = low.at(r)
+        assert b.shape == (out, r) and a.shape == (r, n)
+        error = energy(g @ (w - b @ a) @ x.T)
+        assert error == pytest.approx(energy(sigma[r:]), rel=1e-6, abs=1e-8 * energy(sigma))
+
+
+@given(st.integers(2, 9), st.integers(1, 5), SEEDS)
+def test_forward_selection(n, out, seed):
+    """Its losses are those of its order; every next input is the best one (one per step where steps ≥ n)."""
+    x, w = inputs(seed, n, 3 * n + 4), draw(seed + 1, out, n)
+    gram = x.T @ x
+    order, loss = linalg.select_greedily(gram, w, 1e-10)
+    assert sorted(order.tolist()) == list(range(n))
+    torch.testing.assert_close(loss, linalg.selection_losses(gram, w, order, True, 1e-10), rtol=1e-6, atol=1e-8)
+    for r in range(n):
+        others = [i for i in range(n) if i not in order[:r].tolist()]
+        errors = []
+        for i in others:
+            kept = torch.tensor([*order[:r].tolist(), i])
+            errors.append(energy(x @ w.T - x[:, kept] @ linalg.nystrom(gram, kept, w, 1e-10).T))
+        assert float(loss[r + 1]) == pytest.approx(min(errors), rel=1e-5, abs=1e-8 * energy(x @ w.T))
+    coarse, _ = linalg.select_greedily(gram, w, 1e-10, steps=2)
+    assert sorted(coarse.tolist()) == list(range(n))
+
+
 @given(SIZES, SIZES, SEEDS)
 def test_output_errors_of_any_factors(out, n, seed):
     w, x = draw(seed, out, n), inputs(seed + 2, n, 9)

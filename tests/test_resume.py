@@ -22,7 +22,11 @@ from planish.compress import compress, resume
 from planish.errors import InputError
 
 WINDOWS = torch.randint(0, 90, (16, 16), generator=torch.Generator().manual_seed(0))
-METHODS = ("flat-llm", "svd-llm")  # statistics on the compressed and on the dense prefix
+METHODS = (
+    "flat-llm",
+    "svd-llm",
+    "auto",
+)  # statistics on the compressed, on the dense prefix, and kept of a backward pass
 
 
 @pytest.fixture(scope="module")

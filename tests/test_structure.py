@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 # Imports point from later lines to earlier ones or stay on one line.
 LAYERS = [
     {"errors", "linalg", "version", "processes", "activations", "shards"},
-    {"stats", "moments", "families", "core", "edits", "modules", "modelling"},
+    {"stats", "kept", "moments", "families", "core", "edits", "modules", "modelling"},
     {"solvers", "allocate", "budgets", "latency", "targets", "text", "checkpoint", "stream", "cache"},
     {"methods", "submodules"},
-    {"compress", "forecast", "predict", "recipe"},
+    {"compress", "effects", "forecast", "predict", "recipe"},
     {"evaluate", "export", "report"},
     {"api", "demo", "sweep", "cli", "__init__", "__main__"},
 ]

@@ -20,6 +20,6 @@ def _is_command() -> bool:
 
 
 if not _is_command():
-    from planish.api import compress, evaluate, forecast, load
+    from planish.api import compress, evaluate, forecast, load, measure_effects
 
-__all__ = ["__version__", "compress", "evaluate", "forecast", "load"]
+__all__ = ["__version__", "compress", "evaluate", "forecast", "load", "measure_effects"]

@@ -6,23 +6,31 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+KEPT = 64 << 20  # bytes
+
 
 class Room:
     """How many bytes all activations of one stream may hold in memory, and where the rest goes.
 
     Default: a quarter of the machine's memory; files in `folder` (the system's temporary one by default) have no name
-    and vanish with the process, however it ends.
+    and vanish with the process, however it ends. `kept`: the limit of what is kept for all blocks at once.
     """
 
-    def __init__(self, limit: int | None = None, folder: Path | None = None):
+    def __init__(self, limit: int | None = None, folder: Path | None = None, kept: int = KEPT):
         self.limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 if limit is None else limit
-        self.folder, self.used = folder, 0
+        self.folder, self.used, self.kept = folder, 0, kept
+
+    @cached_property
+    def shelf(self) -> Room:
+        """The room of what is kept for all blocks at once: their inputs, their statistics."""
+        return Room(min(self.limit, self.kept), self.folder)
 
 
 class Activations(Sequence[Tensor]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from planish import checkpoint
+from planish import checkpoint, effects
 from planish.budgets import read_asked
 from planish.checkpoint import FolderSource, Source, find_folder, load_tokenizer, open_source
 from planish.compress import Result, find_name, pick_dtype
@@ -286,6 +286,47 @@ def evaluate(
     tokens = found.tokens if max_windows is None else found.tokens[: max_windows * seq_len]
     measured = perplexity.evaluate(lm, tokens, seq_len, batch_size=batch_size, device=place, progress=progress)
     return Evaluation(**asdict(measured), source=found.source, bos=found.bos)
+
+
+def measure_effects(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    *,
+    method: str | Method = "auto",
+    settings: dict[str, Any] | None = None,
+    calibration: Any = "builtin",
+    n_samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    held: Any = "builtin",
+    keeps: Sequence[float] = (0.9, 0.7, 0.5, 0.3),
+    share: float = 1.0,
+    windows: int = 8,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+) -> list[effects.Effect]:
+    """Predicted and measured loss of single cuts, one unit at a time (see `planish.effects.measure_effects`).
+
+    `held`: a SOURCE whose evaluation split is not calibrated on; `windows` of it and of the calibration text are measured.
+    """
+    place = find_device(device)
+    source = open_source(model, tokenizer)
+    if tokenizer is None and isinstance(source, FolderSource):
+        tokenizer = load_tokenizer(source.folder)
+    text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
+    length = text.windows.shape[1]
+    tokens = load_tokens(held, tokenizer, split="evaluation", vocab_size=source.config.vocab_size).tokens
+    count = min(windows, len(tokens) // length)
+    if count < 1:
+        raise InputError(
+            f"held-out text has {len(tokens)} tokens, fewer than one window of {length}; use a longer text"
+        )
+    return effects.measure_effects(
+        source, find_method(method, settings or {}), text.windows, tokens[: count * length].view(count, length),
+        keeps=keeps, share=share, measured_windows=windows, seed=seed, device=place,
+        dtype=find_dtype(dtype) or pick_dtype(source, place),
+    )  # fmt: skip
 
 
 def default_method() -> str:

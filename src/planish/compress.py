@@ -38,6 +38,7 @@ from planish.checkpoint import (
 )
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
 from planish.errors import InputError
+from planish.kept import Kept
 from planish.latency import Latency, Table, make_latency, read_table
 from planish.methods import find_method
 from planish.modules import Spec, get_linear
@@ -126,7 +127,7 @@ class Job:
         # what a method's own rule asks for: of two budgets the one that prices every linear, and of these the tighter
         self.main = min(self.budgets, key=lambda b: (isinstance(b, CacheNumbers), b.share))
         self.keep, self.total = self.main.share, self.main.total
-        self.stored: dict[int, Stats] = {}  # statistics that a plan measured and the solve uses again
+        self.stored = Kept(stream.room)  # statistics that a plan measured and the solve uses again, per block
         self.edits: dict[int, list[Edit]] = {}  # per block, what the plan has worked out itself; not solved again
         self.notes: dict[str, Any] = {}  # what the method wants recorded in the manifest
         self.remarks: dict[str, str] = {}  # the same, and said to the user: what the method could not cut, and why
@@ -318,15 +319,16 @@ class Job:
         use: Callable[[int, nn.Module, Stats], None],
         taps: Callable[[Shape], list[Tap]] | None = None,
         edits: dict[int, list[Edit]] | None = None,
+        whole: bool = False,
     ) -> None:
         """One pass forward and back over the uncompressed model, or the one that `edits` make; see `Stream.sweep_back`.
 
-        Without `taps`: those of all units that the uncompressed model answers; the sums stay in `stored`.
+        Without `taps`: those of all units' frontiers; what the solve uses again, with `whole` all of it, stays in `stored`.
         """
 
         def keep(i: int, block: nn.Module, stats: Stats) -> None:
-            self.stored[i] = stats
             use(i, block, stats)
+            self.stored[i] = stats if whole else stats.only(self.taps(self.block_units(i)))
 
         with self.phase("gradients"):
             chosen = taps or (lambda shape: self.stored_taps(shape.block))
@@ -350,9 +352,8 @@ class Job:
         return edits
 
     def stored_taps(self, i: int) -> list[Tap]:
-        """Taps of a block's units that the uncompressed model alone answers."""
-        taps = self.taps(self.block_units(i))
-        return [t for t in taps if all(s.startswith(("grad:", "dense:")) for s in t.sites)]
+        """Taps of a block's units that the uncompressed model alone answers: those of their frontiers to plan by."""
+        return sorted({t for u in self.block_units(i) for t in self.units[u].dense_taps(u, self.shapes[i])})
 
     def probe(self, plan: Plan, windows: int) -> tuple[dict[Unit, Frontier], dict[Unit, float]]:
         """Frontiers without factors, and how far each unit alone, at its rank in `plan`, moves the model's predictions.
@@ -402,6 +403,28 @@ class Job:
 
         self.solve(plan, emit, phase=phase)
         return hidden
+
+    def trial(self, share: float = 0.5) -> tuple[Job, Stream]:
+        """(This job on the first windows of `share` of the calibration text, the stream of every eighth window, which it
+        leaves out): for the loss of plans on text that they are not solved on, see `held_loss`."""
+        windows = torch.cat(self.stream.batches)
+        held = torch.arange(len(windows)) % 8 == 7
+        few = copy.copy(self)
+        few.stream = self.stream.part(windows[~held][: max(1, round(share * len(windows)))])
+        few.cache, few.finished, few.errors, few.notes, few.progress = Cache(), {}, {}, {}, None
+        few.seconds, few.timers = {}, []  # the whole of it is one phase of this job's
+        return few, self.stream.part(windows[held])
+
+    def held_loss(self, plan: Plan, held: Stream) -> float:
+        """Loss of the model under a plan, solved on this job's windows, on those of `held`: nats per token."""
+        hidden = held.start()
+
+        def emit(i: int, block: nn.Module, spec: Spec) -> None:
+            nonlocal hidden
+            hidden = held.run(i, held.place(block), hidden)
+
+        self.solve(plan, emit, phase="search")
+        return held.nll(hidden)
 
     def output_errors(self, plans: list[Plan]) -> list[float]:
         """Mean squared error per token of the last block's output under each plan."""
@@ -470,13 +493,18 @@ class Job:
             weights = read_weights(block, stream)
             dense = copy.deepcopy(block) if method.prefix == "both" else None
             spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
+            captured, dense_outputs = None, None
+            sites = self.beside(units)
+            if dense is not None and dense_hidden is not None and sites:
+                with self.phase("stream"):
+                    captured, dense_outputs = stream.capture(i, stream.place(dense), sites, dense_hidden)
             for stage in method.stages(units):
                 taps = self.taps(stage)
                 with self.phase("stream"):
                     current = stream.place(block)
-                    pair = (
-                        (stream.place(dense), dense_hidden) if dense is not None and dense_hidden is not None else None
-                    )
+                    pair: Any = captured
+                    if captured is None and dense is not None and dense_hidden is not None:
+                        pair = (stream.place(dense), dense_hidden)
                     origin, known = "", Stats()
                     known.merge(self.stored.get(i, Stats()))
                     if pristine and not edits:
@@ -501,12 +529,22 @@ class Job:
                 if sequential or outputs is None:
                     outputs = stream.run(i, stream.place(block), hidden)
                 if dense is not None and dense_hidden is not None:
-                    dense_hidden = stream.run(i, stream.place(dense), dense_hidden)
+                    dense_hidden = dense_outputs or stream.run(i, stream.place(dense), dense_hidden)
                 hidden = outputs
             emit(i, block, spec)
             if self.progress:
                 self.progress(phase, i + 1, len(self.shapes))
         return hidden
+
+    def beside(self, units: list[Unit]) -> set[str]:
+        """Sites of the uncompressed block that solving these units of one block looks at, if one run beside the stages can
+        keep them all: none wider than what flows between submodules."""
+        known = self.stored.taps(units[0].block) if units else set()
+        seen = {s for t in self.taps(units) if t not in known for s in t.sites}
+        sites = {s.removeprefix("dense:") for s in seen if s.startswith("dense:")}
+        shape = self.shapes[units[0].block] if units else self.shapes[0]
+        narrow = all(channels(shape, s) <= max(shape.hidden, shape.heads * shape.v) for s in sites)
+        return sites if narrow and not any(s.endswith(".gap") for s in seen) else set()
 
     def solve_units(self, units: list[Unit], plan: Plan, weights: Weights, stats: Stats, origin: str) -> list[Edit]:
         """Edits of units of one block, in the order of units; several processes share the units out by cost."""
@@ -586,7 +624,7 @@ def channels(shape: Shape, site: str) -> int:
     if where not in shape.roles:
         return shape.hidden
     out, n = shape.linear(where)
-    return out if end == "out" else n
+    return out if end in ("out", "product") else n
 
 
 def peak_rss() -> int:

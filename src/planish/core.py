@@ -135,6 +135,10 @@ class Solver(ABC):
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         """What it must know about the block's activations."""
 
+    def dense_taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        """What a frontier to plan by needs, of the uncompressed model alone; unless told what `taps` names of it."""
+        return [t for t in self.taps(unit, shape) if all(s.startswith(("grad:", "dense:")) for s in t.sites)]
+
     @abstractmethod
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         """The expensive, rank-free part."""

@@ -233,7 +233,8 @@ def estimate(
     shape = max(job.shapes, key=Shape.count)
     units = [u for u in job.block_units(shape.block) if plan.get(u, job.full(u)) < job.full(u)]
     taps = {t for stage in job.method.stages(job.block_units(shape.block)) for t in job.taps(stage)}
-    statistics = sum(sums(shape, t) for t in taps)
+    # solving one block, or measuring what its frontiers need: whichever takes more
+    statistics = max(sum(sums(shape, t) for t in some) for some in (taps, job.stored_taps(shape.block)))
     both = 2 if job.method.prefix == "both" else 1
     written = params - sum(job.count(u, job.full(u)) - job.count(u, plan.get(u, job.full(u))) for u in job.units)
     found = predict(

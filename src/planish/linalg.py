@@ -145,6 +145,31 @@ def whitened_svd(w: Tensor, gram: Tensor | None = None, out_gram: Tensor | None 
     return LowRank(b, a, s)
 
 
+def metric_svd(w: Tensor, gram: Tensor, metric: Tensor, back: bool = False, damping: float = 1e-10) -> LowRank:
+    """Best low-rank forms of W (out, in) for every rank at once, min tr(G (W − W̃) R (W − W̃)ᵀ), R = `gram` (in, in).
+
+    `metric`: G (out, out), or with `back` Wᵀ G W (in, in), which is all of a tall W's G that matters. One symmetric
+    eigenproblem of that side. Gᵀ's root S: Sᵀ W R Wᵀ S = U Λ Uᵀ, A = Uᵀ Sᵀ W, B = W R Aᵀ Λ⁻¹, the best B for that A
+    whatever G is; `back`, R = L Lᵀ: Lᵀ (Wᵀ G W) L = V Λ Vᵀ, A = Vᵀ L⁻¹, B = W L V. Roots are damped by `damping`.
+    """
+    w, gram = w.double(), gram.double()
+    if back:
+        lower = root(gram, damping)
+        values, v = eigh_descending(lower.T @ metric.double() @ lower)
+        solve_right = partial(torch.linalg.solve_triangular, lower, upper=False, left=False)
+        wl = w @ lower
+        return Projected(v, values.clamp(min=0).sqrt(), lambda v: wl @ v, lambda v: solve_right(v.mT.contiguous()))
+    sw = root(metric, damping).T @ w
+    wr = w @ gram
+    values, u = eigh_descending(symmetric_product(sw @ gram, sw))
+    values, u = values[: min(w.shape)], u[:, : min(w.shape)]
+    alive = values > 1e-14 * values[:1]
+    inverse = torch.where(alive, values, 1).reciprocal() * alive
+    return Projected(
+        u, values.clamp(min=0).sqrt(), lambda u: (wr @ (sw.T @ u)) * inverse[: u.shape[1]], lambda u: u.T @ sw
+    )
+
+
 def well_conditioned_root(gram: Tensor, limit: float = 1e-6) -> Tensor | None:
     """Lower L with L Lᵀ = gram, or None where its diagonal falls by more than `limit` (squared: the condition number)."""
     factor, info = torch.linalg.cholesky_ex(symmetrise(gram.double()))
@@ -212,8 +237,42 @@ def selection_losses(gram: Tensor, w: Tensor, order: Tensor, refit: bool, dampin
     w = w[:, order].double()
     if not refit:
         return tail_sums((w.T @ w) * c)
-    explained = (w @ root(c, damping)).square().sum(0)  # column i: energy that input i adds to those before it
-    return torch.cat([explained.flip(0).cumsum(0).flip(0), explained.new_zeros(1)])
+    return compute_tails(
+        (w @ root(c, damping)).square().sum(0)
+    )  # column i: energy that input i adds to those before it
+
+
+def compute_tails(steps: Tensor) -> Tensor:
+    """Σ_{i ≥ r} steps_i for r = 0 … n: (n + 1,), last 0."""
+    return torch.cat([steps.flip(0).cumsum(0).flip(0), steps.new_zeros(1)])
+
+
+def select_greedily(gram: Tensor, w: Tensor, damping: float = DAMPING, steps: int = 64) -> tuple[Tensor, Tensor]:
+    """Order (n,) of the inputs of W (out, n) by forward selection: next come those that lower E‖W x − W' x_J‖² most; and
+    that loss (n + 1,) of keeping the first 0 … n, as `selection_losses` gives it for a refit.
+
+    Orthogonal matching pursuit on the damped Gram: each step takes the n / `steps` inputs that alone would explain most of
+    what is left, |W C_i|² / C_ii, and conditions W C and C on them (a blocked pivoted Cholesky). Cost: n³ / 3 products.
+    """
+    c = damp(gram, damping)
+    n = len(c)
+    unexplained, left = w.double() @ c, torch.arange(n)
+    order, gains = [], []
+    while len(left):
+        score = unexplained.square().sum(0) / c.diagonal()
+        top = score.argsort(descending=True, stable=True)[: max(1, n // steps)]
+        rest = torch.ones(len(left), dtype=torch.bool)
+        rest[top] = False
+        rest = rest.nonzero().flatten()
+        factor = root(c[top[:, None], top], 0.0)
+        q = torch.linalg.solve_triangular(factor, c[top[:, None], rest], upper=False)
+        explained = torch.linalg.solve_triangular(factor, unexplained[:, top].T, upper=False)
+        order.append(left[top])
+        gains.append(explained.square().sum(1))
+        unexplained = unexplained[:, rest].addmm_(explained.T, q, alpha=-1)
+        c = c[rest[:, None], rest].addmm_(q.T, q, alpha=-1)
+        left = left[rest]
+    return torch.cat(order), compute_tails(torch.cat(gains))
 
 
 def least_squares(gram: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:

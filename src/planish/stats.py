@@ -21,10 +21,12 @@ class Tap:
     """Measure `kind` at `site` (and `other`) of a block. Hashable, so that solvers share measurements.
 
     Sites: "q.in" (input of q, k and v), "o.in", "up.in" (of gate and up), "down.in", "<role>.out",
+    "<role>.product" (output less the bias),
     "block.in", "block.out", "attention.raw" / "mlp.raw" (the residual stream that feeds the submodule's norm),
     "attention.add" / "mlp.add" (what the submodule adds to it), "attention.gap" / "mlp.gap" (what it would have to add
     for the sum to be the uncompressed model's). Prefix "dense:" = the same site in the uncompressed
-    model; prefix "grad:" = gradient of the summed sampled NLL there. `heads` splits channels into heads.
+    model; prefix "grad:" = gradient of the summed sampled NLL there; "grad:<role>.back": that at the role's output
+    times its uncompressed weight, what reaches the input through this linear alone. `heads` splits channels into heads.
     `part`: "all" sequences, or "fit" / "held" (every eighth is held out).
     """
 
@@ -149,6 +151,14 @@ class Stats:
         self.sums |= other.sums
         self.tokens |= other.tokens
         self.origin = self.origin if self.origin == other.origin else ""
+
+    def only(self, taps: Iterable[Tap]) -> Stats:
+        """The same sums of these taps, as far as there are any."""
+        few = Stats()
+        few.sums = {t: self.sums[t] for t in sorted(set(taps)) if t in self.sums}
+        few.tokens = {t: self.tokens[t] for t in few.sums}
+        few.origin = self.origin
+        return few
 
     def mean(self, tap: Tap, name: str = "sum") -> Tensor:
         """A sum divided by its number of tokens."""

@@ -159,10 +159,13 @@ class Stream:
 
     def subset(self, n: int) -> Stream:
         """The same model with the first n calibration windows only (all, if there are fewer)."""
-        few = copy.copy(self)
-        few.batches = list(torch.cat(self.batches)[:n].split(len(self.batches[0]))) if self.batches else []
-        few.calls = {}
-        return few
+        return self.part(torch.cat(self.batches)[:n]) if self.batches else self
+
+    def part(self, windows: Tensor) -> Stream:
+        """The same model with other calibration windows (n, seq)."""
+        other = copy.copy(self)
+        other.batches, other.calls = list(windows.split(len(self.batches[0]))), {}
+        return other
 
     def place(self, block: nn.Module) -> nn.Module:
         """A copy of a block to compute with, in the stream's dtype on its device."""
@@ -175,9 +178,9 @@ class Stream:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def run(self, i: int, block: nn.Module, hidden: Hidden) -> Hidden:
-        """All batches through block i."""
-        return Activations(self.room, (self.forward(i, block, h) for h in hidden))
+    def run(self, i: int, block: nn.Module, hidden: Hidden, room: Room | None = None) -> Hidden:
+        """All batches through block i; the outputs lie in `room`, unless told the stream's."""
+        return Activations(room or self.room, (self.forward(i, block, h) for h in hidden))
 
     @torch.no_grad()
     def measure(
@@ -186,13 +189,13 @@ class Stream:
         block: nn.Module,
         taps: list[Tap],
         hidden: Hidden,
-        dense: tuple[nn.Module, Hidden] | None = None,
+        dense: tuple[nn.Module, Hidden] | dict[str, Hidden] | None = None,
         outputs: bool = True,
     ) -> tuple[Stats, Hidden]:
         """Statistics of block i over all batches, and its outputs (none without `outputs`: then only as much of the
         block runs as the sites need).
 
-        `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:".
+        `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:"; or what `capture` saw there.
         """
         results = Activations(self.room)
         own_sites = {s for t in taps for s in t.sites if ":" not in s}
@@ -209,8 +212,10 @@ class Stream:
                 with tap_sites(block, self.family, own_sites, not outputs) as seen, suppress(AllSeen):
                     results.append(self.forward(i, block, h))
                 values |= seen
-            if dense_sites:
-                assert dense is not None
+            if dense_sites and isinstance(dense, dict):
+                values |= {f"dense:{s}": dense[s][n].to(self.device) for s in dense_sites}
+            elif dense_sites:
+                assert isinstance(dense, tuple)
                 with tap_sites(dense[0], self.family, dense_sites, True) as seen, suppress(AllSeen):
                     self.forward(i, dense[0], dense[1][n])
                 values |= {f"dense:{s}": v for s, v in seen.items()}
@@ -219,6 +224,17 @@ class Stream:
             return {s: v.reshape(len(h), -1, v.shape[-1]) for s, v in values.items()}
 
         return self.collect(taps, run), results
+
+    @torch.no_grad()
+    def capture(self, i: int, block: nn.Module, sites: set[str], hidden: Hidden) -> tuple[dict[str, Hidden], Hidden]:
+        """What is seen at these sites of block i in one run over all batches, and its outputs."""
+        found, results = {s: Activations(self.room) for s in sorted(sites)}, Activations(self.room)
+        for h in hidden:
+            with tap_sites(block, self.family, sites) as seen:
+                results.append(self.forward(i, block, h))
+            for site, tensors in found.items():
+                tensors.append(seen[site])
+        return dict(found), results
 
     def collect(self, taps: list[Tap], run: Callable[[int], dict[str, Tensor]]) -> Stats:
         """Statistics over all batches of all processes. `run(n)`: every site's (batch, seq, channels) for piece n.
@@ -298,6 +314,7 @@ class Stream:
             block = self.block(i, (edits or {}).get(i, ()))
             stats, hidden = self.measure(i, self.place(block), taps(self.source.shape(i)), hidden)
             use(i, block, stats)
+            del stats  # or it lies beside the next block's
             if progress:
                 progress(phase, i + 1, len(self))
         return hidden
@@ -332,8 +349,9 @@ class Stream:
     ) -> None:
         """Walk the model forwards keeping every block's inputs, then backwards from sampled labels, block by block.
 
-        Each block is recomputed from its kept inputs; `use` gets (i, block, stats) from the last block to the first, with
-        forward sites and "grad:" sites measured together. `edits`: of the model that these edits make.
+        Each block is recomputed from its kept inputs (in memory up to the room's `kept`, then on disk); `use` gets (i, block,
+        stats) from the last block to the first, with forward sites and "grad:" sites measured together. `edits`: of the
+        model that these edits make.
         """
 
         def get(i: int) -> nn.Module:
@@ -341,31 +359,39 @@ class Stream:
 
         inputs = [self.start()]
         for i in range(len(self)):
-            inputs.append(self.run(i, self.place(get(i)), inputs[-1]))
-        outputs = inputs.pop()
-        gradients = [self.output_gradient(h, seed, p.first) for p, h in zip(self.pieces, outputs, strict=True)]
+            inputs.append(self.run(i, self.place(get(i)), inputs[-1], self.room.shelf))
+        last = zip(self.pieces, inputs.pop(), strict=True)
+        gradients = Activations(self.room, (self.output_gradient(h, seed, p.first) for p, h in last))
         self.release()
         for i in reversed(range(len(self))):
             block = get(i)
             placed = self.place(block).requires_grad_(False)
             wanted = taps(self.source.shape(i))
             forward = {s.removeprefix("dense:") for t in wanted for s in t.sites if not s.startswith("grad:")}
-            backward = sorted({s.removeprefix("grad:") for t in wanted for s in t.sites if s.startswith("grad:")})
-            hidden = inputs.pop()
+            grads = {s.removeprefix("grad:") for t in wanted for s in t.sites if s.startswith("grad:")}
+            back = {s: s.replace(".back", ".out") for s in sorted(grads) if s.endswith(".back")}
+            backward = sorted(grads - set(back) | set(back.values()))
+            dense = placed if not (edits or {}).get(i) else self.place(self.block(i))
+            weights = {s: get_linear(dense, self.family, s.removesuffix(".back")).weight.detach() for s in back}
+            hidden, earlier = inputs.pop(), Activations(self.room)
 
             def run(n: int) -> dict[str, Tensor]:
                 leaf = hidden[n].to(self.device).detach().requires_grad_(True)  # noqa: B023
                 with torch.enable_grad(), tap_sites(placed, self.family, forward | set(backward)) as seen:  # noqa: B023
                     out = self.forward(i, placed, leaf)  # noqa: B023
                     leaves = [leaf, *(seen[s] for s in backward)]  # noqa: B023
-                    found = torch.autograd.grad(out, leaves, gradients[n].to(self.device), allow_unused=True)
-                gradients[n] = found[0].to("cpu")
+                    found = torch.autograd.grad(out, leaves, gradients[n].to(self.device), allow_unused=True)  # noqa: B023
+                earlier.append(found[0])  # noqa: B023
                 values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}  # noqa: B023
                 values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}  # noqa: B023
+                through = {s: values.get(f"grad:{at}") for s, at in back.items()}  # noqa: B023
+                values |= {f"grad:{s}": g @ weights[s] for s, g in through.items() if g is not None}  # noqa: B023
                 return {s: v.reshape(len(leaf), -1, v.shape[-1]) for s, v in values.items()}
 
             stats = self.collect(wanted, run)
+            gradients = earlier
             use(i, block, stats)
+            del stats  # or it lies beside the next block's
             if progress:
                 progress(phase, len(self) - i, len(self))
 
@@ -442,9 +468,16 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             module.register_forward_hook(lambda m, a, out: see(site, out[0] if isinstance(out, tuple) else out))
         )
 
+    def tap_product(linear: nn.Module, site: str) -> None:
+        handles.append(
+            linear.register_forward_hook(lambda m, a, out: see(site, out if m.bias is None else out - m.bias))
+        )
+
     for site in sites:
         where, end = site.split(".")
-        if where == "block":
+        if end == "product":
+            tap_product(get_linear(block, family, where), site)
+        elif where == "block":
             (tap_input if end == "in" else tap_output)(block, site)
         elif end == "raw":
             norm = family.attention_norm if where == "attention" else family.mlp_norm

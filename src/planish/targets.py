@@ -137,6 +137,9 @@ class Rounded(Solver):
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return self.solver.taps(unit, shape)
 
+    def dense_taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return self.solver.dense_taps(unit, shape)
+
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         return self.solver.decompose(unit, weights, stats, shape)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import exp
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
@@ -17,6 +18,7 @@ from planish.stats import Stats, Tap
 if TYPE_CHECKING:
     from planish.compress import Job
 
+ATTENTION_UNITS = ("q", "k", "v", "o", "qk", "vo", "attention")
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 WAYS = {  # alternatives for a submodule: units that go together
     "attention": (("q", "k", "v", "o"), ("qk", "vo"), ("q", "k", "vo"), ("attention",)),
@@ -24,6 +26,44 @@ WAYS = {  # alternatives for a submodule: units that go together
 }
 # the linears that a unit holds, where it is not one itself
 HOLDS = {"qk": ("q", "k"), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
+SATURATES = 0.1  # predicted nats per token above which plans are compared by measured loss
+HELD = 4  # windows at least on which they are
+MOVES = {  # how a search changes the weights of predictions: one step either way
+    "attention": (1 / 1.5, 1.5),
+    "tilt": (-0.5, 0.5),
+    "keys": (0.5, 2.0),
+    "steep": (-3.0, 3.0),
+}
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What predicted losses are multiplied by when ranks are chosen: l becomes w · l · (1 + steep · w · l).
+
+    w = `attention` for what belongs to an attention, times `keys` for q and k, `bypass` for whole submodules, times
+    e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by kind and by
+    depth; measured losses of whole plans tell by how much.
+    """
+
+    steep: float = 0.0
+    attention: float = 1.0
+    keys: float = 1.0
+    tilt: float = 0.0
+    bypass: float = 2.0
+
+    def apply(self, curve: Curve, blocks: int) -> Curve:
+        name, depth = curve.unit.name, curve.unit.block / max(blocks - 1, 1)
+        weight = exp(self.tilt * (1 - 2 * depth))
+        weight *= self.attention if name in ATTENTION_UNITS else 1.0
+        weight *= self.keys if name in ("q", "k", "qk") else 1.0
+        weight *= self.bypass if name in ("attention", "ffn") else 1.0
+        loss = weight * curve.loss
+        return replace(curve, loss=loss * (1 + self.steep * loss))
+
+    def moved(self, name: str, step: float) -> Weighing:
+        old = getattr(self, name)
+        new = old * step if name in ("attention", "keys") else old + step
+        return replace(self, **{name: max(new, 0.0) if name == "steep" else new})
 
 
 @dataclass(frozen=True)
@@ -39,6 +79,8 @@ class Auto(Method):
     `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order prediction saturates, so a cut
     that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the prediction itself. By default 0,
     or 3 below keep 0.6.
+    `search`: where more than 0.1 nats per token are predicted, up to so many plans with other weights of the predictions
+    (see `Weighing`) are compared by the loss on every eighth calibration window, solved on half of the others.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
@@ -50,6 +92,7 @@ class Auto(Method):
     bypass: bool = False
     rounds: int = 1
     steep: float | None = None
+    search: int = 0
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
@@ -57,7 +100,7 @@ class Auto(Method):
 
     def solvers(self) -> list[Solver]:
         structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
-        structural += [FisherPairs(), *([FisherBypass(self.ridge)] if self.bypass else [])]
+        structural += [FisherPairs(), *([FisherBypass(self.ridge, self.anchor)] if self.bypass else [])]
         linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 
@@ -69,26 +112,60 @@ class Auto(Method):
 
     def plan(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
-        job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
         rounds = max(self.rounds, 1)
+        job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)), whole=rounds > 1)
         plan: Plan = {}
         for n in range(1, rounds + 1):
             if n > 1:
                 frontiers = self.measure_again(job, plan)
             plan = self.allocate(job, frontiers, n / rounds)
-        return plan
+        with job.phase("search"):
+            return self.compare(job, frontiers, plan)
 
     def plan_cache(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
         job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
-        return self.allocate(job, frontiers)
+        plan = self.allocate(job, frontiers)
+        with job.phase("search"):
+            return self.compare(job, frontiers, plan)
 
-    def allocate(self, job: Job, frontiers: dict[Unit, Frontier], part: float = 1.0) -> Plan:
-        """The cheapest plan in predicted nats within the job's budgets, after this part of the cut."""
+    def start(self, job: Job) -> Weighing:
+        return Weighing(self.steep if self.steep is not None else 0.0 if job.keep >= 0.6 else 3.0)
+
+    def compare(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
+        """The plan with the least measured loss among those that a short search finds, from this one on."""
+        windows = sum(map(len, job.stream.batches))
+        if job.notes["predicted_loss"] < SATURATES or self.search < 2 or windows < 8 * HELD:
+            return plan
+        trial, held = job.trial()
+        best, tried = self.start(job), dict[tuple[tuple[Unit, int], ...], float]()
+
+        def measure(weighing: Weighing) -> float:
+            other = self.allocate(job, frontiers, weighing=weighing)
+            key = tuple(sorted(other.items()))
+            if key not in tried:
+                tried[key] = trial.held_loss(other, held)
+            return tried[key]
+
+        least = first = measure(best)
+        for name, steps in MOVES.items():
+            for step in steps:
+                better = best
+                while len(tried) < self.search and (loss := measure(best.moved(name, step))) < least:
+                    least, best = loss, best.moved(name, step)
+                if best != better:  # the other way leads back
+                    break
+        plan = self.allocate(job, frontiers, weighing=best)
+        job.notes["search"] = {"plans": len(tried), "first": first, "best": least, "weighing": asdict(best)}
+        return plan
+
+    def allocate(
+        self, job: Job, frontiers: dict[Unit, Frontier], part: float = 1.0, weighing: Weighing | None = None
+    ) -> Plan:
+        """The cheapest plan in weighed predicted nats within the job's budgets, after this part of the cut."""
         job.known = frontiers
-        curves = {u: job.curve(f) for u, f in frontiers.items()}
-        steep = self.steep if self.steep is not None else 0.0 if job.keep >= 0.6 else 3.0
-        curves = {u: replace(c, loss=c.loss * (1 + steep * c.loss)) for u, c in curves.items()}
+        weighing = weighing or self.start(job)
+        curves = {u: weighing.apply(job.curve(f), len(job.shapes)) for u, f in frontiers.items()}
         try:
             plan, _ = choose(self.groups(job, curves), [b.part(part) for b in job.budgets])
         except BudgetError as error:
@@ -113,8 +190,10 @@ class Auto(Method):
             return [t for t in job.stored_taps(shape.block) if t.site.startswith("grad:") and t.site not in missing]
 
         def use(i: int, block: nn.Module, stats: Stats) -> None:
-            job.stored[i].replace(stats)
-            frontiers.update(job.decompose(i, job.stream.block(i), job.stored[i]))
+            known = job.stored[i]
+            known.replace(stats)
+            job.stored[i] = known
+            frontiers.update(job.decompose(i, job.stream.block(i), known))
 
         job.gradients(use, taps, edits)
         return frontiers

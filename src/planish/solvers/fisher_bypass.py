@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
@@ -21,11 +22,15 @@ class FisherBypass(Solver):
 
     x is the submodule's normed input. Predicted loss ½ (tr(G Σ_f|x) + Σ_{i>r} σ_i²), σ of G^½ C S^-½, with C = Cov(f, x),
     S = Cov(x), Σ_f|x what no linear map explains. Ranks 0 … d/2 − 1; the last one, d + 1, leaves the submodule.
+
+    `anchor` > 0 (needs the dense prefix beside the compressed one): fitted on the compressed prefix's inputs x̂ towards
+    (1 − a) f(x̂) + a f(x), f the uncompressed submodule; nothing is predicted then.
     Reference: SubFit (arXiv 2606.02559) and NBL (arXiv 2505.21077) for the form; the metric is ours.
     """
 
     name: ClassVar[str] = "fisher-bypass"
     damping: float = 1e-4
+    anchor: float = 0.0
 
     def units(self, shape: Shape) -> list[Unit]:
         return [Unit(shape.block, name) for name in PARTS]
@@ -44,6 +49,13 @@ class FisherBypass(Solver):
         return shape.kv_heads * (shape.qk + shape.v) if kept else 0
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        if not self.anchor:
+            return self.dense_taps(unit, shape)
+        target, site, _ = PARTS[unit.name]
+        add = f"{target}.add"
+        return [Tap(site, "moments", add), Tap(site, "moments", f"dense:{add}"), Tap(f"grad:{add}", "gram")]
+
+    def dense_taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         target, site, _ = PARTS[unit.name]
         add = f"{target}.add"
         return [
@@ -53,12 +65,22 @@ class FisherBypass(Solver):
         ]
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
-        both, own, gradient = self.taps(unit, shape)
-        mu, nu = stats.mean(both, "x"), stats.mean(both, "f")
-        s = damp(stats.mean(both, "xx") - mu.outer(mu), self.damping)
-        c = stats.mean(both, "xf").T - nu.outer(mu)  # (out, in)
+        found, cross, gradient = self.taps(unit, shape)
+        own: Tap | None = None
+        if not self.anchor or found not in stats.sums:
+            found, own, gradient = self.dense_taps(unit, shape)
+        mu, nu, xf = (stats.mean(found, n) for n in ("x", "f", "xf"))
+        if own is None:
+            nu = (1 - self.anchor) * nu + self.anchor * stats.mean(cross, "f")
+            xf = (1 - self.anchor) * xf + self.anchor * stats.mean(cross, "xf")
+        s = damp(stats.mean(found, "xx") - mu.outer(mu), self.damping)
+        c = xf.T - nu.outer(mu)  # (out, in)
         w = solve(s, c.T, 0.0).T
         metric = stats.mean(gradient)
+        if own is None:
+            low = whitened_svd(w, s, metric)
+            unknown = torch.full((shape.hidden + 2,), torch.nan, dtype=torch.float64)
+            return Frontier(unit, unknown, {"B": low.B, "A": low.A, "mu": mu, "nu": nu}, nats=True)
         unexplained = stats.mean(own) - nu.outer(nu) - w @ s @ w.T
         floor = (metric * unexplained).sum().clamp(min=0)
         low = whitened_svd(w, s, metric)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.edits import neuron_edits, qk_edits, value_edits
-from planish.linalg import balance, eigh_root, selection_losses, solve, tail_sums
+from planish.linalg import balance, eigh_root, select_greedily, selection_losses, solve, tail_sums
 from planish.stats import Stats, Tap, kind
 
 
@@ -32,32 +32,34 @@ def pair_effects(q: Tensor, g: Tensor, heads: int) -> dict[str, Tensor]:
     return {"sum": s.T @ s}
 
 
-def anchored(stats: Stats, site: str, anchor: float) -> tuple[Tensor, Tensor]:
-    """(E[x̂ x̂ᵀ], E[t x̂ᵀ]) with t = (1 − a) x̂ + a x; both are E[x xᵀ] where only the dense prefix was measured."""
-    own = Tap(site, "gram")
+def anchored(stats: Stats, role: str, w: Tensor, anchor: float) -> tuple[Tensor, Tensor]:
+    """(E[x̂ x̂ᵀ], E[W t x̂ᵀ]) with t = (1 − a) x̂ + a x; x̂ = x where only the dense prefix was measured."""
+    own = Tap(f"{role}.in", "gram")
     if not anchor or own not in stats.sums:
-        gram = stats.mean(Tap(f"dense:{site}", "gram"))
-        return gram, gram
+        gram = stats.mean(Tap(f"dense:{role}.in", "gram"))
+        return gram, w @ gram
     gram = stats.mean(own)
-    return gram, (1 - anchor) * gram + anchor * stats.mean(Tap(f"dense:{site}", "cross", site))
+    return gram, (1 - anchor) * (w @ gram) + anchor * stats.mean(Tap(f"dense:{role}.product", "cross", f"{role}.in"))
 
 
-def anchored_taps(site: str, anchor: float) -> list[Tap]:
-    dense = [Tap(f"dense:{site}", "gram")]
-    return [*dense, Tap(site, "gram"), Tap(f"dense:{site}", "cross", site)] if anchor else dense
+def anchored_taps(role: str, anchor: float) -> list[Tap]:
+    site = f"{role}.in"
+    return (
+        [Tap(site, "gram"), Tap(f"dense:{role}.product", "cross", site)] if anchor else [Tap(f"dense:{site}", "gram")]
+    )
 
 
-def refit(w: Tensor, gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
-    """W' (out, k) with least E‖W t − W' x_J‖² from gram = E[x xᵀ] and cross = E[t xᵀ]."""
-    return solve(gram[kept][:, kept], (w @ cross[:, kept]).T, damping).T
+def refit(gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """W' (out, k) with least E‖y − W' x_J‖² from gram = E[x xᵀ] and cross = E[y xᵀ] (out, in)."""
+    return solve(gram[kept][:, kept], cross[:, kept].T, damping).T
 
 
 @dataclass(frozen=True)
 class FisherNeurons(Solver):
     """Keep the neurons of an MLP that matter most to the loss; down is refitted by least squares.
 
-    Order: E[x_i²] · w_iᵀ G w_i, w_i the neuron's column of down. Predicted loss: ½ of the output error in the metric G,
-    exact for the refit at every rank, from one Cholesky factor of the ordered Gram.
+    Order: by forward selection in the metric G, in 64 steps (see `select_greedily`). Predicted loss: ½ of the output error
+    in the metric G, exact for the refit at every rank.
     """
 
     name: ClassVar[str] = "fisher-neurons"
@@ -74,23 +76,26 @@ class FisherNeurons(Solver):
         return rank * shape.hidden * (3 if shape.gated else 2)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
-        return [*anchored_taps("down.in", self.anchor), Tap("grad:down.out", "gram")]
+        return [*anchored_taps("down", self.anchor), Tap("grad:down.out", "gram")]
+
+    def dense_taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return [*anchored_taps("down", 0), Tap("grad:down.out", "gram")]
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
-        gram, cross = anchored(stats, "down.in", self.anchor)
-        metric = eigh_root(stats.mean(Tap("grad:down.out", "gram")))[0].T @ weights["down"].double()
-        order = (gram.diagonal() * metric.square().sum(0)).argsort(descending=True, stable=True)
-        loss = selection_losses(gram, metric, order, True, self.damping) / 2
+        w = weights["down"].double()
+        gram, cross = anchored(stats, "down", w, self.anchor)
+        metric = eigh_root(stats.mean(Tap("grad:down.out", "gram")))[0].T @ w
+        order, loss = select_greedily(gram, metric, self.damping)
         roles = [n for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights]
         factors = {"order": order, "gram": gram, "cross": cross, **{n: weights[n] for n in roles}}
-        return Frontier(unit, loss, factors, nats=True)
+        return Frontier(unit, loss / 2, factors, nats=True)
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= shape.intermediate:
             return []
         f = frontier.factors
         kept = f["order"][:rank].sort().values
-        return neuron_edits(f, kept, refit(f["down"].double(), f["gram"], f["cross"], kept, self.damping))
+        return neuron_edits(f, kept, refit(f["gram"], f["cross"], kept, self.damping))
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,16 @@ class FisherValues(Solver):
         return rank * shape.kv_heads
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
-        return [*anchored_taps("o.in", self.anchor), Tap("grad:o.out", "gram")]
+        return [*anchored_taps("o", self.anchor), Tap("grad:o.out", "gram")]
+
+    def dense_taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return [*anchored_taps("o", 0), Tap("grad:o.out", "gram")]
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         heads, groups, d = shape.heads, shape.groups, shape.v
-        gram, cross = anchored(stats, "o.in", self.anchor)
         root = eigh_root(stats.mean(Tap("grad:o.out", "gram")))[0].T
         o = weights["o"].double()
+        gram, cross = anchored(stats, "o", o, self.anchor)
         by_head = (root @ o).unflatten(1, (heads, d)).transpose(0, 1)  # (heads, hidden, d)
         left = (by_head.mT @ by_head).unflatten(0, (-1, groups)).sum(1)
         own = gram.view(heads, d, heads, d).diagonal(dim1=0, dim2=2).movedim(-1, 0)
@@ -133,7 +141,7 @@ class FisherValues(Solver):
         full_q = torch.block_diag(*q.repeat_interleave(groups, 0))
         z = full_p.T @ gram @ full_p
         loss = selection_losses(z, root @ o @ full_q, self.order(d, shape), True, self.damping)[::heads] / 2
-        factors = {"P": p, "gram": z, "o": o, "cross": cross @ full_p}
+        factors = {"P": p, "gram": z, "cross": cross @ full_p}
         factors |= {n: weights[n] for n in ("v", "v.bias") if n in weights}
         return Frontier(unit, loss, factors, nats=True)
 
@@ -146,7 +154,7 @@ class FisherValues(Solver):
             return []
         f = frontier.factors
         kept = self.order(rank, shape).sort().values
-        o = refit(f["o"], f["gram"], f["cross"], kept, self.damping)
+        o = refit(f["gram"], f["cross"], kept, self.damping)
         p = f["P"][..., :rank].mT
         v = (p @ f["v"].double().unflatten(0, (shape.kv_heads, -1))).flatten(0, 1)
         bias = (p @ f["v.bias"].double().view(shape.kv_heads, -1, 1)).flatten() if "v.bias" in f else None

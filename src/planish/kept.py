@@ -1,0 +1,49 @@
+"""Statistics of many blocks, kept for later: in memory up to a limit, beyond it in an unnamed file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+
+from planish.activations import Activations, Room
+from planish.stats import Stats, Tap
+
+
+class Kept(MutableMapping[int, Stats]):
+    """Block → its statistics; what is read is not to be changed.
+
+    Shares the memory that `room` allows what is kept for all blocks with the stream's block inputs. The same bits come
+    back from memory and from the file.
+    """
+
+    def __init__(self, room: Room):
+        self.tensors = Activations(room.shelf)
+        self.places: dict[int, tuple[dict[Tap, dict[str, int]], dict[Tap, int], str]] = {}
+
+    def __setitem__(self, i: int, stats: Stats) -> None:
+        places: dict[Tap, dict[str, int]] = {}
+        for tap, sums in stats.sums.items():
+            places[tap] = {}
+            for name, tensor in sums.items():
+                places[tap][name] = len(self.tensors)
+                self.tensors.append(tensor)
+        self.places[i] = (places, dict(stats.tokens), stats.origin)
+
+    def __getitem__(self, i: int) -> Stats:
+        places, tokens, origin = self.places[i]
+        stats = Stats()
+        stats.sums = {tap: {name: self.tensors[n] for name, n in sums.items()} for tap, sums in places.items()}
+        stats.tokens, stats.origin = dict(tokens), origin
+        return stats
+
+    def taps(self, i: int) -> set[Tap]:
+        """Which taps of a block are kept; nothing is read."""
+        return set(self.places[i][0]) if i in self.places else set()
+
+    def __delitem__(self, i: int) -> None:
+        del self.places[i]  # what the file holds of it stays until the end
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
