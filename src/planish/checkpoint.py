@@ -40,7 +40,7 @@ from planish.modules import (
     rotary_width,
     split_block,
 )
-from planish.shards import Shard, hash_file, write_shard, write_text
+from planish.shards import Shard, hash_file, sync_folder, write_shard, write_text
 
 register()  # the Auto classes know compressed models from here on
 
@@ -515,8 +515,10 @@ class Writer:
         self.finished: dict[int, dict[str, Any]] = {}
         if resume:
             self.finished = processes.share(self.read_journal() if self.active else {})
-        elif self.active:
-            self.create(output, overwrite)
+        else:
+            if self.active:
+                self.create(output, overwrite)
+            processes.share(None)  # nobody writes into the folder before it is there
 
     def create(self, output: Path, overwrite: bool) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
@@ -529,6 +531,8 @@ class Writer:
             if path.is_symlink():
                 raise InputError(f"{path} is a link; give the folder itself")
         if self.partial.exists():
+            if not self.partial.is_dir() or (any(self.partial.iterdir()) and not self.state.is_dir()):
+                raise InputError(f"{self.partial} exists and is not of planish's making; move it or choose another output")
             shutil.rmtree(self.partial)
         try:
             self.state.mkdir(parents=True)
@@ -638,13 +642,17 @@ class Writer:
         self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         for leftover in self.partial.glob("*.part"):
             leftover.unlink()
-        old = self.output.with_name(self.output.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
         if self.output.exists():
-            os.replace(self.output, old)
-        os.replace(self.partial, self.output)
-        shutil.rmtree(self.output / "resume", ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(self.state / "old", ignore_errors=True)
+            os.replace(self.output, self.state / "old")
+        try:
+            os.replace(self.partial, self.output)
+        except OSError:
+            if (self.state / "old").exists():
+                os.replace(self.state / "old", self.output)
+            raise
+        sync_folder(self.output.parent)
+        tidy(self.output)
 
     def abort(self, wrong_input: bool = False) -> None:
         """After an error: leave nothing behind, unless blocks are finished and the run can be taken up again.
@@ -653,6 +661,16 @@ class Writer:
         """
         if self.active and (wrong_input or not (self.state / "journal.jsonl").exists()):
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def tidy(output: Path) -> bool:
+    """Remove what a complete folder no longer needs; whether there was anything (a run was stopped just before this)."""
+    left = output / "resume"
+    if left.is_symlink() or not left.is_dir():
+        return False
+    shutil.rmtree(left)
+    sync_folder(output)
+    return True
 
 
 def seal(entry: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import version
 from math import isnan
@@ -32,6 +32,7 @@ from planish.checkpoint import (
     is_empty,
     kv_bytes,
     open_source,
+    tidy,
     unseal,
     write_config,
 )
@@ -244,7 +245,9 @@ class Job:
     def decompose(self, i: int, block: nn.Module, stats: Stats, solver: Solver | None = None) -> dict[Unit, Frontier]:
         """Frontiers of block i's units, without the factors."""
         weights, found, new = read_weights(block, self.stream), {}, []
-        for unit in self.block_units(i):
+        units = self.block_units(i)
+        for n in processes.own_work([self.full_cost([u]) for u in units]):
+            unit = units[n]
             used = solver or self.units[unit]
             if f := self.cache.losses(stats.origin, used, unit):
                 found[unit] = f
@@ -253,7 +256,8 @@ class Job:
             found[unit] = Frontier(unit, f.loss, {}, f.nats)
             new.append((used, found[unit]))
         self.cache.keep_losses(stats.origin, new)
-        return found
+        found = {u: f for part in processes.gather(found) for u, f in part.items()}
+        return {u: found[u] for u in units}
 
     def gradients(
         self,
@@ -430,6 +434,7 @@ class Job:
                     if origin:
                         self.cache.keep_stats("forward", i, stats)
                     stats.merge(known)
+                    del current, pair  # the computing copies
                 with self.phase("solve"):
                     new = self.solve_units(stage, plan, weights, stats, origin)
                     if edits:  # edits of a block are applied together, to a block as it was
@@ -516,22 +521,13 @@ def check_tokens(job: Job, windows: Tensor, settings: dict[str, Any]) -> None:
     if set(own) & set(settings):
         return
     grams = [t for t in job.taps(job.block_units(0)) if t.kind in ("gram", "moments")]
-    need = max((channels(job.shapes[0], t.site) for t in grams), default=0)
+    need = max((job.shapes[0].width(t.site) for t in grams), default=0)
     if 0 < windows.numel() < need:
         hint = f", or ask for damping (--set {own[0]}=0.01)" if own else ""
         raise InputError(
             f"calibration has {windows.numel()} tokens, fewer than the largest Gram's dimension {need}: "
             f"use at least {need} tokens (--n-samples × --seq-len){hint}"
         )
-
-
-def channels(shape: Shape, site: str) -> int:
-    """Width of the tensor at a tap's site."""
-    where, end = site.rpartition(":")[2].split(".")
-    if where not in shape.roles:
-        return shape.hidden
-    out, n = shape.linear(where)
-    return out if end == "out" else n
 
 
 def peak_rss() -> int:
@@ -629,6 +625,8 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
     output = Path(output)
     state = output.with_name(output.name + ".partial") / "resume"
     if not (state / "request.json").is_file():
+        if (output / "planish.json").is_file() and tidy(output):  # stopped after the last rename
+            return read_result(output)
         hint = ": it is complete" if (output / "planish.json").is_file() else ""
         raise InputError(f"nothing to resume at {output}{hint} (no {state / 'request.json'})")
     try:
@@ -655,6 +653,15 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         device=device, dtype=dtype, round_to=round_to, overwrite=overwrite, progress=progress, resume=True,
         target=target, files=files,
     )  # fmt: skip
+
+
+def read_result(output: Path) -> Result:
+    """What the manifest of a complete folder says."""
+    try:
+        found = json.loads((output / "planish.json").read_text(encoding="utf-8"))["result"]
+        return Result(**{f.name: found[f.name] for f in fields(Result)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {output / 'planish.json'}: {error!r}; compress again with --overwrite") from None
 
 
 def read_warnings(caught: list[warnings.WarningMessage]) -> list[str]:

@@ -58,6 +58,14 @@ class Shape:
             "down": (self.hidden, self.intermediate),
         }[role]
 
+    def width(self, site: str) -> int:
+        """Channels of the tensor at a tap's site."""
+        where, end = site.rpartition(":")[2].split(".")
+        if where not in self.roles:
+            return self.hidden
+        out, n = self.linear(where)
+        return out if end == "out" else n
+
     def count(self, *roles: str) -> int:
         """Weights (without biases) of the given roles, of all by default."""
         return sum(a * b for a, b in map(self.linear, roles or self.roles))

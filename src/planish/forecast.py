@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from planish.checkpoint import Source
-from planish.compress import Job, channels, check_tokens, check_windows, find_name, pick_dtype
+from planish.compress import Job, check_tokens, check_windows, find_name, pick_dtype
 from planish.core import SUBMODULES, Method, Plan, Progress, Shape
 from planish.predict import Prediction, predict
 from planish.stats import KINDS, Tap
@@ -169,7 +169,7 @@ def cache_width(job: Job, plan: Plan, i: int) -> int:
 
 def sums(shape: Shape, tap: Tap) -> int:
     """fp64 numbers that a tap accumulates."""
-    inputs = [torch.empty(1, channels(shape, s), device="meta") for s in tap.sites]
+    inputs = [torch.empty(1, shape.width(s), device="meta") for s in tap.sites]
     extra = {"heads": tap.heads} if tap.heads else {}
     return sum(t.numel() for t in KINDS[tap.kind](*inputs, **extra).values())
 

@@ -38,6 +38,8 @@ def compress(
     asked = f"{keep:g}" if kv_keep is None else f"kv-keep {kv_keep:g}"
     asked = asked if sparsity is None else f"sparsity {sparsity:g}"
     with session(as_json) as run:
+        from planish import processes
+
         arguments = {
             "model": model, "keep": keep, "kv_keep": kv_keep, "method": method, "calibration": calibration,
             "n_samples": n_samples, "seq_len": seq_len, "seed": seed, "sampling": sampling and sampling.value,
@@ -56,12 +58,11 @@ def compress(
             result = run.api.compress(
                 **arguments, output=output, overwrite=overwrite, cache=cache, progress=run.progress
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, processes.ProcessLost):
             if output.with_name(output.name + ".partial").exists():
                 say(f"to go on from here: planish resume {output}")
             raise
-        for warning in result.warnings:
-            say(f"note: {warning}")
+        run.note(result.warnings)
         how = "loads with plain transformers" if result.format == "native" else "loads after `import planish`"
         phases = ", ".join(f"{name} {format_seconds(s)}" for name, s in result.seconds.items() if name != "total")
         run.give(
