@@ -105,6 +105,9 @@ class CacheCost(Solver):
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return self.solver.taps(unit, shape)
 
+    def work(self, unit: Unit, shape: Shape) -> int:
+        return self.solver.work(unit, shape)
+
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         return self.solver.decompose(unit, weights, stats, shape)
 

@@ -104,6 +104,11 @@ class Source:
     def n_blocks(self) -> int:
         return self.config.num_hidden_layers
 
+    @property
+    def stored(self) -> torch.dtype:
+        """What the blocks' weights are stored in."""
+        return next(self.block(0).parameters()).dtype
+
     def embedding_name(self) -> str:
         """Name of the input embedding's weight in the causal LM."""
         self.empty_block(0)
@@ -266,6 +271,23 @@ class FolderSource(Source):
                 shutil.copyfile(self.folder / name, target / name)
 
 
+class ConfigSource(Source):
+    """A config.json without weights: enough to plan with."""
+
+    def __init__(self, folder: Path):
+        self.config, self.name = load_config(folder), str(folder)
+        self.family = find_family(self.config)
+
+    @property
+    def stored(self) -> torch.dtype:
+        kind = getattr(self.config, "dtype", None)
+        return kind if isinstance(kind, torch.dtype) else torch.float32
+
+    def skeleton(self) -> PreTrainedModel:
+        with torch.device("meta"):
+            return build_skeleton(self.config, self.family)
+
+
 class MemorySource(Source):
     """A causal LM in memory; never changed."""
 
@@ -397,6 +419,17 @@ def open_source(model: str | Path | PreTrainedModel | Source, tokenizer: Any = N
     if isinstance(model, nn.Module):
         return MemorySource(model, tokenizer)
     return FolderSource(find_folder(model), str(model))
+
+
+def open_shapes(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
+    """Like `open_source`; a config.json, or a folder with one and no weights, will do."""
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if path.name == "config.json" and path.is_file():
+            return ConfigSource(path.parent)
+        if (path / "config.json").is_file() and not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin")):
+            return ConfigSource(path)
+    return open_source(model, tokenizer)
 
 
 def find_folder(model: str | Path) -> Path:

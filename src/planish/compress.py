@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from math import isnan
@@ -42,7 +42,7 @@ from planish.methods import find_method
 from planish.modules import Spec, get_linear
 from planish.shards import Shard, hash_file
 from planish.stats import Stats, Tap
-from planish.stream import Stream
+from planish.stream import Stream, give_back_large
 from planish.targets import Rounded, constrain, find_target, make_uniform, needs_uniform
 from planish.version import __version__
 
@@ -461,7 +461,9 @@ class Job:
             solver = self.units[unit]
             make = partial(solver.decompose, unit, weights, stats, shape)
             frontier = self.cache.frontier(origin, solver, unit, make) if origin else make()
-            found[n] = (float(frontier.loss[plan[unit]]), solver.truncate(frontier, plan[unit], shape))
+            edits = [store(e, weights) for e in solver.truncate(frontier, plan[unit], shape)]
+            found[n] = (float(frontier.loss[plan[unit]]), edits)
+            del frontier, make  # before the next one is made
         found = {n: f for part in processes.gather(found) for n, f in part.items()}
         for n, unit in enumerate(units):
             if not isnan(found[n][0]):  # nothing is predicted
@@ -486,6 +488,12 @@ class Timer:
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + took - self.inner
         if self.running:
             self.running[-1].inner += took
+
+
+def store(edit: Edit, weights: Weights) -> Edit:
+    """The edit in the weights' own dtype, in which it will be applied."""
+    kind = next(iter(weights.values())).dtype
+    return replace(edit, tensors={n: t.to(kind) if t.is_floating_point() else t for n, t in edit.tensors.items()})
 
 
 def read_weights(block: nn.Module, stream: Stream) -> Weights:
@@ -568,6 +576,7 @@ def compress(
     `files`: further text files for the folder, by name.
     """
     start = time.perf_counter()
+    give_back_large()
     if processes.start(device):
         device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     check_keep(keep)

@@ -94,11 +94,10 @@ def inverse_diagonal(a: Tensor) -> Tensor:
 
 
 def times_factor(w: Tensor, a: Tensor) -> Tensor:
-    """W L (out, n) for L in the lower triangle of a."""
-    out = torch.empty_like(w)
+    """W ← W L (out, n), in place, for L in the lower triangle of a."""
     for i, j in stripes(len(a)):
-        out[:, i:j] = w[:, i:j] @ a[i:j, i:j].tril() + w[:, j:] @ a[j:, i:j]
-    return out
+        w[:, i:j] = w[:, i:j] @ a[i:j, i:j].tril() + w[:, j:] @ a[j:, i:j]
+    return w
 
 
 def over_factor(e: Tensor, a: Tensor) -> Tensor:
@@ -144,7 +143,7 @@ class Refits:
         reorder(gram, order)
         self.order, self.gram = order, gram
         take_root(gram, [gram[i:j, i:j].clone() for i, j in stripes(len(gram))], damping)
-        self.explained = times_factor(w.double()[:, order], gram)
+        self.explained = times_factor(w[:, order].double(), gram)
 
     def losses(self) -> Tensor:
         """Squared error at every rank 0 … n: (n + 1,), in the Gram's own scale."""

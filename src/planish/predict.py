@@ -2,19 +2,18 @@
 
 Notation: P_b weights of the largest block, P_o parameters outside the blocks, P_m of the larger of embedding and head;
 s, c bytes of a stored and of a computed number; T calibration tokens, t = min(T, 8192) those of one batch; d hidden,
-m intermediate; S fp64 numbers of one block's statistics; n the widest channel count with a Gram.
+m intermediate; k channels of all tapped sites together; S fp64 numbers of one block's statistics, S_w of them in wide
+Grams, of which there is only one copy; W fp64 numbers alive in the largest solve (`Solver.work`).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import prod
 
 from planish.core import Shape
 
-LIBRARIES = 400 << 20  # Python, PyTorch and transformers, loaded
+LIBRARIES = 410 << 20  # Python, PyTorch and transformers, loaded and warm
 BATCH = 8192  # tokens
-COPIES = 7  # fp64 matrices of the widest Gram's size alive in the largest solve (mean, damped, factor, reordered, …)
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,9 @@ def predict(
     outside: int,
     largest: int,
     statistics: int,
+    wide: int,
+    sites: int,
+    work: int,
     tokens: int,
     written: int,
     stored: int = 2,
@@ -47,26 +49,30 @@ def predict(
 ) -> Prediction:
     """Peaks of a run that compresses every block.
 
-    outside = P_o, largest = P_m, statistics = S, written = parameters of the output; `streams` 2 where the dense prefix runs
-    beside the compressed one; `activation_limit`: bytes of activations held in memory before they go to disk.
+    outside = P_o, largest = P_m, statistics = S, wide = S_w, sites = k, work = W, written = parameters of the output;
+    `streams` 2 where the dense prefix runs beside the compressed one; `activation_limit`: bytes of activations held in
+    memory before they go to disk.
 
-    RAM = base + max(at the start: P_m (s + c); at the end: P_o s; in a block: streams · P_b (s + c if c ≠ s) + A + 8 S' +
-    max(batch, COPIES · 8 n²)), A = min(2 · streams · T d c, limit), batch = t (3 m + 6 d) c, S' = 2 S where there is more
-    than one batch. On an accelerator the computing copy of a block, the batch and 8 S' lie in VRAM while it is measured.
+    RAM = base + the largest of
+    start    P_m (s + c) + T d c
+    measure  streams · P_b (s + c if c ≠ s) + A + 8 S' + t (3 m + 6 d + k) c,  S' = S, or 2 S − S_w for several batches
+    solve    streams · P_b s + P_b s for the edits + A + 8 S + 8 W
+    end      P_o s
+    with A = min(2 · streams · T d c, limit); the inputs of wide Grams, a lane's at a time, are among the activations.
+    On an accelerator the computing copy of a block, the batch and 8 S' lie in VRAM while a block is measured.
     """
     shape = max(shapes, key=Shape.count)
-    block, wide = shape.count(), max(shape.intermediate, shape.heads * shape.v, shape.hidden)
+    block = shape.count()
     copy = computed if accelerator or computed != stored else 0
     activations = 2 * streams * tokens * shape.hidden * computed
-    held = activations if activation_limit is None else min(activations, activation_limit)
-    batch = min(tokens, BATCH) * (3 * shape.intermediate + 6 * shape.hidden) * computed
-    sums = (2 if tokens > BATCH else 1) * 8 * statistics
-    rooted = 8 * max(wide**2, 2 * max(prod(shape.linear(r)) for r in shape.roles) // COPIES)
+    lane = 0 if tokens <= BATCH or not wide else max(BATCH, tokens // 8) * shape.intermediate * computed
+    held = activations + lane if activation_limit is None else min(activations + lane, activation_limit)
+    batch = min(tokens, BATCH) * (3 * shape.intermediate + 6 * shape.hidden + sites) * computed
+    sums = 8 * (statistics if tokens <= BATCH else 2 * statistics - wide)
     on_host, on_device = streams * block * stored + held, streams * block * copy
-    if accelerator:
-        vram = max(on_device + batch + sums, largest * computed)
-        inside = on_host + sums + COPIES * rooted
-    else:
-        vram, inside = 0, on_host + on_device + sums + max(batch, COPIES * rooted)
-    ram = base + max(largest * (stored + computed), outside * stored, inside)
-    return Prediction(ram, vram, written * stored, activations - held)
+    measure = on_device + batch + sums
+    solve = on_host + block * stored + 8 * (statistics + work)
+    start = largest * (stored + computed) + min(tokens * shape.hidden * computed, held)
+    vram = max(measure, largest * computed) if accelerator else 0
+    ram = base + max(start, outside * stored, on_host + (8 * statistics if accelerator else measure), solve)
+    return Prediction(ram, vram, written * stored, activations + lane - held)

@@ -386,6 +386,13 @@ class Stream:
                 progress(phase, len(self) - i, len(self))
 
 
+def give_back_large() -> None:
+    """From here on freed tensors of 4 MiB and more go back to the system at once: glibc's own limit grows to 32 MiB, and
+    what lies below it stays with the process in pieces."""
+    if LIBC is not None and hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
+
+
 def return_memory() -> None:
     """Give freed heap pages back to the system: glibc keeps those of tensors below its growing mmap threshold."""
     if LIBC is not None and hasattr(LIBC, "malloc_trim"):

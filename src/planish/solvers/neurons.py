@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
+from planish import stats as stats_file
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.edits import neuron_edits
-from planish.grams import Refits, ridge_leverage, slicing_losses
+from planish.grams import TILE, Refits, ridge_leverage, slicing_losses
 from planish.stats import Stats, Tap
 
 
@@ -43,13 +46,18 @@ class Neurons(Solver):
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("down.in", "gram")]
 
+    def work(self, unit: Unit, shape: Shape) -> int:
+        n = shape.intermediate
+        own = n * n if 8 * n * n < stats_file.WIDE else 0  # a copy of the Gram, unless it is wide
+        return own + 3 * shape.hidden * n + 4 * TILE * n
+
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         gram, tokens = stats.take(Tap("down.in", "gram"))
-        down = weights["down"].double()
+        down = weights["down"]
         if self.score == "leverage":
             score = ridge_leverage(gram, self.ridge)
         else:
-            score = gram.diagonal() * down.square().sum(0)
+            score = gram.diagonal() * torch.linalg.vector_norm(down, dim=0, dtype=gram.dtype).square()
         order = score.argsort(descending=True, stable=True)
         factors = {n: weights[n] for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights}
         if not self.refit:
