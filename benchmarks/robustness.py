@@ -37,7 +37,11 @@ TABLE = ROOT / "docs" / "tables" / "robustness.md"
 METHODS = ("flat-llm", "svd-llm", "erc-svd", "auto", "subfit", "a3")
 BLOCKS = 6
 MOMENTS = ("before a block is finished", "between blocks", "after the last block")
-CLOCK = ("seconds", "peak_rss_bytes", "output")  # of the manifest: what a clock and the system say, and the folder's name
+CLOCK = (
+    "seconds",
+    "peak_rss_bytes",
+    "output",
+)  # of the manifest: what a clock and the system say, and the folder's name
 
 
 def write_inputs(folder: Path) -> list[object]:
@@ -129,7 +133,11 @@ def kill_often(folder: Path, words: list[object], method: str, kills: int, say: 
             finished = (out / "planish.json").exists()
             if finished and not (out / "resume").exists():  # killed with nothing left to do
                 break
-            again = ["resume", out, "--json"] if begun or finished else [*words, "--method", method, "-o", out, "--overwrite"]
+            again = (
+                ["resume", out, "--json"]
+                if begun or finished
+                else [*words, "--method", method, "-o", out, "--overwrite"]
+            )
             child = fork(*again)
         files, runs = check(out, whole), runs + 1
         subprocess.run(["rm", "-r", str(out)], check=True)
@@ -158,7 +166,9 @@ def show_processes(folder: Path, args: argparse.Namespace, say: Callable[[str], 
         found = []
         for count in (1, 2, 4):
             out = folder / f"{method}-{count}"
-            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+            torchrun = (
+                ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+            )
             line = [sys.executable, *torchrun, "-m", "planish", *map(str, words), "--method", method, "-o", str(out)]
             subprocess.run(line, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             check(out, folder / f"{method}-1")
@@ -167,7 +177,16 @@ def show_processes(folder: Path, args: argparse.Namespace, say: Callable[[str], 
 
 
 def show_fuzz(folder: Path, args: argparse.Namespace, say: Callable[[str], None]) -> None:
-    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-show-statistics", "--timeout=0"]
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-show-statistics",
+        "--timeout=0",
+    ]
     files = ["tests/test_fuzz.py", "tests/test_recipes.py"]
     environment = os.environ | {"PLANISH_FUZZ": str(args.fuzz), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*line, *files], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -213,7 +232,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="planish-robustness-") as folder:
             show(Path(folder), args, say)
         texts[title] = "\n" + "\n".join(lines) + "\n"
-        page = "# Interrupted, spread over processes, fed broken input\n\nMeasured by `python benchmarks/robustness.py`.\n"
+        page = (
+            "# Interrupted, spread over processes, fed broken input\n\nMeasured by `python benchmarks/robustness.py`.\n"
+        )
         page += "".join(f"\n## {title}\n{texts[title].rstrip()}\n" for title, _ in SECTIONS.values() if title in texts)
         TABLE.write_text(page, encoding="utf-8")
 

@@ -54,7 +54,9 @@ def test_same_as_the_plain_formulas(n):
     gram, w = draw(n)
     gram = linalg.symmetrise(gram)
     before, order = gram.clone(), torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(grams.ridge_leverage(gram, 1e-2), linalg.ridge_leverage(before, 1e-2), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        grams.ridge_leverage(gram, 1e-2), linalg.ridge_leverage(before, 1e-2), rtol=1e-8, atol=1e-10
+    )
     assert torch.equal(gram, before)
     scale = float(((w @ before) * w).sum())
     losses = grams.slicing_losses(before.clone(), w, order)

@@ -512,14 +512,27 @@ def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, sha
             old = owner._parameters.get(leaf, owner._buffers.get(leaf))
             if old is None or old.shape != tensor.shape:
                 raise ValueError(f"edit of {edit.target}: {name} has shape {tuple(tensor.shape)}, form {edit.form}")
-            value = tensor.to(old.dtype).contiguous()
-            if not is_finite(value):
-                raise ValueError(f"edit of block {shape.block}, {edit.target}: {name} is not finite in {old.dtype}")
+            value = narrow(tensor, old.dtype, f"block {shape.block}, {edit.target}").contiguous()
             if leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
                 owner._buffers[leaf] = value
     return spec
+
+
+def narrow(tensor: Tensor, kind: torch.dtype, where: str) -> Tensor:
+    """The tensor in the dtype that weights are stored in (whole numbers as they are), or an error where it does not fit."""
+    if not tensor.is_floating_point():
+        return tensor
+    value = tensor.to(kind)
+    if not is_finite(value):
+        if not is_finite(tensor):
+            raise ValueError(f"edit of {where} is not finite")
+        raise InputError(
+            f"the new weights of {where} do not fit into {str(kind)[6:]}: they reach {float(tensor.abs().max()):.3g}; "
+            "store the model in bfloat16 or float32 first"
+        )
+    return value
 
 
 def count_block(block: nn.Module) -> int:
@@ -565,7 +578,9 @@ class Writer:
                 raise InputError(f"{path} is a link; give the folder itself")
         if self.partial.exists():
             if not self.partial.is_dir() or (any(self.partial.iterdir()) and not self.state.is_dir()):
-                raise InputError(f"{self.partial} exists and is not of planish's making; move it or choose another output")
+                raise InputError(
+                    f"{self.partial} exists and is not of planish's making; move it or choose another output"
+                )
             shutil.rmtree(self.partial)
         try:
             self.state.mkdir(parents=True)

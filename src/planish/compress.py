@@ -31,6 +31,7 @@ from planish.checkpoint import (
     count_block,
     is_empty,
     kv_bytes,
+    narrow,
     open_source,
     tidy,
     unseal,
@@ -461,7 +462,10 @@ class Job:
             solver = self.units[unit]
             make = partial(solver.decompose, unit, weights, stats, shape)
             frontier = self.cache.frontier(origin, solver, unit, make) if origin else make()
-            edits = [store(e, weights) for e in solver.truncate(frontier, plan[unit], shape)]
+            edits = [
+                store(e, weights, f"block {unit.block}, {unit.name}")
+                for e in solver.truncate(frontier, plan[unit], shape)
+            ]
             found[n] = (float(frontier.loss[plan[unit]]), edits)
             del frontier, make  # before the next one is made
         found = {n: f for part in processes.gather(found) for n, f in part.items()}
@@ -490,10 +494,10 @@ class Timer:
             self.running[-1].inner += took
 
 
-def store(edit: Edit, weights: Weights) -> Edit:
+def store(edit: Edit, weights: Weights, where: str) -> Edit:
     """The edit in the weights' own dtype, in which it will be applied."""
     kind = next(iter(weights.values())).dtype
-    return replace(edit, tensors={n: t.to(kind) if t.is_floating_point() else t for n, t in edit.tensors.items()})
+    return replace(edit, tensors={n: narrow(t, kind, where) for n, t in edit.tensors.items()})
 
 
 def read_weights(block: nn.Module, stream: Stream) -> Weights:

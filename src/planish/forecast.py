@@ -188,12 +188,13 @@ def estimate(
     taps = max(parts, key=lambda part: count_sums(shape, part), default=[])
     statistics = count_sums(shape, taps)
     wide = sum(n for t in taps if t.kind == "gram" and 8 * (n := count_sums(shape, [t])) >= stats_file.WIDE)
-    sites = max((sum(shape.width(s) for s in {s for t in part for s in t.sites}) for part in parts), default=0)
+    found = [[shape.width(s) for s in {s for t in part for s in t.sites}] for part in parts]
+    sites = max(found, key=sum, default=[])
     work = max((job.units[u].work(u, shape) for u in job.block_units(shape.block)), default=0)
     both = 2 if job.method.prefix == "both" else 1
     written = params - job.weights + sum(job.cost(u, plan.get(u, job.full(u))) for u in job.units)
     written += job.weights - job.full_cost()
-    found = predict(
+    peaks = predict(
         job.shapes,
         outside=params - job.weights,
         largest=head,
@@ -206,6 +207,7 @@ def estimate(
         stored=itemsize,
         computed=stream.dtype.itemsize,
         streams=both,
+        sequential=job.method.prefix != "dense",
         accelerator=stream.device.type != "cpu",
         activation_limit=stream.room.limit,
     )
@@ -227,7 +229,7 @@ def estimate(
         + ("; this machine has no such device: its CPU's rates" if here != stream.device else ""),
         "flops": f"two per weight and token, and attention over {size[1]} tokens of context",
     }
-    return found, forward + taking + solving, how
+    return peaks, forward + taking + solving, how
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:

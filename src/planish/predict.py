@@ -36,43 +36,57 @@ def predict(
     largest: int,
     statistics: int,
     wide: int,
-    sites: int,
+    sites: list[int],
     work: int,
     tokens: int,
     written: int,
     stored: int = 2,
     computed: int = 4,
     streams: int = 1,
+    sequential: bool = False,
     accelerator: bool = False,
     activation_limit: int | None = None,
     base: int = LIBRARIES,
 ) -> Prediction:
     """Peaks of a run that compresses every block.
 
-    outside = P_o, largest = P_m, statistics = S, wide = S_w, sites = k, work = W, written = parameters of the output;
+    outside = P_o, largest = P_m, statistics = S, wide = S_w, sites = their widths (together k), work = W, written = parameters of the output;
     `streams` 2 where the dense prefix runs beside the compressed one; `activation_limit`: bytes of activations held in
     memory before they go to disk.
 
     RAM = base + the largest of
     start    P_m (s + c) + T d c
-    measure  streams · P_b (s + c if c ≠ s) + A + 8 S' + t (3 m + 6 d + k) c,  S' = S, or 2 S − S_w for several batches
+    measure  streams · P_b (s + c if c ≠ s) + A + batch + sums
     solve    streams · P_b s + P_b s for the edits + A + 8 S + 8 W
     end      P_o s
-    with A = min(2 · streams · T d c, limit); the inputs of wide Grams, a lane's at a time, are among the activations.
-    On an accelerator the computing copy of a block, the batch and 8 S' lie in VRAM while a block is measured.
+    with A = min(2 · streams · T d c, limit), half of it where a method measures on the compressed prefix (`sequential`:
+    a block runs again for its outputs); forward f = t (3 m + 3 d + k − widest site) c; batch + sums = 8 (2 S − S_w) + f for
+    several batches, for one the larger of f and 8 S + t k c + 8 · 1024 · widest site. The inputs of wide Grams, a lane's at a
+    time, are among the activations. On an accelerator the computing copy of a block, batch and sums lie in VRAM.
     """
     shape = max(shapes, key=Shape.count)
-    block = shape.count()
+    block, d, m = shape.count(), shape.hidden, shape.intermediate
     copy = computed if accelerator or computed != stored else 0
-    activations = 2 * streams * tokens * shape.hidden * computed
-    lane = 0 if tokens <= BATCH or not wide else max(BATCH, tokens // 8) * shape.intermediate * computed
-    held = activations + lane if activation_limit is None else min(activations + lane, activation_limit)
-    batch = min(tokens, BATCH) * (3 * shape.intermediate + 6 * shape.hidden + sites) * computed
-    sums = 8 * (statistics if tokens <= BATCH else 2 * statistics - wide)
-    on_host, on_device = streams * block * stored + held, streams * block * copy
-    measure = on_device + batch + sums
-    solve = on_host + block * stored + 8 * (statistics + work)
-    start = largest * (stored + computed) + min(tokens * shape.hidden * computed, held)
-    vram = max(measure, largest * computed) if accelerator else 0
-    ram = base + max(start, outside * stored, on_host + (8 * statistics if accelerator else measure), solve)
-    return Prediction(ram, vram, written * stored, activations + lane - held)
+    limit = float("inf") if activation_limit is None else activation_limit
+    one = streams * tokens * d * computed
+    lane = 0 if tokens <= BATCH or not wide else max(BATCH, tokens // 8) * m * computed
+    held = int(min(2 * one + lane, limit))
+    batch = min(tokens, BATCH) * computed
+    through = 3 * m + 3 * d
+    tapped, widest = sum(sites), max(sites, default=0)
+    if tokens > BATCH:
+        measure = 8 * (2 * statistics - wide) + batch * (through + tapped - widest)
+    else:
+        measure = max(batch * (through + tapped - widest), 8 * statistics + batch * tapped + 8 * 1024 * widest)
+    rest = streams * block * copy + batch * through + held  # a block runs again for its outputs
+    measure += streams * block * copy + (int(min(one + lane, limit)) if sequential else held)
+    solve = streams * block * stored + held + block * stored + 8 * (statistics + work)
+    on_host = streams * block * stored
+    start = largest * (stored + computed) + min(one, held)
+    if accelerator:
+        vram = max(measure, rest, largest * computed) - held
+        inside = on_host + held + 8 * statistics
+    else:
+        vram, inside = 0, on_host + max(measure, rest)
+    ram = base + max(start, outside * stored, inside, solve)
+    return Prediction(ram, vram, written * stored, 2 * one + lane - held)

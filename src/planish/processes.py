@@ -35,7 +35,9 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLost(f"process {rank()} of {count()} lost another one ({' '.join(str(error).split())[:200]})") from None
+        raise ProcessLost(
+            f"process {rank()} of {count()} lost another one ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def start(device: str = "cpu") -> bool:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from planish import processes
 from planish import stats as planish_stats
 from planish.activations import Activations, Room
-from planish.checkpoint import Source, apply_edits
+from planish.checkpoint import Source, apply_edits, is_finite
 from planish.core import Edit, Progress, Shape
+from planish.errors import InputError
 from planish.families import Family
 from planish.modules import find_blocks, get_linear
 from planish.stats import Stats, Tap, add_lane
@@ -249,13 +250,16 @@ class Stream:
                 total.merge(share_stats(mine, owner))
             for tap in wide:
                 self.add_wide(total, tap, kept[tap], mine.tokens.get(tap, 0), owners, shape)
-        for sums in total.sums.values():  # solved beside the weights, on the CPU
+        for tap, sums in total.sums.items():  # solved beside the weights, on the CPU
             sums.update({name: t.cpu() for name, t in sums.items()})
+            if not all(is_finite(t) for t in sums.values()):
+                raise InputError(
+                    f"activations of block {shape.block} ({tap.site}) are infinite or no numbers in {str(self.dtype)[6:]}: "
+                    f"{'use --dtype float32' if self.dtype != torch.float32 else 'the model overflows'}"
+                )
         return total
 
-    def add_wide(
-        self, total: Stats, tap: Tap, inputs: Hidden, tokens: int, owners: list[int], shape: Shape
-    ) -> None:
+    def add_wide(self, total: Stats, tap: Tap, inputs: Hidden, tokens: int, owners: list[int], shape: Shape) -> None:
         """Add the Grams of the lanes that `owners` have just run, this process's own from its `inputs`."""
         found = [n for n, r in zip(processes.gather(tokens), range(processes.count()), strict=True) if r in owners]
         if not sum(found):
@@ -291,6 +295,8 @@ class Stream:
             losses.append((loss, target.numel()))
         self.release()
         losses = self.in_order(losses)
+        if not sum(n for _, n in losses):
+            raise InputError("windows of one token have no loss to compare by: use --seq-len 2 or more")
         return sum(loss for loss, _ in losses) / sum(n for _, n in losses)
 
     def in_order(self, values: list[T]) -> list[T]:
