@@ -64,7 +64,7 @@ HEAD = """# Predicted and measured peaks
 "Off" = predicted / measured − 1; time is predicted / measured. Video memory is predicted by the same formulas and was
 not measured: no accelerator was at hand.
 
-| hidden / intermediate, heads / kv | method | tokens | RAM predicted | RAM measured | off | disk predicted | disk measured | off | time |
+| hidden / intermediate, heads / kv | method | tokens | RAM predicted | measured | off | disk predicted | measured | off | time |
 |---|---|---|---|---|---|---|---|---|---|
 """
 SHAPES = """
@@ -121,7 +121,13 @@ def predict_large() -> str:
             ram, vram, disk, output = found.peak_ram_bytes, found.peak_vram_bytes, found.disk_bytes, found.bytes_after
             fits = "yes" if ram < 64e9 and vram < 24e9 else "no"
             name = f"{method} ({', '.join(settings)})" if settings else method
-            rows += f"| {name} | {ram / 1e9:.1f} GB | {vram / 1e9:.1f} GB | {output / 1e9:.0f} GB | {(disk - output) / 1e9:.1f} GB | {fits} |\n"
+            cells = [
+                f"{ram / 1e9:.1f} GB",
+                f"{vram / 1e9:.1f} GB",
+                f"{output / 1e9:.0f} GB",
+                f"{(disk - output) / 1e9:.1f} GB",
+            ]
+            rows += f"| {' | '.join([name, *cells, fits])} |\n"
             print(rows.splitlines()[-1], flush=True)
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
     return SHAPES.format(limit=limit / 1e9) + rows

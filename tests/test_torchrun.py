@@ -89,9 +89,10 @@ def test_lost_process(inputs, victim, count, tmp_path):
     assert hashes(out) == hashes(tmp_path / "whole")
 
 
-def test_processes_that_cannot_join():
+def test_processes_that_cannot_join(inputs, tmp_path):
     """Variables of torchrun without torchrun: one line."""
     alone = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
     for more, words in ((alone, "torchrun"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE")):
-        code, errors = finish(start(1, "compress", Path(tiny.__file__).parent, "-o", "nowhere", **more))
+        code, errors = finish(start(1, *ask(inputs, "svd-llm", tmp_path / "out"), **more))
         assert code == 2 and words in errors and "Traceback" not in errors, errors
+        assert not list(tmp_path.iterdir())

@@ -18,8 +18,8 @@ from planish import processes
 class Room:
     """How many bytes all activations of one stream may hold in memory, and where the rest goes.
 
-    Default: a quarter of the machine's memory, shared with the other processes on it; files in `folder` (the system's temporary one by default) have no name
-    and vanish with the process, however it ends.
+    Default: a quarter of the machine's memory, shared with the other processes on it; files in `folder` (the system's
+    temporary one by default) have no name and vanish with the process, however it ends.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None):

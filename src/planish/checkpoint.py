@@ -204,6 +204,12 @@ class FolderSource(Source):
         stored = self.rename[name]
         path = self.files[stored]
         tensor = self.shard(stored).read(stored)
+        if not tensor.is_floating_point() and stored.endswith((".weight", ".bias")):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"tensor {stored} in {path.name} of {self.folder} holds {kind}, not floating-point weights: quantised models "
+                "are not read, start from the original one"
+            )
         if not is_finite(tensor):
             raise InputError(f"tensor {stored} in {path.name} of {self.folder} holds NaN or infinity")
         return tensor

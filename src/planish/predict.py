@@ -50,7 +50,8 @@ def predict(
 ) -> Prediction:
     """Peaks of a run that compresses every block.
 
-    outside = P_o, largest = P_m, statistics = S, wide = S_w, sites = their widths (together k), work = W, written = parameters of the output;
+    outside = P_o, largest = P_m, statistics = S, wide = S_w, sites = their widths (together k), work = W, written =
+    parameters of the output; `sequential`: statistics on the compressed prefix;
     `streams` 2 where the dense prefix runs beside the compressed one; `activation_limit`: bytes of activations held in
     memory before they go to disk.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from planish.errors import InputError
 
 LANES = 8
+JOINING = timedelta(minutes=10)
 PATIENCE = timedelta(hours=24)  # one process may solve a large unit for long while the others wait
 
 T = TypeVar("T")
@@ -49,7 +50,11 @@ def start(device: str = "cpu") -> bool:
     if device.startswith("cuda"):
         torch.cuda.set_device(read("LOCAL_RANK", 0))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+        store, number, size = next(dist.rendezvous("env://", timeout=JOINING))
+        store.set_timeout(JOINING)
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        store = dist.PrefixStore("planish", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot join: {' '.join(str(error).split())[:200]}; "
