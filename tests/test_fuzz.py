@@ -230,19 +230,27 @@ def test_any_sweep(compressed, tmp_path, data):
     folder = tmp_path / "s"
     (folder / "points" / "a").mkdir(parents=True, exist_ok=True)
     shutil.copy(compressed / "planish.json", folder / "points" / "a")
-    points = [Point("dense", "dense", keep=1.0, perplexity=9.0), Point("a", "flat-llm", "{}", 0.6, 0.6, 10, 10, 4, perplexity=12.0)]
+    points = [
+        Point("dense", "dense", keep=1.0, perplexity=9.0),
+        Point("a", "flat-llm", "{}", 0.6, 0.6, 10, 10, 4, perplexity=12.0),
+    ]
     write_points(folder, points)
     rows = [line.split(",") for line in (folder / "results.csv").read_text().splitlines()]
     row = data.draw(st.integers(0, len(rows) - 1))
     rows[row][data.draw(st.integers(0, len(rows[row]) - 1))] = json.dumps(data.draw(VALUES))
     (folder / "results.csv").write_text("\n".join(map(",".join, rows)) + "\n")
-    (folder / "sweep.json").write_text(json.dumps(data.draw(VALUES | st.just({"model": "x", "calibration": {}, "evaluation": {}}))))
+    (folder / "sweep.json").write_text(
+        json.dumps(data.draw(VALUES | st.just({"model": "x", "calibration": {}, "evaluation": {}})))
+    )
     survives(lambda: write_report(folder, tmp_path / "report.html"))
     assert {p.name for p in tmp_path.iterdir()} <= {"s", "report.html"}
 
 
 @fuzz
-@given(content=st.binary(max_size=60) | st.text(max_size=30).map(str.encode), end=st.sampled_from([".npy", ".jsonl", ".parquet"]))
+@given(
+    content=st.binary(max_size=60) | st.text(max_size=30).map(str.encode),
+    end=st.sampled_from([".npy", ".jsonl", ".parquet"]),
+)
 def test_any_text_file(tmp_path, content, end):
     path = tmp_path / f"text{end}"
     path.write_bytes((b"\x93NUMPY\x01\x00" if end == ".npy" and content[:1] > b"a" else b"") + content)

@@ -182,6 +182,7 @@ class FolderSource(Source):
         self.family = find_family(self.config)
         self.files = index_tensors(folder)
         self._shards: dict[Path, Shard] = {}
+        self._last = -1  # block that was read last
         self.rename = self._match_names()
         inside = {
             n.removeprefix(f"{self.family.blocks}.").partition(".")[0] for n in self.names(f"{self.family.blocks}.")
@@ -229,7 +230,18 @@ class FolderSource(Source):
         with no_parameters():
             block = type(find_blocks(self._structure(), self.family)[i])(self._structure().config, i)
         fill(block, tensors, f"block {i} of {self.folder}")
+        self.read_ahead(i)
         return split_block(block.eval(), self.family, self.config)
+
+    def read_ahead(self, i: int) -> None:
+        """The system reads the block that comes next, up or down, while this one is worked on."""
+        following = i + (1 if i >= self._last else -1)
+        self._last = i
+        ahead: dict[Path, list[str]] = {}
+        for name in self.names(f"{self.family.blocks}.{following}."):
+            ahead.setdefault(self.files[self.rename[name]], []).append(self.rename[name])
+        for stored in ahead.values():
+            self.shard(stored[0]).expect(stored)
 
     def _structure(self) -> PreTrainedModel:
         if not hasattr(self, "_built"):
