@@ -11,9 +11,8 @@ and reads that process's peak resident memory from the kernel. One row is put in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,15 @@ models is below 35 %. Shape 70b: real blocks of a 70 B model (hidden 8192, inter
 |---|---|---|---|---|---|---|---|---|
 """
 SHAPES = {"70b": (8192, 28672, 64, 8, 8000)}  # hidden, intermediate, heads, kv heads, vocabulary
+
+
+def read_peak(process: int) -> int:
+    """Highest resident memory of a running process so far, in bytes, from the kernel (Linux)."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def main() -> None:
@@ -70,19 +78,18 @@ def main() -> None:
         done = subprocess.run([*planish, "plan", *words], check=True, stdout=subprocess.PIPE)
         predicted = json.loads(done.stdout)["peak_ram_bytes"]
         print(f"predicted {predicted / 1e9:.2f} GB", flush=True)
-        planned = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         start = time.perf_counter()
         command = [*planish, "compress", *words, "-o", str(out), "--no-cache"]
         process, shards = subprocess.Popen(command, stdout=subprocess.DEVNULL), out.with_name("out.partial")
+        peak = 0
         while process.poll() is None:
-            time.sleep(0.5)
+            peak = max(peak, read_peak(process.pid))
+            time.sleep(0.2)
             if args.first and len(list(shards.glob("*.safetensors"))) > args.first:
                 process.kill()
         if process.returncode and not args.first:
             raise SystemExit(f"compress failed with {process.returncode}")
         minutes = (time.perf_counter() - start) / 60
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > planned, "planning took more than compressing"
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     shape = (f"{args.shape}: " if args.shape else "") + f"{args.hidden}/{args.intermediate} {args.dtype}"
     blocks = f"first {args.first} of {args.blocks}" if args.first else str(args.blocks)
     row = (
