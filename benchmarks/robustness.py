@@ -197,9 +197,12 @@ def show_fuzz(folder: Path, args: argparse.Namespace, say: Callable[[str], None]
     say("| what is broken | examples | failures |")
     say("|---|---|---|")
     total = 0
-    for name, section in re.findall(r"tests/\w+\.py::test_(\w+)(?:\[.*?\])?:\n(.*?)(?=\n\n|\Z)", done.stdout, re.S):
-        counts = [re.findall(r"(\d+) passing examples, (\d+) failing", p) for p in section.split("- during ")]
-        passing, failing = (sum(int(c[i]) for found in counts for c in found) for i in (0, 1))
+    for section in re.split(r"^(?=tests/\w+\.py::test_)", done.stdout, flags=re.M)[1:]:
+        name = section.partition("::test_")[2].partition(":")[0]
+        counts = re.findall(r"(\d+) passing[^,]*, (\d+) failing", section)
+        passing, failing = (sum(int(c[i]) for c in counts) for i in (0, 1))
+        if not passing or failing:
+            raise SystemExit(f"{name}: {passing} passing and {failing} failing examples")
         total += passing
         say(f"| {name.replace('_', ' ')} | {passing} | {failing} |")
     say(f"| all | {total} | 0 |")
