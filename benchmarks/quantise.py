@@ -10,7 +10,6 @@ ranks are rounded to multiples of --round-to so that groups fit. Embeddings and 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 import warnings
@@ -23,9 +22,10 @@ import planish
 from planish.checkpoint import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from structural import ROOT, split_text
+from structural import ROOT, split_text, write_section
 
 TABLE = ROOT / "docs" / "tables" / "quantised.md"
+START = "# Integer weights after compression\n\nWritten by `benchmarks/quantise.py`; weight-only, torchao.\n"
 
 
 def read_arguments() -> argparse.Namespace:
@@ -34,6 +34,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--name", default="embedded model")
     parser.add_argument("--text", type=Path, help="text to calibrate and to evaluate on (default: builtin)")
     parser.add_argument("--method", default="a3")
+    parser.add_argument("--loader", action="store_true", help="int8 while transformers loads, instead of afterwards")
     parser.add_argument("--keep", default="0.9,0.8")
     parser.add_argument("--round-to", type=int, default=8)
     parser.add_argument("--n-samples", type=int, default=64)
@@ -65,6 +66,19 @@ def quantise(model: nn.Module, bits: int) -> int:
     return int(total)
 
 
+def load_int8(folder: Path) -> tuple[nn.Module, int]:
+    """The same int8 weights, made by transformers' own loader: `quantization_config` at from_pretrained."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", quantization_config=config).eval()
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    assert all(type(m.weight.data) is not torch.Tensor for m in linears)
+    return model, sum(m.out_features * (m.in_features + 2) for m in linears)
+
+
 def main() -> None:
     args = read_arguments()
     torch.set_num_threads(args.threads)
@@ -83,20 +97,22 @@ def main() -> None:
         for name, folder in models.items():
             cells = []
             for bits in (16, 8, 4):
-                model = planish.load(folder, dtype="bfloat16")
-                size = quantise(model, bits)
+                if bits == 8 and args.loader:
+                    model, size = load_int8(folder)
+                else:
+                    model = planish.load(folder, dtype="bfloat16")
+                    size = quantise(model, bits)
                 found = planish.evaluate(
                     model, held_out, args.seq_len, tokenizer=tokenizer, max_windows=args.windows, batch_size=4
                 )
                 cells.append(f"{found.perplexity:.3f} ({size / 1e6:.2f} MB)")
             rows.append(f"| {name} | " + " | ".join(cells) + " |")
             print(rows[-1], flush=True)
-    title, text = args.name, "Perplexity (bytes of the blocks' linear weights and scales).\n\n" + "\n".join(rows)
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    start = "# Integer weights after compression\n\nWritten by `benchmarks/quantise.py`; weight-only, torchao.\n"
-    old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else start
-    parts = [p for p in re.split(r"(?m)^(?=## )", old) if not p.startswith(f"## {title}\n")]
-    TABLE.write_text("\n\n".join(p.strip() for p in [*parts, f"## {title}\n\n{text}"]) + "\n", encoding="utf-8")
+    facts = (
+        f"Perplexity of {args.windows} × {args.seq_len} tokens (bytes of the blocks' linear weights and scales). Calibration "
+        f"{args.n_samples} × {args.seq_len} tokens.{' int8 made while loading.' if args.loader else ''}"
+    )
+    write_section(TABLE, START, args.name, f"{facts}\n\n" + "\n".join(rows))
 
 
 if __name__ == "__main__":

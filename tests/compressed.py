@@ -113,6 +113,25 @@ def rotary_pairs(kept: int) -> Make:
     return make
 
 
+def cached_keys(rank: int, frequency: bool) -> Make:
+    """Keys of all kv heads as `rank` channels: a latent that is rebuilt, or pairs that the heads share per frequency."""
+
+    def make(shape: Shape, w: Weights, g: torch.Generator) -> list[Edit]:
+        tensors = {"weight": torch.randn(rank, shape.hidden, generator=g) / shape.hidden**0.5}
+        if "k.bias" in w:
+            tensors["bias"] = torch.randn(rank, generator=g)
+        form = {"kind": "own", "k_rank": rank, "k_groups": 1}
+        if frequency:
+            at = torch.randint(shape.rotary // 2, (1, rank // 2), generator=g).sort().values
+            own = {"U": torch.randn(2, shape.kv_heads, rank // 2, generator=g), "frequencies": at.int()}
+            form |= {"k_form": "frequency"}
+        else:
+            own = {"U": torch.randn(1, shape.kv_heads * shape.qk, rank, generator=g) / rank**0.5}
+        return [Edit("k", {"kind": "dense", "out": rank, "in": shape.hidden}, tensors), Edit("attention", form, own)]
+
+    return make
+
+
 def bypass(target: str, rank: int = 0, *, gate: bool = False, shift: bool = False, raw: bool = False) -> Make:
     """A removed submodule, or a linear map in its place."""
 
@@ -148,6 +167,8 @@ FORMS: dict[str, list[Make | None]] = {
     "pivoted low rank": [low_rank("pivoted", 8)],
     "low-rank heads": [head_pairs(3)],
     "fewer rotary pairs": [rotary_pairs(2), both(rotary_pairs(3), values(4)), None],
+    "keys rebuilt from latents": [cached_keys(10, False), both(cached_keys(6, False), values(4)), None],
+    "keys shared within frequencies": [cached_keys(10, True), both(cached_keys(6, True), values(4)), None],
     "attention removed": [None, bypass("attention"), None],
     "first attention removed": [bypass("attention"), None],
     "MLP removed": [None, bypass("mlp"), both(bypass("mlp"), bypass("attention"))],

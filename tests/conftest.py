@@ -10,10 +10,14 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+
+import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,3 +74,27 @@ def tiny_llama() -> Callable[..., nn.Module]:
         return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A random llama in several shards, without a tokenizer."""
+    return tiny.save(tiny.build("llama_gqa"), tmp_path_factory.mktemp("models") / "llama", sharded=True)
+
+
+@pytest.fixture(scope="session")
+def ids(tmp_path_factory) -> Path:
+    """Token ids for it, as a file."""
+    path = tmp_path_factory.mktemp("text") / "ids.npy"
+    np.save(path, tiny.windows(40, 24).flatten().numpy())
+    return path
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    """``run("compress", folder, ...)``: the command line in this process."""
+    from typer.testing import CliRunner
+
+    from planish.cli import app
+
+    return lambda *args, **kw: CliRunner().invoke(app, [str(a) for a in args], **kw)

@@ -13,20 +13,24 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import tiny
+from planish.budgets import Asked, count_attention
 from planish.checkpoint import MemorySource, load
-from planish.compress import compress
+from planish.compress import Job, compress
 from planish.core import Method, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.families import FAMILIES
 from planish.linalg import balance, nystrom, reduce_scores, selection_losses
 from planish.methods.a3 import A3
 from planish.methods.modegpt import spread_removal
+from planish.methods.palu import Palu
 from planish.modules import find_blocks, get_linear, join_block, split_block
+from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
 from planish.solvers.value_output import ValueOutput
+from planish.stream import Stream
 
 WINDOWS = tiny.windows(12, 24)
 
@@ -377,6 +381,194 @@ def test_latent_keys_are_rebuilt_before_norm_and_rotation(name, tmp_path):
     assert torch.equal(cached, fresh) and torch.equal(cached, dense)
 
 
+@torch.no_grad()
+def share_keys(model: nn.Module, group: int) -> int:
+    """Let the keys of every frequency lie in a random complex subspace of the heads; pairs that a set of heads needs."""
+    family, needed = FAMILIES[model.config.model_type], 0
+    for i, block in enumerate(find_blocks(model, family)):
+        linear = get_linear(split_block(block, family, model.config), family, "k")
+        kv = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+        d = linear.out_features // kv
+        w = linear.weight.double()
+        columns = w if linear.bias is None else torch.cat([w, linear.bias.double()[:, None]], 1)
+        k = torch.view_as_complex(columns.view(kv // group, group, 2, d // 2, -1).movedim(2, -1).contiguous())
+        needed = 0
+        for f in range(d // 2):
+            rank = 1 + f % max(group - 1, 1)
+            needed += rank
+            for g in range(len(k)):
+                basis = torch.linalg.qr(torch.complex(draw(group, rank, seed=i + f), draw(group, rank, seed=50 + g))).Q
+                k[g, :, f] = basis @ basis.mH @ k[g, :, f]
+        columns = torch.view_as_real(k).movedim(-1, 2).reshape(kv * d, -1).to(linear.weight.dtype)
+        linear.weight.copy_(columns[:, : w.shape[1]])
+        if linear.bias is not None:
+            linear.bias.copy_(columns[:, -1])
+        join_block(block, family)
+    return needed
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [("llama_gqa", 2), ("llama_mha", 4), ("llama_mha", 2), ("llama_rope3", 2), ("llama_dynamic", 2), ("llama_yarn", 2)]
+    + [("llama_bias", 2), ("mistral", 2), ("qwen2", 2), ("phi3", 2), ("gemma2", 2)],
+)
+def test_a_low_rank_within_a_frequency_commutes_with_rotation(name, group, tmp_path):
+    """Keys whose heads share channels within each frequency: only those are cached, rotated, and nothing changes."""
+    model = tiny.build(name, torch.float64)
+    shape = MemorySource(model).shape(0)
+    rank = 2 * share_keys(model, group)
+    method = Cut(cuts=(("keys", rank),), parts=(KeyFrequency(group),))
+    result = compress(model, output=tmp_path / "m", keep=1.0, method=method, windows=WINDOWS, dtype=torch.float64)
+    small, ids = load(tmp_path / "m", dtype=torch.float64), WINDOWS[:2, :6]
+    with torch.no_grad():
+        assert float((small(WINDOWS[:4]).logits - model(WINDOWS[:4]).logits).abs().max()) < 1e-4
+        cache = small(ids, use_cache=True).past_key_values
+    per_token = (rank * (shape.kv_heads // group) + shape.kv_heads * shape.v) * 8 * model.config.num_hidden_layers
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == ids.numel() * per_token == ids.numel() * result.kv_bytes_per_token_after
+    assert result.kv_bytes_per_token_after < result.kv_bytes_per_token_before
+    family = FAMILIES[model.config.model_type]
+    for old, new in zip(find_blocks(model, family), find_blocks(small, family)):
+        dense = get_linear(split_block(old, family, model.config), family, "k").weight
+        rebuilt = new.get_submodule(family.attention).rebuild(get_linear(new, family, "k").weight)
+        assert torch.allclose(rebuilt, dense, atol=1e-6)
+        join_block(old, family)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0  # left padding
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached, fresh, dense = (
+        m.generate(ids, use_cache=c, **options) for m, c in ((small, True), (small, False), (model, True))
+    )
+    assert torch.equal(cached, fresh) and torch.equal(cached, dense)
+    if name != "llama_dynamic":  # its frequencies change with the length
+        static = small.generate(ids, cache_implementation="static", disable_compile=True, **options)
+        assert torch.equal(static, dense)
+
+
+def test_keys_shared_within_frequencies_lose_no_more_than_dropped_pairs():
+    """At equal cache the eigenvectors of all heads of a set are never worse than whole pairs of each head."""
+    from test_laws import cases
+
+    ((_, pairs, shape),) = cases("llama_mha", RotaryPairs("energy"))
+    ((_, shared, _),) = cases("llama_mha", KeyFrequency())
+    losses = [(float(shared.loss[shape.kv_heads * r]), float(pairs.loss[r])) for r in range(2, shape.qk, 2)]
+    assert all(a < b for a, b in losses)
+    ((_, single, _),) = cases("llama_mha", KeyFrequency(group=1))  # heads on their own: the same pairs
+    for r in range(2, shape.qk, 2):
+        assert float(single.loss[r]) == pytest.approx(float(pairs.loss[r]), rel=1e-9)
+
+
+def test_shared_keys_compile_without_graph_breaks(tmp_path):
+    compress(
+        tiny.build("llama_gqa"), output=tmp_path / "m", kv_keep=0.6, method=Palu(keys="frequency"), windows=WINDOWS
+    )
+    small, ids = load(tmp_path / "m"), WINDOWS[:2]
+    with torch.no_grad():
+        compiled = torch.compile(small, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(ids).logits, small(ids).logits, atol=1e-5)
+
+
+def test_palu_ranks_follow_the_gradients_of_the_weights(tmp_path):
+    """F = √E[(∂L/∂W)²] by autograd through the whole model, labels as sampled; ranks are in its proportion."""
+    model = tiny.build("llama_gqa", torch.float64)
+    stream = Stream(MemorySource(model), WINDOWS, dtype=torch.float64)
+    job = Job(stream, Palu(), asked=Asked(kv_keep=0.6))
+    plan = job.plan()
+    found = job.notes["fisher"]
+    sums = dict.fromkeys(found, 0.0)
+    weights = {}
+    for i, layer in enumerate(model.model.layers):
+        weights |= {f"{i}.keys": layer.self_attn.k_proj.weight, f"{i}.vo": layer.self_attn.v_proj.weight}
+    for n, ids in enumerate(WINDOWS):
+        logits = model(ids[None]).logits[0]
+        noise = torch.rand(len(ids), generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        labels = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), noise[:, None]).squeeze(1)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        for name, g in zip(weights, torch.autograd.grad(loss, list(weights.values()))):
+            sums[name] += float(g.square().mean())
+    for name, f in found.items():
+        assert f == pytest.approx((sums[name] / WINDOWS.numel()) ** 0.5, rel=1e-5)
+    ranked = sorted(plan, key=lambda u: found[str(u)])
+    share = {u: job.cost(u, r) / job.cost(u, job.full(u)) for u, r in plan.items()}
+    assert share[ranked[0]] < share[ranked[-1]]
+    for a, b in itertools.pairwise(ranked):
+        assert share[a] <= share[b] + max(job.cost(u, 1) / job.cost(u, job.full(u)) for u in (a, b))
+
+
+def test_a_part_with_coarse_steps_keeps_its_share_as_a_whole():
+    """Narrow heads: some blocks keep all rotary pairs, others three of four, instead of all of them three."""
+    model = tiny.build("llama_gqa", num_hidden_layers=5)
+    job = Job(Stream(MemorySource(model), WINDOWS), A3(), 0.9)
+    plan = job.plan()
+    for part in ("qk", "vo", "mlp"):
+        units = [u for u in plan if u.name == part]
+        kept = sum(job.cost(u, plan[u]) for u in units) / job.full_cost(units)
+        assert kept == pytest.approx(0.9, abs=0.03), part
+    assert {plan[u] for u in plan if u.name == "qk"} == {6, 8}
+
+
+def test_parts_can_be_cut_alone(tmp_path):
+    model = tiny.build("llama_gqa")
+    compress(model, output=tmp_path / "m", keep=0.95, method=A3(parts=("vo",)), windows=WINDOWS)
+    small = load(tmp_path / "m")
+    for old, new in zip(model.model.layers, small.model.layers):
+        assert torch.equal(old.self_attn.q_proj.weight, new.self_attn.q_proj.weight)
+        assert torch.equal(old.mlp.down_proj.weight, new.mlp.down_proj.weight)
+        assert old.self_attn.v_proj.weight.shape != new.self_attn.v_proj.weight.shape
+    with pytest.raises(InputError, match="parts=head; expected some of qk,vo,mlp"):
+        compress(model, output=tmp_path / "n", keep=0.9, method=A3(parts=("head",)), windows=WINDOWS)
+
+
+@pytest.mark.parametrize(
+    "method", [A3(), Palu(allocation="uniform"), Palu(allocation="uniform", keys="frequency")], ids=str
+)
+def test_planned_work_is_what_attention_multiplies(method, tmp_path):
+    """One more token in the cache costs the planned number of multiplications, counted while decoding."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny.build("llama_gqa")
+    job = Job(Stream(MemorySource(model), WINDOWS), method, asked=Asked(kv_keep=0.6))
+    plan, work = job.plan(), 0
+    for unit, rank in plan.items():
+        solver, shape = job.units[unit], job.shapes[unit.block]
+        work += solver.work(unit, shape, rank)
+    compress(model, output=tmp_path / "m", kv_keep=0.6, method=method, windows=WINDOWS)
+    config = load(tmp_path / "m").config
+    planned = sum(map(count_attention, job.shapes, config.planish["blocks"]))
+    if getattr(method, "keys", "") == "frequency":
+        assert work >= planned  # values of a set lie side by side, and may be fewer than the keys' solver can know
+    else:
+        assert work == planned
+    small = load(tmp_path / "m", attn_implementation="eager")
+    counted = []
+    for length in (10, 11):
+        with torch.no_grad():
+            cache = small(WINDOWS[:1, :length], use_cache=True).past_key_values
+            with FlopCounterMode(display=False) as counter:
+                small(WINDOWS[:1, length : length + 1], past_key_values=cache)
+        counted.append(counter.get_total_flops())
+    shape = job.shapes[0]
+    rotates_again = getattr(method, "keys", "") == "rebuild"  # then every block makes the angles of all positions
+    assert counted[1] - counted[0] == 2 * planned + rotates_again * shape.rotary * shape.blocks
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_weights_compose_with_compression(bits, tmp_path):
+    """The same with bitsandbytes, whose kernels are run on CUDA here."""
+    if not torch.cuda.is_available():
+        pytest.skip("bitsandbytes needs CUDA, and there is none")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    compress(tiny.build("llama_gqa"), output=tmp_path / "m", keep=0.8, method="a3", windows=WINDOWS)
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    small, ids = load(tmp_path / "m").cuda(), WINDOWS[:4].cuda()
+    small_int = load(tmp_path / "m", quantization_config=config, device_map={"": 0})
+    with torch.no_grad():
+        a, b = small(ids).logits.float(), small_int(ids).logits.float()
+    assert 0 < float((a - b).norm() / a.norm()) < {8: 0.1, 4: 0.6}[bits]
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integer_weights_compose_with_compression(bits, tmp_path):
     """A compressed folder loads with integer weights, computes nearly the same and generates."""
@@ -396,7 +588,10 @@ def test_integer_weights_compose_with_compression(bits, tmp_path):
         type(linear.weight.data) is not torch.Tensor
         and linear.weight.shape == small.model.layers[0].self_attn.v_proj.weight.shape
     )
+    later = load(tmp_path / "m")
+    quantization.quantize_(later, config, lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
     with torch.no_grad():
         a, b = small(ids).logits, small_int(ids).logits
+        assert torch.equal(later(ids).logits, b)  # the same weights, whether they are made while loading or afterwards
     assert 0 < float((a - b).norm() / a.norm()) < {8: 0.05, 4: 0.6}[bits]
     assert small_int.generate(ids[:1, :4], max_new_tokens=4, pad_token_id=0).shape[1] > 4

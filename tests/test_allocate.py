@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.allocate import BudgetError, spread
+from planish.allocate import BudgetError, Choices
+from planish.allocate import spread as spread_choices
+from planish.allocate import spread_by_kind as spread_choices_by_kind
 from planish.core import Frontier, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
+from planish.solvers.rotary_pairs import RotaryPairs
 from planish.solvers.value_pca import ValuePCA
 
 settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
@@ -30,6 +34,52 @@ def cover(solvers: list[Solver], blocks: list[Shape]) -> dict[Unit, Solver]:
 
 def spent(units: dict[Unit, Solver], blocks: list[Shape], plan: dict[Unit, int]) -> int:
     return sum(s.cost(u, blocks[u.block], plan[u]) for u, s in units.items())
+
+
+def spread(units, blocks, share, budget, step=1, rule=spread_choices):
+    """Of one budget that counts weights."""
+    choices = {}
+    for u, s in units.items():
+        ranks = list(s.ranks(u, blocks[u.block]))
+        cost = torch.tensor([[float(s.cost(u, blocks[u.block], r)) for r in ranks]], dtype=torch.float64)
+        choices[u] = Choices(torch.tensor(ranks), cost)
+    return rule(choices, share, [budget], step)
+
+
+def spread_by_kind(*arguments):
+    return spread(*arguments, rule=spread_choices_by_kind)
+
+
+@given(st.lists(st.floats(0.02, 1), min_size=2, max_size=7), st.floats(0.15, 0.98), st.sampled_from([1, 2, 3]))
+def test_every_kind_keeps_its_own_share(importance, keep, step):
+    """What a kind of unit spends is what its shares ask for, within one of its own steps and what others hand on."""
+    blocks = shapes(len(importance))
+    units = cover([ValuePCA(), Neurons(), RotaryPairs()], blocks)
+    full = {u: s.cost(u, blocks[u.block], s.ranks(u, blocks[u.block])[-1]) for u, s in units.items()}
+    budget = int(keep * sum(full.values()))
+    smallest = {u: s.cost(u, blocks[u.block], s.rank_at(u, blocks[u.block], 0.0, step)) for u, s in units.items()}
+    if sum(smallest.values()) > budget:
+        with pytest.raises(BudgetError):
+            spread_by_kind(units, blocks, lambda u: importance[u.block], budget, step)
+        return
+    plan = spread_by_kind(units, blocks, lambda u: importance[u.block], budget, step)
+    assert spent(units, blocks, plan) <= budget
+    wanted = dict(zip(range(len(importance)), iterative_clipping(importance, keep)))
+    coarse = max(max(u_step(units[u], u, blocks, step) for u in units if u.name == n) for n in ("qk", "vo", "mlp"))
+    if all(wanted[u.block] * full[u] >= smallest[u] for u in units):
+        for name in ("qk", "vo", "mlp"):
+            kind = [u for u in units if u.name == name]
+            asked = sum(wanted[u.block] * full[u] for u in kind)
+            got = sum(units[u].cost(u, blocks[u.block], plan[u]) for u in kind)
+            assert abs(got - asked) <= 2 * coarse + 1e-3 * sum(full.values())
+
+
+def u_step(solver: Solver, unit: Unit, blocks: list[Shape], step: int) -> int:
+    """The largest difference in cost of two neighbouring admissible ranks."""
+    shape = blocks[unit.block]
+    ranks = [r for r in solver.ranks(unit, shape) if r % step == 0 or r == solver.ranks(unit, shape)[-1]]
+    costs = [solver.cost(unit, shape, r) for r in ranks]
+    return max((b - a for a, b in pairwise(costs)), default=0)
 
 
 def iterative_clipping(importance: list[float], keep: float) -> list[float]:

@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import planish
 import tiny
 from planish import api, checkpoint
-from planish.cli import app
 from planish.errors import InputError
 from planish.methods import list_methods
 
@@ -27,25 +25,6 @@ METHODS = tuple(list_methods())
 MAIN = ("flat-llm", "a3", "subfit", "erc-svd", "svd-llm", "auto")
 EVERY = [m if m in MAIN else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 SHORT = ["--n-samples", "8", "--seq-len", "16"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A random llama in several shards, without a tokenizer."""
-    return tiny.save(tiny.build("llama_gqa"), tmp_path_factory.mktemp("models") / "llama", sharded=True)
-
-
-@pytest.fixture(scope="module")
-def ids(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "ids.npy"
-    np.save(path, tiny.windows(40, 24).flatten().numpy())
-    return path
-
-
-@pytest.fixture
-def run():
-    runner = CliRunner()
-    return lambda *args: runner.invoke(app, [str(a) for a in args])
 
 
 def copy(source: Path, target: Path) -> Path:
@@ -160,6 +139,19 @@ def test_short_text_is_used_whole_with_a_note(folder, ids, tmp_path, run):
     notes = json.loads(result.stdout)["warnings"]
     assert any("seq_len 64" in n for n in notes) and any("n_samples 15" in n for n in notes)
     assert "note: seq_len 64" in result.stderr
+
+
+@pytest.mark.parametrize("method", ["a3", "modegpt"])
+def test_queries_and_keys_that_are_left_are_named(method, ids, tmp_path, run):
+    """Families that normalise q and k: compress and plan say that those stay; others say nothing."""
+    model = tiny.save(tiny.build("qwen3"), tmp_path / "qwen3")
+    options = ("--method", method, "--calibration", ids, *SHORT)
+    done = run("compress", model, *options, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    left = "note: queries and keys are left as they are: this family normalises them"
+    assert left in done.stderr and left in run("plan", model, *options).stderr
+    plain = tiny.save(tiny.build("qwen2"), tmp_path / "qwen2")
+    assert "left as they are" not in run("compress", plain, *options, "-o", tmp_path / "out2").stderr
 
 
 def test_methods_lists_and_explains(run):

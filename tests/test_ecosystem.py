@@ -218,7 +218,7 @@ def _clean_env(cache: Path) -> dict[str, str]:
     return {**os.environ, "HF_HOME": str(cache / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("name", ["Attention", "Latent"])
+@pytest.mark.parametrize("name", ["Attention", "Frequencies", "Latent"])
 def test_attention_calls_the_interface_where_vllm_looks_for_it(name):
     """vLLM's Transformers backend parses `forward`: one call, by a name assigned from the table, with `scaling=self.…`."""
     import ast

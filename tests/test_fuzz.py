@@ -346,7 +346,7 @@ WORDS = [
     "☃",
 ]
 OPTIONS = ["keep", "kv-keep", "method", "calibration", "n-samples", "seq-len", "seed", "sampling", "round-to", "set"]
-OPTIONS += ["device", "dtype", "target"]
+OPTIONS += ["device", "dtype", "target", "flops-keep", "max-params", "max-bytes", "context"]
 
 
 @fuzz

@@ -127,6 +127,8 @@ def measured(b: Bench, unit: Unit, shape: Shape, edits: list[Edit], nats: bool =
         return {"down": mean_square(old["down.out"] - new["down.out"])}
     if unit.name == "qk":
         return score_errors(b, shape, dense, block)
+    if unit.name == "keys":
+        return shared_key_errors(b, shape, dense, block)
     if unit.name in ("attention", "ffn"):
         sites = ("block.out", "attention.add" if unit.name == "attention" else "mlp.add")
         old, new = (b.see(i, m, *sites) for m in (dense, block))
@@ -165,6 +167,21 @@ def score_errors(b: Bench, shape: Shape, dense: nn.Module, block: nn.Module) -> 
     return {"scores": total}
 
 
+def shared_key_errors(b: Bench, shape: Shape, dense: nn.Module, block: nn.Module) -> dict[str, float]:
+    """Score error of keys shared within each frequency, over all query heads, averaged over all relative rotations."""
+    old = b.see(shape.block, dense, "q.out", "k.out")
+    attention = block.get_submodule(b.family.attention)
+    rebuilt = attention.rebuild(b.see(shape.block, block, "k.out")["k.out"].T).T
+    half, total = shape.qk // 2, 0.0
+    for h in range(shape.heads):
+        j = h // shape.groups
+        q = old["q.out"][:, h * shape.qk : (h + 1) * shape.qk]
+        error = (old["k.out"] - rebuilt)[:, j * shape.qk : (j + 1) * shape.qk]
+        size, lost = (x.unflatten(1, (2, half)).square().sum(1).mean(0) for x in (q, error))
+        total += float((size * lost).sum() / 2)
+    return {"scores": total}
+
+
 def find_solvers() -> dict[str, Solver]:
     """Every solver of every method, and the settings that no method uses by default."""
     found: dict[str, Solver] = {}
@@ -180,6 +197,7 @@ def find_solvers() -> dict[str, Solver]:
         "energy": Neurons("energy", refit=False),
         "energy-refit": Neurons("energy", refit=True),
         "head-pca": find_method("flat-llm", {"qk": "pca"}).solvers()[-1],
+        "key-frequency": find_method("palu", {"keys": "frequency"}).solvers()[0],
     }
 
 
@@ -277,6 +295,7 @@ OPTIMAL = {
     "pivoted": LinearSVD("whitened", form="pivoted"),
     "refitted": Neurons("leverage", damping=0.0),
     "head-pca": SOLVERS["head-pca"],
+    "key-frequency": SOLVERS["key-frequency"],
 }
 
 
@@ -459,6 +478,7 @@ def test_batches_do_not_matter(method, family):
     )  # held-out parts, sampled labels and first samples go by the sequence's number
     ordered = any(t.part != "all" or "grad:" in t.site + t.other for t in taps) or hasattr(job.method, "samples")
     ordered |= hasattr(job.method, "windows")  # so do measurements on the first few sequences
+    ordered |= getattr(job.method, "allocation", "") == "fisher"  # and gradients that a plan asks for
     order = torch.arange(12) if ordered else torch.randperm(12, generator=torch.Generator().manual_seed(0))
     parts = solve(family, method, list(WINDOWS[order].split(5)))
     assert whole.keys() == parts.keys()

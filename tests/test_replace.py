@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from planish.core import Shape, Unit
 from planish.errors import InputError
 from planish.methods import find_method
 from planish.methods.subfit import SubFit
+from planish.modules import Bypass as BypassModule
 from planish.modules import find_blocks
-from planish.solvers.bypass import Bypass, Moments, bypass_edit, drop_edit, fit, fit_held_out
+from planish.solvers.bypass import Affine, Bypass, Moments, bypass_edit, drop_edit, fit, fit_held_out
 from planish.solvers.window import fit_map
 from planish.stats import KINDS, Tap
 from planish.stream import Stream, tap_sites
@@ -175,6 +177,44 @@ def test_zero_bypass_is_llm_drop(tmp_path):
     assert torch.allclose(logits(dropped), logits(by_hand), atol=1e-5)
 
 
+def test_bypass_of_zeros_adds_nothing(tmp_path):
+    """g = b = U = 0, whether the bypass is held in factors or as one matrix: the model of llm-drop, which holds none."""
+    model = tiny.build("llama_gqa")
+    dropped, _, manifest = run(model, tmp_path / "a", "llm-drop", sparsity=0.34)
+    stream = Stream(open_source(model), WINDOWS[:3])
+    removed = manifest["notes"]["removed"]
+    for rank in (0, 4, 32):
+        zero = Affine(torch.zeros(32), torch.zeros(32), torch.zeros(32, rank), torch.zeros(rank, 32))
+        hidden = stream.start()
+        for i in range(len(stream)):
+            gone = [t for t, k in (("attention", "attention"), ("mlp", "ffn")) if i in removed[k]["blocks"]]
+            edits = [bypass_edit(t, zero, gate=True, raw=False) for t in gone]
+            hidden = stream.run(i, stream.block(i, edits), hidden)
+        assert torch.allclose(stream.logits(hidden[0]), logits(dropped), atol=1e-6)
+
+
+def test_cosine_scores_choose_what_llm_drop_chooses(tmp_path):
+    """At instruct models' score; the feed-forwards are looked at in the model whose attentions are replaced."""
+    model = tiny.build("llama_gqa")
+    how = {"attention_score": "cosine", "ffn_score": "cosine", "fit": "once"}
+    _, _, manifest = run(model, tmp_path / "a", "subfit", sparsity=0.34, **how)
+    _, _, drop = run(model, tmp_path / "b", "llm-drop", sparsity=0.34)
+    notes = manifest["notes"]
+    rotation = {k: v for k, v in drop["notes"]["rotation"].items() if k.endswith("attention")}
+    assert notes["attention_scores"] == pytest.approx(rotation)
+    assert notes["removed"]["attention"] == drop["notes"]["removed"]["attention"]
+    small, _, only = run(model, tmp_path / "c", "subfit", sparsity=0.34, submodules="attention", **how)
+    assert only["notes"]["removed"]["attention"] == notes["removed"]["attention"]
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    for i, layer in enumerate(small.model.layers):
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda m, a, i=i: seen.update({i: (a[0], a[0])}))
+        layer.mlp.register_forward_hook(lambda m, a, out, i=i: seen.update({i: (seen[i][0], out)}))
+    logits(small, WINDOWS)
+    for i, (x, f) in seen.items():
+        turn = 1 - torch.nn.functional.cosine_similarity(x.double(), x.double() + f, dim=-1).mean()
+        assert notes["ffn_scores"][f"{i}.ffn"] == pytest.approx(float(turn), rel=1e-4)
+
+
 def test_full_rank_raw_ungated_attention_is_nbl(tmp_path):
     model = tiny.build("llama_gqa")
     windows = tiny.windows(40, 24)
@@ -279,6 +319,137 @@ def test_compensated_fit_sees_the_replaced_model_and_aims_at_the_dense_one():
         assert torch.allclose(stats.sums[tap][name], value, rtol=1e-5, atol=1e-4)
 
 
+def test_influence_is_rotation_times_magnitude_or_their_sum(tmp_path):
+    model = tiny.build("llama_gqa")
+    parts = []
+    for i in range(3):
+        x, f = collect(model, i, "attention.raw", "attention.add")
+        turn = 1 - torch.nn.functional.cosine_similarity(x, x + f, dim=-1)
+        parts.append((float(turn.mean()), float((f.norm(dim=-1) / x.norm(dim=-1)).mean())))
+    means = [sum(p[j] for p in parts) / 3 for j in (0, 1)]
+    expected = {
+        "product": [a * b for a, b in parts],
+        "sum": [a / means[0] + b / means[1] for a, b in parts],
+    }
+    for how, scores in expected.items():
+        settings = {"submodules": "attention", "attention_score": "influence", "combine": how, "fit": "once"}
+        _, _, manifest = run(model, tmp_path / how, "subfit", sparsity=0.34, **settings)
+        found = manifest["notes"]["attention_scores"]
+        assert [found[f"{i}.attention"] for i in range(3)] == pytest.approx(scores, rel=1e-5)
+        assert manifest["notes"]["removed"]["attention"]["blocks"] == [min(range(3), key=lambda i: scores[i])]
+
+
+def test_error_score_is_what_the_fit_leaves_on_the_tokens(tmp_path):
+    model = tiny.build("llama_gqa")
+    settings = {"submodules": "ffn", "ffn_score": "error", "fit": "once", "ridge": 1e-3}
+    small, _, manifest = run(model, tmp_path / "a", "subfit", sparsity=0.34, **settings)
+    (i,) = manifest["notes"]["removed"]["ffn"]["blocks"]
+    x, f, raw = collect(model, i, "up.in", "mlp.add", "mlp.raw")
+    with torch.no_grad():
+        left = (f - small.model.layers[i].mlp(x.float())).square().sum(-1).mean()
+    score = float(left / raw.square().sum(-1).mean())
+    assert manifest["notes"]["ffn_scores"][f"{i}.ffn"] == pytest.approx(score, rel=1e-4)
+
+
+def test_massive_tokens_stay_out_of_the_fit(tmp_path):
+    """`tokens` "calm": the fit is the regression on the other tokens."""
+    model = tiny.build("llama_gqa")
+    with torch.no_grad():  # one token becomes massive in one channel of the first norm's output
+        model.model.embed_tokens.weight[7] = 0
+        model.model.embed_tokens.weight[7, 3] = 500.0
+    ids = WINDOWS.clone()
+    ids[:, 5] = 7
+    settings = {"submodules": "ffn", "ffn_score": "error", "fit": "once", "ridge": 1e-9, "gate": False}
+    settings |= {"sparsity": 0.99, "input": "raw"}
+    fitted = {}
+    for tokens in ("all", "calm"):
+        small, _, _ = run(model, tmp_path / tokens, "subfit", windows=ids, tokens=tokens, **settings)
+        bypass = small.model.layers[0].mlp
+        fitted[tokens] = bypass.V.weight.detach().double(), bypass.shift.detach().double()
+    stream = Stream(open_source(model), ids)
+    block, start = stream.block(0), stream.start()[0]
+    with torch.no_grad(), tap_sites(block, stream.family, {"mlp.raw", "mlp.add"}) as seen:
+        stream.forward(0, block, start)
+    x, f = (seen[s].flatten(0, -2).double() for s in ("mlp.raw", "mlp.add"))
+    size = x.abs()
+    calm = size.amax(-1) <= 1000 * size.median(-1).values
+    assert 0 < int((~calm).sum()) < len(x)
+    for tokens, rows in (("all", torch.ones_like(calm)), ("calm", calm)):
+        ones = torch.cat([x[rows], x.new_ones(int(rows.sum()), 1)], 1)
+        error = {}
+        for name, (w, shift) in fitted.items():
+            error[name] = float((f[rows] - x[rows] @ w.T - shift).square().sum(-1).mean())
+        w = torch.linalg.lstsq(ones, f[rows], driver="gelsd").solution
+        best = float((f[rows] - ones @ w).square().sum(-1).mean())
+        assert error[tokens] == pytest.approx(best, rel=1e-2)
+        assert error[tokens] <= min(error.values())
+
+
+def test_ranks_are_relative_up_to_one_and_absolute_above(tmp_path):
+    model = tiny.build("llama_gqa")
+    how = {"sparsity": 0.34, "fit": "once", "ffn_score": "error"}
+    a, first, _ = run(model, tmp_path / "a", "subfit", attention_rank=0.25, ffn_rank=0.125, **how)
+    b, second, _ = run(model, tmp_path / "b", "subfit", attention_rank=8, ffn_rank=4, **how)
+    assert torch.equal(logits(a), logits(b)) and first.keep == second.keep
+
+
+def test_joint_fit_is_to_the_inputs_of_the_model_with_all_bypasses(tmp_path):
+    model = tiny.build("llama_gqa")
+    how = {"submodules": "ffn", "ffn_score": "error", "sparsity": 0.67, "ridge": 1e-6, "gate": False, "input": "normed"}
+    small, _, manifest = run(model, tmp_path / "a", "subfit", fit="once", **how)
+    joint, _, again = run(model, tmp_path / "b", "subfit", fit="joint", **how)
+    sequential, _, _ = run(model, tmp_path / "c", "subfit", fit="sequential", **how)
+    blocks = manifest["notes"]["removed"]["ffn"]["blocks"]
+    assert len(blocks) == 2 and again["notes"]["removed"]["ffn"]["blocks"] == blocks
+    seen: dict[int, Tensor] = {}
+    for i in blocks:
+        small.model.layers[i].mlp.register_forward_pre_hook(lambda m, a, i=i: seen.update({i: a[0]}))
+    logits(small, WINDOWS)
+    for i in blocks:
+        x = seen[i].flatten(0, 1)
+        with torch.no_grad():
+            f = model.model.layers[i].mlp(x)
+        a = fit(sums(x, f), 32, 1e-6, gate=False, basis="rrr")
+        assert torch.allclose(joint.model.layers[i].mlp.V.weight.double(), a.dense().T, atol=1e-4)
+        assert torch.allclose(joint.model.layers[i].mlp.shift.double(), a.shift, atol=1e-4)
+    first, second = (m.model.layers[blocks[0]].mlp.V.weight for m in (joint, sequential))
+    assert torch.allclose(first, second, atol=1e-4)  # nothing before the first bypass has changed
+    first, second = (m.model.layers[blocks[1]].mlp.V.weight for m in (joint, sequential))
+    assert torch.allclose(first, second, atol=1e-4)  # the first bypass has not changed either
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "opt"])
+def test_repair_is_a_regression_towards_the_old_weights(tmp_path, name):
+    """The first down projection behind a bypass, against a solve on stored activations; nothing before it changes."""
+    model = tiny.build(name)
+    how = {"submodules": "attention", "attention_score": "influence", "sparsity": 0.34, "fit": "once", "ridge": 1e-3}
+    small, before, _ = run(model, tmp_path / "a", "subfit", **how)
+    repaired, after, manifest = run(model, tmp_path / "b", "subfit", repair=True, **how)
+    (i,) = manifest["notes"]["removed"]["attention"]["blocks"]
+    assert after.keep == before.keep
+    family = open_source(model).family
+    dense_block, plain, new = (find_blocks(m, family)[i] for m in (model, small, repaired))
+    seen: dict[str, Tensor] = {}
+    plain.get_submodule(family.path("down")).register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
+    plain.get_submodule(family.mlp_norm).register_forward_pre_hook(lambda m, a: seen.update(mid=a[0]))
+    keep = {"out": lambda m, a, out: seen.update(out=out[0] if isinstance(out, tuple) else out)}
+    dense_block.register_forward_hook(keep["out"])
+    logits(small, WINDOWS)
+    logits(model, WINDOWS)
+    x, mid, out = (seen[n].reshape(WINDOWS.numel(), -1).double() for n in ("x", "mid", "out"))
+    old = dense_block.get_submodule(family.path("down"))
+    f = out - mid - (0 if old.bias is None else old.bias.detach().double())
+    t = old.weight.detach().double().T
+    level = 1e-3 * x.square().mean() * len(x)
+    t = t + torch.linalg.solve(x.T @ x + level * torch.eye(x.shape[1]), x.T @ (f - x @ t))
+    fitted = new.get_submodule(family.path("down"))
+    assert torch.allclose(fitted.weight.double(), t.T, atol=1e-4)
+    assert old.bias is None or torch.equal(fitted.bias, old.bias)
+    for j in range(i):
+        paths = [find_blocks(m, family)[j].get_submodule(family.path("down")).weight for m in (model, repaired)]
+        assert torch.equal(*paths)
+
+
 def test_automatic_fit_is_the_best_of_three(tmp_path):
     model, losses = tiny.build("llama_gqa"), {}
     for fit_mode in ("once", "sequential", "compensated", "auto"):
@@ -310,6 +481,86 @@ def test_sparsity_counts_each_kind(tmp_path):
     removed = manifest["notes"]["removed"]
     assert removed["attention"]["count"] == removed["ffn"]["count"] == 1
     assert result.keep_requested == pytest.approx(result.keep)  # sparsity decides, not keep
+
+
+def test_free_numbers_spend_the_budget(tmp_path):
+    """Greedy by loss per weight, against an oracle that builds every model; then the largest common rank that fits."""
+    model = tiny.build("llama_gqa")
+    how = {"numbers": "free", "attention_rank": 0.125, "ridge": 1e-3}
+    small, result, manifest = run(model, tmp_path / "a", "subfit", keep=0.7, fit="once", **how)
+    notes, full = manifest["notes"], manifest["full"]
+    chosen = list(notes["search"])
+    stream = Stream(open_source(model), WINDOWS)
+    solver = Bypass(attention_rank=0.125, ffn_rank=0.125, basis="rrr", ridge=1e-3)
+    fits, saved = {}, {}
+    hidden = stream.start()
+    for i in range(3):
+        shape = stream.source.shape(i)
+        for unit in solver.units(shape):
+            stats, out = stream.measure(i, stream.block(i), solver.taps(unit, shape), hidden)
+            fits[unit] = solver.truncate(solver.decompose(unit, {}, stats, shape), 0, shape)
+            saved[unit] = solver.cost(unit, shape, 1) - solver.cost(unit, shape, 0)
+        hidden = out
+    loss, need = stream.nll(hidden), result.block_params_before - int(0.7 * result.block_params_before)
+    made: list[Unit] = []
+    while sum(saved[u] for u in made) < need:
+        found = {}
+        for unit in fits:
+            if unit in made or (unit.name == "attention" and sum(u.name == "attention" for u in made) == 2):
+                continue
+            h = stream.start()
+            for i in range(3):
+                h = stream.run(i, stream.block(i, [e for u in [*made, unit] if u.block == i for e in fits[u]]), h)
+            found[unit] = stream.nll(h)
+        missing = need - sum(saved[u] for u in made)
+        made.append(min(found, key=lambda u: (found[u] - loss) / min(saved[u], missing)))
+        loss = found[made[-1]]
+        assert notes["search"][str(made[-1])] == pytest.approx(loss, abs=1e-6)
+    assert chosen == [str(u) for u in made] and set(full) == {str(u) for u in fits}
+    assert result.keep <= 0.7
+    ranks = {m.rank for b in small.model.layers for m in (b.self_attn, b.mlp) if isinstance(m, BypassModule)}
+    assert len(ranks) == 1
+    rank = ranks.pop()
+    assert rank >= 4
+    larger = replace(solver, attention_rank=(rank + 1) / 32, ffn_rank=(rank + 1) / 32)
+    shape = stream.source.shape(0)
+    assert rank == 32 or sum(saved[u] + solver.cost(u, shape, 0) - larger.cost(u, shape, 0) for u in made) < need
+    _, sparse, _ = run(model, tmp_path / "b", "subfit", sparsity=0.34, numbers="free")
+    assert sparse.keep <= 2 / 3  # as many weights go as in one block of three
+
+
+@pytest.mark.parametrize("numbers", ["equal", "free"])
+def test_swaps_end_where_no_exchange_helps(tmp_path, numbers):
+    model = tiny.build("llama_gqa")
+    how = {"attention_score": "influence", "ffn_score": "influence", "fit": "once", "numbers": numbers}
+    losses, removed = {}, {}
+    for swaps in (0, 9):
+        small, result, manifest = run(model, tmp_path / str(swaps), "subfit", sparsity=0.34, swaps=swaps, **how)
+        removed[swaps] = {k: v["count"] for k, v in manifest["notes"]["removed"].items()}
+        with torch.no_grad():
+            losses[swaps] = float(small(input_ids=WINDOWS, labels=WINDOWS).loss)
+        assert numbers == "equal" or result.keep <= 2 / 3
+    trace = [loss for _, _, loss in manifest["notes"].get("swaps", [])]
+    assert trace == sorted(trace, reverse=True)
+    if numbers == "equal":
+        assert removed[0] == removed[9] and trace and losses[9] == pytest.approx(trace[-1], abs=1e-5)
+        assert losses[9] < losses[0]
+
+
+def test_every_setting_is_documented():
+    text, names = SubFit.__doc__ or "", {f.name for f in fields(SubFit)}
+    assert names == {n for n in names if f"`{n}`" in text}, names
+
+
+def test_sparsity_and_keep_are_both_reported(tmp_path):
+    for budget in ({"sparsity": 0.34}, {"keep": 0.8}):
+        _, result, manifest = run(tiny.build("llama_gqa"), tmp_path / "a", "subfit", fit="once", **budget)
+        notes = manifest["notes"]
+        assert notes["keep_net"] == pytest.approx(result.keep)
+        gone = notes["parameters_removed"] - notes["parameters_added"]
+        assert gone == result.block_params_before - result.block_params_after and notes["parameters_added"] > 0
+        assert all(v["sparsity"] == v["count"] / 3 == len(v["blocks"]) / 3 for v in notes["removed"].values())
+        assert notes["sparsity_requested"] == budget.get("sparsity")
 
 
 def test_shared_basis_is_shared(tmp_path):
@@ -363,6 +614,11 @@ def test_families_generate_with_every_cache(tmp_path, name):
         plain = small.generate(ids, use_cache=False, **how)
         for kind in (None, "static"):
             assert torch.equal(small.generate(ids, cache_implementation=kind, **how), plain)
+        mask = torch.ones(2, 14, dtype=torch.long)
+        padded, mask[0, :5] = torch.cat([torch.cat([torch.zeros(5, dtype=torch.long), ids[0, :9]])[None], ids[1:]]), 0
+        both = small.generate(padded, attention_mask=mask, **how)  # left padding, batch of two
+        alone = small.generate(ids[:1, :9], use_cache=False, **how)
+        assert torch.equal(both[0, 5:], alone[0]) and torch.equal(both[1], plain[1])
     again = AutoModelForCausalLM.from_pretrained(out)
     again.save_pretrained(tmp_path / "b")
     assert torch.equal(logits(load(tmp_path / "b"), ids), whole)
@@ -394,20 +650,16 @@ def test_cache_layers_keep_their_types(tmp_path):
 def test_what_cannot_be_done_is_refused(tmp_path):
     with pytest.raises(InputError, match="norm follows"):
         run(tiny.build("gemma2"), tmp_path / "a", "replaceme", sparsity=0.34)
+    with pytest.raises(InputError, match="norm follows"):
+        run(tiny.build("gemma2"), tmp_path / "a", "subfit", sparsity=0.34, fit="once", repair=True)
     with pytest.raises(InputError, match="smallest keep"):
         run(tiny.build("llama_gqa"), tmp_path / "a", "shortgpt", keep=0.1)
     with pytest.raises(InputError, match="sparsity must lie"):
         run(tiny.build("llama_gqa"), tmp_path / "a", "subfit", sparsity=25.0)
     with pytest.raises(InputError, match="smaller ranks"):
-        run(
-            tiny.build("llama_gqa"),
-            tmp_path / "a",
-            "subfit",
-            keep=0.8,
-            attention_rank=1.0,
-            submodules="attention",
-            intermediate=0,
-        ) if False else run(tiny.build("llama_gqa", intermediate_size=8), tmp_path / "a", "subfit", keep=0.8)
+        run(tiny.build("llama_gqa", intermediate_size=8), tmp_path / "a", "subfit", keep=0.8)
+    with pytest.raises(InputError, match=r"by subfit: the smallest keep is 0\.\d+"):
+        run(tiny.build("llama_gqa"), tmp_path / "a", "subfit", keep=0.05, numbers="free")
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 LAYERS = [
     {"errors", "linalg", "grams", "version", "processes", "activations", "shards"},
     {"stats", "moments", "families", "core", "edits", "modules", "modelling"},
-    {"solvers", "allocate", "targets", "text", "checkpoint", "stream", "cache"},
+    {"solvers", "allocate", "budgets", "latency", "targets", "text", "checkpoint", "stream", "cache"},
     {"methods", "submodules"},
     {"compress", "forecast", "predict", "recipe"},
     {"evaluate", "export", "report"},

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from planish import checkpoint
+from planish.budgets import read_asked
 from planish.checkpoint import FolderSource, Source, find_folder, load_tokenizer, open_shapes, open_source
-from planish.compress import Result, check_keep, find_name
+from planish.compress import Result, find_name
 from planish.compress import compress as compress_windows
 from planish.core import Method, Progress
 from planish.errors import InputError
@@ -58,8 +59,13 @@ def compress(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
     *,
-    keep: float = 0.8,
+    keep: float | None = None,
     kv_keep: float | None = None,
+    flops_keep: float | None = None,
+    max_params: int | float | str | None = None,
+    max_bytes: int | float | str | None = None,
+    max_latency: float | None = None,
+    context: int | None = None,
     method: str | Method | None = None,
     calibration: Any = "builtin",
     n_samples: int | None = None,
@@ -79,9 +85,12 @@ def compress(
     """Compress a model into the folder `output` and report what was counted; without `output` return the smaller model.
 
     `model`: folder, hub id, or causal LM in memory (left untouched; give its `tokenizer`, unless the text is token ids).
-    `keep`: share of the decoder blocks' linear weights that stays; or `kv_keep`: share of the KV cache's bytes per token,
-    which cuts only what the cache holds. `method`: a name of `planish methods`, by default
-    "auto" where it exists, else "flat-llm"; `settings`: its hyper-parameters.
+    Budgets, one or two together (see docs/budgets.md): `keep` (by default 0.8): share of the decoder blocks' linear weights
+    that stays; `kv_keep`: of the KV cache's bytes per token (alone it cuts only what the cache holds); `flops_keep`: of the
+    blocks' FLOPs per token; `max_params`, `max_bytes`: of the whole model ("1.5B", "800MiB"); `max_latency`: milliseconds per
+    decoded token on this machine. `context`: tokens that the last ones count attention over.
+    `method`: a name of `planish methods`, by default "auto" where it exists, else "flat-llm"; `settings`: its
+    hyper-parameters.
     `calibration`: a SOURCE of `planish.text.load_tokens` (name, file, or token ids) from which `n_samples` windows
     (128) of `seq_len` tokens (2048, or as many as the model has positions) are taken: text at random by `seed`, ids
     side by side from the start, unless `sampling` says otherwise.
@@ -93,14 +102,17 @@ def compress(
     if output is None:
         with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as folder:
             compress(
-                model, tokenizer, keep=keep, kv_keep=kv_keep, method=method, calibration=calibration, n_samples=n_samples,
-                seq_len=seq_len, seed=seed, sampling=sampling, output=Path(folder) / "model", device=device,
-                dtype=dtype, round_to=round_to, settings=settings, target=target, cache=cache, progress=progress,
+                model, tokenizer, keep=keep, kv_keep=kv_keep, flops_keep=flops_keep, max_params=max_params,
+                max_bytes=max_bytes, max_latency=max_latency, context=context, method=method, calibration=calibration,
+                n_samples=n_samples, seq_len=seq_len, seed=seed, sampling=sampling, output=Path(folder) / "model",
+                device=device, dtype=dtype, round_to=round_to, settings=settings, target=target, cache=cache,
+                progress=progress,
             )  # fmt: skip
             return load(Path(folder) / "model")
-    check_keep(keep)
-    if kv_keep is not None:
-        check_keep(kv_keep, "kv-keep", "of the KV cache")
+    asked = read_asked(
+        keep=keep, kv_keep=kv_keep, flops_keep=flops_keep, max_params=max_params, max_bytes=max_bytes,
+        max_latency=max_latency, context=context,
+    )  # fmt: skip
     check_round(round_to)
     chosen = find_method(method or default_method(), settings or {})
     place = find_device(device)
@@ -109,7 +121,7 @@ def compress(
     recipe = None
     if isinstance(source, FolderSource) and isinstance(calibration, str | Path):
         recipe = Recipe(
-            model=source.name, keep=keep, kv_keep=kv_keep, method=find_name(chosen), settings=chosen.settings(),
+            model=source.name, method=find_name(chosen), settings=chosen.settings(), **asked.as_dict(),
             calibration=Text(source=str(calibration), **{n: text.record[n] for n in ("n_samples", "seq_len", "seed", "sampling")}),
             device=cast(Literal["cpu", "cuda", "mps"], place.partition(":")[0]),
             dtype=dtype if isinstance(dtype, str) else None, round_to=round_to, target=target,
@@ -117,8 +129,7 @@ def compress(
     result = compress_windows(
         source,
         output=output,
-        keep=keep,
-        kv_keep=kv_keep,
+        asked=asked,
         method=chosen,
         windows=text.windows,
         calibration=text.record,
@@ -140,8 +151,13 @@ def forecast(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
     *,
-    keep: float = 0.8,
+    keep: float | None = None,
     kv_keep: float | None = None,
+    flops_keep: float | None = None,
+    max_params: int | float | str | None = None,
+    max_bytes: int | float | str | None = None,
+    max_latency: float | None = None,
+    context: int | None = None,
     method: str | Method | None = None,
     calibration: Any = "builtin",
     n_samples: int | None = None,
@@ -160,9 +176,10 @@ def forecast(
     The calibration text is read only where the method needs statistics to choose its ranks; elsewhere a config.json alone
     will do for `model`, and "cuda" for `device` on a machine without.
     """
-    check_keep(keep)
-    if kv_keep is not None:
-        check_keep(kv_keep, "kv-keep", "of the KV cache")
+    asked = read_asked(
+        keep=keep, kv_keep=kv_keep, flops_keep=flops_keep, max_params=max_params, max_bytes=max_bytes,
+        max_latency=max_latency, context=context,
+    )  # fmt: skip
     check_round(round_to)
     chosen = find_method(method or default_method(), settings or {})
     place = device if device == "cuda" else find_device(device)  # may be planned for elsewhere
@@ -178,8 +195,7 @@ def forecast(
 
     found = forecast_windows(
         source,
-        keep=keep,
-        kv_keep=kv_keep,
+        asked=asked,
         method=chosen,
         read=read,
         size=(n_samples or N_SAMPLES, seq_len),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ from planish.modules import (
     rotary_width,
     split_block,
 )
-from planish.shards import Shard, hash_file, sync_folder, write_shard, write_text
+from planish.shards import Shard, hash_file, make_header, sync_folder, write_shard, write_text
 
 register()  # the Auto classes know compressed models from here on
 
@@ -59,6 +60,12 @@ def find_family(config) -> Family:
         near = get_close_matches(kind, FAMILIES, n=3, cutoff=0.4) or sorted(FAMILIES)
         raise InputError(
             f"model family {kind!r} is not supported; nearest: {', '.join(near)} (supported: {', '.join(sorted(FAMILIES))})"
+        )
+    if quantised := getattr(config, "quantization_config", None):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        raise InputError(
+            f"the model is already quantised ({how or 'quantization_config'} in its config): "
+            "compress the original weights, then quantise the result"
         )
     family = FAMILIES[kind]
     if getattr(config, "add_cross_attention", False):
@@ -100,6 +107,17 @@ class Source:
         """Tokenizer and generation files."""
         raise NotImplementedError
 
+    def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
+        """Every tensor that the model consists of, by its name in the causal LM: numbers and dtype, as they are stored.
+        Nothing is read but headers; tied matrices count once."""
+        raise NotImplementedError
+
+    def untie(self, sizes: dict[str, tuple[int, torch.dtype]]) -> dict[str, tuple[int, torch.dtype]]:
+        head = "lm_head.weight"
+        if self.config.tie_word_embeddings and head in sizes:
+            sizes = {self.embedding_name(): sizes[head]} | {n: s for n, s in sizes.items() if n != head}
+        return sizes
+
     @property
     def n_blocks(self) -> int:
         return self.config.num_hidden_layers
@@ -114,6 +132,11 @@ class Source:
         self.empty_block(0)
         embedding = self._empty.get_input_embeddings()
         return next(n for n, m in self._empty.named_modules() if m is embedding) + ".weight"
+
+    def count_head(self) -> int:
+        """Weights of the output embedding."""
+        self.empty_block(0)
+        return self._empty.get_output_embeddings().weight.numel()
 
     def shape(self, i: int) -> Shape:
         """Sizes of block i, read off an empty block."""
@@ -255,6 +278,11 @@ class FolderSource(Source):
         known = set(self._structure().state_dict())
         return {n: t for n, t in tensors.items() if n in known}
 
+    def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
+        known = set(self._structure().state_dict())
+        entries = {n: self.shard(stored).entry(stored) for n, stored in self.rename.items() if n in known}
+        return self.untie({n: (math.prod(e.shape), e.dtype) for n, e in entries.items()})
+
     def skeleton(self) -> PreTrainedModel:
         self.check_headers()
         return copy.deepcopy(self._structure())
@@ -301,6 +329,9 @@ class ConfigSource(Source):
         kind = getattr(self.config, "dtype", None)
         return kind if isinstance(kind, torch.dtype) else torch.float32
 
+    def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
+        return self.untie({n: (p.numel(), self.stored) for n, p in self.skeleton().state_dict().items()})
+
     def skeleton(self) -> PreTrainedModel:
         with torch.device("meta"):
             return build_skeleton(self.config, self.family)
@@ -325,6 +356,9 @@ class MemorySource(Source):
     def outside(self) -> dict[str, Tensor]:
         inside = f"{self.family.blocks}."
         return {n: t.detach().cpu() for n, t in self.model.state_dict().items() if not n.startswith(inside)}
+
+    def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
+        return self.untie({n: (t.numel(), t.dtype) for n, t in self.model.state_dict().items()})
 
     def skeleton(self) -> PreTrainedModel:
         with no_parameters():
@@ -456,13 +490,24 @@ def find_folder(model: str | Path) -> Path:
     if path.exists():
         return path
     text = str(model)
+    neither = InputError(f"no such model: {text} is neither a folder nor a hub id (owner/name)")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise InputError(f"no such model: {text} is neither a folder nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
+        raise neither
+    from huggingface_hub import errors, is_offline_mode, snapshot_download
 
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    unwanted = ["*/*", "consolidated*"]  # other formats of the same weights
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        return Path(snapshot_download(text, allow_patterns=wanted, ignore_patterns=unwanted))
+    except errors.HFValidationError:
+        raise neither from None
+    except errors.GatedRepoError:
+        raise InputError(f"{text} is gated: accept its terms on the hub, then log in with `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"no such model: {text} is not on the hub, or it is private (`hf auth login`)") from None
+    except errors.LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
+        raise InputError(f"no such model: {text} is neither a folder nor in the hub's cache, and {why}") from None
     except Exception as error:
         raise InputError(f"cannot download {text} from the hub: {type(error).__name__}: {error}") from None
 
@@ -471,7 +516,11 @@ def load_tokenizer(folder: Path) -> Any | None:
     """The folder's tokenizer, or None where it has none."""
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever damaged files make it raise; code of its own is not run
+        what = " ".join(str(error).split())[:300]
+        raise InputError(f"cannot load the tokenizer of {folder}: {type(error).__name__}: {what}") from None
 
 
 def build_random(seed: int = 0) -> PreTrainedModel:
@@ -572,7 +621,8 @@ class Writer:
         self.output, self.n_shards = output, n_blocks + 1
         self.active = processes.rank() == 0
         self.weight_map: dict[str, str] = {}
-        self.bytes = 0
+        self.bytes = 0  # of tensors
+        self.headers = 0  # bytes of the files' headers
         self.parameters = 0
         self.partial = output.with_name(output.name + ".partial")
         self.state = self.partial / "resume"
@@ -641,6 +691,8 @@ class Writer:
                 digest = write_shard(self.partial / name, tensors)
         except OSError as error:
             raise InputError(f"cannot write {self.partial / name}: {error}") from None
+        if tensors:
+            self.headers += 8 + len(make_header(tensors)[0])
         for key, t in tensors.items():
             self.weight_map[key] = name
             self.bytes += t.numel() * t.element_size()
@@ -780,7 +832,8 @@ def find_native(specs: list[Spec], shape: Shape, family: Family) -> dict[str, in
 def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list[Shape]) -> str:
     """config.json (and the modelling files where no stock architecture holds the shapes); returns "native" or "planish"."""
     config = source.config.to_dict()
-    config.pop("_name_or_path", None)
+    for name in ("_name_or_path", "auto_map"):  # code of the source's own is not carried
+        config.pop(name, None)
     family = source.family
     if len(specs) < source.n_blocks:
         config["num_hidden_layers"] = len(specs)
@@ -844,8 +897,13 @@ def kv_bytes(specs: list[Spec], shapes: list[Shape], itemsize: int) -> int:
 def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     """A causal LM from a dense or compressed folder; runs no code but planish's own and transformers'."""
     path = find_folder(folder)
-    load_config(path)
+    config = load_config(path)
+    files = index_tensors(path)  # says what is missing, and that pickles are not read
+    if not getattr(config, "quantization_config", None):
+        for file in sorted(set(files.values())):
+            Shard(file)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **kwargs).eval()
+        kwargs |= {"trust_remote_code": False, "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
     except Exception as error:  # whatever a damaged folder makes the model's own code raise
         raise InputError(f"cannot load {folder}: {type(error).__name__}: {error}") from None

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish.activations import Room
-from planish.allocate import BudgetError, CacheCost, Curve, spread
+from planish.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
+from planish.budgets import Asked, Budget, CacheNumbers, count_flops, label, make_budget, read_asked, show
 from planish.cache import Cache, open_cache
 from planish.checkpoint import (
     FolderSource,
@@ -40,12 +41,13 @@ from planish.checkpoint import (
 )
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
 from planish.errors import InputError
+from planish.latency import Latency, Table, make_latency, read_table
 from planish.methods import find_method
 from planish.modules import Spec, get_linear
 from planish.shards import Shard, hash_file
 from planish.stats import Stats, Tap
 from planish.stream import Stream, give_back_large
-from planish.targets import Rounded, constrain, find_target, make_uniform, needs_uniform
+from planish.targets import constrain, find_target, make_uniform, needs_uniform
 from planish.version import __version__
 
 
@@ -67,6 +69,14 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0  # of the written files
+    flops_per_token_before: int = 0  # two per weight of the blocks and the head, and attention over `context` tokens
+    flops_per_token_after: int = 0
+    context: int = 0
+    latency_ms_before: float | None = None  # per decoded token, as `planish.latency` predicts it; None unless asked
+    latency_ms_after: float | None = None
+    budgets: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → asked, achieved
 
     @property
     def removed(self) -> float:
@@ -84,34 +94,45 @@ class Job:
         self,
         stream: Stream,
         method: Method,
-        keep: float,
+        keep: float | None = None,
         *,
-        kv_keep: float | None = None,
+        asked: Asked | None = None,
         step: int = 1,
         progress: Progress | None = None,
         cache: Cache | None = None,
         target: str = "any",
+        measured: dict[str, float] | None = None,
     ):
-        self.stream, self.method, self.keep, self.step, self.progress = stream, method, keep, step, progress
+        self.stream, self.method, self.step, self.progress = stream, method, step, progress
         self.cache = cache or Cache()
         self.shapes: list[Shape] = [stream.source.shape(i) for i in range(len(stream))]
+        self.asked = asked or Asked(keep=keep)
+        self.cache_only = set(self.asked.given) == {"kv_keep"}
         self.units: dict[Unit, Solver] = {}
-        for solver in method.solvers() if kv_keep is None else map(CacheCost, method.solvers()):
+        for solver in method.solvers():
             for shape in self.shapes:
-                self.units |= dict.fromkeys(solver.units(shape), solver)
+                units = solver.units(shape)
+                if self.cache_only:  # nothing else is cut then
+                    units = [u for u in units if solver.cache(u, shape, solver.ranks(u, shape)[-1]) > 0]
+                self.units |= dict.fromkeys(units, solver)
         self.target = target
         self.units = constrain(target, find_name(method), self.units, self.shapes)
-        self.total = self.weights = sum(s.count() for s in self.shapes)
-        self.kv_keep = kv_keep
-        if kv_keep is not None:  # the budget is then the cache's: numbers per token
-            self.keep, self.total = kv_keep, sum(s.kv_heads * (s.qk + s.v) for s in self.shapes)
-            if not self.units:
+        self.weights = sum(s.count() for s in self.shapes)
+        self.budgets: list[Budget] = self.make_budgets(measured or {})
+        self.costs: dict[tuple[int, str, Shape], tuple[Solver, Choices]] = {}
+        for b in self.budgets:
+            uncut = not any(self.choices(u).prices(self.budgets.index(b)) for u in self.units)
+            if isinstance(b, CacheNumbers) and (self.cache_only or b.share < 1) and uncut:
                 raise InputError(
                     f"--kv-keep: {find_name(method)} cuts neither keys nor values; use a3, modegpt or flat-llm"
                 )
+        # what a method's own rule asks for: of two budgets the one that prices every linear, and of these the tighter
+        self.main = min(self.budgets, key=lambda b: (isinstance(b, CacheNumbers), b.share))
+        self.keep, self.total = self.main.share, self.main.total
         self.stored: dict[int, Stats] = {}  # statistics that a plan measured and the solve uses again
         self.edits: dict[int, list[Edit]] = {}  # per block, what the plan has worked out itself; not solved again
         self.notes: dict[str, Any] = {}  # what the method wants recorded in the manifest
+        self.remarks: dict[str, str] = {}  # the same, and said to the user: what the method could not cut, and why
         self.seconds: dict[str, float] = {}
         self.timers: list[Timer] = []  # running now, the innermost last
         self.finished: dict[
@@ -121,57 +142,96 @@ class Job:
         self.known: dict[Unit, Frontier] = {}  # what a plan was chosen by
         self.errors: dict[str, float] = {}  # predicted loss of the planned rank, per unit
 
-    @property
-    def budget(self) -> int:
-        """Weights that all units together may have."""
-        return int(self.keep * self.total + 1e-6) - (self.total - self.full_cost())
+    def make_budgets(self, measured: Mapping[str, float]) -> list[Budget]:
+        found: list[Budget] = []
+        for name, value in self.asked.given.items():
+            if name == "max_latency":
+                found.append(make_latency(value, measured, self.shapes))
+            else:
+                found.append(make_budget(name, value, self.stream.source, self.shapes, self.context))
+        return found
 
-    def full_cost(self, units: list[Unit] | None = None) -> int:
+    @property
+    def kept_budgets(self) -> list[Budget]:
+        """Those that the plan keeps to: none where a `sparsity` was given instead."""
+        return [] if self.notes.get("sparsity_requested") is not None else self.budgets
+
+    @property
+    def table(self) -> Table | None:
+        """Measured latencies, where they were asked for."""
+        return next((b.table for b in self.budgets if isinstance(b, Latency)), None)
+
+    @property
+    def context(self) -> int:
+        """Tokens that FLOPs and latency are counted behind."""
+        return self.asked.context or (self.stream.batches[0].shape[1] if self.stream.batches else 0)
+
+    @property
+    def budget(self) -> float:
+        """What all units together may cost of the main budget."""
+        return self.main.limit - (self.total - self.full_cost())
+
+    @property
+    def limits(self) -> list[float]:
+        """What all units together may cost of every budget."""
+        full = [sum(float(self.choices(u).full[n]) for u in self.units) for n in range(len(self.budgets))]
+        return [b.limit - (b.total - f) for b, f in zip(self.budgets, full, strict=True)]
+
+    def full_cost(self, units: list[Unit] | None = None) -> float:
         return sum(self.cost(u, self.full(u)) for u in (self.units if units is None else units))
 
     def full(self, unit: Unit) -> int:
         return self.units[unit].ranks(unit, self.shapes[unit.block])[-1]
 
-    def cost(self, unit: Unit, rank: int) -> int:
-        return self.units[unit].cost(unit, self.shapes[unit.block], rank)
+    def cost(self, unit: Unit, rank: int, budget: Budget | None = None) -> float:
+        """Of the main budget, or another one."""
+        return (budget or self.main).cost(self.units[unit], unit, self.shapes[unit.block], rank)
 
     def count(self, unit: Unit, rank: int) -> int:
-        """Weights left in the unit at this rank, whatever the budget counts."""
-        solver = self.units[unit]
-        while isinstance(solver, (CacheCost, Rounded)):
-            solver = solver.solver
-        return solver.cost(unit, self.shapes[unit.block], rank)
+        """Weights left in the unit at this rank, whatever the budgets count."""
+        return self.units[unit].cost(unit, self.shapes[unit.block], rank)
 
-    def spread(self, share: Callable[[Unit], float]) -> Plan:
-        """Ranks in proportion to `share`, within the budget (see `planish.allocate.spread`)."""
+    def choices(self, unit: Unit) -> Choices:
+        """Admissible ranks of a unit, and what they cost of every budget."""
+        solver, shape = self.units[unit], self.shapes[unit.block]
+        key = (id(solver), unit.name, replace(shape, block=0))
+        if key not in self.costs:  # the same in blocks of the same shape
+            ranks = list(solver.ranks(unit, shape))
+            cost = torch.tensor([[b.cost(solver, unit, shape, r) for r in ranks] for b in self.budgets])
+            self.costs[key] = solver, Choices(torch.tensor(ranks), cost.double())
+        return self.costs[key][1]
+
+    def spread(self, share: Callable[[Unit], float], by_kind: bool = False) -> Plan:
+        """Ranks in proportion to `share`, within the budgets (see `spread`, `spread_by_kind` of `planish.allocate`)."""
         try:
-            return spread(self.units, self.shapes, share, self.budget, self.step)
+            rule = spread_by_kind if by_kind else spread
+            return rule({u: self.choices(u) for u in self.units}, share, self.limits, self.step)
         except BudgetError as error:
-            smallest = (error.smallest + self.total - self.full_cost()) / self.total
-            asked = "keep" if self.kv_keep is None else "kv-keep"
-            raise InputError(
-                f"{asked} {self.keep:g} cannot be reached by {find_name(self.method)}: "
-                f"the smallest keep is {ceil4(smallest)}"
-            ) from None
+            b = self.budgets[error.which]
+            raise b.refuse(find_name(self.method), error.smallest + b.limit - self.limits[error.which]) from None
 
     def plan(self) -> Plan:
-        """The method's ranks within the budget."""
-        plan = self.method.plan(self) if self.kv_keep is None else self.method.plan_cache(self)
-        if not needs_uniform(self.target, plan):
-            return plan
+        """The method's ranks within the budgets."""
+        plan = self.method.plan_cache(self) if self.cache_only else self.method.plan(self)
+        if needs_uniform(self.target, plan):
+            plan = self.make_uniform(plan)
+        return plan
+
+    def make_uniform(self, plan: Plan) -> Plan:
+        """The plan with equal ranks in all blocks where the target needs that."""
         self.known = self.known or self.frontiers()
         curves = {u: self.curve(self.known[u]) for u in plan}
         uniform = set(find_target(self.target).uniform)
-        taken = self.total - sum(self.cost(u, self.full(u)) - self.cost(u, r) for u, r in plan.items())
-        # what the plan leaves of everything else stays; the rest of the budget goes to the units that must be equal
-        others = taken - sum(self.cost(u, r) for u, r in plan.items() if u.name in uniform)
+        others = []  # what the plan leaves of everything else stays; the rest goes to the units that must be equal
+        for b in self.budgets:
+            taken = b.total - sum(self.cost(u, self.full(u), b) - self.cost(u, r, b) for u, r in plan.items())
+            others.append(taken - sum(self.cost(u, r, b) for u, r in plan.items() if u.name in uniform))
         try:
-            plan = make_uniform(self.target, plan, curves, int(self.keep * self.total + 1e-6) - others)
+            limits = [b.limit - o for b, o in zip(self.budgets, others, strict=True)]
+            plan = make_uniform(self.target, plan, curves, limits)
         except BudgetError as error:
-            raise InputError(
-                f"keep {self.keep:g} cannot be reached by {find_name(self.method)} for {self.target}: the smallest keep "
-                f"is {ceil4((error.smallest + others) / self.total)}"
-            ) from None
+            who = f"{find_name(self.method)} for {self.target}"
+            raise self.budgets[error.which].refuse(who, error.smallest + others[error.which]) from None
         self.notes["uniform"] = {
             n: next(r for u, r in plan.items() if u.name == n) for n in sorted(uniform & {u.name for u in plan})
         }
@@ -179,12 +239,10 @@ class Job:
 
     def curve(self, frontier: Frontier) -> Curve:
         """Admissible ranks of a unit with their costs and predicted losses; leaving it whole loses nothing."""
-        unit = frontier.unit
-        solver, shape = self.units[unit], self.shapes[unit.block]
-        ranks = [r for r in solver.ranks(unit, shape) if r % self.step == 0 or r == self.full(unit)]
-        cost = torch.tensor([solver.cost(unit, shape, r) for r in ranks], dtype=torch.float64)
-        loss = torch.as_tensor(frontier.loss, dtype=torch.float64)[torch.tensor(ranks)]
-        return Curve(unit, torch.tensor(ranks), cost, loss)
+        choices = self.choices(frontier.unit)
+        kept = choices.allowed(self.step)
+        loss = torch.as_tensor(frontier.loss, dtype=torch.float64)[choices.ranks[kept]]
+        return Curve(frontier.unit, choices.ranks[kept], choices.cost[:, kept], loss)
 
     def predicted(self, plan: Plan) -> float | None:
         """Predicted loss of a plan, summed over its units: nats, or the frontiers' squared errors; None if none is known."""
@@ -303,17 +361,20 @@ class Job:
         return [t for t in taps if all(s.startswith(("grad:", "dense:")) for s in t.sites)]
 
     def probe(self, plan: Plan, windows: int) -> tuple[dict[Unit, Frontier], dict[Unit, float]]:
-        """Frontiers without factors, and what each unit alone, at its rank in `plan`, adds to the calibration loss.
+        """Frontiers without factors, and how far each unit alone, at its rank in `plan`, moves the model's predictions.
 
-        In nats per token over the first `windows` windows. Costs, per unit, those windows through the blocks behind it.
+        KL(uncompressed ‖ cut) in nats per token over the first `windows` windows: the expected rise of the loss without
+        the noise of the text's own labels, which for small cuts is larger than the rise. Costs, per unit, those windows
+        through the blocks behind it and the head twice.
         """
         stream = self.stream
         small = Stream(
             stream.source, torch.cat(stream.batches)[:windows], device=str(stream.device), dtype=stream.dtype
         )
         hidden = small.start()
+        reference = small.sweep(lambda shape: [], lambda i, block, stats: None)
         frontiers: dict[Unit, Frontier] = {}
-        losses: dict[Unit, float] = {}
+        moved: dict[Unit, float] = {}
 
         def use(i: int, block: nn.Module, stats: Stats) -> None:
             nonlocal hidden
@@ -327,12 +388,11 @@ class Job:
                 out = small.run(i, small.place(cut), hidden)
                 for j in range(i + 1, len(self.shapes)):
                     out = small.run(j, small.place(stream.block(j)), out)
-                losses[unit] = small.nll(out)
+                moved[unit] = small.divergence(out, reference)
             hidden = small.run(i, small.place(block), hidden)
 
         self.measure(lambda shape: self.taps(self.block_units(shape.block)), use)
-        dense = small.nll(hidden)
-        return frontiers, {u: loss - dense for u, loss in losses.items()}
+        return frontiers, moved
 
     def nll(self, plan: Plan) -> float:
         """Calibration loss of the model under a plan, in nats per token."""
@@ -458,7 +518,7 @@ class Job:
     def solve_units(self, units: list[Unit], plan: Plan, weights: Weights, stats: Stats, origin: str) -> list[Edit]:
         """Edits of units of one block, in the order of units; several processes share the units out by cost."""
         found: dict[int, tuple[float, list[Edit]]] = {}
-        for n in processes.own_work([self.full_cost([u]) for u in units]):
+        for n in processes.own_work([self.count(u, self.full(u)) for u in units]):
             unit, shape = units[n], self.shapes[units[n].block]
             solver = self.units[unit]
             make = partial(solver.decompose, unit, weights, stats, shape)
@@ -520,11 +580,6 @@ def ceil4(x: float) -> float:
     return -(-x * 10_000 // 1) / 10_000
 
 
-def check_keep(keep: float, name: str = "keep", share: str = "of the blocks' weights") -> None:
-    if not 0 < keep <= 1:
-        raise InputError(f"{name} must lie in (0, 1], got {keep:g} (the share {share} that stays)")
-
-
 DAMPINGS = ("damping", "ridge")  # settings with which a method makes a singular Gram invertible
 
 
@@ -558,8 +613,8 @@ def compress(
     tokenizer: Any = None,
     *,
     output: str | Path,
-    keep: float = 0.8,
-    kv_keep: float | None = None,
+    keep: float | None = None,
+    asked: Asked | None = None,
     method: str | Method = "flat-llm",
     windows: Tensor,
     calibration: dict[str, Any] | None = None,
@@ -574,11 +629,14 @@ def compress(
     resume: bool = False,
     target: str = "any",
     files: dict[str, str] | None = None,
+    measured: dict[str, float] | None = None,
+    **limits: Any,
 ) -> Result:
     """Compress a model into a folder. `windows` (n, seq): calibration token ids (see `planish.text`).
 
     `model`: folder, hub id or causal LM in memory (left untouched). `settings`: the method's hyper-parameters by name.
-    `kv_keep`, instead of `keep`: kept share of the KV cache's bytes per token; only what the cache holds is then cut.
+    `asked`, or `keep` and other `limits` by name: the budgets (see `planish.budgets.Asked`). `kv_keep` alone only cuts what
+    the cache holds. `measured`: the latency table to plan with, instead of this machine's.
     `calibration`: what to record about the text in the manifest. Raises InputError for anything wrong with the input.
     `cache`: the one that several runs share, or whether to use the one on disk; `stream`: what several runs share.
     `resume`: take up an interrupted run with these same arguments (see `planish.resume`).
@@ -588,9 +646,7 @@ def compress(
     give_back_large()
     if processes.start(device):
         device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-    check_keep(keep)
-    if kv_keep is not None:
-        check_keep(kv_keep, "kv-keep", "of the KV cache")
+    asked = asked or read_asked(keep=keep, **limits)
     find_target(target)
     method = find_method(method, settings or {})
     source = open_source(model, tokenizer)
@@ -598,23 +654,36 @@ def compress(
     check_apart(Path(output), source)
     writer = Writer(Path(output), source.n_blocks, overwrite, resume)
     try:
+        kind = dtype or pick_dtype(source, device)
+        if asked.max_latency is not None and measured is None:
+            first = processes.rank() == 0  # all plan with one table
+            measured = processes.share(
+                read_table(source, asked.context or windows.shape[1], device, kind, progress) if first else None
+            )
         if not resume and isinstance(source, FolderSource):
             request = {
-                "model": str(source.folder.resolve()), "name": source.name, "keep": keep, "kv_keep": kv_keep,
+                "model": str(source.folder.resolve()), "name": source.name, "asked": asdict(asked),
                 "method": find_name(method), "settings": method.settings(), "given": sorted(settings or {}),
                 "calibration": calibration or {}, "device": device.partition(":")[0], "dtype": dtype and str(dtype)[6:],
                 "round_to": round_to, "overwrite": overwrite, "target": target, "files": files or {},
-                "processes": processes.count(),
+                "processes": processes.count(), "measured": measured,
             }  # fmt: skip
             writer.keep_request(request, windows)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if stream is None:
                 room = Room(folder=writer.partial)
-                stream = Stream(source, windows, device=device, dtype=dtype or pick_dtype(source, device), room=room)
+                stream = Stream(source, windows, device=device, dtype=kind, room=room)
             shared = open_cache(stream) if cache is True else cache or None
             job = Job(
-                stream, method, keep, kv_keep=kv_keep, step=round_to, progress=progress, cache=shared, target=target
+                stream,
+                method,
+                asked=asked,
+                step=round_to,
+                progress=progress,
+                cache=shared,
+                target=target,
+                measured=measured,
             )
             job.caught = caught
             check_tokens(job, windows, settings or {})
@@ -623,7 +692,7 @@ def compress(
                 method.finish(job, plan)
             result = write(job, plan, writer)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        result.warnings = sorted({*read_warnings(caught), *earlier})
+        result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier})
         result.seconds["total"] = time.perf_counter() - start
         write_manifest(writer, job, plan, result, calibration or {})
         for name, content in (files or {}).items():
@@ -660,13 +729,14 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
             )
         source = open_source(request["model"])
         source.name = request["name"]
-        keep, kv_keep, round_to, overwrite = (request[k] for k in ("keep", "kv_keep", "round_to", "overwrite"))
+        asked, measured = Asked(**request["asked"]), request["measured"]
+        round_to, overwrite = request["round_to"], request["overwrite"]
         target, files = request["target"], request["files"]
         calibration, given, device = request["calibration"], dict.fromkeys(request["given"]), request["device"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {state / 'request.json'}: {error!r}; compress again with --overwrite") from None
     return compress(
-        source, output=output, keep=keep, kv_keep=kv_keep, method=method,
+        source, output=output, asked=asked, measured=measured, method=method,
         windows=Shard(state / "windows.safetensors").read("windows"), calibration=calibration, settings=given,
         device=device, dtype=dtype, round_to=round_to, overwrite=overwrite, progress=progress, resume=True,
         target=target, files=files,
@@ -751,8 +821,12 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
     if writer.active:
         source.copy_files(writer.partial)
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
-    before = job.weights
-    return Result(
+    before, dense = job.weights, [dict[str, Any]()] * len(job.shapes)
+    flops = [
+        count_flops(job.shapes, dense, [s.count() for s in job.shapes], job.context),
+        count_flops(shapes, specs, counted, job.context),
+    ]
+    result = Result(
         find_name(job.method),
         job.keep,
         sum(counted) / before,
@@ -760,13 +834,31 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         writer.parameters,
         before,
         sum(counted),
-        kv_bytes([{}] * len(job.shapes), job.shapes, itemsize),
+        kv_bytes(dense, job.shapes, itemsize),
         kv_bytes(specs, shapes, itemsize),
         kind,
         str(writer.output),
         job.seconds,
         peak_rss(),
+        bytes_before=sum(n * dtype.itemsize for n, dtype in source.sizes().values()),
+        bytes_after=writer.bytes + writer.headers,
+        flops_per_token_before=flops[0] + 2 * source.count_head(),
+        flops_per_token_after=flops[1] + 2 * source.count_head(),
+        context=job.context,
     )
+    if job.table is not None:
+        result.latency_ms_before = job.table.predict(dense, job.shapes) * 1e3
+        result.latency_ms_after = job.table.predict(specs, shapes) * 1e3
+    achieved = {
+        "keep": result.keep,
+        "max_params": result.params_after,
+        "max_bytes": result.bytes_after,
+        "kv_keep": result.kv_bytes_per_token_after / result.kv_bytes_per_token_before,
+        "flops_keep": flops[1] / flops[0],
+        "max_latency": result.latency_ms_after,
+    }
+    result.budgets = {b.name: {"asked": b.asked, "achieved": achieved[b.name]} for b in job.kept_budgets}
+    return result
 
 
 def drop_tied(outside: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
@@ -796,7 +888,7 @@ def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibra
         "roles": job.shapes[0].roles,
         "weights": {str(u): [job.count(u, job.full(u)), job.count(u, r)] for u, r in sorted(plan.items())},
         "errors": job.errors,
-        "notes": job.notes,
+        "notes": job.notes | job.remarks,
     }
     writer.text("planish.json", json.dumps(manifest, indent=2, default=str) + "\n")
     writer.text("README.md", make_card(manifest))
@@ -806,11 +898,17 @@ def make_card(manifest: dict[str, Any]) -> str:
     """The folder's model card."""
     r = manifest["result"]
     name = manifest["source"]
-    base = f"base_model: {name}\n" if name.count("/") == 1 and not name.startswith((".", "/")) else ""
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+    base = f"base_model: {name}\n" if is_hub_id else ""
     load = "from transformers import AutoModelForCausalLM\n"
     if r["format"] != "native":
         load = "import planish  # or trust_remote_code=True: the folder carries the modelling files\n" + load
     kv = (r["kv_bytes_per_token_before"], r["kv_bytes_per_token_after"])
+    asked = " and ".join(f"{label(n)} {show(n, b['asked'])}" for n, b in r["budgets"].items()) or "a sparsity"
+    latency = ""
+    if r["latency_ms_after"] is not None:
+        times = (r["latency_ms_before"], r["latency_ms_after"])
+        latency = f"| predicted ms per decoded token | {times[0]:.3g} | {times[1]:.3g} |\n"
     return f"""---
 {base}library_name: transformers
 tags: [planish, compressed, {manifest["method"]}]
@@ -822,7 +920,11 @@ tags: [planish, compressed, {manifest["method"]}]
 |---|---|---|
 | parameters | {r["params_before"]:,} | {r["params_after"]:,} |
 | parameters of the blocks' linears | {r["block_params_before"]:,} | {r["block_params_after"]:,} |
+| bytes of weights | {r["bytes_before"]:,} | {r["bytes_after"]:,} |
+| FLOPs per token, {r["context"]} tokens of context | {r["flops_per_token_before"]:,} | {r["flops_per_token_after"]:,} |
 | KV cache, bytes per token | {kv[0]:,} | {kv[1]:,} |
+{latency}
+Asked: {asked}.
 
 ```python
 {load}model = AutoModelForCausalLM.from_pretrained("this folder")

@@ -145,6 +145,10 @@ class Solver(ABC):
         """Numbers that the KV cache holds per token for the unit at this rank; 0 where the cache does not shrink."""
         return 0
 
+    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
+        """Multiplications of attention per cached token at this rank: each number of the cache meets its query heads."""
+        return shape.groups * self.cache(unit, shape, rank)
+
     @abstractmethod
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         """What it must know about the block's activations."""
@@ -157,7 +161,7 @@ class Solver(ABC):
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         """The cheap part: replacements for one rank. At full rank: no edits."""
 
-    def work(self, unit: Unit, shape: Shape) -> int:
+    def memory(self, unit: Unit, shape: Shape) -> int:
         """fp64 numbers alive at the peak of `decompose` and `truncate`, statistics and weights themselves not counted: what
         `planish plan` predicts memory from. By default two copies of what the unit's taps measure, three of its weights.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from planish import stats as stats_file
+from planish.budgets import SHARES, Asked, Budget, Bytes, CacheNumbers, Flops, count_cache, count_flops
 from planish.checkpoint import ConfigSource, Source
 from planish.compress import Job, check_tokens, check_windows, find_name, pick_dtype
-from planish.core import SUBMODULES, Method, Plan, Progress, Shape, count_sums
+from planish.core import Method, Plan, Progress, Shape, count_sums
 from planish.errors import InputError
+from planish.latency import Latency, read_table
 from planish.predict import Prediction, predict
 from planish.stream import Stream
 
@@ -48,6 +50,9 @@ class Forecast:
     seconds: float
     needed_statistics: bool
     units: list[dict[str, Any]]
+    latency_ms_before: float | None = None
+    latency_ms_after: float | None = None
+    budgets: dict[str, dict[str, float]] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -77,8 +82,7 @@ class Unread(Stream):
 def forecast(
     source: Source,
     *,
-    keep: float,
-    kv_keep: float | None = None,
+    asked: Asked,
     method: Method,
     read: Callable[[], Tensor],
     size: tuple[int, int],
@@ -95,7 +99,9 @@ def forecast(
     """
     dtype = dtype or pick_dtype(source, device)
     unread = Unread(source, torch.empty(0, 0, dtype=torch.long), device=device, dtype=dtype)
-    job = Job(unread, method, keep, kv_keep=kv_keep, step=round_to, target=target)
+    asked = replace(asked, context=asked.context or size[1])
+    table = read_table(source, asked.context or 0, device, dtype, progress) if asked.max_latency is not None else None
+    job = Job(unread, method, asked=asked, step=round_to, target=target, measured=table)
     start = time.perf_counter()
     try:
         plan, measured = job.plan(), False
@@ -109,7 +115,7 @@ def forecast(
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
         stream = Stream(source, windows, device=device, dtype=dtype)
-        job = Job(stream, method, keep, kv_keep=kv_keep, step=round_to, progress=progress, target=target)
+        job = Job(stream, method, asked=asked, step=round_to, progress=progress, target=target, measured=table)
         check_tokens(job, windows, settings or {})
         plan, measured = job.plan(), True
     return describe(job, plan, size, measured, time.perf_counter() - start)
@@ -132,13 +138,18 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
     source.empty_block(0)
     model = source._empty  # type: ignore[attr-defined]
     params = sum(p.numel() for p in model.parameters())
-    head = model.get_output_embeddings().weight.numel()
-    caches = {i: cache_width(job, plan, i) for i in range(len(shapes))}
-    full_caches = {i: s.kv_heads * (s.qk + s.v) for i, s in enumerate(shapes)}
-    context = size[1]
-    attend, attend_after = (sum(2 * context * s.groups * c[s.block] for s in shapes) for c in (full_caches, caches))
-    peaks, seconds, how = estimate(job, plan, size, params, head, itemsize, attend)
-    return Forecast(
+    head = source.count_head()
+    caches, full_caches = CacheNumbers("kv_keep", 1, 0, 0), sum(map(count_cache, shapes))
+    flops = Flops(
+        "flops_keep",
+        1,
+        0,
+        count_flops(shapes, [{}] * len(shapes), [s.count() for s in shapes], job.context),
+        context=job.context,
+    )
+    stored = Bytes("max_bytes", 1, 0, params * itemsize, itemsize=itemsize)
+    peaks, seconds, how = estimate(job, plan, size, params, head, itemsize, int(flops.total) - 2 * blocks)
+    found = Forecast(
         method=find_name(job.method),
         keep_requested=job.keep,
         keep=blocks_after / blocks,
@@ -147,12 +158,12 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         block_params_before=blocks,
         block_params_after=blocks_after,
         bytes_before=params * itemsize,
-        bytes_after=(params - blocks + blocks_after) * itemsize,
-        flops_per_token_before=2 * (blocks + head) + attend,
-        flops_per_token_after=2 * (blocks_after + head) + attend_after,
-        kv_bytes_per_token_before=sum(full_caches.values()) * itemsize,
-        kv_bytes_per_token_after=sum(caches.values()) * itemsize,
-        context=context,
+        bytes_after=int(left(job, plan, stored)),
+        flops_per_token_before=int(flops.total) + 2 * head,
+        flops_per_token_after=int(left(job, plan, flops)) + 2 * head,
+        kv_bytes_per_token_before=full_caches * itemsize,
+        kv_bytes_per_token_after=int(left(job, plan, replace(caches, total=full_caches))) * itemsize,
+        context=job.context,
         peak_ram_bytes=peaks.ram,
         peak_vram_bytes=peaks.vram,
         disk_bytes=peaks.disk + peaks.spill,
@@ -160,20 +171,23 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         needed_statistics=measured,
         units=rows,
         how=how,
+        warnings=list(job.remarks.values()),
     )
+    for b in job.kept_budgets:
+        cost = left(job, plan, b)
+        if isinstance(b, Latency):
+            found.latency_ms_before, found.latency_ms_after = (
+                c / b.scale for c in (b.total + b.outside, cost + b.outside)
+            )
+        value = (cost + b.outside) / b.scale if b.name not in SHARES else cost / b.total
+        found.budgets[b.name] = {"asked": b.asked, "achieved": value}
+    return found
 
 
-def cache_width(job: Job, plan: Plan, i: int) -> int:
-    """Numbers that block i's KV cache holds per token under a plan; none where the whole attention is replaced."""
-    shape = job.shapes[i]
-    width = shape.kv_heads * (shape.qk + shape.v)
-    for unit in job.block_units(i):
-        solver, full = job.units[unit], job.full(unit)
-        rank = plan.get(unit, full)
-        if unit.name == SUBMODULES["attention"] and rank < full:
-            return 0
-        width += solver.cache(unit, shape, rank) - solver.cache(unit, shape, full)
-    return width
+def left(job: Job, plan: Plan, budget: Budget) -> float:
+    """What all blocks cost of a budget under a plan."""
+    cut = ((u, r, job.full(u)) for u, r in plan.items())
+    return budget.total - sum(job.cost(u, full, budget) - job.cost(u, r, budget) for u, r, full in cut if r != full)
 
 
 def estimate(
@@ -190,10 +204,9 @@ def estimate(
     wide = sum(n for t in taps if t.kind == "gram" and 8 * (n := count_sums(shape, [t])) >= stats_file.WIDE)
     found = [[shape.width(s) for s in {s for t in part for s in t.sites}] for part in parts]
     sites = max(found, key=sum, default=[])
-    work = max((job.units[u].work(u, shape) for u in job.block_units(shape.block)), default=0)
+    work = max((job.units[u].memory(u, shape) for u in job.block_units(shape.block)), default=0)
     both = 2 if job.method.prefix == "both" else 1
-    written = params - job.weights + sum(job.cost(u, plan.get(u, job.full(u))) for u in job.units)
-    written += job.weights - job.full_cost()
+    written = params - sum(job.count(u, job.full(u)) - job.count(u, plan.get(u, job.full(u))) for u in job.units)
     peaks = predict(
         job.shapes,
         outside=params - job.weights,
@@ -227,7 +240,7 @@ def estimate(
         f"{single / 1e9:.0f} and {double / 1e9:.0f} GFLOP/s (fp64), one eigendecomposition per unit; right within a "
         "factor of about 3; reading and writing files not included"
         + ("; this machine has no such device: its CPU's rates" if here != stream.device else ""),
-        "flops": f"two per weight and token, and attention over {size[1]} tokens of context",
+        "flops": f"two per weight of the blocks and the head and token, and attention over {job.context} tokens of context",
     }
     return peaks, forward + taking + solving, how
 

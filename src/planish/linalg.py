@@ -18,7 +18,7 @@ DAMPING = 1e-8
 
 
 def symmetrise(m: Tensor) -> Tensor:
-    return (m + m.transpose(-1, -2)).div_(2)
+    return (m + m.mH).div_(2)
 
 
 def symmetric_product(a: Tensor, b: Tensor, tile: int = 512) -> Tensor:
@@ -60,11 +60,14 @@ def solve(gram: Tensor, rhs: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def eigh_descending(m: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n,) falling and eigenvectors (n, n) in columns; signs fixed so that results are reproducible."""
-    values, vectors = torch.linalg.eigh(symmetrise(m.double()))
+    """Eigenvalues (n,) falling and eigenvectors (n, n) in columns of a symmetric or Hermitian m (or a batch of them).
+
+    Signs, or phases, are fixed so that results are reproducible: the largest entry of each vector is positive.
+    """
+    values, vectors = torch.linalg.eigh(symmetrise(m.to(torch.complex128 if m.is_complex() else torch.float64)))
     values, vectors = values.flip(-1), vectors.flip(-1)
     at = vectors.abs().argmax(-2, keepdim=True)
-    return values, vectors * vectors.gather(-2, at).sign()
+    return values, vectors * vectors.gather(-2, at).sgn().conj()
 
 
 def eigh_root(gram: Tensor, floor: float = 1e-12) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ dimensions or rotary pairs than the stock one), `Bypass`. `Fused` stands for a f
 have different forms. A block's `spec` is JSON; `install` builds empty modules from it, for compressing and loading alike:
 
     {"linears": {role: {"kind": "dense", "out": 8, "in": 16} | {"kind": "pair" | "pivoted", "rank": 4}},
-     "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": 30} | {"kind": "bypass", "rank": 8, ...},
+     "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": 30} | {…, "k_rank": 96, "k_groups": 1, "k_form": "frequency"}
+                 | {"kind": "bypass", "rank": 8, ...},
      "mlp": {"kind": "bypass", "rank": 0, ...},
      "slice": {"in": 48, "mid": 48, "out": 64}}
 """
@@ -188,15 +189,16 @@ class SlicedBlock(nn.Module):
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first 2·p channels of x (..., d) as pairs (j, j + p); cos, sin (..., p); the rest passes through."""
     p = cos.shape[-1]
-    a, b, rest = x[..., :p], x[..., p : 2 * p], x[..., 2 * p :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    a, b, *rest = x.split([p, p, x.shape[-1] - 2 * p] if x.shape[-1] > 2 * p else p, dim=-1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), *rest], dim=-1)
 
 
 class Attention(nn.Module):
     """Multi-head attention with `qk` query/key and `v` value dimensions per head, for every family of the table.
 
     Takes over the stock module's norms, scale (of the ORIGINAL head dimension), window, soft cap and layer index.
-    With `pairs`, kv group j keeps the rotary pairs `pairs[j]` (kv_heads, p): cos and sin are gathered once per call.
+    With `pairs`, kv group j keeps the rotary pairs `pairs[j]` (kv_heads, p): the call's cos and sin are gathered by it, one
+    row per token position, and serve queries and keys.
     """
 
     def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, pairs: int | None):
@@ -233,24 +235,15 @@ class Attention(nn.Module):
         **kwargs,
     ):
         shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk)
+        query = self.q_proj(hidden_states).view(*shape, self.kv_heads, -1, self.qk)
+        key = self.k_proj(hidden_states).view(*shape, self.kv_heads, 1, self.qk)
         value = self.v_proj(hidden_states).contiguous().view(*shape, -1, self.v).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.rotary and position_embeddings is not None:
-            cos, sin = (t[..., : t.shape[-1] // 2] for t in position_embeddings)
-            if self.pairs is None:
-                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-                query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
-            else:
-                at = self.pairs.flatten()
-                cos, sin = (t.index_select(-1, at).unflatten(-1, self.pairs.shape).transpose(1, 2) for t in (cos, sin))
-                key = rotate_pairs(key, cos, sin)
-                grouped = query.unflatten(1, (self.kv_heads, self.num_key_value_groups))
-                query = rotate_pairs(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
-
+            cos, sin = self.turn(position_embeddings)
+            query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+        query, key = query.flatten(2, 3).transpose(1, 2), key.squeeze(3).transpose(1, 2)
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -258,10 +251,34 @@ class Attention(nn.Module):
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         dropout = self.dropout if self.training else 0.0
+        query, key, value = self.level(query, key, value)
         output, weights = attend(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
         )
+        if value.shape[-1] > self.v:
+            output = output[..., : self.v]
         return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+
+    def turn(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin (batch, tokens, kv_heads or 1, 1, pairs) of the pairs that every kv group has."""
+        cos, sin = position_embeddings
+        if self.pairs is None:
+            half = cos.shape[-1] // 2
+            return cos[..., None, None, :half], sin[..., None, None, :half]
+        at, shape = self.pairs.flatten(), (*cos.shape[:-1], self.kv_heads, 1, -1)
+        return cos.index_select(-1, at).view(shape), sin.index_select(-1, at).view(shape)
+
+    def level(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads filled up with zeros to one size where PyTorch's attention is several times slower without: on the CPU.
+
+        Scores stay; the output's channels beyond `v` are zero. What the cache holds is untouched.
+        """
+        qk, v = query.shape[-1], value.shape[-1]
+        if qk == v or query.device.type != "cpu" or self.config._attn_implementation != "sdpa":
+            return query, key, value
+        if qk > v:
+            return query, key, nn.functional.pad(value, (0, qk - v))
+        return nn.functional.pad(query, (0, v - qk)), nn.functional.pad(key, (0, v - qk)), value
 
     def settings(self, key: Tensor, attention_mask, position_bias) -> tuple[Tensor | None, dict]:
         """The attention's mask, and the arguments that only some families' attentions take."""
@@ -322,15 +339,92 @@ class Latent(Attention):
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         dropout = self.dropout if self.training else 0.0
+        query, key, value = self.level(query, key, value)
         output, weights = attend(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
         )
+        if value.shape[-1] > self.v:
+            output = output[..., : self.v]
         return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
 
     def rebuild(self, k: Tensor) -> Tensor:
         """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
         groups, _, rank = self.U.shape
         return (self.U.data @ k.reshape(groups, rank, -1)).reshape(-1, *k.shape[1:])
+
+
+class Frequencies(Attention):
+    """Attention whose kv heads of one set share `rank` rotated key channels; only those are cached, nothing is rebuilt.
+
+    Channel pair ρ of set g has the rotary frequency `frequencies[g, ρ]`; head j's key at it is Σ_ρ u_jρ z_ρ, complex. The
+    query of a head of j is multiplied by ū_jρ, channel by channel, and meets z itself. `U` (2, kv_heads, pairs): u. In the
+    cache the values of a set lie side by side, so that it has as many heads as there are sets.
+    """
+
+    def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, rank: int, groups: int):
+        super().__init__(stock, config, family, qk, v, None)
+        weight = next(stock.parameters())
+        kw = {"device": weight.device, "dtype": weight.dtype}
+        self.sets, self.num_key_value_groups = groups, self.heads // groups
+        self.U = nn.Parameter(torch.zeros(2, self.kv_heads, rank // 2, **kw), requires_grad=False)
+        self.register_buffer("frequencies", torch.zeros(groups, rank // 2, dtype=torch.int32, device=weight.device))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        layer_past=None,
+        position_bias: Tensor | None = None,
+        **kwargs,
+    ):
+        assert position_embeddings is not None
+        shape = hidden_states.shape[:-1]
+        at = self.frequencies.flatten()
+        cos, sin = (
+            t.index_select(-1, at).unflatten(-1, self.frequencies.shape).transpose(1, 2) for t in position_embeddings
+        )
+        query = self.pick(self.q_proj(hidden_states)).view(*shape, self.heads, -1).transpose(1, 2)
+        real, imaginary = self.U.repeat_interleave(self.heads // self.kv_heads, 1).unsqueeze(2).unbind(0)
+        query = rotate_pairs(query, real, -imaginary)  # by ū
+        grouped = query.unflatten(1, (self.sets, -1))
+        query = rotate_pairs(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
+        key = rotate_pairs(self.k_proj(hidden_states).view(*shape, self.sets, -1).transpose(1, 2), cos, sin)
+        value = self.v_proj(hidden_states).view(*shape, self.sets, -1).transpose(1, 2)
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
+        mask, extra = self.settings(key, attention_mask, position_bias)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
+        dropout = self.dropout if self.training else 0.0
+        query, key, value = self.level(query, key, value)
+        output, weights = attend(
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
+        )
+        shared = self.kv_heads // self.sets
+        own = output[..., : shared * self.v].unflatten(-1, (shared, -1)).unflatten(2, (self.sets, shared, -1))
+        output = own.diagonal(dim1=3, dim2=5).movedim(-1, 3)  # every head's own values of its set's
+        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1)), weights
+
+    def pick(self, query: Tensor) -> Tensor:
+        """The channels of every query head (…, heads · qk) at its set's frequencies: (…, heads · rank)."""
+        pairs = self.frequencies.repeat_interleave(self.heads // self.sets, 0)
+        at = torch.cat([pairs, pairs + self.qk // 2], 1)
+        first = torch.arange(0, self.heads * self.qk, self.qk, dtype=at.dtype, device=at.device)
+        return query.index_select(-1, (at + first[:, None]).flatten())
+
+    def rebuild(self, k: Tensor) -> Tensor:
+        """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
+        sets, pairs = self.frequencies.shape
+        shared = self.kv_heads // self.sets
+        z = k.reshape(sets, 1, 2, pairs, -1).to(self.U.dtype)
+        real, imaginary = self.U.unflatten(1, (sets, shared)).unsqueeze(-1)  # (sets, shared, pairs, 1)
+        parts = torch.stack([real * z[:, :, 0] - imaginary * z[:, :, 1], real * z[:, :, 1] + imaginary * z[:, :, 0]], 2)
+        out = parts.new_zeros(sets, shared, 2, self.qk // 2, parts.shape[-1])
+        at = self.frequencies.long()[:, None, None, :, None].expand_as(parts)
+        return out.scatter_add(3, at, parts).reshape(self.kv_heads * self.qk, *k.shape[1:])
 
 
 def make_rotary(stock: nn.Module) -> nn.Module:
@@ -499,7 +593,8 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
         set_module(block, family.path(role), linears[role])
     if form.get("kind") == "own":
         if "k_rank" in form:
-            own = Latent(stock, config, family, form["qk"], form["v"], form["k_rank"], form["k_groups"])
+            kind = Frequencies if form.get("k_form") == "frequency" else Latent
+            own = kind(stock, config, family, form["qk"], form["v"], form["k_rank"], form["k_groups"])
         else:
             own = Attention(stock, config, family, form["qk"], form["v"], form.get("pairs"))
         for role in "qkvo":

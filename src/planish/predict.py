@@ -3,7 +3,7 @@
 Notation: P_b weights of the largest block, P_o parameters outside the blocks, P_m of the larger of embedding and head;
 s, c bytes of a stored and of a computed number; T calibration tokens, t = min(T, 8192) those of one batch; d hidden,
 m intermediate; k channels of all tapped sites together; S fp64 numbers of one block's statistics, S_w of them in wide
-Grams, of which there is only one copy; W fp64 numbers alive in the largest solve (`Solver.work`).
+Grams, of which there is only one copy; W fp64 numbers alive in the largest solve (`Solver.memory`).
 """
 
 from __future__ import annotations

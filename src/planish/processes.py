@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -95,9 +95,9 @@ def own_lanes() -> Iterator[int]:
     return iter(range(rank(), LANES, count()))
 
 
-def own_work(costs: list[int]) -> list[int]:
+def own_work(costs: Sequence[float]) -> list[int]:
     """Numbers of the tasks this process does, rising: costliest first to whoever has least, so all know who does what."""
-    loads = [0] * count()
+    loads = [0.0] * count()
     owner = {}
     for n in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
         owner[n] = loads.index(min(loads))

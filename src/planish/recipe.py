@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from planish.budgets import LIMITS
 from planish.errors import InputError
 
 VERSION = 1
@@ -62,8 +63,13 @@ class Published(Strict):
 class Recipe(Strict):
     version: Literal[1] = 1
     model: str
-    keep: float = Field(default=0.8, gt=0, le=1)
+    keep: float | None = Field(default=None, gt=0, le=1)  # 0.8 where no budget is given
     kv_keep: float | None = Field(default=None, gt=0, le=1)
+    flops_keep: float | None = Field(default=None, gt=0, le=1)
+    max_params: int | str | None = None
+    max_bytes: int | str | None = None
+    max_latency: float | None = Field(default=None, gt=0)
+    context: int | None = Field(default=None, ge=1)
     method: str | None = None
     settings: dict[str, str | float | int | bool | list[str] | None] = {}
     calibration: Text = Text()
@@ -76,9 +82,8 @@ class Recipe(Strict):
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `planish.compress`."""
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in self.settings.items()}
-        values = {
-            n: getattr(self, n) for n in ("model", "keep", "kv_keep", "method", "device", "dtype", "round_to", "target")
-        }
+        names = ("model", *LIMITS, "context", "method", "device", "dtype", "round_to", "target")
+        values = {n: getattr(self, n) for n in names}
         text = self.calibration
         chosen = {n: getattr(text, n) for n in ("n_samples", "seq_len", "seed", "sampling")}
         return values | chosen | {"settings": settings, "calibration": text.source}

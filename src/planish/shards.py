@@ -139,16 +139,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
 
     Needs memory for one tensor besides the tensors themselves, and only where that one is not contiguous.
     """
-    order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))  # widest first: everything stays aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in order:
-        t = tensors[name]
-        size = t.numel() * t.element_size()
-        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
-        at += size
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw, order = make_header(tensors)
     digest = hashlib.sha256()
     part = path.with_name(path.name + ".part")
     with part.open("wb", buffering=0) as file:
@@ -163,6 +154,20 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
     part.replace(path)
     sync_folder(path.parent)
     return digest.hexdigest()
+
+
+def make_header(tensors: dict[str, Tensor]) -> tuple[bytes, list[str]]:
+    """The header of a file with these tensors, and their order in it."""
+    order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))  # widest first: everything stays aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in order:
+        t = tensors[name]
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    return raw + b" " * (-len(raw) % 8), order
 
 
 def write_all(file: Any, data: bytes | memoryview) -> None:

@@ -109,6 +109,16 @@ def influence(x: Tensor, f: Tensor) -> Sums:
     return {"rotation": rotation.sum(), "magnitude": (f.norm(dim=-1) / size).sum()}
 
 
+@kind
+def weight_gradients(g: Tensor, x: Tensor, heads: int) -> Sums:
+    """Σ over sequences of |∂L/∂W_h|² (heads,): g (n, seq, out) the gradient at a linear's output, x (n, seq, in) its input."""
+    per_sequence = g.double().mT @ x.double()  # (n, out, in)
+    return {"sum": per_sequence.square().unflatten(1, (heads, -1)).sum((0, 2, 3))}
+
+
+WHOLE = {"weight_gradients"}  # kinds of whole sequences (n, seq, channels); the others see tokens (n · seq, channels)
+
+
 class Stats:
     """Sums and token counts behind a set of taps."""
 
@@ -120,13 +130,13 @@ class Stats:
     def update(self, values: dict[str, Tensor], taps: Iterable[Tap] | None = None) -> None:
         """Add one batch to `taps` (all known ones by default). `values`: site → (…, channels)."""
         for tap in sorted(set(self.tokens if taps is None else taps)):
-            tensors = [values[s].flatten(0, -2) for s in tap.sites]
+            tensors = [values[s] if tap.kind in WHOLE else values[s].flatten(0, -2) for s in tap.sites]
             sums = self.sums.setdefault(tap, {})
             if tap.kind in IN_PLACE and not tap.heads:
                 IN_PLACE[tap.kind](sums, *tensors)
             else:
                 add(sums, KINDS[tap.kind](*tensors, **({"heads": tap.heads} if tap.heads else {})))
-            self.tokens[tap] = self.tokens.get(tap, 0) + len(tensors[0])
+            self.tokens[tap] = self.tokens.get(tap, 0) + tensors[0].shape[:-1].numel()
 
     def merge(self, other: Stats) -> None:
         """Add the other's sums, which this one takes over: the other is not to be used afterwards."""

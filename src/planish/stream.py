@@ -299,6 +299,20 @@ class Stream:
             raise InputError("windows of one token have no loss to compare by: use --seq-len 2 or more")
         return sum(loss for loss, _ in losses) / sum(n for _, n in losses)
 
+    def divergence(self, hidden: Hidden, reference: Hidden) -> float:
+        """Mean KL(reference ‖ model) in nats per token, from the last-block outputs of both."""
+        sums = []
+        for h, r in zip(hidden, reference, strict=True):
+            logits = [self.logits(x).flatten(0, 1) for x in (h, r)]
+            lost = 0.0
+            for few in zip(*(x.split(256) for x in logits), strict=True):
+                own, other = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in few)
+                lost += float((other.exp() * (other - own)).sum())
+            sums.append((lost, len(logits[0])))
+        self.release()
+        sums = self.in_order(sums)
+        return max(sum(s for s, _ in sums) / sum(n for _, n in sums), 0.0)
+
     def in_order(self, values: list[T]) -> list[T]:
         """One value for each of this process's batches → one for every batch of all processes, in order."""
         own = {p.first: v for p, v in zip(self.pieces, values, strict=True)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, floor
+from math import floor
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from planish.activations import Activations
+from planish.budgets import Budget
 from planish.core import Edit, Plan, Unit, Weights
 from planish.errors import InputError
 from planish.modules import get_linear
@@ -31,16 +32,11 @@ def round_half_up(x: float) -> int:
     return floor(x + 0.5 + 1e-9)
 
 
-def ceil4(x: float) -> float:
-    """Rounded up to four digits: what a user can ask for."""
-    return ceil(x * 10_000 - 1e-9) / 10_000
-
-
 def count_removed(job: Job, kinds: Sequence[str], sparsity: float | None, together: bool = False) -> dict[str, int]:
     """How many units of each kind go.
 
-    `sparsity`: this share of each kind, rounded half up. Otherwise the fewest that bring the blocks' weights, with what
-    the replacements add, under `job.keep`; numbers of two kinds differ by at most one, by none if `together`.
+    `sparsity`: this share of each kind, rounded half up. Otherwise the fewest that bring what the blocks cost, with what
+    the replacements add, within the job's budgets; numbers of two kinds differ by at most one, by none if `together`.
     At least one attention stays.
     """
     n = len(job.shapes)
@@ -53,7 +49,6 @@ def count_removed(job: Job, kinds: Sequence[str], sparsity: float | None, togeth
         wanted = round_half_up(sparsity * n)
         return {k: min(wanted, limit[k]) for k in kinds}
     saved = {k: saving(job, [Unit(0, k)]) for k in kinds}
-    need = job.total - int(job.keep * job.total + 1e-6)
     first, last = kinds[0], kinds[-1]
     choices = [
         {first: a} | {last: b if first != last else a}
@@ -61,19 +56,22 @@ def count_removed(job: Job, kinds: Sequence[str], sparsity: float | None, togeth
         for b in range(limit[last] + 1)
         if first == last or (a == b if together else abs(a - b) <= 1)
     ]
-    able = [c for c in choices if sum(c[k] * saved[k] for k in kinds) >= need]
-    if not able:
-        smallest = 1 - max(sum(c[k] * saved[k] for k in kinds) for c in choices) / job.total
-        raise InputError(
-            f"keep {job.keep:g} cannot be reached by removing {' and '.join(kinds)} of {n} blocks: "
-            f"the smallest keep is {ceil4(smallest):g}"
-        )
+    able = choices
+    for b in job.budgets:
+        each = {k: saving(job, [Unit(0, k)], b) for k in kinds}
+        left = {id(c): b.total - sum(c[k] * each[k] for k in kinds) for c in able}
+        within = [c for c in able if left[id(c)] <= b.limit]
+        if not within:
+            raise b.refuse(f"removing {' and '.join(kinds)} of {n} blocks", min(left.values()))
+        able = within
     return min(able, key=lambda c: (sum(c[k] * saved[k] for k in kinds), c[first]))
 
 
-def saving(job: Job, units: Sequence[Unit]) -> int:
-    """Weights that go when these units do, net of what their replacements add."""
-    saved = sum(job.cost(u, 1) - job.cost(u, 0) for u in units)
+def saving(job: Job, units: Sequence[Unit], budget: Budget | None = None) -> float:
+    """Weights, or what a budget counts, that go when these units do, net of what their replacements add."""
+    if budget is not None:
+        return sum(job.cost(u, 1, budget) - job.cost(u, 0, budget) for u in units)
+    saved = sum(job.count(u, 1) - job.count(u, 0) for u in units)
     if saved <= 0:
         raise InputError(
             f"the bypass of {units[0]} would hold as many parameters as what it replaces: choose smaller ranks "
@@ -86,9 +84,9 @@ def make_plan(job: Job, removed: Sequence[Unit], sparsity: float | None) -> Plan
     """Rank 0 for the removed units, 1 for the others; records what it amounts to."""
     gone = set(removed)
     plan = {u: 0 if u in gone else 1 for u in job.units}
-    before = sum(job.cost(u, 1) for u in gone)
-    added = sum(job.cost(u, 0) for u in gone)
-    kept = 1 - (before - added) / job.total
+    before = sum(job.count(u, 1) for u in gone)
+    added = sum(job.count(u, 0) for u in gone)
+    kept = 1 - (before - added) / job.weights
     if sparsity is not None:
         job.keep = kept
     n = len(job.shapes)
@@ -159,6 +157,35 @@ def search_greedily(
         best = min(rest, key=lambda k: found[k])
         made.append(best)
         losses.append(found[best])
+    return made, losses
+
+
+def search_by_weight(
+    stream: Stream,
+    trials: Mapping[Key, Edits],
+    saved: Mapping[Key, Tensor],
+    need: Tensor,
+    able: Callable[[list[Key]], list[Key]],
+) -> tuple[list[Key], list[float]]:
+    """Make the trial that costs the least loss per cost saved, until `need` (budgets,) is saved; what was made and losses.
+
+    `saved` (budgets,): by each trial; no more of it counts than is missing, as a share of what is needed. `able(made)`:
+    what may still be made.
+    """
+    made: list[Key] = []
+    losses: list[float] = []
+    loss = stream.nll(stream.sweep(lambda shape: [], lambda i, block, stats: None))
+    while ((missing := (need - sum(saved[k] for k in made)).clamp(min=0)) > 0).any():
+
+        def gain(k: Key, missing: Tensor = missing) -> float:
+            return float((torch.minimum(saved[k], missing) / need.clamp(min=1)).sum())
+
+        found = trial_losses(
+            stream, merge(*(trials[k] for k in made)), {k: trials[k] for k in able(made) if gain(k) > 0}
+        )
+        best = min(found, key=lambda k: (found[k] - loss) / gain(k))
+        made.append(best)
+        losses.append(loss := found[best])
     return made, losses
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from math import inf, isfinite, log
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from planish import api
 from planish.activations import Room
+from planish.budgets import Asked, read_asked
 from planish.cache import Cache, open_cache
 from planish.checkpoint import FolderSource, load_tokenizer, open_source
-from planish.compress import Result, check_keep, check_windows, find_name, pick_dtype
+from planish.compress import Result, check_windows, find_name, pick_dtype
 from planish.compress import compress as compress_windows
 from planish.core import Method
 from planish.errors import InputError, PlanishError
@@ -52,7 +54,9 @@ def sweep(
     model: str | Path,
     *,
     methods: Sequence[str],
-    keeps: Sequence[float],
+    keeps: Sequence[float] = (),
+    kv_keeps: Sequence[float] = (),
+    flops_keeps: Sequence[float] = (),
     output: str | Path,
     calibration: Any = "builtin",
     n_samples: int | None = None,
@@ -72,6 +76,7 @@ def sweep(
 ) -> Sweep:
     """Compress `model` by every method at every keep into output/points, measure, write results.csv and report.html.
 
+    `keeps` (by default 0.9, 0.8, 0.7), `kv_keeps`, `flops_keeps`: budgets; of two lists every pair holds together.
     `methods`: names, with settings as in "auto:anchor=0". All points share one calibration: the captured inputs of the
     first block, and every statistic of the uncompressed model. Points that results.csv already has are not run again;
     one that fails is recorded with its reason. `keep_models`: whose weights stay on disk, "best" = the best method's at
@@ -79,10 +84,9 @@ def sweep(
     """
     start = time.perf_counter()
     chosen = [parse_method(text) for text in methods]
-    for keep in keeps:
-        check_keep(keep)
-    if not chosen or not keeps:
-        raise InputError("a sweep needs at least one method and one keep")
+    budgets = list_budgets(keeps, kv_keeps, flops_keeps)
+    if not chosen:
+        raise InputError("a sweep needs at least one method")
     place, output = api.find_device(device), Path(output)
     source = open_source(model)
     tokenizer = load_tokenizer(source.folder) if isinstance(source, FolderSource) else None
@@ -101,7 +105,7 @@ def sweep(
         "device": place, "dtype": dtype, "round_to": round_to,
     }  # fmt: skip
     book = Book(output, request, overwrite)
-    names = [(label, settings, method, keep) for label, settings, method in chosen for keep in keeps]
+    names = [(label, settings, method, asked) for label, settings, method in chosen for asked in budgets]
     runner = Runner(source.name, tokens, length, place, dtype, bench)
     if not book.finished("dense"):
         book.record(runner.measure_dense())
@@ -109,8 +113,9 @@ def sweep(
     stream: Stream | None = None
     shared: Cache | None = None
     found = Sweep(str(output))
-    for n, (label, settings, method, keep) in enumerate(names):
-        name = re.sub(r"[^A-Za-z0-9.=_+-]+", "-", f"{label}-{keep:g}")
+    for n, (label, settings, method, asked) in enumerate(names):
+        limits = [f"{v:g}" if k == "keep" else f"{k.replace('_', '-')}{v:g}" for k, v in asked.given.items()]
+        name = re.sub(r"[^A-Za-z0-9.=_+-]+", "-", "-".join([label, *limits]))
         if book.finished(name):
             found.skipped += 1
         else:
@@ -119,10 +124,11 @@ def sweep(
                 stream = Stream(source, text.windows, device=place, dtype=kind, room=room)
                 memory = room.limit // 2
                 shared = (open_cache(stream, memory) if cache else None) or Cache(memory=memory)
-            point = Point(name, find_name(method), json.dumps(settings), keep)
+            point = Point(name, find_name(method), json.dumps(settings), next(iter(asked.given.values())))
+            point.budgets = json.dumps(asked.given)
 
             run = partial(
-                compress_windows, source, output=book.folder(name), keep=keep, method=method, windows=text.windows,
+                compress_windows, source, output=book.folder(name), asked=asked, method=method, windows=text.windows,
                 calibration=text.record, settings=settings, device=place, dtype=kind, round_to=round_to, overwrite=True,
                 stream=stream, cache=shared,
             )  # fmt: skip
@@ -130,12 +136,20 @@ def sweep(
             book.record(point)
             book.thin(keep_models)
         if progress:
-            progress(f"{label} {keep:g}", n + 1, len(names))
+            progress(f"{label} {asked}", n + 1, len(names))
     found.points = list(book.points.values())
     found.warnings = text.notes
     found.seconds = time.perf_counter() - start
     write_report(output)
     return found
+
+
+def list_budgets(keeps: Sequence[float], kv_keeps: Sequence[float], flops_keeps: Sequence[float]) -> list[Asked]:
+    """Every combination of the lists that are not empty."""
+    if not (keeps or kv_keeps or flops_keeps):
+        keeps = (0.9, 0.8, 0.7)
+    lists = [values or (None,) for values in (keeps, kv_keeps, flops_keeps)]
+    return [read_asked(keep=k, kv_keep=v, flops_keep=f) for k, v, f in product(*lists)]
 
 
 def parse_method(text: str) -> tuple[str, dict[str, str], Method]:
@@ -201,11 +215,11 @@ class Book:
     def thin(self, keep_models: str) -> None:
         """Delete the weights that need not stay; manifests do."""
         done = [p for p in self.points.values() if p.name != "dense" and not p.error]
-        best = {k: min((p for p in done if p.keep_requested == k), key=lambda p: p.perplexity) for k in
-                {p.keep_requested for p in done}}  # fmt: skip
+        best = {k: min((p for p in done if p.asked_text == k), key=lambda p: p.perplexity) for k in
+                {p.asked_text for p in done}}  # fmt: skip
         for point in done:
             if point.kept and (
-                keep_models == "none" or (keep_models == "best" and best[point.keep_requested] is not point)
+                keep_models == "none" or (keep_models == "best" and best[point.asked_text] is not point)
             ):
                 point.kept = ""
                 for path in self.folder(point.name).iterdir():
@@ -268,6 +282,7 @@ class Runner:
             result = run()
             point.keep, point.params, point.block_params = result.keep, result.params_after, result.block_params_after
             point.kv_bytes_per_token, point.format = result.kv_bytes_per_token_after, result.format
+            point.bytes, point.flops_per_token = result.bytes_after, result.flops_per_token_after
             point.seconds, point.peak_rss_bytes, point.kept = result.seconds["total"], result.peak_rss_bytes, "yes"
             notes = json.loads((folder / "planish.json").read_text(encoding="utf-8"))["notes"]
             point.predicted = float(notes.get("predicted_loss", NAN))

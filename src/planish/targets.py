@@ -111,11 +111,14 @@ class Rounded(Solver):
     def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
         return self.solver.cache(unit, shape, rank)
 
+    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
+        return self.solver.work(unit, shape, rank)
+
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return self.solver.taps(unit, shape)
 
-    def work(self, unit: Unit, shape: Shape) -> int:
-        return self.solver.work(unit, shape)
+    def memory(self, unit: Unit, shape: Shape) -> int:
+        return self.solver.memory(unit, shape)
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         return self.solver.decompose(unit, weights, stats, shape)
@@ -154,33 +157,40 @@ def needs_uniform(name: str, plan: Plan) -> bool:
     return bool(uniform) and any(u.name == uniform[0] for u in plan)
 
 
-def make_uniform(name: str, plan: Plan, curves: Mapping[Unit, Curve], budget: float) -> Plan:
+def make_uniform(name: str, plan: Plan, curves: Mapping[Unit, Curve], budget: float | Sequence[float]) -> Plan:
     """The plan with equal ranks in all blocks where the target needs that: least predicted loss within the budget.
 
-    `curves`: of the plan's units; `budget`: what the target's uniform units in the plan may cost together. All
-    combinations of one rank per kind are looked at (value dimensions × MLP widths), so the choice is exact.
+    `curves`: of the plan's units; `budget`: what the target's uniform units in the plan may cost together, for each of the
+    curves' costs. All combinations of one rank per kind are looked at (value dimensions × MLP widths), so the choice is exact.
     """
     kinds = [n for n in find_target(name).uniform if any(u.name == n for u in plan)]
     sums = [add_curves([curves[u] for u in sorted(plan) if u.name == n]) for n in kinds]
-    cost, loss = torch.zeros(()), torch.zeros(())
+    limits = torch.as_tensor(budget, dtype=torch.float64).reshape(-1)
+    cost, loss = torch.zeros(len(limits)), torch.zeros(())
     for _, c, f in sums:
-        cost, loss = cost.unsqueeze(-1) + c, loss.unsqueeze(-1) + f
-    fits = cost <= budget * (1 + 1e-12)
+        lift = (slice(None), *[None] * (cost.ndim - 1))
+        cost, loss = cost.unsqueeze(-1) + c[lift], loss.unsqueeze(-1) + f
+    held = cost.movedim(0, -1) <= limits * (1 + 1e-12)
+    fits = held.all(-1)
     if not fits.any():
-        raise BudgetError(int(cost.min()), int(budget))
+        which = int((~held.flatten(0, -2).any(0)).nonzero()[0]) if not held.flatten(0, -2).any(0).all() else 0
+        within = torch.cat([held[..., :which], held[..., which + 1 :]], -1).all(-1)
+        raise BudgetError(float(cost[which][within].min()), float(limits[which]), which)
     best = loss[fits].min()
-    at = torch.where(fits & (loss <= best), cost, -1).argmax()  # of equally good ones the largest
-    picks = torch.unravel_index(at, cost.shape) if sums else ()
+    at = torch.where(fits & (loss <= best), cost[0], -1).argmax()  # of equally good ones the largest
+    picks = torch.unravel_index(at, loss.shape) if sums else ()
     chosen = {n: int(ranks[i]) for n, (ranks, _, _), i in zip(kinds, sums, picks, strict=True)}
     return {u: chosen.get(u.name, r) for u, r in plan.items()}
 
 
 def add_curves(curves: list[Curve]) -> tuple[Tensor, Tensor, Tensor]:
-    """(ranks, cost, loss) of one rank for all of these units: the ranks that they all have, costs and losses added."""
+    """(ranks, cost, loss) of one rank for all of these units: the ranks that they all have, costs (budgets, ranks) and losses
+    added."""
     common = sorted(set.intersection(*({int(r) for r in c.ranks} for c in curves)))
     ranks = torch.tensor(common)
     at = [torch.searchsorted(c.ranks, ranks) for c in curves]
-    cost = sum((c.cost[i] for c, i in zip(curves, at, strict=True)), torch.zeros(len(ranks)))
+    rows = [c.cost.reshape(-1, len(c.ranks))[:, i] for c, i in zip(curves, at, strict=True)]
+    cost = sum(rows, torch.zeros_like(rows[0]))
     return ranks, cost, sum((c.loss[i] for c, i in zip(curves, at, strict=True)), torch.zeros(len(ranks)))
 
 

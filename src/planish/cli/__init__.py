@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from planish.cli import bench, compress, demo, doctor, evaluate, export, methods, plan, push, reproduce, resume, sweep
 from planish.cli.run import Commands
+from planish.version import __version__
 
 app = typer.Typer(
     name="planish",
@@ -17,6 +20,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"planish {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
 app.command("compress")(compress.compress)
 app.command("reproduce")(reproduce.reproduce)
 app.command("resume")(resume.resume)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from planish.cli import options as o
 from planish.cli.run import format_bytes, make_table, session
@@ -18,9 +19,7 @@ def bench(
     against: Annotated[
         str | None, typer.Option(metavar="DENSE", help="measure this one in turns with it", show_default=False)
     ] = None,
-    batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="repeatable  [default: 1 and 8]", show_default=False)
-    ] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="repeatable", show_default="1 and 8")] = None,
     prompt_len: Annotated[int, typer.Option(min=1, help="tokens of the prompt")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="measured runs; the median is shown")] = 5,
@@ -62,7 +61,7 @@ def bench(
                 return f"{s.median:,.0f} ({s.low:,.0f}–{s.high:,.0f}){times}"
 
             table.add_row(
-                r.model,
+                escape(r.model),
                 str(r.batch_size),
                 rate("prefill_tokens_per_s"),
                 rate("decode_tokens_per_s"),

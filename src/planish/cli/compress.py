@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from planish.cli import options as o
 from planish.cli.run import format_bytes, format_seconds, make_comparison, say, session
 
 
 def compress(
-    context: typer.Context,
+    command: typer.Context,
     model: o.ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
-    keep: o.KeepOption = 0.8,
+    keep: o.KeepOption = None,
     kv_keep: o.KVKeepOption = None,
+    flops_keep: o.FlopsKeepOption = None,
+    max_params: o.MaxParamsOption = None,
+    max_bytes: o.MaxBytesOption = None,
+    max_latency: o.MaxLatencyOption = None,
+    context: o.ContextOption = None,
     sparsity: o.SparsityOption = None,
     method: o.MethodOption = None,
     calibration: o.CalibrationOption = "builtin",
@@ -35,13 +42,15 @@ def compress(
 ) -> None:
     """Make a smaller model from MODEL (or as a recipe, a .yaml file, says) and write it to a folder."""
     values = o.parse_settings(settings, sparsity)
-    asked = f"{keep:g}" if kv_keep is None else f"kv-keep {kv_keep:g}"
-    asked = asked if sparsity is None else f"sparsity {sparsity:g}"
+    limits = {
+        "keep": keep, "kv_keep": kv_keep, "flops_keep": flops_keep, "max_params": max_params, "max_bytes": max_bytes,
+        "max_latency": max_latency,
+    }  # fmt: skip
     with session(as_json) as run:
         from planish import processes
 
         arguments = {
-            "model": model, "keep": keep, "kv_keep": kv_keep, "method": method, "calibration": calibration,
+            "model": model, **limits, "context": context, "method": method, "calibration": calibration,
             "n_samples": n_samples, "seq_len": seq_len, "seed": seed, "sampling": sampling and sampling.value,
             "device": device.value, "dtype": dtype and dtype.value, "round_to": round_to, "target": target.value,
             "settings": values,
@@ -50,10 +59,13 @@ def compress(
             from planish.recipe import read_recipe
 
             recipe = read_recipe(Path(model)).arguments()
-            given = {n for n in arguments if str(context.get_parameter_source(n)).endswith("COMMANDLINE")} - {"model"}
+            given = {n for n in arguments if str(command.get_parameter_source(n)).endswith("COMMANDLINE")} - {"model"}
+            given |= set(limits) if given & set(limits) else set()  # other budgets replace the recipe's
             arguments = {n: arguments[n] if n in given else recipe[n] for n in arguments}
             arguments["settings"] = recipe["settings"] | values
-            asked = f"{arguments['keep']:g}"
+        asked = (
+            o.ask(**{n: arguments[n] for n in (*limits, "context")}) if sparsity is None else f"sparsity {sparsity:g}"
+        )
         try:
             result = run.api.compress(
                 **arguments, output=output, overwrite=overwrite, cache=cache, progress=run.progress
@@ -67,14 +79,21 @@ def compress(
         phases = ", ".join(f"{name} {format_seconds(s)}" for name, s in result.seconds.items() if name != "total")
         run.give(
             result.as_dict(),
-            f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {asked}) · {result.output} ({how})",
+            f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {asked}) · {escape(result.output)} ({how})",
             make_comparison(
                 [
                     ("parameters", result.params_before, result.params_after),
                     ("parameters of the blocks' linears", result.block_params_before, result.block_params_after),
+                    ("bytes of weights", result.bytes_before, result.bytes_after),
+                    (
+                        f"FLOPs per token, {result.context} tokens of context",
+                        result.flops_per_token_before,
+                        result.flops_per_token_after,
+                    ),
                     ("KV cache, bytes per token", result.kv_bytes_per_token_before, result.kv_bytes_per_token_after),
                 ]
             ),
+            *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
-            f"next: planish eval {result.output} --text SOURCE",
+            f"next: planish eval {escape(shlex.quote(result.output))} --text SOURCE",
         )

@@ -41,7 +41,7 @@ def demo(
         run.give(
             found.as_dict(),
             *make_views(found),
-            f"wrote {', '.join(found.files)} · {format_seconds(found.seconds)}",
+            f"wrote {escape(', '.join(found.files))} · {format_seconds(found.seconds)}",
             *(
                 ()
                 if any(f.endswith(".png") for f in found.files)

@@ -24,6 +24,7 @@ EXTRAS = {  # extra → what it is for, modules that show it is there
     "gguf": ("export --to gguf", ("gguf",)),
     "onnx": ("export --to onnx", ("onnx", "onnxscript", "onnxruntime")),
     "report": ("charts and reports", ("matplotlib", "jinja2")),
+    "tune": ("LoRA on compressed models", ("peft",)),
     "quant": ("integer weights", ("torchao",)),
 }
 
@@ -49,7 +50,8 @@ def doctor(as_json: o.JsonOption = False) -> None:
         table = make_table("", "", title="planish doctor")
         table.columns[1].justify = "left"
         for name, value in {**found["versions"], **found["machine"]}.items():
-            table.add_row(name, format_bytes(value) if name.endswith("bytes") else str(value))
+            label = name.removesuffix("_bytes").replace("_", " ") if name in found["machine"] else name
+            table.add_row(label, format_bytes(value) if name.endswith("bytes") else str(value))
         for name, text in found["devices"].items():
             table.add_row(name, text)
         for name, extra in found["extras"].items():

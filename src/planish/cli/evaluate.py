@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from planish.cli import options as o
@@ -19,9 +20,7 @@ def evaluate(
     text: Annotated[str, typer.Option("--text", metavar="SOURCE", help=o.SOURCE_HELP)] = "builtin",
     seq_len: o.LengthOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows at a time")] = 1,
-    max_windows: Annotated[
-        int | None, typer.Option(min=1, help="stop after so many  [default: all]", show_default=False)
-    ] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="stop after so many", show_default="all")] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,7 +65,8 @@ def evaluate(
         run.give(
             asdict(found),
             f"perplexity [bold]{found.perplexity:.4f}[/] · {found.nll:.5f} nats per token",
-            f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len} · {found.source} ({bos}) · {found.dtype}",
+            f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len} · "
+            f"{escape(found.source)} ({bos}) · {found.dtype}",
         )
 
 
@@ -80,5 +80,5 @@ def make_scores(found: dict[str, list[Any]]) -> Table:
     for rows in zip(*found.values(), strict=True):
         for name, s in zip(found, rows, strict=True):
             accs = percent(s.acc, s.acc_stderr), percent(s.acc_norm, s.acc_norm_stderr)
-            table.add_row(s.task, name, f"{s.examples:,}", *accs)
+            table.add_row(escape(s.task), escape(name), f"{s.examples:,}", *accs)
     return table

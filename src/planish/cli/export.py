@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from planish.cli import options as o
 from planish.cli.run import format_bytes, make_table, session
@@ -81,7 +82,7 @@ def export(
         )
         run.give(
             written.as_dict(),
-            f"[bold]{written.output}[/] · {written.architecture} · {written.dtype} · {format_bytes(written.bytes)}",
+            f"[bold]{escape(str(written.output))}[/] · {written.architecture} · {written.dtype} · {format_bytes(written.bytes)}",
             f"{written.parameters:,} parameters ({written.stored_parameters:,} in the folder) · "
             f"tokenizer {written.tokenizer}",
             *(f"· {note}" for note in written.notes),
@@ -93,7 +94,7 @@ def verify(
     target: Annotated[Where, typer.Option("--target", help="where to run it", show_default=False)],
     file: Annotated[
         Path | None,
-        typer.Option(help="an exported .gguf or .onnx  [default: export one now, fp32]", show_default=False),
+        typer.Option(help="an exported .gguf or .onnx", show_default="export one now, fp32"),
     ] = None,
     dense_reference: Annotated[
         str | None,

@@ -14,7 +14,9 @@ from planish.cli.run import make_table, session
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="show this method alone", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="show this method alone", show_default=False)
+    ] = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """List the methods, or explain one of them."""
@@ -36,7 +38,7 @@ def methods(
             f"[bold]{canonical}[/]{aliases}: {escape(one['title'])}",
             escape(one["reference"]),
             "",
-            escape(one["doc"]),
+            escape(reflow(one["doc"])),
             *(("", table) if one["settings"] else ("", "no hyper-parameters")),
         )
 
@@ -72,6 +74,11 @@ def describe(name: str, cls: type) -> dict[str, Any]:
         "doc": "" if doc.startswith(generated) else doc,
         "settings": settings,
     }
+
+
+def reflow(doc: str) -> str:
+    """A docstring with every paragraph on one line: the terminal breaks them."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in doc.split("\n\n"))
 
 
 def name_type(hint: Any) -> str:

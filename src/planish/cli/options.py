@@ -41,11 +41,42 @@ SOURCE_HELP = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field text), .pa
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub id", show_default=False)
 ]
-KeepOption = Annotated[float, typer.Option(help="share of the decoder blocks' linear weights that stays, in (0, 1]")]
+KeepOption = Annotated[
+    float | None,
+    typer.Option(
+        help="share of the decoder blocks' linear weights that stays, in (0, 1]  [default: 0.8 where no other budget is given]",
+        show_default=False,
+    ),
+]
 KVKeepOption = Annotated[
     float | None,
     typer.Option(
-        help="instead of --keep: share of the KV cache's bytes per token that stays, in (0, 1]", show_default=False
+        help="share of the KV cache's bytes per token that stays; alone it cuts only what the cache holds",
+        show_default=False,
+    ),
+]
+FlopsKeepOption = Annotated[
+    float | None,
+    typer.Option(help="share of the blocks' FLOPs per token that stays, attention included", show_default=False),
+]
+MaxParamsOption = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="parameters of the whole model: 1.5B, 800M, 12345678", show_default=False),
+]
+MaxBytesOption = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="bytes of the whole model's weight files: 2.5GB, 800MiB", show_default=False),
+]
+MaxLatencyOption = Annotated[
+    float | None,
+    typer.Option(metavar="MS", help="milliseconds per decoded token on this machine, batch 1", show_default=False),
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="tokens of context that FLOPs and latency count  [default: a calibration window's]",
+        show_default=False,
     ),
 ]
 SparsityOption = Annotated[
@@ -55,24 +86,20 @@ SparsityOption = Annotated[
         show_default=False,
     ),
 ]
-MethodOption = Annotated[
-    str | None, typer.Option(help="see `planish methods`  [default: auto if there is one]", show_default=False)
-]
+MethodOption = Annotated[str | None, typer.Option(help="see `planish methods`", show_default="auto")]
 CalibrationOption = Annotated[str, typer.Option(metavar="SOURCE", help=SOURCE_HELP)]
-SamplesOption = Annotated[
-    int | None, typer.Option(min=1, help="calibration windows  [default: 128]", show_default=False)
-]
+SamplesOption = Annotated[int | None, typer.Option(min=1, help="calibration windows", show_default="128")]
 LengthOption = Annotated[
     int | None,
-    typer.Option(min=2, help="tokens per window  [default: 2048, or the model's positions]", show_default=False),
+    typer.Option(min=2, help="tokens per window", show_default="2048, or the model's positions"),
 ]
 SeedOption = Annotated[int, typer.Option(help="of the random windows")]
 SamplingOption = Annotated[
-    Sampling | None, typer.Option(help="of windows  [default: random; contiguous for token ids]", show_default=False)
+    Sampling | None, typer.Option(help="of windows", show_default="random; contiguous for token ids")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="auto: CUDA where there is one, else the CPU")]
 DTypeOption = Annotated[
-    DType | None, typer.Option(help="to compute in  [default: float32 on a CPU, else as stored]", show_default=False)
+    DType | None, typer.Option(help="to compute in", show_default="float32 on a CPU, else as stored")
 ]
 TargetOption = Annotated[
     Target, typer.Option("--target", help="where the result has to run: ranks are chosen to suit it")
@@ -102,3 +129,18 @@ def parse_settings(pairs: list[str] | None, sparsity: float | None = None) -> di
             raise InputError(f"--set {name} is given twice")
         settings[name] = value.strip()
     return settings
+
+
+def ask(**values: Any) -> Any:
+    """`planish.budgets.Asked` of a command's options."""
+    from planish.budgets import read_asked
+
+    return read_asked(**values)
+
+
+def show_latency(found: Any) -> list[str]:
+    """A line of a result or forecast whose latency was asked for."""
+    if found.latency_ms_after is None:
+        return []
+    before, after = found.latency_ms_before, found.latency_ms_after
+    return [f"predicted {after:.3g} ms per decoded token behind {found.context} others (uncompressed {before:.3g} ms)"]

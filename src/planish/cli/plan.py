@@ -13,8 +13,13 @@ from planish.cli.run import format_bytes, format_seconds, make_comparison, make_
 
 def plan(
     model: o.ModelArgument,
-    keep: o.KeepOption = 0.8,
+    keep: o.KeepOption = None,
     kv_keep: o.KVKeepOption = None,
+    flops_keep: o.FlopsKeepOption = None,
+    max_params: o.MaxParamsOption = None,
+    max_bytes: o.MaxBytesOption = None,
+    max_latency: o.MaxLatencyOption = None,
+    context: o.ContextOption = None,
     sparsity: o.SparsityOption = None,
     method: o.MethodOption = None,
     calibration: o.CalibrationOption = "builtin",
@@ -31,13 +36,15 @@ def plan(
 ) -> None:
     """Say what compressing would give and take; change and write nothing."""
     values = o.parse_settings(settings, sparsity)
-    asked = f"{keep:g}" if kv_keep is None else f"kv-keep {kv_keep:g}"
-    asked = asked if sparsity is None else f"sparsity {sparsity:g}"
+    limits = {
+        "keep": keep, "kv_keep": kv_keep, "flops_keep": flops_keep, "max_params": max_params, "max_bytes": max_bytes,
+        "max_latency": max_latency, "context": context,
+    }  # fmt: skip
+    asked = o.ask(**limits) if sparsity is None else f"sparsity {sparsity:g}"
     with session(as_json) as run:
         found = run.api.forecast(
             model,
-            keep=keep,
-            kv_keep=kv_keep,
+            **limits,
             method=method,
             calibration=calibration,
             n_samples=n_samples,
@@ -71,6 +78,7 @@ def plan(
                     ("KV cache, bytes per token", found.kv_bytes_per_token_before, found.kv_bytes_per_token_after),
                 ]
             ),
+            *o.show_latency(found),
             f"compressing takes about {format_seconds(found.seconds)}, {format_bytes(found.peak_ram_bytes)} of memory"
             + (f", {format_bytes(found.peak_vram_bytes)} on the device" if found.peak_vram_bytes else "")
             + f" and {format_bytes(found.disk_bytes)} of disk",

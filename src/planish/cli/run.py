@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from planish.errors import InputError
 
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+WIDE = 160  # columns of tables that no terminal shows
 
 # What the system refuses because of what the user asked for: space, permissions, paths.
 _REFUSED = {
@@ -160,8 +161,12 @@ class Session:
             print(json.dumps(clean(self.result), default=str, allow_nan=False), flush=True)
             return
         console = Console()
+        if console.is_terminal or "COLUMNS" in os.environ:
+            wrap = True
+        else:  # a file or a pipe has no edge: lines stay whole
+            wrap, console = False, Console(width=WIDE)
         for part in self.view:
-            console.print(part)
+            console.print(part, soft_wrap=not wrap and isinstance(part, str))
 
 
 def clean(value: Any) -> Any:
@@ -200,6 +205,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min {seconds % 60:.0f} s" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{seconds / 3600:.1f} h"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from planish.cli import options as o
 from planish.cli.run import format_seconds, make_table, say, session
@@ -26,8 +27,19 @@ def sweep(
         str, typer.Option(metavar="NAME,…", help="methods, with settings as in auto:anchor=0", show_default=False)
     ],
     keep: Annotated[
-        str, typer.Option(metavar="SHARE,…", help="shares of the blocks' weights that stay")
-    ] = "0.9,0.8,0.7",
+        str | None,
+        typer.Option(
+            metavar="SHARE,…",
+            help="shares of the blocks' weights that stay  [default: 0.9,0.8,0.7 where no other is given]",
+            show_default=False,
+        ),
+    ] = None,
+    kv_keep: Annotated[
+        str | None, typer.Option(metavar="SHARE,…", help="shares of the KV cache that stay", show_default=False)
+    ] = None,
+    flops_keep: Annotated[
+        str | None, typer.Option(metavar="SHARE,…", help="shares of the blocks' FLOPs that stay", show_default=False)
+    ] = None,
     calibration: o.CalibrationOption = "builtin",
     n_samples: o.SamplesOption = None,
     seq_len: o.LengthOption = None,
@@ -35,7 +47,7 @@ def sweep(
     sampling: o.SamplingOption = None,
     eval_text: Annotated[str, typer.Option("--eval-text", metavar="SOURCE", help=o.SOURCE_HELP)] = "builtin",
     eval_tokens: Annotated[
-        int | None, typer.Option(min=2, help="measure on so many tokens  [default: all]", show_default=False)
+        int | None, typer.Option(min=2, help="measure on so many tokens", show_default="all")
     ] = None,
     device: o.DeviceOption = o.Device.auto,
     dtype: o.DTypeOption = None,
@@ -50,12 +62,11 @@ def sweep(
 ) -> None:
     """Compress MODEL by every method at every keep from one calibration: results.csv and report.html.
 
-    Run again to go on after an interruption; finished points are not repeated.
+    Of two lists of budgets every pair holds together. Run again to go on after an interruption; finished points are not repeated.
     """
-    try:
-        keeps = [float(k) for k in keep.split(",") if k.strip()]
-    except ValueError:
-        raise InputError(f"--keep {keep}: expected numbers separated by commas, such as 0.9,0.8") from None
+    keeps, kv_keeps, flops_keeps = (
+        parse_shares(n, v) for n, v in (("keep", keep), ("kv-keep", kv_keep), ("flops-keep", flops_keep))
+    )
     with session(as_json) as run:
         run.api  # noqa: B018  (silences transformers)
         from planish.sweep import sweep as run_sweep
@@ -64,6 +75,8 @@ def sweep(
             model,
             methods=[m for m in methods.split(",") if m.strip()],
             keeps=keeps,
+            kv_keeps=kv_keeps,
+            flops_keeps=flops_keeps,
             output=output,
             calibration=calibration,
             n_samples=n_samples,
@@ -86,8 +99,8 @@ def sweep(
         table = make_table("method", "keep", "parameters", "perplexity", "KV bytes/token", "seconds")
         for p in found.points:
             if p.error:
-                table.add_row(p.label, f"{p.keep_requested:g}", "", "", "failed", "", style="dim")
-                say(f"failed: {p.label} at {p.keep_requested:g}: {p.error}")
+                table.add_row(p.label, p.asked_text, "", "", "failed", "", style="dim")
+                say(f"failed: {p.label} at {p.asked_text}: {p.error}")
                 continue
             table.add_row(
                 p.label,
@@ -101,17 +114,29 @@ def sweep(
         run.give(
             found.as_dict(),
             table,
-            f"{format_seconds(found.seconds)}{finished} · {output / 'results.csv'} · {output / 'report.html'}",
+            f"{format_seconds(found.seconds)}{finished} · "
+            + escape(f"{output / 'results.csv'} · {output / 'report.html'}"),
         )
+
+
+def parse_shares(name: str, text: str | None) -> list[float]:
+    """ "0.9,0.8" → [0.9, 0.8]; nothing → []."""
+    if text is None:
+        return []
+    try:
+        found = [float(k) for k in text.split(",") if k.strip()]
+    except ValueError:
+        raise InputError(f"--{name} {text}: expected numbers separated by commas, such as 0.9,0.8") from None
+    if not found:
+        raise InputError(f"--{name} needs at least one number")
+    return found
 
 
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="OUT", help="of a sweep, or one compressed folder", show_default=False)
     ],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="file  [default: OUT/report.html]", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="file", show_default="OUT/report.html")] = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Write report.html again from results.csv and the points' planish.json; or one for a compressed folder."""
@@ -119,4 +144,4 @@ def report(
         from planish.report.page import write_report
 
         path = write_report(folder, output)
-        run.give({"report": str(path)}, str(path))
+        run.give({"report": str(path)}, escape(str(path)))

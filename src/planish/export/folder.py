@@ -21,6 +21,7 @@ from planish.families import FAMILIES, Family
 from planish.modules import (
     Attention,
     Bypass,
+    Frequencies,
     Latent,
     Spec,
     count_heads,
@@ -198,7 +199,7 @@ def plain_block(folder: Folder, i: int) -> Plain:
     for role in roles:
         module = get_linear(block, family, role)
         weight, bias = plain_linear(module)
-        if role == "k" and isinstance(attention, Latent):
+        if role == "k" and isinstance(attention, (Frequencies, Latent)):
             weight, bias = rebuild_keys(attention, weight), None if bias is None else rebuild_keys(attention, bias)
             plain.extra -= attention.U.numel()
         plain.extra += weight.numel() - count_weights(module)
@@ -221,7 +222,7 @@ def plain_block(folder: Folder, i: int) -> Plain:
     return plain
 
 
-def rebuild_keys(attention: Latent, t: Tensor) -> Tensor:
+def rebuild_keys(attention: Frequencies | Latent, t: Tensor) -> Tensor:
     """k_proj's weight or bias as that of the keys themselves; fp64 product, kept like other products."""
     wide = copy.deepcopy(attention).double().rebuild(t.double())
     return wide.to(product_dtype(t.dtype))

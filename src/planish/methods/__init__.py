@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from dataclasses import fields
 from difflib import get_close_matches
+from math import inf
 from typing import Any, get_args, get_origin, get_type_hints
 
 from planish.core import Method
@@ -53,7 +54,10 @@ def parse(cls: type[Method], method: str, name: str, value: Any) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(f"{method} has no setting {name!r}{hint} (it has: {', '.join(names) or 'none'})")
     try:
-        return convert(hints[name], value)
+        found = convert(hints[name], value)
+        if isinstance(found, int | float) and not 0 <= found < inf:
+            raise ValueError("expected a finite number, 0 or more")
+        return found
     except ValueError as error:
         raise InputError(f"setting {name}={value!r} of {method}: {error}") from None
 

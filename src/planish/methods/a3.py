@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from planish.allocate import Alternative, Curve, choose
+from planish.allocate import Alternative, choose
 from planish.core import Method, Plan, Solver
+from planish.errors import InputError
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
-from planish.solvers.rotary_pairs import RotaryPairs
+from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs
 from planish.solvers.value_output import ValueOutput
 
 if TYPE_CHECKING:
     from planish.compress import Job
+
+PARTS = ("qk", "vo", "mlp")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class A3(Method):
     group) or "values" (the paper's R_kv form for groups). `mlp`: score of neurons, "energy" (the paper's) or ridge
     "leverage". `refit`: least squares of o and of down on what is kept; false is the paper's plain slicing.
     `allocation` "mixed": ranks searched by the loss of the calibration text, `probes` windows of it for each unit.
+    `parts`: which of the three are cut (all); the budget is then met by those alone.
+    Uniform means that each part keeps the share asked for. Where a part's steps are coarse (rotary pairs of narrow heads)
+    some blocks lie a step above it and some below; rounding all of them down would cost far more than it saves.
     Differs from the paper: refit and pooling are on; its mixed ranks come without an algorithm, see `search`.
     """
 
@@ -40,17 +46,22 @@ class A3(Method):
     allocation: Literal["uniform", "mixed"] = "uniform"
     probes: int = 16
     damping: float = 1e-10
+    parts: tuple[str, ...] = PARTS
 
     def solvers(self) -> list[Solver]:
-        return [
-            QKJoint(),
-            RotaryPairs(self.qk),
-            ValueOutput(self.vo, self.refit),
-            Neurons(self.mlp, refit=self.refit, damping=self.damping),
-        ]
+        if not self.parts or set(self.parts) - set(PARTS):
+            raise InputError(f"a3: parts={','.join(self.parts) or 'nothing'}; expected some of {','.join(PARTS)}")
+        cut: dict[str, list[Solver]] = {
+            "qk": [QKJoint(), RotaryPairs(self.qk)],
+            "vo": [ValueOutput(self.vo, self.refit)],
+            "mlp": [Neurons(self.mlp, refit=self.refit, damping=self.damping)],
+        }
+        return [solver for part in PARTS if part in self.parts for solver in cut[part]]
 
     def plan(self, job: Job) -> Plan:
-        uniform = job.spread(lambda unit: 1.0)
+        if "qk" in self.parts and any(s.qk_norm for s in job.shapes):
+            job.remarks["qk"] = NORMALISED
+        uniform = job.spread(lambda unit: 1.0, by_kind=True)
         return uniform if self.allocation == "uniform" or job.keep == 1 else self.search(job, uniform)
 
     def plan_cache(self, job: Job) -> Plan:
@@ -59,9 +70,9 @@ class A3(Method):
     def search(self, job: Job, uniform: Plan) -> Plan:
         """Ranks that differ from unit to unit, chosen by the loss of the calibration text.
 
-        One probe per unit measures what cutting it alone to its uniform rank adds to the loss; that scales the unit's
-        frontier to nats, and the sum is minimised under the budget. Of the uniform plan, this one, and the one whose
-        scales are the probes' square roots, the plan with the least loss of the whole compressed model wins.
+        One probe per unit measures how far cutting it alone to its uniform rank moves the model's predictions (KL); that
+        scales the unit's frontier to nats, and the sum is minimised under the budget. Of the uniform plan, this one, and
+        the one whose scales are the probes' square roots, the one with the least loss of the whole compressed model wins.
         """
         frontiers, rises = job.probe(uniform, self.probes)
         least = max(1e-6, 0.01 * sum(max(r, 0.0) for r in rises.values()) / len(rises))
@@ -69,21 +80,14 @@ class A3(Method):
         for name, power in (("mixed", 1.0), ("tempered", 0.5)):
             groups = []
             for unit, f in frontiers.items():
-                full = job.full(unit)
-                ranks = [
-                    r for r in job.units[unit].ranks(unit, job.shapes[unit.block]) if r == full or r % job.step == 0
-                ]
-                loss = torch.tensor([float(f.loss[r]) if r < full else 0.0 for r in ranks], dtype=torch.float64)
+                curve = job.curve(f)
                 at = max(float(f.loss[uniform[unit]]), 1e-300)
-                cost = torch.tensor([float(job.cost(unit, r)) for r in ranks], dtype=torch.float64)
-                loss = loss / at * max(rises[unit], least) ** power
-                groups.append([Alternative((Curve(unit, torch.tensor(ranks), cost, loss),))])
-            plans[name] = choose(groups, job.budget)[0]
+                loss = (
+                    torch.where(curve.ranks < job.full(unit), curve.loss, 0.0) / at * max(rises[unit], least) ** power
+                )
+                groups.append([Alternative((replace(curve, loss=loss),))])
+            plans[name] = choose(groups, job.limits)[0]
         losses = {name: job.nll(plan) for name, plan in plans.items()}
         best = min(losses, key=lambda name: losses[name])
         job.notes |= {"searched": losses, "chosen": best, "rises": {str(u): r for u, r in rises.items()}}
         return plans[best]
-
-    def finish(self, job: Job, plan: Plan) -> None:
-        if any(s.qk_norm for s in job.shapes):
-            job.notes["qk"] = "left as they are: this family normalises q and k over all channels of a head"

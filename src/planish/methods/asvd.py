@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from planish.core import Method, Plan, Solver, Unit
 from planish.edits import input_site
+from planish.errors import InputError
 from planish.linalg import LowRank
 from planish.modules import get_linear
 from planish.solvers.linear import LinearSVD
@@ -49,9 +50,15 @@ class ASVD(Method):
         return [LinearSVD(metric="diagonal", power=self.alpha, form=self.form)]
 
     def plan(self, job: Job) -> Plan:
+        if not self.alpha <= 4 or self.samples < 1:
+            raise InputError(
+                f"asvd: alpha must lie in [0, 4] and samples be 1 or more, got {self.alpha:g} and {self.samples}"
+            )
         uniform = job.spread(lambda unit: 1.0)  # also says whether the budget can be reached at all
         if self.allocation == "uniform" or job.keep == 1 or not job.stream.batches:
             return uniform
+        if len(job.budgets) > 1:
+            raise InputError("asvd: allocation=strs keeps to one budget; use --set allocation=uniform for two")
         with job.phase("sensitivity"):
             return self.search(job, Sensitivity(job, self.samples))
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from planish.allocate import Alternative, BudgetError, Curve, choose
 from planish.core import Frontier, Method, Plan, Shape, Solver, Unit
-from planish.errors import InputError
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.two_sided import TwoSided
@@ -76,26 +75,24 @@ class Auto(Method):
         for n in range(1, rounds + 1):
             if n > 1:
                 frontiers = self.measure_again(job, plan)
-            plan = self.allocate(job, frontiers, 1 - (1 - job.keep) * n / rounds)
+            plan = self.allocate(job, frontiers, n / rounds)
         return plan
 
     def plan_cache(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
         job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
-        return self.allocate(job, frontiers, job.keep)
+        return self.allocate(job, frontiers)
 
-    def allocate(self, job: Job, frontiers: dict[Unit, Frontier], keep: float) -> Plan:
-        """The cheapest plan in predicted nats at this share of the job's budget, weights or cache."""
+    def allocate(self, job: Job, frontiers: dict[Unit, Frontier], part: float = 1.0) -> Plan:
+        """The cheapest plan in predicted nats within the job's budgets, after this part of the cut."""
         job.known = frontiers
         curves = {u: job.curve(f) for u, f in frontiers.items()}
         steep = self.steep if self.steep is not None else 0.0 if job.keep >= 0.6 else 3.0
         curves = {u: replace(c, loss=c.loss * (1 + steep * c.loss)) for u, c in curves.items()}
         try:
-            plan, _ = choose(self.groups(job, curves), int(keep * job.total + 1e-6))
+            plan, _ = choose(self.groups(job, curves), [b.part(part) for b in job.budgets])
         except BudgetError as error:
-            raise InputError(
-                f"keep {keep:g} cannot be reached by auto: the smallest keep is {error.smallest / job.total:.4f}"
-            ) from None
+            raise job.budgets[error.which].refuse("auto", error.smallest) from None
         loss = sum(float(frontiers[u].loss[r]) for u, r in plan.items())
         names = sorted({u.name for u in plan})
         cut = {n: sum(u.name == n and r < job.full(u) for u, r in plan.items()) for n in names}
@@ -133,12 +130,6 @@ class Auto(Method):
                     held = {r for n in present for r in HOLDS.get(n, (n,))}
                     rest = [r for r in HOLDS[name] if r in shape.roles and r not in held]
                     chosen = tuple(curves[Unit(shape.block, n)] for n in present)
-                    found[present] = Alternative(chosen, sum(self.price(job, shape, r) for r in rest))
+                    found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in job.budgets])
                 groups.append(list(found.values()))
         return groups
-
-    def price(self, job: Job, shape: Shape, role: str) -> int:
-        """What an uncut linear costs of the job's budget: its weights, or its channels in the cache."""
-        if job.kv_keep is None:
-            return shape.count(role)
-        return {"k": shape.kv_heads * shape.qk, "v": shape.kv_heads * shape.v}.get(role, 0)

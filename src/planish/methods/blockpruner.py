@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from planish.core import Method, Plan, Solver, Unit
-from planish.errors import InputError
 from planish.solvers.bypass import Bypass, drop_edit
-from planish.submodules import ceil4, count_removed, make_plan, saving, search_greedily
+from planish.submodules import count_removed, make_plan, saving, search_greedily
 
 if TYPE_CHECKING:
     from planish.compress import Job
@@ -36,21 +35,19 @@ class BlockPruner(Method):
         trials = {u: {u.block: [drop_edit(targets[u.name])]} for u in job.units}
         if self.sparsity is None:
             limits = {"attention": len(job.shapes) - 1, "ffn": len(job.shapes)}
-            need = job.total - int(job.keep * job.total + 1e-6)
             whole = [Unit(i, k) for k in kinds for i in range(limits[k])]
-            if saving(job, whole) < need:
-                smallest = ceil4(1 - saving(job, whole) / job.total)
-                raise InputError(
-                    f"keep {job.keep:g} cannot be reached by blockpruner: the smallest keep is {smallest:g}"
-                )
+            for b in job.budgets:
+                if (least := b.total - saving(job, whole, b)) > b.limit:
+                    raise b.refuse("blockpruner", least)
         else:
-            limits, need = count_removed(job, kinds, self.sparsity), job.total
+            limits = count_removed(job, kinds, self.sparsity)
 
         def enough(made: list[Unit]) -> bool:
             full = {k for k in kinds if sum(u.name == k for u in made) == limits[k]}
             for u in [u for u in trials if u.name in full and u not in made]:
                 del trials[u]
-            return need <= 0 or full == set(kinds) or (bool(made) and saving(job, made) >= need)
+            within = self.sparsity is None and all(b.total - saving(job, made, b) <= b.limit for b in job.budgets)
+            return within or full == set(kinds)
 
         with job.phase("search"):
             gone, losses = search_greedily(job.stream.subset(self.windows), trials, enough)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor
+from math import ceil, floor
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from planish.core import Method, Plan, Solver
@@ -38,8 +38,12 @@ class ErcSVD(Method):
         return [TwoStageSVD(beta=self.beta, residual_metric=self.residual_metric, form=self.form)]
 
     def plan(self, job: Job) -> Plan:
+        if not self.beta < 1 or self.candidates < 1:
+            raise InputError(
+                f"erc-svd: beta must lie in [0, 1) and candidates be 1 or more, got {self.beta:g} and {self.candidates}"
+            )
         n, removed = len(job.shapes), 1 - job.keep
-        least = floor(n * removed / (1 - self.beta)) + 1  # every compressed block must keep more than beta
+        least = floor(n * removed / (1 - self.beta) + 1e-9) + 1  # every compressed block must keep more than beta
         if self.k and not least <= self.k <= n:
             block_keep = 1 - n * removed / self.k
             raise InputError(
@@ -47,9 +51,11 @@ class ErcSVD(Method):
                 f"which must be more than beta={self.beta:g}: k must lie in {least} … {n}"
             )
         if least > n:
+            ranks = {u: solver.rank_at(u, job.shapes[u.block], 0.0, job.step) for u, solver in job.units.items()}
+            smallest = max(sum(job.cost(u, r) for u, r in ranks.items()) / job.total, self.beta + 1e-6)
             raise InputError(
                 f"keep {job.keep:g} cannot be reached by erc-svd: even with all {n} blocks each must keep more than "
-                f"beta={self.beta:g}; the smallest keep is just above {self.beta:g}"
+                f"beta={self.beta:g}; the smallest keep is {ceil(smallest * 10_000) / 10_000:g}"
             )
         if self.k or job.keep == 1:
             return self.last(job, self.k or n)

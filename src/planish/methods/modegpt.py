@@ -10,7 +10,7 @@ from planish.core import Method, Plan, Solver
 from planish.errors import InputError
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
-from planish.solvers.rotary_pairs import RotaryPairs
+from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs
 from planish.solvers.value_output import ValueOutput
 from planish.stats import Tap
 
@@ -49,9 +49,9 @@ class MoDeGPT(Method):
 
     def plan(self, job: Job) -> Plan:
         if any(s.qk_norm for s in job.shapes):
-            job.notes["qk"] = "left as they are: this family normalises q and k over all channels of a head"
+            job.remarks["qk"] = NORMALISED
         if self.allocation == "uniform" or job.keep == 1:
-            return job.spread(lambda unit: 1.0)
+            return job.spread(lambda unit: 1.0, by_kind=True)
         tap = Tap("block.in", "angle", "block.out")
         influence: dict[int, float] = {}
 
@@ -61,7 +61,7 @@ class MoDeGPT(Method):
         job.measure(lambda shape: [tap], use)
         removed = spread_removal([influence[i] for i in range(len(influence))], 1 - job.keep, self.smoothing, self.cap)
         job.notes |= {"influence": influence, "removed": removed}
-        return job.spread(lambda unit: 1 - removed[unit.block])
+        return job.spread(lambda unit: 1 - removed[unit.block], by_kind=True)
 
     def plan_cache(self, job: Job) -> Plan:
         return self.plan(job)

@@ -53,7 +53,7 @@ class MPIFA(Method):
     def plan(self, job: Job) -> Plan:
         attention = mlp = job.keep
         if self.attention_keep is not None:
-            of_attention = sum(s.count("q", "k", "v", "o") for s in job.shapes)
+            of_attention = sum(job.main.uncut(s, r) for s in job.shapes for r in "qkvo")
             attention = self.attention_keep
             mlp = (job.keep * job.total - attention * of_attention) / (job.total - of_attention)
             if not (0 < attention <= 1 and 0 < mlp <= 1):

@@ -3,26 +3,67 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from planish.core import Method, Solver
+from planish.core import Method, Plan, Shape, Solver, Unit
+from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.value_pca import ValuePCA
+from planish.stats import Stats, Tap
+
+if TYPE_CHECKING:
+    from planish.compress import Job
+
+MATRICES = {"keys": "k", "vo": "v"}  # unit → the role whose weight its rank is a share of
 
 
 @dataclass(frozen=True)
 class Palu(Method):
     """K and V by the SVD of what they put out, K in groups of `group` kv heads; V's rebuilding is folded into o.
 
-    Meant for --kv-keep. Differs from the paper: uniform ranks instead of Fisher's; values per kv head, because a latent
-    of several heads would widen o by their number; the cache must grow (DynamicCache), rope types whose frequencies
-    change with the length are rebuilt at the current length.
+    `allocation` "fisher": the rank of each W_k and W_v is in proportion to √E[g²], g the gradient of a calibration
+    sequence's loss by that weight (the paper's, one rank for all groups of a matrix); "uniform".
+    `keys` "rebuild": latents of K are multiplied back at every step (the paper's); "frequency": channels that several
+    heads share within each rotary frequency, which need no rebuilding (see `KeyFrequency`; ours).
+    Meant for --kv-keep. Differs from the paper: labels behind the gradients are sampled from the model (the true
+    Fisher information) instead of the text's shifted twice; groups of one matrix have equal ranks, because a cache
+    has one width; ranks are not rounded to 32 (--round-to does); values per kv head, because a latent of several heads
+    would widen o by their number. The cache must grow (DynamicCache) with "rebuild", and rope types whose
+    frequencies change with the length are rebuilt at the current length.
     """
 
     title: ClassVar[str] = "grouped low-rank keys and values: a cache of latents"
     reference: ClassVar[str] = "Palu, arXiv 2407.21118"
 
     group: int = 4
+    allocation: Literal["fisher", "uniform"] = "fisher"
+    keys: Literal["rebuild", "frequency"] = "rebuild"
 
     def solvers(self) -> list[Solver]:
-        return [KeyLatent(self.group), ValuePCA()]
+        return [KeyLatent(self.group) if self.keys == "rebuild" else KeyFrequency(self.group), ValuePCA()]
+
+    def plan(self, job: Job) -> Plan:
+        if self.keys == "frequency" and any(Unit(s.block, "keys") not in job.units for s in job.shapes):
+            why = "normalises keys" if job.shapes[0].qk_norm else "does not rotate every channel of its keys"
+            job.remarks["keys"] = f"keys are left as they are: this family {why}; keys=rebuild cuts them"
+        if self.allocation == "uniform" or job.keep == 1:
+            return job.spread(lambda unit: 1.0)
+        fisher: dict[Unit, float] = {}
+
+        def taps(shape: Shape) -> list[Tap]:
+            return [self.tap(unit) for unit in job.block_units(shape.block)]
+
+        def use(i: int, block: object, stats: Stats) -> None:
+            for unit in job.block_units(i):
+                role = MATRICES[unit.name]
+                fisher[unit] = float(stats.mean(self.tap(unit)).sum() / job.shapes[i].count(role)) ** 0.5
+
+        job.gradients(use, taps)
+        job.notes["fisher"] = {str(u): f for u, f in sorted(fisher.items())}
+        return job.spread(fisher.__getitem__)
+
+    def plan_cache(self, job: Job) -> Plan:
+        return self.plan(job)
+
+    def tap(self, unit: Unit) -> Tap:
+        return Tap(f"grad:{MATRICES[unit.name]}.out", "weight_gradients", "q.in", heads=1)

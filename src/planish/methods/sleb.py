@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from planish.core import Method, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.solvers.bypass import Bypass, drop_edit
-from planish.submodules import make_plan, remove_blocks, search_greedily
+from planish.submodules import make_plan, remove_blocks, saving, search_greedily
 
 if TYPE_CHECKING:
     from planish.compress import Job
@@ -32,8 +32,14 @@ class SLEB(Method):
         return [Bypass(kind="zero")]
 
     def plan(self, job: Job) -> Plan:
-        n = remove_blocks(job, self.sparsity)
         able = range(1, len(job.shapes) - 1) if self.protect else range(len(job.shapes))
+        if self.protect and self.sparsity is None:
+            every = [Unit(i, name) for i in able for name in ("attention", "ffn")]
+            for b in job.budgets:
+                if (least := b.total - saving(job, every, b)) > b.limit:
+                    who = "sleb, which protects the first and the last block (--set protect=false)"
+                    raise b.refuse(who, least)
+        n = remove_blocks(job, self.sparsity)
         if n > len(able):
             raise InputError(
                 f"sleb: {n} of {len(job.shapes)} blocks would have to go, {len(able)} may (--set protect=false)"

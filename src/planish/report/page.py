@@ -89,6 +89,8 @@ def read_results(folder: Path) -> Results:
             name, manifest["method"], "{}", r["keep_requested"], r["keep"], r["params_after"], r["block_params_after"],
             r["kv_bytes_per_token_after"], predicted=manifest["notes"].get("predicted_loss", NAN),
             seconds=r["seconds"]["total"], peak_rss_bytes=r["peak_rss_bytes"], format=r["format"], kept="yes",
+            budgets=json.dumps({n: b["asked"] for n, b in r.get("budgets", {}).items()}), bytes=r.get("bytes_after", 0),
+            flops_per_token=r.get("flops_per_token_after", 0),
         )  # fmt: skip
         dense = Point("dense", "dense", keep=1.0, params=r["params_before"], block_params=r["block_params_before"],
                       kv_bytes_per_token=r["kv_bytes_per_token_before"])  # fmt: skip
@@ -363,7 +365,7 @@ def make_table(r: Results, colours: dict[str, int]) -> str:
             )
     for p in r.points:
         if p.error:
-            start = f'<tr class="failed new"><td><i></i>{escape(p.label)}<td>{p.keep_requested:g}'
+            start = f'<tr class="failed new"><td><i></i>{escape(p.label)}<td>{p.asked_text}'
             rows.append(f'{start}<td colspan="{len(heads) - 2}">{escape(p.error)}</tr>')
     head = "".join(f"<th>{escape(h)}" for h in heads)
     note = "Seconds count compressing alone, with the statistics that earlier points had left."
@@ -372,7 +374,7 @@ def make_table(r: Results, colours: dict[str, int]) -> str:
 
 
 def make_commands(r: Results) -> str:
-    lines = [f"# {p.label}, keep {p.keep_requested:g}\n{make_command(r, p)}" for p in r.done]
+    lines = [f"# {p.label}, {p.asked_text}\n{make_command(r, p)}" for p in r.done]
     if not lines:
         return ""
     body = f"<summary>commands, one point at a time</summary><pre>{escape(chr(10).join(lines))}</pre>"
@@ -391,9 +393,9 @@ def make_command(r: Results, p: Point) -> str:
         r.request.get("model", "MODEL"),
         "--method",
         p.method,
-        "--keep",
-        f"{p.keep_requested:g}",
     ]
+    for n, v in p.asked.items():
+        words += [f"--{n.replace('_', '-')}", f"{v:g}" if abs(v) < 1e6 else f"{v:.0f}"]
     for k, v in settings.items():
         words += ["--set", f"{k}={v}"]
     for key, option in (

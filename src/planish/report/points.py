@@ -18,7 +18,7 @@ NAN = float("nan")
 
 @dataclass
 class Point:
-    """A row of results.csv: one method at one keep, or the dense model. Empty cells were not measured."""
+    """A row of results.csv: one method within one budget (or two), or the dense model. Empty cells were not measured."""
 
     name: str  # of its folder below points/
     method: str
@@ -41,6 +41,18 @@ class Point:
     format: str = ""
     kept: str = ""  # "yes" where the weights are still in the folder
     error: str = ""
+    budgets: str = "{}"  # JSON, name → what was asked; a keep alone is in keep_requested
+    bytes: int = 0  # of the weight files
+    flops_per_token: int = 0  # at a calibration window's context
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """Name → limit of every budget."""
+        return json.loads(self.budgets or "{}") or {"keep": self.keep_requested}
+
+    @property
+    def asked_text(self) -> str:
+        return ", ".join(f"{n.replace('_', '-')} {v:g}" for n, v in self.asked.items())
 
     @property
     def label(self) -> str:

@@ -46,6 +46,10 @@ class KeyLatent(Solver):
     def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
         return rank * (shape.kv_heads // self.heads(shape))
 
+    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
+        full = self.heads(shape) * shape.qk
+        return shape.heads * shape.qk + (0 if rank >= full else shape.kv_heads * shape.qk * rank)  # scores, and U z
+
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("k.out", "head_gram", heads=shape.kv_heads // self.heads(shape))]
 

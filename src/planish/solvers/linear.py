@@ -59,7 +59,7 @@ class LinearSVD(Solver):
             return [Tap(f"dense:{site}", "gram"), Tap(site, "gram"), Tap(f"dense:{site}", "cross", site)]
         return [Tap(site, "gram")] + ([Tap(site, "magnitudes")] if self.metric == "diagonal" else [])
 
-    def work(self, unit: Unit, shape: Shape) -> int:
+    def memory(self, unit: Unit, shape: Shape) -> int:
         out, n = shape.linear(unit.name)
         grams = n * n * (1 + 2 * self.update + 2 * (out > n))  # mean moments; a root of them
         return grams + 3 * out * n + 6 * min(out, n) ** 2
@@ -125,9 +125,9 @@ class TwoStageSVD(LinearSVD):
     beta: float = 0.05
     residual_metric: Literal["plain", "whitened"] = "plain"
 
-    def work(self, unit: Unit, shape: Shape) -> int:
+    def memory(self, unit: Unit, shape: Shape) -> int:
         out, n = shape.linear(unit.name)
-        return super().work(unit, shape) + 6 * out * n
+        return super().memory(unit, shape) + 6 * out * n
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         w = weights[unit.name].double()
@@ -192,7 +192,7 @@ class AnchoredSVD(LinearSVD):
     fit: Literal["closed", "alternating"] = "closed"
     damping: float = 1e-3
 
-    def work(self, unit: Unit, shape: Shape) -> int:
+    def memory(self, unit: Unit, shape: Shape) -> int:
         out, n = shape.linear(unit.name)
         return 8 * n * n + 6 * out * n + 6 * min(out, n) ** 2
 

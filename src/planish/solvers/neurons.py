@@ -46,7 +46,7 @@ class Neurons(Solver):
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("down.in", "gram")]
 
-    def work(self, unit: Unit, shape: Shape) -> int:
+    def memory(self, unit: Unit, shape: Shape) -> int:
         n = shape.intermediate
         own = n * n if 8 * n * n < stats_file.WIDE else 0  # a copy of the Gram, unless it is wide
         return own + 3 * shape.hidden * n + 4 * TILE * n

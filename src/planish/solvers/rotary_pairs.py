@@ -14,6 +14,8 @@ from planish.edits import qk_edits
 from planish.linalg import reduce_scores
 from planish.stats import Stats, Tap
 
+NORMALISED = "queries and keys are left as they are: this family normalises them over all channels of a head"
+
 
 @dataclass(frozen=True)
 class RotaryPairs(Solver):

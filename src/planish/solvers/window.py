@@ -26,6 +26,19 @@ def fit_map_held_out(train: Moments, held: Moments | None, ridge: float = 0.0) -
     return fit_map(train + held, ridge), ridge
 
 
+def fit_correction(train: Moments, held: Moments | None, t: Tensor, ridge: float = 0.0) -> Tensor:
+    """T (in, out) = argmin E|f − x T|² + λ|T − t|², so that without evidence `t` stays; λ as in `fit_map_held_out`."""
+
+    def fit(m: Moments, ridge: float) -> Tensor:
+        missing = (m.xf - m.xx @ t) / m.n
+        return t + torch.cholesky_solve(missing, root(damp(m.xx / m.n, ridge), 0.0))
+
+    zero = torch.zeros_like(train.f)
+    if not ridge:
+        ridge = 1e-3 if held is None else min(RIDGES, key=lambda r: held.error(fit(train, r), zero))
+    return fit(train + held, ridge)
+
+
 def fit_cosine(x: Tensor, f: Tensor, epochs: int, rate: float, batch: int = 1024, seed: int = 0) -> Tensor:
     """T (d, d) that minimises E[1 − cos(x T, f)] over tokens, by Adam from the identity. x, f (n, d).
 

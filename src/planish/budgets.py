@@ -1,0 +1,314 @@
+"""What the result may cost: each budget is a cost of (unit, rank), and a limit on what all blocks cost together.
+
+| asked | cost of a unit at a rank | unit of the cost |
+|---|---|---|
+| `keep`, `max_params` | weights that are left | numbers |
+| `max_bytes` | what is stored: weights in their dtype, index tables | bytes |
+| `kv_keep` | what the cache holds | numbers per token |
+| `flops_keep` | two per weight, and attention over `context` tokens | FLOPs per token |
+| `max_latency` | measured on this machine (`planish.latency`) | nanoseconds per decoded token |
+
+Limits on the whole model are turned into limits on the blocks by counting everything that no method cuts.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from planish.checkpoint import Source
+from planish.core import SUBMODULES, Shape, Solver, Unit
+from planish.errors import InputError
+from planish.modules import Spec
+from planish.shards import make_header
+
+TOGETHER = 2  # budgets that can hold at the same time
+SHARES = {
+    "keep": "of the blocks' weights",
+    "kv_keep": "of the KV cache",
+    "flops_keep": "of the blocks' FLOPs per token",
+}
+LIMITS = ("keep", "kv_keep", "flops_keep", "max_params", "max_bytes", "max_latency")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The limits a user gave, at most two; with none it is keep 0.8. `context`: tokens that FLOPs and latency are counted
+    at (by default as many as a calibration window has); `max_latency`: milliseconds."""
+
+    keep: float | None = None
+    kv_keep: float | None = None
+    flops_keep: float | None = None
+    max_params: int | None = None
+    max_bytes: int | None = None
+    max_latency: float | None = None
+    context: int | None = None
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Name → value of the limits, keep 0.8 where there is none."""
+        values = {n: v for n in LIMITS if (v := getattr(self, n)) is not None}
+        return values or {"keep": 0.8}
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `read_asked` reads back; without what was not asked."""
+        return self.given | ({} if self.context is None else {"context": self.context})
+
+    def __str__(self) -> str:
+        """ "0.8" for a keep alone, "kv-keep 0.5 and keep 0.8" otherwise."""
+        if set(self.given) == {"keep"}:
+            return f"{self.given['keep']:g}"
+        return " and ".join(f"{label(n)} {show(n, v)}" for n, v in self.given.items())
+
+
+def read_asked(**values: Any) -> Asked:
+    """The fields of `Asked` from what a user wrote: numbers, or texts such as "1.5B", "2.5GB". Raises InputError."""
+    known = {f.name for f in fields(Asked)}
+    assert set(values) <= known, sorted(set(values) - known)
+    found = {k: v for k, v in values.items() if v is not None}
+    for name, share in SHARES.items():
+        if name in found:
+            check_share(found[name], label(name), share)
+    for name, scale in (("max_params", COUNTS), ("max_bytes", BYTES)):
+        if name in found:
+            found[name] = read_size(found[name], label(name), scale)
+    if not found.get("max_latency", 1) > 0:
+        raise InputError(f"max-latency must be positive, got {found['max_latency']:g} (milliseconds per decoded token)")
+    if found.get("context", 1) < 1:
+        raise InputError(f"context must be 1 or more, got {found['context']}")
+    asked = Asked(**found)
+    if len(asked.given) > TOGETHER:
+        names = ", ".join(f"--{label(n)}" for n in asked.given)
+        raise InputError(f"{names} cannot all hold together: give at most {TOGETHER} budgets")
+    return asked
+
+
+def check_share(value: float, name: str = "keep", share: str = SHARES["keep"]) -> None:
+    if not 0 < value <= 1:
+        raise InputError(f"{name} must lie in (0, 1], got {value:g} (the share {share} that stays)")
+
+
+def label(name: str) -> str:
+    """kv_keep → kv-keep"""
+    return name.replace("_", "-")
+
+
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+BYTES = {"": 1, "B": 1} | {
+    p + s: b**n for n, p in enumerate("KMGT", 1) for s, b in (("", 1000), ("B", 1000), ("iB", 1024))
+}
+
+
+def read_size(value: int | float | str, name: str, scale: dict[str, int]) -> int:
+    """1500000000, "1.5B" or "800MiB" → a whole number."""
+    text = str(value).replace(",", "").replace("_", "").strip()
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)", text)
+    units = {u.lower(): n for u, n in scale.items()}
+    if match is None or match[2].lower() not in units:
+        raise InputError(
+            f"{name} {value}: expected a number, with one of {', '.join(u for u in scale if u)} behind it or none"
+        )
+    size = (
+        int(float(match[1]) * units[match[2].lower()] + 1e-6)
+        if "." in match[1] or "e" in match[1].lower()
+        else (int(match[1]) * units[match[2].lower()])
+    )
+    if size < 1:
+        raise InputError(f"{name} must be 1 or more, got {value}")
+    return size
+
+
+def show(name: str, value: float) -> str:
+    """A limit as people write it."""
+    return (
+        f"{value:,.0f}" if name in ("max_params", "max_bytes") else f"{value:g}{' ms' if name == 'max_latency' else ''}"
+    )
+
+
+@dataclass(frozen=True)
+class Budget(ABC):
+    """`limit`: what all blocks may cost; `total`: what they cost uncut, what no unit holds included.
+
+    `outside`: what the rest of the model costs, for limits on the whole model; `scale`: from the asked unit to the cost's.
+    """
+
+    name: str
+    asked: float
+    limit: float
+    total: float
+    outside: float = 0.0
+    scale: float = 1.0
+    unit: ClassVar[str]
+
+    @property
+    def share(self) -> float:
+        """Of the uncut blocks' cost that may stay, at most 1."""
+        return min(1.0, self.asked if self.name in SHARES else self.limit / self.total)
+
+    @abstractmethod
+    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
+        """Of a unit at a rank."""
+
+    @abstractmethod
+    def uncut(self, shape: Shape, role: str) -> float:
+        """Of a linear that is left alone, with what attention does for its outputs."""
+
+    def part(self, share: float) -> float:
+        """The limit after this share of the cut."""
+        return self.limit if share == 1 else int((1 - (1 - self.share) * share) * self.total + 1e-6)
+
+    def tell(self, cost: float) -> str:
+        """What a cost of all blocks is in the words of the request, rounded up: the least that can be asked."""
+        if self.name in SHARES:
+            return f"the smallest {label(self.name)} is {-(-cost / self.total * 10_000 // 1) / 10_000}"
+        whole = (cost + self.outside) / self.scale
+        return (
+            f"the smallest is {-(-whole * 1000 // 1) / 1000:g} ms"
+            if self.name == "max_latency"
+            else f"the smallest is {-(-whole // 1):,.0f}"
+        )
+
+    def refuse(self, who: str, cost: float) -> InputError:
+        return InputError(
+            f"{label(self.name)} {show(self.name, self.asked)} cannot be reached by {who}: {self.tell(cost)}"
+        )
+
+
+@dataclass(frozen=True)
+class Weights(Budget):
+    unit: ClassVar[str] = "weights"
+
+    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
+        return solver.cost(unit, shape, rank)
+
+    def uncut(self, shape: Shape, role: str) -> float:
+        return shape.count(role)
+
+
+@dataclass(frozen=True)
+class Bytes(Budget):
+    """`itemsize`: of the stored weights; row orders of pivoted linears and kept rotary pairs are stored as int32.
+    `entry`: at most so many bytes does one more tensor take in a file's header; a cut adds up to four."""
+
+    unit: ClassVar[str] = "bytes"
+    itemsize: int = 2
+    entry: int = 0
+
+    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
+        tables = 0
+        if rank < solver.ranks(unit, shape)[-1]:
+            tables = self.entry
+            if read_form(solver, unit) == "pivoted":
+                tables += shape.linear(unit.name)[0]
+            elif unit.name == "qk" and shape.rotary:
+                tables += shape.kv_heads * (rank // 2)
+        return solver.cost(unit, shape, rank) * self.itemsize + 4 * tables
+
+    def uncut(self, shape: Shape, role: str) -> float:
+        return shape.count(role) * self.itemsize
+
+
+@dataclass(frozen=True)
+class CacheNumbers(Budget):
+    unit: ClassVar[str] = "numbers per token"
+
+    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
+        if unit.name == SUBMODULES["attention"]:
+            return count_cache(shape) if rank == solver.ranks(unit, shape)[-1] else 0
+        cached = solver.cache(unit, shape, solver.ranks(unit, shape)[-1])
+        return solver.cache(unit, shape, rank) if cached else self.uncut(shape, unit.name)
+
+    def uncut(self, shape: Shape, role: str) -> float:
+        return {"k": shape.kv_heads * shape.qk, "v": shape.kv_heads * shape.v}.get(role, 0)
+
+
+@dataclass(frozen=True)
+class Flops(Budget):
+    """Multiplications and additions of the blocks' linears and of attention for one token behind `context` others."""
+
+    unit: ClassVar[str] = "FLOPs per token"
+    context: int = 0
+
+    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
+        full = solver.ranks(unit, shape)[-1]
+        products = 2 * solver.cost(unit, shape, rank)
+        if unit.name == SUBMODULES["attention"]:
+            return products + (2 * self.context * count_attention(shape) if rank == full else 0)
+        width = {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}
+        return products + 2 * self.context * (width.get(unit.name, 0) + solver.work(unit, shape, rank))
+
+    def uncut(self, shape: Shape, role: str) -> float:
+        width = {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}.get(role, 0)
+        return 2 * (shape.count(role) + self.context * width)
+
+
+def make_budget(name: str, asked: float, source: Source, shapes: Sequence[Shape], context: int) -> Budget:
+    """The budget that an asked limit amounts to for the blocks."""
+    weights = sum(s.count() for s in shapes)
+    sizes = source.sizes()
+    if name == "keep":
+        return Weights(name, asked, int(asked * weights + 1e-6), weights)
+    if name == "max_params":
+        outside = sum(n for n, dtype in sizes.values() if dtype.is_floating_point) - weights
+        return Weights(name, asked, asked - outside, weights, outside)
+    if name == "kv_keep":
+        total = sum(count_cache(s) for s in shapes)
+        return CacheNumbers(name, asked, int(asked * total + 1e-6), total)
+    if name == "flops_keep":
+        total = count_flops(shapes, [{}] * len(shapes), [s.count() for s in shapes], context)
+        return Flops(name, asked, int(asked * total + 1e-6), total, context=context)
+    itemsize = next(
+        d.itemsize for n, (_, d) in sizes.items() if n.startswith(source.family.blocks) and d.is_floating_point
+    )
+    outside = sum(n * dtype.itemsize for n, dtype in sizes.values()) - weights * itemsize + count_headers(source)
+    entry = 100 + max(len(n) for n in sizes)  # dtype, shape, offsets; names of factors are longer by two
+    return Bytes(name, asked, asked - outside, weights * itemsize, outside, itemsize=itemsize, entry=entry)
+
+
+def count_headers(source: Source) -> int:
+    """Bytes of the headers of the files that the uncut model is written in: one per block, one for the rest."""
+    files: dict[str, dict[str, Tensor]] = {}
+    prefix = f"{source.family.blocks}."
+    for name, (count, dtype) in source.sizes().items():
+        block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+        files.setdefault(block, {})[name] = torch.empty(
+            count, 1, dtype=dtype, device="meta"
+        )  # as many digits as any shape
+    return sum(8 + len(make_header(tensors)[0]) for tensors in files.values())
+
+
+def count_cache(shape: Shape) -> int:
+    """Numbers that an uncut block caches per token."""
+    return shape.kv_heads * (shape.qk + shape.v)
+
+
+def count_attention(shape: Shape, spec: Spec | None = None) -> int:
+    """Multiplications of attention per query token and cached token: scores and sums of values, keys that
+    are rebuilt."""
+    form = (spec or {}).get("attention", {})
+    if form.get("kind") == "bypass":
+        return 0
+    qk, v = form.get("qk", shape.qk), form.get("v", shape.v)
+    if form.get("k_form") == "frequency":  # every head meets its set's keys and values
+        return shape.heads * (form["k_rank"] + shape.kv_heads // form["k_groups"] * v)
+    return shape.heads * (qk + v) + (shape.kv_heads * qk * form["k_rank"] if "k_rank" in form else 0)
+
+
+def count_flops(shapes: Sequence[Shape], specs: Sequence[Spec], weights: Sequence[int], context: int) -> int:
+    """Of blocks with these specs and weights, per token behind `context` others."""
+    return sum(2 * (n + context * count_attention(h, s)) for h, s, n in zip(shapes, specs, weights, strict=True))
+
+
+def read_form(solver: Solver, unit: Unit) -> str:
+    """ "pivoted", "pair" or "head_pair" for a solver that makes a linear low-rank, else ""."""
+    while hasattr(solver, "solver"):
+        solver = solver.solver
+    if unit.name not in ("q", "k", "v", "o", "gate", "up", "down"):
+        return ""
+    return getattr(solver, "form", "head_pair")

@@ -1,0 +1,288 @@
+"""Attacks on models and options that the other files do not try: one clear line, exit 2, nothing left, no foreign code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from compressed import train_tokenizer
+from planish.checkpoint import find_folder, load, load_config
+from planish.compress import compress
+from planish.errors import InputError
+from planish.methods import list_methods
+
+WINDOWS = tiny.windows(16, 24)
+EVIL = "open({mark!r}, 'w').close()\n"
+
+
+@pytest.fixture
+def refuse(run, ids, tmp_path):
+    """Run compress, plan and eval on a model; all must refuse it in one line that has the words, and leave nothing."""
+
+    def check(model: object, *words: str, evaluate: bool = True, extra: tuple[object, ...] = ()) -> None:
+        out = tmp_path / "out"
+        common = (model, "--method", "flat-llm", "--calibration", ids, "--n-samples", 8, "--seq-len", 16, *extra)
+        commands = [("compress", *common, "-o", out), ("plan", *common)]
+        for command in commands + ([("eval", model, "--text", ids)] if evaluate else []):
+            done = run(*command)
+            lines = done.stderr.strip().splitlines()
+            assert done.exit_code == 2 and len(lines) == 1 and done.stdout == "", (command[0], done.output)
+            assert all(w in lines[0] for w in words), lines[0]
+            assert not list(tmp_path.glob("out*"))
+
+    return check
+
+
+def configure(folder: Path, **changes: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["owner/absent", "owner/not a name!"])
+def test_hub_ids_that_are_not_there(refuse, name):
+    refuse(name, "no such model", "neither a folder nor")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [("GatedRepoError", ("gated", "hf auth login")), ("RepositoryNotFoundError", ("not on the hub", "private"))],
+)
+def test_what_the_hub_refuses(error, words, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    class Response:
+        headers: dict = {}
+        request = None
+
+    def deny(*args, **kwargs):
+        raise getattr(errors, error)("many\nlines", response=Response())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", deny)
+    with pytest.raises(InputError) as caught:
+        find_folder("owner/model")
+    assert all(w in str(caught.value) for w in ("owner/model", *words)) and "\n" not in str(caught.value)
+
+
+def test_only_what_is_read_is_downloaded(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(kw) or str(tmp_path))
+    find_folder("owner/model")
+    files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "consolidated.safetensors",
+             "pytorch_model.bin", "original/params.json", "modeling_evil.py", "onnx/model.onnx"]  # fmt: skip
+    assert list(filter_repo_objects(files, **asked)) == files[:3]
+
+
+def test_pickles_are_read_by_no_command(refuse, folder, tmp_path):
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    tensors = {k: t for p in model.glob("*.safetensors") for k, t in load_file(p).items()}
+    for p in [*model.glob("*.safetensors"), model / "model.safetensors.index.json"]:
+        p.unlink()
+    torch.save(tensors, model / "pytorch_model.bin")
+    refuse(model, "pytorch_model.bin", "never pickles")
+
+
+def test_truncated_shard_is_named_by_eval_too(refuse, folder, tmp_path):
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    shard = sorted(model.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    refuse(model, shard.name, "truncated")
+
+
+@pytest.mark.parametrize("how", ["gptq", None])
+def test_quantised_models_are_refused(refuse, folder, tmp_path, how):
+    model = configure(
+        Path(shutil.copytree(folder, tmp_path / "model")), quantization_config={"quant_method": how, "bits": 4}
+    )
+    refuse(model, "already quantised", how or "quantization_config", "original weights", evaluate=False)
+
+
+def test_code_beside_a_model_is_never_run(folder, ids, tmp_path, run):
+    """auto_map in the configuration and in the tokenizer's: the stock classes are used, nobody is asked, and what is
+    written names no code of the source's."""
+    mark = tmp_path / "ran"
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    (model / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    train_tokenizer(model, byte_level=True)
+    for name, entry in (
+        ("config.json", {"AutoConfig": "evil.C", "AutoModel": "evil.M", "AutoModelForCausalLM": "evil.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.T", "evil.T"]}),
+    ):
+        path = model / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": entry}))
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat " * 200)
+    for method, native in (("flat-llm", False), ("shortgpt", True)):
+        common = ("--method", method, "--calibration", text, "--n-samples", 8, "--seq-len", 16, "--keep", "0.7")
+        done = run("compress", model, *common, "-o", tmp_path / method)
+        assert done.exit_code == 0, done.output
+        config = json.loads((tmp_path / method / "config.json").read_text())
+        assert native == ("auto_map" not in config) and "evil" not in json.dumps(config)
+        assert not (tmp_path / method / "evil.py").exists()
+        assert run("eval", tmp_path / method, "--text", text, "--seq-len", 16).exit_code == 0
+    assert run("eval", model, "--text", text, "--seq-len", 16).exit_code == 0
+    assert not mark.exists()
+    configure(model, model_type="evil")
+    done = run("compress", model, *common, "-o", tmp_path / "evil")
+    assert done.exit_code == 2 and "'evil' is not supported" in done.stderr and not mark.exists()
+
+
+def test_broken_tokenizer(refuse, folder, tmp_path, run):
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    (model / "tokenizer.json").write_text("{")
+    refuse(model, "cannot load the tokenizer", str(model))
+
+
+def test_links_of_the_hubs_cache(folder, ids, tmp_path, run):
+    """snapshots/HASH/file → ../../blobs/…: read as it is, also through its hub id."""
+    home = tmp_path / "models--owner--model"
+    snapshot = home / "snapshots" / "abc"
+    for place in (home / "blobs", snapshot, home / "refs"):
+        place.mkdir(parents=True)
+    (home / "refs" / "main").write_text("abc")
+    for n, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, home / "blobs" / f"{n:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{n:040x}")
+    args = ("--method", "svd", "--calibration", str(ids), "--n-samples", "8", "--seq-len", "16", "--json")
+    assert run("compress", snapshot, *args, "-o", tmp_path / "a").exit_code == 0
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "planish", "compress", "owner/model", *args, "-o", str(tmp_path / "b")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "base_model: owner/model\n" in (tmp_path / "b" / "README.md").read_text()
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_the_smallest_keep_that_is_named_can_be_asked_for(method, tmp_path):
+    def make(keep: float):
+        return compress(model, output=tmp_path / f"{keep}", keep=keep, method=method, windows=WINDOWS)
+
+    model = tiny.build("llama_gqa", num_hidden_layers=4)
+    with pytest.raises(InputError) as caught:
+        make(0.001)
+    named = re.search(r"the smallest keep is ([\d.]*\d)", str(caught.value))
+    if method == "modegpt":  # its cap, not its shapes
+        assert "cap" in str(caught.value)
+        return
+    assert named, str(caught.value)
+    keep = float(named.group(1))
+    assert make(keep).keep <= keep
+    with pytest.raises(InputError):
+        make(round(keep - 0.0002, 4))
+
+
+@pytest.mark.parametrize(
+    ("keep", "k", "words"),
+    [(0.7, 1, ("would keep -0.200 of each", "must lie in 2 … 4")), (0.8, 5, ("k=5 of 4 blocks", "must lie in 1 … 4"))],
+)
+def test_erc_svd_names_feasible_k(keep, k, words, tmp_path):
+    """N·R/k of each of the last k blocks goes, and must stay below 1 − beta."""
+    with pytest.raises(InputError) as caught:
+        compress(
+            tiny.build("llama_gqa", num_hidden_layers=4), output=tmp_path / "out", keep=keep, method="erc-svd",
+            windows=WINDOWS, settings={"k": k},
+        )  # fmt: skip
+    assert all(w in str(caught.value) for w in words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dead_neurons_and_constant_text(tmp_path):
+    """Singular Grams of every kind simply work, with every method of the first six."""
+    model = tiny.build("qwen2")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "up_proj" in name:
+                p[3:20] = 0
+            if "v_proj.weight" in name:
+                p[2] = 0
+            if "layers.1.input_layernorm" in name:
+                p[:5] = 0
+    for method in ("flat-llm", "svd-llm", "erc-svd", "svd", "asvd", "auto", "a3"):
+        for text, windows in (("real", WINDOWS), ("constant", torch.full((16, 24), 7))):
+            out = tmp_path / f"{method}-{text}"
+            result = compress(model, output=out, keep=0.6, method=method, windows=windows)
+            assert result.keep <= 0.6
+            assert torch.isfinite(load(out)(input_ids=WINDOWS).logits).all(), out.name
+
+
+def test_a_folder_is_no_hub_id(folder, ids, tmp_path, run, monkeypatch):
+    """`models/llama` looks like a hub id; the card must not name it as one."""
+    (tmp_path / "models").mkdir()
+    shutil.copytree(folder, tmp_path / "models" / "llama")
+    monkeypatch.chdir(tmp_path)
+    done = run("compress", "models/llama", "--method", "svd", "--calibration", ids, "-o", "out")
+    assert done.exit_code == 0, done.output
+    assert "base_model" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_vocabulary_padded_beyond_the_tokenizer(tmp_path, run):
+    """Embeddings with more rows than the tokenizer has ids, as in qwen2: kept as they are."""
+    model = tiny.save(tiny.build("qwen2", vocab_size=128), tmp_path / "model")
+    train_tokenizer(model, byte_level=True)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat " * 200)
+    args = ("--method", "flat-llm", "--calibration", tmp_path / "text.txt", "--n-samples", 8, "--seq-len", 16)
+    assert run("compress", model, *args, "-o", tmp_path / "out").exit_code == 0
+    assert load_config(tmp_path / "out").vocab_size == 128
+    assert load(tmp_path / "out").get_input_embeddings().weight.shape[0] == 128
+
+
+def test_read_only_place(folder, ids, tmp_path, run):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    place = tmp_path / "place"
+    place.mkdir(mode=0o500)
+    done = run(
+        "compress",
+        folder,
+        "--method",
+        "svd",
+        "--calibration",
+        ids,
+        "--n-samples",
+        8,
+        "--seq-len",
+        16,
+        "-o",
+        place / "out",
+    )
+    assert done.exit_code == 2 and "cannot create" in done.stderr and "Permission denied" in done.stderr
+
+
+def test_a_pickle_that_calls_itself_npy(tmp_path, run, folder):
+    path = tmp_path / "ids.npy"
+    path.write_bytes(b"\x80\x04not an array")
+    done = run("compress", folder, "--calibration", path, "-o", tmp_path / "out")
+    assert done.exit_code == 2 and "no plain array" in done.stderr and "allow_pickle" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "value"),
+    [
+        ("flat-llm", "ridge", "-1"), ("flat-llm", "ridge", "nan"), ("flat-llm", "damping", "inf"), ("erc-svd", "k", "-1"),
+        ("erc-svd", "beta", "1.5"), ("erc-svd", "beta", "-0.1"), ("erc-svd", "candidates", "0"), ("asvd", "samples", "0"),
+        ("asvd", "alpha", "1000000"), ("asvd", "alpha", "-1"), ("auto", "ridge", "-1"), ("subfit", "windows", "-3"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_method_can_use(method, setting, value, tmp_path):
+    with pytest.raises(InputError) as caught:
+        compress(
+            tiny.build("llama_gqa", num_hidden_layers=2), output=tmp_path / "out", keep=0.8, method=method,
+            windows=WINDOWS, settings={setting: value},
+        )  # fmt: skip
+    assert setting in str(caught.value) and not list(tmp_path.iterdir())
