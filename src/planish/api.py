@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from planish import checkpoint, effects
 from planish.budgets import read_asked
-from planish.checkpoint import FolderSource, Source, find_folder, load_tokenizer, open_source
+from planish.checkpoint import FolderSource, Source, find_folder, load_tokenizer, open_shapes, open_source
 from planish.compress import Result, find_name, pick_dtype
 from planish.compress import compress as compress_windows
 from planish.core import Method, Progress
@@ -174,7 +174,8 @@ def forecast(
 ) -> Forecast:
     """What `compress` with the same arguments would give and take; nothing is changed or written.
 
-    The calibration text is read only where the method needs statistics to choose its ranks.
+    The calibration text is read only where the method needs statistics to choose its ranks; elsewhere a config.json alone
+    will do for `model`, and "cuda" for `device` on a machine without.
     """
     asked = read_asked(
         keep=keep, kv_keep=kv_keep, flops_keep=flops_keep, max_params=max_params, max_bytes=max_bytes,
@@ -182,12 +183,13 @@ def forecast(
     )  # fmt: skip
     check_round(round_to)
     chosen = find_method(method or default_method(), settings or {})
-    place = find_device(device)
-    source = open_source(model, tokenizer)
+    place = device if device == "cuda" else find_device(device)  # may be planned for elsewhere
+    source = open_shapes(model, tokenizer)
     seq_len, _ = fit_seq_len(source, seq_len)
     notes: list[str] = []
 
     def read() -> Tensor:
+        find_device(device)
         text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
         notes.extend(text.notes)
         return text.windows

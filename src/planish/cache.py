@@ -122,7 +122,7 @@ class Cache:
     def hold(self, records: dict[str, Record]) -> None:
         for name, record in records.items():
             size = measure(record)
-            if size <= self.memory:
+            if size <= self.memory and all(t.nbytes < stats.WIDE for t in record.values()):  # those are used up
                 self.held[name] = record
                 self.memory -= size
 

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planish import stats as stats_file
 from planish.budgets import SHARES, Asked, Budget, Bytes, CacheNumbers, Flops, count_cache, count_flops
 from planish.cache import Cache
-from planish.checkpoint import Source
-from planish.compress import Job, channels, check_tokens, check_windows, find_name, pick_dtype
-from planish.core import Method, Plan, Progress, Shape
+from planish.checkpoint import ConfigSource, Source
+from planish.compress import Job, check_tokens, check_windows, find_name, pick_dtype
+from planish.core import Method, Plan, Progress, Shape, count_sums
+from planish.errors import InputError
 from planish.latency import Latency, read_table
 from planish.predict import Prediction, predict
-from planish.stats import KINDS, Tap
 from planish.stream import Stream
 from planish.targets import describe_limits
 
@@ -73,7 +74,10 @@ class TextNeeded(Exception):
 
 
 class Unread(Stream):
-    """A stream before its text is read: whoever asks for a batch learns that it is needed."""
+    """A stream before its text is read: whoever asks for a batch learns that it is needed. Nothing of the model is read."""
+
+    def bring_outside(self) -> None:
+        pass
 
     @property  # type: ignore[override]
     def batches(self) -> list[Tensor]:
@@ -112,6 +116,11 @@ def forecast(
     try:
         plan, measured = job.plan(), False
     except TextNeeded:
+        if isinstance(source, ConfigSource):
+            raise InputError(
+                f"{find_name(method)} chooses its ranks by statistics, and {source.name} holds no weights to measure them with: "
+                "plan from the whole model, or with ranks from shapes alone (--set allocation=uniform, where the method has it)"
+            ) from None
         windows = read()
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
@@ -151,7 +160,7 @@ def add_losses(job: Job, plan: Plan) -> dict[str, float]:
 def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planning: float) -> Forecast:
     """Everything that follows from a plan. `planning`: seconds it took."""
     source, shapes = job.stream.source, job.shapes
-    itemsize = next(source.block(0).parameters()).element_size()
+    itemsize = source.stored.itemsize
     rows: list[dict[str, Any]] = []
     for unit in sorted(job.units):
         full = job.full(unit)
@@ -217,13 +226,6 @@ def left(job: Job, plan: Plan, budget: Budget) -> float:
     return budget.total - sum(job.cost(u, full, budget) - job.cost(u, r, budget) for u, r, full in cut if r != full)
 
 
-def sums(shape: Shape, tap: Tap) -> int:
-    """fp64 numbers that a tap accumulates."""
-    inputs = [torch.empty(1, channels(shape, s), device="meta") for s in tap.sites]
-    extra = {"heads": tap.heads} if tap.heads else {}
-    return sum(t.numel() for t in KINDS[tap.kind](*inputs, **extra).values())
-
-
 def estimate(
     job: Job, plan: Plan, size: tuple[int, int], params: int, head: int, itemsize: int, attend: int
 ) -> tuple[Prediction, float, dict[str, str]]:
@@ -232,30 +234,40 @@ def estimate(
     stream = job.stream
     shape = max(job.shapes, key=Shape.count)
     units = [u for u in job.block_units(shape.block) if plan.get(u, job.full(u)) < job.full(u)]
-    taps = {t for stage in job.method.stages(job.block_units(shape.block)) for t in job.taps(stage)}
-    # solving one block, or measuring what its frontiers need: whichever takes more
-    statistics = max(sum(sums(shape, t) for t in some) for some in (taps, job.stored_taps(shape.block)))
+    parts = [job.taps(stage) for stage in job.method.stages(job.block_units(shape.block))]  # measured one after another
+    parts.append(job.stored_taps(shape.block))  # and once more for what the plan needs
+    taps = max(parts, key=lambda part: count_sums(shape, part), default=[])
+    statistics = count_sums(shape, taps)
+    wide = sum(n for t in taps if t.kind == "gram" and 8 * (n := count_sums(shape, [t])) >= stats_file.WIDE)
+    found = [[shape.width(s) for s in {s for t in part for s in t.sites}] for part in parts]
+    sites = max(found, key=sum, default=[])
+    work = max((job.units[u].memory(u, shape) for u in job.block_units(shape.block)), default=0)
     both = 2 if job.method.prefix == "both" else 1
     written = params - sum(job.count(u, job.full(u)) - job.count(u, plan.get(u, job.full(u))) for u in job.units)
-    found = predict(
+    peaks = predict(
         job.shapes,
         outside=params - job.weights,
         largest=head,
         statistics=statistics,
+        wide=wide,
+        sites=sites,
+        work=work,
         tokens=tokens,
         written=written,
         stored=itemsize,
         computed=stream.dtype.itemsize,
         streams=both,
+        sequential=job.method.prefix != "dense",
         accelerator=stream.device.type != "cpu",
         activation_limit=stream.room.limit,
     )
 
-    single, double, eigen = measure_rates(stream.device, stream.dtype)
+    here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+    single, double, eigen = measure_rates(here, torch.float32 if here != stream.device else stream.dtype)
     stages = len(job.method.stages(units)) if units else 0
     passes = both * max(stages, 1) + (1 if job.method.prefix != "dense" else 0)
     forward = passes * tokens * (2 * job.weights + attend) / single
-    taking = len(job.shapes) * 2 * statistics * tokens / double
+    taking = len(job.shapes) * 2 * sum(count_sums(shape, part) for part in parts) * tokens / double
     sides = [min(job.shapes[u.block].linear(u.name)) if u.name in shape.roles else shape.hidden for u in job.units]
     solving = sum(eigen * n**3 for n in sides)
     how = {
@@ -263,10 +275,11 @@ def estimate(
         "block's statistics in fp64 + the largest decomposition's working space (planish.predict)",
         "seconds": f"{passes} forward passes over {tokens} tokens and one block's statistics at this machine's measured "
         f"{single / 1e9:.0f} and {double / 1e9:.0f} GFLOP/s (fp64), one eigendecomposition per unit; right within a "
-        "factor of about 3; reading and writing files not included",
+        "factor of about 3; reading and writing files not included"
+        + ("; this machine has no such device: its CPU's rates" if here != stream.device else ""),
         "flops": f"two per weight of the blocks and the head and token, and attention over {job.context} tokens of context",
     }
-    return found, forward + taking + solving, how
+    return peaks, forward + taking + solving, how
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:

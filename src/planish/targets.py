@@ -140,6 +140,9 @@ class Rounded(Solver):
     def dense_taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return self.solver.dense_taps(unit, shape)
 
+    def memory(self, unit: Unit, shape: Shape) -> int:
+        return self.solver.memory(unit, shape)
+
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         return self.solver.decompose(unit, weights, stats, shape)
 

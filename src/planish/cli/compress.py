@@ -47,6 +47,8 @@ def compress(
         "max_latency": max_latency,
     }  # fmt: skip
     with session(as_json) as run:
+        from planish import processes
+
         arguments = {
             "model": model, **limits, "context": context, "method": method, "calibration": calibration,
             "n_samples": n_samples, "seq_len": seq_len, "seed": seed, "sampling": sampling and sampling.value,
@@ -68,12 +70,11 @@ def compress(
             result = run.api.compress(
                 **arguments, output=output, overwrite=overwrite, cache=cache, progress=run.progress
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, processes.ProcessLost):
             if output.with_name(output.name + ".partial").exists():
                 say(f"to go on from here: planish resume {output}")
             raise
-        for warning in result.warnings:
-            say(f"note: {warning}")
+        run.note(result.warnings)
         how = "loads with plain transformers" if result.format == "native" else "loads after `import planish`"
         stock = []
         if result.format != "native":

@@ -80,7 +80,9 @@ def plan(
             ),
             *make_losses(found),
             *o.show_latency(found),
-            f"compressing takes about {format_seconds(found.seconds)} and {format_bytes(found.peak_ram_bytes)} of memory",
+            f"compressing takes about {format_seconds(found.seconds)}, {format_bytes(found.peak_ram_bytes)} of memory"
+            + (f", {format_bytes(found.peak_vram_bytes)} on the device" if found.peak_vram_bytes else "")
+            + f" and {format_bytes(found.disk_bytes)} of disk",
             f"[dim]time: {found.how['seconds']}\nmemory: {found.how['peak_ram']}\nFLOPs: {found.how['flops']}[/]",
         )
 
