@@ -99,6 +99,7 @@ def main() -> None:
     print(json.dumps({"model_bytes": size, "peak_rss_bytes": peak, "share": peak / size}))
     print(row)
     keep = TABLE.read_text(encoding="utf-8") if TABLE.exists() else HEAD
+    keep = keep if keep.startswith(HEAD) else HEAD  # rows of other columns
     same = " | ".join(row.split(" | ")[:4])
     rows = [r for r in keep.splitlines() if not r.startswith(same)]
     TABLE.parent.mkdir(parents=True, exist_ok=True)
