@@ -102,6 +102,7 @@ def main() -> None:
     print(json.dumps({"model_bytes": size, "peak_rss_bytes": peak, "share": peak / size}))
     print(row)
     keep = args.table.read_text(encoding="utf-8") if args.table.exists() else HEAD
+    keep = keep if keep.startswith(HEAD) else HEAD  # rows of other columns
     same = " | ".join(row.split(" | ")[:4])
     rows = [r for r in keep.splitlines() if not r.startswith(same)]
     args.table.parent.mkdir(parents=True, exist_ok=True)

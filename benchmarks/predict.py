@@ -78,7 +78,7 @@ Hidden 8192, intermediate 28,672, 64 / 8 heads, 80 blocks, 128,256 words, bf16; 
 """
 LARGE = [  # methods whose ranks follow from shapes
     ("a3", ()), ("flat-llm", ("allocation=uniform",)), ("modegpt", ("allocation=uniform",)), ("svd-llm", ()),
-    ("erc-svd", ("k=80",)), ("asvd", ("allocation=uniform",)), ("mpifa", ()), ("slicegpt", ()),
+    ("erc-svd", ("k=80",)), ("asvd", ("allocation=uniform",)), ("mpifa", ()),
 ]  # fmt: skip
 
 

@@ -31,6 +31,8 @@ def test_statistics_need_weights(tmp_path):
     tiny.configure("llama_gqa").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="holds no weights to measure them with"):
         planish.forecast(tmp_path, method="auto", n_samples=8, seq_len=16)
+    with pytest.raises(InputError, match="holds no weights, which this needs"):
+        planish.forecast(tmp_path, method="slicegpt", n_samples=8, seq_len=16)
     with pytest.raises(InputError, match="neither model"):
         planish.compress(tmp_path, method="svd-llm", output=tmp_path / "out")
 

@@ -329,6 +329,9 @@ class ConfigSource(Source):
         kind = getattr(self.config, "dtype", None)
         return kind if isinstance(kind, torch.dtype) else torch.float32
 
+    def block(self, i: int) -> nn.Module:
+        raise InputError(f"{self.name} holds no weights, which this needs: give the whole model")
+
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
         return self.untie({n: (p.numel(), self.stored) for n, p in self.skeleton().state_dict().items()})
 
