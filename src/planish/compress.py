@@ -515,6 +515,8 @@ class Job:
                     known.merge(self.stored.get(i, Stats()))
                     if pristine and not edits:
                         origin, taps = self.unknown(i, stage)
+                        if taps and self.cache.keeps:  # a smaller budget may cut what this one leaves whole
+                            taps = sorted({*taps, *self.unknown(i, self.block_units(i))[1]})
                         known.merge(self.cache.stats("forward", i, set(self.taps(stage)) - set(taps) - set(known.sums)))
                     taps = [t for t in taps if t not in known.sums]
                     if taps or sequential:
