@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from random_model import write_model
 
-from planish.checkpoint import open_source
 from planish.compress import Job, compress
 from planish.core import Unit
 from planish.edits import low_rank_edit
 from planish.linalg import whitened_svd
 from planish.methods import find_method
+from planish.sources import open_source
 from planish.stats import Tap
 from planish.stream import Stream
 

@@ -27,11 +27,11 @@ from random_model import write_model
 
 import planish
 from planish import load
-from planish.checkpoint import load_tokenizer
 from planish.errors import InputError
 from planish.evaluate.perplexity import evaluate
 from planish.evaluate.speed import bench
 from planish.methods import list_methods
+from planish.sources import load_tokenizer
 from planish.submodules import round_half_up
 from planish.text import load_tokens
 

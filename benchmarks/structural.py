@@ -22,9 +22,9 @@ from statistics import median
 import torch
 
 import planish
-from planish.checkpoint import load_tokenizer
 from planish.errors import InputError
 from planish.evaluate.speed import bench
+from planish.sources import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "structural.md"

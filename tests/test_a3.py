@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tiny
 from planish.budgets import Asked, count_attention
-from planish.checkpoint import MemorySource, load
+from planish.checkpoint import load
 from planish.compress import Job, compress
 from planish.core import Method, Plan, Solver, Unit
 from planish.errors import InputError
@@ -30,6 +30,7 @@ from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
 from planish.solvers.value_output import ValueOutput
+from planish.sources import MemorySource
 from planish.stream import Stream
 
 WINDOWS = tiny.windows(12, 24)

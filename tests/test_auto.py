@@ -12,7 +12,7 @@ import torch
 import planish
 import tiny
 from planish.activations import Room
-from planish.checkpoint import MemorySource, apply_edits, open_source
+from planish.checkpoint import apply_edits
 from planish.compress import Job, compress, read_weights
 from planish.core import Unit
 from planish.effects import measure_effects
@@ -21,6 +21,7 @@ from planish.kept import Kept
 from planish.methods import find_method
 from planish.modules import find_blocks
 from planish.solvers.fisher_bypass import FisherBypass
+from planish.sources import MemorySource, open_source
 from planish.stats import Stats, Tap
 from planish.stream import Stream
 

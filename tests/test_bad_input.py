@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 import tiny
 from compressed import train_tokenizer
-from planish.checkpoint import find_folder, load, load_config
+from planish.checkpoint import load
 from planish.compress import compress
 from planish.errors import InputError
 from planish.methods import list_methods
+from planish.sources import find_folder, load_config
 
 WINDOWS = tiny.windows(16, 24)
 EVIL = "open({mark!r}, 'w').close()\n"

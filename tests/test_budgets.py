@@ -16,13 +16,14 @@ import tiny
 from planish import api
 from planish.allocate import Alternative, BudgetError, Choices, Curve, choose, spread
 from planish.budgets import BYTES, COUNTS, Asked, read_asked, read_size
-from planish.checkpoint import load, open_source
+from planish.checkpoint import load
 from planish.cli import app
 from planish.compress import Job, compress, resume
 from planish.core import Unit
 from planish.errors import InputError
 from planish.latency import Table, find_pieces, list_names, make_latency, measure, read_table
 from planish.methods import find_method, list_methods
+from planish.sources import open_source
 from planish.stream import Stream
 from test_resume import hashes
 
@@ -480,7 +481,7 @@ def test_kv_keep_alone_cuts_the_cache_alone(folder, tmp_path):
 
 @pytest.mark.parametrize("asked", [{"keep": 0.8, "kv_keep": 0.5}, {"max_bytes": 100_000}, {"max_latency": 0.985}])
 def test_resume_with_budgets(folder, tmp_path, monkeypatch, asked):
-    from planish.checkpoint import Writer
+    from planish.writer import Writer
 
     torch.set_num_threads(1)
     more = {"measured": fake_table(open_source(folder))} if "max_latency" in asked else {}

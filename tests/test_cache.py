@@ -10,9 +10,9 @@ import torch
 
 import tiny
 from planish.cache import Cache, open_cache
-from planish.checkpoint import open_source
 from planish.compress import Job, compress, read_weights
 from planish.methods import find_method
+from planish.sources import open_source
 from planish.stats import Stats
 from planish.stream import Stream
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import tiny
-from planish.checkpoint import MemorySource, apply_edits, load
+from planish.checkpoint import apply_edits, load
 from planish.compress import Result, compress
 from planish.core import Edit, Method, Plan, Unit
 from planish.edits import value_edits
 from planish.methods import find_method, list_methods
 from planish.modules import Attention, find_blocks, get_linear
+from planish.sources import MemorySource
 from planish.stream import Stream
 
 WINDOWS = tiny.windows(8, 24)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import planish
 import tiny
-from planish import api, checkpoint
+from planish import api, checkpoint, writer
 from planish.errors import InputError
 from planish.methods import list_methods
 
@@ -366,7 +366,7 @@ def test_failure_leaves_the_old_output_alone(folder, ids, tmp_path, run):
 
 @pytest.mark.parametrize("at", [1, 3])
 def test_disk_full(at, refuse, monkeypatch):
-    real, calls = checkpoint.write_shard, []
+    real, calls = writer.write_shard, []
 
     def full(*args, **kwargs):
         calls.append(args)
@@ -374,20 +374,20 @@ def test_disk_full(at, refuse, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "write_shard", full)
+    monkeypatch.setattr(writer, "write_shard", full)
     refuse("No space left")
 
 
 @pytest.mark.parametrize("name", ["request.json", "config.json", "planish.json"])
 def test_disk_full_at_a_small_file(name, refuse, monkeypatch):
-    real = checkpoint.write_text
+    real = writer.write_text
 
     def full(path, text):
         if path.name == name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         real(path, text)
 
-    monkeypatch.setattr(checkpoint, "write_text", full)
+    monkeypatch.setattr(writer, "write_text", full)
     refuse("No space left", name)
 
 
@@ -447,7 +447,7 @@ def test_interrupt_exits_130_and_leaves_nothing(folder, ids, tmp_path, run, monk
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_shard", stop)
+    monkeypatch.setattr(writer, "write_shard", stop)
     result = run("compress", folder, "--calibration", ids, *SHORT, "-o", tmp_path / "out")
     assert result.exit_code == 130 and "interrupted" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from planish.checkpoint import load, open_source
+from planish.checkpoint import load
 from planish.compress import compress, resume
 from planish.errors import InputError
 from planish.report.page import write_report
 from planish.report.points import Point, write_points
 from planish.shards import Shard, write_shard
+from planish.sources import open_source
 from planish.text import load_tokens
 from test_resume import hashes
 

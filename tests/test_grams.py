@@ -7,8 +7,8 @@ import torch
 
 import tiny
 from planish import grams, linalg, stats
-from planish.checkpoint import MemorySource
 from planish.compress import compress
+from planish.sources import MemorySource
 from planish.stats import Stats, Tap
 from planish.stream import Stream
 from test_resume import hashes, one_thread  # noqa: F401

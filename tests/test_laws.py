@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from planish.checkpoint import MemorySource, apply_edits, count_block, load, open_source
+from planish.checkpoint import apply_edits, count_block, load
 from planish.compress import Job, compress, read_weights
 from planish.core import Edit, Frontier, Method, Shape, Solver, Unit
 from planish.errors import InputError
@@ -29,6 +29,7 @@ from planish.methods import find_method, list_methods
 from planish.modules import find_blocks, get_linear
 from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
+from planish.sources import MemorySource, open_source
 from planish.stats import Stats, Tap
 from planish.stream import Stream, tap_sites
 

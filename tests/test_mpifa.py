@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 import tiny
-from planish.checkpoint import load, open_source
+from planish.checkpoint import load
 from planish.compress import Job, compress
 from planish.core import Unit
 from planish.errors import InputError
 from planish.methods import find_method
 from planish.methods.asvd import KEEPS, Sensitivity
 from planish.solvers.linear import Anchored
+from planish.sources import open_source
 from planish.stream import Stream
 
 WINDOWS = tiny.windows(6, 20)

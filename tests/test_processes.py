@@ -56,7 +56,7 @@ def test_same_weights_for_any_number_of_processes(method, tmp_path):
 
 def test_lanes_add_up_to_plain_sums(tiny_llama):
     """Statistics by lanes = one Gram over all tokens."""
-    from planish.checkpoint import MemorySource
+    from planish.sources import MemorySource
     from planish.stream import Stream
 
     stream = Stream(MemorySource(tiny_llama(max_position_embeddings=64)), WINDOWS)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import planish  # noqa: F401  (registers compressed models)
 import tiny
-from planish.checkpoint import apply_edits, load, open_source
+from planish.checkpoint import apply_edits, load
 from planish.compress import compress
 from planish.core import Shape, Unit
 from planish.errors import InputError
@@ -24,6 +24,7 @@ from planish.modules import Bypass as BypassModule
 from planish.modules import find_blocks
 from planish.solvers.bypass import Affine, Bypass, Moments, bypass_edit, drop_edit, fit, fit_held_out
 from planish.solvers.window import fit_map
+from planish.sources import open_source
 from planish.stats import KINDS, Tap
 from planish.stream import Stream, tap_sites
 from planish.submodules import round_half_up, trial_losses

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import tiny
-from planish import checkpoint
+from planish import writer
 from planish.compress import compress, resume
 from planish.errors import InputError
 
@@ -174,7 +174,7 @@ def test_full_disk_while_resuming_keeps_finished_blocks(model, tmp_path, monkeyp
     def full(path, tensors):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_shard", full)
+    monkeypatch.setattr(writer, "write_shard", full)
     with pytest.raises(InputError, match="No space left"):
         resume(tmp_path / "out")
     monkeypatch.undo()
@@ -188,7 +188,7 @@ def test_full_disk_while_resuming_keeps_finished_blocks(model, tmp_path, monkeyp
 def test_stopped_after_the_last_rename(model, tmp_path, monkeypatch):
     """The folder is complete, what was needed to resume still lies in it: resume takes it away, once."""
     run(model, tmp_path / "whole", "svd-llm")
-    monkeypatch.setattr(checkpoint, "tidy", lambda output: False)
+    monkeypatch.setattr(writer, "tidy", lambda output: False)
     run(model, tmp_path / "out", "svd-llm")
     monkeypatch.undo()
     assert (tmp_path / "out" / "resume").is_dir()

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import tiny
-from planish.checkpoint import count_block, load, open_source
+from planish.checkpoint import count_block, load
 from planish.compress import Job, compress
 from planish.errors import InputError
 from planish.methods import find_method
 from planish.methods.slicegpt import STREAM, slice_block
 from planish.modules import SlicedBlock
+from planish.sources import open_source
 from planish.stream import Stream
 
 WINDOWS = tiny.windows(6, 20)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import tiny
-from planish.checkpoint import MemorySource, open_source
 from planish.compress import Job
 from planish.methods import find_method
 from planish.modules import find_blocks
+from planish.sources import MemorySource, open_source
 from planish.stats import Tap
 from planish.stream import Stream
 

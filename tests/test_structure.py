@@ -14,13 +14,25 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 LAYERS = [
     {"errors", "linalg", "grams", "version", "processes", "activations", "shards"},
     {"stats", "kept", "moments", "families", "core", "edits", "modules", "modelling"},
-    {"solvers", "allocate", "budgets", "latency", "targets", "text", "checkpoint", "stream", "cache"},
+    {
+        "solvers",
+        "allocate",
+        "budgets",
+        "latency",
+        "targets",
+        "text",
+        "sources",
+        "writer",
+        "checkpoint",
+        "stream",
+        "cache",
+    },
     {"methods", "submodules"},
     {"compress", "effects", "forecast", "predict", "recipe"},
     {"evaluate", "export", "report"},
     {"api", "demo", "sweep", "cli", "__init__", "__main__"},
 ]
-MAY_USE_TRANSFORMERS = {"families", "modules", "modelling", "checkpoint", "export", "evaluate"}
+MAY_USE_TRANSFORMERS = {"families", "modules", "modelling", "sources", "checkpoint", "export", "evaluate"}
 FORBIDDEN_FILES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 

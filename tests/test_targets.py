@@ -10,12 +10,12 @@ import torch
 import compressed
 import tiny
 from planish.allocate import BudgetError, Curve
-from planish.checkpoint import open_source
 from planish.compress import Job, compress
 from planish.core import Unit
 from planish.errors import InputError
 from planish.export.gguf import export_gguf
 from planish.methods import find_method
+from planish.sources import open_source
 from planish.stream import Stream
 from planish.targets import TARGETS, check, constrain, find_target, make_uniform, needs_uniform
 from tiny import build

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from planish import checkpoint, effects
 from planish.budgets import read_asked
-from planish.checkpoint import FolderSource, Source, find_folder, load_tokenizer, open_shapes, open_source
 from planish.compress import Result, find_name, pick_dtype
 from planish.compress import compress as compress_windows
 from planish.core import Method, Progress
@@ -26,6 +25,7 @@ from planish.forecast import Forecast
 from planish.forecast import forecast as forecast_windows
 from planish.methods import find_method, list_methods
 from planish.recipe import Recipe, Text
+from planish.sources import FolderSource, Source, find_folder, load_config, load_tokenizer, open_shapes, open_source
 from planish.text import fingerprint, load_tokens, sample_windows
 
 N_SAMPLES, SEQ_LEN = 128, 2048  # unless told; fewer where the text or the model has fewer
@@ -277,7 +277,7 @@ def evaluate(
     else:
         place = find_device(device or "auto")
         folder = find_folder(model)
-        config = checkpoint.load_config(folder)  # before the weights: wrong text is found at once
+        config = load_config(folder)  # before the weights: wrong text is found at once
         tokenizer = tokenizer or load_tokenizer(folder)
         found = load_tokens(text, tokenizer, split="evaluation", vocab_size=config.vocab_size)
         lm = load(model, device=place, dtype=dtype or ("float32" if place == "cpu" else None))

@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from planish.checkpoint import Source
 from planish.core import SUBMODULES, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.modules import Spec
 from planish.shards import make_header
+from planish.sources import Source
 
 TOGETHER = 2  # budgets that can hold at the same time
 SHARES = {

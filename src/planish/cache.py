@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planish import checkpoint, families, modules, processes, stats, stream
-from planish.checkpoint import FolderSource, Source
+from planish import checkpoint, families, modules, processes, sources, stats, stream
 from planish.core import Frontier, Solver, Unit
 from planish.errors import InputError
 from planish.shards import Shard, hash_file, write_shard
+from planish.sources import FolderSource, Source
 from planish.stats import Stats, Tap
 from planish.stream import Stream
 from planish.text import fingerprint
@@ -290,7 +290,7 @@ def find_root() -> Path:
 def hash_code() -> str:
     """Of the files that decide what is measured and predicted."""
     here = Path(__file__).parent
-    files = [Path(str(m.__file__)) for m in (checkpoint, families, modules, processes, stats, stream)]
+    files = [Path(str(m.__file__)) for m in (checkpoint, families, modules, processes, sources, stats, stream)]
     files += [here / "linalg.py", *sorted((here / "solvers").glob("*.py"))]
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 

@@ -25,20 +25,7 @@ from planish.activations import Room
 from planish.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
 from planish.budgets import Asked, Budget, CacheNumbers, count_flops, label, make_budget, read_asked, show
 from planish.cache import Cache, open_cache
-from planish.checkpoint import (
-    FolderSource,
-    Source,
-    Writer,
-    apply_edits,
-    count_block,
-    is_empty,
-    kv_bytes,
-    narrow,
-    open_source,
-    tidy,
-    unseal,
-    write_config,
-)
+from planish.checkpoint import apply_edits, count_block, is_empty, kv_bytes, narrow, write_config
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.kept import Kept
@@ -46,10 +33,12 @@ from planish.latency import Latency, Table, make_latency, read_table
 from planish.methods import find_method
 from planish.modules import Spec, get_linear
 from planish.shards import Shard, hash_file
+from planish.sources import FolderSource, Source, open_source
 from planish.stats import Stats, Tap
 from planish.stream import Stream, give_back_large
 from planish.targets import constrain, find_target, make_uniform, needs_uniform
 from planish.version import __version__
+from planish.writer import Writer, tidy, unseal
 
 
 @dataclass

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from planish import api
 from planish.cache import Cache
-from planish.checkpoint import find_folder, kv_bytes, load_config, load_tokenizer, open_source
+from planish.checkpoint import kv_bytes
 from planish.compress import compress
 from planish.errors import InputError, PlanishError
 from planish.evaluate import perplexity
 from planish.methods import list_methods
 from planish.report.chart import Point, draw_chart
+from planish.sources import find_folder, load_config, load_tokenizer, open_source
 from planish.stream import Stream
 from planish.text import builtin_text, check_ids, fingerprint
 

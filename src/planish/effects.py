@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planish.checkpoint import Source, apply_edits
+from planish.checkpoint import apply_edits
 from planish.compress import Job, check_windows, read_weights
 from planish.core import Method, Unit
 from planish.errors import InputError
+from planish.sources import Source
 from planish.stream import Hidden, Stream
 
 KINDS = {"vo": "value dimensions", "qk": "rotary pairs", "mlp": "neurons", "attention": "bypass", "ffn": "bypass"}

@@ -18,12 +18,12 @@ from torch import Tensor
 from planish import stats as stats_file
 from planish.budgets import SHARES, Asked, Budget, Bytes, CacheNumbers, Flops, count_cache, count_flops
 from planish.cache import Cache
-from planish.checkpoint import ConfigSource, Source
 from planish.compress import Job, check_tokens, check_windows, find_name, pick_dtype
 from planish.core import Method, Plan, Progress, Shape, count_sums
 from planish.errors import InputError
 from planish.latency import Latency, read_table
 from planish.predict import Prediction, predict
+from planish.sources import ConfigSource, Source
 from planish.stream import Stream
 from planish.targets import describe_limits
 

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from planish.budgets import Budget, read_form
 from planish.cache import find_root
-from planish.checkpoint import Source
 from planish.core import Progress, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.modules import Pair, Pivoted, Spec, find_blocks, get_linear, install, set_module, split_block
 from planish.shards import write_text
+from planish.sources import Source
 
 GRID = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)  # of a full rank or width
 HEADS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # of a head's dimensions

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from planish import processes
 from planish import stats as planish_stats
 from planish.activations import Activations, Room
-from planish.checkpoint import Source, apply_edits, is_finite
+from planish.checkpoint import apply_edits
 from planish.core import Edit, Progress, Shape
 from planish.errors import InputError
 from planish.families import Family
 from planish.modules import find_blocks, get_linear
+from planish.sources import Source, is_finite
 from planish.stats import Stats, Tap, add_lane
 
 T = TypeVar("T")

@@ -20,7 +20,6 @@ from planish import api
 from planish.activations import Room
 from planish.budgets import Asked, read_asked
 from planish.cache import Cache, open_cache
-from planish.checkpoint import FolderSource, load_tokenizer, open_source
 from planish.compress import Result, check_windows, find_name, pick_dtype
 from planish.compress import compress as compress_windows
 from planish.core import Method
@@ -30,6 +29,7 @@ from planish.methods import find_method
 from planish.report.page import write_report
 from planish.report.points import NAN, Point, read_points, write_points
 from planish.shards import write_text
+from planish.sources import FolderSource, load_tokenizer, open_source
 from planish.stream import Stream
 from planish.text import fingerprint, load_tokens
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from planish.checkpoint import find_folder, load_config, load_exact, load_tokenizer
+from planish.checkpoint import load_exact
 from planish.errors import InputError
+from planish.sources import find_folder, load_config, load_tokenizer
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
 TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from planish.checkpoint import Writer
 from planish.errors import InputError
 from planish.export.dense import copy_files
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.written import DTYPES, Written, check_dtype, describe_products, keep_dtype
+from planish.writer import Writer
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi3")  # RMS norms, rotary embedding, gated silu MLP, no query/key norm
 

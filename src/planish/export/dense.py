@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish.checkpoint import COPIED, Writer, set_parameter, write_config
+from planish.checkpoint import write_config
 from planish.core import Shape
 from planish.errors import InputError
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, plain_linear, zero_attention
 from planish.export.written import DTYPES, Written, check_dtype, describe_products, keep_dtype
 from planish.modules import Attention, Bypass, Spec, find_blocks, get_linear, set_module, split_block
+from planish.sources import COPIED, set_parameter
+from planish.writer import Writer
 
 LOW_RANK = ("pair", "pivoted", "head_pair")
 

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish.checkpoint import Source, find_folder, set_parameter
 from planish.core import Progress
 from planish.errors import InputError
 from planish.export.folder import Folder
 from planish.linalg import DAMPING, damp, whitened_svd
 from planish.shards import write_shard, write_text
+from planish.sources import Source, find_folder, set_parameter
 from planish.stats import Sums, add_gram
 from planish.stream import Stream
 

@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from planish.checkpoint import find_folder, index_tensors, load_config, no_parameters, set_parameter
 from planish.core import Shape
 from planish.errors import InputError
 from planish.families import FAMILIES, Family
@@ -31,6 +30,7 @@ from planish.modules import (
     rotary_width,
     split_block,
 )
+from planish.sources import find_folder, index_tensors, load_config, no_parameters, set_parameter
 
 
 class Folder:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from planish.checkpoint import index_tensors, load_config
 from planish.errors import InputError
+from planish.sources import index_tensors, load_config
 
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py", "*.gguf"]
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from planish.checkpoint import load_config, load_exact
+from planish.checkpoint import load_exact
 from planish.errors import InputError
 from planish.export.written import Written
+from planish.sources import load_config
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 INLINE = 1 << 30  # bytes of weights beyond which they go to a file of their own, FILE.data

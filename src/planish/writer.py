@@ -1,0 +1,221 @@
+"""A compressed folder, written shard by shard; what an interrupted run has finished is found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from planish import processes
+from planish.errors import InputError
+from planish.families import Family
+from planish.modules import (
+    install,
+    join_block,
+    split_block,
+)
+from planish.shards import Shard, hash_file, make_header, sync_folder, write_shard, write_text
+from planish.sources import Source, set_parameter
+
+
+class Writer:
+    """A compressed folder, written shard by shard into `<output>.partial` and renamed when it is complete.
+
+    `resume/` inside it holds what was asked (`keep_request`) and a journal: one line per finished block, added after its
+    shard is durable. `finished`: the journal's entries by block, where an interrupted run is taken up. Of several
+    processes only the first writes.
+    """
+
+    def __init__(self, output: Path, n_blocks: int, overwrite: bool = False, resume: bool = False):
+        self.output, self.n_shards = output, n_blocks + 1
+        self.active = processes.rank() == 0
+        self.weight_map: dict[str, str] = {}
+        self.bytes = 0  # of tensors
+        self.index_bytes = 0  # of these, index tables
+        self.headers = 0  # bytes of the files' headers
+        self.parameters = 0
+        self.partial = output.with_name(output.name + ".partial")
+        self.state = self.partial / "resume"
+        self.finished: dict[int, dict[str, Any]] = {}
+        if resume:
+            self.finished = processes.share(self.read_journal() if self.active else {})
+        else:
+            if self.active:
+                self.create(output, overwrite)
+            processes.share(None)  # nobody writes into the folder before it is there
+
+    def create(self, output: Path, overwrite: bool) -> None:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+            raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
+        if output.exists() and not output.is_dir():
+            raise InputError(f"output {output} is a file")
+        if (self.state / "journal.jsonl").exists() and not overwrite:
+            raise InputError(f"{self.partial} holds an unfinished run: planish resume {output}, or pass --overwrite")
+        for path in (output, self.partial):
+            if path.is_symlink():
+                raise InputError(f"{path} is a link; give the folder itself")
+        if self.partial.exists():
+            if not self.partial.is_dir() or (any(self.partial.iterdir()) and not self.state.is_dir()):
+                raise InputError(
+                    f"{self.partial} exists and is not of planish's making; move it or choose another output"
+                )
+            shutil.rmtree(self.partial)
+        try:
+            self.state.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"cannot create {self.partial}: {error}") from None
+
+    def read_journal(self) -> dict[int, dict[str, Any]]:
+        """Entries by block, up to the first whose line is torn or whose shard is not what was written."""
+        found: dict[int, dict[str, Any]] = {}
+        path = self.state / "journal.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                entry = unseal(json.loads(line))
+                if entry["shard"] and hash_file(self.partial / entry["shard"]) != entry["sha256"]:
+                    break
+            except (ValueError, KeyError, TypeError, OSError):
+                break
+            found[entry["block"]] = entry
+        if path.exists():
+            write_text(path, "".join(json.dumps(seal(e)) + "\n" for e in found.values()))
+        for stray in set(self.partial.glob("*.safetensors*")) - {
+            self.partial / str(e["shard"]) for e in found.values()
+        }:
+            stray.unlink()
+        return found
+
+    def keep_request(self, request: dict[str, Any], windows: Tensor) -> None:
+        """Remember what was asked, so that an interrupted run can be taken up."""
+        if self.active:
+            digest = write_shard(self.state / "windows.safetensors", {"windows": windows})
+            request = json.loads(json.dumps(request | {"windows": digest}, default=str))
+            write_text(self.state / "request.json", json.dumps(seal(request), indent=2) + "\n")
+
+    def shard(self, number: int, tensors: dict[str, Tensor], write: bool = True) -> tuple[str, str]:
+        """Write shard `number` (0 = what is outside the blocks, i + 1 = block i); its name and SHA-256."""
+        name, digest = f"model-{number + 1:05d}-of-{self.n_shards:05d}.safetensors", ""
+        try:
+            if write and self.active:
+                digest = write_shard(self.partial / name, tensors)
+        except OSError as error:
+            raise InputError(f"cannot write {self.partial / name}: {error}") from None
+        if tensors:
+            self.headers += 8 + len(make_header(tensors)[0])
+        for key, t in tensors.items():
+            self.weight_map[key] = name
+            self.bytes += t.numel() * t.element_size()
+            self.index_bytes += 0 if t.is_floating_point() else t.numel() * t.element_size()
+            self.parameters += t.numel() if t.is_floating_point() else 0
+        return name, digest
+
+    def block(
+        self,
+        i: int,
+        block: nn.Module | None,
+        family: Family,
+        at: int | None = None,
+        entry: dict[str, Any] | None = None,
+    ) -> None:
+        """Write block `i` of the source as block `at` of the output (None: it is left out); with an `entry`, note it in
+        the journal."""
+        name, digest, at = None, "", i if at is None else at
+        if block is not None:
+            join_block(block, family)
+            tensors = {f"{family.blocks}.{at}.{k}": v for k, v in block.state_dict().items()}
+            name, digest = self.shard(at + 1, tensors, write=i not in self.finished)
+        if entry is not None and i not in self.finished and self.active:
+            entry = json.loads(json.dumps({"block": i, "at": at, "shard": name, "sha256": digest, **entry}))
+            line = json.dumps(seal(entry))
+            try:
+                with (self.state / "journal.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise InputError(f"cannot write the journal in {self.state}: {error}") from None
+
+    def restore(self, i: int, block: nn.Module, source: Source) -> nn.Module:
+        """Turn block i of the source, in place, into the finished one; canonical."""
+        entry = self.finished[i]
+        install(block, entry["spec"], source.family, source.config)
+        join_block(block, source.family)
+        if entry["shard"]:
+            shard, prefix = Shard(self.partial / entry["shard"]), f"{source.family.blocks}.{entry['at']}."
+            for name in shard.entries:
+                set_parameter(block, name.removeprefix(prefix), shard.read(name))
+        return split_block(block, source.family, source.config)
+
+    def text(self, name: str, text: str) -> None:
+        if not self.active:
+            return
+        try:
+            write_text(self.partial / name, text)
+        except OSError as error:
+            raise InputError(f"cannot write {self.partial / name}: {error}") from None
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        names = sorted(set(self.weight_map.values()))
+        if len(names) != self.n_shards:  # whole blocks are gone
+            renamed = {n: f"{n[:15]}{len(names):05d}.safetensors" for n in names}
+            for name, short in renamed.items():
+                os.replace(self.partial / name, self.partial / short)
+            self.weight_map = {k: renamed[n] for k, n in self.weight_map.items()}
+        index = {
+            "metadata": {"total_size": self.bytes, "total_parameters": self.parameters},
+            "weight_map": dict(sorted(self.weight_map.items())),
+        }
+        self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        for leftover in self.partial.glob("*.part"):
+            leftover.unlink()
+        if self.output.exists():
+            shutil.rmtree(self.state / "old", ignore_errors=True)
+            os.replace(self.output, self.state / "old")
+        try:
+            os.replace(self.partial, self.output)
+        except OSError:
+            if (self.state / "old").exists():
+                os.replace(self.state / "old", self.output)
+            raise
+        sync_folder(self.output.parent)
+        tidy(self.output)
+
+    def abort(self, wrong_input: bool = False) -> None:
+        """After an error: leave nothing behind, unless blocks are finished and the run can be taken up again.
+
+        `wrong_input`: taking it up again would meet the same wrong input, or the same full disk.
+        """
+        if self.active and (wrong_input or not (self.state / "journal.jsonl").exists()):
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def tidy(output: Path) -> bool:
+    """Remove what a complete folder no longer needs; whether there was anything (a run was stopped just before this)."""
+    left = output / "resume"
+    if left.is_symlink() or not left.is_dir():
+        return False
+    shutil.rmtree(left)
+    sync_folder(output)
+    return True
+
+
+def seal(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with a digest of itself."""
+    text = json.dumps(entry, sort_keys=True).encode()
+    return entry | {"digest": hashlib.sha256(text).hexdigest()}
+
+
+def unseal(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry without its digest, which must be right (ValueError)."""
+    rest = {k: v for k, v in entry.items() if k != "digest"} if isinstance(entry, dict) else {}
+    if not rest or seal(rest) != entry:
+        raise ValueError("it is not what was written")
+    return rest
