@@ -1,7 +1,10 @@
-"""Where `compress` spends its time, and its whitened truncation against the published procedure, in one run.
+"""Where `compress` spends its time, its floor, and its whitened truncation against the published procedure, in one run.
 
     python benchmarks/compress.py               # 24 blocks, 0.5 B parameters
     python benchmarks/compress.py --blocks 2    # the same shapes, fewer blocks
+
+Floor: the products of one forward pass over the tokens at the rate this machine reaches on the blocks' own linears in fp32,
+and reading the model's files and writing the result's (with fsync), both measured here, in turns with the methods.
 
 Published procedure (SVD-LLM): Cholesky factor S of the input Gram, SVD of W S, explicit inverse of S, factors cut at the
 rank; in fp64, and in the published code's fp32. Ours: `planish.linalg.whitened_svd` and the balanced pair. Seconds are CPU
@@ -11,6 +14,7 @@ seconds of this process, so that a busy machine counts the same for both. Writes
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 import warnings
@@ -46,6 +50,36 @@ def ours(w: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, 
     return edit.tensors["B.weight"], edit.tensors["A.weight"]
 
 
+def measure_rate(job: Job, tokens: int) -> float:
+    """FLOP/s of a block's linears in fp32 on `tokens` inputs."""
+    pairs = []
+    for role in job.shapes[0].roles:
+        out, n = job.shapes[0].linear(role)
+        pairs.append((torch.randn(tokens, n), torch.randn(out, n)))
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        for x, w in pairs:
+            torch.nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - start)
+    return 2 * tokens * job.shapes[0].count() / best
+
+
+def measure_files(model: Path, result: Path, scratch: Path) -> float:
+    """Seconds to read a folder's weights and to write another's, durably."""
+    buffer = bytearray(64 << 20)
+    start = time.perf_counter()
+    for path in model.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    for path in result.glob("*.safetensors"):
+        with (scratch / "copy").open("wb", buffering=0) as file:
+            file.write(memoryview(bytes(path.stat().st_size)))
+            os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--blocks", type=int, default=24)
@@ -54,6 +88,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=100_000)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--methods", default="svd-llm,flat-llm,a3", help="whose seconds are measured")
     args = parser.parse_args()
     lines = []
 
@@ -78,12 +113,32 @@ def main() -> None:
             f"{args.intermediate}, random bf16 weights, {windows.numel()} tokens, {torch.get_num_threads()} thread(s)."
         )
         say()
-        say("| method | plan | stream + statistics | solve | write | total |")
-        say("|---|---|---|---|---|---|")
-        for method in ("svd-llm", "flat-llm"):
-            seconds = compress(model, output=Path(folder) / method, keep=0.8, method=method, windows=windows).seconds
-            cells = [seconds.get(p, 0.0) for p in ("plan", "stream", "solve", "write", "total")]
-            say(f"| {method} | " + " | ".join(f"{s:.1f} s" for s in cells) + " |")
+        say("| method | plan | stream + statistics | solve | write | total | one forward | files | total / floor |")
+        say("|---|---|---|---|---|---|---|---|---|")
+        shapes = Job(Stream(open_source(model), windows), find_method("svd-llm"), 0.8)
+        for method in args.methods.split(","):
+            settings = {"allocation": "uniform"} if method == "flat-llm" else {}
+            rate = measure_rate(shapes, windows.numel())
+            out = Path(folder) / method
+            result = compress(model, output=out, keep=0.8, method=method, windows=windows, settings=settings)
+            seconds = result.seconds
+            rate = max(rate, measure_rate(shapes, windows.numel()))
+            attend = 2 * sum(2 * s.heads * (s.qk + s.v) for s in shapes.shapes) * args.seq_len / 2
+            forward = windows.numel() * (2 * shapes.weights + attend) / rate
+            files = measure_files(model, out, Path(folder))
+            phases = sum(v for p, v in seconds.items() if p not in ("solve", "write", "total", "plan"))
+            cells = [
+                seconds.get("plan", 0.0),
+                phases,
+                seconds.get("solve", 0.0),
+                seconds.get("write", 0.0),
+                seconds["total"],
+            ]
+            cells += [forward, files]
+            ratio = seconds["total"] / (forward + files)
+            say(f"| {method} | " + " | ".join(f"{s:.1f} s" for s in cells) + f" | **{ratio:.1f}** |")
+        say()
+        say(f"The floor's forward pass runs at {rate / 1e9:.0f} GFLOP/s: fp32 products of a block's own linears.")
         stream = Stream(open_source(model), windows)
         job = Job(stream, find_method("svd-llm"), 0.8)
         plan = job.method.plan(job)

@@ -1,62 +1,154 @@
-"""Predicted against measured peak memory and disk, on random-weight models of several shapes; docs/tables/predict.md."""
+"""Predicted against measured peak memory, disk and time, on random-weight models of several shapes; docs/tables/predict.md.
+
+    python benchmarks/predict.py                # every case and the table of 70 B shapes
+    python benchmarks/predict.py svd-llm a3     # these methods' cases; the other rows stay
+    python benchmarks/predict.py shapes         # the 70 B shapes alone: predictions, nothing is run
+
+`planish plan` before, `planish compress` after, each in a process of its own with one thread. The video memory cannot be
+checked on a machine without an accelerator.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from random_model import write_model
+from transformers import LlamaConfig
+
+import planish
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "predict.md"
-CASES = [  # hidden, intermediate, blocks, vocabulary, method, windows of 128 tokens
-    (512, 1408, 3, 16_000, "flat-llm", 16),
-    (1024, 2816, 2, 32_000, "flat-llm", 32),
-    (1024, 2816, 2, 32_000, "svd-llm", 32),
-    (2048, 5632, 2, 32_000, "flat-llm", 48),
+
+
+class Case(NamedTuple):
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    method: str
+    windows: int  # of 128 tokens
+    settings: tuple[str, ...] = ()
+    blocks: int = 2
+    vocabulary: int = 16_000
+
+
+DAMPED, UNIFORM = ("damping=0.01",), ("damping=0.01", "allocation=uniform")
+CASES = [
+    Case(512, 1408, 8, 4, "flat-llm", 16, UNIFORM, blocks=3),
+    Case(1024, 2816, 16, 8, "flat-llm", 32, UNIFORM, vocabulary=32_000),
+    Case(2048, 5632, 32, 16, "flat-llm", 8, UNIFORM),
+    Case(512, 4096, 8, 1, "flat-llm", 8, UNIFORM),
+    Case(512, 1408, 8, 4, "svd-llm", 16, blocks=3),
+    Case(1024, 2816, 16, 8, "svd-llm", 32, vocabulary=32_000),
+    Case(512, 4096, 8, 1, "svd-llm", 32),
+    Case(1024, 2816, 16, 2, "a3", 4, DAMPED),
+    Case(1024, 2816, 16, 8, "a3", 16, DAMPED),
+    Case(1024, 2816, 16, 8, "erc-svd", 32),
+    Case(512, 4096, 8, 2, "erc-svd", 32),
+    Case(1024, 2816, 16, 8, "mpifa", 24, DAMPED),
+    Case(1024, 2816, 16, 8, "subfit", 16),
+    Case(512, 4096, 8, 2, "subfit", 8),
+    Case(1024, 2816, 16, 8, "auto", 8),
+    Case(512, 1408, 8, 2, "auto", 32),
 ]
 HEAD = """# Predicted and measured peaks
 
-`python benchmarks/predict.py`: `planish plan` before, `planish compress` after, random bf16 weights, keep 0.8.
+`python benchmarks/predict.py`: `planish plan` before, `planish compress` after, random bf16 weights, keep 0.8, one thread.
+"Off" = predicted / measured − 1; time is predicted / measured. Video memory is predicted by the same formulas and was
+not measured: no accelerator was at hand.
 
-| hidden / intermediate | method | tokens | RAM predicted | RAM measured | off | disk predicted | disk measured | off |
-|---|---|---|---|---|---|---|---|---|
+| hidden / intermediate, heads / kv | method | tokens | RAM predicted | measured | off | disk predicted | measured | off | time |
+|---|---|---|---|---|---|---|---|---|---|
 """
+SHAPES = """
+## Blocks of a 70 B model
+
+Hidden 8192, intermediate 28,672, 64 / 8 heads, 80 blocks, 128,256 words, bf16; 128 windows of 2048 tokens, `planish plan
+--device cuda` from the config.json alone. Activations beyond {limit:.1f} GB go to disk.
+
+| method | host RAM | video memory | disk: output | disk: activations | fits 24 GB + 64 GB |
+|---|---|---|---|---|---|
+"""
+LARGE = [  # methods whose ranks follow from shapes
+    ("a3", ()), ("flat-llm", ("allocation=uniform",)), ("modegpt", ("allocation=uniform",)), ("svd-llm", ()),
+    ("erc-svd", ("k=80",)), ("asvd", ("allocation=uniform",)), ("mpifa", ()),
+]  # fmt: skip
 
 
 def run(*words: object) -> dict:
-    done = subprocess.run([sys.executable, "-m", "planish", *map(str, words)], check=True, stdout=subprocess.PIPE)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "planish", *map(str, words)]
+    done = subprocess.run(line, check=True, stdout=subprocess.PIPE, env=environment)
     return json.loads(done.stdout)
 
 
+def measure(case: Case) -> str:
+    with tempfile.TemporaryDirectory(prefix="planish-predict-") as folder:
+        model, out, text = (Path(folder) / n for n in ("model", "out", "text.npy"))
+        write_model(
+            model, vocab_size=case.vocabulary, hidden_size=case.hidden, intermediate_size=case.intermediate,
+            num_hidden_layers=case.blocks, num_attention_heads=case.heads, num_key_value_heads=case.kv_heads,
+        )  # fmt: skip
+        np.save(text, np.random.default_rng(0).integers(0, case.vocabulary, case.windows * 128))
+        flags = [model, "--keep", 0.8, "--method", case.method, "--calibration", text, "--n-samples", case.windows]
+        flags += ["--seq-len", 128, "--json", *(w for s in case.settings for w in ("--set", s))]
+        plan, done = run("plan", *flags), run("compress", *flags, "-o", out, "--no-cache")
+        disk = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    ram, peak, space = plan["peak_ram_bytes"], done["peak_rss_bytes"], plan["disk_bytes"]
+    return (
+        f"{ram / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {ram / peak - 1:+.0%} | {space / 1e6:.1f} MB | {disk / 1e6:.1f} MB | "
+        f"{space / disk - 1:+.1%} | {plan['seconds'] / done['seconds']['total']:.2f} |"
+    )
+
+
+def predict_large() -> str:
+    with tempfile.TemporaryDirectory(prefix="planish-predict-") as folder:
+        sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128_256}
+        config = LlamaConfig(**sizes, num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=8192)
+        config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+        config.save_pretrained(folder)
+        rows = ""
+        for method, settings in LARGE:
+            values = dict(s.split("=") for s in settings)
+            found = planish.forecast(folder, method=method, device="cuda", settings=values, n_samples=128, seq_len=2048)
+            ram, vram, disk, output = found.peak_ram_bytes, found.peak_vram_bytes, found.disk_bytes, found.bytes_after
+            fits = "yes" if ram < 64e9 and vram < 24e9 else "no"
+            name = f"{method} ({', '.join(settings)})" if settings else method
+            cells = [
+                f"{ram / 1e9:.1f} GB",
+                f"{vram / 1e9:.1f} GB",
+                f"{output / 1e9:.0f} GB",
+                f"{(disk - output) / 1e9:.1f} GB",
+            ]
+            rows += f"| {' | '.join([name, *cells, fits])} |\n"
+            print(rows.splitlines()[-1], flush=True)
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
+    return SHAPES.format(limit=limit / 1e9) + rows
+
+
 def main() -> None:
-    rows = []
-    for hidden, intermediate, blocks, vocabulary, method, windows in CASES[
-        : int(sys.argv[1]) if sys.argv[1:] else None
-    ]:
-        with tempfile.TemporaryDirectory(prefix="planish-predict-") as folder:
-            model, out, text = (Path(folder) / n for n in ("model", "out", "text.npy"))
-            write_model(
-                model, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
-                num_hidden_layers=blocks, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128,
-            )  # fmt: skip
-            np.save(text, np.random.default_rng(0).integers(0, vocabulary, windows * 128))
-            flags = [model, "--keep", 0.8, "--method", method, "--calibration", text, "--n-samples", windows]
-            flags += ["--seq-len", 128, "--json"]
-            flags += ["--set", "damping=0.01", "--set", "allocation=uniform"] if method == "flat-llm" else []
-            plan, done = run("plan", *flags), run("compress", *flags, "-o", out, "--no-cache")
-            disk = sum(p.stat().st_size for p in out.glob("*.safetensors"))
-        ram, peak, space = plan["peak_ram_bytes"], done["peak_rss_bytes"], plan["disk_bytes"]
-        rows.append(
-            f"| {hidden} / {intermediate} | {method} | {windows * 128} | {ram / 1e9:.2f} GB | {peak / 1e9:.2f} GB | "
-            f"{ram / peak - 1:+.0%} | {space / 1e6:.1f} MB | {disk / 1e6:.1f} MB | {space / disk - 1:+.1%} |"
-        )
-        print(rows[-1], flush=True)
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        TABLE.write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
+    wanted = sys.argv[1:] or [*{c.method for c in CASES}, "shapes"]
+    old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
+    top, mark, large = old.partition("\n## ")
+    large = mark + large
+    rows = {"|".join(r.split("|")[1:4]): r for r in top.splitlines() if r.startswith("| ") and "off" not in r}
+    order = [
+        f" {c.hidden} / {c.intermediate}, {c.heads} / {c.kv_heads} | {c.method} | {c.windows * 128} " for c in CASES
+    ]
+    if "shapes" in wanted:
+        large = predict_large()
+    for case, key in zip(CASES, order, strict=True):
+        if case.method in wanted:
+            rows[key] = f"|{key}| {measure(case)}"
+            print(rows[key], flush=True)
+        TABLE.write_text(HEAD + "\n".join(rows[k] for k in order if k in rows) + "\n" + large, encoding="utf-8")
 
 
 if __name__ == "__main__":

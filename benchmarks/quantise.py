@@ -5,6 +5,7 @@
 
 int8: one scale per output channel. int4: one scale per group of 32, 16 or 8 inputs, the largest that divides the width;
 ranks are rounded to multiples of --round-to so that groups fit. Embeddings and head stay as they are.
+Bytes count integers, scales and adapters of the blocks' linears.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from torch import nn
 
 import planish
-from planish.checkpoint import load_tokenizer
+import planish.api
+from planish.checkpoint import load_tokenizer, silence
+from planish.export.eora import quantise_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from structural import ROOT, split_text, write_section
@@ -35,7 +38,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="text to calibrate and to evaluate on (default: builtin)")
     parser.add_argument("--method", default="a3")
     parser.add_argument("--loader", action="store_true", help="int8 while transformers loads, instead of afterwards")
-    parser.add_argument("--keep", default="0.9,0.8")
+    parser.add_argument("--keep", default="0.9,0.8", help="empty: only the dense model")
+    parser.add_argument("--ranks", default="8,32,64", help="of EoRA adapters on int4 (needs peft); empty: none")
     parser.add_argument("--round-to", type=int, default=8)
     parser.add_argument("--n-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -44,26 +48,31 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def quantise(model: nn.Module, bits: int) -> int:
-    """Give the blocks' linears integer weights in place; returns the bytes of their weights and scales."""
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+def measure(model: nn.Module, text: Path, args: argparse.Namespace) -> float:
+    tokenizer = load_tokenizer(args.model)
+    found = planish.evaluate(model, text, args.seq_len, tokenizer=tokenizer, max_windows=args.windows, batch_size=4)
+    return found.perplexity
 
-    total = 0.0
+
+def count(model: nn.Module) -> int:
+    """Bytes of the blocks' linear weights."""
     head = model.get_output_embeddings()
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    for linear in linears.values():
-        width = linear.in_features
-        if bits == 8:
-            config, scales = Int8WeightOnlyConfig(), 1
-        elif bits == 4:
-            group = next((g for g in (32, 16, 8) if width % g == 0), width)
-            config, scales = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group)), width // group
-        else:
-            total += linear.weight.nbytes
-            continue
-        quantize_(linear, config)
-        total += linear.out_features * (width * bits / 8 + 2 * scales)
-    return int(total)
+    return sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+
+
+def compensate(folder: Path, rank: int, calibration: Path, held_out: Path, args: argparse.Namespace) -> str:
+    """int4 with an EoRA adapter that PEFT loads."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as adapter:
+        found = planish.api.eora(
+            folder, adapter, bits=4, rank=rank, quantiser="torchao", calibration=calibration,
+            n_samples=args.n_samples, seq_len=args.seq_len,
+        )  # fmt: skip
+        model = planish.load(folder, dtype="bfloat16")
+        size = quantise_model(model, 4) + found.adapter_bytes
+        tuned = PeftModel.from_pretrained(model, adapter).eval()
+        return f"{measure(tuned, held_out, args):.3f} ({size / 1e6:.2f} MB)"
 
 
 def load_int8(folder: Path) -> tuple[nn.Module, int]:
@@ -83,17 +92,19 @@ def main() -> None:
     args = read_arguments()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
+    silence()
     with tempfile.TemporaryDirectory() as scratch:
         calibration, held_out = split_text(args.text, Path(scratch))
-        tokenizer = load_tokenizer(args.model)
+        ranks = [int(r) for r in args.ranks.split(",") if r]
         models = {"dense": args.model}
-        for keep in args.keep.split(","):
+        for keep in filter(None, args.keep.split(",")):
             models[f"{args.method} {keep}"] = Path(scratch) / keep
             planish.compress(
                 args.model, keep=float(keep), method=args.method, calibration=calibration, n_samples=args.n_samples,
                 seq_len=args.seq_len, output=Path(scratch) / keep, round_to=args.round_to,
             )  # fmt: skip
-        rows = ["| model | bf16 | int8 | int4 |", "|---|---|---|---|"]
+        headings = ["model", "bf16", "int8", "int4", *(f"int4 + eora, rank {r}" for r in ranks)]
+        rows = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
         for name, folder in models.items():
             cells = []
             for bits in (16, 8, 4):
@@ -101,16 +112,14 @@ def main() -> None:
                     model, size = load_int8(folder)
                 else:
                     model = planish.load(folder, dtype="bfloat16")
-                    size = quantise(model, bits)
-                found = planish.evaluate(
-                    model, held_out, args.seq_len, tokenizer=tokenizer, max_windows=args.windows, batch_size=4
-                )
-                cells.append(f"{found.perplexity:.3f} ({size / 1e6:.2f} MB)")
+                    size = count(model) if bits == 16 else quantise_model(model, bits)
+                cells.append(f"{measure(model, held_out, args):.3f} ({size / 1e6:.2f} MB)")
+            cells += [compensate(folder, rank, calibration, held_out, args) for rank in ranks]
             rows.append(f"| {name} | " + " | ".join(cells) + " |")
             print(rows[-1], flush=True)
     facts = (
-        f"Perplexity of {args.windows} × {args.seq_len} tokens (bytes of the blocks' linear weights and scales). Calibration "
-        f"{args.n_samples} × {args.seq_len} tokens.{' int8 made while loading.' if args.loader else ''}"
+        f"Perplexity of {args.windows} × {args.seq_len} tokens (bytes of the blocks' linear weights, scales and adapters). "
+        f"Calibration {args.n_samples} × {args.seq_len} tokens.{' int8 made while loading.' if args.loader else ''}"
     )
     write_section(TABLE, START, args.name, f"{facts}\n\n" + "\n".join(rows))
 

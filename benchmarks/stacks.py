@@ -1,7 +1,7 @@
-"""Stack × compressed form: largest difference of a logit, equal greedy tokens, size; writes docs/tables/stacks.md.
+"""Stack × compressed form: largest difference of a logit, equal greedy tokens, size, speed; writes docs/tables/stacks.md.
 
     python benchmarks/stacks.py                          # the embedded model in every stack that is installed
-    python benchmarks/stacks.py --stacks gguf,dense --methods flat-llm,svd-llm --keep 0.7
+    python benchmarks/stacks.py --stacks gguf,dense --methods dense,flat-llm --keep 0.7
     python benchmarks/stacks.py --speed                  # llama.cpp tokens/s of random weights, dense against keep 0.7
 
 Each table replaces its own section of the file. Every number compares the stack with transformers in fp32 on 48 random
@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import re
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -23,15 +24,33 @@ import torch
 
 import planish
 from planish.api import compress
-from planish.checkpoint import silence
+from planish.checkpoint import Writer, apply_edits, open_source, silence, write_config
+from planish.edits import neuron_edits, value_edits
 from planish.errors import InputError
-from planish.evaluate.verify import verify
+from planish.evaluate.verify import LlamaCpp, OnnxRuntime, Runner, Transformers, verify
 from planish.export import export
+from planish.export.written import Written
+from planish.modules import get_linear
+
+sys.path.insert(0, str(Path(__file__).parent))
+from random_model import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "stacks.md"
 NEEDS = {"gguf": "llama_cpp", "onnx": "onnxruntime", "vllm": "vllm"}
-ROWS = ("dense", "flat-llm", "flat-llm for gguf", "a3", "svd-llm", "mpifa", "subfit", "llm-drop")
+ROWS = (
+    "dense",
+    "flat-llm",
+    "flat-llm for gguf",
+    "a3",
+    "svd-llm",
+    "mpifa",
+    "subfit",
+    "llm-drop",
+    "auto",
+    "auto for gguf",
+)
+CONTEXT = 56  # tokens of a timed run: 8 read, 48 decoded
 
 
 def read_arguments() -> argparse.Namespace:
@@ -40,7 +59,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(ROWS), help='"METHOD for TARGET" compresses with --target')
     parser.add_argument("--stacks", default="gguf,dense,mimo,onnx,vllm")
     parser.add_argument("--keep", type=float, default=0.7)
+    parser.add_argument("--n-samples", type=int, default=16, help="calibration windows of 256 tokens")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7, help="timed turns")
+    parser.add_argument("--dtypes", default="f16,q8_0", help="of --speed")
     parser.add_argument("--speed", action="store_true", help="only the table of llama.cpp's speed")
     return parser.parse_args()
 
@@ -58,8 +80,10 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, scratch: Path) -> None:
+    """Both tables of the embedded model: differences in every stack, and decode speed where a stack runs here."""
     stacks = [s for s in args.stacks.split(",") if s not in NEEDS or importlib.util.find_spec(NEEDS[s])]
     lines = [f"| compressed with (keep {args.keep:g}) | " + " | ".join(stacks) + " |", "|" + "---|" * (len(stacks) + 1)]
+    runners: dict[tuple[str, str], Runner] = {}
     for row in args.methods.split(","):
         folder, label = args.model, row
         if row != "dense":
@@ -67,26 +91,29 @@ def compare(args: argparse.Namespace, scratch: Path) -> None:
             folder = scratch / row.replace(" ", "-")
             try:
                 result = compress(
-                    args.model,
-                    keep=args.keep,
-                    method=method,
-                    output=folder,
-                    n_samples=48,
-                    seq_len=256,
+                    args.model, keep=args.keep, method=method, output=folder, n_samples=args.n_samples, seq_len=256,
                     target=target or "any",
-                )
+                )  # fmt: skip
             except InputError as error:
                 print(f"{row}: {error}")
                 continue
             label = f"{row}, {result.params_after / 1e6:.2f} M parameters"
-        cells = [run(stack, folder, scratch) for stack in stacks]
+        cells = []
+        runners[row, "transformers"] = Transformers(planish.load(folder, dtype="float32"))
+        for stack in stacks:
+            cell, runner = run(stack, folder, scratch)
+            cells.append(cell)
+            if runner is not None:
+                runners[row, stack] = runner
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
         write_section("Differences", "\n".join(lines))
+    write_section("Decode speed of the embedded model", time_decode(runners, args))
 
 
-def run(stack: str, folder: Path, scratch: Path) -> str:
-    """One cell: largest difference, greedy tokens that agree, what the stack runs and what it costs."""
+def run(stack: str, folder: Path, scratch: Path) -> tuple[str, Runner | None]:
+    """One cell: what the stack runs, largest difference, greedy tokens that agree, what it costs; and a runner to time."""
+    runner: Runner | None = None
     try:
         if stack in ("dense", "mimo"):
             out = scratch / f"{stack}-{time.monotonic_ns()}"
@@ -100,12 +127,12 @@ def run(stack: str, folder: Path, scratch: Path) -> str:
             written = export(folder, stack, out, dtype="f32")
             found, size = verify(folder, stack, file=out), written.parameters
             kind = written.architecture if stack == "gguf" else "own"
-            out.unlink()
+            runner = LlamaCpp(out, CONTEXT) if stack == "gguf" else OnnxRuntime(out)
     except InputError as error:
-        return f"refused: {str(error).split(';')[0].split(' · ')[0]}"
+        return f"refused: {str(error).split(';')[0].split(' · ')[0]}", None
     return f"{kind}, {found.max_logit_difference:.1e}, {found.greedy_equal}/{found.greedy_tokens}" + (
         f", {size / 1e6:.2f} M" if size else ""
-    )
+    ), runner
 
 
 def compare_folders(folder: Path, reference: Path):
@@ -113,84 +140,153 @@ def compare_folders(folder: Path, reference: Path):
     return verify(folder, "hf", dense_reference=reference)
 
 
+def time_decode(runners: dict[tuple[str, str], Runner], args: argparse.Namespace) -> str:
+    """Greedy tokens per second at batch 1, fp32: every model in every stack in turns; ratios are of paired turns.
+
+    One thread, as the runners have; its own seconds count, which other processes hardly disturb.
+    """
+    torch.set_num_threads(1)
+    ids = torch.arange(8) + 5
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
+    for turn in range(args.repeats + 1):
+        for key, runner in runners.items():
+            start = time.thread_time()
+            runner.greedy(ids, CONTEXT - len(ids))
+            if turn:
+                times[key].append((CONTEXT - len(ids)) / (time.thread_time() - start))
+    rows = list(dict.fromkeys(row for row, _ in runners))
+    stacks = list(dict.fromkeys(stack for _, stack in runners))
+    names = {"gguf": "llama.cpp", "onnx": "ONNX Runtime"}
+    lines = [
+        "| tokens per second | " + " | ".join(names.get(s, s) for s in stacks) + " |",
+        "|" + "---|" * (len(stacks) + 1),
+    ]
+    for row in rows:
+        cells = []
+        for stack in stacks:
+            own, dense = times.get((row, stack), []), times.get(("dense", stack), [])
+            ratio = "" if row == "dense" or not own or not dense else f" (× {paired_ratio(own, dense)[0]:.2f})"
+            cells.append(f"{statistics.median(own):.0f}{ratio}" if own else "refused")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def paired_ratio(own: list[float], dense: list[float]) -> tuple[float, float, float]:
+    """Median, lowest and highest ratio of measurements that lie next to each other in time."""
+    ratios = [a / b for a, b in zip(own, dense, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
 # ------------------------------------------------------------------ llama.cpp's speed
 
+SIZES = {
+    "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 8192,
+}  # fmt: skip
+UNEVEN = {m: [1600 + m * round(i * 1184 / 23 / m) for i in range(24)] for m in (32, 64)}  # MLP widths per block
+FORMS: dict[str, tuple[int, list[int]]] = {  # value dimensions, MLP width per block
+    "dense": (64, [3584] * 24),
+    "value dimensions and neurons, equal (`--target gguf`)": (40, [2368] * 24),
+    "neurons, equal": (64, [2176] * 24),
+    "neurons per block, multiples of 64": (64, UNEVEN[64]),
+    "neurons per block, multiples of 32": (64, UNEVEN[32]),
+}
 
-def measure_speed(args: argparse.Namespace, scratch: Path, repeats: int = 7, new_tokens: int = 48) -> None:
-    """Decode and prefill tokens/s at batch 1, the two files in turns; shapes as `--target gguf` makes them."""
+
+def measure_speed(args: argparse.Namespace, scratch: Path, new_tokens: int = 48, prompt: int = 64) -> None:
+    """Decode and prefill tokens/s of random weights at batch 1, all files in turns."""
     from llama_cpp import Llama
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    shape = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8}
-    shape |= {"head_dim": 64, "vocab_size": 8192, "max_position_embeddings": 512, "tie_word_embeddings": True}
-    wide, narrow = 3584, 2496  # × 0.7, multiples of 32
-    files = {}
-    for name, width in (("dense", wide), ("keep 0.7", narrow)):
-        config = LlamaConfig(**shape, intermediate_size=width)
-        model = LlamaForCausalLM(config).to(torch.float16)
+    clock = (
+        time.thread_time if args.threads == 1 else time.perf_counter
+    )  # one thread's own seconds are hardly disturbed
+    write_model(scratch / "dense", **SIZES)
+    files: dict[tuple[str, str], Written] = {}
+    keeps: dict[str, float] = {}
+    for name, (v, widths) in FORMS.items():
+        folder = scratch / "dense"
         if name != "dense":
-            model = planish_values(model, scratch / "small", 40)
-        else:
-            model.save_pretrained(scratch / name)
-        for dtype in ("f16", "q8_0"):
-            source = scratch / ("dense" if name == "dense" else "small")
-            written = export(source, "gguf", scratch / f"{name}.{dtype}.gguf", dtype=dtype)
-            files[name, dtype] = written
-        del model
+            folder = scratch / "form"
+            cut(scratch / "dense", folder, v, widths)
+        keeps[name] = sum(count_block(v, w) for w in widths) / sum(count_block(*s) for s in [(64, 3584)] * 24)
+        for dtype in args.dtypes.split(","):
+            files[name, dtype] = export(folder, "gguf", scratch / f"{len(files)}.gguf", dtype=dtype)
     lines = [
-        "| file | architecture | parameters | bytes | prefill tok/s | decode tok/s | decode × dense |",
-        "|---|---|---|---|---|---|---|",
+        "| form | keep | type, graph | bytes read per token | prefill tok/s | decode tok/s | prefill × dense | decode × dense | "
+        "1 / bytes read |",
+        "|" + "---|" * 9,
     ]
-    for dtype in ("f16", "q8_0"):
-        engines = {
-            n: Llama(files[n, dtype].output, n_ctx=256, n_threads=args.threads, verbose=False)
-            for n in ("dense", "keep 0.7")
-        }
-        times: dict[str, list[tuple[float, float]]] = {n: [] for n in engines}
-        for turn in range(repeats + 1):
+    for dtype in args.dtypes.split(","):
+        engines = {n: Llama(files[n, dtype].output, n_ctx=256, n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
+                   for n in FORMS}  # fmt: skip
+        prefill: dict[str, list[float]] = {n: [] for n in engines}
+        decode: dict[str, list[float]] = {n: [] for n in engines}
+        for turn in range(args.repeats + 1):
             for name, engine in engines.items():
                 engine.reset()
-                start = time.perf_counter()
-                engine.eval(list(range(64)))
-                first = time.perf_counter()
+                start = clock()
+                engine.eval(list(range(prompt)))
+                first = clock()
                 for token in range(new_tokens):
                     engine.eval([token])
                 if turn:
-                    times[name].append((64 / (first - start), new_tokens / (time.perf_counter() - first)))
-        ratios = [b[1] / a[1] for a, b in zip(times["dense"], times["keep 0.7"], strict=True)]
-        for name, rows in times.items():
-            w = files[name, dtype]
-            decode = [d for _, d in rows]
-            against = (
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if name != "dense" else ""
-            )
+                    prefill[name].append(prompt / (first - start))
+                    decode[name].append(new_tokens / (clock() - first))
+        read = {n: count_read(Path(files[n, dtype].output)) for n in engines}
+        for name in engines:
+            cells = ["", "", ""]
+            if name != "dense":
+                cells = [
+                    "{:.2f} ({:.2f}–{:.2f})".format(*paired_ratio(rates[name], rates["dense"]))
+                    for rates in (prefill, decode)
+                ] + [f"{read['dense'] / read[name]:.2f}"]
             lines.append(
-                f"| {name} {dtype} | {w.architecture} | {w.parameters / 1e6:.0f} M | {w.bytes / 2**20:.0f} MiB | "
-                f"{statistics.median(p for p, _ in rows):.0f} | "
-                f"{statistics.median(decode):.1f} ({min(decode):.1f}–{max(decode):.1f}) | {against} |"
+                f"| {name} | {keeps[name]:.3f} | {dtype}, {files[name, dtype].architecture} | {read[name] / 2**20:.0f} MiB | "
+                f"{statistics.median(prefill[name]):.0f} | {statistics.median(decode[name]):.1f} | "
+                + " | ".join(cells)
+                + " |"
             )
             print(lines[-1], flush=True)
-    write_section("Speed of random weights in llama.cpp", "\n".join(lines))
+        del engines
+    count = files["dense", args.dtypes.split(",")[0]].parameters
+    about = (
+        f"{count / 1e6:.0f} M random weights ({', '.join(f'{k} {n}' for k, n in SIZES.items())}), {args.threads} threads, "
+        f"prompt {prompt}, {new_tokens} tokens, {args.repeats} turns; ratios of paired turns, median (lowest–highest).\n\n"
+    )
+    write_section("Speed of random weights in llama.cpp", about + "\n".join(lines))
 
 
-def planish_values(model: torch.nn.Module, folder: Path, v: int) -> None:
-    """Write a model with `v` value dimensions per head, as a compressed folder."""
-    from planish.checkpoint import Writer, apply_edits, open_source, write_config
-    from planish.edits import value_edits
-    from planish.modules import get_linear
+def count_block(v: int, width: int) -> int:
+    """Weights of one block's linears."""
+    d, heads, kv, qk = (SIZES[n] for n in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
+    return d * (qk + v) * (heads + kv) + 3 * d * width
 
-    source = open_source(model)
-    writer, specs, shapes = Writer(folder, source.n_blocks), [], []
+
+def count_read(file: Path) -> int:
+    """Bytes of tensors that one decoded token reads: all but the embedding, unless that is the head too."""
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(file).tensors
+    untied = any(t.name == "output.weight" for t in tensors)
+    return sum(int(t.n_bytes) for t in tensors if not (untied and t.name == "token_embd.weight"))
+
+
+def cut(folder: Path, output: Path, v: int, widths: list[int]) -> None:
+    """Write a folder's model with the first `v` value dimensions of every head and the first neurons of every block."""
+    source = open_source(folder)
+    writer, specs, shapes = Writer(output, source.n_blocks, overwrite=True), [], []
     for i in range(source.n_blocks):
         block, shape = source.block(i), source.shape(i)
-        w = {r: get_linear(block, source.family, r).weight for r in "vo"}
-        small = w["v"].unflatten(0, (shape.kv_heads, -1))[:, :v].flatten(0, 1)
-        edits = value_edits(small, w["o"].unflatten(1, (shape.heads, -1))[..., :v].flatten(1), None, v)
+        w = {r: get_linear(block, source.family, r).weight for r in shape.roles}
+        edits = neuron_edits(w, torch.arange(widths[i]), w["down"][:, : widths[i]])
+        if v < shape.v:
+            small = w["v"].unflatten(0, (shape.kv_heads, -1))[:, :v].flatten(0, 1)
+            edits += value_edits(small, w["o"].unflatten(1, (shape.heads, -1))[..., :v].flatten(1), None, v)
         specs.append(apply_edits(block, edits, source.family, source.config, shape))
         shapes.append(shape)
         writer.block(i, block, source.family)
-    writer.shard(0, {n: t for n, t in source.outside().items() if n != "lm_head.weight"})
+    writer.shard(0, source.outside())
     write_config(writer, source, specs, shapes)
     writer.close()
 

@@ -194,6 +194,29 @@ def test_integer_weights_run_on_every_form(folder):
 
 
 @pytest.mark.slow
+def test_llm_compressor_quantises_every_form_and_the_result_loads_again(folder, tmp_path):
+    """Weight-only integers of every linear, saved in compressed-tensors' format, loaded by the Auto class."""
+    llmcompressor = pytest.importorskip(
+        "llmcompressor", reason="llm-compressor is not installed (pip install llmcompressor)"
+    )
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import AutoModelForCausalLM
+
+    model, ids = load(folder), tiny.windows(2, 16)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        scheme = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+        groups = {"all": {"targets": ["Linear"], "weights": scheme}}
+        recipe = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
+        llmcompressor.oneshot(model=model, recipe=recipe, pipeline="datafree")
+        got = model(input_ids=ids).logits
+        assert 0 < (got - want).abs().max() < 0.1 * want.abs().max()
+        model.save_pretrained(tmp_path / "q")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "q", trust_remote_code=False)(input_ids=ids).logits
+    torch.testing.assert_close(again, got, atol=1e-5 * float(got.abs().max()), rtol=0)
+
+
+@pytest.mark.slow
 def test_the_modelling_files_alone_load_the_folder(folder, tmp_path):
     """`trust_remote_code=True` where planish is not installed: the folder's own files give the same logits."""
     import subprocess

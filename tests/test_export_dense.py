@@ -148,3 +148,24 @@ def test_products_of_bf16_factors_are_not_rounded_to_bf16(target, form, tmp_path
         )
     scale = want.abs().max()
     assert got.abs().max() < 1e-5 * scale < off.abs().max() * 1e-1, "rounded products move the logits visibly"
+
+
+CARRIERS = {
+    "fewer value dimensions": "mimo",
+    "MLP widths per block": "deci",
+    "attention removed": "deci",
+    "MLP removed": "deci",
+}
+
+
+@pytest.mark.parametrize("form", compressed.FORMS)
+def test_the_carrier_that_is_named_holds_the_folder_without_zeros(form, tmp_path):
+    """Named exactly where the export adds no weight."""
+    from planish.export.carriers import export_deci, export_mimo, find_carrier
+
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", compressed.FORMS[form])
+    found = find_carrier(folder)
+    assert found == CARRIERS.get(form)
+    if found:
+        written = {"mimo": export_mimo, "deci": export_deci}[found](folder, tmp_path / "out")
+        assert written.parameters <= written.stored_parameters

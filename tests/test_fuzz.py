@@ -16,7 +16,10 @@ import tiny
 from planish.checkpoint import load, open_source
 from planish.compress import compress, resume
 from planish.errors import InputError
+from planish.report.page import write_report
+from planish.report.points import Point, write_points
 from planish.shards import Shard, write_shard
+from planish.text import load_tokens
 from test_resume import hashes
 
 WINDOWS = torch.randint(0, 90, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -131,6 +134,24 @@ def test_damaged_shard(model, tmp_path, data):
     survives(lambda: read_all(folder))
 
 
+@fuzz
+@given(kind=st.sampled_from(["I32", "F16", "BF16", "I64", "F64", "U8", "BOOL", "F8_E4M3", "", "f32"]), data=st.data())
+def test_any_dtype(model, tmp_path, kind, data):
+    """Another dtype in a header: other bytes than the shape needs, or no floating-point numbers. Refused."""
+    folder = tmp_path / "m"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(model, folder)
+    path = data.draw(st.sampled_from(sorted(folder.glob("*.safetensors"))))
+    raw = path.read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + n])
+    name = data.draw(st.sampled_from(sorted(k for k in header if k != "__metadata__")))
+    header[name]["dtype"] = kind
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + n :])
+    assert not survives(lambda: read_all(folder))
+
+
 @pytest.mark.parametrize("pair", [("a", "b"), ("b", "a")])
 def test_overlapping_tensors_and_gaps(pair, tmp_path):
     path = tmp_path / "x.safetensors"
@@ -174,6 +195,66 @@ def test_any_layout_of_a_compressed_folder(compressed, tmp_path, data):
     parent[key] = data.draw(VALUES)
     (folder / "config.json").write_text(json.dumps(config))
     survives(lambda: load(folder))
+
+
+def replace_part(value, data):
+    """Something else in place of some part of a JSON value."""
+    parent, key = {"": value}, ""
+    while isinstance(parent[key], dict | list) and parent[key] and (parent[key] is value or data.draw(st.booleans())):
+        parent = parent[key]
+        key = data.draw(st.sampled_from(range(len(parent)) if isinstance(parent, list) else sorted(parent)))
+    parent[key] = data.draw(VALUES)
+
+
+@fuzz
+@given(data=st.data())
+def test_any_manifest(compressed, tmp_path, data):
+    """planish.json: read by `report`, and by `resume` where a run was stopped after the last rename."""
+    folder = tmp_path / "m"
+    if not folder.exists():
+        shutil.copytree(compressed, folder)
+    manifest = json.loads((compressed / "planish.json").read_text())
+    replace_part(manifest, data)
+    (folder / "planish.json").write_text(json.dumps(manifest))
+    (folder / "resume").mkdir()
+    survives(lambda: write_report(folder, tmp_path / "report.html"))
+    survives(lambda: resume(folder))
+    shutil.rmtree(folder / "resume", ignore_errors=True)
+    assert {p.name for p in tmp_path.iterdir()} <= {"m", "report.html"}
+
+
+@fuzz
+@given(data=st.data())
+def test_any_sweep(compressed, tmp_path, data):
+    """results.csv and sweep.json, read by `report`."""
+    folder = tmp_path / "s"
+    (folder / "points" / "a").mkdir(parents=True, exist_ok=True)
+    shutil.copy(compressed / "planish.json", folder / "points" / "a")
+    points = [
+        Point("dense", "dense", keep=1.0, perplexity=9.0),
+        Point("a", "flat-llm", "{}", 0.6, 0.6, 10, 10, 4, perplexity=12.0),
+    ]
+    write_points(folder, points)
+    rows = [line.split(",") for line in (folder / "results.csv").read_text().splitlines()]
+    row = data.draw(st.integers(0, len(rows) - 1))
+    rows[row][data.draw(st.integers(0, len(rows[row]) - 1))] = json.dumps(data.draw(VALUES))
+    (folder / "results.csv").write_text("\n".join(map(",".join, rows)) + "\n")
+    (folder / "sweep.json").write_text(
+        json.dumps(data.draw(VALUES | st.just({"model": "x", "calibration": {}, "evaluation": {}})))
+    )
+    survives(lambda: write_report(folder, tmp_path / "report.html"))
+    assert {p.name for p in tmp_path.iterdir()} <= {"s", "report.html"}
+
+
+@fuzz
+@given(
+    content=st.binary(max_size=60) | st.text(max_size=30).map(str.encode),
+    end=st.sampled_from([".npy", ".jsonl", ".parquet"]),
+)
+def test_any_text_file(tmp_path, content, end):
+    path = tmp_path / f"text{end}"
+    path.write_bytes((b"\x93NUMPY\x01\x00" if end == ".npy" and content[:1] > b"a" else b"") + content)
+    survives(lambda: load_tokens(str(path), vocab_size=90))
 
 
 @fuzz

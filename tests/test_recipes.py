@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import planish
 import tiny
 from planish.errors import InputError
 from planish.methods import find_method
@@ -43,8 +45,52 @@ def test_recipe_beside_the_weights_repeats_them(tmp_path):
 @pytest.mark.parametrize("path", find_papers().values(), ids=lambda p: p.stem)
 def test_papers(path):
     recipe = read_recipe(path)
-    assert recipe.published and recipe.published.value > recipe.published.dense
+    p = recipe.published
+    assert p and p.differs and p.where
+    assert p.factor > 1 if p.value is None else p.value > p.dense
     find_method(recipe.method, recipe.arguments()["settings"])
+
+
+def test_reproduce_a_local_recipe(tmp_path, capsys):
+    """The plumbing of `planish reproduce` on a tiny model: what it measures is what compress and eval measure."""
+    model = tiny.save(tiny.build(tiny.NAMES[0]), tmp_path / "model")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 90, 800))
+    recipe = {
+        "version": 1, "model": "nobody/knows", "keep": 0.7, "method": "svd-llm",
+        "calibration": {"source": str(tmp_path / "ids.npy"), "n_samples": 12, "seq_len": 16},
+        "published": {"paper": "P", "where": "T", "text": str(tmp_path / "ids.npy"), "seq_len": 16, "dense": 50.0, "value": 75.0},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    words = ["reproduce", tmp_path / "r.yaml", "--model", model, "-o", tmp_path / "out"]
+    assert call(*words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["published"], found["published_dense"], found["published_factor"]) == (75.0, 50.0, 1.5)
+    for key, place in (("measured", tmp_path / "out"), ("measured_dense", model)):
+        assert found[key] == planish.evaluate(place, tmp_path / "ids.npy", seq_len=16).perplexity
+    assert found["measured_factor"] == pytest.approx(found["measured"] / found["measured_dense"])
+    assert found["keep"] < 0.7 + 1e-9
+    recipe["published"] |= {"value": None, "factor": 2.0}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    words[-1] = tmp_path / "again"
+    assert call(*words) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["dense", "50", f"{found['measured_dense']:.4g}"] in rows
+    assert ["compressed", "/", "dense", "2", f"{found['measured_factor']:.4g}"] in rows
+
+
+def test_reproduce_says_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("model: x\n")
+    for words, message in (
+        (["nonsense"], "no recipe 'nonsense'; known: "),
+        ([tmp_path / "none.yaml"], "no such recipe"),
+        ([tmp_path / "r.yaml"], "nothing published"),
+        (["a3-llama-2-7b", "--model", tmp_path / "none"], "no such model"),
+    ):
+        assert call("reproduce", *words) == 2
+        assert message in capsys.readouterr().err
+    assert call("reproduce", "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)["recipes"]) == set(find_papers())
 
 
 @pytest.mark.parametrize(
@@ -55,6 +101,7 @@ def test_papers(path):
         ("model: x\nkeep: 1.5", "keep: .*less than or equal to 1"),
         ("model: x\nkeeep: 0.5", "keeep: .*not permitted"),
         ("keep: 0.5", "model: .*required"),
+        ("model: x\npublished: {paper: p, where: w}", "either value or factor"),
         ("a: [", "cannot read"),
         ("!!python/object/apply:os.system [id]", "cannot read"),
     ],

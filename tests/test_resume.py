@@ -137,7 +137,7 @@ def test_crash_before_every_durable_write(model, tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "erc-svd", "auto", "subfit", "a3"])
 def test_kill_at_random_moments(model, tmp_path, method):
     """At least 25 kills per method, spread over all phases; resumed runs are killed as well."""
     start = time.perf_counter()
@@ -183,6 +183,50 @@ def test_full_disk_while_resuming_keeps_finished_blocks(model, tmp_path, monkeyp
         run(model, tmp_path / "out", "flat-llm")
     resume(tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_stopped_after_the_last_rename(model, tmp_path, monkeypatch):
+    """The folder is complete, what was needed to resume still lies in it: resume takes it away, once."""
+    run(model, tmp_path / "whole", "svd-llm")
+    monkeypatch.setattr(checkpoint, "tidy", lambda output: False)
+    run(model, tmp_path / "out", "svd-llm")
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "resume").is_dir()
+    assert resume(tmp_path / "out").keep < 0.7 + 1e-9
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    with pytest.raises(InputError, match="it is complete"):
+        resume(tmp_path / "out")
+
+
+def test_stopped_while_replacing(model, tmp_path, monkeypatch):
+    """--overwrite: the old folder is there until the new one is; nobody else's folder is touched."""
+    for name in ("out", "out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("x")
+    rename, seen = os.replace, []
+
+    def stop(source, target):
+        if Path(target) == tmp_path / "out" and not seen:
+            seen.append(target)
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, output=tmp_path / "out", keep=0.7, method="svd-llm", windows=WINDOWS, overwrite=True)
+    monkeypatch.undo()
+    resume(tmp_path / "out")
+    run(model, tmp_path / "whole", "svd-llm")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert (tmp_path / "out.old" / "precious").exists()
+
+
+def test_someone_elses_folder_in_the_way(model, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious").write_text("x")
+    with pytest.raises(InputError, match="not of planish's making"):
+        compress(model, output=tmp_path / "out", keep=0.7, method="svd-llm", windows=WINDOWS, overwrite=True)
+    assert (tmp_path / "out.partial" / "precious").exists()
 
 
 def test_damaged_shard_is_solved_again(model, tmp_path):

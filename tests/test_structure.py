@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 
 # Imports point from later lines to earlier ones or stay on one line.
 LAYERS = [
-    {"errors", "linalg", "version", "processes", "activations", "shards"},
+    {"errors", "linalg", "grams", "version", "processes", "activations", "shards"},
     {"stats", "kept", "moments", "families", "core", "edits", "modules", "modelling"},
     {"solvers", "allocate", "budgets", "latency", "targets", "text", "checkpoint", "stream", "cache"},
     {"methods", "submodules"},

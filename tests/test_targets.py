@@ -59,6 +59,17 @@ def test_units_that_a_target_cannot_hold_are_left_alone():
         assert all(r % step == 0 or r == full for r in ranks) and ranks[-1] == full
 
 
+@pytest.mark.parametrize(("width", "step"), [(1024, 32), (2048, 64)])
+def test_wide_mlps_go_in_longer_steps(width, step):
+    """32 × 64 neurons or more: multiples of 64, so that llama.cpp's f16 product has no rest."""
+    source = open_source(build("llama_gqa", hidden_size=64, head_dim=32, intermediate_size=width))
+    shapes = [source.shape(0)]
+    (solver,) = (s for s in find_method("flat-llm", {}).solvers() if any(u.name == "mlp" for u in s.units(shapes[0])))
+    (unit,) = (u for u in solver.units(shapes[0]) if u.name == "mlp")
+    ranks = list(constrain("gguf", "flat-llm", {unit: solver}, shapes)[unit].ranks(unit, shapes[0]))
+    assert [r for r in ranks if r] == list(range(step, width + 1, step))
+
+
 def test_uniform_ranks_are_the_best_that_fit():
     """Against every combination by hand; plans without value dimensions are left alone."""
     plan = {Unit(0, "vo"): 16, Unit(1, "vo"): 24, Unit(0, "mlp"): 64, Unit(1, "mlp"): 96}
@@ -144,3 +155,26 @@ def test_finished_models_say_why_they_do_not_fit(tmp_path):
     assert "no graph has that" in reasons("gguf", "submodules → linear before the norm")[0]
     assert "value dimensions differ" in reasons("gguf", "value dimensions and MLP widths per block")[0]
     assert reasons("gguf", "attention removed") == [] == reasons("hf", "low-rank pairs")
+
+
+def test_a_plan_says_what_the_target_asks_and_costs(tmp_path):
+    """flat-llm for gguf: equal ranks in steps; its predicted loss beside the one without them, by the same frontiers."""
+    from planish.api import forecast
+
+    model = build("llama_gqa", hidden_size=64, intermediate_size=192, head_dim=16)
+    ids = tiny.windows(16, 48).flatten().numpy()
+    settings = {"calibration": ids, "n_samples": 16, "seq_len": 48, "keep": 0.7, "method": "auto"}
+    found = forecast(model, target="gguf", **settings)
+    assert found.nats and found.target == "gguf"
+    assert [line.partition(":")[0] for line in found.limits] == [
+        "no low-rank linear",
+        "no fewer query/key dimensions",
+        "value dimensions in multiples of 8, equal in all blocks",
+        "neurons in multiples of 32 (64 from 2048 on), equal in all blocks",
+    ]
+    assert set(found.predicted) <= {"vo", "mlp"} and set(found.predicted_any) - {"vo", "mlp"}
+    assert sum(found.predicted.values()) > sum(found.predicted_any.values()) > 0, "limits cost something"
+    free = forecast(model, **settings)
+    assert free.predicted == pytest.approx(found.predicted_any) and not free.predicted_any and not free.limits
+    shapes_alone = forecast(model, target="vllm", keep=0.7, method="a3", calibration=ids, n_samples=16, seq_len=48)
+    assert shapes_alone.limits and not shapes_alone.predicted and not shapes_alone.needed_statistics

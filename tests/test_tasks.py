@@ -10,7 +10,7 @@ import torch
 
 from compressed import train_tokenizer
 from planish.errors import InputError
-from planish.evaluate.tasks import encode_pair, evaluate_file, evaluate_tasks, read_task, score_pairs
+from planish.evaluate.tasks import encode_pair, evaluate_file, evaluate_tasks, read_config, read_task, score_pairs
 from tiny import build
 
 WORDS = ["the cat sat", "a hat on that mat", "then the rat", "that bat", "on", "the mat and a cat"]
@@ -128,3 +128,41 @@ def test_what_is_missing_is_said(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match="arc_easy need lm_eval"):
         evaluate_tasks(model, tokenizer, ["arc_easy"])
+
+
+def test_the_harness_scores_local_data_alike(model, tokenizer, tmp_path, monkeypatch):
+    """The same examples through lm_eval, by a task file, and through our own reader."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install 'planish[eval]')")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    records = [{"query": q, "choices": WORDS[:3], "gold": i % 3} for i, q in enumerate(WORDS)]
+    data = write(tmp_path / "mc.jsonl", records)
+    (tmp_path / "mc.yaml").write_text(
+        f"""task: mc
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+    )
+    own, theirs = evaluate_tasks(model, tokenizer, [str(tmp_path / "mc.yaml"), str(data)])
+    assert own.examples == theirs.examples == len(records)
+    assert (own.acc, own.acc_norm) == pytest.approx((theirs.acc, theirs.acc_norm))
+    assert own.acc_stderr == pytest.approx(theirs.acc_stderr, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: [", "cannot read task"),
+        ("doc_to_text: !function utils.f", "cannot read task"),
+        ("a: 1", "no task of lm_eval: expected a mapping with the key 'task'"),
+    ],
+)
+def test_broken_task_files_say_so(text, message, tmp_path):
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config(tmp_path / "t.yaml")

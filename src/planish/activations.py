@@ -13,18 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planish import processes
+
 KEPT = 64 << 20  # bytes
 
 
 class Room:
     """How many bytes all activations of one stream may hold in memory, and where the rest goes.
 
-    Default: a quarter of the machine's memory; files in `folder` (the system's temporary one by default) have no name
-    and vanish with the process, however it ends. `kept`: the limit of what is kept for all blocks at once.
+    Default: a quarter of the machine's memory, shared with the other processes on it; files in `folder` (the system's
+    temporary one by default) have no name and vanish with the process, however it ends. `kept`: the limit of what is
+    kept for all blocks at once.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None, kept: int = KEPT):
-        self.limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 if limit is None else limit
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self.limit = memory // 4 // processes.neighbours() if limit is None else limit
         self.folder, self.used, self.kept = folder, 0, kept
 
     @cached_property

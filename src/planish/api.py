@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from planish import checkpoint, effects
 from planish.budgets import read_asked
-from planish.checkpoint import FolderSource, Source, find_folder, load_tokenizer, open_source
+from planish.checkpoint import FolderSource, Source, find_folder, load_tokenizer, open_shapes, open_source
 from planish.compress import Result, find_name, pick_dtype
 from planish.compress import compress as compress_windows
 from planish.core import Method, Progress
@@ -21,6 +21,7 @@ from planish.errors import InputError
 from planish.evaluate import perplexity
 from planish.evaluate import tasks as tasks_file
 from planish.evaluate.tasks import Score
+from planish.export.eora import Blocks, Compensation, compensate
 from planish.forecast import Forecast
 from planish.forecast import forecast as forecast_windows
 from planish.methods import find_method, list_methods
@@ -173,7 +174,8 @@ def forecast(
 ) -> Forecast:
     """What `compress` with the same arguments would give and take; nothing is changed or written.
 
-    The calibration text is read only where the method needs statistics to choose its ranks.
+    The calibration text is read only where the method needs statistics to choose its ranks; elsewhere a config.json alone
+    will do for `model`, and "cuda" for `device` on a machine without.
     """
     asked = read_asked(
         keep=keep, kv_keep=kv_keep, flops_keep=flops_keep, max_params=max_params, max_bytes=max_bytes,
@@ -181,12 +183,13 @@ def forecast(
     )  # fmt: skip
     check_round(round_to)
     chosen = find_method(method or default_method(), settings or {})
-    place = find_device(device)
-    source = open_source(model, tokenizer)
+    place = device if device == "cuda" else find_device(device)  # may be planned for elsewhere
+    source = open_shapes(model, tokenizer)
     seq_len, _ = fit_seq_len(source, seq_len)
     notes: list[str] = []
 
     def read() -> Tensor:
+        find_device(device)
         text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
         notes.extend(text.notes)
         return text.windows
@@ -206,6 +209,37 @@ def forecast(
     )
     found.warnings = notes + found.warnings
     return found
+
+
+def eora(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    bits: int = 4,
+    rank: int = 32,
+    quantiser: str = "round",
+    calibration: Any = "builtin",
+    n_samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Compensation:
+    """Write a LoRA adapter that gives a dense or compressed folder back what integer weights take; nothing is trained.
+
+    `quantiser`: "torchao" for a model that torchao will quantise, "round" for plain rounding (see `planish.export.eora`).
+    Calibration as in `compress`.
+    """
+    source = Blocks(folder)
+    place = find_device(device)
+    text = read_calibration(source, load_tokenizer(source.folder), calibration, n_samples, seq_len, seed, sampling)
+    return compensate(
+        folder, text.windows, output, bits=bits, rank=rank, quantiser=quantiser, device=place,
+        dtype=find_dtype(dtype) or pick_dtype(source, place), overwrite=overwrite, progress=progress,
+    )  # fmt: skip
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | None = None, **kwargs: Any) -> Any:

@@ -81,6 +81,11 @@ class Cache:
         warnings.warn(f"the cache in {self.folder} is not used: {error.strerror or error}", stacklevel=3)
         self.folder, self.files = None, {}
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what is measured now is there for the next run."""
+        return self.folder is not None or self.memory > 0
+
     def has(self, records: Iterable[str]) -> bool:
         """Whether all of these can be had; files are checked here, once."""
         return all(r in self.held or self.check(r) for r in records)
@@ -122,7 +127,7 @@ class Cache:
     def hold(self, records: dict[str, Record]) -> None:
         for name, record in records.items():
             size = measure(record)
-            if size <= self.memory:
+            if size <= self.memory and all(t.nbytes < stats.WIDE for t in record.values()):  # those are used up
                 self.held[name] = record
                 self.memory -= size
 

@@ -41,7 +41,7 @@ from planish.modules import (
     rotary_width,
     split_block,
 )
-from planish.shards import Shard, hash_file, make_header, write_shard, write_text
+from planish.shards import Shard, hash_file, make_header, sync_folder, write_shard, write_text
 
 register()  # the Auto classes know compressed models from here on
 
@@ -122,6 +122,11 @@ class Source:
     def n_blocks(self) -> int:
         return self.config.num_hidden_layers
 
+    @property
+    def stored(self) -> torch.dtype:
+        """What the blocks' weights are stored in."""
+        return next(self.block(0).parameters()).dtype
+
     def embedding_name(self) -> str:
         """Name of the input embedding's weight in the causal LM."""
         self.empty_block(0)
@@ -200,6 +205,7 @@ class FolderSource(Source):
         self.family = find_family(self.config)
         self.files = index_tensors(folder)
         self._shards: dict[Path, Shard] = {}
+        self._last = -1  # block that was read last
         self.rename = self._match_names()
         inside = {
             n.removeprefix(f"{self.family.blocks}.").partition(".")[0] for n in self.names(f"{self.family.blocks}.")
@@ -222,6 +228,12 @@ class FolderSource(Source):
         stored = self.rename[name]
         path = self.files[stored]
         tensor = self.shard(stored).read(stored)
+        if not tensor.is_floating_point() and stored.endswith((".weight", ".bias")):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"tensor {stored} in {path.name} of {self.folder} holds {kind}, not floating-point weights: quantised models "
+                "are not read, start from the original one"
+            )
         if not is_finite(tensor):
             raise InputError(f"tensor {stored} in {path.name} of {self.folder} holds NaN or infinity")
         return tensor
@@ -241,7 +253,18 @@ class FolderSource(Source):
         with no_parameters():
             block = type(find_blocks(self._structure(), self.family)[i])(self._structure().config, i)
         fill(block, tensors, f"block {i} of {self.folder}")
+        self.read_ahead(i)
         return split_block(block.eval(), self.family, self.config)
+
+    def read_ahead(self, i: int) -> None:
+        """The system reads the block that comes next, up or down, while this one is worked on."""
+        following = i + (1 if i >= self._last else -1)
+        self._last = i
+        ahead: dict[Path, list[str]] = {}
+        for name in self.names(f"{self.family.blocks}.{following}."):
+            ahead.setdefault(self.files[self.rename[name]], []).append(self.rename[name])
+        for stored in ahead.values():
+            self.shard(stored[0]).expect(stored)
 
     def _structure(self) -> PreTrainedModel:
         if not hasattr(self, "_built"):
@@ -292,6 +315,29 @@ class FolderSource(Source):
             if (self.folder / name).is_file():
                 check_inside(self.folder, self.folder / name)
                 shutil.copyfile(self.folder / name, target / name)
+
+
+class ConfigSource(Source):
+    """A config.json without weights: enough to plan with."""
+
+    def __init__(self, folder: Path):
+        self.config, self.name = load_config(folder), str(folder)
+        self.family = find_family(self.config)
+
+    @property
+    def stored(self) -> torch.dtype:
+        kind = getattr(self.config, "dtype", None)
+        return kind if isinstance(kind, torch.dtype) else torch.float32
+
+    def block(self, i: int) -> nn.Module:
+        raise InputError(f"{self.name} holds no weights, which this needs: give the whole model")
+
+    def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
+        return self.untie({n: (p.numel(), self.stored) for n, p in self.skeleton().state_dict().items()})
+
+    def skeleton(self) -> PreTrainedModel:
+        with torch.device("meta"):
+            return build_skeleton(self.config, self.family)
 
 
 class MemorySource(Source):
@@ -430,6 +476,17 @@ def open_source(model: str | Path | PreTrainedModel | Source, tokenizer: Any = N
     return FolderSource(find_folder(model), str(model))
 
 
+def open_shapes(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
+    """Like `open_source`; a config.json, or a folder with one and no weights, will do."""
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if path.name == "config.json" and path.is_file():
+            return ConfigSource(path.parent)
+        if (path / "config.json").is_file() and not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin")):
+            return ConfigSource(path)
+    return open_source(model, tokenizer)
+
+
 def find_folder(model: str | Path) -> Path:
     """The folder itself, or the snapshot of a hub id (safetensors only)."""
     path = Path(model)
@@ -525,14 +582,27 @@ def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, sha
             old = owner._parameters.get(leaf, owner._buffers.get(leaf))
             if old is None or old.shape != tensor.shape:
                 raise ValueError(f"edit of {edit.target}: {name} has shape {tuple(tensor.shape)}, form {edit.form}")
-            value = tensor.to(old.dtype).contiguous()
-            if not is_finite(value):
-                raise ValueError(f"edit of block {shape.block}, {edit.target}: {name} is not finite in {old.dtype}")
+            value = narrow(tensor, old.dtype, f"block {shape.block}, {edit.target}").contiguous()
             if leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
                 owner._buffers[leaf] = value
     return spec
+
+
+def narrow(tensor: Tensor, kind: torch.dtype, where: str) -> Tensor:
+    """The tensor in the dtype that weights are stored in (whole numbers as they are), or an error where it does not fit."""
+    if not tensor.is_floating_point():
+        return tensor
+    value = tensor.to(kind)
+    if not is_finite(value):
+        if not is_finite(tensor):
+            raise ValueError(f"edit of {where} is not finite")
+        raise InputError(
+            f"the new weights of {where} do not fit into {str(kind)[6:]}: they reach {float(tensor.abs().max()):.3g}; "
+            "store the model in bfloat16 or float32 first"
+        )
+    return value
 
 
 def count_block(block: nn.Module) -> int:
@@ -555,6 +625,7 @@ class Writer:
         self.active = processes.rank() == 0
         self.weight_map: dict[str, str] = {}
         self.bytes = 0  # of tensors
+        self.index_bytes = 0  # of these, index tables
         self.headers = 0  # bytes of the files' headers
         self.parameters = 0
         self.partial = output.with_name(output.name + ".partial")
@@ -562,8 +633,10 @@ class Writer:
         self.finished: dict[int, dict[str, Any]] = {}
         if resume:
             self.finished = processes.share(self.read_journal() if self.active else {})
-        elif self.active:
-            self.create(output, overwrite)
+        else:
+            if self.active:
+                self.create(output, overwrite)
+            processes.share(None)  # nobody writes into the folder before it is there
 
     def create(self, output: Path, overwrite: bool) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
@@ -576,6 +649,10 @@ class Writer:
             if path.is_symlink():
                 raise InputError(f"{path} is a link; give the folder itself")
         if self.partial.exists():
+            if not self.partial.is_dir() or (any(self.partial.iterdir()) and not self.state.is_dir()):
+                raise InputError(
+                    f"{self.partial} exists and is not of planish's making; move it or choose another output"
+                )
             shutil.rmtree(self.partial)
         try:
             self.state.mkdir(parents=True)
@@ -623,6 +700,7 @@ class Writer:
         for key, t in tensors.items():
             self.weight_map[key] = name
             self.bytes += t.numel() * t.element_size()
+            self.index_bytes += 0 if t.is_floating_point() else t.numel() * t.element_size()
             self.parameters += t.numel() if t.is_floating_point() else 0
         return name, digest
 
@@ -687,13 +765,17 @@ class Writer:
         self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         for leftover in self.partial.glob("*.part"):
             leftover.unlink()
-        old = self.output.with_name(self.output.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
         if self.output.exists():
-            os.replace(self.output, old)
-        os.replace(self.partial, self.output)
-        shutil.rmtree(self.output / "resume", ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(self.state / "old", ignore_errors=True)
+            os.replace(self.output, self.state / "old")
+        try:
+            os.replace(self.partial, self.output)
+        except OSError:
+            if (self.state / "old").exists():
+                os.replace(self.state / "old", self.output)
+            raise
+        sync_folder(self.output.parent)
+        tidy(self.output)
 
     def abort(self, wrong_input: bool = False) -> None:
         """After an error: leave nothing behind, unless blocks are finished and the run can be taken up again.
@@ -702,6 +784,16 @@ class Writer:
         """
         if self.active and (wrong_input or not (self.state / "journal.jsonl").exists()):
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def tidy(output: Path) -> bool:
+    """Remove what a complete folder no longer needs; whether there was anything (a run was stopped just before this)."""
+    left = output / "resume"
+    if left.is_symlink() or not left.is_dir():
+        return False
+    shutil.rmtree(left)
+    sync_folder(output)
+    return True
 
 
 def seal(entry: dict[str, Any]) -> dict[str, Any]:
@@ -805,6 +897,16 @@ def kv_bytes(specs: list[Spec], shapes: list[Shape], itemsize: int) -> int:
         keys = form["k_rank"] * form["k_groups"] if "k_rank" in form else shape.kv_heads * form.get("qk", shape.qk)
         total += (keys + shape.kv_heads * form.get("v", shape.v)) * itemsize
     return total
+
+
+def load_exact(folder: str | Path, **kwargs) -> PreTrainedModel:
+    """`load` with an attention that computes all that the configuration says.
+
+    transformers' default drops the soft cap of attention scores (gemma2); its eager attention has it.
+    """
+    if getattr(load_config(find_folder(folder)), "attn_logit_softcapping", None) is not None:
+        kwargs.setdefault("attn_implementation", "eager")
+    return load(folder, **kwargs)
 
 
 def load(folder: str | Path, **kwargs) -> PreTrainedModel:

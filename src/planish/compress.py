@@ -9,7 +9,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from math import isnan
@@ -32,7 +33,9 @@ from planish.checkpoint import (
     count_block,
     is_empty,
     kv_bytes,
+    narrow,
     open_source,
+    tidy,
     unseal,
     write_config,
 )
@@ -44,7 +47,7 @@ from planish.methods import find_method
 from planish.modules import Spec, get_linear
 from planish.shards import Shard, hash_file
 from planish.stats import Stats, Tap
-from planish.stream import Stream
+from planish.stream import Stream, give_back_large
 from planish.targets import constrain, find_target, make_uniform, needs_uniform
 from planish.version import __version__
 
@@ -303,7 +306,9 @@ class Job:
     def decompose(self, i: int, block: nn.Module, stats: Stats, solver: Solver | None = None) -> dict[Unit, Frontier]:
         """Frontiers of block i's units, without the factors."""
         weights, found, new = read_weights(block, self.stream), {}, []
-        for unit in self.block_units(i):
+        units = self.block_units(i)
+        for n in processes.own_work([self.full_cost([u]) for u in units]):
+            unit = units[n]
             used = solver or self.units[unit]
             if f := self.cache.losses(stats.origin, used, unit):
                 found[unit] = f
@@ -313,7 +318,8 @@ class Job:
             found[unit] = Frontier(unit, f.loss, {}, f.nats)
             new.append((used, found[unit]))
         self.cache.keep_losses(stats.origin, new)
-        return found
+        found = {u: f for part in processes.gather(found) for u, f in part.items()}
+        return {u: found[u] for u in units}
 
     def gradients(
         self,
@@ -510,6 +516,8 @@ class Job:
                     known.merge(self.stored.get(i, Stats()))
                     if pristine and not edits:
                         origin, taps = self.unknown(i, stage)
+                        if taps and self.cache.keeps:  # a smaller budget may cut what this one leaves whole
+                            taps = sorted({*taps, *self.unknown(i, self.block_units(i))[1]})
                         known.merge(self.cache.stats("forward", i, set(self.taps(stage)) - set(taps) - set(known.sums)))
                     taps = [t for t in taps if t not in known.sums]
                     if taps or sequential:
@@ -519,6 +527,7 @@ class Job:
                     if origin:
                         self.cache.keep_stats("forward", i, stats)
                     stats.merge(known)
+                    del current, pair  # the computing copies
                 with self.phase("solve"):
                     new = self.solve_units(stage, plan, weights, stats, origin)
                     if edits:  # edits of a block are applied together, to a block as it was
@@ -544,7 +553,7 @@ class Job:
         seen = {s for t in self.taps(units) if t not in known for s in t.sites}
         sites = {s.removeprefix("dense:") for s in seen if s.startswith("dense:")}
         shape = self.shapes[units[0].block] if units else self.shapes[0]
-        narrow = all(channels(shape, s) <= max(shape.hidden, shape.heads * shape.v) for s in sites)
+        narrow = all(shape.width(s) <= max(shape.hidden, shape.heads * shape.v) for s in sites)
         return sites if narrow and not any(s.endswith(".gap") for s in seen) else set()
 
     def solve_units(self, units: list[Unit], plan: Plan, weights: Weights, stats: Stats, origin: str) -> list[Edit]:
@@ -555,7 +564,12 @@ class Job:
             solver = self.units[unit]
             make = partial(solver.decompose, unit, weights, stats, shape)
             frontier = self.cache.frontier(origin, solver, unit, make) if origin else make()
-            found[n] = (float(frontier.loss[plan[unit]]), solver.truncate(frontier, plan[unit], shape))
+            edits = [
+                store(e, weights, f"block {unit.block}, {unit.name}")
+                for e in solver.truncate(frontier, plan[unit], shape)
+            ]
+            found[n] = (float(frontier.loss[plan[unit]]), edits)
+            del frontier, make  # before the next one is made
         found = {n: f for part in processes.gather(found) for n, f in part.items()}
         for n, unit in enumerate(units):
             if not isnan(found[n][0]):  # nothing is predicted
@@ -580,6 +594,12 @@ class Timer:
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + took - self.inner
         if self.running:
             self.running[-1].inner += took
+
+
+def store(edit: Edit, weights: Weights, where: str) -> Edit:
+    """The edit in the weights' own dtype, in which it will be applied."""
+    kind = next(iter(weights.values())).dtype
+    return replace(edit, tensors={n: narrow(t, kind, where) for n, t in edit.tensors.items()})
 
 
 def read_weights(block: nn.Module, stream: Stream) -> Weights:
@@ -610,7 +630,7 @@ def check_tokens(job: Job, windows: Tensor, settings: dict[str, Any]) -> None:
     if set(own) & set(settings):
         return
     grams = [t for t in job.taps(job.block_units(0)) if t.kind in ("gram", "moments")]
-    need = max((channels(job.shapes[0], t.site) for t in grams), default=0)
+    need = max((job.shapes[0].width(t.site) for t in grams), default=0)
     if 0 < windows.numel() < need:
         hint = f", or ask for damping (--set {own[0]}=0.01)" if own else ""
         raise InputError(
@@ -619,17 +639,12 @@ def check_tokens(job: Job, windows: Tensor, settings: dict[str, Any]) -> None:
         )
 
 
-def channels(shape: Shape, site: str) -> int:
-    """Width of the tensor at a tap's site."""
-    where, end = site.rpartition(":")[2].split(".")
-    if where not in shape.roles:
-        return shape.hidden
-    out, n = shape.linear(where)
-    return out if end in ("out", "product") else n
-
-
 def peak_rss() -> int:
-    """Highest resident memory of this process so far, in bytes."""
+    """Highest resident memory of this process so far, in bytes. (getrusage also counts what its parent had before.)"""
+    with suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
+        found = next((line for line in file if line.startswith("VmHWM:")), None)
+        if found:
+            return int(found.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -669,6 +684,7 @@ def compress(
     `files`: further text files for the folder, by name.
     """
     start = time.perf_counter()
+    give_back_large()
     if processes.start(device):
         device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     asked = asked or read_asked(keep=keep, **limits)
@@ -737,6 +753,8 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
     output = Path(output)
     state = output.with_name(output.name + ".partial") / "resume"
     if not (state / "request.json").is_file():
+        if (output / "planish.json").is_file() and tidy(output):  # stopped after the last rename
+            return read_result(output)
         hint = ": it is complete" if (output / "planish.json").is_file() else ""
         raise InputError(f"nothing to resume at {output}{hint} (no {state / 'request.json'})")
     try:
@@ -764,6 +782,15 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         device=device, dtype=dtype, round_to=round_to, overwrite=overwrite, progress=progress, resume=True,
         target=target, files=files,
     )  # fmt: skip
+
+
+def read_result(output: Path) -> Result:
+    """What the manifest of a complete folder says."""
+    try:
+        found = json.loads((output / "planish.json").read_text(encoding="utf-8"))["result"]
+        return Result(**{f.name: found[f.name] for f in fields(Result)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {output / 'planish.json'}: {error!r}; compress again with --overwrite") from None
 
 
 def read_warnings(caught: list[warnings.WarningMessage]) -> list[str]:

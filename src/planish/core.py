@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from planish.stats import Stats, Tap
+from planish.stats import KINDS, Stats, Tap
 
 if TYPE_CHECKING:
     from planish.compress import Job
@@ -57,6 +57,14 @@ class Shape:
             "up": (self.intermediate, self.hidden),
             "down": (self.hidden, self.intermediate),
         }[role]
+
+    def width(self, site: str) -> int:
+        """Channels of the tensor at a tap's site."""
+        where, end = site.rpartition(":")[2].split(".")
+        if where not in self.roles:
+            return self.hidden
+        out, n = self.linear(where)
+        return out if end in ("out", "product") else n
 
     def count(self, *roles: str) -> int:
         """Weights (without biases) of the given roles, of all by default."""
@@ -106,6 +114,16 @@ SUBMODULES = {"attention": "attention", "mlp": "ffn"}  # edit target → name of
 Plan = dict[Unit, int]  # unit → rank; units that are not in it stay as they are
 
 
+def count_sums(shape: Shape, taps: Iterable[Tap]) -> int:
+    """fp64 numbers that taps accumulate."""
+    total = 0
+    for tap in taps:
+        inputs = [torch.empty(1, shape.width(s), device="meta") for s in tap.sites]
+        extra = {"heads": tap.heads} if tap.heads else {}
+        total += sum(t.numel() for t in KINDS[tap.kind](*inputs, **extra).values())
+    return total
+
+
 class Solver(ABC):
     """One piece of mathematics. Knows no other solver, no transformers, no files."""
 
@@ -146,6 +164,12 @@ class Solver(ABC):
     @abstractmethod
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         """The cheap part: replacements for one rank. At full rank: no edits."""
+
+    def memory(self, unit: Unit, shape: Shape) -> int:
+        """fp64 numbers alive at the peak of `decompose` and `truncate`, statistics and weights themselves not counted: what
+        `planish plan` predicts memory from. By default two copies of what the unit's taps measure, three of its weights.
+        """
+        return 2 * count_sums(shape, self.taps(unit, shape)) + 3 * self.cost(unit, shape, self.ranks(unit, shape)[-1])
 
     def rank_at(self, unit: Unit, shape: Shape, keep: float, step: int = 1) -> int:
         """Largest admissible rank (a multiple of `step`, or full) that costs at most `keep` of the full cost."""

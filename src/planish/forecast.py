@@ -15,14 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planish import stats as stats_file
 from planish.budgets import SHARES, Asked, Budget, Bytes, CacheNumbers, Flops, count_cache, count_flops
-from planish.checkpoint import Source
-from planish.compress import Job, channels, check_tokens, check_windows, find_name, pick_dtype
-from planish.core import Method, Plan, Progress, Shape
+from planish.cache import Cache
+from planish.checkpoint import ConfigSource, Source
+from planish.compress import Job, check_tokens, check_windows, find_name, pick_dtype
+from planish.core import Method, Plan, Progress, Shape, count_sums
+from planish.errors import InputError
 from planish.latency import Latency, read_table
 from planish.predict import Prediction, predict
-from planish.stats import KINDS, Tap
 from planish.stream import Stream
+from planish.targets import describe_limits
+
+STATISTICS = 1 << 30  # bytes of statistics that planning without the target's limits may use again
 
 
 @dataclass
@@ -53,6 +58,11 @@ class Forecast:
     latency_ms_after: float | None = None
     budgets: dict[str, dict[str, float]] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
+    target: str = "any"
+    limits: list[str] = field(default_factory=list)  # what the target asks of this method's result
+    nats: bool = False  # predicted losses are nats per token, else squared errors of the units' outputs
+    predicted: dict[str, float] = field(default_factory=dict)  # kind of unit → predicted loss, where it is known
+    predicted_any: dict[str, float] = field(default_factory=dict)  # the same without the target's limits
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,7 +74,10 @@ class TextNeeded(Exception):
 
 
 class Unread(Stream):
-    """A stream before its text is read: whoever asks for a batch learns that it is needed."""
+    """A stream before its text is read: whoever asks for a batch learns that it is needed. Nothing of the model is read."""
+
+    def bring_outside(self) -> None:
+        pass
 
     @property  # type: ignore[override]
     def batches(self) -> list[Tensor]:
@@ -98,24 +111,56 @@ def forecast(
     asked = replace(asked, context=asked.context or size[1])
     table = read_table(source, asked.context or 0, device, dtype, progress) if asked.max_latency is not None else None
     job = Job(unread, method, asked=asked, step=round_to, target=target, measured=table)
+    shared = Cache(memory=STATISTICS)
     start = time.perf_counter()
     try:
         plan, measured = job.plan(), False
     except TextNeeded:
+        if isinstance(source, ConfigSource):
+            raise InputError(
+                f"{find_name(method)} chooses its ranks by statistics, and {source.name} holds no weights to measure them with: "
+                "plan from the whole model, or with ranks from shapes alone (--set allocation=uniform, where the method has it)"
+            ) from None
         windows = read()
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
         stream = Stream(source, windows, device=device, dtype=dtype)
-        job = Job(stream, method, asked=asked, step=round_to, progress=progress, target=target, measured=table)
+        arguments: dict[str, Any] = {
+            "asked": asked,
+            "step": round_to,
+            "measured": table,
+            "progress": progress,
+            "cache": shared,
+        }
+        job = Job(stream, method, **arguments, target=target)
         check_tokens(job, windows, settings or {})
         plan, measured = job.plan(), True
-    return describe(job, plan, size, measured, time.perf_counter() - start)
+    found = describe(job, plan, size, measured, time.perf_counter() - start)
+    found.target, found.predicted = target, add_losses(job, plan)
+    found.nats = bool(job.known) and all(f.nats for f in job.known.values())
+    free = Job(unread, method, asked=asked, step=round_to, measured=table)
+    found.limits = describe_limits(target, free.units)
+    if found.limits and found.predicted:
+        free = Job(job.stream, method, **arguments)
+        loose = free.plan()
+        free.known = free.known or free.frontiers()
+        found.predicted_any = add_losses(free, loose)
+    return found
+
+
+def add_losses(job: Job, plan: Plan) -> dict[str, float]:
+    """Predicted loss of a plan for every kind of unit that it cuts; empty where no frontier is known."""
+    losses: dict[str, float] = {}
+    for unit, rank in sorted(plan.items()):
+        if unit in job.known and rank < job.full(unit):
+            losses[unit.name] = losses.get(unit.name, 0.0) + float(job.known[unit].loss[rank])
+    return losses
 
 
 def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planning: float) -> Forecast:
     """Everything that follows from a plan. `planning`: seconds it took."""
     source, shapes = job.stream.source, job.shapes
-    itemsize = next(source.block(0).parameters()).element_size()
+    itemsize = source.stored.itemsize
     rows: list[dict[str, Any]] = []
     for unit in sorted(job.units):
         full = job.full(unit)
@@ -181,13 +226,6 @@ def left(job: Job, plan: Plan, budget: Budget) -> float:
     return budget.total - sum(job.cost(u, full, budget) - job.cost(u, r, budget) for u, r, full in cut if r != full)
 
 
-def sums(shape: Shape, tap: Tap) -> int:
-    """fp64 numbers that a tap accumulates."""
-    inputs = [torch.empty(1, channels(shape, s), device="meta") for s in tap.sites]
-    extra = {"heads": tap.heads} if tap.heads else {}
-    return sum(t.numel() for t in KINDS[tap.kind](*inputs, **extra).values())
-
-
 def estimate(
     job: Job, plan: Plan, size: tuple[int, int], params: int, head: int, itemsize: int, attend: int
 ) -> tuple[Prediction, float, dict[str, str]]:
@@ -196,30 +234,40 @@ def estimate(
     stream = job.stream
     shape = max(job.shapes, key=Shape.count)
     units = [u for u in job.block_units(shape.block) if plan.get(u, job.full(u)) < job.full(u)]
-    taps = {t for stage in job.method.stages(job.block_units(shape.block)) for t in job.taps(stage)}
-    # solving one block, or measuring what its frontiers need: whichever takes more
-    statistics = max(sum(sums(shape, t) for t in some) for some in (taps, job.stored_taps(shape.block)))
+    parts = [job.taps(stage) for stage in job.method.stages(job.block_units(shape.block))]  # measured one after another
+    parts.append(job.stored_taps(shape.block))  # and once more for what the plan needs
+    taps = max(parts, key=lambda part: count_sums(shape, part), default=[])
+    statistics = count_sums(shape, taps)
+    wide = sum(n for t in taps if t.kind == "gram" and 8 * (n := count_sums(shape, [t])) >= stats_file.WIDE)
+    found = [[shape.width(s) for s in {s for t in part for s in t.sites}] for part in parts]
+    sites = max(found, key=sum, default=[])
+    work = max((job.units[u].memory(u, shape) for u in job.block_units(shape.block)), default=0)
     both = 2 if job.method.prefix == "both" else 1
     written = params - sum(job.count(u, job.full(u)) - job.count(u, plan.get(u, job.full(u))) for u in job.units)
-    found = predict(
+    peaks = predict(
         job.shapes,
         outside=params - job.weights,
         largest=head,
         statistics=statistics,
+        wide=wide,
+        sites=sites,
+        work=work,
         tokens=tokens,
         written=written,
         stored=itemsize,
         computed=stream.dtype.itemsize,
         streams=both,
+        sequential=job.method.prefix != "dense",
         accelerator=stream.device.type != "cpu",
         activation_limit=stream.room.limit,
     )
 
-    single, double, eigen = measure_rates(stream.device, stream.dtype)
+    here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+    single, double, eigen = measure_rates(here, torch.float32 if here != stream.device else stream.dtype)
     stages = len(job.method.stages(units)) if units else 0
     passes = both * max(stages, 1) + (1 if job.method.prefix != "dense" else 0)
     forward = passes * tokens * (2 * job.weights + attend) / single
-    taking = len(job.shapes) * 2 * statistics * tokens / double
+    taking = len(job.shapes) * 2 * sum(count_sums(shape, part) for part in parts) * tokens / double
     sides = [min(job.shapes[u.block].linear(u.name)) if u.name in shape.roles else shape.hidden for u in job.units]
     solving = sum(eigen * n**3 for n in sides)
     how = {
@@ -227,10 +275,11 @@ def estimate(
         "block's statistics in fp64 + the largest decomposition's working space (planish.predict)",
         "seconds": f"{passes} forward passes over {tokens} tokens and one block's statistics at this machine's measured "
         f"{single / 1e9:.0f} and {double / 1e9:.0f} GFLOP/s (fp64), one eigendecomposition per unit; right within a "
-        "factor of about 3; reading and writing files not included",
+        "factor of about 3; reading and writing files not included"
+        + ("; this machine has no such device: its CPU's rates" if here != stream.device else ""),
         "flops": f"two per weight of the blocks and the head and token, and attention over {job.context} tokens of context",
     }
-    return found, forward + taking + solving, how
+    return peaks, forward + taking + solving, how
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:

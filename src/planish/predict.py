@@ -2,19 +2,18 @@
 
 Notation: P_b weights of the largest block, P_o parameters outside the blocks, P_m of the larger of embedding and head;
 s, c bytes of a stored and of a computed number; T calibration tokens, t = min(T, 8192) those of one batch; d hidden,
-m intermediate; S fp64 numbers of one block's statistics; n the widest channel count with a Gram.
+m intermediate; k channels of all tapped sites together; S fp64 numbers of one block's statistics, S_w of them in wide
+Grams, of which there is only one copy; W fp64 numbers alive in the largest solve (`Solver.memory`).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import prod
 
 from planish.core import Shape
 
-LIBRARIES = 400 << 20  # Python, PyTorch and transformers, loaded
+LIBRARIES = 410 << 20  # Python, PyTorch and transformers, loaded and warm
 BATCH = 8192  # tokens
-COPIES = 7  # fp64 matrices of the widest Gram's size alive in the largest solve (mean, damped, factor, reordered, …)
 
 
 @dataclass(frozen=True)
@@ -36,37 +35,59 @@ def predict(
     outside: int,
     largest: int,
     statistics: int,
+    wide: int,
+    sites: list[int],
+    work: int,
     tokens: int,
     written: int,
     stored: int = 2,
     computed: int = 4,
     streams: int = 1,
+    sequential: bool = False,
     accelerator: bool = False,
     activation_limit: int | None = None,
     base: int = LIBRARIES,
 ) -> Prediction:
     """Peaks of a run that compresses every block.
 
-    outside = P_o, largest = P_m, statistics = S, written = parameters of the output; `streams` 2 where the dense prefix runs
-    beside the compressed one; `activation_limit`: bytes of activations held in memory before they go to disk.
+    outside = P_o, largest = P_m, statistics = S, wide = S_w, sites = their widths (together k), work = W, written =
+    parameters of the output; `sequential`: statistics on the compressed prefix;
+    `streams` 2 where the dense prefix runs beside the compressed one; `activation_limit`: bytes of activations held in
+    memory before they go to disk.
 
-    RAM = base + max(at the start: P_m (s + c); at the end: P_o s; in a block: streams · P_b (s + c if c ≠ s) + A + 8 S' +
-    max(batch, COPIES · 8 n²)), A = min(2 · streams · T d c, limit), batch = t (3 m + 6 d) c, S' = 2 S where there is more
-    than one batch. On an accelerator the computing copy of a block, the batch and 8 S' lie in VRAM while it is measured.
+    RAM = base + the largest of
+    start    P_m (s + c) + T d c
+    measure  streams · P_b (s + c if c ≠ s) + A + batch + sums
+    solve    streams · P_b s + P_b s for the edits + A + 8 S + 8 W
+    end      P_o s
+    with A = min(2 · streams · T d c, limit), half of it where a method measures on the compressed prefix (`sequential`:
+    a block runs again for its outputs); forward f = t (3 m + 3 d + k − widest site) c; batch + sums = 8 (2 S − S_w) + f for
+    several batches, for one the larger of f and 8 S + t k c + 8 · 1024 · widest site. The inputs of wide Grams, a lane's at a
+    time, are among the activations. On an accelerator the computing copy of a block, batch and sums lie in VRAM.
     """
     shape = max(shapes, key=Shape.count)
-    block, wide = shape.count(), max(shape.intermediate, shape.heads * shape.v, shape.hidden)
+    block, d, m = shape.count(), shape.hidden, shape.intermediate
     copy = computed if accelerator or computed != stored else 0
-    activations = 2 * streams * tokens * shape.hidden * computed
-    held = activations if activation_limit is None else min(activations, activation_limit)
-    batch = min(tokens, BATCH) * (3 * shape.intermediate + 6 * shape.hidden) * computed
-    sums = (2 if tokens > BATCH else 1) * 8 * statistics
-    rooted = 8 * max(wide**2, 2 * max(prod(shape.linear(r)) for r in shape.roles) // COPIES)
-    on_host, on_device = streams * block * stored + held, streams * block * copy
-    if accelerator:
-        vram = max(on_device + batch + sums, largest * computed)
-        inside = on_host + sums + COPIES * rooted
+    limit = float("inf") if activation_limit is None else activation_limit
+    one = streams * tokens * d * computed
+    lane = 0 if tokens <= BATCH or not wide else max(BATCH, tokens // 8) * m * computed
+    held = int(min(2 * one + lane, limit))
+    batch = min(tokens, BATCH) * computed
+    through = 3 * m + 3 * d
+    tapped, widest = sum(sites), max(sites, default=0)
+    if tokens > BATCH:
+        measure = 8 * (2 * statistics - wide) + batch * (through + tapped - widest)
     else:
-        vram, inside = 0, on_host + on_device + sums + max(batch, COPIES * rooted)
-    ram = base + max(largest * (stored + computed), outside * stored, inside)
-    return Prediction(ram, vram, written * stored, activations - held)
+        measure = max(batch * (through + tapped - widest), 8 * statistics + batch * tapped + 8 * 1024 * widest)
+    rest = streams * block * copy + batch * through + held  # a block runs again for its outputs
+    measure += streams * block * copy + (int(min(one + lane, limit)) if sequential else held)
+    solve = streams * block * stored + held + block * stored + 8 * (statistics + work)
+    on_host = streams * block * stored
+    start = largest * (stored + computed) + min(one, held)
+    if accelerator:
+        vram = max(measure, rest, largest * computed) - held
+        inside = on_host + held + 8 * statistics
+    else:
+        vram, inside = 0, on_host + max(measure, rest)
+    ram = base + max(start, outside * stored, inside, solve)
+    return Prediction(ram, vram, written * stored, 2 * one + lane - held)

@@ -8,27 +8,58 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from planish.errors import InputError
+
 LANES = 8
+JOINING = timedelta(minutes=10)
+PATIENCE = timedelta(hours=24)  # one process may solve a large unit for long while the others wait
 
 T = TypeVar("T")
+
+
+class ProcessLost(Exception):
+    """Another process has ended; what was finished is on disk."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Within the context an error of torch.distributed means that another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost(
+            f"process {rank()} of {count()} lost another one ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def start(device: str = "cpu") -> bool:
     """Join the processes that torchrun started, once; False where there is only this one."""
     if dist.is_available() and dist.is_initialized():
         return True
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if read("WORLD_SIZE", 1) < 2:
         return False
     if device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        torch.cuda.set_device(read("LOCAL_RANK", 0))
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=JOINING))
+        store.set_timeout(JOINING)
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        store = dist.PrefixStore("planish", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot join: {' '.join(str(error).split())[:200]}; "
+            "start them with torchrun, or unset WORLD_SIZE"
+        ) from None
     atexit.register(dist.destroy_process_group)
     return True
 
@@ -39,7 +70,20 @@ def count() -> int:
 
 def world() -> int:
     """How many processes torchrun started, joined or not."""
-    return count() if count() > 1 else int(os.environ.get("WORLD_SIZE", "1"))
+    return count() if count() > 1 else read("WORLD_SIZE", 1)
+
+
+def neighbours() -> int:
+    """How many of them run on this machine."""
+    return max(1, read("LOCAL_WORLD_SIZE", 1)) if count() > 1 else 1
+
+
+def read(name: str, default: int) -> int:
+    """A whole number from the environment."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise InputError(f"the environment variable {name} is {text!r}, expected a whole number; unset it")
+    return int(text)
 
 
 def rank() -> int:
@@ -51,9 +95,9 @@ def own_lanes() -> Iterator[int]:
     return iter(range(rank(), LANES, count()))
 
 
-def own_work(costs: list[int]) -> list[int]:
+def own_work(costs: Sequence[float]) -> list[int]:
     """Numbers of the tasks this process does, rising: costliest first to whoever has least, so all know who does what."""
-    loads = [0] * count()
+    loads = [0.0] * count()
     owner = {}
     for n in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
         owner[n] = loads.index(min(loads))
@@ -66,7 +110,8 @@ def gather(value: T) -> list[T]:
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
-    dist.all_gather_object(values, value)
+    with together():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -75,7 +120,8 @@ def share(value: T, source: int = 0) -> T:
     if count() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    with together():
+        dist.broadcast_object_list(box, src=source)
     return box[0]
 
 
@@ -87,6 +133,7 @@ def share_tensors(tensors: dict[Any, Tensor], source: int) -> dict[Any, Tensor]:
     out = {}
     for key, (shape, dtype, device) in layout.items():
         t = tensors[key].contiguous() if rank() == source else torch.empty(shape, dtype=dtype, device=device)
-        dist.broadcast(t, src=source)
+        with together():
+            dist.broadcast(t, src=source)
         out[key] = t
     return out

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from planish.budgets import LIMITS
 from planish.errors import InputError
@@ -41,15 +41,23 @@ class Text(Strict):
 
 
 class Published(Strict):
-    """A number from a paper and how it was measured: perplexity of `text` in windows of `seq_len`."""
+    """A number from a paper and how it was measured: perplexity of `text` in windows of `seq_len` (`value`), or how many
+    times the dense model's it is (`factor`)."""
 
     paper: str
     where: str
     text: str = "wikitext2"
     seq_len: int = Field(default=2048, ge=2)
     dense: float | None = None
-    value: float
+    value: float | None = Field(default=None, gt=0)
+    factor: float | None = Field(default=None, gt=0)
     differs: str = ""
+
+    @model_validator(mode="after")
+    def check_one(self) -> Published:
+        if (self.value is None) == (self.factor is None):
+            raise ValueError("give either value or factor")
+        return self
 
 
 class Recipe(Strict):

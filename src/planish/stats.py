@@ -164,6 +164,13 @@ class Stats:
         """A sum divided by its number of tokens."""
         return self.sums[tap][name] / max(self.tokens[tap], 1)
 
+    def take(self, tap: Tap, name: str = "sum") -> tuple[Tensor, int]:
+        """A sum, to be changed by the caller, and its number of tokens: a copy, or where it is wide (`WIDE` bytes) the
+        sum itself, which is then gone from here."""
+        total = self.sums[tap][name]
+        own = self.sums[tap].pop(name) if total.nbytes >= WIDE else total.clone()
+        return own, max(self.tokens[tap], 1)
+
     def state(self) -> dict[str, Tensor]:
         """Tensors to save: names encode the tap."""
         out = {}
@@ -194,6 +201,7 @@ def add(into: Sums, more: Sums) -> None:
             into[name] = tensor
 
 
+WIDE = 1 << 30  # bytes of a Gram of which there should not be two in memory
 TILE, CHUNK = 512, 1024  # channels and tokens at a time; fixed, because they fix the order of the additions
 
 
@@ -207,6 +215,25 @@ def add_gram(into: Sums, x: Tensor) -> None:
         chunk = chunk.double()
         for i in range(0, n, TILE):
             total[i : i + TILE, i:].addmm_(chunk[:, i : i + TILE].T, chunk[:, i:])
+    for i in range(0, n, TILE):
+        total[i + TILE :, i : i + TILE] = total[i : i + TILE, i + TILE :].T
+
+
+def add_lane(total: Tensor, inputs: Iterable[Tensor], exchange: Callable[[Tensor], Iterable[Tensor]]) -> None:
+    """Add the Gram of a lane's `inputs` (batch, seq, n) to `total` (n, n), a row of tiles at a time: it never exists.
+
+    `exchange`: this process's row of tiles → those of all lanes that have been run beside it, in their order. The
+    additions are those of `add_gram` and `Stats.merge`, in their order.
+    """
+    n = len(total)
+    for i in range(0, n, TILE):
+        row = torch.zeros(min(TILE, n - i), n - i, dtype=torch.float64, device=total.device)
+        for x in inputs:
+            for chunk in x.flatten(0, -2).split(CHUNK):
+                wanted = chunk[:, i:].to(total.device).double()
+                row.addmm_(wanted[:, :TILE].T, wanted)
+        for part in exchange(row):
+            total[i : i + TILE, i:] += part
     for i in range(0, n, TILE):
         total[i + TILE :, i : i + TILE] = total[i : i + TILE, i + TILE :].T
 

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from planish import processes
+from planish import stats as planish_stats
 from planish.activations import Activations, Room
-from planish.checkpoint import Source, apply_edits
+from planish.checkpoint import Source, apply_edits, is_finite
 from planish.core import Edit, Progress, Shape
+from planish.errors import InputError
 from planish.families import Family
 from planish.modules import find_blocks, get_linear
-from planish.stats import Stats, Tap
+from planish.stats import Stats, Tap, add_lane
 
 T = TypeVar("T")
 Hidden = Sequence[Tensor]  # for each of this process's batches: (batch, seq, hidden), on the CPU
@@ -223,7 +225,7 @@ class Stream:
                 values[f"{where}.gap"] = find_gap(where, values, self.source.shape(i).parallel)
             return {s: v.reshape(len(h), -1, v.shape[-1]) for s, v in values.items()}
 
-        return self.collect(taps, run), results
+        return self.collect(taps, run, self.source.shape(i)), results
 
     @torch.no_grad()
     def capture(self, i: int, block: nn.Module, sites: set[str], hidden: Hidden) -> tuple[dict[str, Hidden], Hidden]:
@@ -236,28 +238,60 @@ class Stream:
                 tensors.append(seen[site])
         return dict(found), results
 
-    def collect(self, taps: list[Tap], run: Callable[[int], dict[str, Tensor]]) -> Stats:
+    def collect(self, taps: list[Tap], run: Callable[[int], dict[str, Tensor]], shape: Shape) -> Stats:
         """Statistics over all batches of all processes. `run(n)`: every site's (batch, seq, channels) for piece n.
 
-        Sums are formed lane by lane and added in the order of lanes, so they depend on the batches alone.
+        Sums are formed lane by lane and added in the order of lanes, so they depend on the batches alone. Of a wide Gram
+        (`planish.stats.WIDE`) only the total exists: a lane's inputs are kept until it is complete, then added.
         """
-        total, pieces = Stats(), self.pieces
+        total, pieces, count = Stats(), self.pieces, processes.count()
         used = {i * processes.LANES // len(self.batches) for i in range(len(self.batches))}
-        for lane in range(processes.LANES):
-            owner = lane % processes.count()
-            if lane % processes.count() == 0:
-                mine = Stats()
-                for n, piece in enumerate(pieces):
-                    if piece.lane == lane + processes.rank():
-                        values = run(n)
-                        if self.device.type == "mps":  # it has no fp64
-                            values = {site: v.cpu() for site, v in values.items()}
-                        add_batch(mine, taps, values, piece.first)
-            if lane in used:
+        wide = [t for t in taps if t.kind == "gram" and 8 * shape.width(t.site) ** 2 >= planish_stats.WIDE]
+        narrow = [t for t in taps if t not in wide]
+        for first in range(0, processes.LANES, count):
+            mine, lane = Stats(), first + processes.rank()
+            kept = {t: Activations(self.room) for t in wide}
+            for n, piece in enumerate(pieces):
+                if piece.lane == lane:
+                    values = run(n)
+                    if self.device.type == "mps":  # it has no fp64
+                        values = {site: v.cpu() for site, v in values.items()}
+                    add_batch(mine, narrow, values, piece.first)
+                    for tap in wide:
+                        rows = choose_rows(tap.part, piece.first, len(piece.ids))
+                        kept[tap].append(values[tap.site][rows])
+                        mine.tokens[tap] = mine.tokens.get(tap, 0) + kept[tap][-1].shape[:-1].numel()
+            owners = [r for r in range(count) if first + r in used]
+            for owner in owners:
                 total.merge(share_stats(mine, owner))
-        for sums in total.sums.values():  # solved beside the weights, on the CPU
+            for tap in wide:
+                self.add_wide(total, tap, kept[tap], mine.tokens.get(tap, 0), owners, shape)
+        for tap, sums in total.sums.items():  # solved beside the weights, on the CPU
             sums.update({name: t.cpu() for name, t in sums.items()})
+            if not all(is_finite(t) for t in sums.values()):
+                raise InputError(
+                    f"activations of block {shape.block} ({tap.site}) are infinite or no numbers in {str(self.dtype)[6:]}: "
+                    f"{'use --dtype float32' if self.dtype != torch.float32 else 'the model overflows'}"
+                )
         return total
+
+    def add_wide(self, total: Stats, tap: Tap, inputs: Hidden, tokens: int, owners: list[int], shape: Shape) -> None:
+        """Add the Grams of the lanes that `owners` have just run, this process's own from its `inputs`."""
+        found = [n for n, r in zip(processes.gather(tokens), range(processes.count()), strict=True) if r in owners]
+        if not sum(found):
+            return
+        n, device = shape.width(tap.site), "cpu" if self.device.type == "mps" else self.device
+        sums = total.sums.setdefault(tap, {})
+        if "sum" not in sums:
+            sums["sum"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+
+        def exchange(row: Tensor) -> Iterator[Tensor]:
+            for owner, count in zip(owners, found, strict=True):
+                if count:
+                    yield processes.share_tensors({"": row}, owner)[""]
+
+        add_lane(sums["sum"], inputs, exchange)
+        total.tokens[tap] = total.tokens.get(tap, 0) + sum(found)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -277,6 +311,8 @@ class Stream:
             losses.append((loss, target.numel()))
         self.release()
         losses = self.in_order(losses)
+        if not sum(n for _, n in losses):
+            raise InputError("windows of one token have no loss to compare by: use --seq-len 2 or more")
         return sum(loss for loss, _ in losses) / sum(n for _, n in losses)
 
     def divergence(self, hidden: Hidden, reference: Hidden) -> float:
@@ -388,12 +424,19 @@ class Stream:
                 values |= {f"grad:{s}": g @ weights[s] for s, g in through.items() if g is not None}  # noqa: B023
                 return {s: v.reshape(len(leaf), -1, v.shape[-1]) for s, v in values.items()}
 
-            stats = self.collect(wanted, run)
+            stats = self.collect(wanted, run, self.source.shape(i))
             gradients = earlier
             use(i, block, stats)
             del stats  # or it lies beside the next block's
             if progress:
                 progress(phase, len(self) - i, len(self))
+
+
+def give_back_large() -> None:
+    """From here on freed tensors of 4 MiB and more go back to the system at once: glibc's own limit grows to 32 MiB, and
+    what lies below it stays with the process in pieces."""
+    if LIBC is not None and hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
 
 
 def return_memory() -> None:
@@ -405,12 +448,16 @@ def return_memory() -> None:
 def add_batch(stats: Stats, taps: list[Tap], values: dict[str, Tensor], first: int) -> None:
     """Add a batch, whose first window has the number `first`; every eighth window is held out of "fit"."""
     for part in sorted({t.part for t in taps}):
-        n = len(next(iter(values.values())))
-        held = (torch.arange(first, first + n) % 8) == 7
-        rows: Any = {"all": slice(None), "fit": ~held, "held": held}[part]
+        rows = choose_rows(part, first, len(next(iter(values.values()))))
         chosen = {s: v[rows] for s, v in values.items()}
         if len(next(iter(chosen.values()))):
             stats.update(chosen, [t for t in taps if t.part == part])
+
+
+def choose_rows(part: str, first: int, n: int) -> Any:
+    """Which of a batch's n windows belong to a part."""
+    held = (torch.arange(first, first + n) % 8) == 7
+    return {"all": slice(None), "fit": ~held, "held": held}[part]
 
 
 def share_stats(stats: Stats, source: int) -> Stats:

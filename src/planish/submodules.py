@@ -224,7 +224,7 @@ def compare_windows(job: Job, n: int, windows: int, name: Literal["angle", "cosi
                 def pair(m: int, before: Hidden = recent[0], after: Hidden = hidden) -> dict[str, Tensor]:
                     return {"in": before[m], "out": after[m]}
 
-                stats = stream.collect([tap], pair)
+                stats = stream.collect([tap], pair, job.shapes[i])
                 found[i + 1 - n] = float(stats.mean(tap, name))
     return found
 
@@ -264,7 +264,7 @@ def fit_window(job: Job, first: int, last: int, site: str, store: bool = False) 
         for i in range(first + 1, last + 1):
             outputs = stream.run(i, stream.place(stream.block(i)), outputs)
         taps = [Tap("x", "moments", "f", part=part) for part in ("fit", "held")]
-        stats = stream.collect(taps, lambda m: {"x": xs[m], "f": outputs[m] - rest[m]})
+        stats = stream.collect(taps, lambda m: {"x": xs[m], "f": outputs[m] - rest[m]}, job.shapes[first])
         train, held = (Moments.read(stats, tap) for tap in taps)
         assert train is not None
     if not store:

@@ -35,12 +35,14 @@ LOW_RANK = ("pair", "pivoted", "head_pair")
 @dataclass(frozen=True)
 class Target:
     """`refuses`: what a unit would become (`describe_unit`) → why that cannot, or need not, be cut for this target.
-    `steps`: unit name → ranks are multiples of it. `uniform`: units that must have the same rank in every block as soon
+    `steps`: unit name → ranks are multiples of it; `wide`: of this instead, where the full rank is at least 32 of them.
+    `uniform`: units that must have the same rank in every block as soon
     as the first of them is cut."""
 
     title: str
     refuses: Mapping[str, str] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
+    wide: Mapping[str, int] = field(default_factory=dict)
     uniform: tuple[str, ...] = ()
 
 
@@ -66,6 +68,7 @@ TARGETS: dict[str, Target] = {
             "raw linear MLP": "llama.cpp has no linear map of the residual stream before the norm",
         },
         steps={"vo": 8, "mlp": 32},
+        wide={"mlp": 64},  # AVX-512 multiplies f16 rows 64 at a time, the rest one by one
         uniform=("vo", "mlp"),
     ),
 }
@@ -75,6 +78,23 @@ def find_target(name: str) -> Target:
     if name not in TARGETS:
         raise InputError(f"unknown target {name!r}; expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons"}
+
+
+def describe_limits(name: str, units: Mapping[Unit, Solver] | None = None) -> list[str]:
+    """What a target asks of a compressed model, one line each; with a method's `units` only what concerns them."""
+    target = find_target(name)
+    forms = None if units is None else {describe_unit(u, s) for u, s in units.items()}
+    cut = None if units is None else {u.name for u in units}
+    lines = [f"no {what}: {why}" for what, why in target.refuses.items() if forms is None or what in forms]
+    for unit, step in target.steps.items():
+        if cut is None or unit in cut:
+            wide = f" ({w} from {32 * w} on)" if (w := target.wide.get(unit)) else ""
+            equal = ", equal in all blocks" if unit in target.uniform else ""
+            lines.append(f"{NAMES[unit]} in multiples of {step}{wide}{equal}")
+    return lines
 
 
 def describe_unit(unit: Unit, solver: Solver) -> str:
@@ -120,6 +140,9 @@ class Rounded(Solver):
     def dense_taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return self.solver.dense_taps(unit, shape)
 
+    def memory(self, unit: Unit, shape: Shape) -> int:
+        return self.solver.memory(unit, shape)
+
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         return self.solver.decompose(unit, weights, stats, shape)
 
@@ -139,8 +162,10 @@ def constrain(name: str, method: str, units: dict[Unit, Solver], shapes: list[Sh
         if what in target.refuses:
             refused[what] = target.refuses[what]
             continue
-        step = target.steps.get(unit.name, 1)
-        small = step >= solver.ranks(unit, shapes[unit.block])[-1]  # tiny models: rounding would leave nothing to cut
+        full = solver.ranks(unit, shapes[unit.block])[-1]
+        step, wide = target.steps.get(unit.name, 1), target.wide.get(unit.name)
+        step = wide if wide and full >= 32 * wide else step
+        small = step >= full  # tiny models: rounding would leave nothing to cut
         kept[unit] = solver if step == 1 or small else Rounded(solver, step)
     if units and not kept:
         what, why = next(iter(refused.items()))

@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from planish.cli import bench, compress, demo, doctor, evaluate, export, methods, plan, push, reproduce, resume, sweep
+from planish.cli import (
+    bench,
+    compress,
+    demo,
+    doctor,
+    eora,
+    evaluate,
+    export,
+    methods,
+    plan,
+    push,
+    reproduce,
+    resume,
+    sweep,
+)
 from planish.cli.run import Commands
 from planish.version import __version__
 
@@ -46,6 +60,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
 app.command("verify")(export.verify)
+app.command("eora")(eora.eora)
 app.command("push")(push.push)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)

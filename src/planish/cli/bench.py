@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,6 +52,8 @@ def bench(
             "model", "batch", "prefill tok/s", "decode tok/s", "first token", "weights", "KV cache", "peak"
         )
         dense = {r.batch_size: r for r in rows if r.model == against}
+        short = {name: Path(name).resolve().name for name in models}
+        short = short if len(set(short.values())) == len(short) else {name: name for name in models}
         for r in rows:
             base = dense.get(r.batch_size)
             compared = base is not None and r.model != against
@@ -61,7 +64,7 @@ def bench(
                 return f"{s.median:,.0f} ({s.low:,.0f}–{s.high:,.0f}){times}"
 
             table.add_row(
-                escape(r.model),
+                escape(short[r.model]),
                 str(r.batch_size),
                 rate("prefill_tokens_per_s"),
                 rate("decode_tokens_per_s"),

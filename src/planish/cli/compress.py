@@ -47,6 +47,8 @@ def compress(
         "max_latency": max_latency,
     }  # fmt: skip
     with session(as_json) as run:
+        from planish import processes
+
         arguments = {
             "model": model, **limits, "context": context, "method": method, "calibration": calibration,
             "n_samples": n_samples, "seq_len": seq_len, "seed": seed, "sampling": sampling and sampling.value,
@@ -68,13 +70,20 @@ def compress(
             result = run.api.compress(
                 **arguments, output=output, overwrite=overwrite, cache=cache, progress=run.progress
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, processes.ProcessLost):
             if output.with_name(output.name + ".partial").exists():
                 say(f"to go on from here: planish resume {output}")
             raise
-        for warning in result.warnings:
-            say(f"note: {warning}")
+        run.note(result.warnings)
         how = "loads with plain transformers" if result.format == "native" else "loads after `import planish`"
+        stock = []
+        if result.format != "native":
+            from planish.export.carriers import find_carrier
+
+            names = {"mimo": "MiMo-V2-Flash, loads with plain transformers", "deci": "DeciLM, for vLLM and SGLang"}
+            shown = escape(shlex.quote(result.output))
+            if to := find_carrier(result.output):
+                stock = [f"a stock architecture holds it ({names[to]}): planish export {shown} --to {to} -o FOLDER"]
         phases = ", ".join(f"{name} {format_seconds(s)}" for name, s in result.seconds.items() if name != "total")
         run.give(
             result.as_dict(),
@@ -94,5 +103,6 @@ def compress(
             ),
             *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
+            *stock,
             f"next: planish eval {escape(shlex.quote(result.output))} --text SOURCE",
         )

@@ -78,8 +78,11 @@ def plan(
                     ("KV cache, bytes per token", found.kv_bytes_per_token_before, found.kv_bytes_per_token_after),
                 ]
             ),
+            *make_losses(found),
             *o.show_latency(found),
-            f"compressing takes about {format_seconds(found.seconds)} and {format_bytes(found.peak_ram_bytes)} of memory",
+            f"compressing takes about {format_seconds(found.seconds)}, {format_bytes(found.peak_ram_bytes)} of memory"
+            + (f", {format_bytes(found.peak_vram_bytes)} on the device" if found.peak_vram_bytes else "")
+            + f" and {format_bytes(found.disk_bytes)} of disk",
             f"[dim]time: {found.how['seconds']}\nmemory: {found.how['peak_ram']}\nFLOPs: {found.how['flops']}[/]",
         )
 
@@ -94,3 +97,18 @@ def make_ranks(units: list[dict[str, Any]]) -> Table:
         before, after = (sum(u[k] for u in found.values()) for k in ("before", "after"))
         table.add_row(str(block), *cells, f"{after:,}", f"{after / before:.1%}")
     return table
+
+
+def make_losses(found: Any) -> list[Any]:
+    """What the target asks for, and the predicted loss with and without that, where it is known."""
+    parts: list[Any] = [f"for {found.target}: {line}" for line in found.limits]
+    if not found.predicted:
+        return parts
+    unit = "nats per token" if found.nats else "squared error of the units' outputs"
+    columns = [found.predicted] + ([found.predicted_any] if found.predicted_any else [])
+    table = make_table(f"predicted loss, {unit}", *([f"for {found.target}", "without its limits"][: len(columns)]))
+    for name in sorted({n for c in columns for n in c}):
+        table.add_row(name, *(f"{c.get(name, 0.0):.4g}" for c in columns))
+    if found.nats:
+        table.add_row("sum", *(f"{sum(c.values()):.4g}" for c in columns))
+    return [*parts, table]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from planish.cli import options as o
-from planish.cli.run import session
+from planish.cli.run import make_table, session
 
 
 def reproduce(
@@ -25,7 +25,13 @@ def reproduce(
 
         papers = find_papers()
         if name is None:
-            run.give({"recipes": list(papers)}, *(f"{n}" for n in papers))
+            recipes = {n: read_recipe(path) for n, path in papers.items()}
+            table = make_table("recipe", "model", "keep", "published", "where")
+            for n, r in recipes.items():
+                p = r.published
+                value = "" if p is None else f"{p.value:g}" if p.value is not None else f"{p.factor:g} × dense"
+                table.add_row(n, r.model, f"{r.keep:g}", value, p.where if p else "")
+            run.give({"recipes": {n: r.model_dump(mode="json", exclude_none=True) for n, r in recipes.items()}}, table)
             return
         if name not in papers and not name.endswith((".yaml", ".yml")):
             raise InputError(f"no recipe {name!r}; known: {', '.join(papers)}; or give a .yaml file")
@@ -40,14 +46,26 @@ def reproduce(
             dense, small = (
                 run.api.evaluate(m, target.text, seq_len=target.seq_len).perplexity for m in (arguments["model"], place)
             )
+        run.note(result.warnings)
         found = {
-            "recipe": name, "paper": target.paper, "where": target.where, "keep": result.keep, "published": target.value,
-            "measured": small, "published_dense": target.dense, "measured_dense": dense, "differs": target.differs,
+            "recipe": name, "paper": target.paper, "where": target.where, "model": arguments["model"], "method": result.method,
+            "keep": result.keep, "published": target.value, "measured": small, "published_dense": target.dense,
+            "measured_dense": dense, "published_factor": find_factor(target.value, target.dense, target.factor),
+            "measured_factor": small / dense, "differs": target.differs,
         }  # fmt: skip
+        table = make_table("", "published", "measured")
+        for label, key in (("dense", "_dense"), ("compressed", ""), ("compressed / dense", "_factor")):
+            published, measured = found[f"published{key}"], found[f"measured{key}"]
+            table.add_row(label, "not given" if published is None else f"{published:.4g}", f"{measured:.4g}")
         run.give(
             found,
-            f"[bold]{target.paper}[/] · {target.where} · perplexity of {target.text} in windows of {target.seq_len}",
-            f"compressed: measured {small:.3f}, published {target.value:g}",
-            f"dense:      measured {dense:.3f}, published {target.dense if target.dense is not None else 'not given'}",
-            f"differs: {target.differs or 'nothing known'}",
+            f"[bold]{target.paper}[/] · {target.where}",
+            f"{result.method}, keep {result.keep:.4f} · perplexity of {target.text} in windows of {target.seq_len}",
+            table,
+            f"differs: {target.differs or 'nothing known'}" + (f"; measured on {model}" if model else ""),
         )
+
+
+def find_factor(value: float | None, dense: float | None, factor: float | None) -> float | None:
+    """How many times the dense perplexity was published, given or worked out."""
+    return factor if value is None else None if dense is None else value / dense

@@ -20,4 +20,5 @@ def resume(
         from planish.compress import resume as finish
 
         result = finish(output, run.progress)
+        run.note(result.warnings)
         run.give(result.as_dict(), f"[bold]{result.method}[/] · keep {result.keep:.4f} · {result.output}")

@@ -66,6 +66,9 @@ def explain(error: Exception) -> int:
     if isinstance(error, InputError):
         say(f"error: {error}")
         return WRONG_INPUT
+    if name == "ProcessLost":
+        say(f"error: {error}; take it up with planish resume where blocks were finished")
+        return INTERRUPTED
     if isinstance(error, OSError) and error.errno in _REFUSED:
         say(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error.strerror}")
         return WRONG_INPUT
@@ -112,8 +115,13 @@ def session(as_json: bool) -> Iterator[Session]:
             yield found
     finally:
         logging.disable(level)
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+    if is_first():
         found.show()
+
+
+def is_first() -> bool:
+    """Of several processes the first one speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Session:
@@ -138,6 +146,11 @@ class Session:
         if phase not in self.tasks:
             self.tasks[phase] = self.bars.add_task(phase, total=total)
         self.bars.update(self.tasks[phase], completed=done, total=total)
+
+    def note(self, warnings: list[str]) -> None:
+        """What a run has to say besides its result."""
+        for warning in warnings if is_first() else []:
+            say(f"note: {warning}")
 
     def give(self, result: dict[str, Any], *view: Any) -> None:
         """The command's result: as data for `--json`, and as renderables for people."""

@@ -7,7 +7,8 @@ Local files (.jsonl), one example per line, in one of three forms; all are score
     {"context": ..., "continuation": ...}                               is the greedy continuation the given one (LAMBADA)
 
 `acc` picks the largest log-probability, `acc_norm` the largest per byte of the choice, as the Eleuther evaluation harness
-does. Any other name is a task of that harness (the `eval` extra), which runs on the same in-memory model.
+does. Any other name is a task of that harness (the `eval` extra), which runs on the same in-memory model; a .yaml file is a
+task of it with data of your own (its `!function` tags, which would run code, are refused).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
 from planish.errors import InputError
@@ -203,13 +205,14 @@ def evaluate_names(
         raise InputError(
             f"tasks {', '.join(names)} need lm_eval · pip install 'planish[eval]', or give local .jsonl files"
         ) from None
+    chosen = [read_config(Path(n)) if is_config(n) else n for n in names]
     try:
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=names,
+            tasks=chosen,
             num_fewshot=0,
             limit=limit,
-            bootstrap_iters=0,
+            bootstrap_iters=100,  # 0 would leave out the standard errors of means as well
             log_samples=False,
         )
     except (KeyError, ValueError, OSError, RuntimeError, ImportError) as error:
@@ -230,6 +233,21 @@ def evaluate_names(
     return scores
 
 
+def is_config(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A task of the harness from a file."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read task {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict) or not config.get("task"):
+        raise InputError(f"task {path} is no task of lm_eval: expected a mapping with the key 'task'")
+    return config
+
+
 def evaluate_tasks(
     model: nn.Module,
     tokenizer: Any,
@@ -241,7 +259,7 @@ def evaluate_tasks(
     """Local files and harness names, in the order given (files first)."""
     if tokenizer is None:
         raise InputError("tasks need a tokenizer, and the model's folder has none")
-    files = [t for t in tasks if t.endswith(".jsonl") or Path(t).exists()]
+    files = [t for t in tasks if t.endswith(".jsonl") or (Path(t).exists() and not is_config(t))]
     names = [t for t in tasks if t not in files]
     for file in files:
         if not Path(file).is_file():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from planish.checkpoint import find_folder, load, load_config, load_tokenizer
+from planish.checkpoint import find_folder, load_config, load_exact, load_tokenizer
 from planish.errors import InputError
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
@@ -247,7 +247,7 @@ def verify(
             got_ids = runner.encode(PROBE)
         usual = getattr(runner, "tolerance", TOLERANCES[target])
         del runner
-    reference = Transformers(load(reference_folder, dtype=torch.float32), load_tokenizer(reference_folder))
+    reference = Transformers(load_exact(reference_folder, dtype=torch.float32), load_tokenizer(reference_folder))
     want, want_greedy, want_ids = reference.logits(ids), reference.greedy(ids, new_tokens), reference.encode(PROBE)
     if got.shape != want.shape:
         raise InputError(f"{target} gives logits of shape {tuple(got.shape)}, transformers {tuple(want.shape)}")
@@ -284,7 +284,7 @@ def open_target(path: Path, target: str, file: str | Path | None, context: int, 
         if is_carrier(path):
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
         else:
-            model = load(path, dtype=torch.float32)
+            model = load_exact(path, dtype=torch.float32)
         return Transformers(model, load_tokenizer(path)), str(path)
     if target == "vllm":
         return Vllm(path, context), str(path)

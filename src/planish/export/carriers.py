@@ -109,6 +109,43 @@ def export_deci(
     return write(source, Path(output), "deci", settings, prepare, dtype, overwrite)
 
 
+def find_carrier(folder: str | Path) -> str | None:
+    """ "mimo" or "deci" where that architecture holds a compressed folder as it is, without a zero and without planish.
+
+    mimo: fewer value dimensions, equal in all blocks, and equal MLP widths; deci: MLP widths per block and removed submodules.
+    """
+    try:
+        source = open_folder(folder, "mimo")
+    except InputError:
+        return None
+    values, widths, removed = set(), set(), False
+    for i, spec in enumerate(source.specs):
+        shape = source.shape(i)
+        attention, mlp, linears = (spec.get(n, {}) for n in ("attention", "mlp", "linears"))
+        empty = [
+            not (f.get("rank") or f.get("gate") or f.get("shift"))
+            for f in (attention, mlp)
+            if f.get("kind") == "bypass"
+        ]
+        cut = attention.get("kind") == "own" and (
+            attention["qk"] != shape.qk or attention.get("pairs") or "k_rank" in attention
+        )
+        if cut or not all(empty) or any(f["kind"] != "dense" for f in linears.values()):
+            return None
+        removed = removed or bool(empty)
+        if attention.get("kind") != "bypass":
+            values.add(attention.get("v", shape.v))
+        if mlp.get("kind") != "bypass":
+            widths.add(linears.get("down", {}).get("in", shape.intermediate))
+    full = source.shape(0)
+    if not removed and len(values) == len(widths) == 1 and max(values) < full.v:
+        return "mimo"
+    biased = any(n.endswith(".bias") for n in source.files)
+    first = source.specs[0].get("attention", {}).get("kind") == "bypass"  # deci would fill it up
+    held = values <= {full.v} and not first and not biased and full.rotary == full.qk
+    return "deci" if held and source.compressed else None
+
+
 def open_folder(folder: str | Path, target: str) -> Folder:
     source = Folder(folder)
     kind, config = source.family.model_type, source.stock_config
@@ -172,6 +209,7 @@ def write(
         writer.text("config.json", json.dumps(settings, indent=2) + "\n")
         copy_files(source, writer)
         size, total = writer.bytes, writer.parameters
+        weights = size - writer.index_bytes
         writer.close()
     except BaseException:
         writer.abort()
@@ -180,7 +218,7 @@ def write(
     notes = [f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights"] if back else []
     if total - stored != back:
         notes.append(f"zeros to fit {target}, less norms of removed submodules: {total - stored - back:+,} weights")
-    notes += describe_products(total, size, source.itemsize) if dtype is None else []
+    notes += describe_products(total, weights, source.itemsize) if dtype is None else []
     return Written(
         target, str(output), settings["architectures"][0], dtype or "as stored", total, stored, size, "copied", notes
     )

@@ -59,6 +59,7 @@ def export_dense(
         kind = write_config(writer, like, specs, shapes)
         copy_files(source, writer)
         size, total = writer.bytes, writer.parameters
+        weights = size - writer.index_bytes
         writer.close()
     except BaseException:
         writer.abort()
@@ -70,7 +71,7 @@ def export_dense(
         notes.append(f"filled up with zeros: {total - stored - back:+,} weights")
     if kind != "native":
         notes.append("blocks differ in shape: the folder still needs planish or its own modelling files (or --pad)")
-    notes += describe_products(total, size, source.itemsize) if dtype is None else []
+    notes += describe_products(total, weights, source.itemsize) if dtype is None else []
     return Written("dense", str(writer.output), kind, dtype or "as stored", total, stored, size, "copied", notes)
 
 

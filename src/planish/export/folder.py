@@ -56,10 +56,9 @@ class Folder:
         return len(self.blocks)
 
     def count(self) -> int:
-        """Stored parameters, tied ones once."""
-        return sum(t.numel() for t in self.outside().values()) + sum(
-            self.tensor(n).numel() for n in self.files if n.startswith(self.family.blocks + ".")
-        )
+        """Stored parameters, tied ones once; index tables are none."""
+        inside = (self.tensor(n) for n in self.files if n.startswith(self.family.blocks + "."))
+        return sum(t.numel() for part in (self.outside().values(), inside) for t in part if t.is_floating_point())
 
     @cached_property
     def itemsize(self) -> int:
@@ -68,6 +67,8 @@ class Folder:
         return self.tensor(name).element_size()
 
     def tensor(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
         try:
             with safe_open(self.files[name], "pt") as handle:
                 return handle.get_tensor(name)
@@ -76,13 +77,17 @@ class Folder:
 
     def block(self, i: int) -> nn.Module:
         """A canonical copy of block i (fused linears split) in the stored dtype."""
+        return split_block(self.stored_block(i), self.family, self.config)
+
+    def stored_block(self, i: int) -> nn.Module:
+        """A copy of block i under its stored names, in the stored dtype."""
         block = copy.deepcopy(self.blocks[i])
         prefix = f"{self.family.blocks}.{i}."
         for name in block.state_dict():
             if prefix + name not in self.files:
                 raise InputError(f"tensor {prefix}{name} is missing in {self.path}: the checkpoint is incomplete")
             set_parameter(block, name, self.tensor(prefix + name))
-        return split_block(block, self.family, self.config)
+        return block
 
     def outside(self) -> dict[str, Tensor]:
         """Stored tensors that belong to no block."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from planish.checkpoint import load, load_config
+from planish.checkpoint import load_config, load_exact
 from planish.errors import InputError
 from planish.export.written import Written
 
@@ -60,8 +60,7 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
     if dtype not in DTYPES:
         raise InputError(f"unknown ONNX type {dtype!r}; expected one of {', '.join(DTYPES)}")
     config = load_config(Path(folder))
-    softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    model = load(folder, dtype=DTYPES[dtype], attn_implementation="eager" if softcap else "sdpa")
+    model = load_exact(folder, dtype=DTYPES[dtype])
     step = Step(model)
     ids = torch.zeros(2, 5, dtype=torch.long)
     with torch.no_grad():

@@ -58,7 +58,11 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     folder = Path(folder)
     path = Path(output) if output else folder / "report.html"
     try:
-        write_text(path, make_page(read_results(folder)))
+        page = make_page(read_results(folder))
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+        raise InputError(f"cannot report on {folder}: its files are not what planish wrote there ({error!r})") from None
+    try:
+        write_text(path, page)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
     return path

@@ -59,6 +59,11 @@ class LinearSVD(Solver):
             return [Tap(f"dense:{site}", "gram"), Tap(site, "gram"), Tap(f"dense:{site}", "cross", site)]
         return [Tap(site, "gram")] + ([Tap(site, "magnitudes")] if self.metric == "diagonal" else [])
 
+    def memory(self, unit: Unit, shape: Shape) -> int:
+        out, n = shape.linear(unit.name)
+        grams = n * n * (1 + 2 * self.update + 2 * (out > n))  # mean moments; a root of them
+        return grams + 3 * out * n + 6 * min(out, n) ** 2
+
     def gram_tap(self, unit: Unit) -> Tap:
         return Tap(("dense:" if self.update else "") + input_site(unit.name), "gram")
 
@@ -119,6 +124,10 @@ class TwoStageSVD(LinearSVD):
     name: ClassVar[str] = "two-stage-svd"
     beta: float = 0.05
     residual_metric: Literal["plain", "whitened"] = "plain"
+
+    def memory(self, unit: Unit, shape: Shape) -> int:
+        out, n = shape.linear(unit.name)
+        return super().memory(unit, shape) + 6 * out * n
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         w = weights[unit.name].double()
@@ -182,6 +191,10 @@ class AnchoredSVD(LinearSVD):
     anchor: float = 1.0
     fit: Literal["closed", "alternating"] = "closed"
     damping: float = 1e-3
+
+    def memory(self, unit: Unit, shape: Shape) -> int:
+        out, n = shape.linear(unit.name)
+        return 8 * n * n + 6 * out * n + 6 * min(out, n) ** 2
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         site = input_site(unit.name)

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
+from planish import stats as stats_file
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.edits import neuron_edits
-from planish.linalg import nystrom, ridge_leverage, selection_losses
+from planish.grams import TILE, Refits, ridge_leverage, slicing_losses
 from planish.stats import Stats, Tap
 
 
@@ -18,7 +21,8 @@ class Neurons(Solver):
 
     `score`: "leverage" = ridge leverage diag(C (C + λI)⁻¹) with λ = ridge · mean diag C (FLAT-LLM, MoDeGPT);
     "energy" = E[x_i²] ‖w_i‖² (A3, equal to its λ_i because R^½ is symmetric). `refit`: least squares of down on the
-    kept neurons; otherwise its columns are sliced. Predicted loss: E‖W x − W' x_J‖² exactly, at every rank.
+    kept neurons; otherwise its columns are sliced. Predicted loss: E‖W x − W' x_J‖² exactly, at every rank, from one
+    Cholesky factor in the order of the scores, inside the Gram (see `planish.grams`).
 
     Differs from FLAT-LLM's repository: λ is relative to the Gram's scale (its λ = 1 on an unnormalised Gram
     saturates every score near 1), and the refit is damped (its inverse is not).
@@ -42,22 +46,32 @@ class Neurons(Solver):
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("down.in", "gram")]
 
+    def memory(self, unit: Unit, shape: Shape) -> int:
+        n = shape.intermediate
+        own = n * n if 8 * n * n < stats_file.WIDE else 0  # a copy of the Gram, unless it is wide
+        return own + 3 * shape.hidden * n + 4 * TILE * n
+
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
-        gram = stats.mean(Tap("down.in", "gram"))
-        down = weights["down"].double()
+        gram, tokens = stats.take(Tap("down.in", "gram"))
+        down = weights["down"]
         if self.score == "leverage":
             score = ridge_leverage(gram, self.ridge)
         else:
-            score = gram.diagonal() * down.square().sum(0)
+            score = gram.diagonal() * torch.linalg.vector_norm(down, dim=0, dtype=gram.dtype).square()
         order = score.argsort(descending=True, stable=True)
-        loss = selection_losses(gram, down, order, self.refit, self.damping)
-        roles = [n for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights]
-        return Frontier(unit, loss, {"order": order, "gram": gram, **{n: weights[n] for n in roles}})
+        factors = {n: weights[n] for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights}
+        if not self.refit:
+            return Frontier(unit, slicing_losses(gram, down, order) / tokens, factors | {"order": order})
+        refits = Refits(gram, down, order, self.damping)
+        return Frontier(unit, refits.losses() / tokens, factors | {"order": order, "refits": refits})
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= shape.intermediate:
             return []
         f = frontier.factors
-        kept = f["order"][:rank].sort().values
-        down = nystrom(f["gram"], kept, f["down"], self.damping) if self.refit else f["down"][:, kept]
+        if self.refit:
+            kept, down = f["refits"].at(rank)
+        else:
+            kept = f["order"][:rank].sort().values
+            down = f["down"].double()[:, kept]
         return neuron_edits(f, kept, down)
