@@ -6,7 +6,7 @@
 
 Methods take turns, so that a busy machine slows all of them; a cell is the median over turns, the ratio the median of the
 turns' ratios. "Calibration" is everything that runs calibration text or takes sums over it (statistics, gradients, search
-and the stream between solves); choosing ranks, solving and writing are stated beside it. Text is tokenised once, before.
+and the stream between solves); frontiers, choosing ranks, solving and writing are stated beside it. Text is tokenised once, before.
 """
 
 from __future__ import annotations

@@ -302,7 +302,8 @@ class Job:
             if f := self.cache.losses(stats.origin, used, unit):
                 found[unit] = f
                 continue
-            f = used.decompose(unit, weights, stats, self.shapes[i])
+            with self.phase("frontiers"):
+                f = used.decompose(unit, weights, stats, self.shapes[i])
             found[unit] = Frontier(unit, f.loss, {}, f.nats)
             new.append((used, found[unit]))
         self.cache.keep_losses(stats.origin, new)
