@@ -68,7 +68,7 @@ def test_paths_are_printed_as_they_are(run, tmp_path):
 def test_papers_are_listed_from_the_checkout(run):
     names = json.loads(run("reproduce", "--json").stdout)["recipes"]
     files = Path(__file__).resolve().parent.parent / "recipes" / "papers"
-    assert names == sorted(p.stem for p in files.glob("*.yaml"))
+    assert sorted(names) == sorted(p.stem for p in files.glob("*.yaml"))
 
 
 def test_wheel_holds_data_and_recipes(tmp_path):
