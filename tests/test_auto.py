@@ -12,6 +12,7 @@ import torch
 import planish
 import tiny
 from planish.activations import Room
+from planish.budgets import Asked
 from planish.checkpoint import apply_edits
 from planish.compress import Job, compress, read_weights
 from planish.core import Unit
@@ -21,6 +22,7 @@ from planish.kept import Kept
 from planish.methods import find_method
 from planish.modules import find_blocks
 from planish.solvers.fisher_bypass import FisherBypass
+from planish.solvers.key_latent import KeyLatent
 from planish.sources import MemorySource, open_source
 from planish.stats import Stats, Tap
 from planish.stream import Stream
@@ -247,3 +249,58 @@ def test_an_anchored_bypass_is_the_regression_on_the_compressed_inputs():
     anchored_fit = solver.decompose(unit, {}, again, shape)
     for name in ("B", "A", "mu", "nu"):
         torch.testing.assert_close(anchored_fit.factors[name], dense_fit.factors[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_latent_keys_are_the_best_of_their_rank_in_nats(group):
+    """Predicted loss = ½ tr(G E[e eᵀ]) of what `truncate` gives; no other latent of the rank does better nearby."""
+    s = stream("llama_bias")
+    solver, unit, shape = KeyLatent(group, nats=True), Unit(1, "keys"), s.source.shape(1)
+    taps, found = solver.taps(unit, shape), {}
+    s.sweep_back(lambda h: taps if h.block == 1 else [], lambda i, block, stats: found.setdefault(i, stats))
+    weights = read_weights(s.block(1), s)
+    gram, metric = (found[1].mean(t) for t in taps)
+    frontier = solver.decompose(unit, weights, found[1], shape)
+    k = weights["k"].double().unflatten(0, (len(gram), -1))
+    assert float(frontier.loss[-1]) == 0 and not solver.truncate(frontier, solver.ranks(unit, shape)[-1], shape)
+    generator = torch.Generator().manual_seed(0)
+    for rank in (1, 3, 6):
+        linear, attention = solver.truncate(frontier, rank, shape)
+        up, w = attention.tensors["U"], linear.tensors["weight"].unflatten(0, (len(gram), -1))
+        down = torch.linalg.lstsq(k.mT, w.mT).solution.mT  # w = down k, k of full row rank
+        torch.testing.assert_close(down @ k, w, rtol=1e-9, atol=1e-9)
+
+        def loss(up, down):
+            error = torch.eye(gram.shape[-1], dtype=torch.float64) - up @ down
+            return float((metric * (error @ gram @ error.mT)).sum()) / 2
+
+        best = loss(up, down)
+        assert best == pytest.approx(float(frontier.loss[rank]), rel=1e-6)
+        for size in (1e-1, 1e-2):
+            other = up + size * torch.randn(up.shape, generator=generator, dtype=torch.float64)
+            assert loss(other, down) >= best * (1 - 1e-9)
+            other = down + size * torch.randn(down.shape, generator=generator, dtype=torch.float64)
+            assert loss(up, other) >= best * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen3", "opt"])
+def test_a_budget_of_the_cache_takes_latent_keys(name, tmp_path):
+    """Under --kv-keep keys may become latents, the real cache is as small as reported; without it, or structural, not."""
+    model = tiny.build(name)
+    with_cache = Job(Stream(MemorySource(model), WINDOWS), find_method("auto"), asked=Asked(keep=0.9, kv_keep=0.5))
+    assert any(u.name == "keys" for u in with_cache.units)
+    for settings, asked in (({}, Asked(keep=0.5)), ({"units": "structural"}, Asked(kv_keep=0.75))):
+        job = Job(Stream(MemorySource(model), WINDOWS), find_method("auto", settings), asked=asked)
+        assert not any(u.name == "keys" for u in job.units)
+    result = compress(model, output=tmp_path / "m", kv_keep=0.4, method="auto", windows=WINDOWS)
+    plan = json.loads((tmp_path / "m" / "planish.json").read_text())
+    cut = [u for u, r in plan["plan"].items() if u.endswith(".keys") and r < plan["full"][u]]
+    assert cut
+    small = planish.load(tmp_path / "m")
+    with torch.no_grad():
+        cache = small(WINDOWS[:1, :8], use_cache=True).past_key_values
+        whole = small(WINDOWS[:1, :9]).logits[:, -1]
+        step = small(WINDOWS[:1, 8:9], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) / 9
+    assert held * 4 == result.kv_bytes_per_token_after

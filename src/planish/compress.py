@@ -101,7 +101,7 @@ class Job:
         self.units: dict[Unit, Solver] = {}
         for solver in method.solvers():
             for shape in self.shapes:
-                units = solver.units(shape)
+                units = [u for u in solver.units(shape) if method.takes(u, self.asked.given)]
                 if self.cache_only:  # nothing else is cut then
                     units = [u for u in units if solver.cache(u, shape, solver.ranks(u, shape)[-1]) > 0]
                 self.units |= dict.fromkeys(units, solver)

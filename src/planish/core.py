@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -199,6 +199,10 @@ class Method(ABC):
         """Solvers that together cover the units it cuts; no unit belongs to two of them."""
 
     aliases: ClassVar[tuple[str, ...]] = ()
+
+    def takes(self, unit: Unit, budgets: Container[str]) -> bool:
+        """Whether it cuts this unit under budgets of these names (see `planish.budgets`)."""
+        return True
 
     def plan(self, job: Job) -> Plan:
         """Ranks within the budget; uniform unless the recipe says otherwise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import asdict, dataclass, replace
 from math import exp
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -12,20 +13,24 @@ from planish.allocate import Alternative, BudgetError, Curve, choose
 from planish.core import Frontier, Method, Plan, Shape, Solver, Unit
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
+from planish.solvers.key_latent import KeyLatent
 from planish.solvers.two_sided import TwoSided
 from planish.stats import Stats, Tap
 
 if TYPE_CHECKING:
     from planish.compress import Job
 
-ATTENTION_UNITS = ("q", "k", "v", "o", "qk", "vo", "attention")
+ATTENTION_UNITS = ("q", "k", "v", "o", "qk", "keys", "vo", "attention")
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 WAYS = {  # alternatives for a submodule: units that go together
-    "attention": (("q", "k", "v", "o"), ("qk", "vo"), ("q", "k", "vo"), ("attention",)),
+    "attention": (
+        *(("q", "k", "v", "o"), ("qk", "vo"), ("q", "k", "vo"), ("attention",)),
+        *(("q", "keys", "v", "o"), ("q", "keys", "vo"), ("keys", "vo")),
+    ),
     "ffn": (("gate", "up", "down"), ("mlp",), ("ffn",)),
 }
 # the linears that a unit holds, where it is not one itself
-HOLDS = {"qk": ("q", "k"), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
+HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
 SATURATES = 0.1  # predicted nats per token above which plans are compared by measured loss
 HELD = 4  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
@@ -55,7 +60,7 @@ class Weighing:
         name, depth = curve.unit.name, curve.unit.block / max(blocks - 1, 1)
         weight = exp(self.tilt * (1 - 2 * depth))
         weight *= self.attention if name in ATTENTION_UNITS else 1.0
-        weight *= self.keys if name in ("q", "k", "qk") else 1.0
+        weight *= self.keys if name in ("q", "k", "qk", "keys") else 1.0
         weight *= self.bypass if name in ("attention", "ffn") else 1.0
         loss = weight * curve.loss
         return replace(curve, loss=loss * (1 + self.steep * loss))
@@ -73,7 +78,8 @@ class Auto(Method):
     One pass forward and back measures input moments and gradient moments (labels sampled from the model); every unit's
     frontier is then in nats per token, and each submodule takes the alternative that is best at the budget's price.
     `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only; `bypass` adds fitted affine maps
-    in place of whole submodules. `anchor`: share of the uncompressed model's activations in the target of each solve
+    in place of whole submodules. Under a budget of the KV cache keys may also become latents (see `KeyLatent`), unless
+    `units` is "structural". `anchor`: share of the uncompressed model's activations in the target of each solve
     (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `rounds`: gradients are measured
     again on the model compressed so far after each equal share of the cut.
     `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order prediction saturates, so a cut
@@ -101,13 +107,17 @@ class Auto(Method):
     def solvers(self) -> list[Solver]:
         structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
         structural += [FisherPairs(), *([FisherBypass(self.ridge, self.anchor)] if self.bypass else [])]
-        linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge)]
+        linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge), KeyLatent(nats=True)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
+
+    def takes(self, unit: Unit, budgets: Container[str]) -> bool:
+        """Keys as latents save nothing but cache, at a time per token that no table of latencies holds."""
+        return unit.name != "keys" or ("kv_keep" in budgets and "max_latency" not in budgets)
 
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         if not self.anchor:
             return [units]
-        order = (("q", "k", "qk", "v", "attention"), ("o", "vo"), ("gate", "up", "ffn"), ("down", "mlp"))
+        order = (("q", "k", "qk", "keys", "v", "attention"), ("o", "vo"), ("gate", "up", "ffn"), ("down", "mlp"))
         return [s for s in ([u for u in units if u.name in names] for names in order) if s]
 
     def plan(self, job: Job) -> Plan:
@@ -178,7 +188,7 @@ class Auto(Method):
 
     def measure_again(self, job: Job, plan: Plan) -> dict[Unit, Frontier]:
         """Frontiers of the uncompressed weights with gradients of the model under `plan`, wherever they still exist."""
-        gone = {"qk": "qk", "vo": "v", "mlp": ("gate", "up"), "attention": ATTENTION, "ffn": MLP}
+        gone = {"qk": "qk", "keys": "k", "vo": "v", "mlp": ("gate", "up"), "attention": ATTENTION, "ffn": MLP}
         edits = job.solve_stored(plan)
         frontiers: dict[Unit, Frontier] = {}
 
@@ -206,6 +216,8 @@ class Auto(Method):
                 found = {}
                 for way in ways:
                     present = tuple(n for n in way if Unit(shape.block, n) in curves)
+                    if "keys" in way and "keys" not in present:
+                        continue
                     held = {r for n in present for r in HOLDS.get(n, (n,))}
                     rest = [r for r in HOLDS[name] if r in shape.roles and r not in held]
                     chosen = tuple(curves[Unit(shape.block, n)] for n in present)

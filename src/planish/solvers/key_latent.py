@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights, compute_loss_tails
-from planish.linalg import eigh_descending
+from planish.linalg import eigh_descending, metric_svd
 from planish.stats import Stats, Tap
 
 
@@ -20,12 +20,15 @@ class KeyLatent(Solver):
     Q: top eigenvectors of E[k kᵀ] of the group before norm and rotation, biases included, which is the whitened SVD of
     the group's W_k without a root. Costs r · groups · (hidden + group · d) and the product Q z per cached token at every
     step; works with rotary positions and with normalised keys. Predicted loss: Σ of dropped eigenvalues.
+    `nats`: in place of Q the best k ≈ B A k in the metric of E[g gᵀ], g the gradient of the loss at the keys (sampled
+    labels); predicted loss ½ tr(E[g gᵀ] E[e eᵀ]) summed over the groups, in nats per token.
     Reference: Palu (arXiv 2407.21118), G-LRD. Differs from the paper: biases are part of the latent.
     """
 
     name: ClassVar[str] = "key-latent"
     exempt: ClassVar[dict[str, str]] = {"exact": "keys are rebuilt inside the attention, where no site shows them"}
     group: int = 4
+    nats: bool = False
 
     def heads(self, shape: Shape) -> int:
         """Kv heads that share a latent: the largest divisor of their number up to `group`."""
@@ -51,23 +54,36 @@ class KeyLatent(Solver):
         return shape.heads * shape.qk + (0 if rank >= full else shape.kv_heads * shape.qk * rank)  # scores, and U z
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
-        return [Tap("k.out", "head_gram", heads=shape.kv_heads // self.heads(shape))]
+        groups = shape.kv_heads // self.heads(shape)
+        if self.nats:
+            return [Tap(f"{prefix}:k.out", "head_gram", heads=groups) for prefix in ("dense", "grad")]
+        return [Tap("k.out", "head_gram", heads=groups)]
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
-        values, vectors = eigh_descending(stats.mean(self.taps(unit, shape)[0]))
-        loss = compute_loss_tails(values.clamp(min=0).sum(0))
-        return Frontier(unit, loss, {"Q": vectors, **{n: weights[n] for n in ("k", "k.bias") if n in weights}})
+        held: Weights = {n: weights[n] for n in ("k", "k.bias") if n in weights}
+        found = [stats.mean(tap) for tap in self.taps(unit, shape)]
+        if self.nats:
+            eye = torch.eye(self.heads(shape) * shape.qk, dtype=torch.float64)
+            low = [metric_svd(eye, gram, metric) for gram, metric in zip(*found, strict=True)]
+            return Frontier(unit, torch.stack([f.tails() for f in low]).sum(0) / 2, {"low": low, **held}, nats=True)
+        values, vectors = eigh_descending(found[0])
+        return Frontier(unit, compute_loss_tails(values.clamp(min=0).sum(0)), {"Q": vectors, **held})
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         f = frontier.factors
         if rank >= self.heads(shape) * shape.qk:
             return []
-        q = f["Q"][..., :rank]  # (groups, heads of a group · qk, rank)
-        w = (q.mT @ f["k"].double().unflatten(0, (len(q), -1))).flatten(0, 1)
+        if self.nats:
+            pairs = [low.at(rank) for low in f["low"]]
+            up, down = torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
+        else:
+            up = f["Q"][..., :rank]  # (groups, heads of a group · qk, rank)
+            down = up.mT
+        w = (down @ f["k"].double().unflatten(0, (len(up), -1))).flatten(0, 1)
         tensors: dict[str, torch.Tensor] = {"weight": w}
         if "k.bias" in f:
-            tensors["bias"] = (q.mT @ f["k.bias"].double().view(len(q), -1, 1)).flatten()
+            tensors["bias"] = (down @ f["k.bias"].double().view(len(up), -1, 1)).flatten()
         return [
             Edit("k", {"kind": "dense", "out": w.shape[0], "in": w.shape[1]}, tensors),
-            Edit("attention", {"kind": "own", "k_rank": rank, "k_groups": len(q)}, {"U": q}),
+            Edit("attention", {"kind": "own", "k_rank": rank, "k_groups": len(up)}, {"U": up}),
         ]
