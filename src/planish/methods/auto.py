@@ -93,7 +93,7 @@ class Auto(Method):
     reference: ClassVar[str] = "planish"
 
     units: Literal["any", "structural", "linear"] = "any"
-    anchor: float = 0.5
+    anchor: float = 0.25
     ridge: float = 1e-3
     bypass: bool = False
     rounds: int = 1
