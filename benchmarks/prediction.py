@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from structural import split_text
 
 import planish
 from planish.api import read_calibration
@@ -112,17 +113,6 @@ def measure_plans(args: argparse.Namespace, text: dict, held: str, scratch: Path
         numbers = (f"{x:.6g}" for x in (notes["predicted_loss"], *added))
         rows.append((args.name, f"keep {keep:g}", PLAN, "", f"{keep:g}", *numbers))
     return rows
-
-
-def split_text(text: Path | None, scratch: Path) -> tuple[str, str]:
-    """Calibration and held-out sources."""
-    if text is None:
-        return "builtin", "builtin"
-    content = text.read_text(encoding="utf-8")
-    cut = content.rfind("\n", 0, len(content) * 3 // 4)
-    (scratch / "fit.txt").write_text(content[:cut], encoding="utf-8")
-    (scratch / "test.txt").write_text(content[cut:], encoding="utf-8")
-    return str(scratch / "fit.txt"), str(scratch / "test.txt")
 
 
 def store(table: Path, name: str, new: list[dict[str, str]]) -> None:
