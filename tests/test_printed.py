@@ -127,6 +127,8 @@ def test_readme_repeats_the_tables(monkeypatch):
         "the solve's speed-up is another in speed.md"
     )
     said = re.search(r"([\d.]+) GB of weights in (\d+) blocks peaked at ([\d.]+) GB resident, (\d+) %", readme).groups()
-    row = re.search(r"\| [^|]+ \| (\d+) \| ([\d.]+) GB \| [^|]+ \| \d+ \| [\d.]+ GB \| ([\d.]+) GB \| \*\*([\d.]+)%", memory)
+    row = re.search(
+        r"\| [^|]+ \| (\d+) \| ([\d.]+) GB \| [^|]+ \| \d+ \| [\d.]+ GB \| ([\d.]+) GB \| \*\*([\d.]+)%", memory
+    )
     blocks, size, peak, share = row.groups()
     assert (f"{float(size):.1f}", blocks, peak, f"{float(share):.0f}") == said
