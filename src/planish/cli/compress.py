@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from planish.cli import options as o
-from planish.cli.run import format_bytes, format_seconds, make_comparison, say, session
+from planish.cli.run import compare_sizes, format_bytes, format_seconds, say, session
 
 
 def compress(
@@ -88,19 +88,7 @@ def compress(
         run.give(
             result.as_dict(),
             f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {asked}) · {escape(result.output)} ({how})",
-            make_comparison(
-                [
-                    ("parameters", result.params_before, result.params_after),
-                    ("parameters of the blocks' linears", result.block_params_before, result.block_params_after),
-                    ("bytes of weights", result.bytes_before, result.bytes_after),
-                    (
-                        f"FLOPs per token, {result.context} tokens of context",
-                        result.flops_per_token_before,
-                        result.flops_per_token_after,
-                    ),
-                    ("KV cache, bytes per token", result.kv_bytes_per_token_before, result.kv_bytes_per_token_after),
-                ]
-            ),
+            compare_sizes(result),
             *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
             *stock,

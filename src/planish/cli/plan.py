@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from planish.cli import options as o
-from planish.cli.run import format_bytes, format_seconds, make_comparison, make_table, say, session
+from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_table, say, session
 
 
 def plan(
@@ -65,19 +65,7 @@ def plan(
             found.as_dict(),
             f"[bold]{found.method}[/] · keep {found.keep:.4f} (asked {asked}) · {measured} · nothing is written",
             make_ranks(found.units),
-            make_comparison(
-                [
-                    ("parameters", found.params_before, found.params_after),
-                    ("parameters of the blocks' linears", found.block_params_before, found.block_params_after),
-                    ("bytes of weights", found.bytes_before, found.bytes_after),
-                    (
-                        f"FLOPs per token, {found.context} tokens of context",
-                        found.flops_per_token_before,
-                        found.flops_per_token_after,
-                    ),
-                    ("KV cache, bytes per token", found.kv_bytes_per_token_before, found.kv_bytes_per_token_after),
-                ]
-            ),
+            compare_sizes(found),
             *make_losses(found),
             *o.show_latency(found),
             f"compressing takes about {format_seconds(found.seconds)}, {format_bytes(found.peak_ram_bytes)} of memory"

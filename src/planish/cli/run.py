@@ -11,13 +11,17 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
 from planish.errors import InputError
+
+if TYPE_CHECKING:
+    from planish.compress import Result
+    from planish.forecast import Forecast
 
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 WIDE = 160  # columns of tables that no terminal shows
@@ -188,10 +192,20 @@ def make_table(*headings: str, title: str | None = None) -> Table:
     return table
 
 
-def make_comparison(rows: list[tuple[str, float, float]]) -> Table:
-    """What is counted before and after, and the share that stays."""
+def compare_sizes(found: Result | Forecast) -> Table:
+    """What is counted before and after compressing, and the share that stays."""
     table = make_table("", "before", "after", "kept")
-    for name, before, after in rows:
+    for name, before, after in (
+        ("parameters", found.params_before, found.params_after),
+        ("parameters of the blocks' linears", found.block_params_before, found.block_params_after),
+        ("bytes of weights", found.bytes_before, found.bytes_after),
+        (
+            f"FLOPs per token, {found.context} tokens of context",
+            found.flops_per_token_before,
+            found.flops_per_token_after,
+        ),
+        ("KV cache, bytes per token", found.kv_bytes_per_token_before, found.kv_bytes_per_token_after),
+    ):
         table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.1%}" if before else "")
     return table
 
