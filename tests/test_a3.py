@@ -380,6 +380,25 @@ def test_latent_keys_are_rebuilt_before_norm_and_rotation(name, tmp_path):
         m.generate(ids, use_cache=c, **options) for m, c in ((small, True), (small, False), (model, True))
     )
     assert torch.equal(cached, fresh) and torch.equal(cached, dense)
+    if shape.rotary:
+        check_positions(small, model, ids)
+
+
+@torch.no_grad()
+def check_positions(small: nn.Module, dense: nn.Module, ids: Tensor) -> None:
+    """Positions with a gap, and a token behind a right-padded prompt, as in the dense model."""
+    outputs = []
+    gap, ones = torch.tensor([[0, 1, 2, 3, 9, 10]]).expand_as(ids), torch.ones_like(ids)
+    mask = ones.clone()
+    mask[0, 4:] = 0  # right padding
+    for model in (small, dense):
+        far = model(ids, position_ids=gap, attention_mask=ones).logits
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        more = {"attention_mask": torch.cat([mask, ones[:, :1]], 1), "position_ids": torch.tensor([[4], [6]])}
+        near = model(ids[:, :1], past_key_values=cache, **more).logits
+        outputs.append((far, near))
+    for own, other in zip(*outputs, strict=True):
+        assert float((own - other).abs().max()) < 1e-4
 
 
 @torch.no_grad()

@@ -296,7 +296,7 @@ class Latent(Attention):
     """Attention that caches `rank` numbers for each of `groups` sets of kv heads in place of their keys.
 
     Keys are rebuilt at every call, k = U z with U (groups, heads of a group · qk, rank), then normalised and rotated at
-    their index in the cache (scores depend on relative positions alone). Costs a product with U per cached token.
+    their positions, which the cache's layer remembers. Costs a product with U per cached token.
     """
 
     def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, rank: int, groups: int):
@@ -330,7 +330,8 @@ class Latent(Attention):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.tables is not None:
-            at = torch.arange(key.shape[2], device=key.device)[None]
+            layer = None if cache is None else cache.layers[self.layer_idx]
+            at = find_positions(layer, kwargs.get("position_ids"), shape[1], key)
             kind = () if self.layer_type is None or not hasattr(self.tables, "layer_types") else (self.layer_type,)
             cos, sin = (t[:, None, :, : t.shape[-1] // 2] for t in self.tables(value, at, *kind))
             key = rotate_pairs(key, cos, sin)
@@ -425,6 +426,26 @@ class Frequencies(Attention):
         out = parts.new_zeros(sets, shared, 2, self.qk // 2, parts.shape[-1])
         at = self.frequencies.long()[:, None, None, :, None].expand_as(parts)
         return out.scatter_add(3, at, parts).reshape(self.kv_heads * self.qk, *k.shape[1:])
+
+
+def find_positions(layer: Any, given: Tensor | None, new: int, key: Tensor) -> Tensor:
+    """Positions (batch or 1, tokens) of all keys (batch, heads, tokens, qk): `given` for the last `new`, for those before as
+    they were given then, which a layer of a cache is told here. Unknown ones count up to the next that is known.
+    """
+    batch, past = len(key), key.shape[2] - new
+    if given is None:
+        given = torch.arange(past, past + new, device=key.device)
+    given = given.reshape(-1, new).to(key.device)
+    told = getattr(layer, "positions", None)
+    if told is not None:
+        told = told[:, -past:] if getattr(layer, "is_sliding", False) and past else told[:, :past]
+    if told is None or told.shape[1] != past or len(told) not in (1, batch):
+        told = given[:, :1] + torch.arange(-past, 0, device=key.device)
+    rows = max(len(given), len(told))
+    at = torch.cat([told.expand(rows, -1), given.expand(rows, -1)], 1)
+    if layer is not None:
+        layer.positions = at
+    return at
 
 
 def make_rotary(stock: nn.Module) -> nn.Module:
