@@ -41,7 +41,7 @@ PARTS = (
     ("neurons by leverage, refitted", "a3", {"parts": ("mlp",), "mlp": "leverage"}),
     ("neurons by leverage, sliced", "a3", {"parts": ("mlp",), "mlp": "leverage", "refit": False}),
     ("all three, a3's defaults", "a3", {}),
-    ("all three, sliced: the paper's a3", "a3", {"refit": False}),
+    ("all three, sliced, moments of the values: the paper's a3", "a3", {"refit": False, "vo": "values"}),
     ("values and neurons: a3 without queries and keys, same total", "a3", {"parts": ("vo", "mlp")}),
     ("flat-llm", "flat-llm", {}),
 )

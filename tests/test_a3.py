@@ -615,3 +615,30 @@ def test_integer_weights_compose_with_compression(bits, tmp_path):
         assert torch.equal(later(ids).logits, b)  # the same weights, whether they are made while loading or afterwards
     assert 0 < float((a - b).norm() / a.norm()) < {8: 0.05, 4: 0.6}[bits]
     assert small_int.generate(ids[:1, :4], max_new_tokens=4, pad_token_id=0).shape[1] > 4
+
+
+@torch.no_grad()
+def test_queries_of_zero_want_no_keys(tmp_path):
+    """A block whose queries are all zero gets weights that fit, and nothing else changes."""
+    model = tiny.build("llama_gqa")
+    model.model.layers[1].self_attn.q_proj.weight.zero_()
+    compress(model, output=tmp_path / "m", kv_keep=0.6, method="palu", windows=WINDOWS, settings={"keys": "frequency"})
+    assert torch.isfinite(load(tmp_path / "m")(WINDOWS[:2]).logits).all()
+
+
+@torch.no_grad()
+def test_mixed_ranks_may_cut_what_uniform_ones_leave_whole(tmp_path):
+    """Heads so narrow that a share of 0.9 rounds to all of their pairs: those that do nothing go all the same."""
+    model = tiny.build("llama_gqa", num_hidden_layers=3, head_dim=8, intermediate_size=64)
+    for name in ("q_proj", "k_proj"):
+        getattr(model.model.layers[0].self_attn, name).weight.unflatten(0, (-1, 8))[:, [2, 3, 6, 7]] *= 1e-4
+    plans = {}
+    for allocation in ("uniform", "mixed"):
+        out = tmp_path / allocation
+        compress(model, output=out, keep=0.93, method="a3", windows=WINDOWS, settings={"allocation": allocation})
+        manifest = json.loads((out / "planish.json").read_text())
+        plans[allocation] = manifest["plan"]
+        if allocation == "mixed":
+            assert manifest["notes"]["rises"]["0.qk"] < 1e-3
+    assert plans["uniform"]["0.qk"] == 8
+    assert plans["mixed"]["0.qk"] < 8

@@ -411,6 +411,7 @@ def test_wrong_settings(refuse, pair, words):
         (["--n-samples", "0"], ("--n-samples",)),
         (["--colour", "red"], ("--colour",)),
         (["--keep", "most"], ("--keep",)),
+        (["--method", "shortgpt", "--sparsity", "0.25", "--max-params", "100000"], ("--sparsity", "--max-params")),
     ],
 )
 def test_usage_errors_are_one_line(refuse, extra, words):

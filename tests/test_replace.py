@@ -697,3 +697,27 @@ def test_shape_is_all_a_cost_needs():
 def test_apply_edits_leaves_an_unedited_block_alone():
     source = open_source(tiny.build("llama_gqa"))
     assert apply_edits(source.block(0), [], source.family, source.config, source.shape(0)) == {}
+
+
+def test_a_sparsity_stands_alone_and_says_what_it_rounds_to(tmp_path):
+    """No budget beside it, no growth, and a note where it removes nothing or is capped."""
+    model = tiny.build("llama_gqa")
+    with pytest.raises(InputError, match=r"sparsity says how much goes; max-params cannot hold beside it"):
+        compress(
+            model, output=tmp_path / "a", max_params=10, method="shortgpt", windows=WINDOWS, settings={"sparsity": 0.34}
+        )  # fmt: skip
+    with pytest.raises(InputError, match=r"as many parameters as what it replaces: choose smaller ranks"):
+        run(tiny.build("llama_gqa", intermediate_size=8), tmp_path / "a", "subfit", sparsity=0.34, submodules="ffn")
+    _, nothing, _ = run(model, tmp_path / "b", "shortgpt", sparsity=0.04)
+    assert nothing.keep == 1 and any("nothing goes" in w for w in nothing.warnings)
+    _, most, _ = run(model, tmp_path / "c", "shortgpt", sparsity=0.99)
+    assert any("2 go, one block has to stay" in w for w in most.warnings)
+    assert most.submodules["ffn"]["count"] == 2 and most.submodules["ffn"]["of"] == 3
+
+
+@pytest.mark.parametrize("method", ["subfit", "sleb"])
+def test_embeddings_narrower_than_the_blocks(method, tmp_path):
+    """opt-350m projects its embeddings into and out of the blocks' width."""
+    model = tiny.build("opt", word_embed_proj_dim=16)
+    small, result, _ = run(model, tmp_path / "a", method, sparsity=0.34)
+    assert result.keep < 1 and torch.isfinite(logits(small)).all()

@@ -67,6 +67,9 @@ class Result:
     latency_ms_before: float | None = None  # per decoded token, as `planish.latency` predicts it; None unless asked
     latency_ms_after: float | None = None
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → asked, achieved
+    submodules: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # removed ones by kind: count, of, sparsity, blocks
 
     @property
     def removed(self) -> float:
@@ -98,6 +101,9 @@ class Job:
         self.shapes: list[Shape] = [stream.source.shape(i) for i in range(len(stream))]
         self.asked = asked or Asked(keep=keep)
         self.cache_only = set(self.asked.given) == {"kv_keep"}
+        beside = sorted(set(self.asked.given) - {"keep"})
+        if beside and getattr(method, "sparsity", None) is not None:
+            raise InputError(f"sparsity says how much goes; {label(beside[0])} cannot hold beside it: give one of them")
         self.units: dict[Unit, Solver] = {}
         for solver in method.solvers():
             for shape in self.shapes:
@@ -113,8 +119,12 @@ class Job:
         for b in self.budgets:
             uncut = not any(self.choices(u).prices(self.budgets.index(b)) for u in self.units)
             if isinstance(b, CacheNumbers) and (self.cache_only or b.share < 1) and uncut:
+                what = "cuts neither keys nor values"
+                normed = (
+                    " of this model, which normalises queries and keys" if any(s.qk_norm for s in self.shapes) else ""
+                )
                 raise InputError(
-                    f"--kv-keep: {find_name(method)} cuts neither keys nor values; use a3, modegpt or flat-llm"
+                    f"--kv-keep: {find_name(method)} {what}{normed}; use auto, palu, a3, modegpt or flat-llm"
                 )
         # what a method's own rule asks for: of two budgets the one that prices every linear, and of these the tighter
         self.main = min(self.budgets, key=lambda b: (isinstance(b, CacheNumbers), b.share))
@@ -198,7 +208,10 @@ class Job:
             return rule({u: self.choices(u) for u in self.units}, share, self.limits, self.step)
         except BudgetError as error:
             b = self.budgets[error.which]
-            raise b.refuse(find_name(self.method), error.smallest + b.limit - self.limits[error.which]) from None
+            refusal = b.refuse(find_name(self.method), error.smallest + b.limit - self.limits[error.which])
+            coarse = [f"ranks are multiples of {self.step}, see --round-to"] if self.step > 1 else []
+            why = "; ".join([*coarse, *self.remarks.values()])
+            raise InputError(f"{refusal} ({why})" if why else str(refusal)) from None
 
     def plan(self) -> Plan:
         """The method's ranks within the budgets."""
@@ -875,6 +888,7 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         flops_per_token_before=flops[0] + 2 * source.count_head(),
         flops_per_token_after=flops[1] + 2 * source.count_head(),
         context=job.context,
+        submodules=job.notes.get("removed", {}),
     )
     if job.table is not None:
         result.latency_ms_before = job.table.predict(dense, job.shapes) * 1e3

@@ -294,12 +294,17 @@ class Stream:
         add_lane(sums["sum"], inputs, exchange)
         total.tokens[tap] = total.tokens.get(tap, 0) + sum(found)
 
+    def embedded(self, hidden: Tensor) -> Tensor:
+        """Something the model takes for embeddings where its blocks are replaced: opt's may have another width."""
+        width = getattr(self.model.get_input_embeddings(), "embedding_dim", hidden.shape[-1])
+        return hidden if width == hidden.shape[-1] else hidden.new_zeros(*hidden.shape[:-1], width)
+
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head, by the model's own forward, for one batch of last-block outputs."""
         h = hidden.to(self.device)
         with self.replace_blocks(lambda i, x, *a, **k: h):
-            return self.model(inputs_embeds=h, use_cache=False).logits
+            return self.model(inputs_embeds=self.embedded(h), use_cache=False).logits
 
     def nll(self, hidden: Hidden) -> float:
         """Mean NLL per predicted token of the calibration windows, from last-block outputs."""
@@ -366,7 +371,7 @@ class Stream:
         draws = [torch.Generator().manual_seed(seed * 1_000_003 + first + n) for n in range(len(hidden))]
         noise = torch.cat([torch.rand(hidden.shape[1], generator=g, dtype=torch.float64) for g in draws])
         with torch.enable_grad(), self.replace_blocks(lambda i, x, *a, **k: h if i == len(self) - 1 else x):
-            logits = self.model(inputs_embeds=h.detach(), use_cache=False).logits.flatten(0, 1)
+            logits = self.model(inputs_embeds=self.embedded(h.detach()), use_cache=False).logits.flatten(0, 1)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             steps = logits.detach().double().softmax(-1).cumsum(-1)
             labels = torch.searchsorted(steps, noise[:, None].to(self.device))

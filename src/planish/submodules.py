@@ -47,7 +47,15 @@ def count_removed(job: Job, kinds: Sequence[str], sparsity: float | None, togeth
                 f"sparsity must lie in [0, 1), got {sparsity:g} (the share of submodules of each type that goes)"
             )
         wanted = round_half_up(sparsity * n)
-        return {k: min(wanted, limit[k]) for k in kinds}
+        found = {k: min(wanted, limit[k]) for k in kinds}
+        for kind in (k for k in kinds if found[k]):
+            saving(job, [Unit(0, kind)])  # or the model would grow
+        if wanted == 0 < sparsity:
+            job.remarks["sparsity"] = f"sparsity {sparsity:g} of {n} blocks is less than half a submodule: nothing goes"
+        elif capped := [k for k in kinds if found[k] < wanted]:
+            what = "block" if together else capped[0]
+            job.remarks["sparsity"] = f"sparsity {sparsity:g} of {n} blocks: {n - 1} go, one {what} has to stay"
+        return found
     saved = {k: saving(job, [Unit(0, k)]) for k in kinds}
     first, last = kinds[0], kinds[-1]
     choices = [
@@ -72,10 +80,11 @@ def saving(job: Job, units: Sequence[Unit], budget: Budget | None = None) -> flo
     if budget is not None:
         return sum(job.cost(u, 1, budget) - job.cost(u, 0, budget) for u in units)
     saved = sum(job.count(u, 1) - job.count(u, 0) for u in units)
+    ranks = [f"{n}=…" for n in ("attention_rank", "ffn_rank") if hasattr(job.method, n)]
     if saved <= 0:
         raise InputError(
-            f"the bypass of {units[0]} would hold as many parameters as what it replaces: choose smaller ranks "
-            "(--set attention_rank=…, ffn_rank=…)"
+            f"the bypass of {units[0]} would hold as many parameters as what it replaces: "
+            + (f"choose smaller ranks (--set {', '.join(ranks)})" if ranks else "the model is too narrow for it")
         )
     return saved
 

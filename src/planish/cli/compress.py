@@ -41,11 +41,11 @@ def compress(
     as_json: o.JsonOption = False,
 ) -> None:
     """Make a smaller model from MODEL (or as a recipe, a .yaml file, says) and write it to a folder."""
-    values = o.parse_settings(settings, sparsity)
     limits = {
         "keep": keep, "kv_keep": kv_keep, "flops_keep": flops_keep, "max_params": max_params, "max_bytes": max_bytes,
         "max_latency": max_latency,
     }  # fmt: skip
+    values = o.parse_settings(settings, sparsity, limits)
     with session(as_json) as run:
         from planish import processes
 
@@ -89,6 +89,7 @@ def compress(
             result.as_dict(),
             f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {asked}) · {escape(result.output)} ({how})",
             compare_sizes(result),
+            *o.show_removed(result),
             *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
             *stock,

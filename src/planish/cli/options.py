@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -117,8 +118,14 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
 
 
-def parse_settings(pairs: list[str] | None, sparsity: float | None = None) -> dict[str, Any]:
-    """["a=1", "b=x"] → {"a": "1", "b": "x"}; the method converts the values. `sparsity` is a setting of its own."""
+def parse_settings(
+    pairs: list[str] | None, sparsity: float | None = None, limits: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """["a=1", "b=x"] → {"a": "1", "b": "x"}; the method converts the values. `sparsity` is a setting of its own, which
+    stands in the place of a budget (`limits`)."""
+    beside = [f"--{n.replace('_', '-')}" for n, value in (limits or {}).items() if value is not None]
+    if sparsity is not None and beside:
+        raise InputError(f"--sparsity says how much goes, {beside[0]} cannot hold beside it: give one of them")
     settings: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
@@ -136,6 +143,13 @@ def ask(**values: Any) -> Any:
     from planish.budgets import read_asked
 
     return read_asked(**values)
+
+
+def show_removed(result: Any) -> list[str]:
+    """A line of a result from which whole submodules have gone."""
+    names = {"attention": "attentions", "ffn": "feed-forwards"}
+    parts = [f"{r['count']} of {r['of']} {names[n]} ({r['sparsity']:.1%})" for n, r in result.submodules.items()]
+    return [f"removed or replaced: {', '.join(parts)}"] if parts else []
 
 
 def show_latency(found: Any) -> list[str]:

@@ -35,11 +35,12 @@ def plan(
     as_json: o.JsonOption = False,
 ) -> None:
     """Say what compressing would give and take; change and write nothing."""
-    values = o.parse_settings(settings, sparsity)
     limits = {
         "keep": keep, "kv_keep": kv_keep, "flops_keep": flops_keep, "max_params": max_params, "max_bytes": max_bytes,
-        "max_latency": max_latency, "context": context,
+        "max_latency": max_latency,
     }  # fmt: skip
+    values = o.parse_settings(settings, sparsity, limits)
+    limits["context"] = context
     asked = o.ask(**limits) if sparsity is None else f"sparsity {sparsity:g}"
     with session(as_json) as run:
         found = run.api.forecast(

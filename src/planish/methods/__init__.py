@@ -57,6 +57,9 @@ def parse(cls: type[Method], method: str, name: str, value: Any) -> Any:
         found = convert(hints[name], value)
         if isinstance(found, int | float) and not 0 <= found < inf:
             raise ValueError("expected a finite number, 0 or more")
+        default = next(f.default for f in fields(cls) if f.name == name)
+        if hints[name] is int and found == 0 != default:  # counts; where none makes sense, it is the default
+            raise ValueError("expected a whole number, 1 or more")
         return found
     except ValueError as error:
         raise InputError(f"setting {name}={value!r} of {method}: {error}") from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from planish.allocate import Alternative, choose
-from planish.core import Method, Plan, Solver
+from planish.core import Method, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
@@ -70,18 +70,20 @@ class A3(Method):
     def search(self, job: Job, uniform: Plan) -> Plan:
         """Ranks that differ from unit to unit, chosen by the loss of the calibration text.
 
-        One probe per unit measures how far cutting it alone to its uniform rank moves the model's predictions (KL); that
+        One probe per unit measures how far cutting it alone to its uniform rank, or the next lower one where that leaves it
+        whole, moves the model's predictions (KL); that
         scales the unit's frontier to nats, and the sum is minimised under the budget. Of the uniform plan, this one, and
         the one whose scales are the probes' square roots, the one with the least loss of the whole compressed model wins.
         """
-        frontiers, rises = job.probe(uniform, self.probes)
+        probed = {u: r if r < job.full(u) else self.next_lower(job, u) for u, r in uniform.items()}
+        frontiers, rises = job.probe(probed, self.probes)
         least = max(1e-6, 0.01 * sum(max(r, 0.0) for r in rises.values()) / len(rises))
         plans = {"uniform": uniform}
         for name, power in (("mixed", 1.0), ("tempered", 0.5)):
             groups = []
             for unit, f in frontiers.items():
                 curve = job.curve(f)
-                at = max(float(f.loss[uniform[unit]]), 1e-300)
+                at = max(float(f.loss[probed[unit]]), 1e-12 * max(map(float, f.loss)), 1e-300)
                 loss = (
                     torch.where(curve.ranks < job.full(unit), curve.loss, 0.0) / at * max(rises[unit], least) ** power
                 )
@@ -91,3 +93,9 @@ class A3(Method):
         best = min(losses, key=lambda name: losses[name])
         job.notes |= {"searched": losses, "chosen": best, "rises": {str(u): r for u, r in rises.items()}}
         return plans[best]
+
+    def next_lower(self, job: Job, unit: Unit) -> int:
+        """The largest admissible rank that cuts the unit; its full one if there is none."""
+        choices = job.choices(unit)
+        ranks = [int(r) for r in choices.ranks[choices.allowed(job.step)]]
+        return max((r for r in ranks if r < job.full(unit)), default=job.full(unit))

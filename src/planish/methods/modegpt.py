@@ -76,8 +76,8 @@ def spread_removal(influence: list[float], removed: float, smoothing: float, cap
         raise InputError(f"modegpt: smoothing must be positive and cap between 0 and 1, got {smoothing:g} and {cap:g}")
     if removed >= cap:
         raise InputError(
-            f"modegpt: keep {1 - removed:g} removes {removed:g} of every block on average, which must stay below "
-            f"cap={cap:g}; raise it with --set cap={(1 + removed) / 2:.3f}"
+            f"modegpt: {removed:g} of every block would go on average, which must stay below cap={cap:g}; ask for less, or "
+            f"raise it with --set cap={(1 + removed) / 2:.3f}"
         )
     least = min(influence)
     weights = [exp((least - s) / smoothing) for s in influence]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
+from planish.errors import InputError
 from planish.linalg import eigh_descending, eigh_root, root, svd
 from planish.moments import RIDGES, Moments
 from planish.stats import Stats, Tap
@@ -182,7 +183,10 @@ class Bypass(Solver):
         """Of the tokens to fit, and of those held out to choose the ridge."""
         train = Moments.read(stats, self.tap(unit, "fit"))
         if train is None:
-            raise ValueError(f"no calibration tokens to fit the bypass of {unit}")
+            raise InputError(
+                f"no calibration tokens to fit the bypass of {unit}"
+                + (": tokens=calm leaves out every one; use tokens=all" if self.tokens == "calm" else "")
+            )
         return train, Moments.read(stats, self.tap(unit, "held"))
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:

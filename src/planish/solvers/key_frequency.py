@@ -71,7 +71,8 @@ class KeyFrequency(Solver):
         heads, half = self.heads(shape), shape.qk // 2
         second = gram_by_frequency(k, heads, half)
         size = q.view(-1, heads, shape.groups, 2, half).sum((2, 3)).transpose(1, 2)  # (groups, half, heads)
-        root = size.clamp(min=size.amax().clamp(min=torch.finfo(size.dtype).tiny) * 1e-12).sqrt()
+        size = size if size.any() else torch.ones_like(size)  # queries that are zero want nothing of any key
+        root = size.clamp(min=size.amax() * 1e-12).sqrt()
         values, vectors = eigh_descending(root[..., :, None] * second * root[..., None, :])
         energy = values.clamp(min=0).flatten(1)  # (groups, half · heads)
         order = energy.argsort(dim=1, descending=True, stable=True)
