@@ -60,7 +60,7 @@ class MoDeGPT(Method):
 
         job.measure(lambda shape: [tap], use)
         removed = spread_removal([influence[i] for i in range(len(influence))], 1 - job.keep, self.smoothing, self.cap)
-        job.notes |= {"influence": influence, "removed": removed}
+        job.notes |= {"influence": influence, "removed_shares": removed}
         return job.spread(lambda unit: 1 - removed[unit.block], by_kind=True)
 
     def plan_cache(self, job: Job) -> Plan:
