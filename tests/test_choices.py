@@ -75,7 +75,7 @@ def measure_loss(model: nn.Module) -> float:
 
 def search(candidates: Sequence[Any], change: Callable[[list[Any]], nn.Module], n: int) -> dict[Any, float]:
     """Greedily: build every model with one change more, make the change of the best one; in this order, with the losses."""
-    made: dict[K, float] = {}
+    made: dict[Any, float] = {}
     while len(made) < n:
         found = {c: measure_loss(change([*made, c])) for c in candidates if c not in made}
         best = sorted(found.items(), key=lambda item: item[1])[0]
