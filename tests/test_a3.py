@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import dataclass
@@ -304,6 +305,9 @@ def test_mixed_ranks_do_no_worse_on_the_calibration_text(tmp_path):
     assert set(notes["searched"]) == {"uniform", "mixed", "tempered"}
     assert notes["searched"][notes["chosen"]] == min(notes["searched"].values())
     assert len(notes["rises"]) == 9 and len(set(notes["searched"].values())) == 3
+    with torch.no_grad():
+        loss = load(tmp_path / "m")(input_ids=WINDOWS, labels=WINDOWS).loss
+    assert float(loss) == pytest.approx(notes["searched"][notes["chosen"]], abs=1e-5)
     assert 0.55 < result.keep <= 0.6
 
 
@@ -399,6 +403,76 @@ def check_positions(small: nn.Module, dense: nn.Module, ids: Tensor) -> None:
         outputs.append((far, near))
     for own, other in zip(*outputs, strict=True):
         assert float((own - other).abs().max()) < 1e-4
+
+
+@torch.no_grad()
+def see(model: nn.Module, *paths: str) -> list[Tensor]:
+    """What modules put out, (tokens, width), on the calibration windows."""
+    seen: dict[str, Tensor] = {}
+    for path in paths:
+        model.get_submodule(path).register_forward_hook(
+            lambda m, x, out, path=path: seen.update({path: out.flatten(0, 1)})
+        )
+    model(WINDOWS)
+    for path in paths:
+        model.get_submodule(path)._forward_hooks.clear()
+    return [seen[path] for path in paths]
+
+
+@pytest.mark.parametrize("score", ["product", "energy"])
+@torch.no_grad()
+def test_rotary_pairs_that_stay_are_those_of_the_highest_score(score, tmp_path):
+    """The same logits as a model in which the other pairs of q and k are zero. Loud queries of the first channel of a pair
+    meet quiet keys, and the other way round: much energy and little product."""
+    model = tiny.build("llama_gqa", torch.float64)
+    for layer in model.model.layers:
+        for rows, first, second in ((layer.self_attn.q_proj, 4, 0.05), (layer.self_attn.k_proj, 0.05, 4)):
+            w = rows.weight.unflatten(0, (-1, 2, 4))  # heads, halves of a head, pairs
+            w[:, 0, 1:3] *= first
+            w[:, 1, 1:3] *= second
+    naive = copy.deepcopy(model)
+    for i, layer in enumerate(naive.model.layers):
+        q, k = see(model, f"model.layers.{i}.self_attn.q_proj", f"model.layers.{i}.self_attn.k_proj")
+        q = q.square().mean(0).view(2, 2, 2, 4).sum(1)  # kv heads, halves, pairs; added over a group's query heads
+        k = k.square().mean(0).view(2, 2, 4)
+        scores = {"product": (q * k).sum(1), "energy": q.sum(1) * k.sum(1) / 2}
+        best = {n: s.topk(2).indices.sort().values for n, s in scores.items()}
+        assert not torch.equal(best["product"], best["energy"])
+        for group, pairs in enumerate(best[score]):
+            gone = [j for j in range(4) if j not in pairs]
+            for rows, heads in (
+                (layer.self_attn.q_proj, (2 * group, 2 * group + 1)),
+                (layer.self_attn.k_proj, (group,)),
+            ):
+                for head in heads:
+                    rows.weight.view(-1, 2, 4, 32)[head][:, gone] = 0
+    method = Cut(cuts=(("qk", 4),), parts=(RotaryPairs(score),))
+    compress(model, output=tmp_path / "m", keep=1.0, method=method, windows=WINDOWS, dtype=torch.float64)
+    small = load(tmp_path / "m", dtype=torch.float64)
+    assert small.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
+    assert torch.allclose(small(WINDOWS).logits, naive(WINDOWS).logits, atol=1e-4)
+    assert float((small(WINDOWS).logits - model(WINDOWS).logits).abs().max()) > 1e-2
+
+
+@torch.no_grad()
+def test_values_are_cut_by_the_moments_of_what_they_read(tmp_path):
+    """`moments` "values": N = R^½ Wv [Wo_1 …] = U S Vᵀ per group; the same logits as with Wv ← R^-½ U_r U_rᵀ R^½ Wv."""
+    model = tiny.build("llama_gqa", torch.float64)
+    naive = copy.deepcopy(model)
+    for i, layer in enumerate(naive.model.layers):
+        (x,) = see(model, f"model.layers.{i}.input_layernorm")
+        half, inverse = power(moment(x), 0.5), power(moment(x), -0.5)
+        o = layer.self_attn.o_proj.weight.unflatten(1, (2, 2, 8))  # hidden, groups, their heads, channels
+        for group, w in enumerate(layer.self_attn.v_proj.weight.view(2, 8, 32)):
+            n = torch.cat([half @ w.T @ o[:, group, h].T for h in range(2)], 1)
+            u = torch.linalg.svd(n, full_matrices=False).U[:, :4]
+            w.copy_((inverse @ u @ u.T @ half @ w.T).T)
+    method = Cut(cuts=(("vo", 4),), parts=(ValueOutput("values", refit=False),))
+    compress(model, output=tmp_path / "m", keep=1.0, method=method, windows=WINDOWS, dtype=torch.float64)
+    small = load(tmp_path / "m", dtype=torch.float64)
+    assert small.model.layers[0].self_attn.v_proj.weight.shape == (8, 32)
+    assert torch.allclose(small(WINDOWS).logits, naive(WINDOWS).logits, atol=1e-4)
+    assert float((small(WINDOWS).logits - model(WINDOWS).logits).abs().max()) > 1e-2
 
 
 @torch.no_grad()
