@@ -160,9 +160,10 @@ def build_for_vllm(family: str = "llama_gqa", **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [n for n in compressed.FORMS if not n.startswith("keys")])
+@pytest.mark.parametrize("form", [*(n for n in compressed.FORMS if not n.startswith("keys")), "mixed"])
 def test_vllm_serves_every_form_without_remote_code(form, tmp_path):
-    found = verify_in_vllm(compressed.make_folder(build_for_vllm(), tmp_path / "m", compressed.FORMS[form]))
+    forms = {**compressed.FORMS, "mixed": [None, *MIXED]}[form]
+    found = verify_in_vllm(compressed.make_folder(build_for_vllm(num_hidden_layers=4), tmp_path / "m", forms))
     assert found["passed"] and found["greedy_equal"] == found["greedy_tokens"] == 8
 
 
@@ -177,7 +178,7 @@ def test_vllm_serves_every_family_without_remote_code(family, tmp_path):
 
 
 DECI = [
-    compressed.both(compressed.neurons(256), compressed.values(20)),
+    compressed.both(compressed.neurons(256), compressed.values(5)),
     compressed.bypass("attention"),
     compressed.bypass("mlp"),
 ]

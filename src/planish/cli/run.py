@@ -125,9 +125,10 @@ def session(as_json: bool) -> Iterator[Session]:
         found.show()
 
 
-def show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
-    """A warning as one line, without the place in the source."""
-    say(f"note: {message}")
+def show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning as one line, without the place in the source; other libraries' about their own future are left out."""
+    if issubclass(category, UserWarning):
+        say(f"note: {message}")
 
 
 def is_first() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -180,6 +181,7 @@ class Vllm:
     def __init__(self, folder: Path, context: int):
         if importlib.util.find_spec("vllm") is None:
             raise InputError("verify --target vllm needs vLLM in this environment · see docs/export.md")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no processes of its own, which write to stdout
         from vllm import LLM, SamplingParams
 
         own_code = read_carrier(folder) == "deci"
@@ -194,6 +196,7 @@ class Vllm:
             max_model_len=context,
             enforce_eager=True,
             max_logprobs=-1,
+            kv_cache_memory_bytes=2**30 * -(-context // 256),  # not nine tenths of the machine, as it takes unless told
             seed=0,
         )
 
@@ -251,7 +254,10 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.vocab_size, (prompt_len,), generator=generator)
     reference_folder = path if dense_reference is None else find_folder(dense_reference)
-    # vLLM forks its own processes; transformers comes second so that it starts from a clean one
+    # transformers first: vLLM replaces parts of it in this process
+    reference = Transformers(load(reference_folder, dtype=torch.float32), load_tokenizer(reference_folder))
+    want, want_greedy, want_ids = reference.logits(ids), reference.greedy(ids, new_tokens), reference.encode(PROBE)
+    del reference
     with tempfile.TemporaryDirectory() as scratch:
         runner, name = open_target(path, target, file, context, Path(scratch))
         got, got_greedy, got_ids = runner.logits(ids), runner.greedy(ids, new_tokens), None
@@ -259,8 +265,6 @@ def verify(
             got_ids = runner.encode(PROBE)
         usual = getattr(runner, "tolerance", TOLERANCES[target])
         del runner
-    reference = Transformers(load(reference_folder, dtype=torch.float32), load_tokenizer(reference_folder))
-    want, want_greedy, want_ids = reference.logits(ids), reference.greedy(ids, new_tokens), reference.encode(PROBE)
     if got.shape != want.shape:
         raise InputError(f"{target} gives logits of shape {tuple(got.shape)}, transformers {tuple(want.shape)}")
     if target == "vllm":
