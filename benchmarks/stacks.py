@@ -2,6 +2,7 @@
 
     python benchmarks/stacks.py                          # the embedded model in every stack that is installed
     python benchmarks/stacks.py --stacks gguf,dense --methods dense,flat-llm --keep 0.7
+    python benchmarks/stacks.py --vllm PYTHON            # vLLM lives in another environment (with planish): its interpreter
     python benchmarks/stacks.py --speed                  # llama.cpp tokens/s of random weights, dense against keep 0.7
 
 Each table replaces its own section of the file. Every number compares the stack with transformers in fp32 on 48 random
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -27,7 +31,7 @@ from planish.api import compress
 from planish.checkpoint import apply_edits, silence, write_config
 from planish.edits import neuron_edits, value_edits
 from planish.errors import InputError
-from planish.evaluate.verify import LlamaCpp, OnnxRuntime, Runner, Transformers, verify
+from planish.evaluate.verify import Comparison, LlamaCpp, OnnxRuntime, Runner, Transformers, verify
 from planish.export import export
 from planish.export.written import Written
 from planish.modules import get_linear
@@ -39,7 +43,8 @@ from random_model import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "stacks.md"
-NEEDS = {"gguf": "llama_cpp", "onnx": "onnxruntime", "vllm": "vllm"}
+NEEDS = {"gguf": "llama_cpp", "onnx": "onnxruntime"}
+IN_VLLM = ("vllm", "deci")  # the folder itself through planish's plugin; exported to an architecture of vLLM's own
 ROWS = (
     "dense",
     "flat-llm",
@@ -59,7 +64,8 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "src" / "planish" / "data" / "demo")
     parser.add_argument("--methods", default=",".join(ROWS), help='"METHOD for TARGET" compresses with --target')
-    parser.add_argument("--stacks", default="gguf,dense,mimo,onnx,vllm")
+    parser.add_argument("--stacks", default="gguf,dense,mimo,onnx,vllm,deci")
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM and planish")
     parser.add_argument("--keep", type=float, default=0.7)
     parser.add_argument("--n-samples", type=int, default=16, help="calibration windows of 256 tokens")
     parser.add_argument("--threads", type=int, default=2)
@@ -83,7 +89,9 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, scratch: Path) -> None:
     """Both tables of the embedded model: differences in every stack, and decode speed where a stack runs here."""
+    vllm = args.vllm or (sys.executable if importlib.util.find_spec("vllm") else None)
     stacks = [s for s in args.stacks.split(",") if s not in NEEDS or importlib.util.find_spec(NEEDS[s])]
+    stacks = [s for s in stacks if vllm or s not in IN_VLLM]
     lines = [f"| compressed with (keep {args.keep:g}) | " + " | ".join(stacks) + " |", "|" + "---|" * (len(stacks) + 1)]
     runners: dict[tuple[str, str], Runner] = {}
     for row in args.methods.split(","):
@@ -103,17 +111,24 @@ def compare(args: argparse.Namespace, scratch: Path) -> None:
         cells = []
         runners[row, "transformers"] = Transformers(planish.load(folder, dtype="float32"))
         for stack in stacks:
-            cell, runner = run(stack, folder, scratch)
+            cell, runner = run(stack, folder, scratch, vllm)
             cells.append(cell)
             if runner is not None:
                 runners[row, stack] = runner
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
-        write_section("Differences", "\n".join(lines))
+    write_section("Differences", LEGEND + "\n".join(lines))
     write_section("Decode speed of the embedded model", time_decode(runners, args))
 
 
-def run(stack: str, folder: Path, scratch: Path) -> tuple[str, Runner | None]:
+LEGEND = (
+    "What runs, largest difference of a logit from transformers in fp32 (vLLM: of a log-probability) on 48 random token ids, "
+    "greedy tokens that agree, parameters. gguf in llama.cpp, fp32; dense and mimo in transformers; vllm: the folder itself in "
+    "vLLM's Transformers backend; deci: its DeciLM form in vLLM's own class.\n\n"
+)
+
+
+def run(stack: str, folder: Path, scratch: Path, vllm: str | None) -> tuple[str, Runner | None]:
     """One cell: what the stack runs, largest difference, greedy tokens that agree, what it costs; and a runner to time."""
     runner: Runner | None = None
     try:
@@ -123,7 +138,11 @@ def run(stack: str, folder: Path, scratch: Path) -> tuple[str, Runner | None]:
             found, size = compare_folders(out, folder), written.parameters
             kind = {"native": "stock", "planish": "own"}.get(written.architecture, stack)
         elif stack == "vllm":
-            found, size, kind = verify(folder, stack), 0, "own"
+            found, size, kind = verify_in_vllm(vllm, folder), 0, "own"
+        elif stack == "deci":
+            out = scratch / f"deci-{time.monotonic_ns()}"
+            size, kind = export(folder, stack, out).parameters, stack
+            found = verify_in_vllm(vllm, out, "--dense-reference", str(folder))
         else:
             out = scratch / f"{time.monotonic_ns()}.{stack}"
             written = export(folder, stack, out, dtype="f32")
@@ -135,6 +154,18 @@ def run(stack: str, folder: Path, scratch: Path) -> tuple[str, Runner | None]:
     return f"{kind}, {found.max_logit_difference:.1e}, {found.greedy_equal}/{found.greedy_tokens}" + (
         f", {size / 1e6:.2f} M" if size else ""
     ), runner
+
+
+def verify_in_vllm(python: str | None, folder: Path, *more: str) -> Comparison:
+    """`planish verify --target vllm` in a process of its own, which vLLM wants clean."""
+    assert python is not None
+    command = [python, "-m", "planish", "verify", str(folder), "--target", "vllm", *more, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise InputError((done.stderr.splitlines() or ["nothing said"])[-1].removeprefix("error: ")) from None
+    return Comparison(**{f.name: found[f.name] for f in fields(Comparison)})
 
 
 def compare_folders(folder: Path, reference: Path):
@@ -216,8 +247,8 @@ def measure_speed(args: argparse.Namespace, scratch: Path, new_tokens: int = 48,
             files[name, dtype] = export(folder, "gguf", scratch / f"{len(files)}.gguf", dtype=dtype)
     lines = [
         "| form | keep | type, graph | bytes read per token | prefill tok/s | decode tok/s | prefill × dense | decode × dense | "
-        "1 / bytes read |",
-        "|" + "---|" * 9,
+        "0.9 / keep | 1 / bytes read |",
+        "|" + "---|" * 10,
     ]
     for dtype in args.dtypes.split(","):
         engines = {n: Llama(files[n, dtype].output, n_ctx=256, n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
@@ -237,12 +268,12 @@ def measure_speed(args: argparse.Namespace, scratch: Path, new_tokens: int = 48,
                     decode[name].append(new_tokens / (clock() - first))
         read = {n: count_read(Path(files[n, dtype].output)) for n in engines}
         for name in engines:
-            cells = ["", "", ""]
+            cells = [""] * 4
             if name != "dense":
                 cells = [
                     "{:.2f} ({:.2f}–{:.2f})".format(*paired_ratio(rates[name], rates["dense"]))
                     for rates in (prefill, decode)
-                ] + [f"{read['dense'] / read[name]:.2f}"]
+                ] + [f"{0.9 / keeps[name]:.2f}", f"{read['dense'] / read[name]:.2f}"]
             lines.append(
                 f"| {name} | {keeps[name]:.3f} | {dtype}, {files[name, dtype].architecture} | {read[name] / 2**20:.0f} MiB | "
                 f"{statistics.median(prefill[name]):.0f} | {statistics.median(decode[name]):.1f} | "

@@ -17,14 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import compressed
 import tiny
 from planish.checkpoint import apply_edits, load
 from planish.compress import Result, compress
 from planish.core import Edit, Method, Plan, Unit
 from planish.edits import value_edits
+from planish.export.dense import export_dense
+from planish.export.eora import Blocks
 from planish.methods import find_method, list_methods
 from planish.modules import Attention, find_blocks, get_linear
-from planish.sources import MemorySource
+from planish.sources import MemorySource, open_source
 from planish.stream import Stream
 
 WINDOWS = tiny.windows(8, 24)
@@ -279,6 +282,54 @@ def test_eager_and_sdpa_agree(method, family, made):
     weights = [w for w in model(input_ids=WINDOWS, output_attentions=True).attentions if w is not None]
     for w in weights:
         torch.testing.assert_close(w.sum(-1), torch.ones_like(w[..., 0]), rtol=1e-4, atol=1e-4)
+
+
+CAPPED = {"attn_logit_softcapping": 0.5}  # small enough to change every score
+
+
+@torch.no_grad()
+def test_transformers_sdpa_drops_the_soft_cap_and_we_do_not(tmp_path):
+    """Of gemma2, whichever way it comes in: loaded, calibrated from a folder or from memory, compensated."""
+    default, eager = (tiny.build("gemma2", attn_implementation=a, **CAPPED) for a in (None, "eager"))
+    expected, dropped = logits(eager), logits(default)
+    assert default.config._attn_implementation == "sdpa"
+    assert (dropped - expected).abs().max() > 0.05 * expected.abs().max(), "the cap is too wide to matter here"
+
+    folder = tiny.save(default, tmp_path / "m")
+    with pytest.warns(UserWarning, match="loaded with eager attention: transformers' sdpa leaves out the soft cap"):
+        assert torch.equal(logits(load(folder)), expected)
+    assert torch.equal(logits(load(folder, attn_implementation="sdpa")), dropped)
+    with pytest.warns(UserWarning, match="the model is calibrated with eager attention"):
+        memory = MemorySource(default)
+    for source in (open_source(folder), memory, MemorySource(eager), Blocks(folder)):
+        stream = Stream(source, WINDOWS)
+        hidden = stream.start()
+        for i in range(len(stream)):
+            hidden = stream.run(i, stream.place(source.block(i)), hidden)
+        torch.testing.assert_close(torch.cat([stream.logits(h) for h in hidden]), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(default), dropped), "the model in memory stays as it was"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("native", [True, False])
+def test_compressed_folders_keep_the_soft_cap_in_plain_transformers(native, tmp_path):
+    forms = [compressed.neurons(24)] if native else [compressed.values(5), None]
+    model = tiny.build("gemma2", attn_implementation="eager", **CAPPED)
+    folder = compressed.make_folder(model, tmp_path / "m", forms)
+    assert ("planish" in read_config(folder)) != native
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"))
+    assert torch.equal(logits(plain), expected)
+    assert not torch.allclose(
+        logits(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")), expected
+    )
+    if not native:
+        plain.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected)
+    export_dense(folder, tmp_path / "d", pad=True)
+    padded = AutoModelForCausalLM.from_pretrained(tmp_path / "d")
+    assert type(padded).__name__ == "Gemma2ForCausalLM"
+    torch.testing.assert_close(logits(padded), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
 import types
 from importlib.metadata import entry_points
@@ -15,6 +17,8 @@ import compressed
 import tiny
 from planish.checkpoint import load
 from planish.errors import InputError
+from planish.evaluate.verify import is_own_code, verify
+from planish.export import export
 from planish.export.hub import push
 from planish.families import FAMILIES
 from planish.modelling import class_names
@@ -140,16 +144,84 @@ def test_attention_meets_the_rules_of_the_transformers_backend(folder):
     assert seen == [(i, 8**-0.5, True) for i in range(3)]
 
 
-@pytest.mark.slow
-def test_vllm_serves_a_compressed_folder_without_remote_code(tmp_path):
+def verify_in_vllm(folder: Path, *more: str) -> dict:
+    """`planish verify --target vllm` in a process of its own."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed (it pins its own torch: use an environment of its own)")
-    from planish.evaluate.verify import verify
+    command = [sys.executable, "-m", "planish", "verify", str(folder), "--target", "vllm", "--json", *more]
+    done = subprocess.run([*command, "--prompt-len", "24", "--new-tokens", "8"], capture_output=True, text=True)
+    assert done.stdout, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
-    model = build("llama_gqa", hidden_size=128, head_dim=32, intermediate_size=96)
-    first = compressed.both(compressed.values(16), compressed.neurons(64))
-    folder = compressed.make_folder(model, tmp_path / "m", [first, *MIXED[1:]])
-    assert verify(folder, "vllm", prompt_len=24, new_tokens=8).passed
+
+def build_for_vllm(family: str = "llama_gqa", **more):
+    """Heads of 32: the least that vLLM's attention has on the CPU."""
+    return build(family, **({"hidden_size": 128, "head_dim": 32, "intermediate_size": 96} | more))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [*(n for n in compressed.FORMS if not n.startswith("keys")), "mixed"])
+def test_vllm_serves_every_form_without_remote_code(form, tmp_path):
+    forms = {**compressed.FORMS, "mixed": [None, *MIXED]}[form]
+    found = verify_in_vllm(compressed.make_folder(build_for_vllm(num_hidden_layers=4), tmp_path / "m", forms))
+    assert found["passed"] and found["greedy_equal"] == found["greedy_tokens"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "opt", "gpt_neox"])
+def test_vllm_serves_every_family_without_remote_code(family, tmp_path):
+    wide = {} if family in ("opt", "gpt_neox") else {"head_dim": 32}
+    forms = [compressed.both(compressed.values(16), compressed.neurons(24)), *MIXED[1:]]
+    model = build(family, hidden_size=128, **wide)
+    found = verify_in_vllm(compressed.make_folder(model, tmp_path / "m", forms))
+    assert found["passed"] and found["greedy_equal"] == found["greedy_tokens"] == 8
+
+
+DECI = [
+    compressed.both(compressed.neurons(256), compressed.values(5)),
+    compressed.bypass("attention"),
+    compressed.bypass("mlp"),
+]
+
+
+@pytest.mark.slow
+def test_vllm_runs_the_decilm_form_in_its_own_class(tmp_path):
+    folder = compressed.make_folder(build_for_vllm(intermediate_size=512), tmp_path / "m", DECI)
+    export(folder, "deci", tmp_path / "d")
+    found = verify_in_vllm(tmp_path / "d", "--dense-reference", str(folder))
+    assert found["passed"] and found["greedy_equal"] == found["greedy_tokens"] == 8
+
+
+def test_mlx_runs_the_decilm_form(tmp_path):
+    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed (pip install mlx-lm)")
+    import mlx.core as mx
+
+    folder = compressed.make_folder(build("llama_gqa", intermediate_size=512), tmp_path / "m", DECI)
+    export(folder, "deci", tmp_path / "d")
+    model = utils.load_model(tmp_path / "d")[0]
+    assert type(model).__module__ == "mlx_lm.models.nemotron-nas"
+    ids = tiny.windows(2, 19)
+    with torch.no_grad():
+        want = load(folder)(input_ids=ids).logits
+    got = torch.tensor(model(mx.array(ids.tolist())).tolist())
+    torch.testing.assert_close(got, want, atol=1e-4 * float(want.abs().max()), rtol=0)
+
+
+def test_code_that_planish_did_not_write_is_not_run(tmp_path, monkeypatch):
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", [compressed.bypass("mlp")])
+    export(folder, "deci", tmp_path / "d")
+    with pytest.raises(
+        InputError, match="transformers has no class for a DeciLM folder: --target vllm with --dense-ref"
+    ):
+        verify(tmp_path / "d", "hf")
+    assert is_own_code(tmp_path / "d")
+    (tmp_path / "d" / "configuration_decilm.py").write_text("raise SystemExit")
+    fake = types.ModuleType("vllm")
+    fake.LLM = fake.SamplingParams = None
+    fake.__spec__ = importlib.util.spec_from_loader("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    with pytest.raises(InputError, match="names code that planish did not write; it is not run"):
+        verify(tmp_path / "d", "vllm", dense_reference=folder)
 
 
 # ------------------------------------------------------------------ recovery and quantisation

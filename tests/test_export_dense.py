@@ -97,12 +97,13 @@ def test_deci_describes_every_block(tmp_path):
             compressed.bypass("mlp"),
         ],
     )
-    export(folder, "deci", tmp_path / "d")
+    written = export(folder, "deci", tmp_path / "d")
     config = json.loads((tmp_path / "d" / "config.json").read_text())
     attention, ffn = ([b[k] for b in config["block_configs"]] for k in ("attention", "ffn"))
     assert [a["no_op"] for a in attention] == [False, False, False], "block 0 keeps an attention of zeros"
     assert [f["no_op"] for f in ffn] == [False, False, True]
-    assert [f["intermediate_size"] for f in ffn] == [44, 8, None]
+    assert [f["ffn_mult"] and read_width(f["ffn_mult"], 32) for f in ffn] == [256, 256, None]
+    assert written.parameters - written.stored_parameters == stated(written.notes) > 3 * 32 * (256 - 44 + 256 - 8)
     names = index_tensors(tmp_path / "d")
     assert not [n for n in names if n.startswith(("model.layers.2.mlp", "model.layers.2.post_attention_layernorm"))]
     deci, old = Folder(folder), tmp_path / "d"
@@ -113,6 +114,39 @@ def test_deci_describes_every_block(tmp_path):
     o = tensors["model.layers.1.self_attn.o_proj.weight"].unflatten(1, (4, 8))
     assert o[..., 5:].abs().max() == 0
     assert torch.equal(o[..., :5].flatten(1), deci.tensor("model.layers.1.self_attn.o_proj.weight"))
+    down = tensors["model.layers.1.mlp.down_proj.weight"]
+    assert down.shape == (32, 256) and down[:, 8:].abs().max() == 0
+    assert torch.equal(down[:, :8], deci.tensor("model.layers.1.mlp.down_proj.weight"))
+
+
+def read_width(ffn_mult: float, hidden: int) -> int:
+    """An MLP's width as vLLM, SGLang and MLX read it."""
+    width = int(2 * round(ffn_mult, 6) * hidden / 3)
+    return width if width % 256 == 0 else width + 256 - width % 256
+
+
+@pytest.mark.parametrize("hidden", [32, 96, 1000, 4096, 8192])
+def test_deci_names_every_width_so_that_it_is_read_right(hidden):
+    from planish.export.carriers import name_width, round_width
+
+    for width in [*range(1, 1100), 11008, 14336, 28672, 28671]:
+        assert read_width(name_width(width, hidden), hidden) == round_width(width)
+        assert 0 <= round_width(width) - width < 256
+
+
+def test_deci_configuration_gives_objects_and_is_json_again(tmp_path):
+    from transformers import AutoConfig
+
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", [None, compressed.bypass("mlp")])
+    export(folder, "deci", tmp_path / "d")
+    config = AutoConfig.from_pretrained(tmp_path / "d", trust_remote_code=True)
+    first, second, third = config.block_configs
+    assert (first.attention.n_heads_in_group, second.ffn.no_op, third.ffn.no_op) == (2, True, False)
+    assert not hasattr(first.ffn, "intermediate_size") and config.hidden_size == 32
+    assert (
+        json.loads(config.to_json_string())["block_configs"]
+        == json.loads((tmp_path / "d" / "config.json").read_text())["block_configs"]
+    )
 
 
 def test_settings_of_other_targets_are_refused(tmp_path):
@@ -159,14 +193,19 @@ CARRIERS = {
 }
 
 
+@pytest.mark.parametrize("size", [44, 512])
 @pytest.mark.parametrize("form", compressed.FORMS)
-def test_the_carrier_that_is_named_holds_the_folder_without_zeros(form, tmp_path):
-    """Named exactly where the export adds no weight."""
+def test_the_carrier_that_is_named_holds_the_folder_without_zeros(form, size, tmp_path):
+    """Named exactly where the export adds no weight; deci's widths are multiples of 256."""
     from planish.export.carriers import export_deci, export_mimo, find_carrier
 
-    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", compressed.FORMS[form])
+    forms = compressed.FORMS[form]
+    if form == "MLP widths per block" and size == 512:
+        forms = [compressed.neurons(256), None]
+    folder = compressed.make_folder(build("llama_gqa", intermediate_size=size), tmp_path / "m", forms)
     found = find_carrier(folder)
-    assert found == CARRIERS.get(form)
+    expected = CARRIERS.get(form)
+    assert found == (None if expected == "deci" and size % 256 else expected)
     if found:
         written = {"mimo": export_mimo, "deci": export_deci}[found](folder, tmp_path / "out")
         assert written.parameters <= written.stored_parameters

@@ -124,12 +124,25 @@ def test_equal_ranks_spend_the_budget(method):
     assert job.predicted(plan) <= job.predicted(least) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("method", ["flat-llm", "a3"])
+def test_blocks_that_a_plan_leaves_whole_come_along():
+    """`auto` may leave a block's values alone, or remove its attention: equal ranks are asked of all that is left."""
+    source = open_source(build("llama_gqa", **SIZES))
+    settings = {"units": "structural", "bypass": True}
+    job = Job(Stream(source, tiny.windows(16, 24)), find_method("auto", settings), 0.7, target="gguf")
+    job.plan()
+    vo, mlp, attention = ([u for u in sorted(job.units) if u.name == n] for n in ("vo", "mlp", "attention"))
+    left = {vo[0]: 8, attention[2]: 0} | dict.fromkeys(mlp, 64)
+    plan = job.make_uniform(left)
+    assert set(plan) == {*left, vo[1]} and plan[vo[0]] == plan[vo[1]] and plan[attention[2]] == 0
+    assert len({plan[u] for u in mlp}) == 1
+
+
+@pytest.mark.parametrize("method", ["flat-llm", "a3", "auto"])
 def test_what_is_compressed_for_gguf_needs_no_filling(method, tmp_path):
     model = build("llama_gqa", **SIZES, tie_word_embeddings=False)
     result = compress(
         model, output=tmp_path / "m", keep=0.7, method=method, windows=tiny.windows(16, 24), target="gguf",
-        settings={"damping": "0.01"},
+        settings={} if method == "auto" else {"damping": "0.01"},
     )  # fmt: skip
     assert result.keep <= 0.7
     specs = json.loads((tmp_path / "m" / "config.json").read_text())["planish"]["blocks"]

@@ -56,7 +56,7 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2",
         {
             **_GQA, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": WINDOW, "tie_word_embeddings": True,
-            "attn_logit_softcapping": 4.0, "final_logit_softcapping": 8.0,
+            "attn_logit_softcapping": 4.0, "final_logit_softcapping": 8.0, "attn_implementation": "eager",  # sdpa has no cap
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),

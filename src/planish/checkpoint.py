@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from planish.modules import (
     Spec,
     get_linear,
     install,
+    needs_eager,
     split_block,
 )
 from planish.shards import Shard
-from planish.sources import Source, find_folder, index_tensors, is_finite, load_config
+from planish.sources import NO_SOFT_CAP, Source, find_folder, index_tensors, is_finite, load_config
 from planish.writer import Writer
 
 
@@ -151,6 +153,8 @@ def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list
     if native is not None:
         config |= native
         config["architectures"] = [family.classes[2]]
+        if needs_eager(source.config):
+            config["attn_implementation"] = "eager"  # what transformers then takes unless it is told
     else:
         config_name, base_name, lm_name = class_names(family.model_type)
         config |= {
@@ -202,20 +206,16 @@ def kv_bytes(specs: list[Spec], shapes: list[Shape], itemsize: int) -> int:
     return total
 
 
-def load_exact(folder: str | Path, **kwargs) -> PreTrainedModel:
-    """`load` with an attention that computes all that the configuration says.
-
-    transformers' default drops the soft cap of attention scores (gemma2); its eager attention has it.
-    """
-    if getattr(load_config(find_folder(folder)), "attn_logit_softcapping", None) is not None:
-        kwargs.setdefault("attn_implementation", "eager")
-    return load(folder, **kwargs)
-
-
 def load(folder: str | Path, **kwargs) -> PreTrainedModel:
-    """A causal LM from a dense or compressed folder; runs no code but planish's own and transformers'."""
+    """A causal LM from a dense or compressed folder; runs no code but planish's own and transformers'.
+
+    Its attention computes all that the configuration says, unless `attn_implementation` asks for another.
+    """
     path = find_folder(folder)
     config = load_config(path)
+    if needs_eager(config) and "attn_implementation" not in kwargs:
+        kwargs["attn_implementation"] = "eager"
+        warnings.warn(NO_SOFT_CAP.format(f"{folder} is loaded"), stacklevel=2)
     files = index_tensors(path)  # says what is missing, and that pickles are not read
     if not getattr(config, "quantization_config", None):
         for file in sorted(set(files.values())):

@@ -223,8 +223,15 @@ class Job:
     def make_uniform(self, plan: Plan) -> Plan:
         """The plan with equal ranks in all blocks where the target needs that."""
         self.known = self.known or self.frontiers()
-        curves = {u: self.curve(self.known[u]) for u in plan}
         uniform = set(find_target(self.target).uniform)
+        cut = {u.name for u in plan} & uniform
+        gone = {(u.block, {"attention": "vo", "ffn": "mlp"}.get(u.name)) for u, r in plan.items() if r < self.full(u)}
+        plan = plan | {  # where the method left a block whole, it must come along
+            u: self.full(u)
+            for u in self.units
+            if u.name in cut and u in self.known and (u.block, u.name) not in gone and u not in plan
+        }
+        curves = {u: self.curve(self.known[u]) for u in plan}
         others = []  # what the plan leaves of everything else stays; the rest goes to the units that must be equal
         for b in self.budgets:
             taken = b.total - sum(self.cost(u, self.full(u), b) - self.cost(u, r, b) for u, r in plan.items())

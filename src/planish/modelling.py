@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .families import FAMILIES
-from .modules import copy_config, install_model, list_attentions
+from .modules import copy_config, install_model, list_attentions, needs_eager
 
 FORMAT = 1  # of config.json's "planish" entry; part of the model type, so that no version loads another's files
 
@@ -50,7 +50,14 @@ def _build(family: str) -> dict[str, type]:
 
     Config.model_type = model_type(family)
 
-    class Model(stock_base):  # type: ignore[misc, valid-type]
+    class Exact:
+        def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+            """Unless told, an attention that computes all that the configuration says."""
+            if requested_attention is None and needs_eager(self.config):  # type: ignore[attr-defined]
+                requested_attention = "eager"
+            return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)  # type: ignore[misc]
+
+    class Model(Exact, stock_base):  # type: ignore[misc, valid-type]
         config_class = Config
 
         def __init__(self, config):
@@ -59,7 +66,7 @@ def _build(family: str) -> dict[str, type]:
             install_model(self, config)
             share_config(self, plain, config)
 
-    class LM(stock_lm):  # type: ignore[misc, valid-type]
+    class LM(Exact, stock_lm):  # type: ignore[misc, valid-type]
         config_class = Config
 
         def __init__(self, config):

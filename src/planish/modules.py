@@ -475,6 +475,11 @@ def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, softc
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def needs_eager(config) -> bool:
+    """Whether attention scores have a soft cap (gemma2): transformers' default, PyTorch's attention, leaves it out silently."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
 def head_width(stock: nn.Module) -> int:
     return getattr(stock, "head_dim", None) or stock.head_size
 

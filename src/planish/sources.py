@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -28,6 +29,7 @@ from planish.modules import (
     find_blocks,
     get_linear,
     head_width,
+    needs_eager,
     rotary_width,
     split_block,
 )
@@ -36,6 +38,7 @@ from planish.shards import Shard
 register()  # the Auto classes know compressed models from here on
 
 
+NO_SOFT_CAP = "{} with eager attention: transformers' sdpa leaves out the soft cap of attention scores"
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -337,6 +340,9 @@ class MemorySource(Source):
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
         self.model, self.tokenizer = model, tokenizer
         self.config = copy.deepcopy(model.config)
+        if needs_eager(self.config) and self.config._attn_implementation == "sdpa":
+            self.config._attn_implementation = "eager"
+            warnings.warn(NO_SOFT_CAP.format("the model is calibrated"), stacklevel=4)
         self.family = find_family(self.config)
         self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         for name, p in model.named_parameters():
@@ -344,7 +350,8 @@ class MemorySource(Source):
                 raise InputError(f"tensor {name} of the model in memory holds NaN or infinity")
 
     def block(self, i: int) -> nn.Module:
-        block = copy.deepcopy(find_blocks(self.model, self.family)[i]).cpu().eval().requires_grad_(False)
+        memo = {id(self.model.config): self.config}
+        block = copy.deepcopy(find_blocks(self.model, self.family)[i], memo).cpu().eval().requires_grad_(False)
         return split_block(block, self.family, self.config)
 
     def outside(self) -> dict[str, Tensor]:
@@ -356,9 +363,7 @@ class MemorySource(Source):
 
     def skeleton(self) -> PreTrainedModel:
         with no_parameters():
-            model = build_skeleton(self.config, self.family).eval()
-        model.config._attn_implementation = self.model.config._attn_implementation
-        return model
+            return build_skeleton(self.config, self.family).eval()
 
     def weight(self, name: str) -> Tensor:
         return self.model.get_parameter(name).detach()
@@ -406,6 +411,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 
 def load_config(folder: Path) -> Any:
+    """A folder's configuration; models built from it have an attention that computes all that it says."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json: not a Hugging Face model folder")
@@ -418,9 +424,12 @@ def load_config(folder: Path) -> Any:
     if not kind.startswith("planish"):
         find_family(type("config", (), {"model_type": kind})())
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{path} is not a valid {kind} configuration: {error}") from None
+    if needs_eager(config):
+        config._attn_implementation = "eager"
+    return config
 
 
 def index_tensors(folder: Path) -> dict[str, Path]:

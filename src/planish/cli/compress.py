@@ -80,7 +80,7 @@ def compress(
         if result.format != "native":
             from planish.export.carriers import find_carrier
 
-            names = {"mimo": "MiMo-V2-Flash, loads with plain transformers", "deci": "DeciLM, for vLLM and SGLang"}
+            names = {"mimo": "MiMo-V2-Flash, loads with plain transformers", "deci": "DeciLM, for vLLM, SGLang and MLX"}
             shown = escape(shlex.quote(result.output))
             if to := find_carrier(result.output):
                 stock = [f"a stock architecture holds it ({names[to]}): planish export {shown} --to {to} -o FOLDER"]

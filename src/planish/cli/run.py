@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -115,12 +116,19 @@ def session(as_json: bool) -> Iterator[Session]:
     if not os.environ.get("PLANISH_DEBUG"):
         logging.disable(logging.WARNING)  # what other libraries have to say while they are imported and used
     try:
-        with bars, contextlib.redirect_stdout(sys.stderr):
+        with bars, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.showwarning = show_warning
             yield found
     finally:
         logging.disable(level)
     if is_first():
         found.show()
+
+
+def show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning as one line, without the place in the source; other libraries' about their own future are left out."""
+    if issubclass(category, UserWarning):
+        say(f"note: {message}")
 
 
 def is_first() -> bool:

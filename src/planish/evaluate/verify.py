@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from planish.checkpoint import load_exact
+from planish.checkpoint import load
 from planish.errors import InputError
+from planish.export import configuration_decilm
 from planish.sources import find_folder, load_config, load_tokenizer
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
@@ -178,16 +181,22 @@ class Vllm:
     def __init__(self, folder: Path, context: int):
         if importlib.util.find_spec("vllm") is None:
             raise InputError("verify --target vllm needs vLLM in this environment · see docs/export.md")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no processes of its own, which write to stdout
         from vllm import LLM, SamplingParams
 
+        own_code = read_carrier(folder) == "deci"
+        if own_code and not is_own_code(folder):
+            raise InputError(f"{folder} names code that planish did not write; it is not run")
         self.sampling = SamplingParams
         self.engine = LLM(
             model=str(folder),
+            trust_remote_code=own_code,
             skip_tokenizer_init=True,
             dtype="float32",
             max_model_len=context,
             enforce_eager=True,
             max_logprobs=-1,
+            kv_cache_memory_bytes=2**30 * -(-context // 256),  # not nine tenths of the machine, as it takes unless told
             seed=0,
         )
 
@@ -230,7 +239,12 @@ def verify(
     if target not in TARGETS:
         raise InputError(f"unknown target {target!r}; expected one of {', '.join(TARGETS)}")
     path = find_folder(folder)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False) if is_carrier(path) else load_config(path)
+    carrier = read_carrier(path)
+    if carrier == "deci" and (target != "vllm" or dense_reference is None):
+        raise InputError(
+            "transformers has no class for a DeciLM folder: --target vllm with --dense-reference, the folder it was exported from"
+        )
+    config = load_config(path) if carrier is None else SimpleNamespace(**read_config(path))
     longest = config.max_position_embeddings
     if target == "gguf":
         longest = min(longest, getattr(config, "sliding_window", None) or longest)
@@ -240,7 +254,10 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.vocab_size, (prompt_len,), generator=generator)
     reference_folder = path if dense_reference is None else find_folder(dense_reference)
-    # vLLM forks its own processes; transformers comes second so that it starts from a clean one
+    # transformers first: vLLM replaces parts of it in this process
+    reference = Transformers(load(reference_folder, dtype=torch.float32), load_tokenizer(reference_folder))
+    want, want_greedy, want_ids = reference.logits(ids), reference.greedy(ids, new_tokens), reference.encode(PROBE)
+    del reference
     with tempfile.TemporaryDirectory() as scratch:
         runner, name = open_target(path, target, file, context, Path(scratch))
         got, got_greedy, got_ids = runner.logits(ids), runner.greedy(ids, new_tokens), None
@@ -248,8 +265,6 @@ def verify(
             got_ids = runner.encode(PROBE)
         usual = getattr(runner, "tolerance", TOLERANCES[target])
         del runner
-    reference = Transformers(load_exact(reference_folder, dtype=torch.float32), load_tokenizer(reference_folder))
-    want, want_greedy, want_ids = reference.logits(ids), reference.greedy(ids, new_tokens), reference.encode(PROBE)
     if got.shape != want.shape:
         raise InputError(f"{target} gives logits of shape {tuple(got.shape)}, transformers {tuple(want.shape)}")
     if target == "vllm":
@@ -273,19 +288,34 @@ def verify(
     )
 
 
-def is_carrier(path: Path) -> bool:
-    """Was the folder exported to an architecture of transformers that is not one of planish's families?"""
-    file = path / "config.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "mimo_v2_flash"
+def read_carrier(path: Path) -> str | None:
+    """ "mimo" or "deci" for folders exported to an architecture that is not one of planish's families."""
+    return {"mimo_v2_flash": "mimo", "nemotron-nas": "deci"}.get(read_config(path).get("model_type", ""))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as it is; empty where it cannot be read (`load_config` says why)."""
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_own_code(path: Path) -> bool:
+    """Whether all the code that a DeciLM folder names is planish's configuration file, unchanged."""
+    named = read_config(path).get("auto_map") == {"AutoConfig": "configuration_decilm.DeciLMConfig"}
+    file = path / "configuration_decilm.py"
+    return named and file.is_file() and file.read_bytes() == Path(configuration_decilm.__file__).read_bytes()
 
 
 def open_target(path: Path, target: str, file: str | Path | None, context: int, scratch: Path) -> tuple[Runner, str]:
     """The model in its target, exported first where no file is given."""
     if target == "hf":
-        if is_carrier(path):
+        if read_carrier(path) == "mimo":
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
         else:
-            model = load_exact(path, dtype=torch.float32)
+            model = load(path, dtype=torch.float32)
         return Transformers(model, load_tokenizer(path)), str(path)
     if target == "vllm":
         return Vllm(path, context), str(path)

@@ -16,7 +16,7 @@ TARGETS = {
     "onnx": "one graph for ONNX Runtime, with the cache as inputs and outputs",
     "dense": "a folder without low-rank forms; --pad fills it up to the stock architecture",
     "mimo": "a MiMo-V2-Flash folder: fewer value dimensions without custom code",
-    "deci": "a DeciLM (nemotron-nas) folder: MLP widths per block and removed submodules without custom code",
+    "deci": "a DeciLM (nemotron-nas) folder: MLP widths per block and removed submodules without planish",
 }
 
 

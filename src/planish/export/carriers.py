@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from planish.errors import InputError
+from planish.export import configuration_decilm as decilm
 from planish.export.dense import copy_files
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.written import DTYPES, Written, check_dtype, describe_products, keep_dtype
 from planish.writer import Writer
 
+WIDTHS = 256  # DeciLM's MLPs are multiples of it
 FAMILIES = ("llama", "mistral", "qwen2", "phi3")  # RMS norms, rotary embedding, gated silu MLP, no query/key norm
 
 NAMES = {r: f"self_attn.{r}_proj" for r in "qkvo"} | {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
@@ -25,7 +28,7 @@ def export_mimo(
 ) -> Written:
     """MiMo-V2-Flash with full attention and dense MLPs: value dimensions below the head size, the same in all blocks.
 
-    Loads with transformers' own class (eager attention), vLLM, SGLang and MLX. Value dimensions and MLP widths that differ
+    Loads with transformers' own class (eager attention). Value dimensions and MLP widths that differ
     from block to block are filled up with zeros to the largest; removed submodules likewise.
     """
     source = open_folder(folder, "mimo")
@@ -68,9 +71,11 @@ def export_mimo(
 def export_deci(
     folder: str | Path, output: str | Path, *, dtype: str | None = None, overwrite: bool = False
 ) -> Written:
-    """DeciLM (nemotron-nas): MLP widths per block and removed submodules, for vLLM, SGLang and MLX.
+    """DeciLM (nemotron-nas): MLP widths per block and removed submodules, for vLLM, SGLang and MLX without planish.
 
-    transformers itself has no class for it. Block 0 keeps an attention (of zeros if it was removed): vLLM asks for one.
+    transformers itself has no class for it; vLLM and SGLang read the configuration through the file that the folder
+    carries. Block 0 keeps an attention (of zeros if it was removed): vLLM asks for one. These stacks know an MLP's width as
+    a multiple of 256 only, so every MLP is filled up to one.
     """
     source = open_folder(folder, "deci")
     plains = [plain_block(source, i) for i in range(len(source))]
@@ -80,23 +85,27 @@ def export_deci(
     biases = {r for p in plains for r in p.tensors if r.endswith(".bias")}
     if biases or first.rotary != first.qk:
         raise InputError("deci is written for models without biases whose heads are rotated in full")
+    rope = dict(source.stock_config.rope_parameters)
     blocks = []
     for i, p in enumerate(plains):
         attention: dict[str, Any] = {"no_op": p.attention == "none" and i > 0, "replace_with_linear": False}
         attention["n_heads_in_group"] = None if attention["no_op"] else first.groups
         ffn: dict[str, Any] = {"no_op": p.mlp == "none", "replace_with_linear": False, "ffn_mult": None}
-        ffn["intermediate_size"] = None if p.mlp == "none" else p.width
+        if p.mlp != "none":
+            ffn["ffn_mult"] = name_width(p.width, first.hidden)
         blocks.append({"attention": attention, "ffn": ffn})
     settings = base_settings(source) | {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
         "head_dim": first.qk,
         "num_key_value_heads": None,
         "attention_bias": False,
         "mlp_bias": False,
         "block_configs": blocks,
-        "rope_theta": source.stock_config.rope_parameters["rope_theta"],
-        "rope_parameters": source.stock_config.rope_parameters,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,  # MLX's name
+        "rope_parameters": rope,
     }
 
     def prepare(plain: Plain) -> None:
@@ -104,15 +113,27 @@ def export_deci(
             zero_attention(plain, plain.shape.v)
         if plain.attention == "full":
             pad_values(plain, plain.shape.v)
+        if plain.mlp == "full":
+            pad_width(plain, round_width(plain.width))
 
     del plains
-    return write(source, Path(output), "deci", settings, prepare, dtype, overwrite)
+    return write(source, Path(output), "deci", settings, prepare, dtype, overwrite, [Path(decilm.__file__)])
+
+
+def round_width(width: int) -> int:
+    return -(-width // WIDTHS) * WIDTHS
+
+
+def name_width(width: int, hidden: int) -> float:
+    """The `ffn_mult` that is read as `round_width(width)`: 2/3 · ffn_mult · hidden, and from there up to a multiple of 256."""
+    return round(1.5 * (round_width(width) - WIDTHS / 2) / hidden, 6)
 
 
 def find_carrier(folder: str | Path) -> str | None:
     """ "mimo" or "deci" where that architecture holds a compressed folder as it is, without a zero and without planish.
 
-    mimo: fewer value dimensions, equal in all blocks, and equal MLP widths; deci: MLP widths per block and removed submodules.
+    mimo: fewer value dimensions, equal in all blocks, and equal MLP widths; deci: MLP widths per block, multiples of 256, and
+    removed submodules.
     """
     try:
         source = open_folder(folder, "mimo")
@@ -143,6 +164,7 @@ def find_carrier(folder: str | Path) -> str | None:
     biased = any(n.endswith(".bias") for n in source.files)
     first = source.specs[0].get("attention", {}).get("kind") == "bypass"  # deci would fill it up
     held = values <= {full.v} and not first and not biased and full.rotary == full.qk
+    held = held and all(w == round_width(w) for w in widths)
     return "deci" if held and source.compressed else None
 
 
@@ -183,8 +205,12 @@ def write(
     prepare: Any,
     dtype: str | None,
     overwrite: bool,
+    code: Sequence[Path] = (),
 ) -> Written:
-    """Write every block under LLaMA's tensor names, after `prepare`, in `dtype` or (None) products in fp32, the rest as is."""
+    """Write every block under LLaMA's tensor names, after `prepare`, in `dtype` or (None) products in fp32, the rest as is.
+
+    `code`: files that the configuration refers to.
+    """
     check_dtype(dtype)
     writer = Writer(output, len(source), overwrite)
     back, wide = 0, False
@@ -207,6 +233,8 @@ def write(
         if dtype or wide:
             settings["dtype"] = str(DTYPES[dtype or "f32"]).removeprefix("torch.")
         writer.text("config.json", json.dumps(settings, indent=2) + "\n")
+        for file in code:
+            writer.text(file.name, file.read_text(encoding="utf-8"))
         copy_files(source, writer)
         size, total = writer.bytes, writer.parameters
         weights = size - writer.index_bytes

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from planish.checkpoint import load_exact
+from planish.checkpoint import load
 from planish.errors import InputError
 from planish.export.written import Written
 from planish.sources import load_config
@@ -61,7 +61,7 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
     if dtype not in DTYPES:
         raise InputError(f"unknown ONNX type {dtype!r}; expected one of {', '.join(DTYPES)}")
     config = load_config(Path(folder))
-    model = load_exact(folder, dtype=DTYPES[dtype])
+    model = load(folder, dtype=DTYPES[dtype])
     step = Step(model)
     ids = torch.zeros(2, 5, dtype=torch.long)
     with torch.no_grad():

@@ -1,8 +1,9 @@
 """vLLM's Transformers backend for compressed models. Imported by vLLM alone, through the plugin.
 
-Three things differ from a stock model, and are told to the backend here: blocks without an attention have no cache and are
+Four things differ from a stock model, and are told to the backend here: blocks without an attention have no cache and are
 left out of its numbering; heads may be narrower than the configuration's, each block's cache has the smallest head size
-that vLLM's attention offers for it; index tables are buffers that the backend would leave without storage.
+that vLLM's attention offers for it; index tables are buffers that the backend would leave without storage; a linear may have
+another form in one block than in the next, and only plain ones can be fused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vllm.model_executor.models import transformers as backend
+from vllm.model_executor.models.transformers import base
+from vllm.model_executor.models.transformers.fuser import key
 from vllm.platforms import current_platform
 
 from planish.modules import Attention, list_attentions
@@ -48,6 +51,24 @@ def choose_head_size(width: int, dense: int) -> int:
     return min((s for s in sizes if width <= s <= dense), default=dense)
 
 
+class Fusers(base.Fusers):
+    """The backend's fusions, which it finds once per class of modules, for those whose linears are plain ones."""
+
+    def __getitem__(self, m: nn.Module) -> list[Any]:
+        found = self.data.get(kind := key(m), [])
+        self.data[kind] = [f for f in found if all(type(m.get_submodule(n)) is nn.Linear for n in list_linears(f))]
+        try:
+            return super().__getitem__(m)
+        finally:
+            self.data[kind] = found
+
+
+def list_linears(fuser: Any) -> list[str]:
+    """Names of the linears that a fusion merges or replaces."""
+    single = ("q_name", "k_name", "v_name", "o_name", "qkv_name", "down_name")
+    return [*getattr(fuser, "linear_names", ()), *filter(None, (getattr(fuser, n, None) for n in single))]
+
+
 class TransformersForCausalLM(backend.TransformersForCausalLM):  # the name by which vLLM knows its own backend
     def init_parameters(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().init_parameters(module, dtype)
@@ -55,6 +76,10 @@ class TransformersForCausalLM(backend.TransformersForCausalLM):  # the name by w
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     part._buffers[name] = torch.zeros_like(buffer, device=self.device_config.device)
+
+    def recursive_replace(self) -> None:
+        with replaced(base, "Fusers", Fusers):
+            super().recursive_replace()
 
     def _create_attention_instances(self, prefix: str = "") -> None:
         left = list_attentions(self.config)
