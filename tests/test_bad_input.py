@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import planish
 import tiny
 from compressed import train_tokenizer
 from planish.checkpoint import load
 from planish.compress import compress
 from planish.errors import InputError
 from planish.methods import list_methods
-from planish.sources import find_folder, load_config
+from planish.sources import find_folder, load_config, open_source
 
 WINDOWS = tiny.windows(16, 24)
 EVIL = "open({mark!r}, 'w').close()\n"
@@ -288,3 +289,43 @@ def test_numbers_that_no_method_can_use(method, setting, value, tmp_path):
             windows=WINDOWS, settings={setting: value},
         )  # fmt: skip
     assert setting in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_missing_tensor_is_not_made_up(tmp_path):
+    """transformers would go on with random numbers; eval, bench and load refuse, as compress does."""
+    folder = tiny.save(tiny.build("llama_gqa"), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for use in (planish.load, lambda m: compress(open_source(m), output=tmp_path / "o", keep=0.8, windows=WINDOWS)):
+        with pytest.raises(InputError, match=r"tensor model.layers.1.self_attn.k_proj.weight is missing"):
+            use(folder)
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path):
+    """tie_word_embeddings with two different matrices stored: transformers does not tie them, so neither does the result."""
+    model = tiny.build("llama_tied")
+    folder = tiny.save(model, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    dense = planish.load(folder)
+    compress(open_source(folder), output=tmp_path / "o", keep=1.0, method="flat-llm", windows=WINDOWS)
+    assert not torch.equal(dense.lm_head.weight, dense.model.embed_tokens.weight)
+    assert torch.equal(planish.load(tmp_path / "o")(WINDOWS[:2]).logits, dense(WINDOWS[:2]).logits)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "notes/a.json"])
+def test_overwrite_replaces_folders_of_models_only(name, tmp_path):
+    model = tiny.build("llama_gqa", num_hidden_layers=2)
+    out = tmp_path / "out"
+    how = {"output": out, "keep": 0.8, "method": "flat-llm", "windows": WINDOWS, "overwrite": True}
+    compress(model, **how)
+    compress(model, **how)
+    other = out / name
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("years of work")
+    with pytest.raises(InputError, match=f"holds .*{name.partition('/')[0]}, which is no part of a model"):
+        compress(model, **how)
+    assert other.read_text() == "years of work" and (out / "config.json").is_file()

@@ -493,3 +493,15 @@ def test_demo_without_its_model_says_so(tmp_path, run, monkeypatch):
 
     monkeypatch.setattr(demo, "MODEL", tmp_path / "absent")
     check_refused(run("demo", "-o", tmp_path / "demo"), tmp_path, "embedded demo model is missing", "--model")
+
+
+def test_eval_beside_the_dense_model(folder, ids, run):
+    """--against measures a second model on the same text; options of tasks are refused beside a text."""
+    done = run("eval", folder, "--text", ids, "--seq-len", "16", "--against", folder, "--json")
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["against"]["nll"] == found["nll"]
+    assert "+0.00000 nats" in run("eval", folder, "--text", ids, "--seq-len", "16", "--against", folder).stdout
+    refused = run("eval", folder, "--text", ids, "--limit", "3")
+    assert refused.exit_code == 2 and "--limit goes with --tasks" in refused.stderr
+    refused = run("eval", folder, "--text", ids, "--tasks", "x.jsonl")
+    assert refused.exit_code == 2 and "two measurements" in refused.stderr

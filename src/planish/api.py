@@ -392,7 +392,8 @@ def evaluate_tasks(
     """Zero-shot accuracies on local .jsonl files and lm_eval's tasks (see `planish.evaluate.tasks`)."""
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or load_tokenizer(find_folder(model))
-        model = load(model, device=find_device(device), dtype=dtype)
+        place = find_device(device)
+        model = load(model, device=place, dtype=dtype or ("float32" if place == "cpu" else None))
     show = None if progress is None else lambda done, total: progress("examples", done, total)
     return tasks_file.evaluate_tasks(model, tokenizer, tasks, limit=limit, progress=show)
 

@@ -221,7 +221,10 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
         for file in sorted(set(files.values())):
             Shard(file)
     try:
-        kwargs |= {"trust_remote_code": False, "use_safetensors": True}
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+        kwargs |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except Exception as error:  # whatever a damaged folder makes the model's own code raise
         raise InputError(f"cannot load {folder}: {type(error).__name__}: {error}") from None
+    for name in sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        raise InputError(f"tensor {name} is missing in {folder}: the checkpoint is incomplete")
+    return model.eval()

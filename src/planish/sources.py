@@ -209,6 +209,7 @@ class FolderSource(Source):
                 f"{folder}/config.json says {self.n_blocks} blocks, the checkpoint holds {len(inside)}: "
                 "it is incomplete or another model's"
             )
+        self.untie_if_different()
 
     def _match_names(self) -> dict[str, str]:
         """Name in the causal LM → stored name; checkpoints of base models drop the prefix, some call the head otherwise."""
@@ -265,6 +266,18 @@ class FolderSource(Source):
             with no_parameters():
                 self._built = build_skeleton(self.config, self.family).eval()
         return self._built
+
+    def untie_if_different(self) -> None:
+        """A checkpoint whose configuration ties matrices that it stores with different numbers is not tied, as transformers
+        sees it."""
+        if not self.config.tie_word_embeddings or "lm_head.weight" not in self.rename:
+            return
+        with no_parameters():
+            model = build_skeleton(self.config, self.family)
+        embedding = model.get_input_embeddings()
+        name = next(n for n, m in model.named_modules() if m is embedding) + ".weight"
+        if name in self.rename and not torch.equal(self.tensor(name), self.tensor("lm_head.weight")):
+            self.config.tie_word_embeddings = False
 
     def outside(self) -> dict[str, Tensor]:
         inside = f"{self.family.blocks}."

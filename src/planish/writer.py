@@ -22,6 +22,19 @@ from planish.modules import (
 from planish.shards import Shard, hash_file, make_header, sync_folder, write_shard, write_text
 from planish.sources import Source, set_parameter
 
+# what savers of models, the hub and planish put into a model's folder
+SAVED = {".safetensors", ".json", ".py", ".model", ".jinja", ".yaml", ".part", ".tiktoken"}
+SAVED_NAMES = {
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "merges.txt",
+    "vocab.txt",
+    ".gitattributes",
+    "NOTICE",
+    "USE_POLICY.md",
+}
+
 
 class Writer:
     """A compressed folder, written shard by shard into `<output>.partial` and renamed when it is complete.
@@ -54,6 +67,10 @@ class Writer:
             raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
         if output.exists() and not output.is_dir():
             raise InputError(f"output {output} is a file")
+        if foreign := find_foreign(output):
+            raise InputError(
+                f"output {output} holds {foreign}, which is no part of a model: --overwrite replaces folders of models only"
+            )
         if (self.state / "journal.jsonl").exists() and not overwrite:
             raise InputError(f"{self.partial} holds an unfinished run: planish resume {output}, or pass --overwrite")
         for path in (output, self.partial):
@@ -195,6 +212,20 @@ class Writer:
         """
         if self.active and (wrong_input or not (self.state / "journal.jsonl").exists()):
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def find_foreign(folder: Path) -> str:
+    """The first entry of a folder that no model's folder has (or what it lacks to be one); "" if there is none."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in entries:
+        if path.is_dir() and not path.is_symlink():
+            if path.name not in ("resume", ".cache"):
+                return f"the folder {path.name}"
+        elif not (path.suffix in SAVED or path.name in SAVED_NAMES):
+            return path.name
+    if entries and not (folder / "config.json").is_file():
+        return "no config.json but " + entries[0].name
+    return ""
 
 
 def tidy(output: Path) -> bool:

@@ -33,6 +33,8 @@ def bench(
     with session(as_json) as run:
         place = run.api.find_device(device.value)
         kind = run.api.find_dtype(dtype and dtype.value)
+        if kind is None and place == "cpu":
+            kind = run.api.find_dtype("float32")
         from planish.evaluate.speed import bench as measure
 
         models = {

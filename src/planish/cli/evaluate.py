@@ -11,13 +11,16 @@ from rich.table import Table
 
 from planish.cli import options as o
 from planish.cli.run import make_table, session
+from planish.errors import InputError
 
 
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="DIR", help="Hugging Face or compressed folder, or hub id", show_default=False)
     ],
-    text: Annotated[str, typer.Option("--text", metavar="SOURCE", help=o.SOURCE_HELP)] = "builtin",
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="SOURCE", help=o.SOURCE_HELP, show_default="builtin")
+    ] = None,
     seq_len: o.LengthOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows at a time")] = 1,
     max_windows: Annotated[int | None, typer.Option(min=1, help="stop after so many", show_default="all")] = None,
@@ -30,7 +33,7 @@ def evaluate(
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="DENSE", help="with --tasks: score this model beside it", show_default=False)
+        str | None, typer.Option(metavar="DENSE", help="measure this model beside it", show_default=False)
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="with --tasks: only so many examples", show_default=False)
@@ -41,6 +44,10 @@ def evaluate(
 ) -> None:
     """Measure perplexity (non-overlapping windows, the tail dropped, as the papers do), or zero-shot accuracy."""
     with session(as_json) as run:
+        if tasks and text is not None:
+            raise InputError("--text and --tasks are two measurements: run planish eval twice")
+        if not tasks and limit is not None:
+            raise InputError("--limit goes with --tasks; --max-windows limits a text")
         if tasks:
             names = [t for group in tasks for t in group.split(",") if t]
             found = {
@@ -51,20 +58,31 @@ def evaluate(
             }
             run.give({"tasks": {m: [asdict(s) for s in scores] for m, scores in found.items()}}, make_scores(found))
             return
-        found = run.api.evaluate(
-            model,
-            text,
-            seq_len,
-            device=device.value,
-            dtype=dtype and dtype.value,
-            batch_size=batch_size,
-            max_windows=max_windows,
-            progress=lambda done, total: run.progress("windows", done, total),
+        found, *dense = (
+            run.api.evaluate(
+                m,
+                text or "builtin",
+                seq_len,
+                device=device.value,
+                dtype=dtype and dtype.value,
+                batch_size=batch_size,
+                max_windows=max_windows,
+                progress=lambda done, total: run.progress("windows", done, total),
+            )
+            for m in filter(None, (model, against))
         )
         bos = "begins with BOS" if found.bos else "no BOS"
+        beside = []
+        for other in dense:
+            if (other.tokens, other.seq_len) != (found.tokens, found.seq_len):
+                raise InputError(f"{against} splits the text otherwise: give --seq-len, and models of one tokenizer")
+            beside = [
+                f"{escape(str(against))}: perplexity {other.perplexity:.4f} · {found.nll - other.nll:+.5f} nats per token"
+            ]
         run.give(
-            asdict(found),
+            asdict(found) | ({"against": asdict(dense[0])} if dense else {}),
             f"perplexity [bold]{found.perplexity:.4f}[/] · {found.nll:.5f} nats per token",
+            *beside,
             f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len} · "
             f"{escape(found.source)} ({bos}) · {found.dtype}",
         )
