@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import exp
+from math import ceil, exp
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
@@ -31,7 +31,11 @@ WAYS = {  # alternatives for a submodule: units that go together
 }
 # the linears that a unit holds, where it is not one itself
 HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
+LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
+NEVER = 1e9  # weight with which a bypass is never taken
+BYPASSES = (0.85, 1.0, 1.2)  # weights of their predicted loss that are tried
 SATURATES = 0.1  # predicted nats per token above which plans are compared by measured loss
+ENOUGH = 16  # tokens per channel of the widest linear that sequential solves look at, where there are so many
 HELD = 4  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
     "attention": (1 / 1.5, 1.5),
@@ -54,7 +58,7 @@ class Weighing:
     attention: float = 1.0
     keys: float = 1.0
     tilt: float = 0.0
-    bypass: float = 2.0
+    bypass: float = NEVER
 
     def apply(self, curve: Curve, blocks: int) -> Curve:
         name, depth = curve.unit.name, curve.unit.block / max(blocks - 1, 1)
@@ -77,8 +81,10 @@ class Auto(Method):
 
     One pass forward and back measures input moments and gradient moments (labels sampled from the model); every unit's
     frontier is then in nats per token, and each submodule takes the alternative that is best at the budget's price.
-    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only; `bypass` adds fitted affine maps
-    in place of whole submodules. Under a budget of the KV cache keys may also become latents (see `KeyLatent`), unless
+    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. `bypass`: whether fitted affine maps
+    in place of whole submodules compete too; by default below keep 0.6 and with `units` "any", where the plan with
+    them (of three weights of their predicted loss) has the least loss on every eighth calibration window, all solved on half
+    of the others. Under a budget of the KV cache keys may also become latents (see `KeyLatent`), unless
     `units` is "structural". `anchor`: share of the uncompressed model's activations in the target of each solve
     (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `rounds`: gradients are measured
     again on the model compressed so far after each equal share of the cut.
@@ -95,10 +101,11 @@ class Auto(Method):
     units: Literal["any", "structural", "linear"] = "any"
     anchor: float = 0.25
     ridge: float = 1e-3
-    bypass: bool = False
+    bypass: bool | None = None
     rounds: int = 1
     steep: float | None = None
     search: int = 0
+    refit_share: float = 1.0
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
@@ -106,12 +113,17 @@ class Auto(Method):
 
     def solvers(self) -> list[Solver]:
         structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
-        structural += [FisherPairs(), *([FisherBypass(self.ridge, self.anchor)] if self.bypass else [])]
+        structural += [FisherPairs()]
+        if self.bypass or (self.bypass is None and self.units == "any"):
+            structural += [FisherBypass(self.ridge, self.anchor)]
         linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge), KeyLatent(nats=True)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 
-    def takes(self, unit: Unit, budgets: Container[str]) -> bool:
-        """Keys as latents save nothing but cache, at a time per token that no table of latencies holds."""
+    def takes(self, unit: Unit, budgets: Mapping[str, float]) -> bool:
+        """Keys as latents save nothing but cache, at a time per token that no table of latencies holds; bypasses unasked only
+        at low keeps, elsewhere measuring for them costs and brings nothing."""
+        if unit.name in ("attention", "ffn") and self.bypass is None:
+            return min((share for name, share in budgets.items() if name != "kv_keep"), default=1.0) < LOW
         return unit.name != "keys" or ("kv_keep" in budgets and "max_latency" not in budgets)
 
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
@@ -139,16 +151,25 @@ class Auto(Method):
         with job.phase("search"):
             return self.compare(job, frontiers, plan)
 
+    def solve_windows(self, n: int, length: int, shape: Shape) -> int:
+        wide = max(shape.linear(r)[1] for r in shape.roles)
+        return min(n, max(ceil(self.refit_share * n), ceil(ENOUGH * wide / length)))
+
     def start(self, job: Job) -> Weighing:
-        return Weighing(self.steep if self.steep is not None else 0.0 if job.keep >= 0.6 else 3.0)
+        steep = self.steep if self.steep is not None else 0.0 if job.keep >= LOW else 3.0
+        return Weighing(steep, bypass=1.0 if self.bypass else NEVER)
 
     def compare(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
-        """The plan with the least measured loss among those that a short search finds, from this one on."""
+        """The plan with the least measured loss: this one, those with bypasses, those that a short search finds from there."""
         windows = sum(map(len, job.stream.batches))
-        if job.notes["predicted_loss"] < SATURATES or self.search < 2 or windows < 8 * HELD:
+        if job.notes["predicted_loss"] < SATURATES or windows < 8 * HELD:
             return plan
-        trial, held = job.trial()
         best, tried = self.start(job), dict[tuple[tuple[Unit, int], ...], float]()
+        others = [replace(best, bypass=w) for w in BYPASSES] if self.bypass is None else []
+        plans = [plan, *(self.allocate(job, frontiers, weighing=w) for w in others)]
+        if self.search < 2 and all(p == plan for p in plans):
+            return self.allocate(job, frontiers, weighing=best)
+        trial, held = job.trial()
 
         def measure(weighing: Weighing) -> float:
             other = self.allocate(job, frontiers, weighing=weighing)
@@ -157,8 +178,10 @@ class Auto(Method):
                 tried[key] = trial.held_loss(other, held)
             return tried[key]
 
-        least = first = measure(best)
-        for name, steps in MOVES.items():
+        first = measure(best)
+        best = min([best, *others], key=measure)
+        least = measure(best)
+        for name, steps in MOVES.items() if self.search > 1 else ():
             for step in steps:
                 better = best
                 while len(tried) < self.search and (loss := measure(best.moved(name, step))) < least:
