@@ -422,10 +422,10 @@ class Job:
         return hidden
 
     def trial(self, share: float = 0.5) -> tuple[Job, Stream]:
-        """(This job on the first windows of `share` of the calibration text, the stream of every eighth window, which it
+        """(This job on the first windows of `share` of the calibration text, the stream of every fourth window, which it
         leaves out): for the loss of plans on text that they are not solved on, see `held_loss`."""
         windows = torch.cat(self.stream.batches)
-        held = torch.arange(len(windows)) % 8 == 7
+        held = torch.arange(len(windows)) % 4 == 3
         few = copy.copy(self)
         few.stream = self.stream.part(windows[~held][: max(1, round(share * len(windows)))])
         few.cache, few.finished, few.errors, few.notes, few.progress = Cache(), {}, {}, {}, None

@@ -33,10 +33,10 @@ WAYS = {  # alternatives for a submodule: units that go together
 HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
 LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
 NEVER = 1e9  # weight with which a bypass is never taken
-BYPASSES = (0.85, 1.0, 1.2)  # weights of their predicted loss that are tried
+BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 SATURATES = 0.1  # predicted nats per token above which plans are compared by measured loss
 ENOUGH = 16  # tokens per channel of the widest linear that sequential solves look at, where there are so many
-HELD = 4  # windows at least on which they are
+HELD = 8  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
     "attention": (1 / 1.5, 1.5),
     "tilt": (-0.5, 0.5),
@@ -81,18 +81,19 @@ class Auto(Method):
 
     One pass forward and back measures input moments and gradient moments (labels sampled from the model); every unit's
     frontier is then in nats per token, and each submodule takes the alternative that is best at the budget's price.
-    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. `bypass`: whether fitted affine maps
-    in place of whole submodules compete too; by default below keep 0.6 and with `units` "any", where the plan with
-    them (of three weights of their predicted loss) has the least loss on every eighth calibration window, all solved on half
-    of the others. Under a budget of the KV cache keys may also become latents (see `KeyLatent`), unless
-    `units` is "structural". `anchor`: share of the uncompressed model's activations in the target of each solve
-    (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `rounds`: gradients are measured
-    again on the model compressed so far after each equal share of the cut.
+    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. Under a budget of the KV cache keys
+    may also become latents (see `KeyLatent`), unless `units` is "structural".
+    `bypass`: whether fitted affine maps in place of whole submodules compete too; by default below keep 0.6 where
+    `units` is "any". Where more than 0.1 nats per token are predicted, the plan without them and those with several weights
+    of their predicted loss are solved on half of the calibration windows and compared by the loss on every fourth one,
+    which is not among these.
+    `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
+    model's statistics alone, which a sweep can re-use). `rounds`: gradients are measured again on the model compressed so
+    far after each equal share of the cut.
     `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order prediction saturates, so a cut
     that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the prediction itself. By default 0,
     or 3 below keep 0.6.
-    `search`: where more than 0.1 nats per token are predicted, up to so many plans with other weights of the predictions
-    (see `Weighing`) are compared by the loss on every eighth calibration window, solved on half of the others.
+    `search`: up to so many plans with other weights of all predictions (see `Weighing`) are compared in the same way.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
@@ -161,11 +162,11 @@ class Auto(Method):
 
     def compare(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
         """The plan with the least measured loss: this one, those with bypasses, those that a short search finds from there."""
-        windows = sum(map(len, job.stream.batches))
-        if job.notes["predicted_loss"] < SATURATES or windows < 8 * HELD:
+        windows, length = sum(map(len, job.stream.batches)), job.stream.batches[0].shape[1]
+        if job.notes["predicted_loss"] < SATURATES or windows < 4 * HELD or length < 2:
             return plan
         best, tried = self.start(job), dict[tuple[tuple[Unit, int], ...], float]()
-        others = [replace(best, bypass=w) for w in BYPASSES] if self.bypass is None else []
+        others = [replace(best, bypass=w) for w in BYPASSES] if self.bypass is not False else []
         plans = [plan, *(self.allocate(job, frontiers, weighing=w) for w in others)]
         if self.search < 2 and all(p == plan for p in plans):
             return self.allocate(job, frontiers, weighing=best)
