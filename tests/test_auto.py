@@ -364,3 +364,24 @@ def test_the_compared_plan_with_the_least_measured_loss_is_kept(wanted, monkeypa
     assert any(u.name in ("attention", "ffn") and r < job.full(u) for u, r in plan.items()) == wanted
     assert (plan, 1.0) in measured and job.notes["search"]["best"] == 1.0
     assert sum(job.count(u, r) for u, r in plan.items()) <= job.budget
+
+
+def test_the_solve_runs_the_share_of_the_windows_it_is_told(tmp_path, monkeypatch):
+    s = stream(windows=MANY)
+    assert torch.equal(torch.cat(s.spread(4).batches), MANY[[0, 10, 20, 30]])
+    assert s.spread(40) is s and s.spread(99) is s
+    seen: list[int] = []
+    old = Stream.measure
+
+    def measure(self, i, block, taps, hidden, *more, **options):
+        seen.append(sum(map(len, hidden)))
+        return old(self, i, block, taps, hidden, *more, **options)
+
+    monkeypatch.setattr(Stream, "measure", measure)
+    digests = []
+    for share, n in ((1.0, 40), (0.25, 10), (0.01, 1)):
+        seen.clear()
+        run(tmp_path / "m", windows=MANY, keep=0.8, refit_share=share)
+        assert set(seen) == {n}
+        digests.append(digest(tmp_path / "m"))
+    assert len(set(digests)) == 3

@@ -558,10 +558,9 @@ class Job:
 
     def solve_stream(self) -> Stream:
         """The calibration windows that the method's solve runs, evenly spaced among all."""
-        if self.method.prefix == "dense" or not self.stream.batches:
+        if self.method.prefix == "dense":
             return self.stream
-        n, length = sum(map(len, self.stream.batches)), self.stream.batches[0].shape[1]
-        return self.stream.spread(self.method.solve_windows(n, length, max(self.shapes, key=Shape.count)))
+        return self.stream.spread(self.method.solve_windows(sum(map(len, self.stream.batches))))
 
     def beside(self, units: list[Unit]) -> set[str]:
         """Sites of the uncompressed block that solving these units of one block looks at, if one run beside the stages can

@@ -215,8 +215,8 @@ class Method(ABC):
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         return [units]
 
-    def solve_windows(self, n: int, length: int, shape: Shape) -> int:
-        """How many of n calibration windows of `length` tokens the solve runs through what is compressed so far."""
+    def solve_windows(self, n: int) -> int:
+        """How many of n calibration windows the solve runs through what is compressed so far."""
         return n
 
     def finish(self, job: Job, plan: Plan) -> None:  # noqa: B027

@@ -11,6 +11,7 @@ from torch import nn
 
 from planish.allocate import Alternative, BudgetError, Curve, choose
 from planish.core import Frontier, Method, Plan, Shape, Solver, Unit
+from planish.errors import InputError
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.key_latent import KeyLatent
@@ -35,7 +36,6 @@ LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by stee
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 SATURATES = 0.1  # predicted nats per token above which plans are compared by measured loss
-ENOUGH = 16  # tokens per channel of the widest linear that sequential solves look at, where there are so many
 HELD = 8  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
     "attention": (1 / 1.5, 1.5),
@@ -88,8 +88,9 @@ class Auto(Method):
     of their predicted loss are solved on half of the calibration windows and compared by the loss on every fourth one,
     which is not among these.
     `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
-    model's statistics alone, which a sweep can re-use). `rounds`: gradients are measured again on the model compressed so
-    far after each equal share of the cut.
+    model's statistics alone, which a sweep can re-use). `refit_share`: with an anchor, share of the calibration windows,
+    evenly spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper and the result a little
+    worse. `rounds`: gradients are measured again on the model compressed so far after each equal share of the cut.
     `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order prediction saturates, so a cut
     that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the prediction itself. By default 0,
     or 3 below keep 0.6.
@@ -133,6 +134,12 @@ class Auto(Method):
         order = (("q", "k", "qk", "keys", "v", "attention"), ("o", "vo"), ("gate", "up", "ffn"), ("down", "mlp"))
         return [s for s in ([u for u in units if u.name in names] for names in order) if s]
 
+    def __post_init__(self) -> None:
+        if not 0 < self.refit_share <= 1:
+            raise InputError(
+                f"refit_share of auto must lie in (0, 1], got {self.refit_share:g} (a share of the windows)"
+            )
+
     def plan(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
         rounds = max(self.rounds, 1)
@@ -152,9 +159,8 @@ class Auto(Method):
         with job.phase("search"):
             return self.compare(job, frontiers, plan)
 
-    def solve_windows(self, n: int, length: int, shape: Shape) -> int:
-        wide = max(shape.linear(r)[1] for r in shape.roles)
-        return min(n, max(ceil(self.refit_share * n), ceil(ENOUGH * wide / length)))
+    def solve_windows(self, n: int) -> int:
+        return min(n, max(1, ceil(self.refit_share * n)))
 
     def start(self, job: Job) -> Weighing:
         steep = self.steep if self.steep is not None else 0.0 if job.keep >= LOW else 3.0
