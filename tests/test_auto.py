@@ -143,7 +143,7 @@ def test_trials_are_measured_on_windows_that_they_are_not_solved_on():
     few, held = Job(s, find_method("auto", {}), 0.6).trial()
     inside = {tuple(w.tolist()) for b in few.stream.batches for w in b}
     outside = {tuple(w.tolist()) for b in held.batches for w in b}
-    assert len(inside) == 20 and len(outside) == 10 and not inside & outside
+    assert len(inside) == 30 and len(outside) == 10 and not inside & outside
     assert held.nll(_outputs(held)) == pytest.approx(few.held_loss({}, held), abs=1e-12)
 
 

@@ -421,13 +421,13 @@ class Job:
         self.solve(plan, emit, phase=phase)
         return hidden
 
-    def trial(self, share: float = 0.5) -> tuple[Job, Stream]:
-        """(This job on the first windows of `share` of the calibration text, the stream of every fourth window, which it
-        leaves out): for the loss of plans on text that they are not solved on, see `held_loss`."""
+    def trial(self) -> tuple[Job, Stream]:
+        """(This job without every fourth calibration window, the stream of these): for the loss of plans on text that they
+        are not solved on, see `held_loss`."""
         windows = torch.cat(self.stream.batches)
         held = torch.arange(len(windows)) % 4 == 3
         few = copy.copy(self)
-        few.stream = self.stream.part(windows[~held][: max(1, round(share * len(windows)))])
+        few.stream = self.stream.part(windows[~held])
         few.cache, few.finished, few.errors, few.notes, few.progress = Cache(), {}, {}, {}, None
         few.seconds, few.timers = {}, []  # the whole of it is one phase of this job's
         return few, self.stream.part(windows[held])

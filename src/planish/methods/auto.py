@@ -85,8 +85,7 @@ class Auto(Method):
     may also become latents (see `KeyLatent`), unless `units` is "structural".
     `bypass`: whether fitted affine maps in place of whole submodules compete too; by default below keep 0.6 where
     `units` is "any". Where more than 0.1 nats per token are predicted, the plan without them and those with several weights
-    of their predicted loss are solved on half of the calibration windows and compared by the loss on every fourth one,
-    which is not among these.
+    of their predicted loss are solved without every fourth calibration window and compared by the loss on these.
     `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
     model's statistics alone, which a sweep can re-use). `refit_share`: with an anchor, share of the calibration windows,
     evenly spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper and the result a little
