@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", type=Path, default=TABLE, help="where the page goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="planish-latency-") as folder:
@@ -108,8 +109,8 @@ def main() -> None:
             f"| {method or 'dense'} | {'' if asked is None else f'{asked:.2f}'} | {keep:.3f} | {predicted:.2f} | {least:.2f} | "
             f"{predicted / least - 1:+.0%} | {median:.2f} | {ratio:.2f} |\n"
         )
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text(text, encoding="utf-8")
+    args.table.parent.mkdir(parents=True, exist_ok=True)
+    args.table.write_text(text, encoding="utf-8")
     print(text)
 
 

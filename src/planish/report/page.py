@@ -164,7 +164,7 @@ def make_tiles(r: Results) -> str:
             main = f"{best.perplexity:.2f}"
             lines.insert(
                 0,
-                f"perplexity, {100 * (best.perplexity / r.dense.perplexity - 1):+.1f} % on dense"
+                f"perplexity, {100 * (best.perplexity / r.dense.perplexity - 1):+z.1f} % on dense"
                 if r.dense
                 else "perplexity",
             )
@@ -226,7 +226,9 @@ def make_charts(r: Results, colours: dict[str, int]) -> str:
     body = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{plot}</figure>" for name, plot in cards)
     off = sum(p.perplexity > limit for p in measured)
     note = "Filled: nothing else is both smaller (or faster) and better. Hover for values."
-    note += f" ↑: perplexity above the picture ({off} points)." if off else ""
+    note += f" ↑: perplexity above the picture ({count_points(off)})." if off else ""
+    below = sum(p.excess <= 0 for p in measured)
+    note += f" No worse than dense, so not on logarithmic axes: {count_points(below)}." if below else ""
     body = f'{make_legend(colours)}<div class="grid2">{body}</div><p class="note">{note}</p>'
     return f"<section><h2>What it costs</h2>{body}</section>"
 
@@ -450,6 +452,10 @@ def count(n: float) -> str:
         if n >= size:
             return f"{n / size:.3g}{unit}"
     return f"{n:.3g}"
+
+
+def count_points(n: int) -> str:
+    return f"{n} point{'s' * (n != 1)}"
 
 
 def number(v: float) -> str:
