@@ -1,6 +1,6 @@
 """Predicted and measured decode latency of compressed random-weight models; docs/tables/latency.md.
 
-    python benchmarks/latency.py [--shares 0.9,0.8,0.7,0.6] [--blocks 14]
+    python benchmarks/latency.py [--shares 0.9,0.8,0.7,0.6] [--blocks 8] [--threads 1]
 
 For every share s of the uncompressed model's predicted latency, `--max-latency` s × that; then the dense and the
 compressed models decode in turns, batch 1, behind the same context, least and median of all tokens.
@@ -49,13 +49,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shares", default="0.9,0.8,0.7,0.6")
     parser.add_argument("--methods", default="auto,flat-llm")
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--blocks", type=int, default=14)
+    parser.add_argument("--hidden", type=int, default=640)
+    parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", type=Path, default=TABLE, help="where the page goes")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="planish-latency-") as folder:
         model = Path(folder) / "model"
         write_model(
@@ -106,8 +109,8 @@ def main() -> None:
             f"| {method or 'dense'} | {'' if asked is None else f'{asked:.2f}'} | {keep:.3f} | {predicted:.2f} | {least:.2f} | "
             f"{predicted / least - 1:+.0%} | {median:.2f} | {ratio:.2f} |\n"
         )
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text(text, encoding="utf-8")
+    args.table.parent.mkdir(parents=True, exist_ok=True)
+    args.table.write_text(text, encoding="utf-8")
     print(text)
 
 

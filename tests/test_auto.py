@@ -134,7 +134,7 @@ def test_where_the_prediction_saturates_plans_are_compared(tmp_path):
     found = notes[0]["search"]
     assert notes[0] == notes[1] and digest(tmp_path / "one") == digest(tmp_path / "two")
     assert 2 <= found["plans"] <= 6 and found["best"] <= found["first"]
-    assert "search" not in run(tmp_path / "none", windows=MANY, keep=0.5, search=0)["notes"]
+    assert "search" not in run(tmp_path / "none", windows=MANY, keep=0.5, search=0, bypass=False)["notes"]
     assert "search" not in run(tmp_path / "few", windows=WINDOWS, keep=0.5)["notes"], "too few windows to hold out"
 
 
@@ -143,7 +143,7 @@ def test_trials_are_measured_on_windows_that_they_are_not_solved_on():
     few, held = Job(s, find_method("auto", {}), 0.6).trial()
     inside = {tuple(w.tolist()) for b in few.stream.batches for w in b}
     outside = {tuple(w.tolist()) for b in held.batches for w in b}
-    assert len(inside) == 20 and len(outside) == 5 and not inside & outside
+    assert len(inside) == 30 and len(outside) == 10 and not inside & outside
     assert held.nll(_outputs(held)) == pytest.approx(few.held_loss({}, held), abs=1e-12)
 
 
@@ -304,3 +304,84 @@ def test_a_budget_of_the_cache_takes_latent_keys(name, tmp_path):
     torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) / 9
     assert held * 4 == result.kv_bytes_per_token_after
+
+
+def test_a_bypass_of_full_rank_is_one_matrix():
+    """Between half and full rank two factors would hold more; full rank is the regression itself, what is left its loss."""
+    s = stream()
+    solver, unit, shape = FisherBypass(damping=1e-12), Unit(1, "ffn"), s.source.shape(1)
+    found: dict[int, Stats] = {}
+    taps = solver.taps(unit, shape)
+    s.sweep_back(lambda h: taps if h.block == 1 else [], lambda i, block, stats: found.setdefault(i, stats))
+    frontier, d = solver.decompose(unit, {}, found[1], shape), shape.hidden
+    ranks = list(solver.ranks(unit, shape))
+    costs = [solver.cost(unit, shape, r) for r in ranks]
+    assert ranks[-2:] == [d, d + 1] and max(ranks[:-2]) < d / 2 and costs[-2] == d * d + d and costs == sorted(costs)
+    assert max(costs[:-2]) < costs[-2] and float(frontier.loss[d + 1]) == 0 < float(frontier.loss[d])
+    cut, block = s.block(1), s.block(1)
+    edit = solver.truncate(frontier, d, shape)[0]
+    apply_edits(cut, [edit], s.family, s.source.config, shape)
+    assert edit.tensors["V.weight"].shape == (d, d) and not edit.form["factored"]
+    metric = taps[2]
+    hidden = s.run(0, s.place(s.block(0)), s.start())
+    errors = []
+    for h in hidden:
+        a, b = s.forward(1, s.place(block), h), s.forward(1, s.place(cut), h)
+        errors.append((a - b).flatten(0, 1))
+    e = torch.cat(errors)
+    measured = float((found[1].mean(metric) * (e.T @ e / len(e))).sum()) / 2
+    assert measured == pytest.approx(float(frontier.loss[d]), rel=1e-4)
+
+
+def test_bypasses_compete_at_low_keeps_only():
+    def names(settings, **asked) -> set[str]:
+        job = Job(stream(), find_method("auto", settings), asked=Asked(**asked))
+        return {u.name for u in job.units} & {"attention", "ffn"}
+
+    both = {"attention", "ffn"}
+    assert names({}, keep=0.5) == names({"bypass": True}, keep=0.9) == names({}, keep=0.9, flops_keep=0.5) == both
+    for settings, asked in (
+        ({}, {"keep": 0.6}), ({"bypass": False}, {"keep": 0.5}), ({"units": "structural"}, {"keep": 0.5}),
+        ({"units": "linear"}, {"keep": 0.5}), ({}, {"kv_keep": 0.5}),
+    ):  # fmt: skip
+        assert names(settings, **asked) == set()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_compared_plan_with_the_least_measured_loss_is_kept(wanted, monkeypatch):
+    """Whatever is predicted: here whoever has bypasses is said to lose less, or more."""
+    measured: list[tuple[dict[Unit, int], float]] = []
+
+    def held_loss(job: Job, plan, held) -> float:
+        bypassed = any(u.name in ("attention", "ffn") and r < job.full(u) for u, r in plan.items())
+        measured.append((plan, 1.0 if bypassed == wanted else 2.0))
+        return measured[-1][1]
+
+    monkeypatch.setattr(Job, "held_loss", held_loss)
+    job = Job(stream(windows=MANY), find_method("auto"), 0.3)
+    plan = job.plan()
+    assert len({loss for _, loss in measured}) == 2, "plans with and without bypasses were compared"
+    assert any(u.name in ("attention", "ffn") and r < job.full(u) for u, r in plan.items()) == wanted
+    assert (plan, 1.0) in measured and job.notes["search"]["best"] == 1.0
+    assert sum(job.count(u, r) for u, r in plan.items()) <= job.budget
+
+
+def test_the_solve_runs_the_share_of_the_windows_it_is_told(tmp_path, monkeypatch):
+    s = stream(windows=MANY)
+    assert torch.equal(torch.cat(s.spread(4).batches), MANY[[0, 10, 20, 30]])
+    assert s.spread(40) is s and s.spread(99) is s
+    seen: list[int] = []
+    old = Stream.measure
+
+    def measure(self, i, block, taps, hidden, *more, **options):
+        seen.append(sum(map(len, hidden)))
+        return old(self, i, block, taps, hidden, *more, **options)
+
+    monkeypatch.setattr(Stream, "measure", measure)
+    digests = []
+    for share, n in ((1.0, 40), (0.25, 10), (0.01, 1)):
+        seen.clear()
+        run(tmp_path / "m", windows=MANY, keep=0.8, refit_share=share)
+        assert set(seen) == {n}
+        digests.append(digest(tmp_path / "m"))
+    assert len(set(digests)) == 3

@@ -280,6 +280,7 @@ def test_a_pickle_that_calls_itself_npy(tmp_path, run, folder):
         ("erc-svd", "beta", "1.5"), ("erc-svd", "beta", "-0.1"), ("erc-svd", "candidates", "0"), ("asvd", "samples", "0"),
         ("asvd", "alpha", "1000000"), ("asvd", "alpha", "-1"), ("auto", "ridge", "-1"), ("subfit", "windows", "-3"),
         ("sleb", "windows", "0"), ("palu", "group", "0"), ("a3", "probes", "0"), ("auto", "rounds", "0"),
+        ("auto", "refit_share", "0"), ("auto", "refit_share", "1.5"),
     ],
 )  # fmt: skip
 def test_numbers_that_no_method_can_use(method, setting, value, tmp_path):

@@ -337,7 +337,7 @@ def test_pieces_hold_the_unit_s_weights():
     for method in ("auto", "a3", "flat-llm", "svd-llm", "llm-drop"):
         recipe = find_method(method)
         for solver in recipe.solvers():
-            for unit in [u for u in solver.units(shape) if recipe.takes(u, ("max_latency",))]:
+            for unit in [u for u in solver.units(shape) if recipe.takes(u, {"max_latency": 1.0})]:
                 pieces, _ = find_pieces(solver, unit, shape, solver.ranks(unit, shape)[-1])
                 held = sum(out * n for _, out, n, _ in pieces)
                 assert held == solver.cost(unit, shape, solver.ranks(unit, shape)[-1])

@@ -104,17 +104,18 @@ class Job:
         beside = sorted(set(self.asked.given) - {"keep"})
         if beside and getattr(method, "sparsity", None) is not None:
             raise InputError(f"sparsity says how much goes; {label(beside[0])} cannot hold beside it: give one of them")
+        self.budgets: list[Budget] = self.make_budgets(measured or {})
+        shares = {b.name: b.share for b in self.budgets}
         self.units: dict[Unit, Solver] = {}
         for solver in method.solvers():
             for shape in self.shapes:
-                units = [u for u in solver.units(shape) if method.takes(u, self.asked.given)]
+                units = [u for u in solver.units(shape) if method.takes(u, shares)]
                 if self.cache_only:  # nothing else is cut then
                     units = [u for u in units if solver.cache(u, shape, solver.ranks(u, shape)[-1]) > 0]
                 self.units |= dict.fromkeys(units, solver)
         self.target = target
         self.units = constrain(target, find_name(method), self.units, self.shapes)
         self.weights = sum(s.count() for s in self.shapes)
-        self.budgets: list[Budget] = self.make_budgets(measured or {})
         self.costs: dict[tuple[int, str, Shape], tuple[Solver, Choices]] = {}
         for b in self.budgets:
             uncut = not any(self.choices(u).prices(self.budgets.index(b)) for u in self.units)
@@ -420,13 +421,13 @@ class Job:
         self.solve(plan, emit, phase=phase)
         return hidden
 
-    def trial(self, share: float = 0.5) -> tuple[Job, Stream]:
-        """(This job on the first windows of `share` of the calibration text, the stream of every eighth window, which it
-        leaves out): for the loss of plans on text that they are not solved on, see `held_loss`."""
+    def trial(self) -> tuple[Job, Stream]:
+        """(This job without every fourth calibration window, the stream of these): for the loss of plans on text that they
+        are not solved on, see `held_loss`."""
         windows = torch.cat(self.stream.batches)
-        held = torch.arange(len(windows)) % 8 == 7
+        held = torch.arange(len(windows)) % 4 == 3
         few = copy.copy(self)
-        few.stream = self.stream.part(windows[~held][: max(1, round(share * len(windows)))])
+        few.stream = self.stream.part(windows[~held])
         few.cache, few.finished, few.errors, few.notes, few.progress = Cache(), {}, {}, {}, None
         few.seconds, few.timers = {}, []  # the whole of it is one phase of this job's
         return few, self.stream.part(windows[held])
@@ -481,7 +482,7 @@ class Job:
         self, plan: Plan, emit: Callable[[int, nn.Module, Spec], None], phase: str = "blocks"
     ) -> Sequence[Tensor]:
         """Walk the blocks, solve every planned unit, hand each finished block to `emit`; last block's outputs."""
-        stream, method = self.stream, self.method
+        method, stream = self.method, self.solve_stream()
         sequential = method.prefix != "dense"
         pristine = not sequential and not self.edits  # then all statistics are the uncompressed model's
         unknown = any(self.unknown(s.block, self.planned(s.block, plan))[1] for s in self.shapes)
@@ -554,6 +555,12 @@ class Job:
             if self.progress:
                 self.progress(phase, i + 1, len(self.shapes))
         return hidden
+
+    def solve_stream(self) -> Stream:
+        """The calibration windows that the method's solve runs, evenly spaced among all."""
+        if self.method.prefix == "dense":
+            return self.stream
+        return self.stream.spread(self.method.solve_windows(sum(map(len, self.stream.batches))))
 
     def beside(self, units: list[Unit]) -> set[str]:
         """Sites of the uncompressed block that solving these units of one block looks at, if one run beside the stages can

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -200,8 +200,8 @@ class Method(ABC):
 
     aliases: ClassVar[tuple[str, ...]] = ()
 
-    def takes(self, unit: Unit, budgets: Container[str]) -> bool:
-        """Whether it cuts this unit under budgets of these names (see `planish.budgets`)."""
+    def takes(self, unit: Unit, budgets: Mapping[str, float]) -> bool:
+        """Whether it cuts this unit under these budgets (see `planish.budgets`): name → share that stays."""
         return True
 
     def plan(self, job: Job) -> Plan:
@@ -214,6 +214,10 @@ class Method(ABC):
 
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         return [units]
+
+    def solve_windows(self, n: int) -> int:
+        """How many of n calibration windows the solve runs through what is compressed so far."""
+        return n
 
     def finish(self, job: Job, plan: Plan) -> None:  # noqa: B027
         """A hook after planning, before solving."""

@@ -164,6 +164,12 @@ class Stream:
         """The same model with the first n calibration windows only (all, if there are fewer)."""
         return self.part(torch.cat(self.batches)[:n]) if self.batches else self
 
+    def spread(self, n: int) -> Stream:
+        """The same model with n of the calibration windows, evenly spaced (all, if there are no more)."""
+        windows = torch.cat(self.batches) if self.batches else torch.empty(0)
+        count = len(windows)
+        return self.part(windows[torch.arange(n) * count // n]) if 0 < n < count else self
+
     def part(self, windows: Tensor) -> Stream:
         """The same model with other calibration windows (n, seq)."""
         other = copy.copy(self)

@@ -105,7 +105,9 @@ def sweep(
         "device": place, "dtype": dtype, "round_to": round_to,
     }  # fmt: skip
     book = Book(output, request, overwrite)
-    names = [(label, settings, method, asked) for label, settings, method in chosen for asked in budgets]
+    # the smallest budget first: it measures whatever the others need
+    order = sorted(budgets, key=lambda asked: list(asked.given.values()))
+    names = [(label, settings, method, asked) for label, settings, method in chosen for asked in order]
     runner = Runner(source.name, tokens, length, place, dtype, bench)
     if not book.finished("dense"):
         book.record(runner.measure_dense())

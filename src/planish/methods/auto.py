@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import exp
+from math import ceil, exp
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
 from planish.allocate import Alternative, BudgetError, Curve, choose
 from planish.core import Frontier, Method, Plan, Shape, Solver, Unit
+from planish.errors import InputError
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.key_latent import KeyLatent
@@ -31,8 +32,11 @@ WAYS = {  # alternatives for a submodule: units that go together
 }
 # the linears that a unit holds, where it is not one itself
 HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
+LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
+NEVER = 1e9  # weight with which a bypass is never taken
+BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 SATURATES = 0.1  # predicted nats per token above which plans are compared by measured loss
-HELD = 4  # windows at least on which they are
+HELD = 8  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
     "attention": (1 / 1.5, 1.5),
     "tilt": (-0.5, 0.5),
@@ -54,7 +58,7 @@ class Weighing:
     attention: float = 1.0
     keys: float = 1.0
     tilt: float = 0.0
-    bypass: float = 2.0
+    bypass: float = NEVER
 
     def apply(self, curve: Curve, blocks: int) -> Curve:
         name, depth = curve.unit.name, curve.unit.block / max(blocks - 1, 1)
@@ -77,16 +81,19 @@ class Auto(Method):
 
     One pass forward and back measures input moments and gradient moments (labels sampled from the model); every unit's
     frontier is then in nats per token, and each submodule takes the alternative that is best at the budget's price.
-    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only; `bypass` adds fitted affine maps
-    in place of whole submodules. Under a budget of the KV cache keys may also become latents (see `KeyLatent`), unless
-    `units` is "structural". `anchor`: share of the uncompressed model's activations in the target of each solve
-    (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `rounds`: gradients are measured
-    again on the model compressed so far after each equal share of the cut.
+    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. Under a budget of the KV cache keys
+    may also become latents (see `KeyLatent`), unless `units` is "structural".
+    `bypass`: whether fitted affine maps in place of whole submodules compete too; by default below keep 0.6 where
+    `units` is "any". Where more than 0.1 nats per token are predicted, the plan without them and those with several weights
+    of their predicted loss are solved without every fourth calibration window and compared by the loss on these.
+    `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
+    model's statistics alone, which a sweep can re-use). `refit_share`: with an anchor, share of the calibration windows,
+    evenly spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper and the result a little
+    worse. `rounds`: gradients are measured again on the model compressed so far after each equal share of the cut.
     `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order prediction saturates, so a cut
     that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the prediction itself. By default 0,
     or 3 below keep 0.6.
-    `search`: where more than 0.1 nats per token are predicted, up to so many plans with other weights of the predictions
-    (see `Weighing`) are compared by the loss on every eighth calibration window, solved on half of the others.
+    `search`: up to so many plans with other weights of all predictions (see `Weighing`) are compared in the same way.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
@@ -95,10 +102,11 @@ class Auto(Method):
     units: Literal["any", "structural", "linear"] = "any"
     anchor: float = 0.25
     ridge: float = 1e-3
-    bypass: bool = False
+    bypass: bool | None = None
     rounds: int = 1
     steep: float | None = None
     search: int = 0
+    refit_share: float = 1.0
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
@@ -106,12 +114,17 @@ class Auto(Method):
 
     def solvers(self) -> list[Solver]:
         structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
-        structural += [FisherPairs(), *([FisherBypass(self.ridge, self.anchor)] if self.bypass else [])]
+        structural += [FisherPairs()]
+        if self.bypass or (self.bypass is None and self.units == "any"):
+            structural += [FisherBypass(self.ridge, self.anchor)]
         linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge), KeyLatent(nats=True)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 
-    def takes(self, unit: Unit, budgets: Container[str]) -> bool:
-        """Keys as latents save nothing but cache, at a time per token that no table of latencies holds."""
+    def takes(self, unit: Unit, budgets: Mapping[str, float]) -> bool:
+        """Keys as latents save nothing but cache, at a time per token that no table of latencies holds; bypasses unasked only
+        at low keeps, elsewhere measuring for them costs and brings nothing."""
+        if unit.name in ("attention", "ffn") and self.bypass is None:
+            return min((share for name, share in budgets.items() if name != "kv_keep"), default=1.0) < LOW
         return unit.name != "keys" or ("kv_keep" in budgets and "max_latency" not in budgets)
 
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
@@ -119,6 +132,12 @@ class Auto(Method):
             return [units]
         order = (("q", "k", "qk", "keys", "v", "attention"), ("o", "vo"), ("gate", "up", "ffn"), ("down", "mlp"))
         return [s for s in ([u for u in units if u.name in names] for names in order) if s]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.refit_share <= 1:
+            raise InputError(
+                f"refit_share of auto must lie in (0, 1], got {self.refit_share:g} (a share of the windows)"
+            )
 
     def plan(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
@@ -139,16 +158,24 @@ class Auto(Method):
         with job.phase("search"):
             return self.compare(job, frontiers, plan)
 
+    def solve_windows(self, n: int) -> int:
+        return min(n, max(1, ceil(self.refit_share * n)))
+
     def start(self, job: Job) -> Weighing:
-        return Weighing(self.steep if self.steep is not None else 0.0 if job.keep >= 0.6 else 3.0)
+        steep = self.steep if self.steep is not None else 0.0 if job.keep >= LOW else 3.0
+        return Weighing(steep, bypass=1.0 if self.bypass else NEVER)
 
     def compare(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
-        """The plan with the least measured loss among those that a short search finds, from this one on."""
-        windows = sum(map(len, job.stream.batches))
-        if job.notes["predicted_loss"] < SATURATES or self.search < 2 or windows < 8 * HELD:
+        """The plan with the least measured loss: this one, those with bypasses, those that a short search finds from there."""
+        windows, length = sum(map(len, job.stream.batches)), job.stream.batches[0].shape[1]
+        if job.notes["predicted_loss"] < SATURATES or windows < 4 * HELD or length < 2:
             return plan
-        trial, held = job.trial()
         best, tried = self.start(job), dict[tuple[tuple[Unit, int], ...], float]()
+        others = [replace(best, bypass=w) for w in BYPASSES] if self.bypass is not False else []
+        plans = [plan, *(self.allocate(job, frontiers, weighing=w) for w in others)]
+        if self.search < 2 and all(p == plan for p in plans):
+            return self.allocate(job, frontiers, weighing=best)
+        trial, held = job.trial()
 
         def measure(weighing: Weighing) -> float:
             other = self.allocate(job, frontiers, weighing=weighing)
@@ -157,8 +184,10 @@ class Auto(Method):
                 tried[key] = trial.held_loss(other, held)
             return tried[key]
 
-        least = first = measure(best)
-        for name, steps in MOVES.items():
+        first = measure(best)
+        best = min([best, *others], key=measure)
+        least = measure(best)
+        for name, steps in MOVES.items() if self.search > 1 else ():
             for step in steps:
                 better = best
                 while len(tried) < self.search and (loss := measure(best.moved(name, step))) < least:

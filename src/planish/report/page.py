@@ -42,13 +42,15 @@ class Results:
         return [p for p in self.points if p.name != "dense" and not p.error]
 
     @property
-    def keeps(self) -> list[float]:
-        return sorted({p.keep_requested for p in self.done}, reverse=True)
+    def budgets(self) -> list[str]:
+        """What was asked, each once, as in "keep 0.8"; the widest first of every kind."""
+        found = {p.asked_text: p.asked for p in self.done}
+        return sorted(found, key=lambda text: (list(found[text]), [-v for v in found[text].values()]))
 
-    def at(self, keep: float) -> list[Point]:
-        """Points at one keep, the best first."""
+    def at(self, budget: str) -> list[Point]:
+        """Points within one budget, the best first."""
         return sorted(
-            (p for p in self.done if p.keep_requested == keep),
+            (p for p in self.done if p.asked_text == budget),
             key=lambda p: (p.perplexity != p.perplexity, p.perplexity),
         )
 
@@ -131,10 +133,10 @@ def make_page(r: Results) -> str:
 
 
 def number_series(r: Results) -> dict[str, int]:
-    """Label → colour: the best on average first, places counted at every keep."""
+    """Label → colour: the best on average first, places counted within every budget."""
     places: dict[str, list[float]] = {}
-    for keep in r.keeps:
-        for n, p in enumerate(r.at(keep)):
+    for budget in r.budgets:
+        for n, p in enumerate(r.at(budget)):
             places.setdefault(p.label, []).append(n)
     order = sorted(places, key=lambda m: sum(places[m]) / len(places[m]))
     return {label: n for n, label in enumerate(order)}
@@ -152,17 +154,17 @@ def describe_setup(r: Results) -> str:
 
 
 def make_tiles(r: Results) -> str:
-    """The best method at every keep."""
+    """The best method within every budget."""
     tiles = []
-    for keep in r.keeps:
-        best = r.at(keep)[0]
+    for budget in r.budgets:
+        best = r.at(budget)[0]
         manifest = r.manifests.get(best.name, {}).get("result", {})
         lines = [f"{count(best.params)} parameters", f"{number(best.kv_bytes_per_token)} KV bytes per token"]
         if best.perplexity == best.perplexity:
             main = f"{best.perplexity:.2f}"
             lines.insert(
                 0,
-                f"perplexity, {100 * (best.perplexity / r.dense.perplexity - 1):+.1f} % on dense"
+                f"perplexity, {100 * (best.perplexity / r.dense.perplexity - 1):+z.1f} % on dense"
                 if r.dense
                 else "perplexity",
             )
@@ -172,7 +174,7 @@ def make_tiles(r: Results) -> str:
             before = manifest.get("kv_bytes_per_token_before")
             lines[-1] += f" (dense {number(before)})" if before else ""
         small = "".join(f"<span>{escape(line)}</span>" for line in lines)
-        head = f"keep {keep:g} · {best.label}"
+        head = f"{budget} · {best.label}"
         tiles.append(f'<div class="tile"><b>{escape(head)}</b><strong>{main}</strong>{small}</div>')
     return f'<section class="tiles">{"".join(tiles)}</section>' if tiles else ""
 
@@ -224,7 +226,9 @@ def make_charts(r: Results, colours: dict[str, int]) -> str:
     body = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{plot}</figure>" for name, plot in cards)
     off = sum(p.perplexity > limit for p in measured)
     note = "Filled: nothing else is both smaller (or faster) and better. Hover for values."
-    note += f" ↑: perplexity above the picture ({off} points)." if off else ""
+    note += f" ↑: perplexity above the picture ({count_points(off)})." if off else ""
+    below = sum(p.excess <= 0 for p in measured)
+    note += f" No worse than dense, so not on logarithmic axes: {count_points(below)}." if below else ""
     body = f'{make_legend(colours)}<div class="grid2">{body}</div><p class="note">{note}</p>'
     return f"<section><h2>What it costs</h2>{body}</section>"
 
@@ -250,14 +254,14 @@ def make_legend(colours: dict[str, int]) -> str:
 def make_heat_maps(r: Results) -> str:
     """Block × linear: the share of its weights that stays."""
     groups = []
-    for keep in r.keeps:
+    for budget in r.budgets:
         figures = []
-        for p in r.at(keep):
+        for p in r.at(budget):
             rows, cells = find_shares(r.manifests.get(p.name, {}))
             if rows:
                 figures.append(f"<figure><figcaption>{escape(p.label)}</figcaption>{heat_map(rows, cells)}</figure>")
         if figures:
-            groups.append((keep, f'<div class="grid2">{"".join(figures)}</div>'))
+            groups.append((budget, f'<div class="grid2">{"".join(figures)}</div>'))
     if not groups:
         return ""
     note = "Per cent of the weights that stay, per block (across) and linear (down); the darker, the more is gone."
@@ -289,14 +293,14 @@ def find_shares(manifest: dict[str, Any]) -> tuple[list[str], list[list[tuple[fl
 def make_drifts(r: Results, colours: dict[str, int]) -> str:
     """Relative squared difference of every block's output."""
     groups = []
-    for keep in r.keeps:
+    for budget in r.budgets:
         series = [
             Series(
                 p.label,
                 colours[p.label],
                 [Mark(i, v, f"{p.label}, block {i}: {v:.3g}") for i, v in enumerate(r.drifts[p.name]) if v > 0],
             )
-            for p in r.at(keep)
+            for p in r.at(budget)
             if r.drifts.get(p.name)
         ]
         if any(s.marks for s in series):
@@ -308,13 +312,13 @@ def make_drifts(r: Results, colours: dict[str, int]) -> str:
             )
             rows = "".join(
                 f'<tr><td><i style="--c:var(--c{colours[p.label] % COLOURS})"></i>{escape(p.label)}<td>{p.kl:.4f}<td>{p.excess:.4f}'
-                for p in r.at(keep)
+                for p in r.at(budget)
                 if isfinite(p.kl)
             )
             table = f"<table><tr><th>method<th>KL to dense, nats<th>log(ppl / dense)</tr>{rows}</table>"
             figures = (("Outputs of the blocks", plot), ("Predictions", table))
             body = "".join(f"<figure><figcaption>{name}</figcaption>{inner}</figure>" for name, inner in figures)
-            groups.append((keep, f'<div class="grid2">{body}</div>'))
+            groups.append((budget, f'<div class="grid2">{body}</div>'))
     if not groups:
         return ""
     note = (
@@ -324,12 +328,12 @@ def make_drifts(r: Results, colours: dict[str, int]) -> str:
     return f'<section><h2>Drift</h2><p class="note">{escape(note)}</p>{fold(groups)}</section>'
 
 
-def fold(groups: list[tuple[float, str]]) -> str:
-    """One part per keep; only the middle one is open."""
+def fold(groups: list[tuple[str, str]]) -> str:
+    """One part per budget; only the middle one is open."""
     opened = len(groups) // 2
     return "".join(
-        f"<details{' open' if n == opened else ''}><summary>keep {keep:g}</summary>{body}</details>"
-        for n, (keep, body) in enumerate(groups)
+        f"<details{' open' if n == opened else ''}><summary>{escape(budget)}</summary>{body}</details>"
+        for n, (budget, body) in enumerate(groups)
     )
 
 
@@ -340,7 +344,7 @@ def make_table(r: Results, colours: dict[str, int]) -> str:
     heads += ["predicted"] if predicted else []
     heads += ["KL", *(["tokens/s", "× dense"] if speed else []), "seconds", "weights"]
     rows = []
-    groups = ([[r.dense]] if r.dense else []) + [r.at(k) for k in r.keeps]
+    groups = ([[r.dense]] if r.dense else []) + [r.at(b) for b in r.budgets]
     for group in groups:
         for n, p in enumerate(group):
             chip = f'<i style="--c:var(--c{colours[p.label] % COLOURS})"></i>' if p.label in colours else "<i></i>"
@@ -448,6 +452,10 @@ def count(n: float) -> str:
         if n >= size:
             return f"{n / size:.3g}{unit}"
     return f"{n:.3g}"
+
+
+def count_points(n: int) -> str:
+    return f"{n} point{'s' * (n != 1)}"
 
 
 def number(v: float) -> str:

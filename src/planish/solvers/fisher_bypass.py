@@ -21,7 +21,8 @@ class FisherBypass(Solver):
     """A submodule's contribution f(x) becomes ν + (x − μ) U, rank U = r: reduced-rank regression in the metric G.
 
     x is the submodule's normed input. Predicted loss ½ (tr(G Σ_f|x) + Σ_{i>r} σ_i²), σ of G^½ C S^-½, with C = Cov(f, x),
-    S = Cov(x), Σ_f|x what no linear map explains. Ranks 0 … d/2 − 1; the last one, d + 1, leaves the submodule.
+    S = Cov(x), Σ_f|x what no linear map explains. Ranks 0 … d/2 − 1; d, one matrix (in between two factors hold more than
+    that); the last one, d + 1, leaves the submodule.
 
     `anchor` > 0 (needs the dense prefix beside the compressed one): fitted on the compressed prefix's inputs x̂ towards
     (1 − a) f(x̂) + a f(x), f the uncompressed submodule; nothing is predicted then.
@@ -36,12 +37,12 @@ class FisherBypass(Solver):
         return [Unit(shape.block, name) for name in PARTS]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        return [*range(shape.hidden // 2), shape.hidden + 1]
+        return [*range((shape.hidden + 1) // 2), shape.hidden, shape.hidden + 1]
 
     def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
         if rank > shape.hidden:
             return shape.count(*(r for r in shape.roles if r in PARTS[unit.name][2]))
-        return 2 * rank * shape.hidden + shape.hidden
+        return min(2 * rank, shape.hidden) * shape.hidden + shape.hidden
 
     def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
         """Channels cached per token for keys and values."""
@@ -93,10 +94,10 @@ class FisherBypass(Solver):
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank > shape.hidden:
             return []
-        f = frontier.factors
+        f, factored = frontier.factors, rank < shape.hidden
         b, a = f["B"][:, :rank], f["A"][:rank]
-        form = {"kind": "bypass", "rank": rank, "gate": False, "shift": True, "raw": False, "factored": True}
+        form = {"kind": "bypass", "rank": rank, "gate": False, "shift": True, "raw": False, "factored": factored}
         tensors = {"shift": f["nu"] - b @ (a @ f["mu"])}
         if rank:
-            tensors |= {"V.weight": a, "W.weight": b}
+            tensors |= {"V.weight": a, "W.weight": b} if factored else {"V.weight": b @ a}
         return [Edit(PARTS[frontier.unit.name][0], form, tensors)]
