@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil, exp
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from planish.allocate import Alternative, BudgetError, Curve, choose
 from planish.core import Frontier, Method, Plan, Shape, Solver, Unit
@@ -35,6 +36,8 @@ HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attent
 LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
+PAIR_SHARES, PAIR_WINDOWS = (0.125, 0.25, 0.5, 0.75), 8  # ranks at which, windows on which pairs' errors are measured
+TINY = 1e-300
 SATURATES = 0.1  # predicted nats per token above which plans are compared by measured loss
 HELD = 8  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
@@ -148,15 +151,43 @@ class Auto(Method):
             if n > 1:
                 frontiers = self.measure_again(job, plan)
             plan = self.allocate(job, frontiers, n / rounds)
-        with job.phase("search"):
-            return self.compare(job, frontiers, plan)
+        return self.settle(job, frontiers, plan)
 
     def plan_cache(self, job: Job) -> Plan:
         frontiers: dict[Unit, Frontier] = {}
         job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
-        plan = self.allocate(job, frontiers)
+        return self.settle(job, frontiers, self.allocate(job, frontiers))
+
+    def settle(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
+        """The plan with what is measured instead of predicted: errors of pairs where it drops any, whole plans' losses."""
+        if any(u.name == "qk" and r < job.full(u) for u, r in plan.items()):
+            with job.phase("frontiers"):
+                self.measure_pairs(job, frontiers)
+            plan = self.allocate(job, frontiers)
         with job.phase("search"):
             return self.compare(job, frontiers, plan)
+
+    def measure_pairs(self, job: Job, frontiers: dict[Unit, Frontier]) -> None:
+        """Correct what dropping pairs is predicted to cost by the error that it makes in the attention's output.
+
+        s_f of `pair_effects` is a first derivative: where the softmax is sharp it is nearly zero, however much the dropped
+        pairs decide. At a few ranks ½ tr(G E[e eᵀ]) is measured instead, with the true error e of o's output and the moment G
+        of the gradient there; other ranks' predictions change by the factor between the two, log-linear in the rank.
+        """
+        wanted: dict[Unit, list[int]] = {}
+        for unit in (u for u in frontiers if u.name == "qk"):
+            ranks = job.choices(unit).ranks[:-1]
+            if not len(ranks):
+                continue
+            wanted[unit] = sorted({int(ranks[round(s * (len(ranks) - 1))]) for s in PAIR_SHARES})
+        for unit, errors in job.cut_errors(wanted, "o.out", PAIR_WINDOWS).items():
+            metric = job.stored[unit.block].mean(Tap("grad:o.out", "gram"))
+            loss = torch.as_tensor(frontiers[unit].loss, dtype=torch.float64)
+            known = torch.tensor(wanted[unit])
+            measured = torch.stack([(metric * e).sum() / 2 for e in errors])
+            factor = (measured.clamp(min=TINY) / loss[known].clamp(min=TINY)).log()
+            between = interpolate(torch.arange(len(loss)), known, factor)
+            frontiers[unit] = replace(frontiers[unit], loss=loss * between.exp())
 
     def solve_windows(self, n: int) -> int:
         return min(n, max(1, ceil(self.refit_share * n)))
@@ -253,3 +284,12 @@ class Auto(Method):
                     found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in job.budgets])
                 groups.append(list(found.values()))
         return groups
+
+
+def interpolate(at: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    """Piecewise linear through (known, values), constant beyond the ends. `known` rises."""
+    right = torch.searchsorted(known, at).clamp(1, max(len(known) - 1, 1))
+    left = right - 1
+    right = right.clamp(max=len(known) - 1)
+    share = ((at - known[left]) / (known[right] - known[left]).clamp(min=1)).clamp(0, 1)
+    return values[left] + share * (values[right] - values[left])
