@@ -26,7 +26,7 @@ from planish.sources import load_tokenizer, open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "calibration.md"
-CALIBRATION = ("statistics", "gradients", "search", "stream")
+CALIBRATION = ("statistics", "gradients", "search", "stream", "sums")
 HEAD = """# Time of calibration
 
 Written by `benchmarks/calibration.py`. Seconds; calibration = everything that runs text through blocks (statistics, gradients,

@@ -1,14 +1,18 @@
-"""Where `compress` spends its time, its floor, and its whitened truncation against the published procedure, in one run.
+"""Where `compress` spends its time, its floor, and its whitened truncation against the published procedure.
 
-    python benchmarks/compress.py               # 24 blocks, 0.5 B parameters
-    python benchmarks/compress.py --blocks 2    # the same shapes, fewer blocks
+    python benchmarks/compress.py                  # all three, about half an hour
+    python benchmarks/compress.py whole            # one of whole, calibration, truncation; the others' sections stay
+    python benchmarks/compress.py calibration --methods a3 --samples 32
 
-Floor: the products of one forward pass over the tokens at the rate this machine reaches on the blocks' own linears in fp32,
-and reading the model's files and writing the result's (with fsync), both measured here, in turns with the methods.
+whole: 24 blocks of 0.5 B parameters and few tokens. calibration: two of these blocks and the default calibration, 128 windows
+of 2048 tokens. Their floor: the products of one forward pass over the tokens at the rate this machine reaches on the
+blocks' own linears in fp32, and reading the model's files and writing the result's (with fsync). Beside it the products
+that the fp64 Grams need (half of them, because they are symmetric) at the rate of its fp64 products. Everything is measured
+here, before and after each method's run, the better one counts.
 
-Published procedure (SVD-LLM): Cholesky factor S of the input Gram, SVD of W S, explicit inverse of S, factors cut at the
-rank; in fp64, and in the published code's fp32. Ours: `planish.linalg.whitened_svd` and the balanced pair. Seconds are CPU
-seconds of this process, so that a busy machine counts the same for both. Writes docs/tables/speed.md.
+truncation, published procedure (SVD-LLM): Cholesky factor S of the input Gram, SVD of W S, explicit inverse of S, factors
+cut at the rank; in fp64, and in the published code's fp32. Ours: `planish.linalg.whitened_svd` and the balanced pair.
+Seconds are CPU seconds of this process, so that a busy machine counts the same for both. Writes docs/tables/speed.md.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,6 +40,8 @@ from planish.stream import Stream
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "speed.md"
 SITES = {"q": "q.in", "k": "q.in", "v": "q.in", "o": "o.in", "gate": "up.in", "up": "up.in", "down": "down.in"}
+HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 2816, 100_000
+Say = Callable[..., None]
 
 
 def published(w: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,19 +57,24 @@ def ours(w: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, 
     return edit.tensors["B.weight"], edit.tensors["A.weight"]
 
 
-def measure_rate(job: Job, tokens: int) -> float:
-    """FLOP/s of a block's linears in fp32 on `tokens` inputs."""
-    pairs = []
-    for role in job.shapes[0].roles:
-        out, n = job.shapes[0].linear(role)
-        pairs.append((torch.randn(tokens, n), torch.randn(out, n)))
+def measure_rate(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """FLOP/s of the products x wᵀ of these pairs, one after another; the best of three rounds."""
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
         for x, w in pairs:
             torch.nn.functional.linear(x, w)
         best = min(best, time.perf_counter() - start)
-    return 2 * tokens * job.shapes[0].count() / best
+    return sum(2 * len(x) * w.numel() for x, w in pairs) / best
+
+
+def measure_rates(job: Job) -> tuple[float, float]:
+    """FLOP/s of a block's linears in fp32, and of the products of its Grams in fp64 (all of them, not half)."""
+    shape = job.shapes[0]
+    sizes = [shape.linear(role) for role in shape.roles]
+    single = measure_rate([(torch.randn(4096, n), torch.randn(out, n)) for out, n in sizes])
+    wide = torch.randn(shape.intermediate, 4096, dtype=torch.float64)
+    return single, measure_rate([(wide, wide)])
 
 
 def measure_files(model: Path, result: Path, scratch: Path) -> float:
@@ -80,92 +92,102 @@ def measure_files(model: Path, result: Path, scratch: Path) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--blocks", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--intermediate", type=int, default=2816)
-    parser.add_argument("--vocabulary", type=int, default=100_000)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--methods", default="svd-llm,flat-llm,a3", help="whose seconds are measured")
-    args = parser.parse_args()
-    lines = []
+def draw(vocabulary: int, samples: int, seq_len: int) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (samples, seq_len), generator=torch.Generator().manual_seed(0))
 
-    def say(line: str = "") -> None:
-        print(line, flush=True)
-        lines.append(line)
 
-    with tempfile.TemporaryDirectory(prefix="planish-speed-") as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = Path(folder) / "model"
-        write_model(
-            model, vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.intermediate,
-            num_hidden_layers=args.blocks, num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 128,
-        )  # fmt: skip
-        windows = torch.randint(
-            0, args.vocabulary, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0)
-        )
-        say("# Seconds per phase, and the solve against the published procedure")
-        say()
-        say(
-            f"`python benchmarks/compress.py`: {args.blocks} blocks of hidden {args.hidden}, intermediate "
-            f"{args.intermediate}, random bf16 weights, {windows.numel()} tokens, {torch.get_num_threads()} thread(s)."
-        )
-        say()
-        say("| method | plan | stream + statistics | solve | write | total | one forward | files | total / floor |")
-        say("|---|---|---|---|---|---|---|---|---|")
-        shapes = Job(Stream(open_source(model), windows), find_method("svd-llm"), 0.8)
-        for method in args.methods.split(","):
-            settings = {"allocation": "uniform"} if method == "flat-llm" else {}
-            rate = measure_rate(shapes, windows.numel())
-            out = Path(folder) / method
-            result = compress(model, output=out, keep=0.8, method=method, windows=windows, settings=settings)
-            seconds = result.seconds
-            rate = max(rate, measure_rate(shapes, windows.numel()))
-            attend = 2 * sum(2 * s.heads * (s.qk + s.v) for s in shapes.shapes) * args.seq_len / 2
-            forward = windows.numel() * (2 * shapes.weights + attend) / rate
-            files = measure_files(model, out, Path(folder))
-            phases = sum(v for p, v in seconds.items() if p not in ("solve", "write", "total", "plan"))
-            cells = [
-                seconds.get("plan", 0.0),
-                phases,
-                seconds.get("solve", 0.0),
-                seconds.get("write", 0.0),
-                seconds["total"],
-            ]
-            cells += [forward, files]
-            ratio = seconds["total"] / (forward + files)
-            say(f"| {method} | " + " | ".join(f"{s:.1f} s" for s in cells) + f" | **{ratio:.1f}** |")
-        say()
-        say(f"The floor's forward pass runs at {rate / 1e9:.0f} GFLOP/s: fp32 products of a block's own linears.")
-        stream = Stream(open_source(model), windows)
-        job = Job(stream, find_method("svd-llm"), 0.8)
-        plan = job.method.plan(job)
-        spent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        gaps: dict[str, list[float]] = defaultdict(list)
+def write_blocks(folder: Path, blocks: int, vocabulary: int) -> Path:
+    write_model(
+        folder, vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE,
+        num_hidden_layers=blocks, num_attention_heads=HIDDEN // 64, num_key_value_heads=HIDDEN // 128,
+    )  # fmt: skip
+    return folder
 
-        def use(i: int, block: torch.nn.Module, stats) -> None:
-            for role, site in SITES.items():
-                w = stream.source.block(i).get_submodule(stream.family.path(role)).weight.double()
-                gram, rank = stats.mean(Tap(site, "gram")), plan[Unit(i, role)]
-                errors = {}
-                for name, solve, dtype in (
-                    ("ours", ours, torch.float64),
-                    ("published", published, torch.float64),
-                    ("published, fp32", published, torch.float32),
-                ):
-                    start = time.process_time()
-                    b, a = solve(w.to(dtype), gram.to(dtype), rank)
-                    spent[role][name] += time.process_time() - start
-                    e = w - b.double() @ a.double()
-                    errors[name] = float(((e @ gram) * e).sum())
-                for name in errors:
-                    gaps[name].append(errors[name] / errors["published"] - 1)
 
-        taps = sorted({Tap(site, "gram") for site in SITES.values()})
-        stream.sweep(lambda shape: taps, use)
-    names = ("ours", "published", "published, fp32")
+def show_phases(folder: Path, blocks: int, vocabulary: int, windows: torch.Tensor, methods: str, say: Say) -> None:
+    model = write_blocks(folder / "model", blocks, vocabulary)
+    say(
+        f"{blocks} blocks of hidden {HIDDEN}, intermediate {INTERMEDIATE}, {vocabulary:,} words, random bf16 weights, "
+        f"{len(windows)} × {windows.shape[1]} tokens, {torch.get_num_threads()} thread(s)."
+    )
+    say()
+    say(
+        "| method | plan | forward | Grams | solve | write | rest | total | floor: forward | files | total / floor | Grams' floor |"
+    )
+    say("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    rates: list[float] = []
+    for method in methods.split(","):
+        job = Job(Stream(open_source(model), windows), find_method(method), 0.8)
+        before = measure_rates(job)
+        out = folder / method
+        settings = {"allocation": "uniform"} if method == "flat-llm" else {}
+        seconds = compress(model, output=out, keep=0.8, method=method, windows=windows, settings=settings).seconds
+        rates = [max(pair) for pair in zip(before, measure_rates(job), strict=True)]
+        attend = (
+            sum(2 * s.heads * (s.qk + s.v) for s in job.shapes) * windows.shape[1] / 2
+        )  # of what lies before a token
+        forward = windows.numel() * (2 * job.weights + attend) / rates[0]
+        sums = windows.numel() * sum(count_grams(job, i) for i in range(blocks)) / rates[1]
+        files = measure_files(model, out, folder)
+        phases = {"plan": "plan", "stream": "forward", "sums": "Grams", "solve": "solve", "write": "write"}
+        cells = [seconds.get(p, 0.0) for p in phases]
+        total = seconds["total"]
+        cells = [*cells, total - sum(cells), total, forward, files]
+        ratio = total / (forward + files)
+        say(f"| {method} | " + " | ".join(f"{s:.1f} s" for s in cells) + f" | **{ratio:.2f}** | {sums:.1f} s |")
+    say()
+    say(
+        f"fp32 products of a block's own linears: {rates[0] / 1e9:.0f} GFLOP/s; fp64 products: {rates[1] / 1e9:.0f} GFLOP/s."
+    )
+
+
+def count_grams(job: Job, i: int) -> int:
+    """FLOPs per token of block i's Grams, those on and above the diagonal alone."""
+    widths = [job.shapes[i].width(t.site) // max(t.heads, 1) for t in job.taps(job.block_units(i)) if "gram" in t.kind]
+    counts = [max(t.heads, 1) for t in job.taps(job.block_units(i)) if "gram" in t.kind]
+    return sum(c * n * (n + 1) for c, n in zip(counts, widths, strict=True))
+
+
+def show_whole(folder: Path, args: argparse.Namespace, say: Say) -> None:
+    show_phases(folder, 24, VOCABULARY, draw(VOCABULARY, 16, 256), args.methods, say)
+
+
+def show_calibration(folder: Path, args: argparse.Namespace, say: Say) -> None:
+    vocabulary = VOCABULARY // 12  # as large beside two blocks as 100,000 words beside 24
+    show_phases(folder, 2, vocabulary, draw(vocabulary, args.samples, 2048), args.methods, say)
+
+
+def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
+    model = write_blocks(folder / "model", args.blocks, 1000)
+    stream = Stream(open_source(model), draw(1000, 16, 256))
+    job = Job(stream, find_method("svd-llm"), 0.8)
+    plan = job.method.plan(job)
+    spent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    gaps: dict[str, list[float]] = defaultdict(list)
+    solvers = (
+        ("ours", ours, torch.float64),
+        ("published", published, torch.float64),
+        ("published, fp32", published, torch.float32),
+    )
+
+    def use(i: int, block: torch.nn.Module, stats) -> None:
+        for role, site in SITES.items():
+            w = stream.source.block(i).get_submodule(stream.family.path(role)).weight.double()
+            gram, rank = stats.mean(Tap(site, "gram")), plan[Unit(i, role)]
+            errors = {}
+            for name, solve, dtype in solvers:
+                start = time.process_time()
+                b, a = solve(w.to(dtype), gram.to(dtype), rank)
+                spent[role][name] += time.process_time() - start
+                e = w - b.double() @ a.double()
+                errors[name] = float(((e @ gram) * e).sum())
+            for name in errors:
+                gaps[name].append(errors[name] / errors["published"] - 1)
+
+    taps = sorted({Tap(site, "gram") for site in SITES.values()})
+    stream.sweep(lambda shape: taps, use)
+    names = [name for name, _, _ in solvers]
+    say(f"CPU seconds of {args.blocks} blocks, 4096 tokens.")
     say()
     say("| linear (out × in) | ours | published, fp64 | published, fp32 | fp64 / ours | fp32 / ours |")
     say("|---|---|---|---|---|---|")
@@ -173,9 +195,8 @@ def main() -> None:
     for role, s in spent.items():
         size = "" if role == "all" else " ({} × {})".format(*job.shapes[0].linear(role))
         mine, exact, single = (s[n] for n in names)
-        say(
-            f"| {role}{size} | {mine:.2f} s | {exact:.2f} s | {single:.2f} s | {exact / mine:.1f}× | {single / mine:.1f}× |"
-        )
+        ratios = f"{exact / mine:.1f}× | {single / mine:.1f}×"
+        say(f"| {role}{size} | {mine:.2f} s | {exact:.2f} s | {single:.2f} s | {ratios} |")
     say()
     say(
         f"Largest relative gap of the output error to the published fp64 result: ours {max(map(abs, gaps['ours'])):.0e}, "
@@ -185,8 +206,41 @@ def main() -> None:
     say(
         "The limit is the symmetric fp64 eigenproblem of each linear's smaller side: most of what is left for square linears."
     )
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+SECTIONS = {
+    "whole": ("A whole model, few tokens", show_whole),
+    "calibration": ("The default calibration", show_calibration),
+    "truncation": ("The solve against the published procedure", show_truncation),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", nargs="*", choices=[*SECTIONS, []], help="all by default")
+    parser.add_argument("--methods", default="svd-llm,flat-llm,a3", help="whose seconds are measured")
+    parser.add_argument("--samples", type=int, default=128, help="windows of 2048 tokens of the long calibration")
+    parser.add_argument("--blocks", type=int, default=24, help="of the truncation")
+    args = parser.parse_args()
+    old = TABLE.read_text(encoding="utf-8").split("\n## ")[1:] if TABLE.exists() else []
+    texts = {title: text for title, _, text in (s.partition("\n") for s in old)}
+    for part in args.part or SECTIONS:
+        title, show = SECTIONS[part]
+        lines: list[str] = []
+
+        def say(line: str = "") -> None:
+            print(line, flush=True)
+            lines.append(line)  # noqa: B023
+
+        with tempfile.TemporaryDirectory(prefix="planish-speed-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            show(Path(folder), args, say)
+        texts[title] = "\n" + "\n".join(lines) + "\n"
+        page = "# Seconds per phase, and the solve against the published procedure\n\n"
+        page += "Measured by `python benchmarks/compress.py`: seconds of the clock but for the last table.\n"
+        page += "".join(f"\n## {t}\n{texts[t].rstrip()}\n" for t, _ in SECTIONS.values() if t in texts)
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ HEAD = """# Peak memory of `planish compress`
 Measured by `python benchmarks/memory.py`: peak resident memory of the whole process (Python and its libraries included)
 on random-weight LLaMA folders; "predicted" = `planish plan`; "of it" = peak / size of the weights on disk. The aim for whole
 models is below 35 %. Shape 70b: real blocks of a 70 B model (hidden 8192, intermediate 28,672, 64 / 8 heads), a few of them.
+Minutes of the clock, of its phases, and predicted; on a busy machine more than predicted.
 
 | model | blocks | on disk | method | tokens | predicted | peak | of it | minutes |
 |---|---|---|---|---|---|---|---|---|
@@ -79,12 +80,15 @@ def main() -> None:
             words += ["--set", setting]
         planish = [sys.executable, "-m", "planish"]
         done = subprocess.run([*planish, "plan", *words], check=True, stdout=subprocess.PIPE)
-        predicted = json.loads(done.stdout)["peak_ram_bytes"]
-        print(f"predicted {predicted / 1e9:.2f} GB", flush=True)
+        plan = json.loads(done.stdout)
+        predicted = plan["peak_ram_bytes"]
+        print(f"predicted {predicted / 1e9:.2f} GB, {plan['seconds'] / 60:.1f} minutes", flush=True)
         start = time.perf_counter()
         command = [*planish, "compress", *words, "-o", str(out), "--no-cache"]
-        process, shards = subprocess.Popen(command, stdout=subprocess.DEVNULL), out.with_name("out.partial")
+        result, shards = Path(folder) / "result.json", out.with_name("out.partial")
         peak = 0
+        with result.open("w") as file:
+            process = subprocess.Popen(command, stdout=file)
         while process.poll() is None:
             peak = max(peak, read_peak(process.pid))
             time.sleep(0.2)
@@ -92,12 +96,16 @@ def main() -> None:
                 process.kill()
         if process.returncode and not args.first:
             raise SystemExit(f"compress failed with {process.returncode}")
-        minutes = (time.perf_counter() - start) / 60
+        minutes = f"{(time.perf_counter() - start) / 60:.1f}"
+        if not process.returncode:
+            phases = json.loads(result.read_text())["seconds"]
+            parts = [f"{phase} {s / 60:.1f}" for phase, s in phases.items() if phase != "total" and s >= 3]
+            minutes += f" ({', '.join(parts)}; predicted {plan['seconds'] / 60:.1f})"
     shape = (f"{args.shape}: " if args.shape else "") + f"{args.hidden}/{args.intermediate} {args.dtype}"
     blocks = f"first {args.first} of {args.blocks}" if args.first else str(args.blocks)
     row = (
         f"| {shape} | {blocks} | {size / 1e9:.2f} GB | {args.method} | {args.samples * args.seq_len} | "
-        f"{predicted / 1e9:.2f} GB | {peak / 1e9:.2f} GB | **{peak / size:.1%}** | {minutes:.1f} |"
+        f"{predicted / 1e9:.2f} GB | {peak / 1e9:.2f} GB | **{peak / size:.1%}** | {minutes} |"
     )
     print(json.dumps({"model_bytes": size, "peak_rss_bytes": peak, "share": peak / size}))
     print(row)

@@ -35,7 +35,7 @@ from planish.modules import Spec, get_linear
 from planish.shards import Shard, hash_file
 from planish.sources import FolderSource, Source, open_source
 from planish.stats import Stats, Tap
-from planish.stream import Stream, give_back_large
+from planish.stream import Stream, reuse_memory
 from planish.targets import constrain, find_target, make_uniform, needs_uniform
 from planish.version import __version__
 from planish.writer import Writer, tidy, unseal
@@ -136,6 +136,7 @@ class Job:
         self.remarks: dict[str, str] = {}  # the same, and said to the user: what the method could not cut, and why
         self.seconds: dict[str, float] = {}
         self.timers: list[Timer] = []  # running now, the innermost last
+        stream.clock = partial(Timer, self.seconds, running=self.timers)
         self.finished: dict[
             int, Callable[[nn.Module], Any]
         ] = {}  # blocks of an interrupted run: turn into the solved one
@@ -727,7 +728,7 @@ def compress(
     `files`: further text files for the folder, by name.
     """
     start = time.perf_counter()
-    give_back_large()
+    reuse_memory()
     if processes.start(device):
         device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     asked = asked or read_asked(keep=keep, **limits)

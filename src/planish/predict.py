@@ -1,7 +1,7 @@
 """Peak memory and disk of a compression, from shapes alone. docs/large-models.md holds the same formulas in words.
 
 Notation: P_b weights of the largest block, P_o parameters outside the blocks, P_m of the larger of embedding and head;
-s, c bytes of a stored and of a computed number; T calibration tokens, t = min(T, 8192) those of one batch; d hidden,
+s, c bytes of a stored and of a computed number; T calibration tokens, t = min(T, 2048) those of one batch; d hidden,
 m intermediate; k channels of all tapped sites together; S fp64 numbers of one block's statistics, S_w of them in wide
 Grams, of which there is only one copy; W fp64 numbers alive in the largest solve (`Solver.memory`).
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from planish.core import Shape
+from planish.stream import BATCH
 
 LIBRARIES = 410 << 20  # Python, PyTorch and transformers, loaded and warm
-BATCH = 8192  # tokens
 
 
 @dataclass(frozen=True)

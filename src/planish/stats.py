@@ -203,10 +203,11 @@ def add(into: Sums, more: Sums) -> None:
 
 WIDE = 1 << 30  # bytes of a Gram of which there should not be two in memory
 TILE, CHUNK = 512, 1024  # channels and tokens at a time; fixed, because they fix the order of the additions
+LEAF = 128  # channels of the smallest square that is not halved further
 
 
 def add_gram(into: Sums, x: Tensor) -> None:
-    """`gram` added in place: tiles on and above the diagonal, mirrored; half the products, no second Gram."""
+    """`gram` added in place: what lies on and above the diagonal, mirrored; half the products, no second Gram."""
     n = x.shape[-1]
     if "sum" not in into:
         into["sum"] = torch.zeros(n, n, dtype=torch.float64, device=x.device)
@@ -214,8 +215,36 @@ def add_gram(into: Sums, x: Tensor) -> None:
     for chunk in x.split(CHUNK):
         chunk = chunk.double()
         for i in range(0, n, TILE):
-            total[i : i + TILE, i:].addmm_(chunk[:, i : i + TILE].T, chunk[:, i:])
+            add_row(total[i : i + TILE, i:], chunk[:, i:])
+    mirror(total)
+
+
+def add_row(row: Tensor, x: Tensor) -> None:
+    """Add x[:, :t]ᵀ x, x (tokens, m), to a row of tiles (t, m); below the diagonal of its first tile not all of it."""
+    t = len(row)
+    add_square(row[:, :t], x[:, :t])
+    if t < row.shape[1]:
+        row[:, t:].addmm_(x[:, :t].T, x[:, t:])
+
+
+def add_square(square: Tensor, x: Tensor) -> None:
+    """Add xᵀ x (n, n), but below the diagonal only in squares of `LEAF` channels and less."""
+    n = len(square)
+    if n <= LEAF:
+        square.addmm_(x.T, x)
+        return
+    h = n // 2
+    add_square(square[:h, :h], x[:, :h])
+    square[:h, h:].addmm_(x[:, :h].T, x[:, h:])
+    add_square(square[h:, h:], x[:, h:])
+
+
+def mirror(total: Tensor) -> None:
+    """What lies above the diagonal → below it."""
+    n = len(total)
     for i in range(0, n, TILE):
+        tile = total[i : i + TILE, i : i + TILE]
+        tile.copy_(tile.triu() + tile.triu(1).T)
         total[i + TILE :, i : i + TILE] = total[i : i + TILE, i + TILE :].T
 
 
@@ -230,12 +259,10 @@ def add_lane(total: Tensor, inputs: Iterable[Tensor], exchange: Callable[[Tensor
         row = torch.zeros(min(TILE, n - i), n - i, dtype=torch.float64, device=total.device)
         for x in inputs:
             for chunk in x.flatten(0, -2).split(CHUNK):
-                wanted = chunk[:, i:].to(total.device).double()
-                row.addmm_(wanted[:, :TILE].T, wanted)
+                add_row(row, chunk[:, i:].to(total.device).double())
         for part in exchange(row):
             total[i : i + TILE, i:] += part
-    for i in range(0, n, TILE):
-        total[i + TILE :, i : i + TILE] = total[i : i + TILE, i + TILE :].T
+    mirror(total)
 
 
 def add_cross(into: Sums, y: Tensor, x: Tensor) -> None:

@@ -13,7 +13,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -33,7 +33,8 @@ from planish.stats import Stats, Tap, add_lane
 T = TypeVar("T")
 Hidden = Sequence[Tensor]  # for each of this process's batches: (batch, seq, hidden), on the CPU
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-LARGE = 1 << 20  # parameters; larger modules outside the blocks are in memory only while they are needed
+BATCH = 2048  # tokens that run at a time
+LARGE = 1 << 20  # parameters; of modules outside the blocks these are in memory only while they are needed
 
 
 class Piece(NamedTuple):
@@ -64,9 +65,10 @@ class Stream:
         self.resident: nn.Module | None = None
         self.bring_outside()
         self.blocks = find_blocks(self.model, self.family)
-        tokens = max(1, 8192 // windows.shape[1]) if windows.numel() else 1
+        tokens = max(1, BATCH // windows.shape[1]) if windows.numel() else 1
         self.batches = list(windows.split(tokens)) if windows.numel() else []
         self.calls: dict[int, list[dict[str, Any]]] = {}
+        self.clock: Callable[[str], AbstractContextManager] = lambda phase: nullcontext()  # who runs it may time "sums"
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -261,18 +263,20 @@ class Stream:
             for n, piece in enumerate(pieces):
                 if piece.lane == lane:
                     values = run(n)
-                    if self.device.type == "mps":  # it has no fp64
-                        values = {site: v.cpu() for site, v in values.items()}
-                    add_batch(mine, narrow, values, piece.first)
-                    for tap in wide:
-                        rows = choose_rows(tap.part, piece.first, len(piece.ids))
-                        kept[tap].append(values[tap.site][rows])
-                        mine.tokens[tap] = mine.tokens.get(tap, 0) + kept[tap][-1].shape[:-1].numel()
+                    with self.clock("sums"):
+                        if self.device.type == "mps":  # it has no fp64
+                            values = {site: v.cpu() for site, v in values.items()}
+                        add_batch(mine, narrow, values, piece.first)
+                        for tap in wide:
+                            rows = choose_rows(tap.part, piece.first, len(piece.ids))
+                            kept[tap].append(values[tap.site][rows])
+                            mine.tokens[tap] = mine.tokens.get(tap, 0) + kept[tap][-1].shape[:-1].numel()
             owners = [r for r in range(count) if first + r in used]
-            for owner in owners:
-                total.merge(share_stats(mine, owner))
-            for tap in wide:
-                self.add_wide(total, tap, kept[tap], mine.tokens.get(tap, 0), owners, shape)
+            with self.clock("sums"):
+                for owner in owners:
+                    total.merge(share_stats(mine, owner))
+                for tap in wide:
+                    self.add_wide(total, tap, kept[tap], mine.tokens.get(tap, 0), owners, shape)
         for tap, sums in total.sums.items():  # solved beside the weights, on the CPU
             sums.update({name: t.cpu() for name, t in sums.items()})
             if not all(is_finite(t) for t in sums.values()):
@@ -280,6 +284,8 @@ class Stream:
                     f"activations of block {shape.block} ({tap.site}) are infinite or no numbers in {str(self.dtype)[6:]}: "
                     f"{'use --dtype float32' if self.dtype != torch.float32 else 'the model overflows'}"
                 )
+        if shape.count() > LARGE:
+            return_memory()  # solving has other sizes
         return total
 
     def add_wide(self, total: Stats, tap: Tap, inputs: Hidden, tokens: int, owners: list[int], shape: Shape) -> None:
@@ -444,15 +450,16 @@ class Stream:
                 progress(phase, len(self) - i, len(self))
 
 
-def give_back_large() -> None:
-    """From here on freed tensors of 4 MiB and more go back to the system at once: glibc's own limit grows to 32 MiB, and
-    what lies below it stays with the process in pieces."""
+def reuse_memory() -> None:
+    """From here on freed tensors of less than 32 MiB stay with the process until `return_memory`: pages that come from the
+    system anew for every tensor are zeroed first, which took a tenth of a run. Larger ones go back at once."""
     if LIBC is not None and hasattr(LIBC, "mallopt"):
-        LIBC.mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
+        LIBC.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, and this is the most that glibc takes
+        LIBC.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def return_memory() -> None:
-    """Give freed heap pages back to the system: glibc keeps those of tensors below its growing mmap threshold."""
+    """Give freed heap pages back to the system."""
     if LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
 
