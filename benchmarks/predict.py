@@ -10,8 +10,10 @@ checked on a machine without an accelerator.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -61,11 +63,12 @@ CASES = [
 HEAD = """# Predicted and measured peaks
 
 `python benchmarks/predict.py`: `planish plan` before, `planish compress` after, random bf16 weights, keep 0.8, one thread.
-"Off" = predicted / measured − 1; time is predicted / measured. Video memory is predicted by the same formulas and was
-not measured: no accelerator was at hand.
+"Off" = predicted / measured − 1. Seconds: predicted ones are those of an idle machine, measured ones the processor's, without
+loading Python and its libraries, so that other work on the machine counts in neither. Video memory is predicted by the same
+formulas and was not measured: no accelerator was at hand.
 
-| hidden / intermediate, heads / kv | method | tokens | RAM predicted | measured | off | disk predicted | measured | off | time |
-|---|---|---|---|---|---|---|---|---|---|
+| hidden / intermediate, heads / kv | method | tokens | RAM predicted | measured | off | disk predicted | measured | off | time predicted | measured | off |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 SHAPES = """
 ## Blocks of a 70 B model
@@ -82,11 +85,21 @@ LARGE = [  # methods whose ranks follow from shapes
 ]  # fmt: skip
 
 
-def run(*words: object) -> dict:
+def spend(*line: object) -> tuple[str, float]:
+    """What a command with one thread prints, and the processor's seconds that it takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "planish", *map(str, words)]
-    done = subprocess.run(line, check=True, stdout=subprocess.PIPE, env=environment)
-    return json.loads(done.stdout)
+    done = subprocess.run(
+        [sys.executable, *map(str, line)], check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@functools.cache
+def measure_start() -> float:
+    """Processor seconds until everything is imported."""
+    return spend("-c", "import planish.api, planish.compress, transformers.models.llama.modeling_llama")[1]
 
 
 def measure(case: Case) -> str:
@@ -99,12 +112,15 @@ def measure(case: Case) -> str:
         np.save(text, np.random.default_rng(0).integers(0, case.vocabulary, case.windows * 128))
         flags = [model, "--keep", 0.8, "--method", case.method, "--calibration", text, "--n-samples", case.windows]
         flags += ["--seq-len", 128, "--json", *(w for s in case.settings for w in ("--set", s))]
-        plan, done = run("plan", *flags), run("compress", *flags, "-o", out, "--no-cache")
+        plan = json.loads(spend("-m", "planish", "plan", *flags)[0])
+        printed, seconds = spend("-m", "planish", "compress", *flags, "-o", out, "--no-cache")
+        done = json.loads(printed)
         disk = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     ram, peak, space = plan["peak_ram_bytes"], done["peak_rss_bytes"], plan["disk_bytes"]
     return (
         f"{ram / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {ram / peak - 1:+.0%} | {space / 1e6:.1f} MB | {disk / 1e6:.1f} MB | "
-        f"{space / disk - 1:+.1%} | {plan['seconds'] / done['seconds']['total']:.2f} |"
+        f"{space / disk - 1:+.1%} | {plan['seconds']:.1f} s | {seconds - measure_start():.1f} s | "
+        f"{plan['seconds'] / (seconds - measure_start()) - 1:+.0%} |"
     )
 
 
@@ -139,6 +155,7 @@ def main() -> None:
     top, mark, large = old.partition("\n## ")
     large = mark + large
     rows = {"|".join(r.split("|")[1:4]): r for r in top.splitlines() if r.startswith("| ") and "off" not in r}
+    rows = {k: r for k, r in rows.items() if r.count("|") == HEAD.splitlines()[-1].count("|")}  # of these columns
     order = [
         f" {c.hidden} / {c.intermediate}, {c.heads} / {c.kv_heads} | {c.method} | {c.windows * 128} " for c in CASES
     ]

@@ -10,7 +10,16 @@ from transformers import LlamaConfig
 
 import planish
 import tiny
+from planish import rehearsal
+from planish.compress import Job
+from planish.core import Shape
 from planish.errors import InputError
+from planish.forecast import count_passes, reach
+from planish.methods import find_method, list_methods
+from planish.rehearsal import rehearse, shrink
+from planish.sources import MemorySource
+from planish.stats import Tap
+from planish.stream import Stream
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2"])
@@ -38,7 +47,8 @@ def test_statistics_need_weights(tmp_path):
 
 
 @pytest.mark.parametrize(("method", "settings"), [("a3", {}), ("flat-llm", {"allocation": "uniform"}), ("svd-llm", {})])
-def test_70b_fits_24_gb_and_64_gb(method, settings, tmp_path):
+def test_70b_fits_24_gb_and_64_gb(method, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "WIDTH", 128)
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128_256}
     config = LlamaConfig(**sizes, num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=4096)
     config.dtype = "bfloat16"
@@ -47,3 +57,44 @@ def test_70b_fits_24_gb_and_64_gb(method, settings, tmp_path):
     assert found.params_before > 70e9
     assert 6.6e9 < found.peak_vram_bytes < 24e9  # at least the widest Gram
     assert 10e9 < found.peak_ram_bytes < 64e9
+
+
+@pytest.mark.parametrize("method", list(list_methods()))
+def test_every_methods_solves_can_be_rehearsed(method):
+    """On random numbers: every unit that a method cuts takes some time."""
+    shape = Shape(0, 64, 4, 2, 16, 16, 128, 16, gated=True, blocks=4)
+    solvers = {u: s for s in find_method(method).solvers() for u in s.units(shape)}
+    ranks = {u: s.ranks(u, shape)[len(s.ranks(u, shape)) // 2] for u, s in solvers.items()}
+    took = rehearse(solvers, ranks, shape)
+    assert set(took) == set(solvers) and all(s > 0 for s in took.values())
+
+
+def test_wide_blocks_are_rehearsed_smaller():
+    shape = Shape(0, 8192, 64, 8, 128, 128, 28672, 128, gated=True)
+    small, scale = shrink(shape)
+    assert (small.hidden, small.intermediate, small.v, small.rotary, scale) == (1024, 3584, 16, 16, 8)
+    odd = Shape(0, 2048, 8, 8, 256, 255, 8192, 64, gated=True)
+    assert shrink(odd) == (odd, 1)  # heads that cannot be halved
+
+
+def test_how_much_of_a_block_runs_for_a_site():
+    shape = Shape(0, 64, 4, 2, 16, 16, 128, 16, gated=True)
+    parts = [shape.count(*roles) / shape.count() for roles in ("qkv", "qkvo", ("q", "k", "v", "o", "gate", "up"))]
+    found = [reach(shape, [Tap(site, "gram")]) for site in ("q.in", "o.in", "v.out", "up.in", "down.in", "mlp.add")]
+    assert found == [0, parts[0], parts[0], parts[1], parts[2], 1]
+
+
+def test_passes_of_a_method(tmp_path):
+    """Counted on what it runs: one for statistics of the dense model; up to the last site and once more on the prefix."""
+    found = {}
+    for method, settings in (("svd-llm", {}), ("flat-llm", {"allocation": "uniform"}), ("mpifa", {})):
+        stream = Stream(MemorySource(tiny.build("llama_gqa")), tiny.windows(40, 24))
+        job = Job(stream, find_method(method, settings), 0.7)
+        plan = job.plan()
+        stages = job.method.stages(job.planned(0, plan))
+        found[method] = count_passes(job, 0, stages)
+    shape = job.shapes[0]
+    down = 1 - shape.count("down") / shape.count()
+    up, o = (shape.count(*roles) / shape.count() for roles in ("qkvo", "qkv"))
+    assert found["svd-llm"][0] == 1 and found["flat-llm"][0] == pytest.approx(1 + down)
+    assert found["mpifa"][0] == pytest.approx(1 + 0 + o + up + down + (1 + 0 + o + up + down))

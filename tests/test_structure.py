@@ -28,7 +28,7 @@ LAYERS = [
         "cache",
     },
     {"methods", "submodules"},
-    {"compress", "effects", "forecast", "predict", "recipe"},
+    {"compress", "effects", "forecast", "predict", "rehearsal", "recipe"},
     {"evaluate", "export", "report"},
     {"api", "demo", "sweep", "cli", "__init__", "__main__"},
 ]

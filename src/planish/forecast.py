@@ -6,24 +6,27 @@ count two per weight and token. Peak memory and time are estimates; `how` says f
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from planish import stats as stats_file
 from planish.budgets import SHARES, Asked, Budget, Bytes, CacheNumbers, Flops, count_cache, count_flops
 from planish.cache import Cache
 from planish.compress import Job, check_tokens, check_windows, find_name, pick_dtype
-from planish.core import Method, Plan, Progress, Shape, count_sums
+from planish.core import Method, Plan, Progress, Shape, Unit, count_sums
 from planish.errors import InputError
 from planish.latency import Latency, read_table
 from planish.predict import Prediction, predict
+from planish.rehearsal import Stopwatch, rehearse
 from planish.sources import ConfigSource, Source
+from planish.stats import Tap, add_gram
 from planish.stream import Stream
 from planish.targets import describe_limits
 
@@ -233,7 +236,6 @@ def estimate(
     tokens = prod(size)
     stream = job.stream
     shape = max(job.shapes, key=Shape.count)
-    units = [u for u in job.block_units(shape.block) if plan.get(u, job.full(u)) < job.full(u)]
     parts = [job.taps(stage) for stage in job.method.stages(job.block_units(shape.block))]  # measured one after another
     parts.append(job.stored_taps(shape.block))  # and once more for what the plan needs
     taps = max(parts, key=lambda part: count_sums(shape, part), default=[])
@@ -263,43 +265,111 @@ def estimate(
     )
 
     here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
-    single, double, eigen = measure_rates(here, torch.float32 if here != stream.device else stream.dtype)
-    stages = len(job.method.stages(units)) if units else 0
-    passes = both * max(stages, 1) + (1 if job.method.prefix != "dense" else 0)
-    forward = passes * tokens * (2 * job.weights + attend) / single
-    taking = len(job.shapes) * 2 * sum(count_sums(shape, part) for part in parts) * tokens / double
-    sides = [min(job.shapes[u.block].linear(u.name)) if u.name in shape.roles else shape.hidden for u in job.units]
-    solving = sum(eigen * n**3 for n in sides)
+    rates = measure_rates(here, torch.float32 if here != stream.device else stream.dtype, shape, size[1])
+    passes, forward = 0.0, 2 * shape.count() / rates.single + attend / 2 / len(job.shapes) / rates.attention
+    forward += (shape.intermediate + 6 * shape.hidden) * rates.element
+    summing, solving = 0.0, 0.0
+    cuts = [[u for u in job.planned(i, plan) if i not in job.edits] for i in range(len(job.shapes))]
+    most = max(cuts, key=len)
+    rehearsed = rehearse({u: job.units[u] for u in most}, plan, job.shapes[most[0].block]) if most else {}
+    took = {u.name: s for u, s in rehearsed.items()}
+    for i, cut in enumerate(cuts):
+        through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]])
+        passes += through
+        summing += tokens * sum(time_sums(job.shapes[i], tap, rates) for tap in taps)
+        solving += sum(took[u.name] for u in cut)
+    seconds = passes * tokens * forward + summing + solving + (params + written) * rates.file
     how = {
         "peak_ram": f"libraries + one block as stored and as computed + activations of {size[0]} × {size[1]} tokens + one "
         "block's statistics in fp64 + the largest decomposition's working space (planish.predict)",
-        "seconds": f"{passes} forward passes over {tokens} tokens and one block's statistics at this machine's measured "
-        f"{single / 1e9:.0f} and {double / 1e9:.0f} GFLOP/s (fp64), one eigendecomposition per unit; right within a "
-        "factor of about 3; reading and writing files not included"
+        "seconds": f"{passes / len(job.shapes):.2f} forward passes over {tokens} tokens at this machine's "
+        f"{rates.single / 1e9:.0f} GFLOP/s, the blocks' statistics in fp64, one block's solves rehearsed on random numbers "
+        f"(planish.rehearsal), reading and writing from memory: {passes * tokens * forward:.3g}, {summing:.3g}, {solving:.3g}, "
+        f"{(params + written) * rates.file:.3g} s"
         + ("; this machine has no such device: its CPU's rates" if here != stream.device else ""),
         "flops": f"two per weight of the blocks and the head and token, and attention over {job.context} tokens of context",
     }
-    return peaks, forward + taking + solving, how
+    return peaks, seconds, how
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
-    """FLOP/s of a product in `dtype` and in fp64, and seconds / n³ of an fp64 eigendecomposition of side n."""
+ORDER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # in which a forward pass reaches the linears
+
+
+def reach(shape: Shape, taps: Iterable[Tap]) -> float:
+    """Share of a block's weights that run until all these taps' sites have been seen."""
+    depth = 0
+    for site in (s.rpartition(":")[2] for tap in taps for s in tap.sites):
+        where, end = site.split(".")
+        at = next((n for n, roles in enumerate(ORDER) if where in roles), len(ORDER) - 1)
+        depth = max(depth, at if end == "in" and where in shape.roles else at + 1)
+    return sum(shape.count(r) for roles in ORDER[:depth] for r in roles if r in shape.roles) / shape.count()
+
+
+def count_passes(job: Job, i: int, stages: list[list[Unit]]) -> tuple[float, list[Tap]]:
+    """Forward passes through block i, in shares of its weights, and the taps measured on them, when it is solved."""
+    shape, known = job.shapes[i], job.stored.taps(i)
+    taps = [[t for t in job.taps(stage) if t not in known] for stage in stages]
+    everything = [t for stage in taps for t in stage]
+    if job.method.prefix == "dense":
+        return 1.0 if everything or not job.stored else 0.0, everything
+    passes = 1.0 + sum(reach(shape, [t for t in stage if any(":" not in s for s in t.sites)]) for stage in taps)
+    if job.method.prefix == "both":
+        beside = job.beside([u for stage in stages for u in stage])
+        passes += (
+            1.0 if beside else 1.0 + sum(reach(shape, [t for t in s if len(t.sites[0].split(":")) > 1]) for s in taps)
+        )
+    return passes, everything
+
+
+def time_sums(shape: Shape, tap: Tap, rates: Rates) -> float:
+    """Seconds per token."""
+    numbers = count_sums(shape, [tap])
+    return numbers * rates.gram if tap.kind == "gram" else 2 * numbers / rates.double
+
+
+class Rates(NamedTuple):
+    """`single`, `double`, `attention`: FLOP/s of products in the computing dtype, in fp64, and of attention; seconds:
+    `gram` per number of a Gram and token, `element` per channel of a gated activation, `file` per number read and written."""
+
+    single: float
+    double: float
+    attention: float
+    gram: float
+    element: float
+    file: float
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_len: int) -> Rates:
+    """Of this machine, on products of at most 1024 × 2048 × 1024 numbers."""
 
     def seconds(run: Callable[[], Any]) -> float:
         best = float("inf")
         for _ in range(3):
-            start = time.perf_counter()
+            start, clock = time.perf_counter(), Stopwatch()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, clock.read() if device.type == "cpu" else time.perf_counter() - start)
         return best
 
-    n, m = 512, 256
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    flops = 2 * n**3
-    single = flops / seconds(lambda: a @ a)
-    b = torch.ones(n, n, device="cpu" if device.type == "mps" else device, dtype=torch.float64)
-    double = flops / seconds(lambda: b @ b)
-    c = torch.diag(torch.arange(1.0, m + 1, dtype=torch.float64)) + 0.1
-    return single, double, seconds(lambda: torch.linalg.eigh(c)) / m**3
+    n, m = min(shape.hidden, 1024), min(shape.intermediate, 2048)
+    sums = torch.device("cpu") if device.type == "mps" else device  # it has no fp64
+    a, b = torch.ones(1024, n, device=device, dtype=dtype), torch.ones(m, n, device=device, dtype=dtype)
+    single = 2 * 1024 * n * m / seconds(lambda: nn.functional.linear(a, b))
+    x, y = a.to(sums).double()[:512], b.to(sums).double()
+    double = 2 * 512 * n * m / seconds(lambda: x @ y.T)
+    wide, total = torch.ones(512, m, device=sums, dtype=dtype), dict[str, Tensor]()
+    gram = seconds(lambda: add_gram(total, wide)) / 512 / m**2
+    length = max(1, min(seq_len, 1024))
+    q = torch.ones(1, 4, length, max(shape.qk, 1), device=device, dtype=dtype)
+    attention = seconds(lambda: nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+    g = torch.ones(1024, m, device=device, dtype=dtype)
+    element = seconds(lambda: nn.functional.silu(g) * g) / g.numel()
+    stored = torch.ones(1 << 20, dtype=torch.bfloat16)
+
+    def check() -> None:
+        stored.float().aminmax()
+        hashlib.sha256(stored.view(torch.uint8).numpy().data)
+
+    file = seconds(check) / len(stored)
+    return Rates(single, double, 4 * 4 * q.shape[-1] * length**2 / 2 / attention, gram, element, file)
