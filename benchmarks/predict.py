@@ -67,7 +67,8 @@ HEAD = """# Predicted and measured peaks
 loading Python and its libraries, so that other work on the machine counts in neither. Video memory is predicted by the same
 formulas and was not measured: no accelerator was at hand.
 
-| hidden / intermediate, heads / kv | method | tokens | RAM predicted | measured | off | disk predicted | measured | off | time predicted | measured | off |
+| hidden / intermediate, heads / kv | method | tokens | RAM predicted | measured | off | disk predicted | measured | off | \
+time predicted | measured | off |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
 SHAPES = """
