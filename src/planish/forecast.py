@@ -270,8 +270,8 @@ def estimate(
     forward += (shape.intermediate + 6 * shape.hidden) * rates.element
     summing, solving = 0.0, 0.0
     cuts = [[u for u in job.planned(i, plan) if i not in job.edits] for i in range(len(job.shapes))]
-    most = max(cuts, key=len)
-    rehearsed = rehearse({u: job.units[u] for u in most}, plan, job.shapes[most[0].block]) if most else {}
+    alike = {u.name: u for cut in cuts for u in cut}  # one unit of each kind
+    rehearsed = rehearse({u: job.units[u] for u in alike.values()}, plan, shape)
     took = {u.name: s for u, s in rehearsed.items()}
     for i, cut in enumerate(cuts):
         through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]])
