@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import tiny
-from planish.cache import Cache, open_cache
+from planish import api
+from planish.cache import LONG, Cache, open_cache, tokenize
 from planish.compress import Job, compress, read_weights
 from planish.methods import find_method
 from planish.sources import open_source
 from planish.stats import Stats
 from planish.stream import Stream
+from planish.text import encode, load_tokens
+from test_text import byte_tokenizer
 
 WINDOWS = tiny.windows(12, 24)
 DENSE = [("svd-llm", {}), ("svd-llm", {"allocation": "v2"}), ("a3", {}), ("auto", {"anchor": "0"})]
@@ -192,3 +196,70 @@ def test_statistics_of_an_edited_model_are_never_kept(folder):
     job.measure(lambda shape: job.taps(job.block_units(shape.block)), lambda i, block, stats: seen.append(stats), edits)
     assert set(cache.held) == kept
     assert all(s.origin == "" for s in seen)
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """Lengths of the texts that were tokenized, as they are tokenized."""
+    from planish import cache
+
+    seen: list[int] = []
+
+    def spy(tokenizer, text):
+        seen.append(len(text))
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(cache, "encode", spy)
+    return seen
+
+
+def test_long_texts_are_tokenized_once(root, tmp_path, encoded):
+    path = tmp_path / "a.txt"
+    path.write_text("né " * LONG, encoding="utf-8")
+    plain = load_tokens(path, byte_tokenizer(with_bos=True))
+    for again in range(2):
+        found = load_tokens(path, byte_tokenizer(with_bos=True), tokenize=tokenize)
+        assert torch.equal(found.tokens, plain.tokens) and found.tokens.dtype == torch.int64
+        assert found.bos and found.source == plain.source and len(encoded) == 1, again
+    assert not load_tokens(path, byte_tokenizer(), tokenize=tokenize).bos and len(encoded) == 2  # another tokenizer
+    path.write_text("nè " * LONG, encoding="utf-8")
+    changed = load_tokens(path, byte_tokenizer(with_bos=True), tokenize=tokenize).tokens  # the same path and size
+    assert not torch.equal(changed, plain.tokens) and len(encoded) == 3
+    for file in root.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-4] + b"\1\0\0\0")
+    assert torch.equal(load_tokens(path, byte_tokenizer(with_bos=True), tokenize=tokenize).tokens, changed)
+    assert len(encoded) == 4
+
+
+def test_short_texts_and_other_tokenizers_are_not_kept(root):
+    class Own(type(byte_tokenizer())):
+        pass
+
+    tokenize(byte_tokenizer(), "a" * (LONG - 1))
+    tokenizer = byte_tokenizer()
+    tokenizer.__class__ = Own
+    assert len(tokenize(tokenizer, "a" * LONG)) == LONG
+    assert not root.exists()
+
+
+def test_seconds_count_the_text(root, tmp_path, encoded, monkeypatch):
+    folder = tiny.save(tiny.build("llama_gqa", vocab_size=300), tmp_path / "model")
+    byte_tokenizer().save_pretrained(folder)
+    (tmp_path / "a.txt").write_text("a b c " * LONG)
+    clock = [0.0]
+
+    def slow(source, *args, **more):
+        clock[0] += 1000
+        return load_tokens(source, *args, **more)
+
+    monkeypatch.setattr(api, "load_tokens", slow)
+    real = api.time.perf_counter
+    monkeypatch.setattr(api.time, "perf_counter", lambda: real() + clock[0])
+    options = {"method": "svd-llm", "calibration": tmp_path / "a.txt", "n_samples": 8, "seq_len": 16, "overwrite": True}
+    for cached in (False, True, True):
+        found = api.compress(folder, output=tmp_path / "out", cache=cached, **options)
+        assert 1000 <= found.seconds["text"] < 1100 and found.seconds["text"] <= found.seconds["total"] < 1200
+    assert len(encoded) == 1
+    assert np.isclose(api.evaluate(folder, tmp_path / "a.txt", 16, max_windows=2, cache=True).perplexity,
+                      api.evaluate(folder, tmp_path / "a.txt", 16, max_windows=2).perplexity, rtol=0)  # fmt: skip
+    assert len(encoded) == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from planish import checkpoint, effects
 from planish.budgets import read_asked
+from planish.cache import tokenize
 from planish.compress import Result, find_name, pick_dtype
 from planish.compress import compress as compress_windows
 from planish.core import Method, Progress
@@ -97,7 +100,8 @@ def compress(
     side by side from the start, unless `sampling` says otherwise.
     `device`: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "mps"; `dtype`: what to compute in.
     `target`: where the result has to run: any, hf, vllm, gguf, onnx (see `planish.targets`).
-    `cache`: keep what calibration found in a folder model on disk ($PLANISH_CACHE), and use it for the next budget.
+    `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
+    for the next budget.
     `round_to`: ranks are multiples of it. `progress(phase, done, total)` is called as blocks are done.
     """
     if output is None:
@@ -118,7 +122,9 @@ def compress(
     chosen = find_method(method or default_method(), settings or {})
     place = find_device(device)
     source = open_source(model, tokenizer)
-    text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
+    start = time.perf_counter()
+    text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling, cache)
+    spent = {"text": time.perf_counter() - start}
     recipe = None
     if isinstance(source, FolderSource) and isinstance(calibration, str | Path):
         recipe = Recipe(
@@ -143,6 +149,7 @@ def compress(
         cache=cache,
         progress=progress,
         files={"recipe.yaml": recipe.text()} if recipe else None,
+        spent=spent,
     )
     result.warnings = text.notes + result.warnings
     return result
@@ -170,12 +177,13 @@ def forecast(
     round_to: int = 1,
     settings: dict[str, Any] | None = None,
     target: str = "any",
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> Forecast:
     """What `compress` with the same arguments would give and take; nothing is changed or written.
 
     The calibration text is read only where the method needs statistics to choose its ranks; elsewhere a config.json alone
-    will do for `model`, and "cuda" for `device` on a machine without.
+    will do for `model`, and "cuda" for `device` on a machine without. `cache`: keep its token ids on disk.
     """
     asked = read_asked(
         keep=keep, kv_keep=kv_keep, flops_keep=flops_keep, max_params=max_params, max_bytes=max_bytes,
@@ -190,7 +198,7 @@ def forecast(
 
     def read() -> Tensor:
         find_device(device)
-        text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
+        text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling, cache)
         notes.extend(text.notes)
         return text.windows
 
@@ -260,17 +268,18 @@ def evaluate(
     dtype: str | torch.dtype | None = None,
     batch_size: int = 1,
     max_windows: int | None = None,
+    cache: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity of a folder, hub id or model in memory over a SOURCE (its evaluation split, where it has splits).
 
     Windows of `seq_len` tokens (2048, or as many as the model has positions) do not overlap, the tail is dropped;
-    `max_windows` stops early. A model from a folder goes to `device` ("auto" unless told) in `dtype` (fp32 on the CPU,
+    `max_windows` stops early; `cache` keeps the text's token ids on disk. A model from a folder goes to `device` ("auto" unless told) in `dtype` (fp32 on the CPU,
     the stored one elsewhere); one in memory stays as it is.
     """
     if batch_size < 1 or (max_windows is not None and max_windows < 1):
         raise InputError(f"batch size and windows must be 1 or more, got {batch_size} and {max_windows}")
-    place = None
+    place, read = None, partial(load_tokens, text, split="evaluation", tokenize=tokenize if cache else None)
     if isinstance(model, nn.Module):
         lm: Any = model
         place = None if device is None else find_device(device)
@@ -279,11 +288,11 @@ def evaluate(
         folder = find_folder(model)
         config = load_config(folder)  # before the weights: wrong text is found at once
         tokenizer = tokenizer or load_tokenizer(folder)
-        found = load_tokens(text, tokenizer, split="evaluation", vocab_size=config.vocab_size)
+        found = read(tokenizer, vocab_size=config.vocab_size)
         lm = load(model, device=place, dtype=dtype or ("float32" if place == "cpu" else None))
     limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
     if isinstance(model, nn.Module):
-        found = load_tokens(text, tokenizer, split="evaluation", vocab_size=lm.config.get_text_config().vocab_size)
+        found = read(tokenizer, vocab_size=lm.config.get_text_config().vocab_size)
     seq_len = seq_len or min(SEQ_LEN, limit, max(2, len(found.tokens)))
     tokens = found.tokens if max_windows is None else found.tokens[: max_windows * seq_len]
     measured = perplexity.evaluate(lm, tokens, seq_len, batch_size=batch_size, device=place, progress=progress)
@@ -343,12 +352,15 @@ def read_calibration(
     seq_len: int | None,
     seed: int,
     sampling: Sampling | None,
+    cache: bool = False,
 ) -> Calibration:
     """Windows of a SOURCE for a model: tokens checked against its vocabulary, lengths against its positions."""
     seq_len, notes = fit_seq_len(source, seq_len)
     if tokenizer is None and isinstance(source, FolderSource):
         tokenizer = load_tokenizer(source.folder)
-    text = load_tokens(calibration, tokenizer, vocab_size=source.config.vocab_size)
+    text = load_tokens(
+        calibration, tokenizer, vocab_size=source.config.vocab_size, tokenize=tokenize if cache else None
+    )
     how = sampling or text.sampling
     if n_samples is None:
         held = len(text.tokens) // seq_len if how == "contiguous" else len(text.tokens) - seq_len + 1

@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,11 +31,12 @@ from planish.shards import Shard, hash_file, write_shard
 from planish.sources import FolderSource, Source
 from planish.stats import Stats, Tap
 from planish.stream import Stream
-from planish.text import fingerprint
+from planish.text import encode, fingerprint
 from planish.version import __version__
 
 FORMAT = 1
 DISK = 8 << 30  # bytes of all fingerprints together; at most a quarter of what is free
+LONG = 1 << 18  # characters: ids of longer texts are kept
 WHOLE = 1 << 30  # checkpoints up to this many bytes are hashed whole
 
 Record = dict[str, Tensor]
@@ -274,6 +276,36 @@ def open_cache(calibrated: Stream, memory: int = 0) -> Cache | None:
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return Cache(find_root() / key[:32], memory)
+
+
+def tokenize(tokenizer: Any, text: str) -> np.ndarray:
+    """`planish.text.encode`, with the ids of long texts kept on disk for the next command."""
+    known = hash_tokenizer(tokenizer) if len(text) >= LONG else None
+    if known is None:
+        return encode(tokenizer, text)
+    key = hashlib.sha256(f"{FORMAT} {known} {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}".encode())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the statistics' cache says as well
+        cache = Cache(find_root() / key.hexdigest()[:32])
+        if cache.has(["tokens"]):
+            return cache.get("tokens")["ids"].numpy().astype(np.int64)
+        ids = encode(tokenizer, text)
+        cache.keep({"tokens": {"ids": torch.from_numpy(ids.astype(np.int32))}})
+    return ids
+
+
+def hash_tokenizer(tokenizer: Any) -> str | None:
+    """Of everything that decides which ids a text gets; None where code that is not transformers' decides it."""
+    kind = type(tokenizer)
+    if not kind.__module__.startswith("transformers.") or not getattr(tokenizer, "is_fast", False):
+        return None
+    parts = {
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "kind": f"{kind.__module__}.{kind.__qualname__}",
+        "split": getattr(tokenizer, "split_special_tokens", False),
+        "versions": [version("transformers"), version("tokenizers")],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def find_root() -> Path:

@@ -715,6 +715,7 @@ def compress(
     target: str = "any",
     files: dict[str, str] | None = None,
     measured: dict[str, float] | None = None,
+    spent: dict[str, float] | None = None,
     **limits: Any,
 ) -> Result:
     """Compress a model into a folder. `windows` (n, seq): calibration token ids (see `planish.text`).
@@ -725,7 +726,7 @@ def compress(
     `calibration`: what to record about the text in the manifest. Raises InputError for anything wrong with the input.
     `cache`: the one that several runs share, or whether to use the one on disk; `stream`: what several runs share.
     `resume`: take up an interrupted run with these same arguments (see `planish.resume`).
-    `files`: further text files for the folder, by name.
+    `files`: further text files for the folder, by name. `spent`: seconds of phases before this call, counted in the result.
     """
     start = time.perf_counter()
     reuse_memory()
@@ -771,6 +772,7 @@ def compress(
                 measured=measured,
             )
             job.caught = caught
+            job.seconds |= spent or {}
             check_tokens(job, windows, settings or {})
             with job.phase("plan"):
                 plan = job.plan()
@@ -778,7 +780,7 @@ def compress(
             result = write(job, plan, writer)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
         result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier})
-        result.seconds["total"] = time.perf_counter() - start
+        result.seconds["total"] = time.perf_counter() - start + sum((spent or {}).values())
         write_manifest(writer, job, plan, result, calibration or {})
         for name, content in (files or {}).items():
             writer.text(name, content)

@@ -19,7 +19,7 @@ from torch import Tensor
 from planish import api
 from planish.activations import Room
 from planish.budgets import Asked, read_asked
-from planish.cache import Cache, open_cache
+from planish.cache import Cache, open_cache, tokenize
 from planish.compress import Result, check_windows, find_name, pick_dtype
 from planish.compress import compress as compress_windows
 from planish.core import Method
@@ -90,10 +90,12 @@ def sweep(
     place, output = api.find_device(device), Path(output)
     source = open_source(model)
     tokenizer = load_tokenizer(source.folder) if isinstance(source, FolderSource) else None
-    text = api.read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
+    text = api.read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling, cache)
     check_windows(text.windows, source)
     length = text.windows.shape[1]
-    tokens = load_tokens(eval_text, tokenizer, split="evaluation", vocab_size=source.config.vocab_size).tokens
+    tokens = load_tokens(
+        eval_text, tokenizer, split="evaluation", vocab_size=source.config.vocab_size, tokenize=tokenize if cache else None
+    ).tokens
     if eval_tokens is not None:
         tokens = tokens[: max(eval_tokens, length)]
     tokens = tokens[: len(tokens) // length * length]

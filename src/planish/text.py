@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +79,7 @@ def load_tokens(
     *,
     split: Literal["calibration", "evaluation"] = "calibration",
     vocab_size: int | None = None,
+    tokenize: Callable[[Any, str], np.ndarray] | None = None,
 ) -> Text:
     """Read a SOURCE as one sequence of token ids.
 
@@ -95,7 +96,8 @@ def load_tokens(
     ========= ============================================ ===========================================
 
     Files, arrays and tensors are taken whole, whatever the split. ``vocab_size`` is the model's: ids beyond it are
-    an error. Raises `InputError` for whatever the user can correct.
+    an error. ``tokenize(tokenizer, text)``: in the place of `encode`, with the same ids. Raises `InputError` for whatever
+    the user can correct.
     """
     if isinstance(source, np.ndarray | Tensor):
         array = source.detach().cpu().numpy() if isinstance(source, Tensor) else source
@@ -113,11 +115,16 @@ def load_tokens(
     text = _read_text(name, split)
     if not text.strip():
         raise InputError(f"no text · {name} · got only white space · give a source that has text")
-    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = (tokenize or encode)(tokenizer, text)
     if name == "c4" and split == "evaluation":
         ids = ids[: 256 * 2048]
     bos = len(ids) > 0 and ids[0] == getattr(tokenizer, "bos_token_id", None)
-    return Text(check_ids(np.asarray(ids, dtype=np.int64), name, vocab_size), name, bos=bos, is_ids=False)
+    return Text(check_ids(ids, name, vocab_size), name, bos=bos, is_ids=False)
+
+
+def encode(tokenizer: Any, text: str) -> np.ndarray:
+    """Token ids of a text (n,), int64, with whatever the tokenizer puts in front."""
+    return np.asarray(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"], dtype=np.int64)
 
 
 def sample_windows(

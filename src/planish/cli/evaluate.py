@@ -67,6 +67,7 @@ def evaluate(
                 dtype=dtype and dtype.value,
                 batch_size=batch_size,
                 max_windows=max_windows,
+                cache=True,
                 progress=lambda done, total: run.progress("windows", done, total),
             )
             for m in filter(None, (model, against))

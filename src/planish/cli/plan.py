@@ -57,6 +57,7 @@ def plan(
             round_to=round_to,
             target=target.value,
             settings=values,
+            cache=True,
             progress=run.progress,
         )
         for warning in found.warnings:
