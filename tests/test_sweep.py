@@ -18,8 +18,9 @@ from planish import api
 from planish.cli import app
 from planish.errors import InputError
 from planish.evaluate import drift
+from planish.report import page
 from planish.report.page import find_shares, write_report
-from planish.report.points import read_points
+from planish.report.points import Point, read_points
 from planish.report.svg import Axis, Mark, Series, chart, heat_map
 from planish.stream import Stream
 from planish.sweep import parse_method, sweep
@@ -61,6 +62,8 @@ def test_the_table_says_what_the_manifests_and_eval_say(swept, texts):
             continue
         manifest = json.loads((swept / "points" / name / "planish.json").read_text())
         result = manifest["result"]
+        for n in ("bytes", "flops_per_token", "block_params", "kv_bytes_per_token"):
+            assert int(rows["dense"][n]) == result[f"{n}_before"] >= int(row[n]) > 0
         assert row["method"] == result["method"] == manifest["method"]
         assert float(row["keep"]) == result["keep"] <= float(row["keep_requested"])
         assert int(row["params"]) == result["params_after"]
@@ -196,6 +199,21 @@ def test_removed_blocks_keep_their_input():
     found = drift.compare(dense, gone, [1])
     error = (dense.blocks[0] - dense.blocks[1]).square().sum() / dense.blocks[1].square().sum()
     assert found.blocks == [0.0, pytest.approx(float(error)), 0.0]
+
+
+def test_speeds_are_plotted_as_quotients_of_the_same_turns(monkeypatch):
+    """Of two points the one that was measured while the machine was busy has the lower rate, and the higher quotient."""
+    rates = {"dense": (100, 100), "calm": (110, 100), "busy": (60, 50)}
+    points = [
+        Point(n, n, json.dumps({}), keep_requested=0.9, keep=0.9, perplexity=9 + i, excess=i / 9, params=10,
+              decode_tokens_per_s=a, dense_decode_tokens_per_s=b)
+        for i, (n, (a, b)) in enumerate(rates.items())
+    ]  # fmt: skip
+    seen = {}
+    monkeypatch.setattr(page, "chart", lambda series, x, *more, **kw: seen.setdefault(x[0], series) and "")
+    page.make_charts(page.Results(Path(), points), {"calm": 0, "busy": 1})
+    (series,) = (s for name, s in seen.items() if "per second" in name)
+    assert {s.label: [m.x for m in s.marks] for s in series} == {"calm": [1.1], "busy": [1.2]}
 
 
 def test_charts_hold_what_they_are_given():

@@ -94,7 +94,11 @@ def sweep(
     check_windows(text.windows, source)
     length = text.windows.shape[1]
     tokens = load_tokens(
-        eval_text, tokenizer, split="evaluation", vocab_size=source.config.vocab_size, tokenize=tokenize if cache else None
+        eval_text,
+        tokenizer,
+        split="evaluation",
+        vocab_size=source.config.vocab_size,
+        tokenize=tokenize if cache else None,
     ).tokens
     if eval_tokens is not None:
         tokens = tokens[: max(eval_tokens, length)]
@@ -206,10 +210,10 @@ class Book:
         dense = self.points.get("dense")
         if dense and not point.error:
             point.excess = log(point.perplexity / dense.perplexity) if isfinite(point.perplexity) else inf
-            dense.kv_bytes_per_token = (
-                dense.kv_bytes_per_token or self.manifest(point.name)["kv_bytes_per_token_before"]
-            )
-            dense.block_params = dense.block_params or self.manifest(point.name)["block_params_before"]
+            if not (dense.kv_bytes_per_token and dense.block_params and dense.bytes and dense.flops_per_token):
+                r = self.manifest(point.name)
+                dense.kv_bytes_per_token, dense.block_params = r["kv_bytes_per_token_before"], r["block_params_before"]
+                dense.bytes, dense.flops_per_token = r["bytes_before"], r["flops_per_token_before"]
         self.points[point.name] = point
         write_points(self.output, list(self.points.values()))
 

@@ -95,7 +95,8 @@ def read_results(folder: Path) -> Results:
             flops_per_token=r.get("flops_per_token_after", 0),
         )  # fmt: skip
         dense = Point("dense", "dense", keep=1.0, params=r["params_before"], block_params=r["block_params_before"],
-                      kv_bytes_per_token=r["kv_bytes_per_token_before"])  # fmt: skip
+                      kv_bytes_per_token=r["kv_bytes_per_token_before"], bytes=r.get("bytes_before", 0),
+                      flops_per_token=r.get("flops_per_token_before", 0))  # fmt: skip
         request = {"model": manifest["source"], "calibration": manifest["calibration"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {folder / 'planish.json'}: {error!r}") from None
@@ -213,8 +214,8 @@ def make_charts(r: Results, colours: dict[str, int]) -> str:
         ("Perplexity and KV cache", plot(lambda p: p.kv_bytes_per_token, "KV cache, bytes per token", number)),
     ]
     if any(isfinite(p.decode_tokens_per_s) for p in measured):
-        name = f"decoded tokens per second (dense: {dense.decode_tokens_per_s:,.0f})"
-        cards.append(("Perplexity and speed", plot(lambda p: p.decode_tokens_per_s, name, number, more=True)))
+        name = "decoded tokens per second, × dense in turns with it"
+        cards.append(("Perplexity and speed", plot(lambda p: p.speedup, name, lambda v: f"{v:g}", more=True)))
     known = [p for p in measured if p.predicted > 0 and p.excess > 0]
     if known:
         pairs = [
@@ -360,7 +361,7 @@ def make_table(r: Results, colours: dict[str, int]) -> str:
             if speed:
                 cells += [
                     digits(p.decode_tokens_per_s, 0),
-                    digits(p.decode_tokens_per_s / p.dense_decode_tokens_per_s, 2),
+                    digits(p.speedup, 2),
                 ]
             cells += [digits(p.seconds, 1), "" if p.name == "dense" else p.kept or "no"]
             kind = " ".join((["new"] if n == 0 else []) + (["best"] if n == 0 and len(group) > 1 else []))
@@ -444,7 +445,7 @@ def hover(p: Point) -> str:
     text = f"{p.label}, keep {p.keep:.3f}: perplexity {p.perplexity:.3f}, {count(p.params)} parameters"
     text += f", {p.kv_bytes_per_token:,} KV bytes per token"
     text += f", predicted {p.predicted:.4f}, measured {p.excess:.4f}" if isfinite(p.predicted) else ""
-    return text + (f", {p.decode_tokens_per_s:,.0f} tokens/s" if isfinite(p.decode_tokens_per_s) else "")
+    return text + (f", {p.speedup:.2f} × dense tokens/s" if isfinite(p.speedup) else "")
 
 
 def count(n: float) -> str:

@@ -51,6 +51,11 @@ class Point:
         return json.loads(self.budgets or "{}") or {"keep": self.keep_requested}
 
     @property
+    def speedup(self) -> float:
+        """Decoded tokens per second as a multiple of the dense model's in the same turns; rates of other turns say little."""
+        return self.decode_tokens_per_s / (self.dense_decode_tokens_per_s or NAN)
+
+    @property
     def asked_text(self) -> str:
         return ", ".join(f"{n.replace('_', '-')} {v:g}" for n, v in self.asked.items())
 
