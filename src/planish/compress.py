@@ -23,7 +23,17 @@ from torch import Tensor, nn
 from planish import processes
 from planish.activations import Room
 from planish.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
-from planish.budgets import Asked, Budget, CacheNumbers, count_flops, label, make_budget, read_asked, show
+from planish.budgets import (
+    Asked,
+    Budget,
+    CacheNumbers,
+    count_flops,
+    count_headers,
+    label,
+    make_budget,
+    read_asked,
+    show,
+)
 from planish.cache import Cache, open_cache
 from planish.checkpoint import apply_edits, count_block, is_empty, kv_bytes, narrow, write_config
 from planish.core import SUBMODULES, Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit, Weights
@@ -59,7 +69,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
-    bytes_before: int = 0
+    bytes_before: int = 0  # of the files that the uncut model is written in, headers included
     bytes_after: int = 0  # of the written files
     flops_per_token_before: int = 0  # two per weight of the blocks and the head, and attention over `context` tokens
     flops_per_token_after: int = 0
@@ -927,7 +937,7 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         str(writer.output),
         job.seconds,
         peak_rss(),
-        bytes_before=sum(n * dtype.itemsize for n, dtype in source.sizes().values()),
+        bytes_before=sum(n * dtype.itemsize for n, dtype in source.sizes().values()) + count_headers(source),
         bytes_after=writer.bytes + writer.headers,
         flops_per_token_before=flops[0] + 2 * source.count_head(),
         flops_per_token_after=flops[1] + 2 * source.count_head(),

@@ -1,7 +1,8 @@
 """What compressing would give and take, from shapes alone: a dry run.
 
-Ranks, parameters, bytes and KV bytes are exact: they come from the plan that `compress` itself would follow. FLOPs
-count two per weight and token. Peak memory and time are estimates; `how` says from what.
+Ranks, parameters and KV bytes are exact: they come from the plan that `compress` itself would follow. So are bytes of
+weights, but for the headers of cut tensors, which are counted as `max_bytes` counts them: at most. FLOPs count two per
+weight and token. Peak memory and time are estimates; `how` says from what.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from planish import stats as stats_file
-from planish.budgets import SHARES, Asked, Budget, Bytes, CacheNumbers, Flops, count_cache, count_flops
+from planish.budgets import SHARES, Asked, Budget, CacheNumbers, Flops, count_cache, count_flops, make_budget
 from planish.cache import Cache
 from planish.compress import Job, check_tokens, check_windows, find_name, pick_dtype
 from planish.core import Method, Plan, Progress, Shape, Unit, count_sums
@@ -186,7 +187,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         count_flops(shapes, [{}] * len(shapes), [s.count() for s in shapes], job.context),
         context=job.context,
     )
-    stored = Bytes("max_bytes", 1, 0, params * itemsize, itemsize=itemsize)
+    stored = make_budget("max_bytes", 1, source, shapes, job.context)
     peaks, seconds, how = estimate(job, plan, size, params, head, itemsize, int(flops.total) - 2 * blocks)
     found = Forecast(
         method=find_name(job.method),
@@ -196,8 +197,8 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         params_after=params - blocks + blocks_after,
         block_params_before=blocks,
         block_params_after=blocks_after,
-        bytes_before=params * itemsize,
-        bytes_after=int(left(job, plan, stored)),
+        bytes_before=int(stored.total + stored.outside),
+        bytes_after=int(left(job, plan, stored) + stored.outside),
         flops_per_token_before=int(flops.total) + 2 * head,
         flops_per_token_after=int(left(job, plan, flops)) + 2 * head,
         kv_bytes_per_token_before=full_caches * itemsize,
