@@ -193,6 +193,7 @@ class Method(ABC):
     reference: ClassVar[str] = ""
     prefix: ClassVar[str] = "dense"
     allocations: ClassVar[tuple[str, ...]] = ()
+    shares: ClassVar[tuple[str, ...]] = ()  # settings that must lie in [0, 1]
 
     @abstractmethod
     def solvers(self) -> list[Solver]:

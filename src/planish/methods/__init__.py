@@ -7,6 +7,7 @@ import pkgutil
 from dataclasses import fields
 from difflib import get_close_matches
 from math import inf
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from planish.core import Method
@@ -17,7 +18,14 @@ def list_methods() -> dict[str, type[Method]]:
     """Name → class, sorted by name; aliases are not listed."""
     found = {}
     for info in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
-        module = importlib.import_module(f"{__name__}.{info.name}")
+        try:
+            module = importlib.import_module(f"{__name__}.{info.name}")
+        except Exception as error:  # whatever a file that somebody adds may raise
+            place = getattr(info.module_finder, "path", "")
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise InputError(
+                f"the method file {Path(place) / info.name}.py cannot be imported: {what}; mend it"
+            ) from error
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
                 found[info.name.replace("_", "-")] = value
@@ -57,6 +65,8 @@ def parse(cls: type[Method], method: str, name: str, value: Any) -> Any:
         found = convert(hints[name], value)
         if isinstance(found, int | float) and not 0 <= found < inf:
             raise ValueError("expected a finite number, 0 or more")
+        if name in cls.shares and isinstance(found, int | float) and found > 1:
+            raise ValueError("expected a share, 0 to 1")
         default = next(f.default for f in fields(cls) if f.name == name)
         if hints[name] is int and found == 0 != default:  # counts; where none makes sense, it is the default
             raise ValueError("expected a whole number, 1 or more")

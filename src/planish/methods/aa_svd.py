@@ -21,6 +21,7 @@ class AASVD(Method):
     title: ClassVar[str] = "low-rank linears anchored to the dense outputs, closed form"
     reference: ClassVar[str] = "AA-SVD, arXiv 2604.02119"
     prefix: ClassVar[str] = "both"
+    shares: ClassVar[tuple[str, ...]] = ("anchor",)
 
     anchor: float = 1.0
     damping: float = 1e-3

@@ -101,6 +101,7 @@ class Auto(Method):
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
     reference: ClassVar[str] = "planish"
+    shares: ClassVar[tuple[str, ...]] = ("anchor", "refit_share")
 
     units: Literal["any", "structural", "linear"] = "any"
     anchor: float = 0.25

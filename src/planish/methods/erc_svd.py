@@ -27,6 +27,7 @@ class ErcSVD(Method):
     title: ClassVar[str] = "two-stage (residual-compensated) SVD of the last blocks"
     reference: ClassVar[str] = "ERC-SVD / ResSVD, arXiv 2505.20112"
     aliases: ClassVar[tuple[str, ...]] = ("resvd", "ressvd", "res-svd", "ercsvd")
+    shares: ClassVar[tuple[str, ...]] = ("beta",)
 
     k: int = 0
     beta: float = 0.05

@@ -35,6 +35,7 @@ class MPIFA(Method):
     title: ClassVar[str] = "whitened SVD refitted to a mixed target, pivoted linears"
     reference: ClassVar[str] = "PIFA / MPIFA, arXiv 2501.19090; OWL, arXiv 2310.05175"
     prefix: ClassVar[str] = "both"
+    shares: ClassVar[tuple[str, ...]] = ("anchor", "attention_keep", "spread")
 
     anchor: float = 0.25
     damping: float = 1e-3
