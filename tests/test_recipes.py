@@ -42,6 +42,20 @@ def test_recipe_beside_the_weights_repeats_them(tmp_path):
     assert read_recipe(tmp_path / "c" / "recipe.yaml").keep == 0.9
 
 
+def test_another_method_drops_the_recipes_settings(tmp_path):
+    model = tiny.save(tiny.build(tiny.NAMES[0]), tmp_path / "model")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 90, 800))
+    recipe = {"model": str(model), "keep": 0.8, "method": "flat-llm", "settings": {"ridge": 0.5, "allocation": "uniform"},
+              "calibration": {"source": str(tmp_path / "ids.npy"), "n_samples": 12, "seq_len": 16}}  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    used = {}
+    for method, words in (("a3", ["--set", "probes=3"]), ("flat_llm", ["--set", "damping=0.25"])):
+        assert call("compress", tmp_path / "r.yaml", "--method", method, *words, "-o", tmp_path / method) == 0
+        used[method] = read_recipe(tmp_path / method / "recipe.yaml").settings
+    assert used["a3"]["probes"] == 3 and "ridge" not in used["a3"]
+    assert used["flat_llm"] == {"ridge": 0.5, "allocation": "uniform", "damping": 0.25, "qk": "dense"}
+
+
 @pytest.mark.parametrize("path", find_papers().values(), ids=lambda p: p.stem)
 def test_papers(path):
     recipe = read_recipe(path)

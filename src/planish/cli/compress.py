@@ -56,13 +56,18 @@ def compress(
             "settings": values,
         }  # fmt: skip
         if model.endswith((".yaml", ".yml")):  # options on the command line go before the recipe's
+            from planish.methods import find_class
             from planish.recipe import read_recipe
 
             recipe = read_recipe(Path(model)).arguments()
             given = {n for n in arguments if str(command.get_parameter_source(n)).endswith("COMMANDLINE")} - {"model"}
             given |= set(limits) if given & set(limits) else set()  # other budgets replace the recipe's
             arguments = {n: arguments[n] if n in given else recipe[n] for n in arguments}
-            arguments["settings"] = recipe["settings"] | values
+            asked_for, own_method = (
+                find_class(m or run.api.default_method())[0] for m in (arguments["method"], recipe["method"])
+            )
+            own = recipe["settings"] if asked_for == own_method else {}  # another method has other settings
+            arguments["settings"] = own | values
         asked = (
             o.ask(**{n: arguments[n] for n in (*limits, "context")}) if sparsity is None else f"sparsity {sparsity:g}"
         )
