@@ -280,7 +280,8 @@ def test_a_pickle_that_calls_itself_npy(tmp_path, run, folder):
         ("erc-svd", "beta", "1.5"), ("erc-svd", "beta", "-0.1"), ("erc-svd", "candidates", "0"), ("asvd", "samples", "0"),
         ("asvd", "alpha", "1000000"), ("asvd", "alpha", "-1"), ("auto", "ridge", "-1"), ("subfit", "windows", "-3"),
         ("sleb", "windows", "0"), ("palu", "group", "0"), ("a3", "probes", "0"), ("auto", "rounds", "0"),
-        ("auto", "refit_share", "0"), ("auto", "refit_share", "1.5"),
+        ("auto", "refit_share", "0"), ("auto", "refit_share", "1.5"), ("auto", "anchor", "7"), ("aa-svd", "anchor", "1.01"),
+        ("mpifa", "anchor", "2"), ("mpifa", "spread", "3"), ("mpifa", "attention_keep", "1.5"), ("modegpt", "cap", "1.1"),
     ],
 )  # fmt: skip
 def test_numbers_that_no_method_can_use(method, setting, value, tmp_path):
@@ -330,3 +331,69 @@ def test_overwrite_replaces_folders_of_models_only(name, tmp_path):
     with pytest.raises(InputError, match=f"holds .*{name.partition('/')[0]}, which is no part of a model"):
         compress(model, **how)
     assert other.read_text() == "years of work" and (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep": "0.8"}, "keep must be a number, got '0.8'"),
+        ({"keep": True}, "keep must be a number, got True"),
+        ({"kv_keep": [0.5]}, "kv-keep must be a number"),
+        ({"max_latency": "3"}, "max-latency must be a number"),
+        ({"context": 1.5}, "context must be a whole number"),
+        ({"round_to": "8"}, "round-to must be a whole number, got '8'"),
+        ({"seq_len": "16"}, "seq-len must be a whole number"),
+        ({"n_samples": 2.5}, "n-samples must be a whole number"),
+        ({"calibration": "builtin"}, "tokenizer="),
+    ],
+)
+def test_wrong_types_in_python(options, words, tmp_path):
+    model = tiny.build("llama_gqa", num_hidden_layers=2)
+    with pytest.raises(InputError, match=re.escape(words)):
+        planish.compress(model, output=tmp_path / "out", method="svd-llm", **({"calibration": WINDOWS[0]} | options))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options", [{"seq_len": 0}, {"seq_len": 1}, {"seq_len": "8"}, {"batch_size": "1"}, {"max_windows": 0.5}], ids=str
+)
+def test_wrong_numbers_in_evaluate(options):
+    with pytest.raises(InputError, match=next(iter(options)).replace("_", "-")):
+        planish.evaluate(tiny.build("llama_gqa", num_hidden_layers=2), WINDOWS.flatten(), **options)
+
+
+def test_a_model_of_one_position():
+    model = tiny.build("llama_gqa", num_hidden_layers=2)
+    model.config.max_position_embeddings = 1
+    for more in ({}, {"seq_len": 2}):
+        with pytest.raises(InputError, match="windows of 2 tokens or more do not fit"):
+            planish.evaluate(model, WINDOWS.flatten(), **more)
+        with pytest.raises(InputError, match="windows of 2 tokens or more do not fit"):
+            planish.forecast(model, method="a3", calibration=WINDOWS.flatten(), **more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "not_said"),
+    [("F8_E4M3", "is quantised; start from the original weights", "again"), ("U16", "which is not read", "again")],
+)
+def test_dtypes_that_are_not_read(folder, tmp_path, kind, words, not_said):
+    path = shutil.copytree(folder, tmp_path / "model")
+    shard = sorted(path.glob("*.safetensors"))[-1]
+    raw = shard.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    next(v for n, v in header.items() if n != "__metadata__")["dtype"] = kind
+    new = json.dumps(header).encode()
+    shard.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + size :])
+    with pytest.raises(InputError, match=words) as caught:
+        planish.forecast(path, method="svd-llm")
+    assert not_said not in str(caught.value) and kind in str(caught.value)
+
+
+def test_families_are_listed_once(folder, tmp_path):
+    path = shutil.copytree(folder, tmp_path / "model")
+    for kind, near in (("gpt_neo", True), ("zzzz", False)):
+        with pytest.raises(InputError, match="is not supported") as caught:
+            planish.forecast(configure(path, model_type=kind), method="svd-llm")
+        assert ("nearest: " in str(caught.value)) == near
+        assert str(caught.value).count("mistral") == 1

@@ -51,6 +51,12 @@ def test_txt(tmp_path, tokenizer, recwarn, caplog):
     assert not caplog.records  # nothing about model_max_length, which is 8
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "né"), ("a.jsonl", '{"text": "né"}')])
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert tokenizer.decode(load_tokens(tmp_path / name, tokenizer).tokens) == "né"
+
+
 def test_bos_is_recorded_and_added_once(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     got = load_tokens(tmp_path / "a.jsonl", byte_tokenizer(with_bos=True))
@@ -193,7 +199,7 @@ def test_empty_text(tokenizer, tmp_path, name, content):
     [
         ("{broken", ("broken JSON", "line 3", "column 2")),
         ('{"body": "x"}', ("no text", "line 3", r"\['body'\]", "`text`")),
-        ('{"text": 5}', ("line 3", "string field `text`")),
+        ('{"text": 5}', ("line 3", "got `text` of type int", "string field `text`")),
         ('["x"]', ("line 3", "list")),
     ],
 )
@@ -205,7 +211,7 @@ def test_bad_jsonl_line(tokenizer, tmp_path, line, words):
 
 def test_text_without_tokenizer(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with fails("no tokenizer", ".npy"):
+    with fails("no tokenizer", ".npy", "tokenizer="):
         load_tokens(tmp_path / "a.txt", None)
 
 

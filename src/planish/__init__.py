@@ -20,6 +20,8 @@ def _is_command() -> bool:
 
 
 if not _is_command():
-    from planish.api import compress, evaluate, forecast, load, measure_effects
+    from planish.api import compress, eora, evaluate, evaluate_tasks, forecast, load, measure_effects
 
-__all__ = ["__version__", "compress", "evaluate", "forecast", "load", "measure_effects"]
+__all__ = [
+    "__version__", "compress", "eora", "evaluate", "evaluate_tasks", "forecast", "load", "measure_effects",
+]  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from planish import checkpoint, effects
-from planish.budgets import read_asked
+from planish.budgets import check_number, read_asked
 from planish.cache import tokenize
 from planish.compress import Result, find_name, pick_dtype
 from planish.compress import compress as compress_windows
@@ -274,9 +274,16 @@ def evaluate(
     """Perplexity of a folder, hub id or model in memory over a SOURCE (its evaluation split, where it has splits).
 
     Windows of `seq_len` tokens (2048, or as many as the model has positions) do not overlap, the tail is dropped;
-    `max_windows` stops early; `cache` keeps the text's token ids on disk. A model from a folder goes to `device` ("auto" unless told) in `dtype` (fp32 on the CPU,
-    the stored one elsewhere); one in memory stays as it is.
+    `max_windows` stops early; `cache` keeps the text's token ids on disk. A model from a folder goes to `device` ("auto"
+    unless told) in `dtype` (fp32 on the CPU, the stored one elsewhere); one in memory stays as it is.
     """
+    if seq_len is not None:
+        check_number(seq_len, "seq-len", whole=True)
+        if seq_len < 2:
+            raise InputError(f"seq-len must be 2 or more, got {seq_len}: every token is predicted from those before it")
+    for name, value in (("batch-size", batch_size), ("max-windows", max_windows)):
+        if value is not None:
+            check_number(value, name, whole=True)
     if batch_size < 1 or (max_windows is not None and max_windows < 1):
         raise InputError(f"batch size and windows must be 1 or more, got {batch_size} and {max_windows}")
     place, read = None, partial(load_tokens, text, split="evaluation", tokenize=tokenize if cache else None)
@@ -293,6 +300,7 @@ def evaluate(
     limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
     if isinstance(model, nn.Module):
         found = read(tokenizer, vocab_size=lm.config.get_text_config().vocab_size)
+    check_positions(limit)
     seq_len = seq_len or min(SEQ_LEN, limit, max(2, len(found.tokens)))
     tokens = found.tokens if max_windows is None else found.tokens[: max_windows * seq_len]
     measured = perplexity.evaluate(lm, tokens, seq_len, batch_size=batch_size, device=place, progress=progress)
@@ -362,7 +370,9 @@ def read_calibration(
         calibration, tokenizer, vocab_size=source.config.vocab_size, tokenize=tokenize if cache else None
     )
     how = sampling or text.sampling
-    if n_samples is None:
+    if n_samples is not None:
+        check_number(n_samples, "n-samples", whole=True)
+    else:
         held = len(text.tokens) // seq_len if how == "contiguous" else len(text.tokens) - seq_len + 1
         n_samples = min(N_SAMPLES, max(held, 1))
         if n_samples < N_SAMPLES:
@@ -383,12 +393,19 @@ def read_calibration(
 def fit_seq_len(source: Source, seq_len: int | None) -> tuple[int, list[str]]:
     """The window length, by default as long as the model's positions allow, and a note where that is shorter."""
     limit = getattr(source.config, "max_position_embeddings", None) or SEQ_LEN
+    check_positions(limit)
     if seq_len is not None:
+        check_number(seq_len, "seq-len", whole=True)
         if seq_len > limit:
             raise InputError(f"--seq-len {seq_len} is longer than the model's {limit} positions; use --seq-len {limit}")
         return seq_len, []
     notes = [f"seq_len {limit}: the model has no more positions"] if limit < SEQ_LEN else []
     return min(SEQ_LEN, limit), notes
+
+
+def check_positions(limit: int) -> None:
+    if limit < 2:
+        raise InputError(f"the model has max_position_embeddings {limit}: windows of 2 tokens or more do not fit it")
 
 
 def evaluate_tasks(
@@ -432,5 +449,6 @@ def find_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def check_round(round_to: int) -> None:
+    check_number(round_to, "round-to", whole=True)
     if round_to < 1:
         raise InputError(f"round-to must be 1 or more, got {round_to}")

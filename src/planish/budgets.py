@@ -17,6 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +73,9 @@ def read_asked(**values: Any) -> Asked:
     known = {f.name for f in fields(Asked)}
     assert set(values) <= known, sorted(set(values) - known)
     found = {k: v for k, v in values.items() if v is not None}
+    for name in (*SHARES, "max_latency", "context"):
+        if name in found:
+            check_number(found[name], label(name), whole=name == "context")
     for name, share in SHARES.items():
         if name in found:
             check_share(found[name], label(name), share)
@@ -87,6 +91,12 @@ def read_asked(**values: Any) -> Asked:
         names = ", ".join(f"--{label(n)}" for n in asked.given)
         raise InputError(f"{names} cannot all hold together: give at most {TOGETHER} budgets")
     return asked
+
+
+def check_number(value: Any, name: str, whole: bool = False) -> None:
+    """Texts are no numbers here, and neither are true and false."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise InputError(f"{name} must be a {'whole ' * whole}number, got {value!r}")
 
 
 def check_share(value: float, name: str = "keep", share: str = SHARES["keep"]) -> None:

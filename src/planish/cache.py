@@ -283,7 +283,9 @@ def tokenize(tokenizer: Any, text: str) -> np.ndarray:
     known = hash_tokenizer(tokenizer) if len(text) >= LONG else None
     if known is None:
         return encode(tokenizer, text)
-    key = hashlib.sha256(f"{FORMAT} {known} {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}".encode())
+    key = hashlib.sha256(
+        f"{FORMAT} {known} {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}".encode()
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the statistics' cache says as well
         cache = Cache(find_root() / key.hexdigest()[:32])

@@ -28,6 +28,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100 << 20
 
 
+class DtypeError(ValueError):
+    """A dtype that is not read; the file may be whole."""
+
+
 class Entry(NamedTuple):
     """Where a tensor lies: `start` is a position in the file."""
 
@@ -44,6 +48,8 @@ class Shard:
         self.path = path
         try:
             self.entries = read_header(path)
+        except DtypeError as error:
+            raise InputError(f"cannot read {path}: {error}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"cannot read {path}: {error}; download it again") from None
 
@@ -118,10 +124,13 @@ def check_entry(name: str, value: Any, base: int, total: int) -> Entry:
     if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
         raise ValueError(f"the header's entry for {name} has no dtype")
     shape, offsets = value.get("shape"), value.get("data_offsets")
-    if value["dtype"] not in DTYPES:
-        raise ValueError(
-            f"tensor {name} has dtype {value['dtype'][:20]}, which is not read (known: {', '.join(DTYPES)})"
-        )
+    if (kind := value["dtype"][:20]) not in DTYPES:
+        if kind.startswith(("F8", "F6", "F4")):
+            raise DtypeError(
+                f"tensor {name} is stored as {kind}: the checkpoint is quantised; start from the original weights "
+                "(BF16, F16 or F32)"
+            )
+        raise DtypeError(f"tensor {name} has dtype {kind}, which is not read (known: {', '.join(DTYPES)})")
     if not isinstance(shape, list) or len(shape) > 8 or not all(map(whole, shape)):
         raise ValueError(f"tensor {name} has no valid shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(whole, offsets)):

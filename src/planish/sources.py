@@ -51,10 +51,9 @@ def find_family(config) -> Family:
     if kind.startswith("planish"):
         raise InputError(f"model is already compressed by planish (model_type {kind!r}); start from the original model")
     if kind not in FAMILIES:
-        near = get_close_matches(kind, FAMILIES, n=3, cutoff=0.4) or sorted(FAMILIES)
-        raise InputError(
-            f"model family {kind!r} is not supported; nearest: {', '.join(near)} (supported: {', '.join(sorted(FAMILIES))})"
-        )
+        near = get_close_matches(kind, FAMILIES, n=3, cutoff=0.4)
+        nearest = f"; nearest: {', '.join(near)}" if near else ""
+        raise InputError(f"model family {kind!r} is not supported{nearest} (supported: {', '.join(sorted(FAMILIES))})")
     if quantised := getattr(config, "quantization_config", None):
         how = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
         raise InputError(

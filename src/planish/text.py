@@ -110,7 +110,7 @@ def load_tokens(
     if tokenizer is None:
         raise InputError(
             f"cannot turn text into tokens · {name} · got no tokenizer · expected one beside the model · "
-            "add its tokenizer files to the model folder, or give token ids as a .npy file"
+            "add its tokenizer files to the model folder (in Python, give tokenizer=), or give token ids as a .npy file"
         )
     text = _read_text(name, split)
     if not text.strip():
@@ -215,7 +215,7 @@ def _read_text(name: str, split: str) -> str:
     if path.suffix == ".parquet":
         return _read_parquet(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except UnicodeDecodeError as e:
         raise InputError(f"text is not UTF-8 · {path}, byte {e.start} · convert the file to UTF-8") from e
     except OSError as e:
@@ -237,6 +237,7 @@ def _join_jsonl(text: str, path: Path) -> str:
         document = record.get("text") if isinstance(record, dict) else None
         if not isinstance(document, str):
             got = f"fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+            got = f"`text` of type {type(document).__name__}" if isinstance(record, dict) and "text" in record else got
             raise InputError(
                 f"no text in a record · {path}, line {number} · got {got} · expected a string field `text`"
             )

@@ -107,7 +107,10 @@ TargetOption = Annotated[
 ]
 RoundOption = Annotated[int, typer.Option(min=1, help="make ranks multiples of this (8, 16, 32, 64 suit hardware)")]
 CacheOption = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="keep the text's tokens and calibration statistics on disk and use them again")
+    bool,
+    typer.Option(
+        "--cache/--no-cache", help="keep the text's tokens and calibration statistics on disk and use them again"
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

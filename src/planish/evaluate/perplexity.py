@@ -147,9 +147,10 @@ def _check(model: nn.Module, tokens: Tensor, seq_len: int) -> None:
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
+        hint = f"use --seq-len {positions}" if positions > 1 else "no window of 2 tokens or more fits it"
         raise InputError(
             f"windows are longer than the model's context · got seq_len {seq_len} · "
-            f"expected at most max_position_embeddings {positions} · use --seq-len {positions}"
+            f"expected at most max_position_embeddings {positions} · {hint}"
         )
     check_ids(tokens.cpu().numpy(), "evaluation tokens", config.vocab_size)
 

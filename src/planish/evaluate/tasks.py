@@ -55,7 +55,7 @@ class Example:
 def read_task(path: Path, limit: int | None = None) -> list[Example]:
     """The examples of a .jsonl file, in any of the three forms."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read task {path}: {error}") from None
     examples: list[Example] = []
