@@ -64,7 +64,7 @@ def compress(
             given |= set(limits) if given & set(limits) else set()  # other budgets replace the recipe's
             arguments = {n: arguments[n] if n in given else recipe[n] for n in arguments}
             asked_for, own_method = (
-                find_class(m or run.api.default_method())[0] for m in (arguments["method"], recipe["method"])
+                find_class(str(m or run.api.default_method()))[0] for m in (arguments["method"], recipe["method"])
             )
             own = recipe["settings"] if asked_for == own_method else {}  # another method has other settings
             arguments["settings"] = own | values
