@@ -319,18 +319,18 @@ def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "notes/a.json"])
-def test_overwrite_replaces_folders_of_models_only(name, tmp_path):
+def test_overwrite_replaces_nothing_but_the_model(name, tmp_path):
     model = tiny.build("llama_gqa", num_hidden_layers=2)
     out = tmp_path / "out"
     how = {"output": out, "keep": 0.8, "method": "flat-llm", "windows": WINDOWS, "overwrite": True}
     compress(model, **how)
-    compress(model, **how)
-    other = out / name
+    other, stale = out / name, out / "model-99999-of-99999.safetensors"
     other.parent.mkdir(exist_ok=True)
     other.write_text("years of work")
-    with pytest.raises(InputError, match=f"holds .*{name.partition('/')[0]}, which is no part of a model"):
-        compress(model, **how)
-    assert other.read_text() == "years of work" and (out / "config.json").is_file()
+    stale.write_bytes(b"of an earlier model")
+    compress(model, **how)
+    assert other.read_text() == "years of work" and planish.load(out) and not stale.exists()
+    assert not (out / "resume").exists()
 
 
 @pytest.mark.parametrize(

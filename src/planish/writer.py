@@ -67,10 +67,6 @@ class Writer:
             raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
         if output.exists() and not output.is_dir():
             raise InputError(f"output {output} is a file")
-        if foreign := find_foreign(output):
-            raise InputError(
-                f"output {output} holds {foreign}, which is no part of a model: --overwrite replaces folders of models only"
-            )
         if (self.state / "journal.jsonl").exists() and not overwrite:
             raise InputError(f"{self.partial} holds an unfinished run: planish resume {output}, or pass --overwrite")
         for path in (output, self.partial):
@@ -214,25 +210,28 @@ class Writer:
             shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def find_foreign(folder: Path) -> str:
-    """The first entry of a folder that no model's folder has (or what it lacks to be one); "" if there is none."""
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    for path in entries:
-        if path.is_dir() and not path.is_symlink():
-            if path.name not in ("resume", ".cache"):
-                return f"the folder {path.name}"
-        elif not (path.suffix in SAVED or path.name in SAVED_NAMES):
-            return path.name
-    if entries and not (folder / "config.json").is_file():
-        return "no config.json but " + entries[0].name
-    return ""
+def list_foreign(folder: Path) -> list[Path]:
+    """What is in a folder and was put there by no saver of models."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        own_folder = path.is_dir() and not path.is_symlink() and path.name in ("resume", ".cache")
+        own_file = not path.is_dir() and (path.suffix in SAVED or path.name in SAVED_NAMES)
+        if not (own_folder or own_file):
+            found.append(path)
+    return found
 
 
 def tidy(output: Path) -> bool:
-    """Remove what a complete folder no longer needs; whether there was anything (a run was stopped just before this)."""
+    """Remove what a complete folder no longer needs; whether there was anything (a run was stopped just before this).
+
+    What the folder it replaced held besides a model is put back first.
+    """
     left = output / "resume"
     if left.is_symlink() or not left.is_dir():
         return False
+    for path in list_foreign(left / "old"):
+        if not os.path.lexists(output / path.name):
+            os.replace(path, output / path.name)
     shutil.rmtree(left)
     sync_folder(output)
     return True

@@ -36,7 +36,7 @@ def compress(
     round_to: o.RoundOption = 1,
     target: o.TargetOption = o.Target.any,
     settings: o.SetOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the model in the output folder")] = False,
     cache: o.CacheOption = True,
     as_json: o.JsonOption = False,
 ) -> None:
