@@ -30,7 +30,7 @@ from torch import Tensor
 from planish.errors import InputError
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.vocabulary import write_vocabulary
-from planish.export.written import Written
+from planish.export.written import Written, check_file, check_finite
 from planish.targets import GRAPHS, refuse_family, refuse_rotary
 from planish.version import __version__
 
@@ -55,6 +55,7 @@ def export_gguf(
     if dtype not in DTYPES:
         raise InputError(f"unknown GGUF type {dtype!r}; expected one of {', '.join(DTYPES)}")
     source = Folder(folder)
+    check_file(Path(output), source.path, ".gguf")
     if reason := refuse_family(source.family.model_type, source.config):
         raise InputError(reason)
     sketches = [sketch(s) for i in range(len(source)) for s in split_slots(plain_block(source, i))]
@@ -70,13 +71,15 @@ def export_gguf(
     partial = target.with_name(target.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
-    total = 0
+    total = odd = 0
 
     def add(name: str, tensor: Tensor) -> None:
-        nonlocal total
+        nonlocal total, odd
         total += tensor.numel()
+        check_finite(name, tensor)
         data = tensor.float().contiguous().numpy()
         kind = pick_kind(dtype, data)
+        odd += tensor.numel() if dtype == "q8_0" and kind == "f16" else 0
         if kind == "f16" and np.abs(data).max(initial=0) > 65504:
             raise InputError(f"tensor {name} exceeds the range of f16; use --dtype bf16 or f32")
         if kind in ("f32", "f16"):
@@ -114,6 +117,9 @@ def export_gguf(
         raise
     stored = source.count()
     notes = describe_cost(total - stored, sum(s.extra for s in sketches), architecture, reasons) + notes
+    if odd:
+        cure = "" if source.config.hidden_size % 32 else "; compress with --round-to 32"
+        notes.append(f"stored as f16, not q8_0: {odd:,} of {total:,} numbers, in rows that are no multiple of 32{cure}")
     return Written("gguf", str(target), architecture, dtype, total, stored, target.stat().st_size, tokenizer, notes)
 
 
