@@ -505,3 +505,37 @@ def test_eval_beside_the_dense_model(folder, ids, run):
     assert refused.exit_code == 2 and "--limit goes with --tasks" in refused.stderr
     refused = run("eval", folder, "--text", ids, "--tasks", "x.jsonl")
     assert refused.exit_code == 2 and "two measurements" in refused.stderr
+
+
+# ---------------------------------------------------------------- verify
+
+
+def test_verify_exits_2_where_a_target_differs(run, tmp_path, monkeypatch):
+    from planish.evaluate import verify
+
+    model = tiny.save(tiny.build("llama_gqa", num_hidden_layers=2), tmp_path / "model")
+    short = ("--target", "hf", "--prompt-len", "8", "--new-tokens", "2")
+    done = run("verify", model, *short)
+    assert done.exit_code == 0 and "hf the same as transformers (tolerance 0.0001)" in done.stdout
+    other = verify.Transformers(tiny.build("llama_mha", num_hidden_layers=2))
+    monkeypatch.setattr(verify, "open_target", lambda *_: (other, "other"))
+    done = run("verify", model, *short, "--json")
+    assert done.exit_code == 2 and json.loads(done.stdout)["passed"] is False
+
+
+def test_verify_only_reports_what_compression_changed(run, tmp_path):
+    """Its help says so, and it exits 0."""
+    model = tiny.save(tiny.build("llama_gqa", num_hidden_layers=2), tmp_path / "model")
+    dense = tiny.save(tiny.build("llama_mha", num_hidden_layers=2), tmp_path / "dense")
+    done = run("verify", model, "--target", "hf", "--prompt-len", "8", "--new-tokens", "2", "--dense-reference", dense)
+    assert done.exit_code == 0 and f"hf differs from {dense} (tolerance 0.0001)" in done.stdout
+    words = " ".join(run("verify", "--help", env={"COLUMNS": "200"}).stdout.replace("│", " ").split())
+    assert "Exit 2 if they differ; with --dense-reference differences are only reported" in words
+    assert "differences are then only reported" in words
+
+
+@pytest.mark.parametrize("target", ["hf", "vllm"])
+def test_verify_runs_no_file_where_the_target_takes_a_folder(target, run, tmp_path):
+    model = tiny.save(tiny.build("llama_gqa", num_hidden_layers=2), tmp_path / "model")
+    done = run("verify", model, "--target", target, "--file", tmp_path / "m.gguf")
+    check_refused(done, tmp_path, f"verify --target {target} runs the folder itself; --file is for gguf and onnx")

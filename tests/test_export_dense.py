@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,55 @@ def test_the_carrier_that_is_named_holds_the_folder_without_zeros(form, size, tm
     if found:
         written = {"mimo": export_mimo, "deci": export_deci}[found](folder, tmp_path / "out")
         assert written.parameters <= written.stored_parameters
+
+
+@pytest.mark.parametrize("target", ["dense", "mimo", "deci"])
+@pytest.mark.parametrize("where", [".", "..", "../..", "link"])
+def test_a_model_is_never_replaced_by_its_export(target, where, tmp_path):
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "models" / "m", [compressed.values(5)])
+    (tmp_path / "other").symlink_to(folder.parent, target_is_directory=True)
+    output = tmp_path / "other" / "m" if where == "link" else folder / where
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(InputError, match="would replace the model"):
+        export(folder, target, output, overwrite=True)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("where", "how"), [("model.layers.1.mlp.up_proj.weight", float("nan")), ("lm_head.weight", -float("inf"))]
+)
+@pytest.mark.parametrize("target", ["dense", "mimo", "deci", "onnx"])
+def test_weights_that_are_no_numbers_are_refused(target, where, how, tmp_path):
+    model = build("llama_gqa")
+    model.get_parameter(where).data[3, 2] = how
+    model.save_pretrained(tmp_path / "m")
+    if target == "onnx":
+        pytest.importorskip("onnxscript")
+    with pytest.raises(InputError, match=rf"tensor {where} .*holds NaN or infinity"):
+        export(tmp_path / "m", target, tmp_path / "d")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+@pytest.mark.parametrize("target", ["dense", "mimo"])
+def test_values_beyond_the_asked_type_are_refused(target, tmp_path):
+    model = build("llama_gqa")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity as float16"):
+        export(tmp_path / "m", target, tmp_path / "d", dtype="f16")
+    assert export(tmp_path / "m", target, tmp_path / "d", dtype="bf16").dtype == "bf16"
+
+
+def test_products_that_are_no_numbers_are_refused(tmp_path):
+    def huge(shape, weights, generator):
+        edits = compressed.low_rank("pair", 4, "up")(shape, weights, generator)
+        return [replace(e, tensors={n: t * 1e30 for n, t in e.tensors.items()}) for e in edits]
+
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", [None, huge])
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity as float32"):
+        export(folder, "dense", tmp_path / "d")
+    pytest.importorskip("gguf")
+    with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight holds NaN or infinity"):
+        export(folder, "gguf", tmp_path / "m.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]

@@ -206,6 +206,64 @@ def test_types_round_as_they_should(dtype, error, tmp_path):
         assert x.ndim > 1 or torch.equal(x, y), "vectors stay in f32"
 
 
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("how", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(where, how, tmp_path):
+    model = build("llama_gqa")
+    model.get_parameter(where).data[0] = how
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match=rf"tensor {where} of .*holds NaN or infinity"):
+        export_gguf(tmp_path / "m", tmp_path / "m.gguf", dtype="f32")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_rows_that_no_q8_block_fills_are_counted(tmp_path):
+    """32 channels: rows of the MLP's 24 neurons alone are f16; where the model's own width is odd, rounding helps nobody."""
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", [compressed.neurons(24)])
+    written = export_gguf(folder, tmp_path / "m.gguf", dtype="q8_0")
+    odd = 3 * 32 * 24
+    note = f"stored as f16, not q8_0: {odd:,} of {written.parameters:,} numbers, in rows that are no multiple of 32"
+    assert written.notes == [f"{note}; compress with --round-to 32"]
+    stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    f16 = [t for t in stored.values() if t.tensor_type == gguf.GGMLQuantizationType.F16]
+    assert sum(int(t.n_elements) for t in f16) == odd and {t.name[6:] for t in f16} == {"ffn_down.weight"}
+    assert export_gguf(folder, tmp_path / "m.gguf", dtype="f16").notes == []
+    build("llama_gqa", hidden_size=40, head_dim=8).save_pretrained(tmp_path / "n")
+    notes = export_gguf(tmp_path / "n", tmp_path / "n.gguf", dtype="q8_0").notes
+    assert len(notes) == 1 and notes[0].endswith("no multiple of 32")
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_a_file_of_the_model_is_never_replaced(target, tmp_path):
+    """Whatever the way to it; an earlier export beside the model may be."""
+    from planish.export import export
+
+    folder = tmp_path / "m"
+    build("llama_gqa").save_pretrained(folder)
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    (tmp_path / f"x.{target}").symlink_to(folder / "model.safetensors")
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    names = [
+        "m/model.safetensors",
+        "link/model.safetensors",
+        "m/config.json",
+        "m/../m/model.safetensors",
+        f"x.{target}",
+    ]
+    if target == "onnx":
+        pytest.importorskip("onnxscript")
+    for name in names:
+        with pytest.raises(InputError, match="would replace a file of the model"):
+            export(folder, target, tmp_path / name)
+    with pytest.raises(InputError, match="is a folder; give the file"):
+        export(folder, target, folder)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    if target == "gguf":
+        for _ in range(2):
+            export_gguf(folder, folder / "m.gguf")
+        assert (folder / "m.gguf").is_file()
+
+
 def test_a_window_limits_the_context(tmp_path):
     written = export_gguf(compressed.make_folder(build("mistral"), tmp_path / "m", [None]), tmp_path / "m.gguf")
     assert written.notes == [f"context limited to the sliding window, {tiny.WINDOW} of {tiny.POSITIONS} positions"]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import compressed
 from planish.checkpoint import load
+from planish.errors import InputError
 from planish.evaluate.verify import OnnxRuntime, verify
 from tiny import build
 
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
-from planish.export.onnx import export_onnx
+from planish.export.onnx import export_onnx  # noqa: E402
 
 MIXED = [
     compressed.both(compressed.values(3), compressed.neurons(24)),
@@ -38,6 +41,44 @@ def check(folder, file) -> None:
     with torch.no_grad():
         want = model(input_ids=ids[None]).logits[0, 8:]
     torch.testing.assert_close(torch.from_numpy(logits[0]), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("FLOAT", 1e-4), ("FLOAT16", 5e-3), ("DOUBLE", None)])
+def test_the_tolerance_is_that_of_the_graphs_type(kind, tolerance, tmp_path):
+    """A table of logits per token, in each type."""
+    number = getattr(onnx.TensorProto, kind)
+    table = np.eye(4).astype({"FLOAT": np.float32, "FLOAT16": np.float16, "DOUBLE": np.float64}[kind])
+    make = onnx.helper
+    ids = [make.make_tensor_value_info(n, onnx.TensorProto.INT64, [1, "n"]) for n in ("input_ids", "attention_mask")]
+    graph = make.make_graph(
+        [make.make_node("Gather", ["table", "input_ids"], ["logits"])],
+        "m",
+        ids,
+        [make.make_tensor_value_info("logits", number, [1, "n", 4])],
+        [onnx.numpy_helper.from_array(table, "table")],
+    )
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "m.onnx")
+    if tolerance is None:
+        with pytest.raises(InputError, match=r"m\.onnx: logits is a tensor\(double\)"):
+            OnnxRuntime(tmp_path / "m.onnx")
+        return
+    runner = OnnxRuntime(tmp_path / "m.onnx")
+    assert runner.tolerance == tolerance
+    assert torch.equal(runner.logits(torch.tensor([2, 0])), torch.eye(4)[[2, 0]])
+
+
+@pytest.mark.slow
+def test_half_precision_is_judged_as_such(tmp_path):
+    """A right f16 graph passes; the graph of a model with one other matrix does not."""
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", [compressed.values(4), None])
+    export_onnx(folder, tmp_path / "m.onnx", dtype="f16")
+    result = verify(folder, "onnx", file=tmp_path / "m.onnx", prompt_len=20, new_tokens=6)
+    assert result.tolerance == 5e-3 and result.passed and result.greedy_equal == 6
+    model = build("llama_gqa")
+    model.model.layers[2].mlp.up_proj.weight.data *= 1.1
+    other = compressed.make_folder(model, tmp_path / "other", [compressed.values(4), None])
+    assert not verify(other, "onnx", file=tmp_path / "m.onnx", prompt_len=20, new_tokens=6).passed
 
 
 @pytest.mark.slow  # the exporter alone takes some twenty seconds

@@ -17,7 +17,17 @@ from planish.export.gguf import export_gguf
 from planish.methods import find_method
 from planish.sources import open_source
 from planish.stream import Stream
-from planish.targets import TARGETS, check, constrain, find_target, make_uniform, needs_uniform
+from planish.targets import (
+    TARGETS,
+    check,
+    check_plan,
+    constrain,
+    describe_limits,
+    find_target,
+    fit_target,
+    make_uniform,
+    needs_uniform,
+)
 from tiny import build
 
 SIZES = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
@@ -38,19 +48,19 @@ def test_unknown_targets_are_named():
 @pytest.mark.parametrize("target", ["any", "hf", "onnx"])
 def test_some_targets_ask_for_nothing(target):
     units, shapes = units_of("svd-llm")
-    assert constrain(target, "svd-llm", units, shapes) is units
+    assert constrain(find_target(target), "svd-llm", units, shapes) is units
 
 
 def test_low_rank_methods_are_refused_for_gguf():
     units, shapes = units_of("svd-llm")
     with pytest.raises(InputError, match="svd-llm gives a low-rank linear and nothing else; llama"):
-        constrain("gguf", "svd-llm", units, shapes)
+        constrain(find_target("gguf"), "svd-llm", units, shapes)
 
 
 def test_units_that_a_target_cannot_hold_are_left_alone():
     units, shapes = units_of("a3")
     assert {u.name for u in units} == {"qk", "vo", "mlp"}
-    kept = constrain("gguf", "a3", units, shapes)
+    kept = constrain(find_target("gguf"), "a3", units, shapes)
     assert {u.name for u in kept} == {"vo", "mlp"}
     for unit, solver in kept.items():
         step = TARGETS["gguf"].steps[unit.name]
@@ -66,15 +76,16 @@ def test_wide_mlps_go_in_longer_steps(width, step):
     shapes = [source.shape(0)]
     (solver,) = (s for s in find_method("flat-llm", {}).solvers() if any(u.name == "mlp" for u in s.units(shapes[0])))
     (unit,) = (u for u in solver.units(shapes[0]) if u.name == "mlp")
-    ranks = list(constrain("gguf", "flat-llm", {unit: solver}, shapes)[unit].ranks(unit, shapes[0]))
+    ranks = list(constrain(find_target("gguf"), "flat-llm", {unit: solver}, shapes)[unit].ranks(unit, shapes[0]))
     assert [r for r in ranks if r] == list(range(step, width + 1, step))
 
 
 def test_uniform_ranks_are_the_best_that_fit():
     """Against every combination by hand; plans without value dimensions are left alone."""
     plan = {Unit(0, "vo"): 16, Unit(1, "vo"): 24, Unit(0, "mlp"): 64, Unit(1, "mlp"): 96}
-    assert needs_uniform("gguf", plan) and not needs_uniform("any", plan)
-    assert not needs_uniform("gguf", {u: r for u, r in plan.items() if u.name == "mlp"}), "deci has widths per block"
+    gguf = find_target("gguf")
+    assert needs_uniform(gguf, plan) and not needs_uniform(find_target("any"), plan)
+    assert not needs_uniform(gguf, {u: r for u, r in plan.items() if u.name == "mlp"}), "deci has widths per block"
     torch.manual_seed(0)
     ranks = {"vo": torch.arange(0, 33, 8), "mlp": torch.arange(0, 129, 32)}
     curves = {
@@ -94,13 +105,13 @@ def test_uniform_ranks_are_the_best_that_fit():
         for m in range(0, 129, 32)
     }
     for budget in (100, 400, 700, 1200):
-        found = make_uniform("gguf", plan, curves, budget)
+        found = make_uniform(gguf, plan, curves, budget)
         v, m = found[Unit(0, "vo")], found[Unit(0, "mlp")]
         assert found == {u: {"vo": v, "mlp": m}[u.name] for u in plan}
         fitting = [loss for cost, loss in by_hand.values() if cost <= budget]
         assert by_hand[v, m][0] <= budget and by_hand[v, m][1] == pytest.approx(min(fitting))
     with pytest.raises(BudgetError):
-        make_uniform("gguf", plan, curves, -1)
+        make_uniform(gguf, plan, curves, -1)
 
 
 @pytest.mark.parametrize("method", ["flat-llm", "a3", "modegpt", "auto"])
@@ -137,19 +148,71 @@ def test_blocks_that_a_plan_leaves_whole_come_along():
     assert len({plan[u] for u in mlp}) == 1
 
 
-@pytest.mark.parametrize("method", ["flat-llm", "a3", "auto"])
-def test_what_is_compressed_for_gguf_needs_no_filling(method, tmp_path):
-    model = build("llama_gqa", **SIZES, tie_word_embeddings=False)
+GRAPHS = {"llama_gqa": ("mimo2", "value"), "mistral": ("mimo2", "value")} | {  # what llama.cpp runs it as, why not mimo2
+    "llama_tied": ("deci", "stores a tied embedding twice"), "llama_rope3": ("deci", "has no rotary scaling"),
+    "llama_bias": ("deci", "has no biases"), "qwen2": ("deci", "has no biases"),
+    "qwen3": ("qwen3", "has no norms of queries and keys"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama_gqa", "flat-llm"), *((f, m) for f in GRAPHS for m in ("a3", "auto"))]
+)
+def test_what_is_compressed_for_gguf_needs_no_filling(family, method, tmp_path):
+    """Not one weight more in the file than in the folder, and the budget is spent on what the family's graph holds."""
+    more = {} if family in ("llama_tied", "qwen3") else {"tie_word_embeddings": False}
+    model = build(family, **SIZES, **more)
     result = compress(
         model, output=tmp_path / "m", keep=0.7, method=method, windows=tiny.windows(16, 24), target="gguf",
         settings={} if method == "auto" else {"damping": "0.01"},
     )  # fmt: skip
-    assert result.keep <= 0.7
-    specs = json.loads((tmp_path / "m" / "config.json").read_text())["planish"]["blocks"]
+    assert 0.5 < result.keep <= 0.7
+    specs = json.loads((tmp_path / "m" / "config.json").read_text()).get("planish", {}).get("blocks", [])
     source = open_source(model)
     assert check("gguf", specs, [source.shape(i) for i in range(source.n_blocks)]) == []
     written = export_gguf(tmp_path / "m", tmp_path / "m.gguf", dtype="f32")
-    assert written.architecture == "mimo2" and written.parameters == written.stored_parameters
+    table = SIZES["head_dim"] // 2 if family == "llama_rope3" else 0  # frequency factors, which are no weights
+    assert written.parameters == written.stored_parameters + table
+    architecture, why = GRAPHS[family]
+    assert written.architecture in (architecture, "llama" if architecture == "deci" else architecture)
+    limits = describe_limits(fit_target("gguf", source, [source.shape(i) for i in range(source.n_blocks)]))
+    assert any(why in line for line in limits)
+    assert (architecture == "mimo2") == any(line.startswith("value dimensions in multiples of 8") for line in limits)
+    assert (architecture == "deci") == ("neurons in multiples of 32 (64 from 2048 on)" in limits)
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", "gemma2", "gemma3", "opt", "gpt_neox", "mpt", "llama_yarn", "llama_dynamic"]
+)
+def test_models_that_no_file_holds_are_refused_before_anything_is_cut(family, tmp_path):
+    from planish.api import forecast
+
+    message = "rotary embedding" if "llama" in family else "GGUF export writes llama, mistral, phi3, qwen2, qwen3"
+    with pytest.raises(InputError, match=f"--target gguf: {message}.*or compress for --target any"):
+        forecast(build(family), target="gguf", keep=0.7, method="flat-llm", calibration=tiny.windows(4, 8).numpy())
+    with pytest.raises(InputError, match=message):
+        compress(
+            build(family), output=tmp_path / "m", keep=0.7, method="flat-llm", windows=tiny.windows(4, 8), target="gguf"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_without_a_part_are_refused_where_one_graph_is_all_there_is():
+    """qwen3's graph: a block goes whole or not at all, and no linear map takes its place."""
+    source = open_source(build("qwen3", **SIZES))
+    target = fit_target("gguf", source, [source.shape(i) for i in range(source.n_blocks)])
+    for method, what in (("subfit", "linear attention"), ("nbl", "raw linear attention")):
+        with pytest.raises(InputError, match=f"{method} gives a {what} and nothing else"):
+            constrain(target, method, *units_of(method, "qwen3"))
+    assert len(constrain(target, "shortgpt", *units_of("shortgpt", "qwen3"))) == 6
+    whole = {Unit(i, n): int(i != 1) for i in range(3) for n in ("attention", "ffn")}
+    check_plan(target, "shortgpt", whole)
+    with pytest.raises(InputError, match="llm-drop removes only the MLP of block 1"):
+        check_plan(target, "llm-drop", whole | {Unit(1, "attention"): 1})
+    check_plan(find_target("gguf"), "llm-drop", whole | {Unit(1, "attention"): 1})
+    job = Job(Stream(source, tiny.windows(8, 24)), find_method("llm-drop", {"sparsity": 0.4}), target="gguf")
+    with pytest.raises(InputError, match="llm-drop removes only the"):
+        job.plan()
 
 
 def test_finished_models_say_why_they_do_not_fit(tmp_path):

@@ -46,7 +46,7 @@ from planish.shards import Shard, hash_file
 from planish.sources import FolderSource, Source, open_source
 from planish.stats import Stats, Tap
 from planish.stream import Stream, reuse_memory
-from planish.targets import constrain, find_target, make_uniform, needs_uniform
+from planish.targets import check_plan, constrain, find_target, fit_target, make_uniform, needs_uniform
 from planish.version import __version__
 from planish.writer import Writer, tidy, unseal
 
@@ -124,13 +124,14 @@ class Job:
                     units = [u for u in units if solver.cache(u, shape, solver.ranks(u, shape)[-1]) > 0]
                 self.units |= dict.fromkeys(units, solver)
         self.target = target
-        self.units = constrain(target, find_name(method), self.units, self.shapes)
+        self.stack = fit_target(target, stream.source, self.shapes)
+        self.units = constrain(self.stack, find_name(method), self.units, self.shapes)
         self.weights = sum(s.count() for s in self.shapes)
         self.costs: dict[tuple[int, str, Shape], tuple[Solver, Choices]] = {}
         for b in self.budgets:
             uncut = not any(self.choices(u).prices(self.budgets.index(b)) for u in self.units)
             if isinstance(b, CacheNumbers) and (self.cache_only or b.share < 1) and uncut:
-                what = "cuts neither keys nor values"
+                what = "cuts neither keys nor values" + (f" for {target}" if self.stack.refuses else "")
                 normed = (
                     " of this model, which normalises queries and keys" if any(s.qk_norm for s in self.shapes) else ""
                 )
@@ -228,14 +229,15 @@ class Job:
     def plan(self) -> Plan:
         """The method's ranks within the budgets."""
         plan = self.method.plan_cache(self) if self.cache_only else self.method.plan(self)
-        if needs_uniform(self.target, plan):
+        check_plan(self.stack, find_name(self.method), plan)
+        if needs_uniform(self.stack, plan):
             plan = self.make_uniform(plan)
         return plan
 
     def make_uniform(self, plan: Plan) -> Plan:
         """The plan with equal ranks in all blocks where the target needs that."""
         self.known = self.known or self.frontiers()
-        uniform = set(find_target(self.target).uniform)
+        uniform = set(self.stack.uniform)
         cut = {u.name for u in plan} & uniform
         gone = {(u.block, {"attention": "vo", "ffn": "mlp"}.get(u.name)) for u, r in plan.items() if r < self.full(u)}
         plan = plan | {  # where the method left a block whole, it must come along
@@ -250,7 +252,7 @@ class Job:
             others.append(taken - sum(self.cost(u, r, b) for u, r in plan.items() if u.name in uniform))
         try:
             limits = [b.limit - o for b, o in zip(self.budgets, others, strict=True)]
-            plan = make_uniform(self.target, plan, curves, limits)
+            plan = make_uniform(self.stack, plan, curves, limits)
         except BudgetError as error:
             who = f"{find_name(self.method)} for {self.target}"
             raise self.budgets[error.which].refuse(who, error.smallest + others[error.which]) from None

@@ -143,7 +143,7 @@ def forecast(
     found.target, found.predicted = target, add_losses(job, plan)
     found.nats = bool(job.known) and all(f.nats for f in job.known.values())
     free = Job(unread, method, asked=asked, step=round_to, measured=table)
-    found.limits = describe_limits(target, free.units)
+    found.limits = describe_limits(job.stack, free.units)
     if found.limits and found.predicted:
         free = Job(job.stream, method, **arguments)
         loose = free.plan()

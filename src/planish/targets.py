@@ -10,13 +10,14 @@
 | attention removed or linear | yes | yes | yes; linear of the normed input | yes |
 | keys cached at low rank (palu) | yes | no | multiplied back: saves nothing | not tried |
 
+For gguf this is what llama.cpp's graphs hold of a plain LLaMA; `fit_target` says what they hold of a given model.
 `any` asks for nothing: what comes out runs in transformers, and where else it runs, `planish export` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor
 from planish.allocate import BudgetError, Curve
 from planish.core import Edit, Frontier, Plan, Shape, Solver, Unit, Weights
 from planish.errors import InputError
+from planish.modules import get_linear
+from planish.sources import Source
 from planish.stats import Stats, Tap
 
 Spec = dict[str, Any]
@@ -37,28 +40,32 @@ class Target:
     """`refuses`: what a unit would become (`describe_unit`) → why that cannot, or need not, be cut for this target.
     `steps`: unit name → ranks are multiples of it; `wide`: of this instead, where the full rank is at least 32 of them.
     `uniform`: units that must have the same rank in every block as soon
-    as the first of them is cut."""
+    as the first of them is cut. `whole`: a removed attention or MLP saves something only where both of a block go."""
 
+    name: str
     title: str
     refuses: Mapping[str, str] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
     wide: Mapping[str, int] = field(default_factory=dict)
     uniform: tuple[str, ...] = ()
+    whole: bool = False
 
 
 _NO_LATENT = "vLLM's cache has no room for keys that attention rebuilds"
 _NO_GRAPH = "llama.cpp has no graph for it, and filled up again it saves nothing"
 
 TARGETS: dict[str, Target] = {
-    "any": Target("transformers; elsewhere as far as it goes"),
-    "hf": Target("transformers"),
-    "onnx": Target("ONNX Runtime"),
+    "any": Target("any", "transformers; elsewhere as far as it goes"),
+    "hf": Target("hf", "transformers"),
+    "onnx": Target("onnx", "ONNX Runtime"),
     "vllm": Target(
+        "vllm",
         "vLLM, through its Transformers backend",
         refuses={"keys": _NO_LATENT},
         steps={"vo": 8, "qk": 8, "mlp": 8},
     ),
     "gguf": Target(
+        "gguf",
         "llama.cpp",
         refuses={
             "low-rank linear": _NO_GRAPH,
@@ -80,20 +87,84 @@ def find_target(name: str) -> Target:
     return TARGETS[name]
 
 
-NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons"}
+GRAPHS = {  # family → llama.cpp's graphs of it; deci and mimo2 hold some of what these do not
+    "llama": ["llama"],
+    "mistral": ["llama"],
+    "phi3": ["llama"],
+    "qwen2": ["qwen2", "llama"],
+    "qwen3": ["qwen3"],
+}
 
 
-def describe_limits(name: str, units: Mapping[Unit, Solver] | None = None) -> list[str]:
-    """What a target asks of a compressed model, one line each; with a method's `units` only what concerns them."""
+def refuse_family(kind: str, config: Any) -> str | None:
+    """Why no GGUF file can be written of a family's models, or None."""
+    if kind not in GRAPHS:
+        return f"GGUF export writes {', '.join(GRAPHS)}; got {kind}. Export to dense and use llama.cpp's own converter"
+    if config.hidden_act != "silu":
+        return f"GGUF export needs the activation silu, got {config.hidden_act!r}"
+    return None
+
+
+def refuse_rotary(config: Any, rotary: Any) -> str | None:
+    """Why no GGUF file can hold a rotary embedding (the model's module), or None."""
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope") or abs(getattr(rotary, "attention_scaling", 1.0) - 1) > 1e-6:
+        return (
+            f"rotary embedding of type {kind!r} (frequencies that depend on the length, or scaled attention) is not "
+            "written to GGUF; use llama.cpp's own converter for the uncompressed model"
+        )
+    return None
+
+
+def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
+    """What a target asks of this model's compressed form. Raises InputError where it cannot hold the model at all."""
     target = find_target(name)
+    if name != "gguf":
+        return target
+    family, config = source.family, source.config
+    block = source.empty_block(0)
+    reason = refuse_family(family.model_type, config) or refuse_rotary(
+        config,
+        source._empty.base_model.rotary_emb,  # type: ignore[attr-defined]
+    )
+    if reason:
+        raise InputError(f"--target gguf: {reason}; or compress for --target any")
+    refuses = dict(target.refuses)
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    mimo = None  # why mimo2, the one graph with fewer value dimensions, does not hold them
+    if family.qk_norm:
+        mimo = "has no norms of queries and keys"
+    elif any(get_linear(block, family, r).bias is not None for r in family.roles):
+        mimo = "has no biases"
+    elif rope != "default" or any(s.rotary != s.qk for s in shapes):
+        mimo = "has no rotary scaling"
+    elif config.tie_word_embeddings:
+        mimo = "stores a tied embedding twice"
+    if mimo:
+        refuses["fewer value dimensions"] = f"llama.cpp's graph for it {mimo}, and filled up again it saves nothing"
+    uniform = () if mimo else target.uniform
+    if family.qk_norm:  # deci, the one graph with blocks of several shapes, has none either
+        refuses |= dict.fromkeys(("linear attention", "linear MLP"), _NO_GRAPH)
+        uniform = ("mlp",)
+    return replace(target, refuses=refuses, uniform=uniform, whole=family.qk_norm)
+
+
+NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons"}
+HELD = {"vo": "fewer value dimensions", "qk": "fewer query/key dimensions", "mlp": "fewer neurons"}
+
+
+def describe_limits(target: Target, units: Mapping[Unit, Solver] | None = None) -> list[str]:
+    """What a target asks of a compressed model, one line each; with a method's `units` only what concerns them."""
     forms = None if units is None else {describe_unit(u, s) for u, s in units.items()}
     cut = None if units is None else {u.name for u in units}
     lines = [f"no {what}: {why}" for what, why in target.refuses.items() if forms is None or what in forms]
     for unit, step in target.steps.items():
-        if cut is None or unit in cut:
+        if (cut is None or unit in cut) and HELD.get(unit) not in target.refuses:
             wide = f" ({w} from {32 * w} on)" if (w := target.wide.get(unit)) else ""
             equal = ", equal in all blocks" if unit in target.uniform else ""
             lines.append(f"{NAMES[unit]} in multiples of {step}{wide}{equal}")
+    if target.whole and (cut is None or cut & {"attention", "ffn"}):
+        lines.append("a removed attention or MLP only with the rest of its block: alone it is filled up again")
     return lines
 
 
@@ -103,11 +174,11 @@ def describe_unit(unit: Unit, solver: Solver) -> str:
         return "low-rank linear"
     if unit.name in ("attention", "ffn"):
         part = "attention" if unit.name == "attention" else "MLP"
+        if getattr(solver, "kind", None) == "zero":
+            return f"removed {part}"
         raw = getattr(solver, "input", None) == "raw"
         return f"raw linear {part}" if raw else f"linear {part}"
-    return {"vo": "fewer value dimensions", "qk": "fewer query/key dimensions", "mlp": "fewer neurons"}.get(
-        unit.name, unit.name
-    )
+    return HELD.get(unit.name, unit.name)
 
 
 @dataclass(frozen=True)
@@ -150,9 +221,8 @@ class Rounded(Solver):
         return self.solver.truncate(frontier, rank, shape)
 
 
-def constrain(name: str, method: str, units: dict[Unit, Solver], shapes: list[Shape]) -> dict[Unit, Solver]:
+def constrain(target: Target, method: str, units: dict[Unit, Solver], shapes: list[Shape]) -> dict[Unit, Solver]:
     """The units that may be cut for a target, with the ranks they may have. Raises InputError if none is left."""
-    target = find_target(name)
     if not target.refuses and not target.steps:
         return units
     kept: dict[Unit, Solver] = {}
@@ -169,26 +239,41 @@ def constrain(name: str, method: str, units: dict[Unit, Solver], shapes: list[Sh
         kept[unit] = solver if step == 1 or small else Rounded(solver, step)
     if units and not kept:
         what, why = next(iter(refused.items()))
+        what = what if what in HELD.values() or what == "keys" else f"a {what}"
+        cuts = "neurons" if HELD["vo"] in target.refuses else "value dimensions or neurons"
         raise InputError(
-            f"--target {name}: {method} gives a {what} and nothing else; {why} · choose a method that cuts value "
-            "dimensions or neurons (flat-llm, a3), or --target hf"
+            f"--target {target.name}: {method} gives {what} and nothing else; {why} · choose a method that cuts "
+            f"{cuts} (flat-llm, a3), or --target hf"
         )
     return kept
 
 
-def needs_uniform(name: str, plan: Plan) -> bool:
+def check_plan(target: Target, method: str, plan: Plan) -> None:
+    """Raises InputError if a plan removes submodules that the target would fill up again."""
+    if not target.whole:
+        return
+    gone = {name: {u.block for u, r in plan.items() if u.name == name and r == 0} for name in ("attention", "ffn")}
+    if alone := sorted(gone["attention"] ^ gone["ffn"]):
+        part = "attention" if alone[0] in gone["attention"] else "MLP"
+        raise InputError(
+            f"--target {target.name}: {method} removes only the {part} of block {alone[0]}; llama.cpp's graph of this "
+            "family has that only whole, and filled up again it saves nothing · choose a method that removes blocks "
+            "(shortgpt, sleb) or cuts neurons (flat-llm, a3), or --target hf"
+        )
+
+
+def needs_uniform(target: Target, plan: Plan) -> bool:
     """Does the target ask for equal ranks in all blocks under this plan?"""
-    uniform = find_target(name).uniform
-    return bool(uniform) and any(u.name == uniform[0] for u in plan)
+    return bool(target.uniform) and any(u.name == target.uniform[0] for u in plan)
 
 
-def make_uniform(name: str, plan: Plan, curves: Mapping[Unit, Curve], budget: float | Sequence[float]) -> Plan:
+def make_uniform(target: Target, plan: Plan, curves: Mapping[Unit, Curve], budget: float | Sequence[float]) -> Plan:
     """The plan with equal ranks in all blocks where the target needs that: least predicted loss within the budget.
 
     `curves`: of the plan's units; `budget`: what the target's uniform units in the plan may cost together, for each of the
     curves' costs. All combinations of one rank per kind are looked at (value dimensions × MLP widths), so the choice is exact.
     """
-    kinds = [n for n in find_target(name).uniform if any(u.name == n for u in plan)]
+    kinds = [n for n in target.uniform if any(u.name == n for u in plan)]
     sums = [add_curves([curves[u] for u in sorted(plan) if u.name == n]) for n in kinds]
     limits = torch.as_tensor(budget, dtype=torch.float64).reshape(-1)
     cost, loss = torch.zeros(len(limits)), torch.zeros(())

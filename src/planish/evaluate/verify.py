@@ -25,6 +25,7 @@ from planish.sources import find_folder, load_config, load_tokenizer
 TARGETS = ("hf", "gguf", "onnx", "vllm")
 TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit
 GGUF_TOLERANCES = {"1": 5e-3, "32": 2e-2, "7": 5e-2}  # by general.file_type: f16, bf16, q8_0
+ONNX_TOLERANCES = {"tensor(float16)": 5e-3}  # by the type that the graph computes in
 PROBE = "def main(argv):\n    return 0  # It costs 12.50, isn't it? Über 1000 Ω\n"
 
 
@@ -150,11 +151,18 @@ class OnnxRuntime:
         except Exception as error:  # the library's own classes derive from different bases
             raise InputError(f"onnxruntime cannot load {file}: {error}") from None
         self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_")]
+        self.types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        logits = self.session.get_outputs()[0]
+        for t in (logits, *self.past):
+            if t.type not in self.types:
+                raise InputError(
+                    f"{file}: {t.name} is a {t.type}, which numpy does not have; verify runs graphs in f32 and f16"
+                )
+        self.tolerance = ONNX_TOLERANCES.get(logits.type, TOLERANCES["onnx"])
 
     def run(self, ids: np.ndarray, past: dict[str, np.ndarray] | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         if past is None:
-            types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-            past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), dtype=types[i.type]) for i in self.past}
+            past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), dtype=self.types[i.type]) for i in self.past}
         length = ids.shape[1] + (next(iter(past.values())).shape[2] if past else 0)
         feed = {"input_ids": ids, "attention_mask": np.ones((1, length), dtype=np.int64), **past}
         logits, *present = self.session.run(None, feed)
@@ -234,10 +242,13 @@ def verify(
     """Compare a folder in `target` with the same folder in transformers (fp32), on random ids.
 
     `file`: an existing .gguf or .onnx; without it the folder is exported (fp32) to a temporary one. `dense_reference`:
-    compare with this uncompressed model instead; the differences are then what compression changed.
+    compare with this uncompressed model instead; the differences are then what compression changed. `tolerance`: by default
+    what the type that the target computes in allows.
     """
     if target not in TARGETS:
         raise InputError(f"unknown target {target!r}; expected one of {', '.join(TARGETS)}")
+    if file is not None and target not in ("gguf", "onnx"):
+        raise InputError(f"verify --target {target} runs the folder itself; --file is for gguf and onnx")
     path = find_folder(folder)
     carrier = read_carrier(path)
     if carrier == "deci" and (target != "vllm" or dense_reference is None):

@@ -13,7 +13,7 @@ from planish.errors import InputError
 from planish.export import configuration_decilm as decilm
 from planish.export.dense import copy_files
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
-from planish.export.written import DTYPES, Written, check_dtype, describe_products, keep_dtype
+from planish.export.written import DTYPES, Written, check_apart, check_dtype, describe_products, keep_dtype
 from planish.writer import Writer
 
 WIDTHS = 256  # DeciLM's MLPs are multiples of it
@@ -212,6 +212,7 @@ def write(
     `code`: files that the configuration refers to.
     """
     check_dtype(dtype)
+    check_apart(output, source.path)
     writer = Writer(output, len(source), overwrite)
     back, wide = 0, False
     try:
@@ -237,12 +238,11 @@ def write(
             writer.text(file.name, file.read_text(encoding="utf-8"))
         copy_files(source, writer)
         size, total = writer.bytes, writer.parameters
-        weights = size - writer.index_bytes
+        weights, stored = size - writer.index_bytes, source.count()
         writer.close()
     except BaseException:
         writer.abort()
         raise
-    stored = source.count()
     notes = [f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights"] if back else []
     if total - stored != back:
         notes.append(f"zeros to fit {target}, less norms of removed submodules: {total - stored - back:+,} weights")

@@ -14,7 +14,15 @@ from planish.checkpoint import write_config
 from planish.core import Shape
 from planish.errors import InputError
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, plain_linear, zero_attention
-from planish.export.written import DTYPES, Written, check_dtype, describe_products, keep_dtype
+from planish.export.written import (
+    DTYPES,
+    Written,
+    check_apart,
+    check_dtype,
+    check_finite,
+    describe_products,
+    keep_dtype,
+)
 from planish.modules import Attention, Bypass, Spec, find_blocks, get_linear, set_module, split_block
 from planish.sources import COPIED, set_parameter
 from planish.writer import Writer
@@ -35,6 +43,7 @@ def export_dense(
     """
     check_dtype(dtype)
     source = Folder(folder)
+    check_apart(Path(output), source.path)
     writer = Writer(Path(output), len(source), overwrite)
     shapes = [source.shape(i) for i in range(len(source))]
     specs: list[Spec] = []
@@ -53,7 +62,10 @@ def export_dense(
                 back += grown
             specs.append(spec)
             wide |= any(p.dtype == torch.float32 and p.ndim >= 2 for p in block.parameters())
-            writer.block(i, block if dtype is None else block.to(DTYPES[dtype]), source.family)
+            block = block if dtype is None else block.to(DTYPES[dtype])
+            for name, parameter in block.named_parameters():
+                check_finite(f"{source.family.blocks}.{i}.{name}", parameter.data)
+            writer.block(i, block, source.family)
         writer.shard(0, keep_dtype(source.outside(), dtype))
         if dtype or wide:
             source.stock_config.dtype = DTYPES[dtype or "f32"]
@@ -61,12 +73,11 @@ def export_dense(
         kind = write_config(writer, like, specs, shapes)
         copy_files(source, writer)
         size, total = writer.bytes, writer.parameters
-        weights = size - writer.index_bytes
+        weights, stored = size - writer.index_bytes, source.count()
         writer.close()
     except BaseException:
         writer.abort()
         raise
-    stored = source.count()
     if back:
         notes.append(f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights")
     if total - stored != back:

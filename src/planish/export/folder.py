@@ -30,7 +30,7 @@ from planish.modules import (
     rotary_width,
     split_block,
 )
-from planish.sources import find_folder, index_tensors, load_config, no_parameters, set_parameter
+from planish.sources import find_folder, index_tensors, is_finite, load_config, no_parameters, set_parameter
 
 
 class Folder:
@@ -71,9 +71,12 @@ class Folder:
             raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
         try:
             with safe_open(self.files[name], "pt") as handle:
-                return handle.get_tensor(name)
+                tensor = handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot read tensor {name} of {self.path}: {error}; download it again") from None
+        if not is_finite(tensor):
+            raise InputError(f"tensor {name} of {self.path} holds NaN or infinity: no target could compute anything")
+        return tensor
 
     def block(self, i: int) -> nn.Module:
         """A canonical copy of block i (fused linears split) in the stored dtype."""

@@ -30,16 +30,10 @@ from torch import Tensor
 from planish.errors import InputError
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.vocabulary import write_vocabulary
-from planish.export.written import Written
+from planish.export.written import Written, check_file, check_finite
+from planish.targets import GRAPHS, refuse_family, refuse_rotary
 from planish.version import __version__
 
-FAMILIES = {
-    "llama": ["llama"],
-    "mistral": ["llama"],
-    "phi3": ["llama"],
-    "qwen2": ["qwen2", "llama"],
-    "qwen3": ["qwen3"],
-}
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 ZERO_WIDTH = 32  # neurons of zeros that stand for no MLP
 NEIGHBOURS = ("llama", "deci")  # rotate channels 2j and 2j + 1; the others j and j + d/2
@@ -61,7 +55,9 @@ def export_gguf(
     if dtype not in DTYPES:
         raise InputError(f"unknown GGUF type {dtype!r}; expected one of {', '.join(DTYPES)}")
     source = Folder(folder)
-    check_family(source)
+    check_file(Path(output), source.path, ".gguf")
+    if reason := refuse_family(source.family.model_type, source.config):
+        raise InputError(reason)
     sketches = [sketch(s) for i in range(len(source)) for s in split_slots(plain_block(source, i))]
     if not sketches:
         raise InputError(f"nothing is left of any block of {folder}")
@@ -75,13 +71,15 @@ def export_gguf(
     partial = target.with_name(target.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
-    total = 0
+    total = odd = 0
 
     def add(name: str, tensor: Tensor) -> None:
-        nonlocal total
+        nonlocal total, odd
         total += tensor.numel()
+        check_finite(name, tensor)
         data = tensor.float().contiguous().numpy()
         kind = pick_kind(dtype, data)
+        odd += tensor.numel() if dtype == "q8_0" and kind == "f16" else 0
         if kind == "f16" and np.abs(data).max(initial=0) > 65504:
             raise InputError(f"tensor {name} exceeds the range of f16; use --dtype bf16 or f32")
         if kind in ("f32", "f16"):
@@ -119,6 +117,9 @@ def export_gguf(
         raise
     stored = source.count()
     notes = describe_cost(total - stored, sum(s.extra for s in sketches), architecture, reasons) + notes
+    if odd:
+        cure = "" if source.config.hidden_size % 32 else "; compress with --round-to 32"
+        notes.append(f"stored as f16, not q8_0: {odd:,} of {total:,} numbers, in rows that are no multiple of 32{cure}")
     return Written("gguf", str(target), architecture, dtype, total, stored, target.stat().st_size, tokenizer, notes)
 
 
@@ -175,12 +176,8 @@ class Rope:
 def read_rope(source: Folder) -> Rope:
     rotary = source.model.base_model.rotary_emb
     parameters = getattr(source.config, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type", "default")
-    if kind in ("dynamic", "longrope") or abs(getattr(rotary, "attention_scaling", 1.0) - 1) > 1e-6:
-        raise InputError(
-            f"rotary embedding of type {kind!r} (frequencies that depend on the length, or scaled attention) is not "
-            "written to GGUF; use llama.cpp's own converter for the uncompressed model"
-        )
+    if reason := refuse_rotary(source.config, rotary):
+        raise InputError(reason)
     shape = source.shape(0)
     base, width = float(parameters["rope_theta"]), shape.rotary
     used = rotary.inv_freq.double()
@@ -226,22 +223,12 @@ def split_slots(plain: Plain) -> list[Plain]:
     return slots
 
 
-def check_family(source: Folder) -> None:
-    kind = source.family.model_type
-    if kind not in FAMILIES:
-        raise InputError(
-            f"GGUF export writes {', '.join(FAMILIES)}; got {kind}. Export to dense and use llama.cpp's own converter"
-        )
-    if source.config.hidden_act != "silu":
-        raise InputError(f"GGUF export needs the activation silu, got {source.config.hidden_act!r}")
-
-
 def choose(
     source: Folder, sketches: list[Sketch], tied: bool, rope: Rope, forced: str | None
 ) -> tuple[str, dict[str, str]]:
     """The architecture with the fewest weights, and why the others were refused."""
     kind = source.family.model_type
-    candidates = [*FAMILIES[kind], "deci", "mimo2"]
+    candidates = [*GRAPHS[kind], "deci", "mimo2"]
     if forced is not None and forced not in candidates:
         raise InputError(f"{kind} can be written as {', '.join(candidates)}; got {forced!r}")
     costs: dict[str, int] = {}

@@ -20,8 +20,8 @@ from transformers import DynamicCache
 
 from planish.checkpoint import load
 from planish.errors import InputError
-from planish.export.written import Written
-from planish.sources import load_config
+from planish.export.written import Written, check_file, check_finite
+from planish.sources import find_folder, load_config
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 INLINE = 1 << 30  # bytes of weights beyond which they go to a file of their own, FILE.data
@@ -60,8 +60,12 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
         raise InputError("export to onnx needs onnx and onnxscript · pip install 'planish[onnx]'") from None
     if dtype not in DTYPES:
         raise InputError(f"unknown ONNX type {dtype!r}; expected one of {', '.join(DTYPES)}")
-    config = load_config(Path(folder))
-    model = load(folder, dtype=DTYPES[dtype])
+    path = find_folder(folder)
+    config = load_config(path)
+    check_file(Path(output), path, ".onnx")
+    model = load(path, dtype=DTYPES[dtype])
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter.data)
     step = Step(model)
     ids = torch.zeros(2, 5, dtype=torch.long)
     with torch.no_grad():

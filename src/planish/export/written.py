@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from planish.errors import InputError
+from planish.sources import is_finite
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -32,10 +34,39 @@ class Written:
 
 
 def keep_dtype(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
-    """Floating tensors in `dtype`; as they are (products in float32, the rest as stored) without one."""
-    if dtype is None:
-        return tensors
-    return {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in tensors.items()}
+    """Floating tensors in `dtype`; as they are (products in float32, the rest as stored) without one. Raises InputError
+    where one of them is, or becomes, infinite or NaN."""
+    if dtype is not None:
+        tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in tensors.items()}
+    for name, tensor in tensors.items():
+        check_finite(name, tensor)
+    return tensors
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    if not is_finite(tensor):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(
+            f"tensor {name} holds NaN or infinity as {kind}: its products or values exceed that type; choose a wider --dtype"
+        )
+
+
+def check_apart(output: Path, folder: Path) -> None:
+    """An exported folder must not replace the model that it is made from, nor a folder that holds it."""
+    model, place = folder.resolve(), output.resolve()
+    if place == model or place in model.parents:
+        raise InputError(f"output {output} would replace the model {folder}; choose another folder")
+
+
+def check_file(output: Path, folder: Path, suffix: str) -> None:
+    """An exported file must not replace a file of the model's; earlier exports (`suffix`) may be replaced."""
+    model, place = folder.resolve(), output.resolve()
+    if output.is_dir():
+        raise InputError(f"output {output} is a folder; give the file to write")
+    same_place = output.parent.resolve() / output.name
+    for file in model.iterdir():
+        if (place in (file, file.resolve()) or same_place == file) and file.suffix != suffix:
+            raise InputError(f"output {output} would replace a file of the model {folder}; choose another name")
 
 
 def check_dtype(dtype: str | None) -> None:
