@@ -281,7 +281,7 @@ def test_modegpt_removes_most_where_the_input_hardly_turns():
     influence = [float((1 - cosine(a, b)).mean()) for a, b in itertools.pairwise(residuals(model))]
     weights = [exp(-s / 0.15) for s in influence]
     shares = [4 * 0.2 * w / sum(weights) for w in weights]
-    assert job.notes["removed"] == pytest.approx(shares, rel=1e-6)
+    assert job.notes["removed_shares"] == pytest.approx(shares, rel=1e-6)
     assert max(shares) - min(shares) > 0.2
     kept = {u.block: rank / 44 for u, rank in made.items() if u.name == "mlp"}
     assert [kept[i] for i in range(4)] == pytest.approx([1 - s for s in shares], abs=0.06)
