@@ -29,9 +29,10 @@ from pathlib import Path
 import torch
 from random_model import write_model
 
-from planish.compress import Job, compress
+from planish.compress import compress
 from planish.core import Unit
 from planish.edits import low_rank_edit
+from planish.job import Job
 from planish.linalg import whitened_svd
 from planish.methods import find_method
 from planish.sources import open_source

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import tiny
 from planish.budgets import Asked, count_attention
 from planish.checkpoint import load
-from planish.compress import Job, compress
+from planish.compress import compress
 from planish.core import Method, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.families import FAMILIES
+from planish.job import Job
 from planish.linalg import balance, nystrom, reduce_scores, selection_losses
 from planish.methods.a3 import A3
 from planish.methods.modegpt import spread_removal

@@ -14,13 +14,15 @@ import tiny
 from planish.activations import Room
 from planish.budgets import Asked
 from planish.checkpoint import apply_edits
-from planish.compress import Job, compress, read_weights
+from planish.compress import compress
 from planish.core import Unit
 from planish.effects import measure_effects
 from planish.errors import InputError
+from planish.job import Job
 from planish.kept import Kept
 from planish.methods import find_method
 from planish.modules import find_blocks
+from planish.solve import read_weights
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.key_latent import KeyLatent
 from planish.sources import MemorySource, open_source

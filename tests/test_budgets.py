@@ -18,9 +18,10 @@ from planish.allocate import Alternative, BudgetError, Choices, Curve, choose, s
 from planish.budgets import BYTES, COUNTS, Asked, read_asked, read_size
 from planish.checkpoint import load
 from planish.cli import app
-from planish.compress import Job, compress, resume
+from planish.compress import compress, resume
 from planish.core import Unit
 from planish.errors import InputError
+from planish.job import Job
 from planish.latency import Table, find_pieces, list_names, make_latency, measure, read_table
 from planish.methods import find_method, list_methods
 from planish.sources import open_source

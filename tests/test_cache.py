@@ -12,8 +12,10 @@ import torch
 import tiny
 from planish import api
 from planish.cache import LONG, Cache, open_cache, tokenize
-from planish.compress import Job, compress, read_weights
+from planish.compress import compress
+from planish.job import Job
 from planish.methods import find_method
+from planish.solve import read_weights
 from planish.sources import open_source
 from planish.stats import Stats
 from planish.stream import Stream

@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import compressed
 import tiny
 from planish.checkpoint import apply_edits, load
-from planish.compress import Result, compress
+from planish.compress import compress
 from planish.core import Edit, Method, Plan, Unit
 from planish.edits import value_edits
 from planish.export.dense import export_dense
 from planish.export.eora import Blocks
+from planish.manifest import Result
 from planish.methods import find_method, list_methods
 from planish.modules import Attention, find_blocks, get_linear
 from planish.sources import MemorySource, open_source

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 import tiny
 from planish.checkpoint import apply_edits, count_block, load
-from planish.compress import Job, compress, read_weights
+from planish.compress import compress
 from planish.core import Edit, Frontier, Method, Shape, Solver, Unit
 from planish.errors import InputError
+from planish.job import Job
 from planish.methods import find_method, list_methods
 from planish.modules import find_blocks, get_linear
+from planish.solve import read_weights
 from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
 from planish.sources import MemorySource, open_source

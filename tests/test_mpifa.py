@@ -8,9 +8,10 @@ from torch import Tensor
 
 import tiny
 from planish.checkpoint import load
-from planish.compress import Job, compress
+from planish.compress import compress
 from planish.core import Unit
 from planish.errors import InputError
+from planish.job import Job
 from planish.methods import find_method
 from planish.methods.asvd import KEEPS, Sensitivity
 from planish.solvers.linear import Anchored

@@ -11,10 +11,10 @@ from transformers import LlamaConfig
 import planish
 import tiny
 from planish import rehearsal
-from planish.compress import Job
 from planish.core import Shape
 from planish.errors import InputError
 from planish.forecast import count_passes, reach
+from planish.job import Job
 from planish.methods import find_method, list_methods
 from planish.rehearsal import rehearse, shrink
 from planish.sources import MemorySource

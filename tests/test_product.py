@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import tiny
-from planish.compress import Result, compress
+from planish.compress import compress
+from planish.manifest import Result
 
 WINDOWS = tiny.windows(16, 24)
 IDS = tiny.windows(3, 30, seed=11)

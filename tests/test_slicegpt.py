@@ -7,8 +7,9 @@ import torch
 
 import tiny
 from planish.checkpoint import count_block, load
-from planish.compress import Job, compress
+from planish.compress import compress
 from planish.errors import InputError
+from planish.job import Job
 from planish.methods import find_method
 from planish.methods.slicegpt import STREAM, slice_block
 from planish.modules import SlicedBlock

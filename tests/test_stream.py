@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tiny
-from planish.compress import Job
+from planish.job import Job
 from planish.methods import find_method
 from planish.modules import find_blocks
 from planish.sources import MemorySource, open_source

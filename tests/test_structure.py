@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 
 # Imports point from later lines to earlier ones or stay on one line.
 LAYERS = [
-    {"errors", "linalg", "grams", "version", "processes", "activations", "shards"},
+    {"errors", "clock", "linalg", "grams", "version", "processes", "activations", "shards"},
     {"stats", "kept", "moments", "families", "core", "edits", "modules", "modelling"},
     {
         "solvers",
@@ -28,7 +28,7 @@ LAYERS = [
         "cache",
     },
     {"methods", "submodules"},
-    {"compress", "effects", "forecast", "predict", "rehearsal", "recipe"},
+    {"job", "solve", "manifest", "compress", "effects", "forecast", "predict", "rehearsal", "recipe"},
     {"evaluate", "export", "report"},
     {"api", "demo", "sweep", "cli", "__init__", "__main__"},
 ]

@@ -10,10 +10,11 @@ import torch
 import compressed
 import tiny
 from planish.allocate import BudgetError, Curve
-from planish.compress import Job, compress
+from planish.compress import compress
 from planish.core import Unit
 from planish.errors import InputError
 from planish.export.gguf import export_gguf
+from planish.job import Job
 from planish.methods import find_method
 from planish.sources import open_source
 from planish.stream import Stream

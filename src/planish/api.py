@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from planish import checkpoint, effects
 from planish.budgets import check_number, read_asked
 from planish.cache import tokenize
-from planish.compress import Result, find_name, pick_dtype
 from planish.compress import compress as compress_windows
+from planish.compress import pick_dtype
 from planish.core import Method, Progress
 from planish.errors import InputError
 from planish.evaluate import perplexity
@@ -26,7 +26,8 @@ from planish.evaluate.tasks import Score
 from planish.export.eora import Blocks, Compensation, compensate
 from planish.forecast import Forecast
 from planish.forecast import forecast as forecast_windows
-from planish.methods import find_method, list_methods
+from planish.manifest import Result
+from planish.methods import find_method, find_name, list_methods
 from planish.recipe import Recipe, Text
 from planish.sources import FolderSource, Source, find_folder, load_config, load_tokenizer, open_shapes, open_source
 from planish.text import fingerprint, load_tokens, sample_windows

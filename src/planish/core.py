@@ -15,7 +15,7 @@ from torch import Tensor
 from planish.stats import KINDS, Stats, Tap
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 Weights = dict[str, Tensor]  # role → weight (out, in), "role.bias" → bias (out,)
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from planish.checkpoint import apply_edits
-from planish.compress import Job, check_windows, read_weights
+from planish.compress import check_windows
 from planish.core import Method, Unit
 from planish.errors import InputError
+from planish.job import Job
+from planish.solve import read_weights
 from planish.sources import Source
 from planish.stream import Hidden, Stream
 

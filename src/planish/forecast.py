@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from planish import stats as stats_file
 from planish.budgets import SHARES, Asked, Budget, CacheNumbers, Flops, count_cache, count_flops, make_budget
 from planish.cache import Cache
-from planish.compress import Job, check_tokens, check_windows, find_name, pick_dtype
+from planish.compress import check_tokens, check_windows, pick_dtype
 from planish.core import Method, Plan, Progress, Shape, Unit, count_sums
 from planish.errors import InputError
+from planish.job import Job
 from planish.latency import Latency, read_table
+from planish.methods import find_name
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
+from planish.solve import beside
 from planish.sources import ConfigSource, Source
 from planish.stats import Tap, add_gram
 from planish.stream import Stream
@@ -315,9 +318,9 @@ def count_passes(job: Job, i: int, stages: list[list[Unit]]) -> tuple[float, lis
         return 1.0 if everything or not job.stored else 0.0, everything
     passes = 1.0 + sum(reach(shape, [t for t in stage if any(":" not in s for s in t.sites)]) for stage in taps)
     if job.method.prefix == "both":
-        beside = job.beside([u for stage in stages for u in stage])
+        kept = beside(job, [u for stage in stages for u in stage])
         passes += (
-            1.0 if beside else 1.0 + sum(reach(shape, [t for t in s if len(t.sites[0].split(":")) > 1]) for s in taps)
+            1.0 if kept else 1.0 + sum(reach(shape, [t for t in s if len(t.sites[0].split(":")) > 1]) for s in taps)
         )
     return passes, everything
 

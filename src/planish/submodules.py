@@ -21,7 +21,7 @@ from planish.stats import Tap
 from planish.stream import Hidden, Stream, tap_sites
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 Edits = Mapping[int, Sequence[Edit]]
 Key = TypeVar("Key")

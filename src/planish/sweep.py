@@ -20,12 +20,13 @@ from planish import api
 from planish.activations import Room
 from planish.budgets import Asked, read_asked
 from planish.cache import Cache, open_cache, tokenize
-from planish.compress import Result, check_windows, find_name, pick_dtype
+from planish.compress import check_windows, pick_dtype
 from planish.compress import compress as compress_windows
 from planish.core import Method
 from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed
-from planish.methods import find_method
+from planish.manifest import Result
+from planish.methods import find_method, find_name
 from planish.report.page import write_report
 from planish.report.points import NAN, Point, read_points, write_points
 from planish.shards import write_text

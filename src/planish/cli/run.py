@@ -21,8 +21,8 @@ from typer.core import TyperGroup
 from planish.errors import InputError
 
 if TYPE_CHECKING:
-    from planish.compress import Result
     from planish.forecast import Forecast
+    from planish.manifest import Result
 
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 WIDE = 160  # columns of tables that no terminal shows

@@ -16,7 +16,7 @@ from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs
 from planish.solvers.value_output import ValueOutput
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 PARTS = ("qk", "vo", "mlp")
 

@@ -18,7 +18,7 @@ from planish.solvers.linear import LinearSVD
 from planish.stats import Stats, Tap
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 

@@ -20,7 +20,7 @@ from planish.solvers.two_sided import TwoSided
 from planish.stats import Stats, Tap
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 ATTENTION_UNITS = ("q", "k", "v", "o", "qk", "keys", "vo", "attention")
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")

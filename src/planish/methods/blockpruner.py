@@ -10,7 +10,7 @@ from planish.solvers.bypass import Bypass, drop_edit
 from planish.submodules import count_removed, make_plan, saving, search_greedily
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from planish.errors import InputError
 from planish.solvers.linear import TwoStageSVD
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from planish.solvers.value_pca import ValuePCA
 from planish.stats import Tap
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

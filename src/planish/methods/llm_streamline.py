@@ -11,7 +11,7 @@ from planish.solvers.window import down_edit, fit_map_held_out
 from planish.submodules import check_foldable, compare_windows, fit_window, make_plan, remove_blocks
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

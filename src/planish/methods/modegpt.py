@@ -15,7 +15,7 @@ from planish.solvers.value_output import ValueOutput
 from planish.stats import Tap
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

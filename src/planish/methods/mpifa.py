@@ -15,7 +15,7 @@ from planish.solvers.linear import AnchoredSVD
 from planish.stats import Stats, Tap
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from planish.stats import Tap
 from planish.submodules import count_removed, lowest, make_plan
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from planish.solvers.value_pca import ValuePCA
 from planish.stats import Stats, Tap
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 MATRICES = {"keys": "k", "vo": "v"}  # unit → the role whose weight its rank is a share of
 

@@ -15,7 +15,7 @@ from planish.solvers.window import fit_cosine, fit_map_held_out, fold_edit
 from planish.submodules import check_foldable, compare_windows, fit_window, make_plan, remove_blocks
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

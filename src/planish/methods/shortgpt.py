@@ -11,7 +11,7 @@ from planish.stats import Tap
 from planish.submodules import make_plan, remove_blocks
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

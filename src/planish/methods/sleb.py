@@ -11,7 +11,7 @@ from planish.solvers.bypass import Bypass, drop_edit
 from planish.submodules import make_plan, remove_blocks, saving, search_greedily
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

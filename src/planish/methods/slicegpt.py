@@ -17,7 +17,7 @@ from planish.stats import Stats, Tap
 from planish.stream import Hidden, Stream
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 STREAM = Unit(0, "stream")
 

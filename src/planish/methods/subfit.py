@@ -31,7 +31,7 @@ from planish.submodules import (
 )
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 Fits = dict[Unit, list[Edit]]
 Fit = Literal["auto", "once", "joint", "sequential", "compensated"]

@@ -11,7 +11,7 @@ from planish.core import Method, Plan, Solver, Unit
 from planish.solvers.linear import LinearSVD
 
 if TYPE_CHECKING:
-    from planish.compress import Job
+    from planish.job import Job
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""What a run reports, and the record of it in the folder: planish.json and the model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planish.budgets import (
+    label,
+    show,
+)
+from planish.core import Plan
+from planish.errors import InputError
+from planish.job import Job
+from planish.version import __version__
+from planish.writer import Writer
+
+
+@dataclass
+class Result:
+    """What `compress` reports; counted from the written weights."""
+
+    method: str
+    keep_requested: float
+    keep: float
+    params_before: int
+    params_after: int
+    block_params_before: int
+    block_params_after: int
+    kv_bytes_per_token_before: int
+    kv_bytes_per_token_after: int
+    format: str
+    output: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    bytes_before: int = 0  # of the files that the uncut model is written in, headers included
+    bytes_after: int = 0  # of the written files
+    flops_per_token_before: int = 0  # two per weight of the blocks and the head, and attention over `context` tokens
+    flops_per_token_after: int = 0
+    context: int = 0
+    latency_ms_before: float | None = None  # per decoded token, as `planish.latency` predicts it; None unless asked
+    latency_ms_after: float | None = None
+    budgets: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → asked, achieved
+    submodules: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # removed ones by kind: count, of, sparsity, blocks
+
+    @property
+    def removed(self) -> float:
+        """The papers' ratio: share of the blocks' weights that is gone."""
+        return 1 - self.keep
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"removed": self.removed, "keep_whole_model": self.params_after / self.params_before}
+
+
+def read_result(output: Path) -> Result:
+    """What the manifest of a complete folder says."""
+    try:
+        found = json.loads((output / "planish.json").read_text(encoding="utf-8"))["result"]
+        return Result(**{f.name: found[f.name] for f in fields(Result)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {output / 'planish.json'}: {error!r}; compress again with --overwrite") from None
+
+
+def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibration: dict[str, Any]) -> None:
+    """planish.json: everything needed to understand and to repeat the run."""
+    manifest = {
+        "planish": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "source": job.stream.source.name,
+        "method": result.method,
+        "settings": job.method.settings(),
+        "round_to": job.step,
+        "calibration": calibration,
+        "dtype": str(job.stream.dtype).removeprefix("torch."),
+        "result": result.as_dict(),
+        "plan": {str(u): r for u, r in sorted(plan.items())},
+        "full": {str(u): job.full(u) for u in sorted(job.units)},
+        "roles": job.shapes[0].roles,
+        "weights": {str(u): [job.count(u, job.full(u)), job.count(u, r)] for u, r in sorted(plan.items())},
+        "errors": job.errors,
+        "notes": job.notes | job.remarks,
+    }
+    writer.text("planish.json", json.dumps(manifest, indent=2, default=str) + "\n")
+    writer.text("README.md", make_card(manifest))
+
+
+def make_card(manifest: dict[str, Any]) -> str:
+    """The folder's model card."""
+    r = manifest["result"]
+    name = manifest["source"]
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+    base = f"base_model: {name}\n" if is_hub_id else ""
+    load = "from transformers import AutoModelForCausalLM\n"
+    if r["format"] != "native":
+        load = "import planish  # or trust_remote_code=True: the folder carries the modelling files\n" + load
+    kv = (r["kv_bytes_per_token_before"], r["kv_bytes_per_token_after"])
+    asked = " and ".join(f"{label(n)} {show(n, b['asked'])}" for n, b in r["budgets"].items()) or "a sparsity"
+    latency = ""
+    if r["latency_ms_after"] is not None:
+        times = (r["latency_ms_before"], r["latency_ms_after"])
+        latency = f"| predicted ms per decoded token | {times[0]:.3g} | {times[1]:.3g} |\n"
+    return f"""---
+{base}library_name: transformers
+tags: [planish, compressed, {manifest["method"]}]
+---
+
+# Compressed with planish: {manifest["method"]}, keep {r["keep"]:.4f}
+
+| | before | after |
+|---|---|---|
+| parameters | {r["params_before"]:,} | {r["params_after"]:,} |
+| parameters of the blocks' linears | {r["block_params_before"]:,} | {r["block_params_after"]:,} |
+| bytes of weights | {r["bytes_before"]:,} | {r["bytes_after"]:,} |
+| FLOPs per token, {r["context"]} tokens of context | {r["flops_per_token_before"]:,} | {r["flops_per_token_after"]:,} |
+| KV cache, bytes per token | {kv[0]:,} | {kv[1]:,} |
+{latency}
+Asked: {asked}.
+
+```python
+{load}model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+Calibration: {json.dumps(manifest["calibration"], default=str)}. Hyper-parameters: {json.dumps(manifest["settings"], default=str)}.
+The plan, per-unit errors and versions are in `planish.json`.
+"""
