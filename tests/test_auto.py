@@ -22,7 +22,7 @@ from planish.job import Job
 from planish.kept import Kept
 from planish.methods import find_method
 from planish.modules import find_blocks
-from planish.solve import read_weights
+from planish.solve import blend, read_weights
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.key_latent import KeyLatent
 from planish.sources import MemorySource, open_source
@@ -387,6 +387,38 @@ def test_the_solve_runs_the_share_of_the_windows_it_is_told(tmp_path, monkeypatc
         assert set(seen) == {n}
         digests.append(digest(tmp_path / "m"))
     assert len(set(digests)) == 3
+
+
+def test_few_windows_are_blended_with_the_uncompressed_model():
+    """A quarter of the windows: every moment behind the prefix is .55 itself and .45 the uncompressed model's; all: itself."""
+    gram, cross = Tap("o.in", "gram"), Tap("dense:o.product", "cross", "o.in")
+    shared, other = Tap("dense:q.in", "cross", "q.in"), Tap("grad:o.out", "gram")
+    dense = {"o.in": Tap("dense:o.in", "gram"), "q.in": Tap("dense:q.in", "gram")}
+    weights = {"o": torch.randn(32, 32)}
+    for share, level in ((0.25, 0.45), (1.0, 0.0)):
+        job = Job(stream(windows=MANY), find_method("auto", {"refit_share": share}), 0.8)
+        stats = Stats()
+        for n, tap in enumerate([gram, cross, shared, other, *dense.values()]):
+            stats.sums[tap] = {"sum": torch.randn(32, 32, dtype=torch.float64)}
+            stats.tokens[tap] = 10 + n
+        before = {t: stats.mean(t).clone() for t in stats.sums}
+        blend(job, stats, weights)
+        want = before | {gram: (1 - level) * before[gram] + level * before[dense["o.in"]]}
+        want[shared] = (1 - level) * before[shared] + level * before[dense["q.in"]]
+        want[cross] = (1 - level) * before[cross] + level * weights["o"].double() @ before[dense["o.in"]]
+        assert set(want) == set(stats.sums)
+        for tap, value in want.items():
+            torch.testing.assert_close(stats.mean(tap), value, rtol=1e-12, atol=1e-12)
+
+
+def test_the_uncompressed_moments_reach_the_blend():
+    """What the plan keeps for the solve holds the twin of every moment that is measured on few windows only."""
+    for share, kept in ((0.25, True), (1.0, False)):
+        job = Job(stream(windows=MANY), find_method("auto", {"refit_share": share}), 0.8)
+        job.plan()
+        for i in range(len(job.shapes)):
+            twins = {t.twin for t in job.taps(job.block_units(i)) if t.twin}
+            assert twins and (twins <= job.stored.taps(i)) == kept
 
 
 def test_cut_errors_are_what_the_cut_model_adds():

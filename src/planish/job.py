@@ -304,7 +304,7 @@ class Job:
 
         def keep(i: int, block: nn.Module, stats: Stats) -> None:
             use(i, block, stats)
-            self.stored[i] = stats if whole else stats.only(self.taps(self.block_units(i)))
+            self.stored[i] = stats if whole else stats.only(self.kept_taps(i))
 
         with self.phase("gradients"):
             chosen = taps or (lambda shape: self.stored_taps(shape.block))
@@ -326,6 +326,16 @@ class Job:
                         new = self.units[unit].truncate(frontier, plan[unit], shape)
                         edits.setdefault(i, []).extend(new)
         return edits
+
+    def kept_taps(self, i: int) -> set[Tap]:
+        """Taps of a block's units that the solve uses of what the plan measured."""
+        taps = set(self.taps(self.block_units(i)))
+        return taps | ({t.twin for t in taps if t.twin} if self.solve_share() < 1 else set())
+
+    def solve_share(self) -> float:
+        """Share of the calibration windows that the method's solve runs."""
+        n = sum(map(len, self.stream.batches))
+        return self.method.solve_windows(n) / n if n and self.method.prefix != "dense" else 1.0
 
     def stored_taps(self, i: int) -> list[Tap]:
         """Taps of a block's units that the uncompressed model alone answers: those of their frontiers to plan by."""

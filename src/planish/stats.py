@@ -40,6 +40,17 @@ class Tap:
     def sites(self) -> tuple[str, ...]:
         return (self.site, self.other) if self.other else (self.site,)
 
+    @property
+    def twin(self) -> Tap | None:
+        """The uncompressed model's Gram that this moment of its site is, if the inputs are the uncompressed model's as well;
+        of a cross moment with a linear's product, that of its input."""
+        if self.kind == "gram" and ":" not in self.site:
+            return Tap(f"dense:{self.site}", "gram")
+        role = self.other.partition(".")[0]
+        if self.kind == "cross" and self.site in (f"dense:{self.other}", f"dense:{role}.product"):
+            return Tap(f"dense:{self.other}", "gram")
+        return None
+
 
 def kind(function: Callable[..., Sums]) -> Callable[..., Sums]:
     """Register a kind of measurement under the function's name."""

@@ -92,7 +92,8 @@ class Auto(Method):
     `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
     model's statistics alone, which a sweep can re-use). `refit_share`: with an anchor, share of the calibration windows,
     evenly spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper and the result a little
-    worse. `rounds`: gradients are measured again on the model compressed so far after each equal share of the cut.
+    worse; their moments are then blended with the uncompressed model's (see `planish.solve.blend`). `rounds`: gradients are
+    measured again on the model compressed so far after each equal share of the cut.
     `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order prediction saturates, so a cut
     that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the prediction itself. By default 0,
     or 3 below keep 0.6.
