@@ -159,8 +159,9 @@ def show_calibration(folder: Path, args: argparse.Namespace, say: Say) -> None:
 
 
 def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
-    model = write_blocks(folder / "model", args.blocks, 1000)
-    stream = Stream(open_source(model), draw(1000, 16, 256))
+    vocabulary = VOCABULARY // 12  # more words than channels, or the first Gram is singular
+    model = write_blocks(folder / "model", args.blocks, vocabulary)
+    stream = Stream(open_source(model), draw(vocabulary, 16, 256))
     job = Job(stream, find_method("svd-llm"), 0.8)
     plan = job.method.plan(job)
     spent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
