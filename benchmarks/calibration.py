@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "src" / "planish" / "data" / "demo")
     parser.add_argument("--name", default="embedded model")
     parser.add_argument("--text", default="builtin")
-    parser.add_argument("--methods", default="flat-llm,auto,auto:units=structural")
+    parser.add_argument("--methods", default="flat-llm,auto,auto:refit_share=0.25,auto:units=structural")
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--n-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)

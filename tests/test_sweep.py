@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import planish
 import tiny
 from planish import api
 from planish.cli import app
@@ -92,6 +93,18 @@ def test_the_calibration_text_runs_once(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(Stream, "start", lambda self: starts.append(1) or old(self))
     run(texts, tmp_path / "out", methods=["svd-llm"], keeps=[0.9, 0.8, 0.7], keep_models="none")
     assert len(starts) == 1
+
+
+def test_a_sweep_on_text_writes_its_request(tmp_path):
+    """Text goes through a tokenizer, and what is recorded of it into sweep.json; the same words go on from there."""
+    demo, text = Path(planish.__file__).parent / "data" / "demo", tmp_path / "text.txt"
+    text.write_text("def spread(shares):\n    return [share / sum(shares) for share in shares]\n" * 60, encoding="utf-8")
+    options = {"methods": ["svd"], "keeps": [0.8], "n_samples": 4, "seq_len": 32, "device": "cpu"}
+    for _ in range(2):
+        sweep(str(demo), output=tmp_path / "out", calibration=text, eval_text=text, **options)
+    record = json.loads((tmp_path / "out" / "sweep.json").read_text())["calibration"]
+    assert record["source"].endswith("text.txt") and record["bos"] is False
+    assert len(list(csv.DictReader((tmp_path / "out" / "results.csv").open(encoding="utf-8")))) == 2
 
 
 def test_finished_points_are_not_run_again_and_failed_ones_are(texts, tmp_path):

@@ -118,7 +118,7 @@ def load_tokens(
     ids = (tokenize or encode)(tokenizer, text)
     if name == "c4" and split == "evaluation":
         ids = ids[: 256 * 2048]
-    bos = len(ids) > 0 and ids[0] == getattr(tokenizer, "bos_token_id", None)
+    bos = len(ids) > 0 and int(ids[0]) == getattr(tokenizer, "bos_token_id", None)
     return Text(check_ids(ids, name, vocab_size), name, bos=bos, is_ids=False)
 
 
