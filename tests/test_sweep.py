@@ -98,7 +98,9 @@ def test_the_calibration_text_runs_once(texts, tmp_path, monkeypatch):
 def test_a_sweep_on_text_writes_its_request(tmp_path):
     """Text goes through a tokenizer, and what is recorded of it into sweep.json; the same words go on from there."""
     demo, text = Path(planish.__file__).parent / "data" / "demo", tmp_path / "text.txt"
-    text.write_text("def spread(shares):\n    return [share / sum(shares) for share in shares]\n" * 60, encoding="utf-8")
+    text.write_text(
+        "def spread(shares):\n    return [share / sum(shares) for share in shares]\n" * 60, encoding="utf-8"
+    )
     options = {"methods": ["svd"], "keeps": [0.8], "n_samples": 4, "seq_len": 32, "device": "cpu"}
     for _ in range(2):
         sweep(str(demo), output=tmp_path / "out", calibration=text, eval_text=text, **options)
