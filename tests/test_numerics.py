@@ -17,6 +17,7 @@ from planish.methods import find_class, list_methods
 from test_resume import one_thread  # noqa: F401
 
 QUICK = ("flat-llm", "a3", "svd-llm", "erc-svd", "subfit", "shortgpt", "auto")  # one or two of every kind of method
+KEEP = {"nbl": 0.85, "palu": 0.85}  # what they cut of the tiny model, attentions or the cache alone, does not reach 0.7
 METHODS = [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in list_methods()]
 
 
@@ -83,12 +84,13 @@ def try_it(model: Path, output: Path, method: str, windows: Tensor, **more: obje
     """The compressed model, or None where one line says what is wrong."""
     fields = find_class(method)[1].__dataclass_fields__
     settings = {"damping": 0.01} if "damping" in fields and windows.numel() < 50 else {}
+    keep = KEEP.get(method, 0.7)
     try:
-        result = compress(model, output=output, keep=0.7, method=method, windows=windows, settings=settings, **more)
+        result = compress(model, output=output, keep=keep, method=method, windows=windows, settings=settings, **more)
     except InputError as error:
         refused = str(error)
     else:
-        assert 0 < result.keep <= 0.7 + 1e-9
+        assert 0 < result.keep <= keep + 1e-9
         return load(output)
     assert "\n" not in refused and len(refused) > 20
     assert not output.exists() and not output.with_name("out.partial").exists()

@@ -18,12 +18,7 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish.activations import Room
-from planish.budgets import (
-    Asked,
-    count_flops,
-    count_headers,
-    read_asked,
-)
+from planish.budgets import Asked, count_flops, count_headers, read_asked
 from planish.cache import Cache, open_cache
 from planish.checkpoint import count_block, is_empty, kv_bytes, write_config
 from planish.core import Method, Plan, Progress, Shape, Unit

@@ -28,7 +28,7 @@ from planish.latency import Latency, read_table
 from planish.methods import find_name
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
-from planish.solve import beside
+from planish.solve import find_sites_beside
 from planish.sources import ConfigSource, Source
 from planish.stats import Tap, add_gram
 from planish.stream import Stream
@@ -318,7 +318,7 @@ def count_passes(job: Job, i: int, stages: list[list[Unit]]) -> tuple[float, lis
         return 1.0 if everything or not job.stored else 0.0, everything
     passes = 1.0 + sum(reach(shape, [t for t in stage if any(":" not in s for s in t.sites)]) for stage in taps)
     if job.method.prefix == "both":
-        kept = beside(job, [u for stage in stages for u in stage])
+        kept = find_sites_beside(job, [u for stage in stages for u in stage])
         passes += (
             1.0 if kept else 1.0 + sum(reach(shape, [t for t in s if len(t.sites[0].split(":")) > 1]) for s in taps)
         )

@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
-from planish.budgets import (
-    Asked,
-    Budget,
-    CacheNumbers,
-    label,
-    make_budget,
-)
+from planish.budgets import Asked, Budget, CacheNumbers, label, make_budget
 from planish.cache import Cache
 from planish.checkpoint import apply_edits
 from planish.clock import Timer

@@ -31,7 +31,7 @@ def solve(
     method, stream = job.method, job.solve_stream()
     sequential = method.prefix != "dense"
     pristine = not sequential and not job.edits  # then all statistics are the uncompressed model's
-    missing = any(unknown(job, s.block, job.planned(s.block, plan))[1] for s in job.shapes)
+    missing = any(find_missing(job, s.block, job.planned(s.block, plan))[1] for s in job.shapes)
     ready = phase == "blocks" and pristine and not missing
     hidden = stream.start() if stream.batches and not ready and (sequential or not job.stored) else []
     dense_hidden = hidden if method.prefix == "both" else None
@@ -57,7 +57,7 @@ def solve(
         dense = copy.deepcopy(block) if method.prefix == "both" else None
         spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
         captured, dense_outputs = None, None
-        sites = beside(job, units)
+        sites = find_sites_beside(job, units)
         if dense is not None and dense_hidden is not None and sites:
             with job.phase("stream"):
                 captured, dense_outputs = stream.capture(i, stream.place(dense), sites, dense_hidden)
@@ -91,20 +91,20 @@ def solve(
 
 
 def measure_stage(
-    job: Job, stream: Stream, i: int, block: nn.Module, stage: list[Unit], hidden: Any, pair: Any, dense: bool
+    job: Job, stream: Stream, i: int, block: nn.Module, stage: list[Unit], hidden: Any, pair: Any, pristine: bool
 ) -> tuple[Stats, Any, str]:
     """(Statistics that these units of block i need, the block's outputs if they came along, passes the statistics are from).
 
-    `dense`: they are the uncompressed model's, which the plan or the cache may know; else nothing is known but what the
+    `pristine`: they are the uncompressed model's, which the plan or the cache may know; else nothing is known but what the
     plan stored. `pair`: what is captured of the uncompressed block, or that block and its inputs.
     """
     sequential = job.method.prefix != "dense"
     taps, origin, known = job.taps(stage), "", Stats()
     known.merge(job.stored.get(i, Stats()))
-    if dense:
-        origin, taps = unknown(job, i, stage)
+    if pristine:
+        origin, taps = find_missing(job, i, stage)
         if taps and job.cache.keeps:  # a smaller budget may cut what this one leaves whole
-            taps = sorted({*taps, *unknown(job, i, job.block_units(i))[1]})
+            taps = sorted({*taps, *find_missing(job, i, job.block_units(i))[1]})
         known.merge(job.cache.stats("forward", i, set(job.taps(stage)) - set(taps) - set(known.sums)))
     taps = [t for t in taps if t not in known.sums]
     stats, outputs = Stats(), None
@@ -129,7 +129,7 @@ def blend(job: Job, stats: Stats, weights: Weights) -> None:
         dense = stats.mean(tap.twin)
         if tap.site.endswith(".product"):
             dense = weights[tap.other.partition(".")[0]].double() @ dense
-        stats.sums[tap] = {"sum": (1 - level) * stats.sums[tap]["sum"] + level * stats.tokens[tap] * dense}
+        stats.sums[tap]["sum"].mul_(1 - level).add_(dense, alpha=level * stats.tokens[tap])
 
 
 def solve_units(job: Job, units: list[Unit], plan: Plan, weights: Weights, stats: Stats, origin: str) -> list[Edit]:
@@ -152,7 +152,7 @@ def solve_units(job: Job, units: list[Unit], plan: Plan, weights: Weights, stats
     return [edit for n in range(len(units)) for edit in found[n][1]]
 
 
-def beside(job: Job, units: list[Unit]) -> set[str]:
+def find_sites_beside(job: Job, units: list[Unit]) -> set[str]:
     """Sites of the uncompressed block that solving these units of one block looks at, if one run beside the stages can
     keep them all: none wider than what flows between submodules."""
     known = job.stored.taps(units[0].block) if units else set()
@@ -163,7 +163,7 @@ def beside(job: Job, units: list[Unit]) -> set[str]:
     return sites if narrow and not any(s.endswith(".gap") for s in seen) else set()
 
 
-def unknown(job: Job, i: int, units: list[Unit]) -> tuple[str, list[Tap]]:
+def find_missing(job: Job, i: int, units: list[Unit]) -> tuple[str, list[Tap]]:
     """For solving block i's units on the uncompressed model's statistics: (the passes they come from, taps to measure).
 
     The passes' name is empty where something else has been stored.
