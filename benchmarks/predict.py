@@ -57,7 +57,7 @@ CASES = [
     Case(1024, 2816, 16, 8, "mpifa", 24, DAMPED),
     Case(1024, 2816, 16, 8, "subfit", 16),
     Case(512, 4096, 8, 2, "subfit", 8),
-    Case(1024, 2816, 16, 8, "auto", 8),
+    Case(1024, 2816, 16, 8, "auto", 24),
     Case(512, 1408, 8, 2, "auto", 32),
 ]
 HEAD = """# Predicted and measured peaks

@@ -123,3 +123,26 @@ def test_nothing_is_left_behind():
     assert {n: sorted(vars(m)) for n, m in model.named_modules()} == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not any("forward" in vars(b) for b in stream.blocks)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "opt", "gemma2", "gpt_neox"])
+def test_the_head_in_pieces(name, monkeypatch):
+    """A vocabulary too large for a batch's logits changes neither losses nor gradients, and no more is asked of the head."""
+    windows = tiny.windows(5, 24)
+    s = Stream(MemorySource(tiny.build(name, torch.float64)), windows, dtype=torch.float64)
+    outputs = s.sweep(lambda shape: [], lambda i, block, stats: None)
+    inputs = s.start()
+    whole = s.nll(outputs), s.divergence(inputs, outputs), s.output_gradient(outputs[0], 0, 0)
+    sizes = []
+    old = Stream.embedded
+
+    def embedded(self, hidden):
+        sizes.append(hidden.shape[:-1].numel())
+        return old(self, hidden)
+
+    monkeypatch.setattr(Stream, "embedded", embedded)
+    monkeypatch.setattr("planish.stream.LOGITS", 7 * s.source.config.vocab_size + 1)
+    assert s.nll(outputs) == pytest.approx(whole[0], rel=1e-13)
+    assert s.divergence(inputs, outputs) == pytest.approx(whole[1], rel=1e-12)
+    torch.testing.assert_close(s.output_gradient(outputs[0], 0, 0), whole[2], rtol=1e-10, atol=1e-13)
+    assert max(sizes) == 7

@@ -34,6 +34,8 @@ T = TypeVar("T")
 Hidden = Sequence[Tensor]  # for each of this process's batches: (batch, seq, hidden), on the CPU
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 BATCH = 2048  # tokens that run at a time
+LOGITS = 1 << 23  # numbers that the head gives at a time: 64 MiB in fp64, of which sampling labels takes a few copies
+NOTHING = -100  # label of a token that predicts none
 LARGE = 1 << 20  # parameters; of modules outside the blocks these are in memory only while they are needed
 
 
@@ -318,15 +320,28 @@ class Stream:
         with self.replace_blocks(lambda i, x, *a, **k: h):
             return self.model(inputs_embeds=self.embedded(h), use_cache=False).logits
 
+    def split_tokens(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """One batch of last-block outputs (n, seq, hidden) in pieces for the head: itself, or (1, tokens, hidden) where all its
+        tokens' logits would be more than `LOGITS` numbers."""
+        n, length, _ = hidden.shape
+        tokens = LOGITS // self.source.config.vocab_size
+        if n * length <= tokens:
+            return (hidden,)
+        return hidden.flatten(0, 1)[None].split(min(max(tokens, 1), length), 1)
+
     def nll(self, hidden: Hidden) -> float:
         """Mean NLL per predicted token of the calibration windows, from last-block outputs."""
         losses = []
         for piece, h in zip(self.pieces, hidden, strict=True):
-            logits = self.logits(h)[:, :-1]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            target = piece.ids[:, 1:].to(self.device)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
-            losses.append((loss, target.numel()))
+            target = nn.functional.pad(piece.ids[:, 1:], (0, 1), value=NOTHING).flatten()
+            loss, done = 0.0, 0
+            for few in self.split_tokens(h):
+                logits = self.logits(few).flatten(0, 1)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                words = target[done : done + len(logits)].to(self.device)
+                loss += nn.functional.cross_entropy(logits, words, ignore_index=NOTHING, reduction="sum").item()
+                done += len(logits)
+            losses.append((loss, piece.ids[:, 1:].numel()))
         self.release()
         losses = self.in_order(losses)
         if not sum(n for _, n in losses):
@@ -337,12 +352,13 @@ class Stream:
         """Mean KL(reference ‖ model) in nats per token, from the last-block outputs of both."""
         sums = []
         for h, r in zip(hidden, reference, strict=True):
-            logits = [self.logits(x).flatten(0, 1) for x in (h, r)]
             lost = 0.0
-            for few in zip(*(x.split(256) for x in logits), strict=True):
-                own, other = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in few)
-                lost += float((other.exp() * (other - own)).sum())
-            sums.append((lost, len(logits[0])))
+            for pair in zip(*(self.split_tokens(x) for x in (h, r)), strict=True):
+                logits = [self.logits(x).flatten(0, 1) for x in pair]
+                for few in zip(*(x.split(256) for x in logits), strict=True):
+                    own, other = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in few)
+                    lost += float((other.exp() * (other - own)).sum())
+            sums.append((lost, h.shape[0] * h.shape[1]))
         self.release()
         sums = self.in_order(sums)
         return max(sum(s for s, _ in sums) / sum(n for _, n in sums), 0.0)
@@ -379,9 +395,18 @@ class Stream:
         Sampled labels make the second moment of the gradient the true Fisher information. Deterministic by `seed` and
         by each sequence's number, however sequences are grouped; `first` is the number of the batch's first sequence.
         """
-        h = hidden.to(self.device).detach().clone().requires_grad_(True)
         draws = [torch.Generator().manual_seed(seed * 1_000_003 + first + n) for n in range(len(hidden))]
         noise = torch.cat([torch.rand(hidden.shape[1], generator=g, dtype=torch.float64) for g in draws])
+        found, done = [], 0
+        for few in self.split_tokens(hidden):
+            n = few.shape[0] * few.shape[1]
+            found.append(self.sample_gradient(few, noise[done : done + n]))
+            done += n
+        return torch.cat(found, 1).view(hidden.shape)
+
+    def sample_gradient(self, hidden: Tensor, noise: Tensor) -> Tensor:
+        """`output_gradient` of one piece; noise (n · seq,) in [0, 1) chooses the labels."""
+        h = hidden.to(self.device).detach().clone().requires_grad_(True)
         with torch.enable_grad(), self.replace_blocks(lambda i, x, *a, **k: h if i == len(self) - 1 else x):
             logits = self.model(inputs_embeds=self.embedded(h.detach()), use_cache=False).logits.flatten(0, 1)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
