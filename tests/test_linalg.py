@@ -40,6 +40,16 @@ def energy(x: Tensor) -> float:
 # ---------------------------------------------------------------- low rank
 
 
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50), SEEDS)
+def test_products_that_read_half_of_a_matrix(m, n, leaf, seed):
+    w, a = draw(seed, m, n), draw(seed + 1, n, n)
+    lower, gram = a.tril(), a @ a.T
+    torch.testing.assert_close(linalg.triangular_product(w, a, leaf=leaf), w @ lower)  # what lies above is not read
+    products = (linalg.sandwich(w, gram), w @ gram @ w.T), (linalg.congruence(gram, lower), lower.T @ gram @ lower)
+    for half, whole in products:
+        torch.testing.assert_close(half, whole)
+
+
 @given(SIZES, SIZES, SEEDS)
 def test_whitened_svd_is_the_cholesky_form(out, n, seed):
     """[W S]_r S⁻¹ with S Sᵀ = X Xᵀ, and Σ of the dropped σ² is the error on the tokens."""
