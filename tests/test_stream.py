@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import tiny
+from planish.attended import Attended
 from planish.job import Job
 from planish.methods import find_method
-from planish.modules import find_blocks
+from planish.modules import find_blocks, get_linear
 from planish.sources import MemorySource, open_source
 from planish.stats import Tap
 from planish.stream import Stream
@@ -37,6 +38,36 @@ def test_hidden_states_are_the_models_own(family, stored, tmp_path):
     torch.testing.assert_close(ours, expected.logits, rtol=1e-4, atol=1e-4)
     loss = nn.functional.cross_entropy(expected.logits[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten())
     assert stream.nll(hidden) == pytest.approx(float(loss), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.NAMES)
+def test_runs_behind_the_attention_skip_it(family):
+    """A second run with the same q, k, v computes them for the first batch only; outputs and statistics are the same bits."""
+    stream = Stream(MemorySource(tiny.build(family)), WINDOWS)
+    stream.batches = list(WINDOWS.split(4))
+    hidden, block = stream.start(), stream.block(0)
+    queries = []
+    get_linear(block, stream.family, "q").register_forward_hook(lambda m, args, out: queries.append(len(out)))
+    taps = [Tap("o.in", "gram"), Tap("o.out", "gram"), Tap("down.in", "gram"), Tap("attention.add", "gram")]
+    attended = Attended(stream.room, len(hidden))
+    for change in (None, None, "o", "down", "q", None):
+        if change:
+            get_linear(block, stream.family, change).weight.mul_(1.5)
+        plain, expected = stream.measure(0, block, taps, hidden)
+        queries.clear()
+        stats, outputs = stream.measure(0, block, taps, hidden, attended=attended)
+        assert len(queries) == (1 if attended.result else 3)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert all(torch.equal(stats.sums[t]["sum"], plain.sums[t]["sum"]) for t in taps)
+        if change == "q":  # the first batch shows that something else came before o
+            assert len(queries) == 3
+    assert len(queries) == 1, "the last run skips again"
+    stream.measure(0, block, [Tap("k.out", "gram")], hidden, attended=attended)  # somebody looks
+    assert len(queries) == 4
+    attended.forget()
+    stream.run(0, block, hidden, attended=attended)
+    assert len(queries) == 7
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from planish import processes
+from planish.attended import Attended
 from planish.checkpoint import apply_edits, count_block, narrow
 from planish.core import SUBMODULES, Edit, Plan, Unit, Weights
 from planish.modules import Spec, get_linear
@@ -21,6 +22,7 @@ from planish.stream import Stream
 if TYPE_CHECKING:
     from planish.job import Job
 
+BEHIND = {"o", "gate", "up", "down", "mlp", "ffn"}  # units whose solution leaves what `o` reads as it is
 BLEND = 0.6  # share of the uncompressed model's moments where hardly any window is run again
 
 
@@ -56,6 +58,7 @@ def solve(
         weights = read_weights(block, stream)
         dense = copy.deepcopy(block) if method.prefix == "both" else None
         spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
+        attended = Attended(stream.room, len(stream.pieces)) if stream.device.type == "cpu" else None  # else: copies
         captured, dense_outputs = None, None
         sites = find_sites_beside(job, units)
         if dense is not None and dense_hidden is not None and sites:
@@ -66,9 +69,12 @@ def solve(
                 pair: Any = captured
                 if captured is None and dense is not None and dense_hidden is not None:
                     pair = (stream.place(dense), dense_hidden)
+                behind = attended if all(u.name in BEHIND for u in stage) else None
                 stats, outputs, origin = measure_stage(
-                    job, stream, i, block, stage, hidden, pair, pristine and not edits
+                    job, stream, i, block, stage, hidden, pair, pristine and not edits, behind
                 )
+                if behind is None and attended is not None:
+                    attended.forget()
                 del pair
             with job.phase("solve"):
                 blend(job, stats, weights)
@@ -80,7 +86,8 @@ def solve(
                 del stats
         with job.phase("stream"):
             if sequential or outputs is None:
-                outputs = stream.run(i, stream.place(block), hidden)
+                outputs = stream.run(i, stream.place(block), hidden, attended=attended)
+            del attended
             if dense is not None and dense_hidden is not None:
                 dense_hidden = dense_outputs or stream.run(i, stream.place(dense), dense_hidden)
             hidden = outputs
@@ -91,7 +98,15 @@ def solve(
 
 
 def measure_stage(
-    job: Job, stream: Stream, i: int, block: nn.Module, stage: list[Unit], hidden: Any, pair: Any, pristine: bool
+    job: Job,
+    stream: Stream,
+    i: int,
+    block: nn.Module,
+    stage: list[Unit],
+    hidden: Any,
+    pair: Any,
+    pristine: bool,
+    attended: Attended | None = None,
 ) -> tuple[Stats, Any, str]:
     """(Statistics that these units of block i need, the block's outputs if they came along, passes the statistics are from).
 
@@ -109,7 +124,7 @@ def measure_stage(
     taps = [t for t in taps if t not in known.sums]
     stats, outputs = Stats(), None
     if taps or sequential:
-        stats, outputs = stream.measure(i, stream.place(block), taps, hidden, pair, outputs=not sequential)
+        stats, outputs = stream.measure(i, stream.place(block), taps, hidden, pair, not sequential, attended)
     if origin:
         job.cache.keep_stats("forward", i, stats)
     stats.merge(known)

@@ -140,8 +140,11 @@ class Stats:
         self.origin = ""  # the pass over the uncompressed model that all of it comes from, if it does
         self.tokens: dict[Tap, int] = dict.fromkeys(sorted(set(taps)), 0)
 
-    def update(self, values: dict[str, Tensor], taps: Iterable[Tap] | None = None) -> None:
-        """Add one batch to `taps` (all known ones by default). `values`: site → (…, channels)."""
+    def update(self, values: dict[str, Tensor], taps: Iterable[Tap] | None = None, whole: bool = True) -> None:
+        """Add one batch to `taps` (all known ones by default). `values`: site → (…, channels).
+
+        Without `whole` what lies below the diagonal of Grams is undefined until `complete`.
+        """
         for tap in sorted(set(self.tokens if taps is None else taps)):
             tensors = [values[s] if tap.kind in WHOLE else values[s].flatten(0, -2) for s in tap.sites]
             sums = self.sums.setdefault(tap, {})
@@ -150,6 +153,14 @@ class Stats:
             else:
                 add(sums, KINDS[tap.kind](*tensors, **({"heads": tap.heads} if tap.heads else {})))
             self.tokens[tap] = self.tokens.get(tap, 0) + tensors[0].shape[:-1].numel()
+            if whole:
+                self.complete([tap])
+
+    def complete(self, taps: Iterable[Tap]) -> None:
+        """Grams of these taps: what lies above the diagonal → below it."""
+        for tap in taps:
+            if tap.kind == "gram" and not tap.heads and tap in self.sums:
+                mirror(self.sums[tap]["sum"])
 
     def merge(self, other: Stats) -> None:
         """Add the other's sums, which this one takes over: the other is not to be used afterwards."""
@@ -218,7 +229,7 @@ LEAF = 128  # channels of the smallest square that is not halved further
 
 
 def add_gram(into: Sums, x: Tensor) -> None:
-    """`gram` added in place: what lies on and above the diagonal, mirrored; half the products, no second Gram."""
+    """`gram` added in place, on and above the diagonal only (see `mirror`): half the products, no second Gram."""
     n = x.shape[-1]
     if "sum" not in into:
         into["sum"] = torch.zeros(n, n, dtype=torch.float64, device=x.device)
@@ -227,7 +238,6 @@ def add_gram(into: Sums, x: Tensor) -> None:
         chunk = chunk.double()
         for i in range(0, n, TILE):
             add_row(total[i : i + TILE, i:], chunk[:, i:])
-    mirror(total)
 
 
 def add_row(row: Tensor, x: Tensor) -> None:

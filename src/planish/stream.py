@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from planish import processes
 from planish import stats as planish_stats
 from planish.activations import Activations, Room
+from planish.attended import Attended
 from planish.checkpoint import apply_edits
 from planish.core import Edit, Progress, Shape
 from planish.errors import InputError
 from planish.families import Family
-from planish.modules import find_blocks, get_linear
+from planish.modules import Bypass, find_blocks, get_linear
 from planish.sources import Source, is_finite
 from planish.stats import Stats, Tap, add_lane
 
@@ -159,7 +160,8 @@ class Stream:
 
         `edits` are made to it first.
         """
-        return_memory()
+        if self.source.shape(i).count() > LARGE:
+            return_memory()
         block = self.source.block(i)
         apply_edits(block, list(edits), self.family, self.source.config, self.source.shape(i))
         return block
@@ -191,9 +193,25 @@ class Stream:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def run(self, i: int, block: nn.Module, hidden: Hidden, room: Room | None = None) -> Hidden:
+    def run(
+        self, i: int, block: nn.Module, hidden: Hidden, room: Room | None = None, attended: Attended | None = None
+    ) -> Hidden:
         """All batches through block i; the outputs lie in `room`, unless told the stream's."""
-        return Activations(room or self.room, (self.forward(i, block, h) for h in hidden))
+        outputs = Activations(room or self.room)
+        for n, h in enumerate(hidden):
+            with self.attend(attended, n, block):
+                outputs.append(self.forward(i, block, h))
+        return outputs
+
+    def attend(
+        self, attended: Attended | None, n: int, block: nn.Module, sites: set[str] | None = None
+    ) -> AbstractContextManager:
+        """Within the context batch n runs through the block, which starts from what has been `attended` if it can."""
+        attention = block.get_submodule(self.family.attention)
+        if attended is None or isinstance(attention, Bypass):
+            return nullcontext()
+        inner = any(s.partition(".")[0] in ("q", "k", "v") for s in sites or ())
+        return attended.batch(n, attention, get_linear(block, self.family, "o"), skip=not inner)
 
     @torch.no_grad()
     def measure(
@@ -204,9 +222,10 @@ class Stream:
         hidden: Hidden,
         dense: tuple[nn.Module, Hidden] | dict[str, Hidden] | None = None,
         outputs: bool = True,
+        attended: Attended | None = None,
     ) -> tuple[Stats, Hidden]:
         """Statistics of block i over all batches, and its outputs (none without `outputs`: then only as much of the
-        block runs as the sites need).
+        block runs as the sites need, and where its q, k and v have already run with these inputs, not `attended` again).
 
         `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:"; or what `capture` saw there.
         """
@@ -222,7 +241,11 @@ class Stream:
         def run(n: int) -> dict[str, Tensor]:
             h, values = hidden[n], dict[str, Tensor]()
             if own_sites or outputs:
-                with tap_sites(block, self.family, own_sites, not outputs) as seen, suppress(AllSeen):
+                with (
+                    self.attend(attended, n, block, own_sites),
+                    tap_sites(block, self.family, own_sites, not outputs) as seen,
+                    suppress(AllSeen),
+                ):
                     results.append(self.forward(i, block, h))
                 values |= seen
             if dense_sites and isinstance(dense, dict):
@@ -279,6 +302,8 @@ class Stream:
                     total.merge(share_stats(mine, owner))
                 for tap in wide:
                     self.add_wide(total, tap, kept[tap], mine.tokens.get(tap, 0), owners, shape)
+        with self.clock("sums"):
+            total.complete(narrow)
         for tap, sums in total.sums.items():  # solved beside the weights, on the CPU
             sums.update({name: t.cpu() for name, t in sums.items()})
             if not all(is_finite(t) for t in sums.values()):
@@ -448,10 +473,12 @@ class Stream:
             wanted = taps(self.source.shape(i))
             forward = {s.removeprefix("dense:") for t in wanted for s in t.sites if not s.startswith("grad:")}
             grads = {s.removeprefix("grad:") for t in wanted for s in t.sites if s.startswith("grad:")}
-            back = {s: s.replace(".back", ".out") for s in sorted(grads) if s.endswith(".back")}
+            back, weights = dict[str, str](), dict[str, Tensor]()
+            if (edits or {}).get(i):  # through the uncompressed weights all the same
+                back = {s: s.replace(".back", ".out") for s in sorted(grads) if s.endswith(".back")}
+                dense = self.place(self.block(i))
+                weights = {s: get_linear(dense, self.family, s.removesuffix(".back")).weight.detach() for s in back}
             backward = sorted(grads - set(back) | set(back.values()))
-            dense = placed if not (edits or {}).get(i) else self.place(self.block(i))
-            weights = {s: get_linear(dense, self.family, s.removesuffix(".back")).weight.detach() for s in back}
             hidden, earlier = inputs.pop(), Activations(self.room)
 
             def run(n: int) -> dict[str, Tensor]:
@@ -490,12 +517,13 @@ def return_memory() -> None:
 
 
 def add_batch(stats: Stats, taps: list[Tap], values: dict[str, Tensor], first: int) -> None:
-    """Add a batch, whose first window has the number `first`; every eighth window is held out of "fit"."""
+    """Add a batch, whose first window has the number `first`; every eighth window is held out of "fit". Grams are to be
+    completed."""
     for part in sorted({t.part for t in taps}):
         rows = choose_rows(part, first, len(next(iter(values.values()))))
         chosen = {s: v[rows] for s, v in values.items()}
         if len(next(iter(chosen.values()))):
-            stats.update(chosen, [t for t in taps if t.part == part])
+            stats.update(chosen, [t for t in taps if t.part == part], whole=False)
 
 
 def choose_rows(part: str, first: int, n: int) -> Any:
@@ -559,6 +587,16 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             module.register_forward_hook(lambda m, a, out: see(site, out[0] if isinstance(out, tuple) else out))
         )
 
+    def tap_back(linear: nn.Module, site: str) -> None:
+        """An alias of the input that nobody else reads: what goes back to it comes through this linear alone."""
+
+        def look(module, args):
+            alias = args[0].view_as(args[0])
+            see(site, alias)
+            return (alias, *args[1:])
+
+        handles.append(linear.register_forward_pre_hook(look))
+
     def tap_product(linear: nn.Module, site: str) -> None:
         handles.append(
             linear.register_forward_hook(lambda m, a, out: see(site, out if m.bias is None else out - m.bias))
@@ -566,7 +604,9 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
 
     for site in sites:
         where, end = site.split(".")
-        if end == "product":
+        if end == "back":
+            tap_back(get_linear(block, family, where), site)
+        elif end == "product":
             tap_product(get_linear(block, family, where), site)
         elif where == "block":
             (tap_input if end == "in" else tap_output)(block, site)

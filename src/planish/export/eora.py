@@ -30,7 +30,7 @@ from planish.export.folder import Folder
 from planish.linalg import DAMPING, damp, whitened_svd
 from planish.shards import write_shard, write_text
 from planish.sources import Source, find_folder, set_parameter
-from planish.stats import Sums, add_gram
+from planish.stats import Sums, add_gram, mirror
 from planish.stream import Stream
 
 QUANTISERS = ("round", "torchao")
@@ -206,6 +206,8 @@ def measure_grams(stream: Stream, i: int, block: nn.Module, names: list[str], hi
     finally:
         for handle in handles:
             handle.remove()
+    for name in set(leader.values()):
+        mirror(sums[name]["sum"])
     return {n: sums[leader[n]]["sum"].cpu() for n in names}
 
 
