@@ -50,6 +50,16 @@ def test_products_that_read_half_of_a_matrix(m, n, leaf, seed):
         torch.testing.assert_close(half, whole)
 
 
+@given(SIZES, SIZES, st.integers(0, 11), SEEDS)
+def test_truncation_is_the_svds(out, n, rank, seed):
+    m, r = draw(seed, out, n), min(rank, out, n)
+    u, s, vh = torch.linalg.svd(m, full_matrices=False)
+    b, a = linalg.truncate(m, r)
+    assert b.shape == (out, r) and a.shape == (r, n)
+    torch.testing.assert_close(b @ a, (u[:, :r] * s[:r]) @ vh[:r], rtol=1e-6, atol=1e-6 * float(s[0]))
+    assert energy(m - b @ a) == pytest.approx(float(s[r:].square().sum()), rel=1e-8, abs=1e-12 * energy(m))
+
+
 @given(SIZES, SIZES, SEEDS)
 def test_whitened_svd_is_the_cholesky_form(out, n, seed):
     """[W S]_r S⁻¹ with S Sᵀ = X Xᵀ, and Σ of the dropped σ² is the error on the tokens."""

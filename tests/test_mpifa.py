@@ -41,7 +41,7 @@ def test_error_is_the_one_measured_on_tokens(anchor):
     p, w, x, y = problem(anchor, 1e-3)
     losses = p.losses()
     for rank in (1, 3, 6):
-        for b, a in (p.optimum(rank), p.alternate(rank)):
+        for b, a in (p.optimum(rank), p.factors(rank)):
             assert p.error(b, a) == pytest.approx(measure(w, x, y, anchor, b, a), rel=1e-9)
         assert float(losses[rank]) == pytest.approx(p.error(*p.optimum(rank)), rel=1e-9)
     assert float(losses[-1]) == pytest.approx(measure(w, x, y, anchor, w, torch.eye(7).double()), rel=1e-9, abs=1e-12)
@@ -54,8 +54,8 @@ def test_whitened_start_at_least_the_alternating_steps_at_least_the_optimum(anch
     for rank in (1, 2, 4, 6):
         start = p.start.B[:, :rank], p.start.A[:rank]
         b, a = p.optimum(rank)
-        assert p.error(*start) >= p.error(*p.alternate(rank)) * (1 - 1e-6)
-        assert p.error(*p.alternate(rank)) >= p.error(b, a) * (1 - 1e-6)
+        assert p.error(*start) >= p.error(*p.factors(rank)) * (1 - 1e-6)
+        assert p.error(*p.factors(rank)) >= p.error(b, a) * (1 - 1e-6)
         g = torch.Generator().manual_seed(rank)
         for size in (0.1, 1e-3):
             db, da = (size * torch.randn(t.shape, generator=g, dtype=torch.float64) for t in (b, a))
@@ -69,7 +69,7 @@ def test_without_disturbance_the_optimum_is_the_whitened_svd():
     p = Anchored(w, gram, gram, gram, 1.0, 1e-10)
     for rank in (1, 3, 5):
         expected = p.start.B[:, :rank] @ p.start.A[:rank]
-        for b, a in (p.optimum(rank), p.alternate(rank)):
+        for b, a in (p.optimum(rank), p.factors(rank)):
             assert torch.allclose(b @ a, expected, atol=1e-6)
 
 

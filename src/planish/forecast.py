@@ -28,10 +28,10 @@ from planish.latency import Latency, read_table
 from planish.methods import find_name
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
-from planish.solve import find_sites_beside
+from planish.solve import BEHIND, find_sites_beside
 from planish.sources import ConfigSource, Source
 from planish.stats import Tap, add_gram
-from planish.stream import Stream
+from planish.stream import BATCH, Stream
 from planish.targets import describe_limits
 
 STATISTICS = 1 << 30  # bytes of statistics that planning without the target's limits may use again
@@ -264,6 +264,9 @@ def estimate(
         computed=stream.dtype.itemsize,
         streams=both,
         sequential=job.method.prefix != "dense",
+        attended=shape.heads * shape.v if starts_behind(job, shape.block) else 0,
+        kept=count_kept(job, tokens),
+        backward=any(t.site.startswith("grad:") for t in job.stored_taps(shape.block)),
         accelerator=stream.device.type != "cpu",
         activation_limit=stream.room.limit,
     )
@@ -278,7 +281,7 @@ def estimate(
     rehearsed = rehearse({u: job.units[u] for u in alike.values()}, plan, shape)
     took = {u.name: s for u, s in rehearsed.items()}
     for i, cut in enumerate(cuts):
-        through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]])
+        through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]], -(-tokens // BATCH))
         passes += through
         summing += tokens * sum(time_sums(job.shapes[i], tap, rates) for tap in taps)
         solving += sum(took[u.name] for u in cut)
@@ -296,6 +299,23 @@ def estimate(
     return peaks, seconds, how
 
 
+def starts_behind(job: Job, i: int) -> bool:
+    """Whether what the attention of block i gives is kept for later stages (see `planish.attended`)."""
+    stages = job.method.stages(job.block_units(i))
+    behind = [s for s in stages if all(u.name in BEHIND for u in s)]
+    return job.method.prefix != "dense" and bool(behind) and job.stream.device.type == "cpu"
+
+
+def count_kept(job: Job, tokens: int) -> int:
+    """Bytes that lie in memory for all blocks at once: their inputs and their statistics, where gradients are measured."""
+    taps = [t for s in job.shapes for t in job.stored_taps(s.block)]
+    if not any(t.site.startswith("grad:") for t in taps):
+        return 0
+    inputs = sum(s.hidden for s in job.shapes) * tokens * job.stream.dtype.itemsize
+    statistics = sum(8 * count_sums(s, set(job.stored_taps(s.block)) & job.kept_taps(s.block)) for s in job.shapes)
+    return min(inputs + statistics, job.stream.room.shelf.limit)
+
+
 ORDER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # in which a forward pass reaches the linears
 
 
@@ -309,20 +329,31 @@ def reach(shape: Shape, taps: Iterable[Tap]) -> float:
     return sum(shape.count(r) for roles in ORDER[:depth] for r in roles if r in shape.roles) / shape.count()
 
 
-def count_passes(job: Job, i: int, stages: list[list[Unit]]) -> tuple[float, list[Tap]]:
+def count_passes(job: Job, i: int, stages: list[list[Unit]], batches: int) -> tuple[float, list[Tap]]:
     """Forward passes through block i, in shares of its weights, and the taps measured on them, when it is solved."""
     shape, known = job.shapes[i], job.stored.taps(i)
     taps = [[t for t in job.taps(stage) if t not in known] for stage in stages]
     everything = [t for stage in taps for t in stage]
     if job.method.prefix == "dense":
         return 1.0 if everything or not job.stored else 0.0, everything
-    passes = 1.0 + sum(reach(shape, [t for t in stage if any(":" not in s for s in t.sites)]) for stage in taps)
+    skips = 1 - 1 / batches if job.stream.device.type == "cpu" else 0.0
+    own = [reach(shape, [t for t in stage if any(":" not in s for s in t.sites)]) for stage in taps]
+    passes = count_runs(shape, own, [all(u.name in BEHIND for u in stage) for stage in stages], skips)
     if job.method.prefix == "both":
         kept = find_sites_beside(job, [u for stage in stages for u in stage])
-        passes += (
-            1.0 if kept else 1.0 + sum(reach(shape, [t for t in s if len(t.sites[0].split(":")) > 1]) for s in taps)
-        )
+        seen = [reach(shape, [t for t in s if len(t.sites[0].split(":")) > 1]) for s in taps]
+        passes += 1.0 if kept else count_runs(shape, seen, [True] * len(stages), skips)
     return passes, everything
+
+
+def count_runs(shape: Shape, shares: list[float], behind: list[bool], skips: float) -> float:
+    """Passes of runs that end after these shares of a block, and of one to its end; of those `behind` a solved attention this
+    share `skips` it (see `planish.attended`)."""
+    passes, attended, attention = 0.0, False, reach(shape, [Tap("o.in", "gram")])
+    for share, may in zip([*shares, 1.0], [*behind, True], strict=True):
+        passes += share - skips * attention if attended and may and share >= attention else share
+        attended = may and (attended or share >= attention)
+    return passes
 
 
 def time_sums(shape: Shape, tap: Tap, rates: Rates) -> float:

@@ -44,6 +44,9 @@ def predict(
     computed: int = 4,
     streams: int = 1,
     sequential: bool = False,
+    attended: int = 0,
+    kept: int = 0,
+    backward: bool = False,
     accelerator: bool = False,
     activation_limit: int | None = None,
     base: int = LIBRARIES,
@@ -52,18 +55,19 @@ def predict(
 
     outside = P_o, largest = P_m, statistics = S, wide = S_w, sites = their widths (together k), work = W, written =
     parameters of the output; `sequential`: statistics on the compressed prefix;
-    `streams` 2 where the dense prefix runs beside the compressed one; `activation_limit`: bytes of activations held in
-    memory before they go to disk.
+    `streams` 2 where the dense prefix runs beside the compressed one; `attended`: channels of what stages behind a solved
+    attention start from; `kept`: bytes of block inputs and statistics kept of all blocks; `backward`: gradients are measured;
+    `activation_limit`: bytes of activations held in memory before they go to disk.
 
     RAM = base + the largest of
     start    P_m (s + c) + T d c
     measure  streams · P_b (s + c if c ≠ s) + A + batch + sums
     solve    streams · P_b s + P_b s for the edits + A + 8 S + 8 W
     end      P_o s
-    with A = min(2 · streams · T d c, limit), half of it where a method measures on the compressed prefix (`sequential`:
+    with A = min(2 · streams · T d c + T attended c, limit) + kept, half of it where a method measures on the compressed prefix (`sequential`:
     a block runs again for its outputs); forward f = t (3 m + 3 d + k − widest site) c; batch + sums = 8 (2 S − S_w) + f for
     several batches, for one the larger of f and 8 S + t k c + 8 · 1024 · widest site. The inputs of wide Grams, a lane's at a
-    time, are among the activations. On an accelerator the computing copy of a block, batch and sums lie in VRAM.
+    time, are among the activations. With `backward`, f holds what autograd saves as well, t (4 m + 10 d) c. On an accelerator the computing copy of a block, batch and sums lie in VRAM.
     """
     shape = max(shapes, key=Shape.count)
     block, d, m = shape.count(), shape.hidden, shape.intermediate
@@ -71,16 +75,17 @@ def predict(
     limit = float("inf") if activation_limit is None else activation_limit
     one = streams * tokens * d * computed
     lane = 0 if tokens <= BATCH or not wide else max(BATCH, tokens // 8) * m * computed
-    held = int(min(2 * one + lane, limit))
+    lane += tokens * attended * computed
+    held = int(min(2 * one + lane, limit)) + kept
     batch = min(tokens, BATCH) * computed
-    through = 3 * m + 3 * d
+    through = (7 * m + 13 * d) if backward else (3 * m + 3 * d)
     tapped, widest = sum(sites), max(sites, default=0)
     if tokens > BATCH:
         measure = 8 * (2 * statistics - wide) + batch * (through + tapped - widest)
     else:
         measure = max(batch * (through + tapped - widest), 8 * statistics + batch * tapped + 8 * 1024 * widest)
     rest = streams * block * copy + batch * through + held  # a block runs again for its outputs
-    measure += streams * block * copy + (int(min(one + lane, limit)) if sequential else held)
+    measure += streams * block * copy + (int(min(one + lane, limit)) + kept if sequential else held)
     solve = streams * block * stored + held + block * stored + 8 * (statistics + work)
     on_host = streams * block * stored
     start = largest * (stored + computed) + min(one, held)
@@ -90,4 +95,4 @@ def predict(
     else:
         vram, inside = 0, on_host + max(measure, rest)
     ram = base + max(start, outside * stored, inside, solve)
-    return Prediction(ram, vram, written * stored, 2 * one + lane - held)
+    return Prediction(ram, vram, written * stored, max(2 * one + lane - held, 0))

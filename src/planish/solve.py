@@ -58,7 +58,9 @@ def solve(
         weights = read_weights(block, stream)
         dense = copy.deepcopy(block) if method.prefix == "both" else None
         spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
-        attended = Attended(stream.room, len(stream.pieces)) if stream.device.type == "cpu" else None  # else: copies
+        attended, beside = (
+            Attended(stream.room, len(stream.pieces)) if stream.device.type == "cpu" else None for _ in range(2)
+        )  # copies to another device would take longer than what they save
         captured, dense_outputs = None, None
         sites = find_sites_beside(job, units)
         if dense is not None and dense_hidden is not None and sites:
@@ -71,7 +73,7 @@ def solve(
                     pair = (stream.place(dense), dense_hidden)
                 behind = attended if all(u.name in BEHIND for u in stage) else None
                 stats, outputs, origin = measure_stage(
-                    job, stream, i, block, stage, hidden, pair, pristine and not edits, behind
+                    job, stream, i, block, stage, hidden, pair, pristine and not edits, behind, beside
                 )
                 if behind is None and attended is not None:
                     attended.forget()
@@ -87,9 +89,9 @@ def solve(
         with job.phase("stream"):
             if sequential or outputs is None:
                 outputs = stream.run(i, stream.place(block), hidden, attended=attended)
-            del attended
             if dense is not None and dense_hidden is not None:
-                dense_hidden = dense_outputs or stream.run(i, stream.place(dense), dense_hidden)
+                dense_hidden = dense_outputs or stream.run(i, stream.place(dense), dense_hidden, attended=beside)
+            del attended, beside
             hidden = outputs
         emit(i, block, spec)
         if job.progress:
@@ -107,6 +109,7 @@ def measure_stage(
     pair: Any,
     pristine: bool,
     attended: Attended | None = None,
+    beside: Attended | None = None,
 ) -> tuple[Stats, Any, str]:
     """(Statistics that these units of block i need, the block's outputs if they came along, passes the statistics are from).
 
@@ -124,7 +127,7 @@ def measure_stage(
     taps = [t for t in taps if t not in known.sums]
     stats, outputs = Stats(), None
     if taps or sequential:
-        stats, outputs = stream.measure(i, stream.place(block), taps, hidden, pair, not sequential, attended)
+        stats, outputs = stream.measure(i, stream.place(block), taps, hidden, pair, not sequential, attended, beside)
     if origin:
         job.cache.keep_stats("forward", i, stats)
     stats.merge(known)

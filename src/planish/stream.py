@@ -223,11 +223,13 @@ class Stream:
         dense: tuple[nn.Module, Hidden] | dict[str, Hidden] | None = None,
         outputs: bool = True,
         attended: Attended | None = None,
+        beside: Attended | None = None,
     ) -> tuple[Stats, Hidden]:
         """Statistics of block i over all batches, and its outputs (none without `outputs`: then only as much of the
         block runs as the sites need, and where its q, k and v have already run with these inputs, not `attended` again).
 
-        `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:"; or what `capture` saw there.
+        `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:", and `beside` what it has
+        attended; or what `capture` saw there.
         """
         results = Activations(self.room)
         own_sites = {s for t in taps for s in t.sites if ":" not in s}
@@ -252,7 +254,11 @@ class Stream:
                 values |= {f"dense:{s}": dense[s][n].to(self.device) for s in dense_sites}
             elif dense_sites:
                 assert isinstance(dense, tuple)
-                with tap_sites(dense[0], self.family, dense_sites, True) as seen, suppress(AllSeen):
+                with (
+                    self.attend(beside, n, dense[0], dense_sites),
+                    tap_sites(dense[0], self.family, dense_sites, True) as seen,
+                    suppress(AllSeen),
+                ):
                     self.forward(i, dense[0], dense[1][n])
                 values |= {f"dense:{s}": v for s, v in seen.items()}
             for where in gaps:

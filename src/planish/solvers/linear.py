@@ -12,7 +12,7 @@ from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.edits import input_site, low_rank_edit
-from planish.linalg import LowRank, damp, least_squares, root, svd, whitened_svd
+from planish.linalg import LowRank, damp, least_squares, root, solve, svd, truncate, whitened_svd
 from planish.stats import Stats, Tap
 
 Metric = Literal["plain", "diagonal", "whitened"]
@@ -142,7 +142,21 @@ class TwoStageSVD(LinearSVD):
         return [low_rank_edit(frontier.unit.name, b, a, self.form)]
 
 
-class _Losses(Sequence[float]):
+class LastRank:
+    """Factors of one rank, B (out, rank) and A (rank, in), are asked for twice in a row: for its loss and for the result."""
+
+    last: tuple[int, tuple[Tensor, Tensor]] | None = None
+
+    def find(self, rank: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        if self.last is None or self.last[0] != rank:
+            self.last = rank, self.find(rank)
+        return self.last[1]
+
+
+class _Losses(LastRank, Sequence[float]):
     """Output error of every rank, computed when asked for: each rank has a residual of its own."""
 
     def __init__(self, solver: TwoStageSVD, w: Tensor, gram: Tensor, size: tuple[int, int]):
@@ -154,14 +168,15 @@ class _Losses(Sequence[float]):
     def __len__(self) -> int:
         return self.full + 1
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """B (out, rank), A (rank, in)."""
+    def find(self, rank: int) -> tuple[Tensor, Tensor]:
         second = min(self.residual_rank, rank - 1) if rank > 0 else 0
-        b, a = self.low.B[:, : rank - second], self.low.A[: rank - second]
+        b, a = self.low.at(rank - second)
         if not second:
             return b, a
-        rest = whitened_svd(self.w - b @ a, self.gram if self.solver.residual_metric == "whitened" else None)
-        return torch.cat([b, rest.B[:, :second]], 1), torch.cat([a, rest.A[:second]])
+        rest = self.w - b @ a
+        whitened = self.solver.residual_metric == "whitened"
+        more = whitened_svd(rest, self.gram).at(second) if whitened else truncate(rest, second)
+        return torch.cat([b, more[0]], 1), torch.cat([a, more[1]])
 
     def __getitem__(self, rank):  # type: ignore[override]
         if not 0 <= rank <= self.full:
@@ -211,11 +226,11 @@ class AnchoredSVD(LinearSVD):
         if rank >= min(shape.linear(frontier.unit.name)):
             return []
         problem = frontier.factors["problem"]
-        b, a = problem.optimum(rank) if self.fit == "closed" else problem.alternate(rank)
+        b, a = problem.optimum(rank) if self.fit == "closed" else problem.factors(rank)
         return [low_rank_edit(frontier.unit.name, b, a, self.form)]
 
 
-class Anchored:
+class Anchored(LastRank):
     """One linear's problem min E‖y − B A x̂‖²; see `AnchoredSVD`. Arguments are mean second moments, `cross` E[x x̂ᵀ]."""
 
     def __init__(self, w: Tensor, dense: Tensor, own: Tensor, cross: Tensor, anchor: float, damping: float):
@@ -265,13 +280,12 @@ class Anchored:
         """SVD-LLM's factors on the dense inputs."""
         return whitened_svd(self.w, self.dense)
 
-    def alternate(self, rank: int) -> tuple[Tensor, Tensor]:
-        """One least-squares step for B and one for A from `start`: B (out, rank), A (rank, in)."""
+    def find(self, rank: int) -> tuple[Tensor, Tensor]:
+        """One least-squares step for B and one for A from `start`."""
         a = self.start.A[:rank]
         b = least_squares(a @ self.damped @ a.T, self.damped_target @ a.T)
-        whole = least_squares(self.damped, self.damped_target, 0.0)
         q = torch.linalg.qr(b).Q  # B A = Q Qᵀ H' G'⁻¹: the projection does not depend on B's scale
-        return q, q.T @ whole
+        return q, solve(self.damped, self.damped_target.T @ q, 0.0).T
 
 
 class AlternatingLosses(Sequence[float]):
@@ -288,4 +302,4 @@ class AlternatingLosses(Sequence[float]):
             raise IndexError(rank)
         if rank == len(self) - 1:
             return self.problem.dense_error()
-        return self.problem.error(*self.problem.alternate(rank))
+        return self.problem.error(*self.problem.factors(rank))
