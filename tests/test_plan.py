@@ -92,12 +92,13 @@ def test_passes_of_a_method(tmp_path):
         job = Job(stream, find_method(method, settings), 0.7)
         plan = job.plan()
         stages = job.method.stages(job.planned(0, plan))
-        found[method] = count_passes(job, 0, stages)
+        found[method] = [count_passes(job, 0, stages, batches)[0] for batches in (1, 4)]
     shape = job.shapes[0]
     down = 1 - shape.count("down") / shape.count()
     up, o = (shape.count(*roles) / shape.count() for roles in ("qkvo", "qkv"))
-    assert found["svd-llm"][0] == 1 and found["flat-llm"][0] == pytest.approx(1 + down)
-    assert found["mpifa"][0] == pytest.approx(1 + 0 + o + up + down + (1 + 0 + o + up + down))
+    assert found["svd-llm"] == [1, 1] and found["flat-llm"] == pytest.approx([1 + down] * 2)
+    once = 1 + 0 + o + up + down  # of four batches three start at o in the last three of these
+    assert found["mpifa"] == pytest.approx([2 * once, 2 * (once - 3 * 3 / 4 * o)])
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2"])

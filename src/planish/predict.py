@@ -64,10 +64,11 @@ def predict(
     measure  streams · P_b (s + c if c ≠ s) + A + batch + sums
     solve    streams · P_b s + P_b s for the edits + A + 8 S + 8 W
     end      P_o s
-    with A = min(2 · streams · T d c + T attended c, limit) + kept, half of it where a method measures on the compressed prefix (`sequential`:
-    a block runs again for its outputs); forward f = t (3 m + 3 d + k − widest site) c; batch + sums = 8 (2 S − S_w) + f for
-    several batches, for one the larger of f and 8 S + t k c + 8 · 1024 · widest site. The inputs of wide Grams, a lane's at a
-    time, are among the activations. With `backward`, f holds what autograd saves as well, t (4 m + 10 d) c. On an accelerator the computing copy of a block, batch and sums lie in VRAM.
+    with A = min(2 · streams · T d c + T attended c, limit) + kept, half of the streams' where a method measures on the
+    compressed prefix (`sequential`: a block runs again for its outputs); forward f = t (3 m + 3 d + k − widest site) c, with
+    `backward` t (4 m + 10 d) c more, which autograd saves; batch + sums = 8 (2 S − S_w) + f for several batches, for one the
+    larger of f and 8 S + t k c + 8 · 1024 · widest site. The inputs of wide Grams, a lane's at a time, are among the
+    activations. On an accelerator the computing copy of a block, batch and sums lie in VRAM.
     """
     shape = max(shapes, key=Shape.count)
     block, d, m = shape.count(), shape.hidden, shape.intermediate
