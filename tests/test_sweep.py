@@ -87,6 +87,21 @@ def test_points_equal_single_runs_bit_for_bit(swept, texts, tmp_path):
             assert path.read_bytes() == (swept / "points" / name / path.name).read_bytes()
 
 
+def test_a_sweep_by_auto_refits_on_few_windows_unless_told(texts, tmp_path):
+    found = run(texts, tmp_path / "out", methods=["auto", "auto:refit_share=1"], keeps=[0.7], keep_models="all")
+    few, whole = (p for p in found.points if p.name != "dense")
+    assert (few.label, whole.label) == ("auto refit_share=0.0625", "auto refit_share=1")
+    assert [w for w in found.warnings if "auto:refit_share=1 gives what compress does" in w]
+    assert not [w for w in run(texts, tmp_path / "o", methods=["auto:anchor=0"], keeps=[0.9]).warnings if "ran with" in w]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "--set refit_share=0.0625" in page  # the command that makes the point again
+    for point, settings in ((few, {"refit_share": 0.0625}), (whole, {})):
+        api.compress(texts[0], output=tmp_path / point.name, keep=0.7, settings=settings, calibration=texts[1], n_samples=12,
+                     seq_len=24, device="cpu")  # fmt: skip
+        for path in sorted((tmp_path / point.name).glob("*.safetensors")):
+            assert path.read_bytes() == (tmp_path / "out" / "points" / point.name / path.name).read_bytes()
+
+
 def test_the_calibration_text_runs_once(texts, tmp_path, monkeypatch):
     starts = []
     old = Stream.start

@@ -227,6 +227,10 @@ class Method(ABC):
         """Solve every block and hand it with its spec to `emit`; recipes that are not made of units have their own."""
         job.solve(plan, emit)
 
+    def sweeping(self) -> dict[str, str]:
+        """Settings that a sweep takes where none is given, so that a further point costs little beside the first."""
+        return {}
+
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 

@@ -81,7 +81,8 @@ def sweep(
     `methods`: names, with settings as in "auto:anchor=0". All points share one calibration: the captured inputs of the
     first block, and every statistic of the uncompressed model. Points that results.csv already has are not run again;
     one that fails is recorded with its reason. `keep_models`: whose weights stay on disk, "best" = the best method's at
-    every keep. `bench`: measure tokens per second too. `cache`: see `planish.api.compress`.
+    every keep. A method's `sweeping` settings hold where `methods` says nothing else. `bench`: measure tokens per second too.
+    `cache`: see `planish.api.compress`.
     """
     start = time.perf_counter()
     chosen = [parse_method(text) for text in methods]
@@ -147,7 +148,13 @@ def sweep(
         if progress:
             progress(f"{label} {asked}", n + 1, len(names))
     found.points = list(book.points.values())
-    found.warnings = text.notes
+    found.warnings = text.notes + [
+        f"{label} ran with {name}={value}, so that further points cost little; "
+        f"{label}:{name}={getattr(type(method), name):g} gives what compress does"
+        for (label, settings, method), text in zip(chosen, methods, strict=True)
+        for name, value in method.sweeping().items()
+        if settings[name] == value and f"{name}=" not in text
+    ]
     found.seconds = time.perf_counter() - start
     write_report(output)
     return found
@@ -170,6 +177,8 @@ def parse_method(text: str) -> tuple[str, dict[str, str], Method]:
         if not equals or not key.strip():
             raise InputError(f"--methods {text}: {pair!r} has no value; write {name}:name=value")
         settings[key.strip().replace("-", "_")] = value.strip()
+    more = find_method(name, settings).sweeping()
+    settings = more | settings
     return text.strip(), settings, find_method(name, settings)
 
 

@@ -92,7 +92,8 @@ class Auto(Method):
     `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
     model's statistics alone, which a sweep can re-use). `refit_share`: with an anchor, share of the calibration windows,
     evenly spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper and the result a little
-    worse; their moments are then blended with the uncompressed model's (see `planish.solve.blend`). `rounds`: gradients are
+    worse; their moments are then blended with the uncompressed model's (see `planish.solve.blend`); `planish sweep` takes a
+    sixteenth unless told otherwise. `rounds`: gradients are
     measured again on the model compressed so far after each equal share of the cut.
     `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order prediction saturates, so a cut
     that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the prediction itself. By default 0,
@@ -193,6 +194,9 @@ class Auto(Method):
 
     def solve_windows(self, n: int) -> int:
         return min(n, max(1, ceil(self.refit_share * n)))
+
+    def sweeping(self) -> dict[str, str]:
+        return {"refit_share": "0.0625"} if self.anchor else {}
 
     def start(self, job: Job) -> Weighing:
         steep = self.steep if self.steep is not None else 0.0 if job.keep >= LOW else 3.0
