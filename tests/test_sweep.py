@@ -92,7 +92,9 @@ def test_a_sweep_by_auto_refits_on_few_windows_unless_told(texts, tmp_path):
     few, whole = (p for p in found.points if p.name != "dense")
     assert (few.label, whole.label) == ("auto refit_share=0.0625", "auto refit_share=1")
     assert [w for w in found.warnings if "auto:refit_share=1 gives what compress does" in w]
-    assert not [w for w in run(texts, tmp_path / "o", methods=["auto:anchor=0"], keeps=[0.9]).warnings if "ran with" in w]
+    assert not [
+        w for w in run(texts, tmp_path / "o", methods=["auto:anchor=0"], keeps=[0.9]).warnings if "ran with" in w
+    ]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "--set refit_share=0.0625" in page  # the command that makes the point again
     for point, settings in ((few, {"refit_share": 0.0625}), (whole, {})):
