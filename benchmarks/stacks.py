@@ -28,13 +28,13 @@ import torch
 
 import planish
 from planish.api import compress
+from planish.blocks import get_linear
 from planish.checkpoint import apply_edits, silence, write_config
 from planish.edits import neuron_edits, value_edits
 from planish.errors import InputError
 from planish.evaluate.verify import Comparison, LlamaCpp, OnnxRuntime, Runner, Transformers, verify
 from planish.export import export
 from planish.export.written import Written
-from planish.modules import get_linear
 from planish.sources import open_source
 from planish.writer import Writer
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from planish.blocks import get_linear
 from planish.checkpoint import apply_edits, count_block, write_config
 from planish.core import Edit, Shape, Weights
 from planish.edits import low_rank_edit, neuron_edits, value_edits
-from planish.modules import get_linear
 from planish.sources import open_source
 from planish.writer import Writer
 

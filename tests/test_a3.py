@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import tiny
+from planish.blocks import find_blocks, get_linear, join_block, split_block
 from planish.budgets import Asked, count_attention
 from planish.checkpoint import load
 from planish.compress import compress
@@ -25,7 +26,6 @@ from planish.linalg import balance, nystrom, reduce_scores, selection_losses
 from planish.methods.a3 import A3
 from planish.methods.modegpt import spread_removal
 from planish.methods.palu import Palu
-from planish.modules import find_blocks, get_linear, join_block, split_block
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.neurons import Neurons

@@ -12,6 +12,7 @@ import torch
 import planish
 import tiny
 from planish.activations import Room
+from planish.blocks import find_blocks
 from planish.budgets import Asked
 from planish.checkpoint import apply_edits
 from planish.compress import compress
@@ -21,7 +22,6 @@ from planish.errors import InputError
 from planish.job import Job
 from planish.kept import Kept
 from planish.methods import find_method
-from planish.modules import find_blocks
 from planish.solve import blend, read_weights
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.key_latent import KeyLatent

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import compressed
 import tiny
+from planish.attentions import Attention
+from planish.blocks import find_blocks, get_linear
 from planish.checkpoint import apply_edits, load
 from planish.compress import compress
 from planish.core import Edit, Method, Plan, Unit
@@ -27,7 +29,6 @@ from planish.export.dense import export_dense
 from planish.export.eora import Blocks
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
-from planish.modules import Attention, find_blocks, get_linear
 from planish.sources import MemorySource, open_source
 from planish.stream import Stream
 

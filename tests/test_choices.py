@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from planish.blocks import find_blocks
 from planish.core import Plan
 from planish.families import FAMILIES
 from planish.job import Job
 from planish.methods import find_method
-from planish.modules import find_blocks
 from planish.solvers.bypass import shared_basis
 from planish.sources import MemorySource
 from planish.stats import KINDS, Tap

@@ -320,9 +320,9 @@ def test_attention_calls_the_interface_where_vllm_looks_for_it(name):
     import inspect
     import textwrap
 
-    from planish import modules
+    from planish import attentions
 
-    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(modules, name).forward)))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(attentions, name).forward)))
     assigned = {
         t.id
         for n in ast.walk(tree)

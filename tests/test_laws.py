@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from planish.blocks import find_blocks, get_linear
 from planish.checkpoint import apply_edits, count_block, load
 from planish.compress import compress
 from planish.core import Edit, Frontier, Method, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.job import Job
 from planish.methods import find_method, list_methods
-from planish.modules import find_blocks, get_linear
 from planish.solve import read_weights
 from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
@@ -41,6 +41,7 @@ WINDOWS = tiny.windows(12, 24)
 # Where a source promises less than a law asks.
 EXEMPT: dict[str, dict[str, str]] = {
     "two-stage-svd": {"monotone": "the residual is truncated in another metric than the first stage"},
+    "fisher-pairs": {"monotone": "no refit: what dropped pairs do to the loss can cancel; the planner takes the hull"},
 }
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import planish  # noqa: F401  (registers compressed models)
 import tiny
+from planish.blocks import find_blocks
 from planish.checkpoint import apply_edits, load
 from planish.compress import compress
 from planish.core import Shape, Unit
@@ -20,7 +21,6 @@ from planish.errors import InputError
 from planish.methods import find_method
 from planish.methods.subfit import SubFit
 from planish.modules import Bypass as BypassModule
-from planish.modules import find_blocks
 from planish.solvers.bypass import Affine, Bypass, Moments, bypass_edit, drop_edit, fit, fit_held_out
 from planish.solvers.window import fit_map
 from planish.sources import open_source

@@ -10,9 +10,9 @@ from torch import nn
 
 import tiny
 from planish.attended import Attended
+from planish.blocks import find_blocks, get_linear
 from planish.job import Job
 from planish.methods import find_method
-from planish.modules import find_blocks, get_linear
 from planish.sources import MemorySource, open_source
 from planish.stats import Tap
 from planish.stream import Stream

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 # Imports point from later lines to earlier ones or stay on one line.
 LAYERS = [
     {"errors", "clock", "linalg", "grams", "version", "processes", "activations", "attended", "shards"},
-    {"stats", "kept", "moments", "families", "core", "edits", "modules", "modelling"},
+    {"stats", "kept", "moments", "families", "core", "edits", "modules", "attentions", "blocks", "modelling"},
     {
         "solvers",
         "allocate",
@@ -32,7 +32,17 @@ LAYERS = [
     {"evaluate", "export", "report"},
     {"api", "demo", "sweep", "cli", "__init__", "__main__"},
 ]
-MAY_USE_TRANSFORMERS = {"families", "modules", "modelling", "sources", "checkpoint", "export", "evaluate"}
+MAY_USE_TRANSFORMERS = {
+    "families",
+    "modules",
+    "attentions",
+    "blocks",
+    "modelling",
+    "sources",
+    "checkpoint",
+    "export",
+    "evaluate",
+}
 FORBIDDEN_FILES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 

@@ -23,9 +23,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from planish.blocks import Spec
 from planish.core import SUBMODULES, Shape, Solver, Unit
 from planish.errors import InputError
-from planish.modules import Spec
 from planish.shards import make_header
 from planish.sources import Source
 

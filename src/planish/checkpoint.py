@@ -12,21 +12,18 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from planish import attentions as attentions_file
+from planish import blocks as blocks_file
 from planish import families as families_file
 from planish import modelling as modelling_file
 from planish import modules as modules_file
+from planish.attentions import needs_eager
+from planish.blocks import Spec, get_linear, install, split_block
 from planish.core import Edit, Shape
 from planish.errors import InputError
 from planish.families import Family
 from planish.modelling import FORMAT, class_names, model_type
-from planish.modules import (
-    Bypass,
-    Spec,
-    get_linear,
-    install,
-    needs_eager,
-    split_block,
-)
+from planish.modules import Bypass
 from planish.shards import Shard
 from planish.sources import NO_SOFT_CAP, Source, find_folder, index_tensors, is_finite, load_config
 from planish.writer import Writer
@@ -168,7 +165,7 @@ def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list
             "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
             "per_layer_config": per_layer(specs, shapes, family),
         }
-        for module in (families_file, modules_file, modelling_file):
+        for module in (families_file, modules_file, attentions_file, blocks_file, modelling_file):
             path = Path(str(module.__file__))
             writer.text(path.name, path.read_text(encoding="utf-8"))
     config["transformers_version"] = transformers.__version__

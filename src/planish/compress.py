@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish.activations import Room
+from planish.blocks import Spec
 from planish.budgets import Asked, count_flops, count_headers, read_asked
 from planish.cache import Cache, open_cache
 from planish.checkpoint import count_block, is_empty, kv_bytes, write_config
@@ -27,7 +28,6 @@ from planish.job import Job
 from planish.latency import read_table
 from planish.manifest import Result, read_result, write_manifest
 from planish.methods import find_method, find_name
-from planish.modules import Spec
 from planish.shards import Shard, hash_file
 from planish.sources import FolderSource, Source, open_source
 from planish.stream import Stream, reuse_memory

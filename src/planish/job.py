@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
+from planish.blocks import Spec
 from planish.budgets import Asked, Budget, CacheNumbers, label, make_budget
 from planish.cache import Cache
 from planish.checkpoint import apply_edits
@@ -23,7 +24,6 @@ from planish.errors import InputError
 from planish.kept import Kept
 from planish.latency import Latency, Table, make_latency
 from planish.methods import find_name
-from planish.modules import Spec
 from planish.solve import read_weights, solve
 from planish.stats import Stats, Tap
 from planish.stream import Stream

@@ -26,11 +26,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from planish.blocks import Spec, find_blocks, get_linear, install, split_block
 from planish.budgets import Budget, read_form
 from planish.cache import find_root
 from planish.core import Progress, Shape, Solver, Unit
 from planish.errors import InputError
-from planish.modules import Pair, Pivoted, Spec, find_blocks, get_linear, install, set_module, split_block
+from planish.modules import Pair, Pivoted, set_module
 from planish.shards import write_text
 from planish.sources import Source
 

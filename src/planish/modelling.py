@@ -1,7 +1,7 @@
 """Model classes for compressed folders: every family's own classes with the blocks' specs installed.
 
-`import planish` registers them, so that `AutoModelForCausalLM.from_pretrained(folder)` works; the same file, with
-`families.py` and `modules.py`, travels in the folder for `trust_remote_code=True` where planish is not installed.
+`import planish` registers them, so that `AutoModelForCausalLM.from_pretrained(folder)` works; the same file travels in the
+folder for `trust_remote_code=True` where planish is not installed, with `families`, `modules`, `attentions` and `blocks`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .attentions import needs_eager
+from .blocks import copy_config, install_model, list_attentions
 from .families import FAMILIES
-from .modules import copy_config, install_model, list_attentions, needs_eager
 
 FORMAT = 1  # of config.json's "planish" entry; part of the model type, so that no version loads another's files
 

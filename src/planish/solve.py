@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish.attended import Attended
+from planish.blocks import Spec, get_linear
 from planish.checkpoint import apply_edits, count_block, narrow
 from planish.core import SUBMODULES, Edit, Plan, Unit, Weights
-from planish.modules import Spec, get_linear
 from planish.stats import Stats, Tap
 from planish.stream import Stream
 

@@ -20,19 +20,12 @@ import transformers.initialization as initialization
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from planish.attentions import count_heads, head_width, needs_eager, rotary_width
+from planish.blocks import find_blocks, get_linear, split_block
 from planish.core import Shape
 from planish.errors import InputError
 from planish.families import FAMILIES, Family
 from planish.modelling import register
-from planish.modules import (
-    count_heads,
-    find_blocks,
-    get_linear,
-    head_width,
-    needs_eager,
-    rotary_width,
-    split_block,
-)
 from planish.shards import Shard
 
 register()  # the Auto classes know compressed models from here on

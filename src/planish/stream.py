@@ -23,11 +23,12 @@ from planish import processes
 from planish import stats as planish_stats
 from planish.activations import Activations, Room
 from planish.attended import Attended
+from planish.blocks import find_blocks, get_linear
 from planish.checkpoint import apply_edits
 from planish.core import Edit, Progress, Shape
 from planish.errors import InputError
 from planish.families import Family
-from planish.modules import Bypass, find_blocks, get_linear
+from planish.modules import Bypass
 from planish.sources import Source, is_finite
 from planish.stats import Stats, Tap, add_lane
 

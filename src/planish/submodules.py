@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from planish.activations import Activations
+from planish.blocks import get_linear
 from planish.budgets import Budget
 from planish.core import Edit, Plan, Unit, Weights
 from planish.errors import InputError
-from planish.modules import get_linear
 from planish.moments import Moments
 from planish.stats import Tap
 from planish.stream import Hidden, Stream, tap_sites

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from planish.allocate import BudgetError, Curve
+from planish.blocks import get_linear
 from planish.core import Edit, Frontier, Plan, Shape, Solver, Unit, Weights
 from planish.errors import InputError
-from planish.modules import get_linear
 from planish.sources import Source
 from planish.stats import Stats, Tap
 

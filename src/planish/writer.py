@@ -12,13 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from planish import processes
+from planish.blocks import install, join_block, split_block
 from planish.errors import InputError
 from planish.families import Family
-from planish.modules import (
-    install,
-    join_block,
-    split_block,
-)
 from planish.shards import Shard, hash_file, make_header, sync_folder, write_shard, write_text
 from planish.sources import Source, set_parameter
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planish.attentions import Attention
+from planish.blocks import Spec, find_blocks, get_linear, split_block
 from planish.checkpoint import write_config
 from planish.core import Shape
 from planish.errors import InputError
@@ -23,7 +25,7 @@ from planish.export.written import (
     describe_products,
     keep_dtype,
 )
-from planish.modules import Attention, Bypass, Spec, find_blocks, get_linear, set_module, split_block
+from planish.modules import Bypass, set_module
 from planish.sources import COPIED, set_parameter
 from planish.writer import Writer
 

@@ -14,22 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from planish.attentions import Attention, Frequencies, Latent, count_heads, head_width, rotary_width
+from planish.blocks import Spec, find_blocks, get_linear, split_block
 from planish.core import Shape
 from planish.errors import InputError
 from planish.families import FAMILIES, Family
-from planish.modules import (
-    Attention,
-    Bypass,
-    Frequencies,
-    Latent,
-    Spec,
-    count_heads,
-    find_blocks,
-    get_linear,
-    head_width,
-    rotary_width,
-    split_block,
-)
+from planish.modules import Bypass
 from planish.sources import find_folder, index_tensors, is_finite, load_config, no_parameters, set_parameter
 
 

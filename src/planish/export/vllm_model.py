@@ -22,7 +22,8 @@ from vllm.model_executor.models.transformers import base
 from vllm.model_executor.models.transformers.fuser import key
 from vllm.platforms import current_platform
 
-from planish.modules import Attention, list_attentions
+from planish.attentions import Attention
+from planish.blocks import list_attentions
 
 stock_attend = ALL_ATTENTION_FUNCTIONS["vllm"]
 

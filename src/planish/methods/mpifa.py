@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
+from planish.blocks import get_linear
 from planish.core import Method, Plan, Solver, Unit, stage_roles
 from planish.edits import input_site
 from planish.errors import InputError
-from planish.modules import get_linear
 from planish.solvers.linear import AnchoredSVD
 from planish.stats import Stats, Tap
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from planish.blocks import get_linear, install, split_block
 from planish.core import Edit, Frontier, Method, Plan, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.linalg import eigh_descending
-from planish.modules import get_linear, install, split_block
 from planish.stats import Stats, Tap
 from planish.stream import Hidden, Stream
 

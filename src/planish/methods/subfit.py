@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from planish.blocks import get_linear
 from planish.budgets import Budget, make_budget
 from planish.core import SUBMODULES, Edit, Method, Plan, Solver, Unit
-from planish.modules import get_linear
 from planish.moments import Moments
 from planish.solvers.bypass import Bypass, is_factored, shared_basis
 from planish.solvers.window import down_edit, fit_correction

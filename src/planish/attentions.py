@@ -1,0 +1,326 @@
+"""Attentions with other shapes than the stock ones. (This file travels with compressed models.)
+
+`Attention` has fewer value dimensions or rotary pairs than the stock one; `Latent` and `Frequencies` keep latents of keys.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .families import Family
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2·p channels of x (..., d) as pairs (j, j + p); cos, sin (..., p); the rest passes through."""
+    p = cos.shape[-1]
+    a, b, *rest = x.split([p, p, x.shape[-1] - 2 * p] if x.shape[-1] > 2 * p else p, dim=-1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), *rest], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with `qk` query/key and `v` value dimensions per head, for every family of the table.
+
+    Takes over the stock module's norms, scale (of the ORIGINAL head dimension), window, soft cap and layer index.
+    With `pairs`, kv group j keeps the rotary pairs `pairs[j]` (kv_heads, p): the call's cos and sin are gathered by it, one
+    row per token position, and serve queries and keys.
+    """
+
+    def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, pairs: int | None):
+        super().__init__()
+        heads, kv_heads = count_heads(config)
+        config = getattr(stock, "config", config)  # the one that the model's attention implementation is set in
+        self.config, self.layer_idx, self.is_causal = config, stock.layer_idx, getattr(stock, "is_causal", True)
+        self.heads, self.kv_heads, self.qk, self.v = heads, kv_heads, qk, v
+        self.head_dim, self.num_key_value_groups = qk, heads // kv_heads
+        self.scaling = stock.scaling if hasattr(stock, "scaling") else stock.softmax_scale
+        self.dropout = float(getattr(stock, "attention_dropout", getattr(stock, "dropout", 0.0)) or 0.0)
+        window = getattr(stock, "sliding_window", None) if hasattr(stock, "sliding_window") else None
+        if family.window and not hasattr(stock, "sliding_window"):
+            window = getattr(config, "sliding_window", None)
+        self.sliding_window = window
+        self.softcap = getattr(stock, "attn_logit_softcapping", None) if family.softcap else None
+        self.rotary = family.rotary
+        self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        if pairs:
+            device = next(stock.parameters()).device
+            self.register_buffer("pairs", torch.zeros(kv_heads, pairs, dtype=torch.int32, device=device))
+        else:
+            self.pairs = None
+        # q_proj, k_proj, v_proj, o_proj are set by `install`
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        layer_past=None,
+        position_bias: Tensor | None = None,
+        **kwargs,
+    ):
+        shape = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*shape, self.kv_heads, -1, self.qk)
+        key = self.k_proj(hidden_states).view(*shape, self.kv_heads, 1, self.qk)
+        value = self.v_proj(hidden_states).contiguous().view(*shape, -1, self.v).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.rotary and position_embeddings is not None:
+            cos, sin = self.turn(position_embeddings)
+            query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+        query, key = query.flatten(2, 3).transpose(1, 2), key.squeeze(3).transpose(1, 2)
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
+        mask, extra = self.settings(key, attention_mask, position_bias)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
+        dropout = self.dropout if self.training else 0.0
+        query, key, value = self.level(query, key, value)
+        output, weights = attend(
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
+        )
+        if value.shape[-1] > self.v:
+            output = output[..., : self.v]
+        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+
+    def turn(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin (batch, tokens, kv_heads or 1, 1, pairs) of the pairs that every kv group has."""
+        cos, sin = position_embeddings
+        if self.pairs is None:
+            half = cos.shape[-1] // 2
+            return cos[..., None, None, :half], sin[..., None, None, :half]
+        at, shape = self.pairs.flatten(), (*cos.shape[:-1], self.kv_heads, 1, -1)
+        return cos.index_select(-1, at).view(shape), sin.index_select(-1, at).view(shape)
+
+    def level(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads filled up with zeros to one size where PyTorch's attention is several times slower without: on the CPU.
+
+        Scores stay; the output's channels beyond `v` are zero. What the cache holds is untouched.
+        """
+        qk, v = query.shape[-1], value.shape[-1]
+        if qk == v or query.device.type != "cpu" or self.config._attn_implementation != "sdpa":
+            return query, key, value
+        if qk > v:
+            return query, key, nn.functional.pad(value, (0, qk - v))
+        return nn.functional.pad(query, (0, v - qk)), nn.functional.pad(key, (0, v - qk)), value
+
+    def settings(self, key: Tensor, attention_mask, position_bias) -> tuple[Tensor | None, dict]:
+        """The attention's mask, and the arguments that only some families' attentions take."""
+        if position_bias is not None:
+            attention_mask = add_position_bias(position_bias, attention_mask, key)
+        extra = {}
+        if self.sliding_window is not None:
+            extra["sliding_window"] = self.sliding_window
+        if self.softcap is not None:
+            extra["softcap"] = self.softcap
+        return attention_mask, extra
+
+
+class Latent(Attention):
+    """Attention that caches `rank` numbers for each of `groups` sets of kv heads in place of their keys.
+
+    Keys are rebuilt at every call, k = U z with U (groups, heads of a group · qk, rank), then normalised and rotated at
+    their positions, which the cache's layer remembers. Costs a product with U per cached token.
+    """
+
+    def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, rank: int, groups: int):
+        super().__init__(stock, config, family, qk, v, None)
+        weight = next(stock.parameters())
+        kw = {"device": weight.device, "dtype": weight.dtype}
+        self.U = nn.Parameter(torch.zeros(groups, self.kv_heads // groups * qk, rank, **kw), requires_grad=False)
+        self.layer_type = getattr(stock, "layer_type", None)
+        self.tables = make_rotary(stock) if family.rotary else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        layer_past=None,
+        position_bias: Tensor | None = None,
+        **kwargs,
+    ):
+        shape = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*shape, -1, self.qk).transpose(1, 2)
+        latent = self.k_proj(hidden_states).view(*shape, len(self.U), -1).transpose(1, 2)
+        value = self.v_proj(hidden_states).contiguous().view(*shape, -1, self.v).transpose(1, 2)
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            if getattr(cache, "is_compileable", False):
+                raise NotImplementedError("attention on latent keys needs a cache that grows, such as DynamicCache")
+            latent, value = cache.update(latent, value, self.layer_idx)
+        key = (latent @ self.U.mT).unflatten(-1, (-1, self.qk)).transpose(2, 3).flatten(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.tables is not None:
+            layer = None if cache is None else cache.layers[self.layer_idx]
+            at = find_positions(layer, kwargs.get("position_ids"), shape[1], key)
+            kind = () if self.layer_type is None or not hasattr(self.tables, "layer_types") else (self.layer_type,)
+            cos, sin = (t[:, None, :, : t.shape[-1] // 2] for t in self.tables(value, at, *kind))
+            key = rotate_pairs(key, cos, sin)
+            query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
+        # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
+        mask, extra = self.settings(key, attention_mask, position_bias)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
+        dropout = self.dropout if self.training else 0.0
+        query, key, value = self.level(query, key, value)
+        output, weights = attend(
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
+        )
+        if value.shape[-1] > self.v:
+            output = output[..., : self.v]
+        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+
+    def rebuild(self, k: Tensor) -> Tensor:
+        """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
+        groups, _, rank = self.U.shape
+        return (self.U.data @ k.reshape(groups, rank, -1)).reshape(-1, *k.shape[1:])
+
+
+class Frequencies(Attention):
+    """Attention whose kv heads of one set share `rank` rotated key channels; only those are cached, nothing is rebuilt.
+
+    Channel pair ρ of set g has the rotary frequency `frequencies[g, ρ]`; head j's key at it is Σ_ρ u_jρ z_ρ, complex. The
+    query of a head of j is multiplied by ū_jρ, channel by channel, and meets z itself. `U` (2, kv_heads, pairs): u. In the
+    cache the values of a set lie side by side, so that it has as many heads as there are sets.
+    """
+
+    def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, rank: int, groups: int):
+        super().__init__(stock, config, family, qk, v, None)
+        weight = next(stock.parameters())
+        kw = {"device": weight.device, "dtype": weight.dtype}
+        self.sets, self.num_key_value_groups = groups, self.heads // groups
+        self.U = nn.Parameter(torch.zeros(2, self.kv_heads, rank // 2, **kw), requires_grad=False)
+        self.register_buffer("frequencies", torch.zeros(groups, rank // 2, dtype=torch.int32, device=weight.device))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        layer_past=None,
+        position_bias: Tensor | None = None,
+        **kwargs,
+    ):
+        assert position_embeddings is not None
+        shape = hidden_states.shape[:-1]
+        at = self.frequencies.flatten()
+        cos, sin = (
+            t.index_select(-1, at).unflatten(-1, self.frequencies.shape).transpose(1, 2) for t in position_embeddings
+        )
+        query = self.pick(self.q_proj(hidden_states)).view(*shape, self.heads, -1).transpose(1, 2)
+        real, imaginary = self.U.repeat_interleave(self.heads // self.kv_heads, 1).unsqueeze(2).unbind(0)
+        query = rotate_pairs(query, real, -imaginary)  # by ū
+        grouped = query.unflatten(1, (self.sets, -1))
+        query = rotate_pairs(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
+        key = rotate_pairs(self.k_proj(hidden_states).view(*shape, self.sets, -1).transpose(1, 2), cos, sin)
+        value = self.v_proj(hidden_states).view(*shape, self.sets, -1).transpose(1, 2)
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
+        mask, extra = self.settings(key, attention_mask, position_bias)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
+        dropout = self.dropout if self.training else 0.0
+        query, key, value = self.level(query, key, value)
+        output, weights = attend(
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
+        )
+        shared = self.kv_heads // self.sets
+        own = output[..., : shared * self.v].unflatten(-1, (shared, -1)).unflatten(2, (self.sets, shared, -1))
+        output = own.diagonal(dim1=3, dim2=5).movedim(-1, 3)  # every head's own values of its set's
+        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1)), weights
+
+    def pick(self, query: Tensor) -> Tensor:
+        """The channels of every query head (…, heads · qk) at its set's frequencies: (…, heads · rank)."""
+        pairs = self.frequencies.repeat_interleave(self.heads // self.sets, 0)
+        at = torch.cat([pairs, pairs + self.qk // 2], 1)
+        first = torch.arange(0, self.heads * self.qk, self.qk, dtype=at.dtype, device=at.device)
+        return query.index_select(-1, (at + first[:, None]).flatten())
+
+    def rebuild(self, k: Tensor) -> Tensor:
+        """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
+        sets, pairs = self.frequencies.shape
+        shared = self.kv_heads // self.sets
+        z = k.reshape(sets, 1, 2, pairs, -1).to(self.U.dtype)
+        real, imaginary = self.U.unflatten(1, (sets, shared)).unsqueeze(-1)  # (sets, shared, pairs, 1)
+        parts = torch.stack([real * z[:, :, 0] - imaginary * z[:, :, 1], real * z[:, :, 1] + imaginary * z[:, :, 0]], 2)
+        out = parts.new_zeros(sets, shared, 2, self.qk // 2, parts.shape[-1])
+        at = self.frequencies.long()[:, None, None, :, None].expand_as(parts)
+        return out.scatter_add(3, at, parts).reshape(self.kv_heads * self.qk, *k.shape[1:])
+
+
+def find_positions(layer: Any, given: Tensor | None, new: int, key: Tensor) -> Tensor:
+    """Positions (batch or 1, tokens) of all keys (batch, heads, tokens, qk): `given` for the last `new`, for those before as
+    they were given then, which a layer of a cache is told here. Unknown ones count up to the next that is known.
+    """
+    batch, past = len(key), key.shape[2] - new
+    if given is None:
+        given = torch.arange(past, past + new, device=key.device)
+    given = given.reshape(-1, new).to(key.device)
+    told = getattr(layer, "positions", None)
+    if told is not None:
+        told = told[:, -past:] if getattr(layer, "is_sliding", False) and past else told[:, :past]
+    if told is None or told.shape[1] != past or len(told) not in (1, batch):
+        told = given[:, :1] + torch.arange(-past, 0, device=key.device)
+    rows = max(len(given), len(told))
+    at = torch.cat([told.expand(rows, -1), given.expand(rows, -1)], 1)
+    if layer is not None:
+        layer.positions = at
+    return at
+
+
+def make_rotary(stock: nn.Module) -> nn.Module:
+    """The rotary tables' module of a stock attention's own family."""
+    names = vars(sys.modules[type(stock).__module__])
+    kind = next(c for n, c in names.items() if n.endswith("RotaryEmbedding"))
+    return kind(config=stock.config)
+
+
+def add_position_bias(bias: Tensor, masked: Tensor | None, key: Tensor) -> Tensor:
+    """ALiBi's (heads, 1, positions) and MPT's mask, true where masked, as one additive mask (B, heads, queries, keys)."""
+    bias = bias[None, :, :, -key.shape[2] :].to(key.dtype)
+    return bias if masked is None else bias.masked_fill(masked, torch.finfo(key.dtype).min)
+
+
+def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, softcap=None, **_):
+    """softmax(q kᵀ · scaling + mask) v with key and value heads shared within a group. Returns (B, T, heads, v), weights."""
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def needs_eager(config) -> bool:
+    """Whether attention scores have a soft cap (gemma2): transformers' default, PyTorch's attention, leaves it out silently."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
+def head_width(stock: nn.Module) -> int:
+    return getattr(stock, "head_dim", None) or stock.head_size
+
+
+def rotary_width(stock: nn.Module, family: Family) -> int:
+    """How many channels of a head are rotated."""
+    if not family.rotary:
+        return 0
+    parameters = getattr(stock.config, "rope_parameters", None) or {}
+    return int(head_width(stock) * parameters.get("partial_rotary_factor", 1.0))
+
+
+def count_heads(config) -> tuple[int, int]:
+    heads = config.num_attention_heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads

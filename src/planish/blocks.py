@@ -1,0 +1,217 @@
+"""What a block is made of, and its parts replaced. (This file travels with compressed models.)
+
+A block's `spec` is JSON; `install` builds empty modules from it, for compressing and loading alike:
+
+    {"linears": {role: {"kind": "dense", "out": 8, "in": 16} | {"kind": "pair" | "pivoted", "rank": 4}},
+     "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": 30} | {…, "k_rank": 96, "k_groups": 1, "k_form": "frequency"}
+                 | {"kind": "bypass", "rank": 8, ...},
+     "mlp": {"kind": "bypass", "rank": 0, ...},
+     "slice": {"in": 48, "mid": 48, "out": 64}}
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .attentions import Attention, Frequencies, Latent, count_heads
+from .families import FAMILIES, Family
+from .modules import Bypass, Fused, HeadPair, Pair, Pivoted, SlicedBlock, Spec, set_module, split_fused
+
+
+def get_linear(block: nn.Module, family: Family, role: str) -> nn.Module:
+    """A role's module in a canonical block, wherever an edit has moved it."""
+    attention = block.get_submodule(family.attention)
+    if role in "qkvo" and isinstance(attention, Attention):
+        return getattr(attention, f"{role}_proj")
+    return block.get_submodule(family.path(role))
+
+
+def split_block(block: nn.Module, family: Family, config) -> nn.Module:
+    """Make a stock block canonical, in place: fused linears become `Fused`, so that every role is a linear of its own."""
+    heads, kv_heads = count_heads(config)
+    if family.conv1d:
+        swap_linears(block, family, Conv1D, lambda c: make_linear(c.weight.data.T, c.bias.data))
+    for row in family.fused:
+        try:
+            stock = block.get_submodule(row.path)
+        except AttributeError:  # an edit has replaced the submodule that held it
+            continue
+        if isinstance(stock, Fused):
+            continue
+        out = stock.out_features
+        if "q" in row.roles:
+            width = out // (heads + 2 * kv_heads)
+            sizes = [heads * width, kv_heads * width, kv_heads * width]
+        else:
+            sizes = [out // len(row.roles)] * len(row.roles)
+        weights = split_fused(stock.weight.data, row, sizes, heads)
+        biases = [None] * len(sizes) if stock.bias is None else split_fused(stock.bias.data, row, sizes, heads)
+        parts = {r: make_linear(w, b) for r, w, b in zip(row.roles, weights, biases, strict=True)}
+        set_module(block, row.path, Fused(parts, row.layout, heads))
+    return block
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear that holds these tensors."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.contiguous(), requires_grad=bias.requires_grad)
+    return linear
+
+
+def join_block(block: nn.Module, family: Family) -> nn.Module:
+    """Undo `split_block` wherever every part of a fused linear is dense and the layout allows it, in place."""
+    for row in family.fused:
+        try:
+            fused = block.get_submodule(row.path)
+        except AttributeError:
+            continue
+        if not isinstance(fused, Fused) or not all(type(getattr(fused, r)) is nn.Linear for r in fused.roles):
+            continue
+        set_module(block, row.path, make_linear(*fused.join()))
+    if family.conv1d:
+        swap_linears(block, family, nn.Linear, make_conv1d)
+    return block
+
+
+def swap_linears(block: nn.Module, family: Family, kind: type, make: Callable[[Any], nn.Module]) -> None:
+    """Replace every module of exactly this kind that stands where the family has a linear, in place."""
+    for path in (*family.linears.values(), *(row.path for row in family.fused)):
+        try:
+            module = block.get_submodule(path)
+        except AttributeError:  # an edit has replaced the submodule that held it
+            continue
+        if type(module) is kind:
+            set_module(block, path, make(module))
+
+
+def make_conv1d(linear: nn.Linear) -> nn.Module:
+    """The transposed form in which GPT-2 stores a linear with a bias; one without stays a linear."""
+    if linear.bias is None:
+        return linear
+    with torch.device("meta"):
+        conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=linear.weight.requires_grad)
+    conv.bias = linear.bias
+    return conv
+
+
+def build_linear(form: Spec, stock: nn.Linear) -> nn.Module:
+    """A linear of the given form with the stock one's dtype, device and bias; its weights are still to be filled."""
+    kw = {"device": stock.weight.device, "dtype": stock.weight.dtype}
+    out, n, bias = form.get("out", stock.out_features), form.get("in", stock.in_features), stock.bias is not None
+    linear: nn.Module
+    if form["kind"] == "dense":
+        linear = nn.Linear(n, out, bias=form.get("bias", bias), **kw)
+    elif form["kind"] == "head_pair":
+        linear = HeadPair(n, out, form["rank"], form.get("bias", bias), form["heads"], **kw)
+    else:
+        kind = {"pair": Pair, "pivoted": Pivoted}[form["kind"]]
+        linear = kind(n, out, form["rank"], form.get("bias", bias), **kw)
+    own = linear.B if isinstance(linear, Pair) else linear
+    if bias and own.bias is not None and own.bias.shape == stock.bias.shape:
+        own.bias = nn.Parameter(stock.bias.detach().clone(), requires_grad=False)
+    return linear
+
+
+def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
+    """Give a stock block the (empty) modules that `spec` names, in place; the same call serves solving and loading.
+
+    Returns the block, which is another object only where its residual stream is sliced.
+    """
+    if not spec:
+        return block
+    split_block(block, family, config)
+    stock = block.get_submodule(family.attention)
+    form = spec.get("attention", {})
+    linears = {r: block.get_submodule(family.path(r)) for r in family.roles}
+    for role, f in spec.get("linears", {}).items():
+        linears[role] = build_linear(f, linears[role])
+        set_module(block, family.path(role), linears[role])
+    if form.get("kind") == "own":
+        if "k_rank" in form:
+            kind = Frequencies if form.get("k_form") == "frequency" else Latent
+            own = kind(stock, config, family, form["qk"], form["v"], form["k_rank"], form["k_groups"])
+        else:
+            own = Attention(stock, config, family, form["qk"], form["v"], form.get("pairs"))
+        for role in "qkvo":
+            setattr(own, f"{role}_proj", linears[role])
+        set_module(block, family.attention, own)
+    elif form.get("kind") == "bypass":
+        set_module(block, family.attention, _bypass(form, stock, config, as_tuple=True))
+        _drop_norms(block, family.attention_norm if form["raw"] else None, family.attention_post_norm)
+    form = spec.get("mlp", {})
+    if form.get("kind") == "bypass":
+        bypass = _bypass(form, linears["down"], config, as_tuple=False)
+        if family.mlp is not None:
+            set_module(block, family.mlp, bypass)
+        else:
+            set_module(block, family.path("up"), bypass)
+            set_module(block, family.activation, nn.Identity())
+            set_module(block, family.path("down"), nn.Identity())
+        _drop_norms(block, family.mlp_norm if form["raw"] else None, family.mlp_post_norm)
+    join_block(block, family)
+    return SlicedBlock(block, family, spec["slice"], config.hidden_size) if "slice" in spec else block
+
+
+def _bypass(form: Spec, like: nn.Module, config, as_tuple: bool) -> Bypass:
+    p = next(like.parameters())
+    return Bypass(
+        config.hidden_size,
+        form["rank"],
+        form["gate"],
+        form["shift"],
+        as_tuple,
+        form.get("factored", True),
+        device=p.device,
+        dtype=p.dtype,
+    )
+
+
+def _drop_norms(block: nn.Module, *paths: str | None) -> None:
+    for path in paths:
+        if path is not None:
+            set_module(block, path, nn.Identity())
+
+
+def install_model(model: nn.Module, config) -> None:
+    """Install every block's spec in a base model or causal LM, and number the attentions that are left densely."""
+    layout = config.planish
+    family = FAMILIES[layout["family"]]
+    blocks = find_blocks(model, family)
+    index = 0
+    for i, block in enumerate(blocks):
+        block = blocks[i] = install(block, layout["blocks"][i], family, config)
+        attention = block.get_submodule(family.attention)
+        if not isinstance(attention, Bypass):
+            attention.layer_idx = index
+            index += 1
+
+
+def list_attentions(config) -> list[int]:
+    """Blocks that still have an attention, in the order of the cache's layers."""
+    forms = (spec.get("attention", {}) for spec in config.planish["blocks"])
+    return [i for i, form in enumerate(forms) if form.get("kind") != "bypass"]
+
+
+def find_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
+    """The block list of a causal LM or of its base model."""
+    path = family.blocks
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return model.get_submodule(path.partition(".")[2])
+
+
+def copy_config(config):
+    """The config without its per-layer overrides: what a stock constructor may read."""
+    plain = copy.copy(config)
+    plain.__dict__.pop("_heterogeneity_spec", None)
+    return plain
