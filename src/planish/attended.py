@@ -29,6 +29,11 @@ class Attended:
         self.kept: Activations | None = None
         self.start()
 
+    @property
+    def ready(self) -> Attended | None:
+        """Itself where a run has been kept: what the last run of a block takes, behind which nothing is to be kept."""
+        return self if self.kept is not None else None
+
     def start(self) -> None:
         self.fresh = Activations(self.room)
         self.same = False

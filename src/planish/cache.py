@@ -325,7 +325,8 @@ def hash_code() -> str:
     """Of the files that decide what is measured and predicted."""
     here = Path(__file__).parent
     files = [Path(str(m.__file__)) for m in (checkpoint, families, modules, processes, sources, stats, stream)]
-    files += [here / "linalg.py", *sorted((here / "solvers").glob("*.py"))]
+    files += [here / f"{n}.py" for n in ("attended", "attentions", "blocks", "linalg")]
+    files += [*sorted((here / "solvers").glob("*.py"))]
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
 

@@ -281,7 +281,9 @@ def estimate(
     rehearsed = rehearse({u: job.units[u] for u in alike.values()}, plan, shape)
     took = {u.name: s for u, s in rehearsed.items()}
     for i, cut in enumerate(cuts):
-        through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]], -(-tokens // BATCH))
+        through, taps = count_passes(
+            job, i, job.method.stages(cut) if cut else [[]], -(-size[0] // max(1, BATCH // size[1]))
+        )
         passes += through
         summing += tokens * sum(time_sums(job.shapes[i], tap, rates) for tap in taps)
         solving += sum(took[u.name] for u in cut)
@@ -351,7 +353,7 @@ def count_runs(shape: Shape, shares: list[float], behind: list[bool], skips: flo
     share `skips` it (see `planish.attended`)."""
     passes, attended, attention = 0.0, False, reach(shape, [Tap("o.in", "gram")])
     for share, may in zip([*shares, 1.0], [*behind, True], strict=True):
-        passes += share - skips * attention if attended and may and share >= attention else share
+        passes += share - skips * attention if attended and may and share > attention else share
         attended = may and (attended or share >= attention)
     return passes
 

@@ -58,8 +58,9 @@ def solve(
         weights = read_weights(block, stream)
         dense = copy.deepcopy(block) if method.prefix == "both" else None
         spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
+        n = len(stream.pieces)
         attended, beside = (
-            Attended(stream.room, len(stream.pieces)) if stream.device.type == "cpu" else None for _ in range(2)
+            Attended(stream.room, n) if sequential and n > 1 and stream.device.type == "cpu" else None for _ in range(2)
         )  # copies to another device would take longer than what they save
         captured, dense_outputs = None, None
         sites = find_sites_beside(job, units)
@@ -88,9 +89,11 @@ def solve(
                 del stats
         with job.phase("stream"):
             if sequential or outputs is None:
-                outputs = stream.run(i, stream.place(block), hidden, attended=attended)
+                outputs = stream.run(i, stream.place(block), hidden, attended=attended and attended.ready)
             if dense is not None and dense_hidden is not None:
-                dense_hidden = dense_outputs or stream.run(i, stream.place(dense), dense_hidden, attended=beside)
+                dense_hidden = dense_outputs or stream.run(
+                    i, stream.place(dense), dense_hidden, attended=beside and beside.ready
+                )
             del attended, beside
             hidden = outputs
         emit(i, block, spec)

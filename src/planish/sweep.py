@@ -126,7 +126,7 @@ def sweep(
     for n, (label, settings, method, asked) in enumerate(names):
         limits = [f"{v:g}" if k == "keep" else f"{k.replace('_', '-')}{v:g}" for k, v in asked.given.items()]
         name = re.sub(r"[^A-Za-z0-9.=_+-]+", "-", "-".join([label, *limits]))
-        if book.finished(name):
+        if book.finished(name) and json.loads(book.points[name].settings or "{}") == settings:
             found.skipped += 1
         else:
             if stream is None or shared is None:
@@ -153,7 +153,7 @@ def sweep(
         f"{label}:{name}={getattr(type(method), name):g} gives what compress does"
         for (label, settings, method), text in zip(chosen, methods, strict=True)
         for name, value in method.sweeping().items()
-        if settings[name] == value and f"{name}=" not in text
+        if settings[name] == value and f"{name}=" not in text.replace("-", "_").replace(" ", "")
     ]
     found.seconds = time.perf_counter() - start
     write_report(output)

@@ -260,7 +260,7 @@ class Auto(Method):
 
         def taps(shape: Shape) -> list[Tap]:
             cut = [u.name for u, r in plan.items() if u.block == shape.block and r < job.full(u)]
-            missing = {f"grad:{r}.out" for name in cut for r in gone.get(name, ())}
+            missing = {f"grad:{r}.{end}" for name in cut for r in gone.get(name, ()) for end in ("out", "back")}
             missing |= {"grad:attention.add"} if "attention" in cut else set()
             missing |= {"grad:mlp.add"} if "ffn" in cut else set()
             return [t for t in job.stored_taps(shape.block) if t.site.startswith("grad:") and t.site not in missing]

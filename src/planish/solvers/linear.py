@@ -151,8 +151,10 @@ class LastRank:
         raise NotImplementedError
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        if self.last is None or self.last[0] != rank:
-            self.last = rank, self.find(rank)
+        known, self.last = self.last, None  # not kept longer: frontiers may be cached
+        if known is not None and known[0] == rank:
+            return known[1]
+        self.last = rank, self.find(rank)
         return self.last[1]
 
 
