@@ -105,7 +105,9 @@ def test_kept_statistics_come_back_bit_by_bit(tmp_path):
     assert not list(tmp_path.iterdir()), "the files have no names"
 
 
-@pytest.mark.parametrize("settings", [{}, {"units": "structural", "rounds": 2}, {"rounds": 2}, {"anchor": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"units": "structural", "rounds": 2}, {"rounds": 2}, {"anchor": 0.0}], ids=str
+)
 def test_spilled_runs_write_the_same_bits(tmp_path, settings):
     folder = tmp_path / "spill"
     folder.mkdir()
