@@ -41,7 +41,6 @@ WINDOWS = tiny.windows(12, 24)
 # Where a source promises less than a law asks.
 EXEMPT: dict[str, dict[str, str]] = {
     "two-stage-svd": {"monotone": "the residual is truncated in another metric than the first stage"},
-    "fisher-pairs": {"monotone": "no refit: what dropped pairs do to the loss can cancel; the planner takes the hull"},
 }
 
 
