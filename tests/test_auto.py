@@ -24,6 +24,7 @@ from planish.kept import Kept
 from planish.methods import find_method
 from planish.solve import blend, read_weights
 from planish.solvers.fisher_bypass import FisherBypass
+from planish.solvers.fisher_structural import eliminate, pair_effects, rescale
 from planish.solvers.key_latent import KeyLatent
 from planish.sources import MemorySource, open_source
 from planish.stats import Stats, Tap
@@ -83,6 +84,43 @@ def test_back_of_an_edited_model_takes_the_uncompressed_weight():
         torch.testing.assert_close(stats.mean(back), w.T @ stats.mean(wide) @ w, rtol=1e-9, atol=1e-12)
 
     s.sweep_back(lambda shape: [wide, back], use, edits=edits)
+
+
+def test_pair_effects_are_the_derivative_of_scaling_a_pair():
+    heads, half = 3, 4
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(10, heads * 2 * half, generator=generator, dtype=torch.float64, requires_grad=True)
+    mix = torch.randn(q.shape[1], 7, generator=generator, dtype=torch.float64)
+    scale = torch.ones(10, heads, half, dtype=torch.float64, requires_grad=True)  # per token, head and pair
+    scaled = (q.unflatten(1, (heads, 2, half)) * scale[:, :, None]).flatten(1)
+    by_scale, by_q = torch.autograd.grad(torch.logsumexp(scaled @ mix, 1).sum(), [scale, q])
+    wanted = by_scale.flatten(1).T @ by_scale.flatten(1)
+    torch.testing.assert_close(pair_effects(q.detach(), by_q, heads)["sum"], wanted)
+
+
+def test_rotary_pairs_go_in_the_order_that_costs_least_with_the_others_rescaled():
+    """Backward elimination, solved anew for every candidate by least squares on the samples."""
+    n = 7
+    samples = torch.randn(2, 200, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    samples[0] += samples[0, :, :1]  # their effects add up
+    samples[1] -= samples[1].mean(1, keepdim=True) * 0.9  # or cancel
+    order, growth = eliminate(samples.mT @ samples)
+    for x, found, grown in zip(samples, order.tolist(), growth, strict=True):
+        target, kept, before = x.sum(1, keepdim=True), list(range(n)), 0.0
+
+        def lost(left: list[int], x=x, target=target) -> float:
+            fit = torch.linalg.lstsq(x[:, left], target).solution if left else torch.zeros(0, 1, dtype=x.dtype)
+            return float((target - x[:, left] @ fit).square().sum())
+
+        for at in reversed(range(n)):
+            least = min(kept, key=lambda f: lost([k for k in kept if k != f]))
+            kept.remove(least)
+            assert found[at] == least
+            assert float(grown[at]) == pytest.approx(lost(kept) - before, rel=1e-9, abs=1e-9)
+            before = lost(kept)
+    left = torch.tensor([[1, 4, 5], [0, 2, 3]])
+    for x, at, scale in zip(samples, left, rescale(samples.mT @ samples, left)[0], strict=True):
+        torch.testing.assert_close(scale, torch.linalg.lstsq(x[:, at], x.sum(1, keepdim=True)).solution[:, 0])
 
 
 def test_kept_statistics_come_back_bit_by_bit(tmp_path):
