@@ -11,13 +11,15 @@ from transformers import LlamaConfig
 import planish
 import tiny
 from planish import rehearsal
+from planish.activations import Activations, Room
+from planish.budgets import Asked
 from planish.core import Shape
 from planish.errors import InputError
-from planish.forecast import count_passes, reach
+from planish.forecast import count_kept, count_passes, reach
 from planish.job import Job
 from planish.methods import find_method, list_methods
 from planish.rehearsal import rehearse, shrink
-from planish.sources import MemorySource
+from planish.sources import MemorySource, open_source
 from planish.stats import Tap
 from planish.stream import Stream
 
@@ -116,3 +118,23 @@ def test_bytes_count_headers_before_and_after(family, tmp_path):
             assert files <= found.bytes_before < files * 1.001
         else:
             assert files <= planned.bytes_after < found.bytes_before
+
+
+@pytest.mark.parametrize("settings", [{}, {"units": "structural"}, {"anchor": 0.0}, {"refit_share": 0.5}], ids=str)
+def test_what_is_kept_of_all_blocks_is_predicted_to_the_byte(monkeypatch, tmp_path, settings):
+    spilled, append = [], Activations.append
+
+    def watch(self: Activations, tensor: torch.Tensor) -> None:
+        append(self, tensor)
+        if isinstance(self.items[-1], tuple):
+            spilled.append(tensor.nbytes)
+
+    monkeypatch.setattr(Activations, "append", watch)
+    windows = tiny.windows(40, 16)
+    stream = Stream(open_source(tiny.build("llama_gqa")), windows, room=Room(folder=tmp_path, kept=0))
+    job = Job(stream, find_method("auto", settings), asked=Asked(keep=0.8))
+    expected = count_kept(job, windows.numel())
+    job.plan()
+    assert expected == (0, sum(spilled)) and spilled
+    stream.room.shelf.limit = 100_000
+    assert count_kept(job, windows.numel()) == (100_000, sum(spilled) - 100_000)

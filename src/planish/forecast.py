@@ -250,6 +250,7 @@ def estimate(
     work = max((job.units[u].memory(u, shape) for u in job.block_units(shape.block)), default=0)
     both = 2 if job.method.prefix == "both" else 1
     written = params - sum(job.count(u, job.full(u)) - job.count(u, plan.get(u, job.full(u))) for u in job.units)
+    kept, shelved = count_kept(job, tokens)
     peaks = predict(
         job.shapes,
         outside=params - job.weights,
@@ -264,8 +265,9 @@ def estimate(
         computed=stream.dtype.itemsize,
         streams=both,
         sequential=job.method.prefix != "dense",
-        attended=shape.heads * shape.v if starts_behind(job, shape.block) else 0,
-        kept=count_kept(job, tokens),
+        between=count_between(job, shape),
+        kept=kept,
+        shelved=shelved,
         backward=any(t.site.startswith("grad:") for t in job.stored_taps(shape.block)),
         accelerator=stream.device.type != "cpu",
         activation_limit=stream.room.limit,
@@ -301,21 +303,28 @@ def estimate(
     return peaks, seconds, how
 
 
-def starts_behind(job: Job, i: int) -> bool:
-    """Whether what the attention of block i gives is kept for later stages (see `planish.attended`)."""
-    stages = job.method.stages(job.block_units(i))
-    behind = [s for s in stages if all(u.name in BEHIND for u in s)]
-    return job.method.prefix != "dense" and bool(behind) and job.stream.device.type == "cpu"
+def count_between(job: Job, shape: Shape) -> int:
+    """Channels per token that solving this block keeps from within it: what its attention gives (see `planish.attended`), and
+    of the uncompressed block beside the same, or every site that the stages look at."""
+    units = job.block_units(shape.block)
+    beside = find_sites_beside(job, units) if job.method.prefix == "both" else set()
+    runs = 0
+    if job.method.prefix != "dense" and job.stream.device.type == "cpu":
+        runs = any(all(u.name in BEHIND for u in stage) for stage in job.method.stages(units))
+        runs += job.method.prefix == "both" and not beside
+    return runs * shape.heads * shape.v + sum(map(shape.width, beside))
 
 
-def count_kept(job: Job, tokens: int) -> int:
-    """Bytes that lie in memory for all blocks at once: their inputs and their statistics, where gradients are measured."""
+def count_kept(job: Job, tokens: int) -> tuple[int, int]:
+    """Bytes that are kept of all blocks at once, in memory and on disk: their inputs and their statistics, where gradients are
+    measured."""
     taps = [t for s in job.shapes for t in job.stored_taps(s.block)]
     if not any(t.site.startswith("grad:") for t in taps):
-        return 0
+        return 0, 0
     inputs = sum(s.hidden for s in job.shapes) * tokens * job.stream.dtype.itemsize
     statistics = sum(8 * count_sums(s, set(job.stored_taps(s.block)) & job.kept_taps(s.block)) for s in job.shapes)
-    return min(inputs + statistics, job.stream.room.shelf.limit)
+    kept = min(inputs + statistics, job.stream.room.shelf.limit)
+    return kept, inputs + statistics - kept
 
 
 ORDER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # in which a forward pass reaches the linears

@@ -44,8 +44,9 @@ def predict(
     computed: int = 4,
     streams: int = 1,
     sequential: bool = False,
-    attended: int = 0,
+    between: int = 0,
     kept: int = 0,
+    shelved: int = 0,
     backward: bool = False,
     accelerator: bool = False,
     activation_limit: int | None = None,
@@ -55,16 +56,17 @@ def predict(
 
     outside = P_o, largest = P_m, statistics = S, wide = S_w, sites = their widths (together k), work = W, written =
     parameters of the output; `sequential`: statistics on the compressed prefix;
-    `streams` 2 where the dense prefix runs beside the compressed one; `attended`: channels of what stages behind a solved
-    attention start from; `kept`: bytes of block inputs and statistics kept of all blocks; `backward`: gradients are measured;
-    `activation_limit`: bytes of activations held in memory before they go to disk.
+    `streams` 2 where the dense prefix runs beside the compressed one; `between`: channels per token kept from within a block
+    while it is solved: what stages behind a solved attention start from, what is captured of the uncompressed block;
+    `kept`, `shelved`: bytes of block inputs and statistics kept of all blocks, in memory and on disk; `backward`: gradients
+    are measured; `activation_limit`: bytes of activations held in memory before they go to disk.
 
     RAM = base + the largest of
     start    P_m (s + c) + T d c
     measure  streams · P_b (s + c if c ≠ s) + A + batch + sums
     solve    streams · P_b s + P_b s for the edits + A + 8 S + 8 W
     end      P_o s
-    with A = min(2 · streams · T d c + T attended c, limit) + kept, half of the streams' where a method measures on the
+    with A = min(2 · streams · T d c + T between c, limit) + kept, half of the streams' where a method measures on the
     compressed prefix (`sequential`: a block runs again for its outputs); forward f = t (3 m + 3 d + k − widest site) c, with
     `backward` t (4 m + 10 d) c more, which autograd saves; batch + sums = 8 (2 S − S_w) + f for several batches, for one the
     larger of f and 8 S + t k c + 8 · 1024 · widest site. The inputs of wide Grams, a lane's at a time, are among the
@@ -76,8 +78,9 @@ def predict(
     limit = float("inf") if activation_limit is None else activation_limit
     one = streams * tokens * d * computed
     lane = 0 if tokens <= BATCH or not wide else max(BATCH, tokens // 8) * m * computed
-    lane += tokens * attended * computed
-    held = int(min(2 * one + lane, limit)) + kept
+    lane += tokens * between * computed
+    activations = int(min(2 * one + lane, limit))
+    held = activations + kept
     batch = min(tokens, BATCH) * computed
     through = (7 * m + 13 * d) if backward else (3 * m + 3 * d)
     tapped, widest = sum(sites), max(sites, default=0)
@@ -96,4 +99,4 @@ def predict(
     else:
         vram, inside = 0, on_host + max(measure, rest)
     ram = base + max(start, outside * stored, inside, solve)
-    return Prediction(ram, vram, written * stored, max(2 * one + lane - held, 0))
+    return Prediction(ram, vram, written * stored, 2 * one + lane - activations + shelved)
