@@ -95,6 +95,8 @@ def test_a_sweep_by_auto_refits_on_few_windows_unless_told(texts, tmp_path):
     assert not [
         w for w in run(texts, tmp_path / "o", methods=["auto:anchor=0"], keeps=[0.9]).warnings if "ran with" in w
     ]
+    again = run(texts, tmp_path / "out", methods=["auto", "auto:refit_share=1"], keeps=[0.7], keep_models="all")
+    assert again.skipped == 2 and not again.warnings, "nothing ran"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "--set refit_share=0.0625" in page  # the command that makes the point again
     for point, settings in ((few, {"refit_share": 0.0625}), (whole, {})):

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from planish import checkpoint, families, modules, processes, sources, stats, stream
+from planish import processes, stats
 from planish.core import Frontier, Solver, Unit
 from planish.errors import InputError
 from planish.shards import Shard, hash_file, write_shard
@@ -322,12 +322,9 @@ def find_root() -> Path:
 
 @functools.cache
 def hash_code() -> str:
-    """Of the files that decide what is measured and predicted."""
+    """Of all files of planish: whichever of them decide what is measured and predicted, they are among these."""
     here = Path(__file__).parent
-    files = [Path(str(m.__file__)) for m in (checkpoint, families, modules, processes, sources, stats, stream)]
-    files += [here / f"{n}.py" for n in ("attended", "attentions", "blocks", "linalg")]
-    files += [*sorted((here / "solvers").glob("*.py"))]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(here.rglob("*.py")))).hexdigest()
 
 
 def hash_source(source: Source) -> str:

@@ -122,7 +122,7 @@ def sweep(
     kind = api.find_dtype(dtype) or pick_dtype(source, place)
     stream: Stream | None = None
     shared: Cache | None = None
-    found = Sweep(str(output))
+    found, ran = Sweep(str(output)), set[str]()
     for n, (label, settings, method, asked) in enumerate(names):
         limits = [f"{v:g}" if k == "keep" else f"{k.replace('_', '-')}{v:g}" for k, v in asked.given.items()]
         name = re.sub(r"[^A-Za-z0-9.=_+-]+", "-", "-".join([label, *limits]))
@@ -134,6 +134,7 @@ def sweep(
                 stream = Stream(source, text.windows, device=place, dtype=kind, room=room)
                 memory = room.limit // 2
                 shared = (open_cache(stream, memory) if cache else None) or Cache(memory=memory)
+            ran.add(label)
             point = Point(name, find_name(method), json.dumps(settings), next(iter(asked.given.values())))
             point.budgets = json.dumps(asked.given)
 
@@ -150,14 +151,18 @@ def sweep(
     found.points = list(book.points.values())
     found.warnings = text.notes + [
         f"{label} ran with {name}={value}, so that further points cost little; "
-        f"{label}:{name}={getattr(type(method), name):g} gives what compress does"
+        f"{label}:{name}={show(getattr(type(method), name))} gives what compress does"
         for (label, settings, method), text in zip(chosen, methods, strict=True)
         for name, value in method.sweeping().items()
-        if settings[name] == value and f"{name}=" not in text.replace("-", "_").replace(" ", "")
+        if label in ran and settings[name] == value and f"{name}=" not in text.replace("-", "_").replace(" ", "")
     ]
     found.seconds = time.perf_counter() - start
     write_report(output)
     return found
+
+
+def show(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def list_budgets(keeps: Sequence[float], kv_keeps: Sequence[float], flops_keeps: Sequence[float]) -> list[Asked]:

@@ -22,7 +22,7 @@ class Point:
 
     name: str  # of its folder below points/
     method: str
-    settings: str = "{}"  # JSON, those that were given
+    settings: str = "{}"  # JSON, those that differ from compress's: given, or the sweep's own
     keep_requested: float = 1.0
     keep: float = NAN
     params: int = 0
