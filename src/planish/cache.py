@@ -54,10 +54,19 @@ class Cache:
         self.frontiers: dict[tuple[str, Solver, Unit], Frontier] = {}
         self.files: dict[str, tuple[Path, list[str]]] = {}  # record → its file and the names of its tensors
         self.checked: set[Path] = set()
+        self.others: dict[str, Cache] = {}
         if processes.count() > 1:  # several writers; every process would have to find the same
             self.folder, self.memory = None, 0
         if self.folder is not None:
             self.open(self.folder)
+
+    def beside(self, stream: Stream) -> Cache:
+        """The cache of the same kind for other windows, always the same one for the same; it takes half of the memory left."""
+        key = fingerprint(torch.cat(stream.batches))
+        if key not in self.others:
+            self.memory //= 2
+            self.others[key] = (open_cache(stream, self.memory) if self.folder else None) or Cache(memory=self.memory)
+        return self.others[key]
 
     def open(self, folder: Path) -> None:
         try:

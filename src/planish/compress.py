@@ -66,7 +66,8 @@ def compress(
     `asked`, or `keep` and other `limits` by name: the budgets (see `planish.budgets.Asked`). `kv_keep` alone only cuts what
     the cache holds. `measured`: the latency table to plan with, instead of this machine's.
     `calibration`: what to record about the text in the manifest. Raises InputError for anything wrong with the input.
-    `cache`: the one that several runs share, or whether to use the one on disk; `stream`: what several runs share.
+    `cache`: the one that several runs share, or whether to use the one on disk; `stream`: what several runs on these windows
+    share.
     `resume`: take up an interrupted run with these same arguments (see `planish.resume`).
     `files`: further text files for the folder, by name. `spent`: seconds of phases before this call, counted in the result.
     """
@@ -79,6 +80,7 @@ def compress(
     method = find_method(method, settings or {})
     source = open_source(model, tokenizer)
     check_windows(windows, source)
+    calibrated = method.prepare(windows)
     check_apart(Path(output), source)
     writer = Writer(Path(output), source.n_blocks, overwrite, resume)
     try:
@@ -101,7 +103,10 @@ def compress(
             warnings.simplefilter("always")
             if stream is None:
                 room = Room(folder=writer.partial)
-                stream = Stream(source, windows, device=device, dtype=kind, room=room)
+                stream = Stream(source, calibrated, device=device, dtype=kind, room=room)
+            elif calibrated is not windows:
+                stream = stream.part(calibrated)
+                cache = cache.beside(stream) if isinstance(cache, Cache) else cache
             shared = open_cache(stream) if cache is True else cache or None
             job = Job(
                 stream,

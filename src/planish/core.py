@@ -216,6 +216,10 @@ class Method(ABC):
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         return [units]
 
+    def prepare(self, windows: Tensor) -> Tensor:
+        """What it measures on: the given calibration windows (n, seq), or something made of them."""
+        return windows
+
     def solve_windows(self, n: int) -> int:
         """How many of n calibration windows the solve runs through what is compressed so far."""
         return n

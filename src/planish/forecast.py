@@ -131,7 +131,7 @@ def forecast(
         windows = read()
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
-        stream = Stream(source, windows, device=device, dtype=dtype)
+        stream = Stream(source, method.prepare(windows), device=device, dtype=dtype)
         arguments: dict[str, Any] = {
             "asked": asked,
             "step": round_to,

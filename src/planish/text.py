@@ -19,6 +19,8 @@ from planish.errors import InputError
 
 SOURCES = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field `text`), .parquet (column `text`), .npy (token ids)"
 
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, mod 1, are spread evenly, every k-th of them too
+
 _SKIPPED = {
     "site-packages", "dist-packages", "__pycache__", "lib-dynload", "ensurepip",
     "encodings", "pydoc_data", "test", "tests", "idle_test",
@@ -152,6 +154,21 @@ def sample_windows(
             f"got n_samples {n_samples} · use --n-samples {available}, a smaller --seq-len, or a longer source"
         )
     return torch.stack([tokens[i : i + seq_len] for i in starts])
+
+
+def shuffle_windows(windows: Tensor, share: float) -> Tensor:
+    """The windows (n, seq), a share of them, spread evenly, with all tokens but the first in another order.
+
+    Which ones and in which order depends on their places alone.
+    """
+    places = [i for i in range(len(windows)) if (i + 0.5) * GOLDEN % 1 < share]
+    if not places or windows.shape[1] < 3:
+        return windows
+    windows = windows.clone()
+    for i in places:
+        order = torch.randperm(windows.shape[1] - 1, generator=torch.Generator().manual_seed(i))
+        windows[i, 1:] = windows[i, 1 + order]
+    return windows
 
 
 def eval_windows(tokens: Tensor, seq_len: int) -> Tensor:

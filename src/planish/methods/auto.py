@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.allocate import Alternative, BudgetError, Curve, choose
+from planish.cache import describe
 from planish.core import Frontier, Method, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.solvers.fisher_bypass import FisherBypass
@@ -18,6 +19,7 @@ from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, Fisher
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.two_sided import TwoSided
 from planish.stats import Stats, Tap
+from planish.text import shuffle_windows
 
 if TYPE_CHECKING:
     from planish.job import Job
@@ -98,12 +100,14 @@ class Auto(Method):
     `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order prediction saturates, so a cut
     that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the prediction itself. By default 0,
     or 3 below keep 0.6.
+    `shuffled`: share of the calibration windows whose tokens, but the first, are put in another order. Statistics of such
+    windows hold more than the calibration text's own directions, and text of another kind loses less.
     `search`: up to so many plans with other weights of all predictions (see `Weighing`) are compared in the same way.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
     reference: ClassVar[str] = "planish"
-    shares: ClassVar[tuple[str, ...]] = ("anchor", "refit_share")
+    shares: ClassVar[tuple[str, ...]] = ("anchor", "refit_share", "shuffled")
 
     units: Literal["any", "structural", "linear"] = "any"
     anchor: float = 0.25
@@ -113,6 +117,7 @@ class Auto(Method):
     steep: float | None = None
     search: int = 0
     refit_share: float = 1.0
+    shuffled: float = 0.25
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
@@ -163,15 +168,18 @@ class Auto(Method):
 
     def settle(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
         """The plan with what is measured instead of predicted: errors of pairs where it drops any, whole plans' losses."""
-        if any(u.name == "qk" and r < job.full(u) for u, r in plan.items()):
+        dropped = any(u.name == "qk" and r < job.full(u) for u, r in plan.items())
+        if dropped or job.cache.keeps:  # a smaller budget may drop some
             with job.phase("frontiers"):
-                self.measure_pairs(job, frontiers)
+                measured = self.measure_pairs(job, frontiers)
+        if dropped:
+            frontiers |= measured
             plan = self.allocate(job, frontiers)
         with job.phase("search"):
             return self.compare(job, frontiers, plan)
 
-    def measure_pairs(self, job: Job, frontiers: dict[Unit, Frontier]) -> None:
-        """Correct what dropping pairs is predicted to cost by the error that it makes in the attention's output.
+    def measure_pairs(self, job: Job, frontiers: dict[Unit, Frontier]) -> dict[Unit, Frontier]:
+        """What dropping pairs is predicted to cost, corrected by the error that it makes in the attention's output.
 
         s_f of `pair_effects` is a first derivative: where the softmax is sharp it is nearly zero, however much the dropped
         pairs decide. At a few ranks ½ tr(G E[e eᵀ]) is measured instead, with the true error e of o's output and the moment G
@@ -183,14 +191,24 @@ class Auto(Method):
             if not len(ranks):
                 continue
             wanted[unit] = sorted({int(ranks[round(s * (len(ranks) - 1))]) for s in PAIR_SHARES})
-        for unit, errors in job.cut_errors(wanted, "o.out", PAIR_WINDOWS).items():
+        names = {u: f"pairs|{describe(job.units[u])}|{u}|{ranks}" for u, ranks in wanted.items()}
+        known = {u: job.cache.get(n)["loss"] for u, n in names.items() if job.cache.has([n])}
+        rest = {u: ranks for u, ranks in wanted.items() if u not in known}
+        for unit, errors in job.cut_errors(rest, "o.out", PAIR_WINDOWS).items() if rest else ():
             metric = job.stored[unit.block].mean(Tap("grad:o.out", "gram"))
+            known[unit] = torch.stack([(metric * e).sum() / 2 for e in errors])
+        job.cache.keep({names[u]: {"loss": known[u]} for u in rest})
+        found = {}
+        for unit, measured in known.items():
             loss = torch.as_tensor(frontiers[unit].loss, dtype=torch.float64)
-            known = torch.tensor(wanted[unit])
-            measured = torch.stack([(metric * e).sum() / 2 for e in errors])
-            factor = (measured.clamp(min=TINY) / loss[known].clamp(min=TINY)).log()
-            between = interpolate(torch.arange(len(loss)), known, factor)
-            frontiers[unit] = replace(frontiers[unit], loss=loss * between.exp())
+            at = torch.tensor(wanted[unit])
+            factor = (measured.clamp(min=TINY) / loss[at].clamp(min=TINY)).log()
+            between = interpolate(torch.arange(len(loss)), at, factor)
+            found[unit] = replace(frontiers[unit], loss=loss * between.exp())
+        return found
+
+    def prepare(self, windows: Tensor) -> Tensor:
+        return shuffle_windows(windows, self.shuffled)
 
     def solve_windows(self, n: int) -> int:
         return min(n, max(1, ceil(self.refit_share * n)))
