@@ -265,3 +265,30 @@ def test_seconds_count_the_text(root, tmp_path, encoded, monkeypatch):
     assert np.isclose(api.evaluate(folder, tmp_path / "a.txt", 16, max_windows=2, cache=True).perplexity,
                       api.evaluate(folder, tmp_path / "a.txt", 16, max_windows=2).perplexity, rtol=0)  # fmt: skip
     assert len(encoded) == 1
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_method_with_windows_of_its_own_shares_no_statistics_with_others(folder, root, tmp_path, on_disk):
+    stream = Stream(open_source(folder), WINDOWS)
+    shared = open_cache(stream, 1 << 30) if on_disk else Cache(memory=1 << 30)
+    cases = [("svd-llm", {}), ("auto", {"shuffled": 0.5}), ("auto", {"shuffled": 0.25}), ("auto", {"shuffled": 0.5})]
+    found = []
+    for method, settings in cases:
+        found.append(run(folder, tmp_path / "out", method, settings, cache=shared, stream=stream))
+        assert found[-1] == run(folder, tmp_path / "out", method, settings), settings
+    assert len(set(found)) == 3 and len(shared.others) == 2
+    folders = [cache.folder for cache in (shared, *shared.others.values())]
+    assert len(set(folders)) == (3 if on_disk else 1), "one each on disk, none else"
+
+
+def test_measured_errors_of_pairs_are_kept(folder, root, tmp_path, monkeypatch):
+    calls = []
+    old = Job.cut_errors
+    monkeypatch.setattr(Job, "cut_errors", lambda self, wanted, *more: calls.append(wanted) or old(self, wanted, *more))
+    settings = {"units": "structural"}
+    run(folder, tmp_path / "out", "auto", settings, 0.9, cache=True)
+    assert len(calls) == 1 and calls[0]
+    cached = run(folder, tmp_path / "out", "auto", settings, 0.4, cache=True)
+    assert len(calls) == 1
+    assert cached == run(folder, tmp_path / "out", "auto", settings, 0.4)
+    assert len(calls) == 2, "this plan drops pairs"

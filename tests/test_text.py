@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from planish import text as text_module
 from planish.errors import InputError
-from planish.text import Text, builtin_files, eval_windows, fingerprint, load_tokens, sample_windows
+from planish.text import Text, builtin_files, eval_windows, fingerprint, load_tokens, sample_windows, shuffle_windows
 
 
 @pytest.fixture(scope="module")
@@ -301,3 +301,28 @@ def test_fingerprint_depends_on_everything():
 
 def test_text_says_how_to_sample():
     assert Text(torch.arange(3), "x", bos=False, is_ids=True).sampling == "contiguous"
+
+
+# --- shuffled windows
+
+
+@given(n=st.integers(1, 70), length=st.integers(1, 9), share=st.floats(0, 1))
+def test_shuffled_windows_keep_their_tokens_and_their_first(n, length, share):
+    windows = torch.arange(n * length).view(n, length)
+    before = windows.clone()
+    found = shuffle_windows(windows, share)
+    assert torch.equal(windows, before) and torch.equal(found, shuffle_windows(windows, share))
+    assert torch.equal(found[:, 0], windows[:, 0])
+    assert torch.equal(found.sort(1).values, windows)
+    changed = (found != windows).any(1)
+    assert int(changed.sum()) <= share * n + 2
+    if length > 5:  # else the order drawn may be the one that was
+        assert int(changed.sum()) >= share * n - 2
+
+
+@pytest.mark.parametrize("step", [2, 4, 16])
+def test_every_kth_window_holds_its_share_of_shuffled_ones(step):
+    windows = torch.arange(2048 * 8).view(-1, 8)
+    changed = (shuffle_windows(windows, 0.25) != windows).any(1)
+    for first in range(step):
+        assert float(changed[first::step].float().mean()) == pytest.approx(0.25, abs=0.03)

@@ -151,6 +151,9 @@ class Auto(Method):
             )
 
     def plan(self, job: Job) -> Plan:
+        if all(b.share >= 1 for b in job.budgets):  # nothing is to go, not even a direction that no input has
+            job.notes |= {"predicted_loss": 0.0, "units cut": {}}
+            return {}
         frontiers: dict[Unit, Frontier] = {}
         rounds = max(self.rounds, 1)
         job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)), whole=rounds > 1)
