@@ -322,7 +322,7 @@ def test_shuffled_windows_keep_their_tokens_and_their_first(n, length, share):
 
 @pytest.mark.parametrize("step", [2, 4, 16])
 def test_every_kth_window_holds_its_share_of_shuffled_ones(step):
-    windows = torch.arange(2048 * 8).view(-1, 8)
+    windows = torch.arange(8192 * 8).view(-1, 8)
     changed = (shuffle_windows(windows, 0.25) != windows).any(1)
     for first in range(step):
         assert float(changed[first::step].float().mean()) == pytest.approx(0.25, abs=0.03)
