@@ -176,17 +176,31 @@ def test_where_the_prediction_saturates_plans_are_compared(tmp_path):
     found = notes[0]["search"]
     assert notes[0] == notes[1] and digest(tmp_path / "one") == digest(tmp_path / "two")
     assert 2 <= found["plans"] <= 6 and found["best"] <= found["first"]
-    assert "search" not in run(tmp_path / "none", windows=MANY, keep=0.5, search=0, bypass=False)["notes"]
+    assert "search" not in run(tmp_path / "none", windows=MANY, keep=0.7, search=0)["notes"]
+    assert "search" not in run(tmp_path / "dense", windows=MANY, keep=0.5, units="structural")["notes"]
     assert "search" not in run(tmp_path / "few", windows=WINDOWS, keep=0.5)["notes"], "too few windows to hold out"
 
 
 def test_trials_are_measured_on_windows_that_they_are_not_solved_on():
     s = stream(windows=MANY)
-    few, held = Job(s, find_method("auto", {}), 0.6).trial()
+    few, held = Job(s, find_method("auto", {}), 0.6).trial(range(40))
     inside = {tuple(w.tolist()) for b in few.stream.batches for w in b}
     outside = {tuple(w.tolist()) for b in held.batches for w in b}
     assert len(inside) == 30 and len(outside) == 10 and not inside & outside
+    assert len(Job(s, find_method("auto", {}), 0.6).trial([0, 1, 3, 17, 18, 30])[1].batches[0]) == 1
     assert held.nll(_outputs(held)) == pytest.approx(few.held_loss({}, held), abs=1e-12)
+
+
+@pytest.mark.parametrize(("shuffled", "held"), [(0.0, 10), (0.25, 7), (0.5, 5), (0.9, 10)])
+def test_plans_are_compared_on_windows_as_they_are(tmp_path, monkeypatch, shuffled, held):
+    seen, trial = [], Job.trial
+    monkeypatch.setattr(
+        Job, "trial", lambda self, among: seen.append((self, trial(self, among)[1])) or trial(self, among)
+    )
+    run(tmp_path / "out", windows=MANY, keep=0.5, shuffled=shuffled)
+    asked, found = {tuple(w) for w in MANY.tolist()}, torch.cat(seen[0][1].batches).tolist()
+    assert len(found) == held
+    assert shuffled > 0.5 or all(tuple(w) in asked for w in found)
 
 
 def _outputs(s: Stream):

@@ -411,11 +411,12 @@ class Job:
         self.solve(plan, emit, phase=phase)
         return hidden
 
-    def trial(self) -> tuple[Job, Stream]:
-        """(This job without every fourth calibration window, the stream of these): for the loss of plans on text that they
-        are not solved on, see `held_loss`."""
+    def trial(self, among: Sequence[int]) -> tuple[Job, Stream]:
+        """(This job without every fourth of these calibration windows, the stream of that fourth): for the loss of plans on text
+        that they are not solved on, see `held_loss`."""
         windows = torch.cat(self.stream.batches)
-        held = torch.arange(len(windows)) % 4 == 3
+        held = torch.zeros(len(windows), dtype=torch.bool)
+        held[list(among)[3::4]] = True
         few = copy.copy(self)
         few.stream = self.stream.part(windows[~held])
         few.cache, few.finished, few.errors, few.notes, few.progress = Cache(), {}, {}, {}, None

@@ -156,12 +156,17 @@ def sample_windows(
     return torch.stack([tokens[i : i + seq_len] for i in starts])
 
 
+def list_shuffled(n: int, share: float) -> list[int]:
+    """Which of n windows `shuffle_windows` shuffles."""
+    return [i for i in range(n) if (i + 0.5) * GOLDEN % 1 < share]
+
+
 def shuffle_windows(windows: Tensor, share: float) -> Tensor:
     """The windows (n, seq), a share of them, spread evenly, with all tokens but the first in another order.
 
     Which ones and in which order depends on their places alone.
     """
-    places = [i for i in range(len(windows)) if (i + 0.5) * GOLDEN % 1 < share]
+    places = list_shuffled(len(windows), share)
     if not places or windows.shape[1] < 3:
         return windows
     windows = windows.clone()

@@ -19,7 +19,7 @@ from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, Fisher
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.two_sided import TwoSided
 from planish.stats import Stats, Tap
-from planish.text import shuffle_windows
+from planish.text import list_shuffled, shuffle_windows
 
 if TYPE_CHECKING:
     from planish.job import Job
@@ -38,14 +38,16 @@ HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attent
 LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
+LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
 PAIR_SHARES, PAIR_WINDOWS = (0.125, 0.25, 0.5, 0.75), 8  # ranks at which, windows on which pairs' errors are measured
 TINY = 1e-300
-SATURATES = 0.1  # predicted nats per token above which plans are compared by measured loss
+SATURATES = 0.03  # predicted nats per token above which plans are compared by measured loss
 HELD = 8  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
     "attention": (1 / 1.5, 1.5),
     "tilt": (-0.5, 0.5),
     "keys": (0.5, 2.0),
+    "linear": (0.5, 2.0),
     "steep": (-3.0, 3.0),
 }
 
@@ -54,8 +56,8 @@ MOVES = {  # how a search changes the weights of predictions: one step either wa
 class Weighing:
     """What predicted losses are multiplied by when ranks are chosen: l becomes w · l · (1 + steep · w · l).
 
-    w = `attention` for what belongs to an attention, times `keys` for q and k, `bypass` for whole submodules, times
-    e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by kind and by
+    w = `attention` for what belongs to an attention, times `keys` for q and k, `linear` for low-rank linears, `bypass` for whole
+    submodules, times e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by kind and by
     depth; measured losses of whole plans tell by how much.
     """
 
@@ -63,6 +65,7 @@ class Weighing:
     attention: float = 1.0
     keys: float = 1.0
     tilt: float = 0.0
+    linear: float = 1.0
     bypass: float = NEVER
 
     def apply(self, curve: Curve, blocks: int) -> Curve:
@@ -70,13 +73,14 @@ class Weighing:
         weight = exp(self.tilt * (1 - 2 * depth))
         weight *= self.attention if name in ATTENTION_UNITS else 1.0
         weight *= self.keys if name in ("q", "k", "qk", "keys") else 1.0
+        weight *= self.linear if name in ATTENTION + MLP else 1.0
         weight *= self.bypass if name in ("attention", "ffn") else 1.0
         loss = weight * curve.loss
         return replace(curve, loss=loss * (1 + self.steep * loss))
 
     def moved(self, name: str, step: float) -> Weighing:
         old = getattr(self, name)
-        new = old * step if name in ("attention", "keys") else old + step
+        new = old * step if name in ("attention", "keys", "linear") else old + step
         return replace(self, **{name: max(new, 0.0) if name == "steep" else new})
 
 
@@ -89,8 +93,9 @@ class Auto(Method):
     `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. Under a budget of the KV cache keys
     may also become latents (see `KeyLatent`), unless `units` is "structural".
     `bypass`: whether fitted affine maps in place of whole submodules compete too; by default below keep 0.6 where
-    `units` is "any". Where more than 0.1 nats per token are predicted, the plan without them and those with several weights
-    of their predicted loss are solved without every fourth calibration window and compared by the loss on these.
+    `units` is "any". Where more than 0.03 nats per token are predicted, the plan without them and those with several weights
+    of their predicted loss are solved without every fourth calibration window and compared by the loss on these; then those
+    with low-rank linears weighed two and four times, below keep 0.6 where `units` is "any".
     `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
     model's statistics alone, which a sweep can re-use). `refit_share`: with an anchor, share of the calibration windows,
     evenly spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper and the result a little
@@ -229,11 +234,13 @@ class Auto(Method):
         if job.notes["predicted_loss"] < SATURATES or windows < 4 * HELD or length < 2:
             return plan
         best, tried = self.start(job), dict[tuple[tuple[Unit, int], ...], float]()
-        others = [replace(best, bypass=w) for w in BYPASSES] if self.bypass is not False else []
-        plans = [plan, *(self.allocate(job, frontiers, weighing=w) for w in others)]
-        if self.search < 2 and all(p == plan for p in plans):
+        weights: dict[str, tuple[float, ...]] = {"bypass": BYPASSES if self.bypass is not False else ()}
+        weights["linear"] = LINEARS if self.units == "any" and job.keep < LOW else ()
+        others = [replace(best, **{name: w}) for name, tries in weights.items() for w in tries]
+        if self.search < 2 and all(self.allocate(job, frontiers, weighing=w) == plan for w in others):
             return self.allocate(job, frontiers, weighing=best)
-        trial, held = job.trial()
+        plain = sorted({*range(windows)} - {*list_shuffled(windows, self.shuffled)})
+        trial, held = job.trial(plain if 2 * len(plain) >= windows else range(windows))
 
         def measure(weighing: Weighing) -> float:
             other = self.allocate(job, frontiers, weighing=weighing)
@@ -243,7 +250,8 @@ class Auto(Method):
             return tried[key]
 
         first = measure(best)
-        best = min([best, *others], key=measure)
+        for name, tries in weights.items():
+            best = min([best, *(replace(best, **{name: w}) for w in tries)], key=measure)
         least = measure(best)
         for name, steps in MOVES.items() if self.search > 1 else ():
             for step in steps:
