@@ -24,14 +24,14 @@ from planish.kept import Kept
 from planish.methods import find_method
 from planish.solve import blend, read_weights
 from planish.solvers.fisher_bypass import FisherBypass
-from planish.solvers.fisher_structural import eliminate, pair_effects, rescale
+from planish.solvers.fisher_structural import FisherPairs, eliminate, pair_effects, rescale
 from planish.solvers.key_latent import KeyLatent
 from planish.sources import MemorySource, open_source
 from planish.stats import Stats, Tap
 from planish.stream import Stream
 
 WINDOWS = tiny.windows(12, 24)
-MANY = tiny.windows(40, 16)
+MANY = tiny.windows(48, 16)
 
 
 def stream(name: str = "llama_gqa", windows=WINDOWS, **more) -> Stream:
@@ -123,6 +123,64 @@ def test_rotary_pairs_go_in_the_order_that_costs_least_with_the_others_rescaled(
         torch.testing.assert_close(scale, torch.linalg.lstsq(x[:, at], x.sum(1, keepdim=True)).solution[:, 0])
 
 
+def pairs_of(name: str, silence: int | None = None):
+    """(unit, weights, frontier, shape) of the rotary pairs of block 1, one kv head's values silenced or none."""
+    model = tiny.build(name, torch.float64)
+    source = MemorySource(model)
+    shape, solver = source.shape(1), FisherPairs()
+    if silence is not None:
+        with torch.no_grad():
+            model.model.layers[1].self_attn.v_proj.weight[silence * shape.v : (silence + 1) * shape.v] = 0
+    job = Job(
+        Stream(MemorySource(model), WINDOWS, dtype=torch.float64), find_method("auto", {"units": "structural"}), 0.6
+    )
+    found = []
+
+    def look(i, block, stats) -> None:
+        if i == 1:
+            unit, weights = Unit(1, "qk"), read_weights(block, job.stream)
+            found.append((unit, weights, solver.decompose(unit, weights, stats, shape), shape))
+
+    job.gradients(look)
+    return found[0]
+
+
+def test_kept_keys_are_rescaled():
+    _, weights, frontier, shape = pairs_of("llama_gqa")
+    edits = {e.target: e.tensors for e in FisherPairs().truncate(frontier, shape.qk // 2, shape)}
+    pairs, half = edits["attention"]["pairs"], shape.qk // 2
+    scale, _ = rescale(frontier.factors["effects"], pairs.long())
+    assert (scale - 1).abs().max() > 1e-3
+    at = torch.cat([pairs, pairs + half], 1).long()[..., None]
+    k = weights["k"].double().unflatten(0, (shape.kv_heads, -1)).take_along_dim(at, 1) * scale.repeat(1, 2)[..., None]
+    torch.testing.assert_close(edits["k"]["weight"].double(), k.flatten(0, 1))
+    at = at.repeat_interleave(shape.groups, 0)
+    q = weights["q"].double().unflatten(0, (shape.heads, -1)).take_along_dim(at, 1)
+    torch.testing.assert_close(edits["q"]["weight"].double(), q.flatten(0, 1))
+
+
+def test_pairs_that_nothing_hangs_on_cost_nothing():
+    silent = pairs_of("llama_gqa", silence=0)[2]
+    effects = silent.factors["effects"]
+    assert torch.equal(effects[0], torch.eye(len(effects[0]), dtype=effects.dtype) * FisherPairs.damping)
+    alone = eliminate(effects[1:])[1][0].flip(0).cumsum(0).flip(0) / 2
+    torch.testing.assert_close(silent.loss[:-1:2], alone)
+
+
+def test_parts_of_a_stream_share_what_is_in_memory(monkeypatch):
+    monkeypatch.setattr("planish.stream.LARGE", 100)
+    s = stream()
+    part = s.part(WINDOWS[:2])
+    embedding = s.model.get_input_embeddings()
+    part.start()
+    part.release()
+    assert embedding.weight.is_meta and not s.resident
+    s.start()
+    s.nll(_outputs(s))
+    part.release()
+    assert embedding.weight.is_meta and s.model.get_output_embeddings().weight.is_meta
+
+
 def test_kept_statistics_come_back_bit_by_bit(tmp_path):
     stats = Stats()
     tap, pair = Tap("o.in", "gram"), Tap("dense:q.out", "pair_effects", "grad:q.out", heads=4)
@@ -183,22 +241,23 @@ def test_where_the_prediction_saturates_plans_are_compared(tmp_path):
 
 def test_trials_are_measured_on_windows_that_they_are_not_solved_on():
     s = stream(windows=MANY)
-    few, held = Job(s, find_method("auto", {}), 0.6).trial(range(40))
+    few, held = Job(s, find_method("auto", {}), 0.6).trial(range(48))
     inside = {tuple(w.tolist()) for b in few.stream.batches for w in b}
     outside = {tuple(w.tolist()) for b in held.batches for w in b}
-    assert len(inside) == 30 and len(outside) == 10 and not inside & outside
+    assert len(inside) == 36 and len(outside) == 12 and not inside & outside
     assert len(Job(s, find_method("auto", {}), 0.6).trial([0, 1, 3, 17, 18, 30])[1].batches[0]) == 1
     assert held.nll(_outputs(held)) == pytest.approx(few.held_loss({}, held), abs=1e-12)
 
 
-@pytest.mark.parametrize(("shuffled", "held"), [(0.0, 10), (0.25, 7), (0.5, 5), (0.9, 10)])
+@pytest.mark.parametrize(("shuffled", "held"), [(0.0, 16), (0.25, 12), (0.5, 8), (0.9, 16)])
 def test_plans_are_compared_on_windows_as_they_are(tmp_path, monkeypatch, shuffled, held):
     seen, trial = [], Job.trial
     monkeypatch.setattr(
         Job, "trial", lambda self, among: seen.append((self, trial(self, among)[1])) or trial(self, among)
     )
-    run(tmp_path / "out", windows=MANY, keep=0.5, shuffled=shuffled)
-    asked, found = {tuple(w) for w in MANY.tolist()}, torch.cat(seen[0][1].batches).tolist()
+    windows = tiny.windows(64, 16)
+    run(tmp_path / "out", windows=windows, keep=0.5, shuffled=shuffled)
+    asked, found = {tuple(w) for w in windows.tolist()}, torch.cat(seen[0][1].batches).tolist()
     assert len(found) == held
     assert shuffled > 0.5 or all(tuple(w) in asked for w in found)
 
@@ -424,8 +483,8 @@ def test_the_compared_plan_with_the_least_measured_loss_is_kept(wanted, monkeypa
 
 def test_the_solve_runs_the_share_of_the_windows_it_is_told(tmp_path, monkeypatch):
     s = stream(windows=MANY)
-    assert torch.equal(torch.cat(s.spread(4).batches), MANY[[0, 10, 20, 30]])
-    assert s.spread(40) is s and s.spread(99) is s
+    assert torch.equal(torch.cat(s.spread(4).batches), MANY[[0, 12, 24, 36]])
+    assert s.spread(48) is s and s.spread(99) is s
     seen: list[int] = []
     old = Stream.measure
 
@@ -435,7 +494,7 @@ def test_the_solve_runs_the_share_of_the_windows_it_is_told(tmp_path, monkeypatc
 
     monkeypatch.setattr(Stream, "measure", measure)
     digests = []
-    for share, n in ((1.0, 40), (0.25, 10), (0.01, 1)):
+    for share, n in ((1.0, 48), (0.25, 12), (0.01, 1)):
         seen.clear()
         run(tmp_path / "m", windows=MANY, keep=0.8, refit_share=share)
         assert set(seen) == {n}

@@ -171,6 +171,22 @@ def test_older_fingerprints_make_room_and_the_own_one_never_does(tmp_path):
     assert again.has(["r3"]) and torch.equal(again.get("r3")["x"], record(3)["r3"]["x"])
 
 
+def test_caches_beside_one_another_leave_each_other_alone(tmp_path):
+    def record(n: int) -> dict:
+        return {f"r{n}": {"x": torch.full((1000,), float(n))}}
+
+    one, two = Cache(tmp_path / "one", disk=10_000), Cache(tmp_path / "two", disk=10_000)
+    one.family.append(two)
+    two.family = one.family
+    for n, cache in enumerate([one, two, two, one]):  # the last two find no room
+        cache.keep(record(n))
+    assert one.has(["r0"]) and two.has(["r1"]) and not two.has(["r2"]) and not one.has(["r3"])
+    assert torch.equal(one.get("r0")["x"], record(0)["r0"]["x"])
+    for path in (tmp_path / "one").iterdir():
+        path.unlink()  # by another command
+    assert not one.has(["r0"])
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PLANISH_CACHE", str(tmp_path / "file" / "below"))
@@ -292,3 +308,19 @@ def test_measured_errors_of_pairs_are_kept(folder, root, tmp_path, monkeypatch):
     assert len(calls) == 1
     assert cached == run(folder, tmp_path / "out", "auto", settings, 0.4)
     assert len(calls) == 2, "this plan drops pairs"
+
+
+def test_a_cache_given_without_a_stream_is_kept_apart_too(folder, tmp_path):
+    shared = Cache(memory=1 << 30)
+    for settings in ({"shuffled": 0.0}, {"shuffled": 0.5}, {"shuffled": 0.0}):
+        with_it = run(folder, tmp_path / "out", "auto", settings, cache=shared)
+        assert with_it == run(folder, tmp_path / "out", "auto", settings), settings
+
+
+def test_errors_of_pairs_under_later_gradients_are_nobody_elses(folder, tmp_path):
+    shared, stream = Cache(memory=1 << 30), Stream(open_source(folder), WINDOWS)
+    structural = {"units": "structural"}
+    cases = [({"rounds": 2}, 0.4), ({"rounds": 2}, 0.5), ({}, 0.5), ({"rounds": 2}, 0.5)]
+    for settings, keep in cases:
+        cached = run(folder, tmp_path / "out", "auto", structural | settings, keep, cache=shared, stream=stream)
+        assert cached == run(folder, tmp_path / "out", "auto", structural | settings, keep), (settings, keep)

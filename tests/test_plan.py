@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -15,9 +16,10 @@ from planish.activations import Activations, Room
 from planish.budgets import Asked
 from planish.core import Shape
 from planish.errors import InputError
-from planish.forecast import count_kept, count_passes, reach
+from planish.forecast import count_between, count_kept, count_passes, reach
 from planish.job import Job
 from planish.methods import find_method, list_methods
+from planish.predict import predict
 from planish.rehearsal import rehearse, shrink
 from planish.sources import MemorySource, open_source
 from planish.stats import Tap
@@ -138,3 +140,63 @@ def test_what_is_kept_of_all_blocks_is_predicted_to_the_byte(monkeypatch, tmp_pa
     assert expected == (0, sum(spilled)) and spilled
     stream.room.shelf.limit = 100_000
     assert count_kept(job, windows.numel()) == (100_000, sum(spilled) - 100_000)
+
+
+def test_a_plan_that_cuts_nothing_needs_no_text(tmp_path):
+    folder = tiny.save(tiny.build("llama_gqa"), tmp_path / "model")
+    more = {"calibration": tiny.windows(40, 16).flatten(), "n_samples": 40, "seq_len": 16}
+    found = planish.forecast(folder, method="auto", keep=1, **more)
+    assert found.keep == 1 and not found.needed_statistics
+    assert found.peak_ram_bytes <= planish.forecast(folder, method="auto", keep=0.8, **more).peak_ram_bytes
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.5])
+def test_the_plan_foretold_is_the_one_that_is_followed(tmp_path, keep):
+    folder = tiny.save(tiny.build("llama_gqa"), tmp_path / "model")
+    more = {"calibration": tiny.windows(40, 16).flatten(), "n_samples": 40, "seq_len": 16, "device": "cpu"}
+    foretold = planish.forecast(folder, keep=keep, **more)
+    planish.compress(folder, keep=keep, output=tmp_path / "out", **more)
+    notes = json.loads((tmp_path / "out" / "planish.json").read_text())["notes"]
+    assert sum(foretold.predicted.values()) == pytest.approx(notes["predicted_loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("flat-llm", {}), ("mpifa", {}), ("aa-svd", {}), ("auto", {"units": "linear"})], ids=str
+)
+def test_what_lies_between_is_what_is_kept_while_a_block_is_solved(monkeypatch, tmp_path, method, settings):
+    """Activations in memory at their peak: inputs and outputs of all streams, and what is kept from within the block."""
+    windows, peak, append = tiny.windows(400, 24), 0, Activations.append
+    source = open_source(tiny.build("llama_gqa"))
+    stream = Stream(source, windows)
+
+    def watch(self: Activations, tensor: torch.Tensor) -> None:
+        nonlocal peak
+        append(self, tensor)
+        peak = max(peak, stream.room.used)
+
+    job = Job(stream, find_method(method, settings), asked=Asked(keep=0.8))
+    plan = job.plan()
+    monkeypatch.setattr(Activations, "append", watch)
+    job.solve(plan, lambda *args: None)
+    shape, streams = job.shapes[0], 2 if job.method.prefix == "both" else 1
+    channels = 2 * streams * shape.hidden + max(count_between(job, s, plan, len(windows)) for s in job.shapes)
+    assert peak == channels * windows.numel() * 4
+
+
+def test_what_the_shelf_does_not_hold_goes_to_disk():
+    shape = MemorySource(tiny.build("llama_gqa")).shape(0)
+    numbers = {
+        "outside": 0,
+        "largest": 0,
+        "statistics": 0,
+        "wide": 0,
+        "sites": [],
+        "work": 0,
+        "tokens": 1000,
+        "written": 7,
+    }
+    plain, limited = (predict([shape], **numbers, activation_limit=n) for n in (None, 1000))
+    kept = predict([shape], **numbers, kept=50_000, shelved=700)
+    assert (plain.spill, kept.spill, kept.ram - plain.ram) == (0, 700, 50_000)
+    assert limited.spill == 2 * 1000 * shape.hidden * 4 - 1000
+    assert predict([shape], **numbers, activation_limit=1000, kept=50_000, shelved=700).spill == limited.spill + 700

@@ -55,6 +55,7 @@ class Cache:
         self.files: dict[str, tuple[Path, list[str]]] = {}  # record → its file and the names of its tensors
         self.checked: set[Path] = set()
         self.others: dict[str, Cache] = {}
+        self.family = [self]  # all that were opened beside one another; none makes room by another's files
         if processes.count() > 1:  # several writers; every process would have to find the same
             self.folder, self.memory = None, 0
         if self.folder is not None:
@@ -66,6 +67,8 @@ class Cache:
         if key not in self.others:
             self.memory //= 2
             self.others[key] = (open_cache(stream, self.memory) if self.folder else None) or Cache(memory=self.memory)
+            self.family.append(self.others[key])
+            self.others[key].family = self.family
         return self.others[key]
 
     def open(self, folder: Path) -> None:
@@ -105,7 +108,7 @@ class Cache:
         if record not in self.files:
             return False
         path = self.files[record][0]
-        if path in self.checked:
+        if path in self.checked and path.exists():  # another command may have made room
             return True
         with contextlib.suppress(OSError):
             if hash_file(path) == path.stem:
@@ -155,11 +158,11 @@ class Cache:
 
     def make_room(self, folder: Path, size: int) -> bool:
         """Let other fingerprints go until `size` more bytes fit."""
-        others = sorted(
-            (f for f in folder.parent.iterdir() if f.is_dir() and f != folder), key=lambda f: f.stat().st_mtime
-        )
-        sizes = {f: sum(p.stat().st_size for p in f.glob("*")) for f in [folder, *others]}
-        if sizes[folder] + size > self.disk:
+        own = {cache.folder for cache in self.family} | {folder}
+        folders = sorted((f for f in folder.parent.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+        others = [f for f in folders if f not in own]
+        sizes = {f: sum(p.stat().st_size for p in f.glob("*")) for f in folders}
+        if sum(sizes[f] for f in folders if f in own) + size > self.disk:
             return False
         while sum(sizes.values()) + size > self.disk:
             shutil.rmtree(others[0], ignore_errors=True)

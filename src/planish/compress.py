@@ -106,7 +106,8 @@ def compress(
                 stream = Stream(source, calibrated, device=device, dtype=kind, room=room)
             elif calibrated is not windows:
                 stream = stream.part(calibrated)
-                cache = cache.beside(stream) if isinstance(cache, Cache) else cache
+            if calibrated is not windows and isinstance(cache, Cache):
+                cache = cache.beside(stream)
             shared = open_cache(stream) if cache is True else cache or None
             job = Job(
                 stream,

@@ -112,7 +112,7 @@ def run_demo(
     """Compress by every method, measure on held-out text, write a table, a chart, a page and one compressed model.
 
     `quick`: keep 0.8 alone, a third of the text. `limit`: seconds after which what is left is skipped with a reason.
-    Every method sees the same calibration windows and is measured on the same evaluation windows.
+    Every method is given the same calibration windows and is measured on the same evaluation windows.
     """
     start = time.perf_counter()
     folder = find_demo_model(model)

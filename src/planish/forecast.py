@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from math import prod
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -191,7 +191,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         context=job.context,
     )
     stored = make_budget("max_bytes", 1, source, shapes, job.context)
-    peaks, seconds, how = estimate(job, plan, size, params, head, itemsize, int(flops.total) - 2 * blocks)
+    peaks, seconds, how = estimate(job, plan, size, measured, params, head, itemsize, int(flops.total) - 2 * blocks)
     found = Forecast(
         method=find_name(job.method),
         keep_requested=job.keep,
@@ -234,9 +234,9 @@ def left(job: Job, plan: Plan, budget: Budget) -> float:
 
 
 def estimate(
-    job: Job, plan: Plan, size: tuple[int, int], params: int, head: int, itemsize: int, attend: int
+    job: Job, plan: Plan, size: tuple[int, int], measured: bool, params: int, head: int, itemsize: int, attend: int
 ) -> tuple[Prediction, float, dict[str, str]]:
-    """Peak bytes, seconds, and how they were found."""
+    """Peak bytes, seconds, and how they were found. `measured`: the plan ran text, gradients where it wants them."""
     tokens = prod(size)
     stream = job.stream
     shape = max(job.shapes, key=Shape.count)
@@ -250,7 +250,7 @@ def estimate(
     work = max((job.units[u].memory(u, shape) for u in job.block_units(shape.block)), default=0)
     both = 2 if job.method.prefix == "both" else 1
     written = params - sum(job.count(u, job.full(u)) - job.count(u, plan.get(u, job.full(u))) for u in job.units)
-    kept, shelved = count_kept(job, tokens)
+    kept, shelved = count_kept(job, tokens) if measured else (0, 0)
     peaks = predict(
         job.shapes,
         outside=params - job.weights,
@@ -265,10 +265,10 @@ def estimate(
         computed=stream.dtype.itemsize,
         streams=both,
         sequential=job.method.prefix != "dense",
-        between=count_between(job, shape),
+        between=max(count_between(job, s, plan, size[0]) for s in job.shapes),
         kept=kept,
         shelved=shelved,
-        backward=any(t.site.startswith("grad:") for t in job.stored_taps(shape.block)),
+        backward=measured and any(t.site.startswith("grad:") for t in job.stored_taps(shape.block)),
         accelerator=stream.device.type != "cpu",
         activation_limit=stream.room.limit,
     )
@@ -303,16 +303,17 @@ def estimate(
     return peaks, seconds, how
 
 
-def count_between(job: Job, shape: Shape) -> int:
-    """Channels per token that solving this block keeps from within it: what its attention gives (see `planish.attended`), and
-    of the uncompressed block beside the same, or every site that the stages look at."""
-    units = job.block_units(shape.block)
+def count_between(job: Job, shape: Shape, plan: Plan, windows: int) -> int:
+    """Channels per token of `windows` that solving this block keeps from within it: what its attention gives (see
+    `planish.attended`), and of the uncompressed block beside the same, or every site that the stages look at."""
+    units = job.planned(shape.block, plan)
     beside = find_sites_beside(job, units) if job.method.prefix == "both" else set()
     runs = 0
     if job.method.prefix != "dense" and job.stream.device.type == "cpu":
         runs = any(all(u.name in BEHIND for u in stage) for stage in job.method.stages(units))
         runs += job.method.prefix == "both" and not beside
-    return runs * shape.heads * shape.v + sum(map(shape.width, beside))
+    channels = runs * shape.heads * shape.v + sum(map(shape.width, beside))
+    return ceil(channels * job.method.solve_windows(windows) / windows)
 
 
 def count_kept(job: Job, tokens: int) -> tuple[int, int]:

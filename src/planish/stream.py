@@ -66,7 +66,9 @@ class Stream:
         self.model = source.skeleton()
         for p in self.model.parameters():  # not buffers: rotary frequencies stay fp32
             p.data = p.data.to(self.dtype)
-        self.resident: nn.Module | None = None
+        self.resident: list[
+            nn.Module
+        ] = []  # the large module outside the blocks that is in memory, for all parts of it
         self.bring_outside()
         self.blocks = find_blocks(self.model, self.family)
         tokens = max(1, BATCH // windows.shape[1]) if windows.numel() else 1
@@ -105,17 +107,17 @@ class Stream:
         empty = [k for k, p in module._parameters.items() if p is not None and p.is_meta]
         if empty and sum(module._parameters[k].numel() for k in empty) > LARGE:  # type: ignore[union-attr]
             self.release()
-            self.resident = module
+            self.resident.append(module)
         for key in empty:
             weight = self.source.weight(f"{name}.{key}" if name else key)
             module._parameters[key] = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
 
     def release(self) -> None:
         """Let the large module outside the blocks go, if one is in memory."""
-        if self.resident is not None:
-            for key, p in self.resident._parameters.items():
-                self.resident._parameters[key] = None if p is None else nn.Parameter(p.to("meta"), requires_grad=False)
-            self.resident = None
+        while self.resident:
+            parameters = self.resident.pop()._parameters
+            for key, p in parameters.items():
+                parameters[key] = None if p is None else nn.Parameter(p.to("meta"), requires_grad=False)
 
     @contextmanager
     def replace_blocks(self, function: Callable[..., Tensor]) -> Iterator[None]:

@@ -78,10 +78,11 @@ def sweep(
     """Compress `model` by every method at every keep into output/points, measure, write results.csv and report.html.
 
     `keeps` (by default 0.9, 0.8, 0.7), `kv_keeps`, `flops_keeps`: budgets; of two lists every pair holds together.
-    `methods`: names, with settings as in "auto:anchor=0". All points share one calibration: the captured inputs of the
-    first block, and every statistic of the uncompressed model. Points that results.csv already has are not run again;
-    one that fails is recorded with its reason. `keep_models`: whose weights stay on disk, "best" = the best method's at
-    every keep. A method's `sweeping` settings hold where `methods` says nothing else. `bench`: measure tokens per second too.
+    `methods`: names, with settings as in "auto:anchor=0". All points share one calibration, and every statistic of the
+    uncompressed model with the others that see the same windows (auto shuffles some). Points that results.csv already has
+    are not run again; one that fails is recorded with its reason. `keep_models`: whose weights stay on disk, "best" = the
+    best method's at every keep. A method's `sweeping` settings hold where `methods` says nothing else. `bench`: measure
+    tokens per second too.
     `cache`: see `planish.api.compress`.
     """
     start = time.perf_counter()

@@ -94,7 +94,8 @@ class Auto(Method):
     may also become latents (see `KeyLatent`), unless `units` is "structural".
     `bypass`: whether fitted affine maps in place of whole submodules compete too; by default below keep 0.6 where
     `units` is "any". Where more than 0.03 nats per token are predicted, the plan without them and those with several weights
-    of their predicted loss are solved without every fourth calibration window and compared by the loss on these; then those
+    of their predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on
+    these; then those
     with low-rank linears weighed two and four times, below keep 0.6 where `units` is "any".
     `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
     model's statistics alone, which a sweep can re-use). `refit_share`: with an anchor, share of the calibration windows,
@@ -177,7 +178,7 @@ class Auto(Method):
     def settle(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
         """The plan with what is measured instead of predicted: errors of pairs where it drops any, whole plans' losses."""
         dropped = any(u.name == "qk" and r < job.full(u) for u, r in plan.items())
-        if dropped or job.cache.keeps:  # a smaller budget may drop some
+        if dropped or (job.cache.keeps and self.rounds <= 1):  # a smaller budget may drop some
             with job.phase("frontiers"):
                 measured = self.measure_pairs(job, frontiers)
         if dropped:
@@ -199,13 +200,14 @@ class Auto(Method):
             if not len(ranks):
                 continue
             wanted[unit] = sorted({int(ranks[round(s * (len(ranks) - 1))]) for s in PAIR_SHARES})
-        names = {u: f"pairs|{describe(job.units[u])}|{u}|{ranks}" for u, ranks in wanted.items()}
+        # after more rounds the gradients are those of the model under a plan, and nothing of them is known or kept
+        names = {u: f"pairs|{describe(job.units[u])}|{u}|{wanted[u]}" for u in wanted if self.rounds <= 1}
         known = {u: job.cache.get(n)["loss"] for u, n in names.items() if job.cache.has([n])}
         rest = {u: ranks for u, ranks in wanted.items() if u not in known}
         for unit, errors in job.cut_errors(rest, "o.out", PAIR_WINDOWS).items() if rest else ():
             metric = job.stored[unit.block].mean(Tap("grad:o.out", "gram"))
             known[unit] = torch.stack([(metric * e).sum() / 2 for e in errors])
-        job.cache.keep({names[u]: {"loss": known[u]} for u in rest})
+        job.cache.keep({names[u]: {"loss": known[u]} for u in rest if u in names})
         found = {}
         for unit, measured in known.items():
             loss = torch.as_tensor(frontiers[unit].loss, dtype=torch.float64)
@@ -231,7 +233,9 @@ class Auto(Method):
     def compare(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
         """The plan with the least measured loss: this one, those with bypasses, those that a short search finds from there."""
         windows, length = sum(map(len, job.stream.batches)), job.stream.batches[0].shape[1]
-        if job.notes["predicted_loss"] < SATURATES or windows < 4 * HELD or length < 2:
+        plain = sorted({*range(windows)} - {*list_shuffled(windows, self.shuffled)})
+        among = plain if 2 * len(plain) >= windows else [*range(windows)]
+        if job.notes["predicted_loss"] < SATURATES or len(among) < 4 * HELD or length < 2:
             return plan
         best, tried = self.start(job), dict[tuple[tuple[Unit, int], ...], float]()
         weights: dict[str, tuple[float, ...]] = {"bypass": BYPASSES if self.bypass is not False else ()}
@@ -239,8 +243,7 @@ class Auto(Method):
         others = [replace(best, **{name: w}) for name, tries in weights.items() for w in tries]
         if self.search < 2 and all(self.allocate(job, frontiers, weighing=w) == plan for w in others):
             return self.allocate(job, frontiers, weighing=best)
-        plain = sorted({*range(windows)} - {*list_shuffled(windows, self.shuffled)})
-        trial, held = job.trial(plain if 2 * len(plain) >= windows else range(windows))
+        trial, held = job.trial(among)
 
         def measure(weighing: Weighing) -> float:
             other = self.allocate(job, frontiers, weighing=weighing)

@@ -191,9 +191,11 @@ class FisherPairs(Solver):
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         size = (shape.kv_heads, shape.groups, shape.qk // 2)
         effects = stats.mean(self.taps(unit, shape)[0]).view(*size, *size).sum((1, 4))  # over the group's query heads
-        effects = damp(effects.diagonal(dim1=0, dim2=2).movedim(-1, 0), self.damping)  # (kv_heads, half, half)
+        effects = effects.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (kv_heads, half, half)
+        used = effects.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) > 0  # else what is damped is nothing
+        effects = damp(effects, self.damping)
         order, growth = eliminate(effects)
-        loss = compute_tails(growth.sum(0)).repeat_interleave(2)[: shape.qk + 1] / 2
+        loss = compute_tails((growth * used).sum(0)).repeat_interleave(2)[: shape.qk + 1] / 2
         names = [n for r in "qk" for n in (r, f"{r}.bias") if n in weights]
         factors = {"order": order, "effects": effects, **{n: weights[n] for n in names}}
         return Frontier(unit, loss, factors, nats=True)
