@@ -10,13 +10,16 @@ checked on a machine without an accelerator.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import resource
+import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +67,8 @@ HEAD = """# Predicted and measured peaks
 
 `python benchmarks/predict.py`: `planish plan` before, `planish compress` after, random bf16 weights, keep 0.8, one thread.
 "Off" = predicted / measured − 1. Seconds: predicted ones are those of an idle machine, measured ones the processor's, without
-loading Python and its libraries, so that other work on the machine counts in neither. Video memory is predicted by the same
+loading Python and its libraries, so that other work on the machine counts in neither. Disk: what is written and, where
+activations or statistics do not fit in memory, the unnamed file in which they lie meanwhile. Video memory is predicted by the same
 formulas and was not measured: no accelerator was at hand.
 
 | hidden / intermediate, heads / kv | method | tokens | RAM predicted | measured | off | disk predicted | measured | off | \
@@ -86,21 +90,45 @@ LARGE = [  # methods whose ranks follow from shapes
 ]  # fmt: skip
 
 
-def spend(*line: object) -> tuple[str, float]:
-    """What a command with one thread prints, and the processor's seconds that it takes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+class Spent(NamedTuple):
+    """What a command with one thread prints, the processor's seconds that it takes, bytes in its unnamed files at most."""
+
+    printed: str
+    seconds: float
+    unnamed: int
+
+
+def spend(*line: object) -> Spent:
+    before, unnamed = resource.getrusage(resource.RUSAGE_CHILDREN), 0
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, line)], check=True, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    with tempfile.TemporaryFile("w+") as printed:
+        run = subprocess.Popen([sys.executable, *map(str, line)], stdout=printed, env=environment)
+        while run.poll() is None:
+            unnamed = max(unnamed, measure_unnamed(run.pid))
+            time.sleep(0.1)
+        if run.returncode:
+            raise subprocess.CalledProcessError(run.returncode, run.args)
+        printed.seek(0)
+        text = printed.read()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Spent(text, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, unnamed)
+
+
+def measure_unnamed(process: int) -> int:
+    """Bytes of the files without a name that a process holds open (Linux)."""
+    total = 0
+    for path in Path(f"/proc/{process}/fd").glob("*"):
+        if int(path.name) > 2:  # what it prints into has no name either
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                total += status.st_size if stat.S_ISREG(status.st_mode) and not status.st_nlink else 0
+    return total
 
 
 @functools.cache
 def measure_start() -> float:
     """Processor seconds until everything is imported."""
-    return spend("-c", "import planish.api, planish.compress, transformers.models.llama.modeling_llama")[1]
+    return spend("-c", "import planish.api, planish.compress, transformers.models.llama.modeling_llama").seconds
 
 
 def measure(case: Case) -> str:
@@ -113,10 +141,10 @@ def measure(case: Case) -> str:
         np.save(text, np.random.default_rng(0).integers(0, case.vocabulary, case.windows * 128))
         flags = [model, "--keep", 0.8, "--method", case.method, "--calibration", text, "--n-samples", case.windows]
         flags += ["--seq-len", 128, "--json", *(w for s in case.settings for w in ("--set", s))]
-        plan = json.loads(spend("-m", "planish", "plan", *flags)[0])
-        printed, seconds = spend("-m", "planish", "compress", *flags, "-o", out, "--no-cache")
+        plan = json.loads(spend("-m", "planish", "plan", *flags).printed)
+        printed, seconds, unnamed = spend("-m", "planish", "compress", *flags, "-o", out, "--no-cache")
         done = json.loads(printed)
-        disk = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+        disk = sum(p.stat().st_size for p in out.glob("*.safetensors")) + unnamed
     ram, peak, space = plan["peak_ram_bytes"], done["peak_rss_bytes"], plan["disk_bytes"]
     return (
         f"{ram / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {ram / peak - 1:+.0%} | {space / 1e6:.1f} MB | {disk / 1e6:.1f} MB | "
