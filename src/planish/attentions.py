@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .families import Family
+from .modules import take
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class Attention(nn.Module):
             half = cos.shape[-1] // 2
             return cos[..., None, None, :half], sin[..., None, None, :half]
         at, shape = self.pairs.flatten(), (*cos.shape[:-1], self.kv_heads, 1, -1)
-        return cos.index_select(-1, at).view(shape), sin.index_select(-1, at).view(shape)
+        return take(cos, at).view(shape), take(sin, at).view(shape)
 
     def level(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads filled up with zeros to one size where PyTorch's attention is several times slower without: on the CPU.
@@ -212,9 +213,7 @@ class Frequencies(Attention):
         assert position_embeddings is not None
         shape = hidden_states.shape[:-1]
         at = self.frequencies.flatten()
-        cos, sin = (
-            t.index_select(-1, at).unflatten(-1, self.frequencies.shape).transpose(1, 2) for t in position_embeddings
-        )
+        cos, sin = (take(t, at).unflatten(-1, self.frequencies.shape).transpose(1, 2) for t in position_embeddings)
         query = self.pick(self.q_proj(hidden_states)).view(*shape, self.heads, -1).transpose(1, 2)
         real, imaginary = self.U.repeat_interleave(self.heads // self.kv_heads, 1).unsqueeze(2).unbind(0)
         query = rotate_pairs(query, real, -imaginary)  # by ū
@@ -243,7 +242,7 @@ class Frequencies(Attention):
         pairs = self.frequencies.repeat_interleave(self.heads // self.sets, 0)
         at = torch.cat([pairs, pairs + self.qk // 2], 1)
         first = torch.arange(0, self.heads * self.qk, self.qk, dtype=at.dtype, device=at.device)
-        return query.index_select(-1, (at + first[:, None]).flatten())
+        return take(query, (at + first[:, None]).flatten())
 
     def rebuild(self, k: Tensor) -> Tensor:
         """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
