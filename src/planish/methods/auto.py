@@ -95,8 +95,7 @@ class Auto(Method):
     `bypass`: whether fitted affine maps in place of whole submodules compete too; by default below keep 0.6 where
     `units` is "any". Where more than 0.03 nats per token are predicted, the plan without them and those with several weights
     of their predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on
-    these; then those
-    with low-rank linears weighed two and four times, below keep 0.6 where `units` is "any".
+    these; below keep 0.6, where `units` is "any", also those with the loss of low-rank linears counted two and four times.
     `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
     model's statistics alone, which a sweep can re-use). `refit_share`: with an anchor, share of the calibration windows,
     evenly spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper and the result a little
