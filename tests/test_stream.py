@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import tiny
-from planish.attended import Attended
+from planish.activations import Room
 from planish.blocks import find_blocks, get_linear
 from planish.job import Job
 from planish.methods import find_method
+from planish.midway import Midway
 from planish.sources import MemorySource, open_source
 from planish.stats import Tap
 from planish.stream import Stream
@@ -42,32 +43,67 @@ def test_hidden_states_are_the_models_own(family, stored, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiny.NAMES)
-def test_runs_behind_the_attention_skip_it(family):
-    """A second run with the same q, k, v computes them for the first batch only; outputs and statistics are the same bits."""
+def test_runs_start_midway(family):
+    """A second run with the same q, k, v computes them for the first batch only, with the same o and MLP also gate and up;
+    outputs and statistics are the same bits."""
     stream = Stream(MemorySource(tiny.build(family)), WINDOWS)
     stream.batches = list(WINDOWS.split(4))
     hidden, block = stream.start(), stream.block(0)
-    queries = []
-    get_linear(block, stream.family, "q").register_forward_hook(lambda m, args, out: queries.append(len(out)))
+    runs = dict.fromkeys(("q", "up"), 0)
+
+    def count(role):
+        def hook(module, args, out):
+            runs[role] += 1
+
+        return hook
+
+    for role in runs:
+        get_linear(block, stream.family, role).register_forward_hook(count(role))
     taps = [Tap("o.in", "gram"), Tap("o.out", "gram"), Tap("down.in", "gram"), Tap("attention.add", "gram")]
-    attended = Attended(stream.room, len(hidden))
-    for change in (None, None, "o", "down", "q", None):
+    midway = Midway(stream.room, len(hidden))
+    holds = stream.family.mlp is not None  # a submodule of its own
+    for change in (None, None, "o", "down", "up", "q", None):
         if change:
             get_linear(block, stream.family, change).weight.mul_(1.5)
         plain, expected = stream.measure(0, block, taps, hidden)
-        queries.clear()
-        stats, outputs = stream.measure(0, block, taps, hidden, attended=attended)
-        assert len(queries) == (1 if attended.result else 3)
+        runs |= dict.fromkeys(runs, 0)
+        stats, outputs = stream.measure(0, block, taps, hidden, midway=midway)
+        led = {n: s.result is not None for n, s in midway.starts.items()}
+        assert runs == {"q": 1 if led["attention"] else 3, "up": 1 if led["mlp"] else 3}
         assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
         assert all(torch.equal(stats.sums[t]["sum"], plain.sums[t]["sum"]) for t in taps)
         if change == "q":  # the first batch shows that something else came before o
-            assert len(queries) == 3
-    assert len(queries) == 1, "the last run skips again"
-    stream.measure(0, block, [Tap("k.out", "gram")], hidden, attended=attended)  # somebody looks
-    assert len(queries) == 4
-    attended.forget()
-    stream.run(0, block, hidden, attended=attended)
-    assert len(queries) == 7
+            assert runs["q"] == 3
+        if change == "up":
+            assert runs["up"] == 3
+    assert runs["q"] == 1 and runs["up"] == (1 if holds else 3), "the last run skips again"
+    runs |= dict.fromkeys(runs, 0)
+    stream.measure(0, block, [Tap("k.out", "gram"), Tap("up.out", "gram")], hidden, midway=midway)  # somebody looks
+    assert runs == {"q": 3, "up": 3}
+    for solved, led in ((["down"], {"attention", "mlp"}), (["o", "down"], {"attention"}), (["q"], set())):
+        again = Midway(stream.room, len(hidden))
+        again.enter(["down"])
+        stream.run(0, block, hidden, midway=again)
+        again.enter(solved)
+        runs |= dict.fromkeys(runs, 0)
+        stream.run(0, block, hidden, midway=again)
+        assert runs == {"q": 1 if "attention" in led else 3, "up": 1 if "mlp" in led and holds else 3}
+
+
+@torch.no_grad()
+def test_what_down_reads_is_kept_where_it_fits_twice():
+    stream = Stream(MemorySource(tiny.build(tiny.CORE[0])), WINDOWS)
+    stream.batches = list(WINDOWS.split(4))
+    hidden, block = stream.start(), stream.block(0)
+    size = 4 * WINDOWS.numel() * stream.source.shape(0).width("down.in")  # the last batch is smaller than counted
+    for limit, kept in ((4 * size, True), (size, False)):
+        midway = Midway(Room(limit), len(hidden))
+        expected = stream.run(0, block, hidden)
+        for _ in range(2):
+            outputs = stream.run(0, block, hidden, midway=midway)
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert (midway.starts["mlp"].kept is not None) == kept
+        assert midway.starts["attention"].kept is not None
 
 
 @torch.no_grad()

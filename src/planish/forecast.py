@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil, prod
 from typing import Any, NamedTuple
@@ -26,9 +26,10 @@ from planish.errors import InputError
 from planish.job import Job
 from planish.latency import Latency, read_table
 from planish.methods import find_name
+from planish.midway import BEHIND, LAST
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
-from planish.solve import BEHIND, find_sites_beside
+from planish.solve import find_sites_beside
 from planish.sources import ConfigSource, Source
 from planish.stats import Tap, add_gram
 from planish.stream import BATCH, Stream
@@ -265,7 +266,7 @@ def estimate(
         computed=stream.dtype.itemsize,
         streams=both,
         sequential=job.method.prefix != "dense",
-        between=max(count_between(job, s, plan, size[0]) for s in job.shapes),
+        between=max(count_between(job, s, plan, size) for s in job.shapes),
         kept=kept,
         shelved=shelved,
         backward=measured and any(t.site.startswith("grad:") for t in job.stored_taps(shape.block)),
@@ -283,9 +284,7 @@ def estimate(
     rehearsed = rehearse({u: job.units[u] for u in alike.values()}, plan, shape)
     took = {u.name: s for u, s in rehearsed.items()}
     for i, cut in enumerate(cuts):
-        through, taps = count_passes(
-            job, i, job.method.stages(cut) if cut else [[]], -(-size[0] // max(1, BATCH // size[1]))
-        )
+        through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]], size)
         passes += through
         summing += tokens * sum(time_sums(job.shapes[i], tap, rates) for tap in taps)
         solving += sum(took[u.name] for u in cut)
@@ -303,17 +302,26 @@ def estimate(
     return peaks, seconds, how
 
 
-def count_between(job: Job, shape: Shape, plan: Plan, windows: int) -> int:
-    """Channels per token of `windows` that solving this block keeps from within it: what its attention gives (see
-    `planish.attended`), and of the uncompressed block beside the same, or every site that the stages look at."""
+def count_between(job: Job, shape: Shape, plan: Plan, size: tuple[int, int]) -> int:
+    """Channels per token of these windows that solving this block keeps from within it: what runs of it start from (see
+    `planish.midway`), and of the uncompressed block beside the same, or every site that the stages look at."""
     units = job.planned(shape.block, plan)
     beside = find_sites_beside(job, units) if job.method.prefix == "both" else set()
-    runs = 0
-    if job.method.prefix != "dense" and job.stream.device.type == "cpu":
-        runs = any(all(u.name in BEHIND for u in stage) for stage in job.method.stages(units))
-        runs += job.method.prefix == "both" and not beside
-    channels = runs * shape.heads * shape.v + sum(map(shape.width, beside))
-    return ceil(channels * job.method.solve_windows(windows) / windows)
+    width = {"attention": shape.heads * shape.v, "mlp": shape.intermediate}
+    starts = [set[str]().union(*(list_starts(job, shape, size, stage) for stage in job.method.stages(units)))]
+    if job.method.prefix == "both" and not beside:
+        starts.append(list_starts(job, shape, size))
+    channels = sum(width[n] for names in starts for n in names) + sum(map(shape.width, beside))
+    return ceil(channels * job.method.solve_windows(size[0]) / size[0])
+
+
+def list_starts(job: Job, shape: Shape, size: tuple[int, int], stage: Sequence[Unit] = ()) -> set[str]:
+    """Submodules whose last linear's inputs are kept where this stage of a block is solved (none: nothing is)."""
+    if job.method.prefix == "dense" or job.stream.device.type != "cpu":
+        return set()
+    number = job.stream.dtype.itemsize * size[1] * job.method.solve_windows(size[0])
+    fits = 2 * number * (shape.intermediate + 2 * shape.hidden) <= job.stream.room.limit
+    return {n for n, behind in BEHIND.items() if {u.name for u in stage} <= behind and (n != "mlp" or fits)}
 
 
 def count_kept(job: Job, tokens: int) -> tuple[int, int]:
@@ -341,30 +349,35 @@ def reach(shape: Shape, taps: Iterable[Tap]) -> float:
     return sum(shape.count(r) for roles in ORDER[:depth] for r in roles if r in shape.roles) / shape.count()
 
 
-def count_passes(job: Job, i: int, stages: list[list[Unit]], batches: int) -> tuple[float, list[Tap]]:
+def count_passes(job: Job, i: int, stages: list[list[Unit]], size: tuple[int, int]) -> tuple[float, list[Tap]]:
     """Forward passes through block i, in shares of its weights, and the taps measured on them, when it is solved."""
     shape, known = job.shapes[i], job.stored.taps(i)
     taps = [[t for t in job.taps(stage) if t not in known] for stage in stages]
     everything = [t for stage in taps for t in stage]
     if job.method.prefix == "dense":
         return 1.0 if everything or not job.stored else 0.0, everything
-    skips = 1 - 1 / batches if job.stream.device.type == "cpu" else 0.0
+    skips = 1 - 1 / ceil(size[0] / max(1, BATCH // size[1]))
     own = [reach(shape, [t for t in stage if any(":" not in s for s in t.sites)]) for stage in taps]
-    passes = count_runs(shape, own, [all(u.name in BEHIND for u in stage) for stage in stages], skips)
+    starts = [list_starts(job, shape, size, stage) for stage in stages]
+    passes = count_runs(shape, own, starts, skips)
     if job.method.prefix == "both":
         kept = find_sites_beside(job, [u for stage in stages for u in stage])
         seen = [reach(shape, [t for t in s if len(t.sites[0].split(":")) > 1]) for s in taps]
-        passes += 1.0 if kept else count_runs(shape, seen, [True] * len(stages), skips)
+        passes += 1.0 if kept else count_runs(shape, seen, [list_starts(job, shape, size) for _ in stages], skips)
     return passes, everything
 
 
-def count_runs(shape: Shape, shares: list[float], behind: list[bool], skips: float) -> float:
-    """Passes of runs that end after these shares of a block, and of one to its end; of those `behind` a solved attention this
-    share `skips` it (see `planish.attended`)."""
-    passes, attended, attention = 0.0, False, reach(shape, [Tap("o.in", "gram")])
-    for share, may in zip([*shares, 1.0], [*behind, True], strict=True):
-        passes += share - skips * attention if attended and may and share > attention else share
-        attended = may and (attended or share >= attention)
+def count_runs(shape: Shape, shares: list[float], starts: list[set[str]], skips: float) -> float:
+    """Passes of runs that end after these shares of a block, and of one to its end; this share of each `skips` what is kept
+    of the `starts` (see `planish.midway`)."""
+    passes, kept = 0.0, set[str]()
+    before = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
+    skipped = {n: sum(shape.count(r) for r in roles if r in shape.roles) / shape.count() for n, roles in before.items()}
+    ends = {n: reach(shape, [Tap(f"{LAST[n]}.in", "gram")]) for n in before}
+    for share, may in [*zip(shares, starts, strict=True), (1.0, set(LAST))]:
+        kept &= may
+        passes += share - skips * sum(skipped[n] for n in kept if share > ends[n])
+        kept |= {n for n in may if share >= ends[n]}
     return passes
 
 

@@ -294,27 +294,31 @@ def select_greedily(gram: Tensor, w: Tensor, damping: float = DAMPING, steps: in
     that loss (n + 1,) of keeping the first 0 … n, as `selection_losses` gives it for a refit.
 
     Orthogonal matching pursuit on the damped Gram: each step takes the n / `steps` inputs that alone would explain most of
-    what is left, |W C_i|² / C_ii, and conditions W C and C on them (a blocked pivoted Cholesky). Cost: n³ / 3 products.
+    what is left, |W C_i|² / C_ii, and conditions W C and C on them (a blocked pivoted Cholesky, in place). Cost: n³ / 3
+    products.
     """
     c = damp(gram, damping)
-    n = len(c)
-    unexplained, left = w.double() @ c, torch.arange(n)
-    order, gains = [], []
-    while len(left):
-        score = unexplained.square().sum(0) / c.diagonal()
-        top = score.argsort(descending=True, stable=True)[: max(1, n // steps)]
-        rest = torch.ones(len(left), dtype=torch.bool)
-        rest[top] = False
-        rest = rest.nonzero().flatten()
-        factor = root(c[top[:, None], top], 0.0)
-        q = torch.linalg.solve_triangular(factor, c[top[:, None], rest], upper=False)
-        explained = torch.linalg.solve_triangular(factor, unexplained[:, top].T, upper=False)
-        order.append(left[top])
+    n, size = len(c), max(1, len(c) // steps)
+    unexplained, order, gains = c @ w.double().T, torch.arange(n), []
+    for k in range(0, n, size):
+        end = min(k + size, n)
+        score = unexplained[k:].square().sum(1) / c.diagonal()[k:]
+        top = score.argsort(descending=True, stable=True)[: end - k]
+        stays = torch.ones(end - k, dtype=torch.bool)
+        stays[top[top < end - k]] = False
+        source = torch.cat([top, stays.nonzero().flatten()])
+        place = torch.cat([torch.arange(end - k), top[top >= end - k]])
+        for rows in (c[k:, k:], c[k:, k:].T, unexplained[k:], order[k:]):
+            rows[place] = rows[source]
+        chosen = c[k:end, k:end]
+        factor, failed = torch.linalg.cholesky_ex(chosen)
+        factor = root(chosen, 0.0) if failed else factor
+        q = torch.linalg.solve_triangular(factor, c[k:end, end:], upper=False)
+        explained = torch.linalg.solve_triangular(factor, unexplained[k:end], upper=False)
         gains.append(explained.square().sum(1))
-        unexplained = unexplained[:, rest].addmm_(explained.T, q, alpha=-1)
-        c = c[rest[:, None], rest].addmm_(q.T, q, alpha=-1)
-        left = left[rest]
-    return torch.cat(order), compute_tails(torch.cat(gains))
+        unexplained[end:].addmm_(q.T, explained, alpha=-1)
+        c[end:, end:].addmm_(q.T, q, alpha=-1)
+    return order, compute_tails(torch.cat(gains))
 
 
 def least_squares(gram: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:

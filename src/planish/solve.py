@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from planish import processes
-from planish.attended import Attended
 from planish.blocks import Spec, get_linear
 from planish.checkpoint import apply_edits, count_block, narrow
 from planish.core import SUBMODULES, Edit, Plan, Unit, Weights
+from planish.midway import Midway
 from planish.stats import Stats, Tap
 from planish.stream import Stream
 
 if TYPE_CHECKING:
     from planish.job import Job
 
-BEHIND = {"o", "gate", "up", "down", "mlp", "ffn"}  # units whose solution leaves what `o` reads as it is
 BLEND = 0.6  # share of the uncompressed model's moments where hardly any window is run again
 
 
@@ -59,8 +58,8 @@ def solve(
         dense = copy.deepcopy(block) if method.prefix == "both" else None
         spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
         n = len(stream.pieces)
-        attended, beside = (
-            Attended(stream.room, n) if sequential and n > 1 and stream.device.type == "cpu" else None for _ in range(2)
+        midway, beside = (
+            Midway(stream.room, n) if sequential and n > 1 and stream.device.type == "cpu" else None for _ in range(2)
         )  # copies to another device would take longer than what they save
         captured, dense_outputs = None, None
         sites = find_sites_beside(job, units)
@@ -72,13 +71,11 @@ def solve(
                 pair: Any = captured
                 if captured is None and dense is not None and dense_hidden is not None:
                     pair = (stream.place(dense), dense_hidden)
-                behind = attended if all(u.name in BEHIND for u in stage) else None
+                starts = midway and midway.enter([u.name for u in stage])
                 stats, outputs, origin = measure_stage(
-                    job, stream, i, block, stage, hidden, pair, pristine and not edits, behind, beside
+                    job, stream, i, block, stage, hidden, pair, pristine and not edits, starts, beside
                 )
-                if behind is None and attended is not None:
-                    attended.forget()
-                del pair
+                del pair, starts
             with job.phase("solve"):
                 blend(job, stats, weights)
                 new = solve_units(job, stage, plan, weights, stats, origin)
@@ -89,12 +86,12 @@ def solve(
                 del stats
         with job.phase("stream"):
             if sequential or outputs is None:
-                outputs = stream.run(i, stream.place(block), hidden, attended=attended and attended.ready)
+                outputs = stream.run(i, stream.place(block), hidden, midway=midway and midway.enter())
             if dense is not None and dense_hidden is not None:
                 dense_hidden = dense_outputs or stream.run(
-                    i, stream.place(dense), dense_hidden, attended=beside and beside.ready
+                    i, stream.place(dense), dense_hidden, midway=beside and beside.enter()
                 )
-            del attended, beside
+            del midway, beside
             hidden = outputs
         emit(i, block, spec)
         if job.progress:
@@ -111,8 +108,8 @@ def measure_stage(
     hidden: Any,
     pair: Any,
     pristine: bool,
-    attended: Attended | None = None,
-    beside: Attended | None = None,
+    midway: Midway | None = None,
+    beside: Midway | None = None,
 ) -> tuple[Stats, Any, str]:
     """(Statistics that these units of block i need, the block's outputs if they came along, passes the statistics are from).
 
@@ -130,7 +127,7 @@ def measure_stage(
     taps = [t for t in taps if t not in known.sums]
     stats, outputs = Stats(), None
     if taps or sequential:
-        stats, outputs = stream.measure(i, stream.place(block), taps, hidden, pair, not sequential, attended, beside)
+        stats, outputs = stream.measure(i, stream.place(block), taps, hidden, pair, not sequential, midway, beside)
     if origin:
         job.cache.keep_stats("forward", i, stats)
     stats.merge(known)

@@ -12,7 +12,7 @@ import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from planish import processes
 from planish import stats as planish_stats
 from planish.activations import Activations, Room
-from planish.attended import Attended
 from planish.blocks import find_blocks, get_linear
 from planish.checkpoint import apply_edits
 from planish.core import Edit, Progress, Shape
 from planish.errors import InputError
 from planish.families import Family
+from planish.midway import LAST, Midway, Part
 from planish.modules import Bypass
 from planish.sources import Source, is_finite
 from planish.stats import Stats, Tap, add_lane
@@ -197,24 +197,29 @@ class Stream:
 
     @torch.no_grad()
     def run(
-        self, i: int, block: nn.Module, hidden: Hidden, room: Room | None = None, attended: Attended | None = None
+        self, i: int, block: nn.Module, hidden: Hidden, room: Room | None = None, midway: Midway | None = None
     ) -> Hidden:
         """All batches through block i; the outputs lie in `room`, unless told the stream's."""
         outputs = Activations(room or self.room)
         for n, h in enumerate(hidden):
-            with self.attend(attended, n, block):
+            with self.follow(midway, n, block):
                 outputs.append(self.forward(i, block, h))
         return outputs
 
-    def attend(
-        self, attended: Attended | None, n: int, block: nn.Module, sites: set[str] | None = None
+    def follow(
+        self, midway: Midway | None, n: int, block: nn.Module, sites: Iterable[str] = ()
     ) -> AbstractContextManager:
-        """Within the context batch n runs through the block, which starts from what has been `attended` if it can."""
-        attention = block.get_submodule(self.family.attention)
-        if attended is None or isinstance(attention, Bypass):
+        """Within the context batch n runs through the block, which starts `midway` if it can; these sites are looked at."""
+        if midway is None:
             return nullcontext()
-        inner = any(s.partition(".")[0] in ("q", "k", "v") for s in sites or ())
-        return attended.batch(n, attention, get_linear(block, self.family, "o"), skip=not inner)
+        seen, parts = {s.partition(".")[0] for s in sites}, {}
+        for name, role in LAST.items():
+            path = getattr(self.family, name)  # a block may hold the linears of its MLP itself
+            module = block.get_submodule(path) if path else None
+            if module is not None and not isinstance(module, Bypass):
+                before = {"attention": {"q", "k", "v"}, "mlp": {"gate", "up"}}[name]
+                parts[name] = Part(module, get_linear(block, self.family, role), bool(before & seen))
+        return midway.batch(n, parts)
 
     @torch.no_grad()
     def measure(
@@ -225,14 +230,14 @@ class Stream:
         hidden: Hidden,
         dense: tuple[nn.Module, Hidden] | dict[str, Hidden] | None = None,
         outputs: bool = True,
-        attended: Attended | None = None,
-        beside: Attended | None = None,
+        midway: Midway | None = None,
+        beside: Midway | None = None,
     ) -> tuple[Stats, Hidden]:
         """Statistics of block i over all batches, and its outputs (none without `outputs`: then only as much of the
-        block runs as the sites need, and where its q, k and v have already run with these inputs, not `attended` again).
+        block runs as the sites need, from `midway` where what comes before has already run with these inputs).
 
-        `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:", and `beside` what it has
-        attended; or what `capture` saw there.
+        `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:", and `beside` where it
+        starts; or what `capture` saw there.
         """
         results = Activations(self.room)
         own_sites = {s for t in taps for s in t.sites if ":" not in s}
@@ -247,7 +252,7 @@ class Stream:
             h, values = hidden[n], dict[str, Tensor]()
             if own_sites or outputs:
                 with (
-                    self.attend(attended, n, block, own_sites),
+                    self.follow(midway, n, block, own_sites),
                     tap_sites(block, self.family, own_sites, not outputs) as seen,
                     suppress(AllSeen),
                 ):
@@ -258,7 +263,7 @@ class Stream:
             elif dense_sites:
                 assert isinstance(dense, tuple)
                 with (
-                    self.attend(beside, n, dense[0], dense_sites),
+                    self.follow(beside, n, dense[0], dense_sites),
                     tap_sites(dense[0], self.family, dense_sites, True) as seen,
                     suppress(AllSeen),
                 ):
