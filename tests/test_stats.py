@@ -74,7 +74,7 @@ def test_batches_merge_and_save(tmp_path):
 def test_tiles_and_chunks(kind):
     """Sizes that fill no tile and no chunk evenly."""
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(CHUNK + 37, n, generator=generator, dtype=torch.float64) for n in (TILE + LEAF + 19, 23))
+    x, y = (torch.randn(CHUNK + 37, n, generator=generator, dtype=torch.float64) for n in (2 * TILE + LEAF + 19, 23))
     tap = Tap("a", "gram") if kind == "gram" else Tap("b", "cross", "a")
     stats = Stats([tap])
     stats.update({"a": x, "b": y})

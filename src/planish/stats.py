@@ -6,7 +6,7 @@ and interrupted runs merge by addition, and nothing depends on how the tokens we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -224,8 +224,15 @@ def add(into: Sums, more: Sums) -> None:
 
 
 WIDE = 1 << 30  # bytes of a Gram of which there should not be two in memory
-TILE, CHUNK = 512, 1024  # channels and tokens at a time; fixed, because they fix the order of the additions
-LEAF = 128  # channels of the smallest square that is not halved further
+TILE, CHUNK = 512, 1024  # channels (about) and tokens at a time; fixed, because they fix the order of the additions
+LEAF = 128  # channels of a square that need not be halved further
+
+
+def list_rows(n: int) -> Iterator[slice]:
+    """Rows of tiles that n channels are added in: equal ones, for a narrow last one would take nearly as long as the others."""
+    size = -(-n // max(1, round(n / TILE)))
+    for i in range(0, n, size):
+        yield slice(i, min(i + size, n))
 
 
 def add_gram(into: Sums, x: Tensor) -> None:
@@ -236,8 +243,8 @@ def add_gram(into: Sums, x: Tensor) -> None:
     total = into["sum"]
     for chunk in x.split(CHUNK):
         chunk = chunk.double()
-        for i in range(0, n, TILE):
-            add_row(total[i : i + TILE, i:], chunk[:, i:])
+        for rows in list_rows(n):
+            add_row(total[rows, rows.start :], chunk[:, rows.start :])
 
 
 def add_row(row: Tensor, x: Tensor) -> None:
@@ -276,13 +283,14 @@ def add_lane(total: Tensor, inputs: Iterable[Tensor], exchange: Callable[[Tensor
     additions are those of `add_gram` and `Stats.merge`, in their order.
     """
     n = len(total)
-    for i in range(0, n, TILE):
-        row = torch.zeros(min(TILE, n - i), n - i, dtype=torch.float64, device=total.device)
+    for rows in list_rows(n):
+        i = rows.start
+        row = torch.zeros(rows.stop - i, n - i, dtype=torch.float64, device=total.device)
         for x in inputs:
             for chunk in x.flatten(0, -2).split(CHUNK):
                 add_row(row, chunk[:, i:].to(total.device).double())
         for part in exchange(row):
-            total[i : i + TILE, i:] += part
+            total[rows, i:] += part
     mirror(total)
 
 
