@@ -3,6 +3,7 @@
     python benchmarks/methods.py                                            # the embedded model
     python benchmarks/methods.py --model FOLDER --text FILE --name NAME     # any other; FILE is split: 3/4 to calibrate
     python benchmarks/methods.py --shifted FILE ... --methods auto,mpifa --keep 0.9,0.8
+    python benchmarks/methods.py --budget flops ...                         # or bytes, latency, kv; docs/tables/budgets.md
 
 Each point replaces its row of methods.csv, from which methods.md is written anew; other rows stay, so a run may be cut
 into pieces (`--missing` runs only what the table lacks). D = log(ppl / dense ppl). `auto/best` is D of auto over the
@@ -28,6 +29,10 @@ from planish.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "methods.md"
+BUDGETS = {  # what --keep is a share of → the option that it becomes, what it is called
+    "weights": ("keep", ""), "kv": ("kv_keep", "KV cache"), "flops": ("flops_keep", "FLOPs per token"),
+    "bytes": ("max_bytes", "bytes of the whole model"), "latency": ("max_latency", "predicted latency of a token"),
+}  # fmt: skip
 COLUMNS = ("model", "text", "method", "keep", "perplexity", "counted", "seconds", "refused")
 STRUCTURAL = ("a3", "flat-llm", "modegpt")
 README = ROOT / "README.md"
@@ -54,8 +59,13 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64, help="evaluation windows of --seq-len tokens per text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--missing", action="store_true", help="leave points alone that the table has")
-    parser.add_argument("--tables", type=Path, default=TABLE, help="where methods.md goes, methods.csv beside it")
-    return parser.parse_args()
+    parser.add_argument("--budget", choices=sorted(BUDGETS), default="weights", help="what --keep is a share of")
+    parser.add_argument(
+        "--tables", type=Path, help="where the page goes, its csv beside it (default: docs/tables/methods.md)"
+    )
+    args = parser.parse_args()
+    args.tables = args.tables or (TABLE if args.budget == "weights" else TABLE.with_name("budgets.md"))
+    return args
 
 
 def main() -> None:
@@ -76,7 +86,9 @@ def main() -> None:
             return found
 
         dense = perplexities(args.model)
-        label = f"{args.name}, {args.n_samples} × {args.seq_len} calibration tokens, {args.windows} windows"
+        option, title = BUDGETS[args.budget]
+        whole = measure_whole(args) if option.startswith("max_") else 1.0
+        label = f"{args.name}{title and f': {title}'}, {args.n_samples} × {args.seq_len} calibration tokens, {args.windows} windows"
         store(args.tables, [point(label, t, "dense", 1.0, p, 1.0, 0.0) for t, p in zip(texts, dense, strict=True)])
         present = {(r["model"], r["method"], float(r["keep"])) for r in read(args.tables)}
         for name in args.methods.split(","):
@@ -87,7 +99,7 @@ def main() -> None:
                 start = time.perf_counter()
                 try:
                     result = planish.compress(
-                        args.model, keep=keep, method=method, calibration=calibration, n_samples=args.n_samples,
+                        args.model, method=method, **{option: keep * whole}, calibration=calibration, n_samples=args.n_samples,
                         seq_len=args.seq_len, output=Path(scratch) / "out", overwrite=True,
                         settings={"units": units} if units else None,
                     )  # fmt: skip
@@ -100,6 +112,17 @@ def main() -> None:
                     rows = [point(label, t, name, keep, refused=str(error)) for t in texts]
                 print(*(list(r.values())[1:] for r in rows), sep="\n", flush=True)
                 store(args.tables, rows)
+
+
+def measure_whole(args: argparse.Namespace) -> float:
+    """What the uncompressed model has of the budget: bytes, or predicted milliseconds per token."""
+    if args.budget == "bytes":
+        return sum(p.stat().st_size for p in args.model.glob("*.safetensors"))
+    found = planish.forecast(
+        args.model, method="svd", max_latency=1e9, n_samples=8, seq_len=args.seq_len
+    ).latency_ms_before
+    assert found
+    return found
 
 
 def point(model, text, method, keep, perplexity=math.nan, counted=math.nan, seconds=math.nan, refused="") -> dict:
@@ -179,7 +202,8 @@ def split_text(args: argparse.Namespace, scratch: Path) -> tuple[str, dict[str, 
 
 
 def page(rows: list[dict[str, str]]) -> str:
-    lines = ["# Methods", "", "Written by `benchmarks/methods.py`. D = log(perplexity / dense perplexity).", ""]
+    title = "Methods under other budgets" if any(": " in r["model"] for r in rows) else "Methods"
+    lines = [f"# {title}", "", "Written by `benchmarks/methods.py`. D = log(perplexity / dense perplexity).", ""]
     for model in dict.fromkeys(r["model"] for r in rows):
         name, _, protocol = model.partition(", ")
         lines += [f"## {name}", "", f"{protocol.capitalize()} evaluated per text.", ""]

@@ -449,10 +449,14 @@ class Stream:
         with torch.enable_grad(), self.replace_blocks(lambda i, x, *a, **k: h if i == len(self) - 1 else x):
             logits = self.model(inputs_embeds=self.embedded(h.detach()), use_cache=False).logits.flatten(0, 1)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            steps = logits.detach().double().softmax(-1).cumsum(-1)
-            labels = torch.searchsorted(steps, noise[:, None].to(self.device))
-            labels = labels.clamp(max=logits.shape[-1] - 1).squeeze(1)
-            nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            gradient = logits.detach().softmax(-1)  # of the NLL of label y: the probabilities, less one at y
+            at = torch.device("cpu") if self.device.type == "mps" else self.device  # that one has no fp64
+            steps = gradient.to(at).cumsum(-1, dtype=torch.float64)
+            labels = torch.searchsorted(steps, noise[:, None].to(at) * steps[:, -1:])
+            del steps
+            labels = labels.clamp(max=logits.shape[-1] - 1).to(self.device)
+            gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -1.0))
+            logits.backward(gradient)
         assert h.grad is not None
         return h.grad.to("cpu")
 
