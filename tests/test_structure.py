@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 
 # Imports point from later lines to earlier ones or stay on one line.
 LAYERS = [
-    {"errors", "clock", "linalg", "grams", "version", "processes", "activations", "midway", "shards"},
+    {"errors", "clock", "linalg", "grams", "version", "processes", "activations", "midway", "offload", "shards"},
     {"stats", "kept", "moments", "families", "core", "edits", "modules", "attentions", "blocks", "modelling"},
     {
         "solvers",

@@ -28,6 +28,7 @@ from planish.forecast import Forecast
 from planish.forecast import forecast as forecast_windows
 from planish.manifest import Result
 from planish.methods import find_method, find_name, list_methods
+from planish.offload import offload
 from planish.recipe import Recipe, Text
 from planish.sources import FolderSource, Source, find_folder, load_config, load_tokenizer, open_shapes, open_source
 from planish.text import fingerprint, load_tokens, sample_windows
@@ -203,19 +204,20 @@ def forecast(
         notes.extend(text.notes)
         return text.windows
 
-    found = forecast_windows(
-        source,
-        asked=asked,
-        method=chosen,
-        read=read,
-        size=(n_samples or N_SAMPLES, seq_len),
-        device=place,
-        dtype=find_dtype(dtype),
-        round_to=round_to,
-        settings=settings,
-        target=target,
-        progress=progress,
-    )
+    with offload(place):
+        found = forecast_windows(
+            source,
+            asked=asked,
+            method=chosen,
+            read=read,
+            size=(n_samples or N_SAMPLES, seq_len),
+            device=place,
+            dtype=find_dtype(dtype),
+            round_to=round_to,
+            settings=settings,
+            target=target,
+            progress=progress,
+        )
     found.warnings = notes + found.warnings
     return found
 

@@ -28,6 +28,7 @@ from planish.job import Job
 from planish.latency import read_table
 from planish.manifest import Result, read_result, write_manifest
 from planish.methods import find_method, find_name
+from planish.offload import offload
 from planish.shards import Shard, hash_file
 from planish.sources import FolderSource, Source, open_source
 from planish.stream import Stream, reuse_memory
@@ -122,10 +123,11 @@ def compress(
             job.caught = caught
             job.seconds |= spent or {}
             check_tokens(job, windows, settings or {})
-            with job.phase("plan"):
-                plan = job.plan()
-                method.finish(job, plan)
-            result = write(job, plan, writer)
+            with offload(stream.device):
+                with job.phase("plan"):
+                    plan = job.plan()
+                    method.finish(job, plan)
+                result = write(job, plan, writer)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
         result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier})
         result.seconds["total"] = time.perf_counter() - start + sum((spent or {}).values())

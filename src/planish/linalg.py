@@ -1,7 +1,8 @@
 """Pure tensor mathematics shared by the solvers. Everything is computed in fp64 whatever comes in.
 
 Conventions: a linear is y = W x with W (out, in); a gram is Σ x xᵀ (in, in); `damping` is relative,
-λ = damping · mean(diag gram). No Gram is ever inverted: Cholesky with triangular solves, or eigh with a clamp.
+λ = damping · mean(diag gram). No Gram is ever inverted: Cholesky with triangular solves, or eigh with a clamp. Within
+`planish.offload.offload` the long ones run on an accelerator.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
+
+from planish.offload import offloaded
 
 DAMPING = 1e-8
 
@@ -21,6 +23,7 @@ def symmetrise(m: Tensor) -> Tensor:
     return (m + m.mH).div_(2)
 
 
+@offloaded
 def symmetric_product(a: Tensor, b: Tensor, tile: int = 256) -> Tensor:
     """a bᵀ (n, n) for a, b (n, k) whose product is known to be symmetric: tiles on and above the diagonal, mirrored."""
     out = a.new_empty(len(a), len(a))
@@ -42,6 +45,7 @@ def triangular_product(w: Tensor, lower: Tensor, out: Tensor | None = None, leaf
     return out
 
 
+@offloaded
 def sandwich(w: Tensor, gram: Tensor) -> Tensor:
     """w C wᵀ (m, m) for w (m, n) and a symmetric C (n, n).
 
@@ -55,6 +59,7 @@ def sandwich(w: Tensor, gram: Tensor) -> Tensor:
     return m + m.T
 
 
+@offloaded
 def congruence(gram: Tensor, lower: Tensor) -> Tensor:
     """Lᵀ C L (n, n) for a symmetric C and a lower triangular L."""
     return symmetric_product(triangular_product(gram, lower).T, lower.T)
@@ -69,6 +74,7 @@ def damp(gram: Tensor, damping: float) -> Tensor:
     return gram
 
 
+@offloaded
 def root(gram: Tensor, damping: float = DAMPING) -> Tensor:
     """Lower L (n, n) with L Lᵀ = gram + λI; the damping is raised tenfold, with a warning, until Cholesky succeeds."""
     raised = damping
@@ -84,11 +90,13 @@ def root(gram: Tensor, damping: float = DAMPING) -> Tensor:
     return factor
 
 
+@offloaded
 def solve(gram: Tensor, rhs: Tensor, damping: float = DAMPING) -> Tensor:
     """X (n, k) with (gram + λI) X = rhs."""
     return torch.cholesky_solve(rhs.double(), root(gram, damping))
 
 
+@offloaded
 def eigh_descending(m: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (n,) falling and eigenvectors (n, n) in columns of a symmetric or Hermitian m (or a batch of them).
 
@@ -100,6 +108,7 @@ def eigh_descending(m: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors * vectors.gather(-2, at).sgn().conj()
 
 
+@offloaded
 def eigh_root(gram: Tensor, floor: float = 1e-12) -> tuple[Tensor, Tensor]:
     """(S, S⁺), both (n, n), with S Sᵀ = gram: S = Q Λ^½ and S⁺ = Λ^-½ Qᵀ, eigenvalues under floor · max dropped."""
     values, vectors = eigh_descending(gram)
@@ -160,12 +169,11 @@ def whitened_svd(w: Tensor, gram: Tensor | None = None, out_gram: Tensor | None 
     w = w.double()
     if out_gram is None and gram is not None and w.shape[0] <= w.shape[1]:
         values, u = eigh_descending(sandwich(w, gram.double()))
-        return Projected(u, values.clamp(min=0).sqrt(), lambda u: u, lambda u: u.T @ w)
+        return Projected(u, values.clamp(min=0).sqrt(), lambda u: u, lambda u: multiply(u.T, w))
     if out_gram is None and gram is not None and (lower := well_conditioned_root(gram)) is not None:
         wl = triangular_product(w, lower)
         values, v = eigh_descending(symmetric_product(wl.T, wl.T))
-        solve_right = partial(torch.linalg.solve_triangular, lower, upper=False, left=False)
-        return Projected(v, values.clamp(min=0).sqrt(), lambda v: wl @ v, lambda v: solve_right(v.T))
+        return Projected(v, values.clamp(min=0).sqrt(), lambda v: multiply(wl, v), lambda v: solve_right(lower, v.T))
     left = None if out_gram is None else eigh_root(out_gram)[0]
     right, right_inverse = (None, None) if gram is None else eigh_root(gram)
     wr = w if right is None else w @ right
@@ -175,6 +183,7 @@ def whitened_svd(w: Tensor, gram: Tensor | None = None, out_gram: Tensor | None 
     return LowRank(b, a, s)
 
 
+@offloaded
 def truncate(m: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """B (out, rank), A (rank, in): the best approximation of m (out, in), by eigh of its smaller side's Gram.
 
@@ -194,24 +203,42 @@ def metric_svd(w: Tensor, gram: Tensor, metric: Tensor, back: bool = False, damp
     eigenproblem of that side. Gᵀ's root S: Sᵀ W R Wᵀ S = U Λ Uᵀ, A = Uᵀ Sᵀ W, B = W R Aᵀ Λ⁻¹, the best B for that A
     whatever G is; `back`, R = L Lᵀ: Lᵀ (Wᵀ G W) L = V Λ Vᵀ, A = Vᵀ L⁻¹, B = W L V. Roots are damped by `damping`.
     """
-    w, gram = w.double(), gram.double()
+    u, s, left, right = _metric_basis(w, gram, metric, back, damping)
     if back:
-        lower = root(gram, damping)
-        values, v = eigh_descending(congruence(metric.double(), lower))
-        solve_right = partial(torch.linalg.solve_triangular, lower, upper=False, left=False)
-        wl = triangular_product(w, lower)
-        return Projected(v, values.clamp(min=0).sqrt(), lambda v: wl @ v, lambda v: solve_right(v.mT.contiguous()))
-    lower, wr = root(metric, damping), w @ gram
-    sw = lower.T @ w
-    values, u = eigh_descending(congruence(symmetric_product(wr, w), lower))
-    values, u = values[: min(w.shape)], u[:, : min(w.shape)]
-    alive = values > 1e-14 * values[:1]
-    inverse = torch.where(alive, values, 1).reciprocal() * alive
+        return Projected(u, s, lambda v: multiply(left, v), lambda v: solve_right(right, v.mT.contiguous()))
+    alive = s > 1e-7 * s[:1]
+    inverse = torch.where(alive, s, 1).square().reciprocal() * alive
     return Projected(
-        u, values.clamp(min=0).sqrt(), lambda u: (wr @ (sw.T @ u)) * inverse[: u.shape[1]], lambda u: u.T @ sw
+        u, s, lambda u: multiply(left, multiply(right.T, u)) * inverse[: u.shape[1]], lambda u: multiply(u.T, right)
     )
 
 
+@offloaded
+def _metric_basis(w: Tensor, gram: Tensor, metric: Tensor, back: bool, damping: float) -> tuple[Tensor, ...]:
+    """Of `metric_svd` (U, Λ^½, W R, Sᵀ W), with `back` (V, Λ^½, W L, L)."""
+    w, gram = w.double(), gram.double()
+    lower = root(gram if back else metric, damping)
+    if back:
+        values, v = eigh_descending(congruence(metric.double(), lower))
+        return v, values.clamp(min=0).sqrt(), triangular_product(w, lower), lower
+    wr = w @ gram
+    values, u = eigh_descending(congruence(symmetric_product(wr, w), lower))
+    k = min(w.shape)
+    return u[:, :k], values[:k].clamp(min=0).sqrt(), wr, lower.T @ w
+
+
+@offloaded
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
+
+
+@offloaded
+def solve_right(lower: Tensor, x: Tensor) -> Tensor:
+    """x L⁻¹."""
+    return torch.linalg.solve_triangular(lower, x, upper=False, left=False)
+
+
+@offloaded
 def well_conditioned_root(gram: Tensor, limit: float = 1e-6) -> Tensor | None:
     """Lower L with L Lᵀ = gram, or None where its diagonal falls by more than `limit` (squared: the condition number)."""
     factor, info = torch.linalg.cholesky_ex(symmetrise(gram.double()))
@@ -219,6 +246,7 @@ def well_conditioned_root(gram: Tensor, limit: float = 1e-6) -> Tensor | None:
     return factor if not info.any() and diagonal.min() > limit * diagonal.max() else None
 
 
+@offloaded
 def svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD in fp64 (batched over leading dimensions), signs fixed so that results are reproducible."""
     u, s, vh = torch.linalg.svd(m.double(), full_matrices=False)
@@ -268,6 +296,7 @@ def tail_sums(inner: Tensor) -> Tensor:
     return torch.cat([steps.cumsum(0).flip(0), steps.new_zeros(1)]).clamp(min=0)
 
 
+@offloaded
 def selection_losses(gram: Tensor, w: Tensor, order: Tensor, refit: bool, damping: float = DAMPING) -> Tensor:
     """E‖W x − W' x_J‖² when the first r inputs of `order` are kept, for r = 0 … n: (n + 1,).
 
@@ -289,6 +318,7 @@ def compute_tails(steps: Tensor) -> Tensor:
     return torch.cat([steps.flip(0).cumsum(0).flip(0), steps.new_zeros(1)])
 
 
+@offloaded
 def select_greedily(gram: Tensor, w: Tensor, damping: float = DAMPING, steps: int = 64) -> tuple[Tensor, Tensor]:
     """Order (n,) of the inputs of W (out, n) by forward selection: next come those that lower E‖W x − W' x_J‖² most; and
     that loss (n + 1,) of keeping the first 0 … n, as `selection_losses` gives it for a refit.
@@ -326,6 +356,7 @@ def least_squares(gram: Tensor, cross: Tensor, damping: float = DAMPING) -> Tens
     return solve(gram, cross.T, damping).T
 
 
+@offloaded
 def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
     """diag(C (C + λI)⁻¹) (n,) with λ = ridge · mean(diag C): 1 − λ · diag((C + λI)⁻¹)."""
     factor = root(gram, ridge)
@@ -334,6 +365,7 @@ def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
     return 1 - level * inverse_factor.square().sum(0)
 
 
+@offloaded
 def nystrom(gram: Tensor, kept: Tensor, w: Tensor, damping: float = DAMPING) -> Tensor:
     """W' (out, k) minimising ‖(W − W' x_kept)‖ over the inputs: W C[:, J] (C[J, J] + λI)⁻¹. `kept` (k,) indices."""
     gram = gram.double()

@@ -70,7 +70,7 @@ def predict(
     compressed prefix (`sequential`: a block runs again for its outputs); forward f = t (3 m + 3 d + k − widest site) c, with
     `backward` t (4 m + 10 d) c more, which autograd saves; batch + sums = 8 (2 S − S_w) + f for several batches, for one the
     larger of f and 8 S + t k c + 8 · 1024 · widest site. The inputs of wide Grams, a lane's at a time, are among the
-    activations. On an accelerator the computing copy of a block, batch and sums lie in VRAM.
+    activations. On an accelerator the computing copy of a block, batch and sums lie in VRAM, and the largest decomposition does.
     """
     shape = max(shapes, key=Shape.count)
     block, d, m = shape.count(), shape.hidden, shape.intermediate
@@ -94,7 +94,7 @@ def predict(
     on_host = streams * block * stored
     start = largest * (stored + computed) + min(one, held)
     if accelerator:
-        vram = max(measure, rest, largest * computed) - held
+        vram = max(max(measure, rest, largest * computed) - held, 8 * work)  # large factorisations run there too
         inside = on_host + held + 8 * statistics
     else:
         vram, inside = 0, on_host + max(measure, rest)
