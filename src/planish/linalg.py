@@ -398,6 +398,13 @@ def pivot(b: Tensor, a: Tensor, bound: float = 2.0) -> Pivoted:
     solves for the coefficients by least squares in fp32.
     """
     b, a = b.double(), a.double()
+    pivots, rest, coefficients = _find_pivots(b, bound)
+    return Pivoted(pivots, rest, multiply(b[pivots], a), coefficients)
+
+
+@offloaded
+def _find_pivots(b: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of B (out, r) that span the others, the others, both rising, and their coefficients (out − r, r)."""
     out, rank = b.shape
     q = torch.linalg.qr(b).Q
     lu, swaps = torch.linalg.lu_factor(q)
@@ -420,5 +427,4 @@ def pivot(b: Tensor, a: Tensor, bound: float = 2.0) -> Pivoted:
         c[i] = -new
     pivots, at = torch.tensor(rows[:rank], device=b.device).sort()
     rest, below = torch.tensor(rows[rank:], dtype=torch.long, device=b.device).sort()
-    c = c[below][:, at] if exact else torch.linalg.solve(q[pivots].T, q[rest].T).T
-    return Pivoted(pivots, rest, b[pivots] @ a, c)
+    return pivots, rest, c[below][:, at] if exact else torch.linalg.solve(q[pivots].T, q[rest].T).T

@@ -226,11 +226,12 @@ def add(into: Sums, more: Sums) -> None:
 WIDE = 1 << 30  # bytes of a Gram of which there should not be two in memory
 TILE, CHUNK = 512, 1024  # channels (about) and tokens at a time; fixed, because they fix the order of the additions
 LEAF = 128  # channels of a square that need not be halved further
+COARSE = 2048  # all of these on an accelerator, which few large products fill better
 
 
-def list_rows(n: int) -> Iterator[slice]:
+def list_rows(n: int, tile: int) -> Iterator[slice]:
     """Rows of tiles that n channels are added in: equal ones, for a narrow last one would take nearly as long as the others."""
-    size = -(-n // max(1, round(n / TILE)))
+    size = -(-n // max(1, round(n / tile)))
     for i in range(0, n, size):
         yield slice(i, min(i + size, n))
 
@@ -241,9 +242,9 @@ def add_gram(into: Sums, x: Tensor) -> None:
     if "sum" not in into:
         into["sum"] = torch.zeros(n, n, dtype=torch.float64, device=x.device)
     total = into["sum"]
-    for chunk in x.split(CHUNK):
+    for chunk in x.split(CHUNK if x.is_cpu else COARSE):
         chunk = chunk.double()
-        for rows in list_rows(n):
+        for rows in list_rows(n, TILE if x.is_cpu else COARSE):
             add_row(total[rows, rows.start :], chunk[:, rows.start :])
 
 
@@ -256,9 +257,9 @@ def add_row(row: Tensor, x: Tensor) -> None:
 
 
 def add_square(square: Tensor, x: Tensor) -> None:
-    """Add xᵀ x (n, n), but below the diagonal only in squares of `LEAF` channels and less."""
+    """Add xᵀ x (n, n), but below the diagonal only in squares of `LEAF` channels and less (on an accelerator all of it)."""
     n = len(square)
-    if n <= LEAF:
+    if n <= LEAF or not x.is_cpu:
         square.addmm_(x.T, x)
         return
     h = n // 2
@@ -283,11 +284,11 @@ def add_lane(total: Tensor, inputs: Iterable[Tensor], exchange: Callable[[Tensor
     additions are those of `add_gram` and `Stats.merge`, in their order.
     """
     n = len(total)
-    for rows in list_rows(n):
+    for rows in list_rows(n, TILE if total.is_cpu else COARSE):
         i = rows.start
         row = torch.zeros(rows.stop - i, n - i, dtype=torch.float64, device=total.device)
         for x in inputs:
-            for chunk in x.flatten(0, -2).split(CHUNK):
+            for chunk in x.flatten(0, -2).split(CHUNK if total.is_cpu else COARSE):
                 add_row(row, chunk[:, i:].to(total.device).double())
         for part in exchange(row):
             total[rows, i:] += part
@@ -299,7 +300,8 @@ def add_cross(into: Sums, y: Tensor, x: Tensor) -> None:
     if "sum" not in into:
         into["sum"] = torch.zeros(y.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
     total = into["sum"]
-    for a, b in zip(y.split(CHUNK), x.split(CHUNK), strict=True):
+    size = CHUNK if x.is_cpu else COARSE
+    for a, b in zip(y.split(size), x.split(size), strict=True):
         total.addmm_(a.double().T, b.double())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.edits import neuron_edits, qk_edits, value_edits
-from planish.linalg import balance, compute_tails, damp, eigh_root, select_greedily, selection_losses, solve
+from planish.linalg import balance, compute_tails, damp, eigh_root, multiply, select_greedily, selection_losses, solve
 from planish.stats import Stats, Tap, kind
 
 
@@ -37,9 +37,11 @@ def anchored(stats: Stats, role: str, w: Tensor, anchor: float) -> tuple[Tensor,
     own = Tap(f"{role}.in", "gram")
     if not anchor or own not in stats.sums:
         gram = stats.mean(Tap(f"dense:{role}.in", "gram"))
-        return gram, w @ gram
+        return gram, multiply(w, gram)
     gram = stats.mean(own)
-    return gram, (1 - anchor) * (w @ gram) + anchor * stats.mean(Tap(f"dense:{role}.product", "cross", f"{role}.in"))
+    return gram, (1 - anchor) * multiply(w, gram) + anchor * stats.mean(
+        Tap(f"dense:{role}.product", "cross", f"{role}.in")
+    )
 
 
 def anchored_taps(role: str, anchor: float) -> list[Tap]:
@@ -139,9 +141,9 @@ class FisherValues(Solver):
         p, q, _ = balance(left, own.unflatten(0, (-1, groups)).sum(1))
         full_p = torch.block_diag(*p.repeat_interleave(groups, 0))  # z = Pᵀ o, all heads
         full_q = torch.block_diag(*q.repeat_interleave(groups, 0))
-        z = full_p.T @ gram @ full_p
+        z = multiply(full_p.T, multiply(gram, full_p))
         loss = selection_losses(z, root @ o @ full_q, self.order(d, shape), True, self.damping)[::heads] / 2
-        factors = {"P": p, "gram": z, "cross": cross @ full_p}
+        factors = {"P": p, "gram": z, "cross": multiply(cross, full_p)}
         factors |= {n: weights[n] for n in ("v", "v.bias") if n in weights}
         return Frontier(unit, loss, factors, nats=True)
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.edits import input_site, low_rank_edit
-from planish.linalg import metric_svd, solve
+from planish.linalg import metric_svd, multiply, solve
 from planish.stats import Stats, Tap
 
 ALONE = ("o", "down")
@@ -74,14 +74,14 @@ class TwoSided(Solver):
         gram, moved = stats.mean(own), stats.mean(self.cross_tap(unit))
         level = self.ridge * gram.diagonal().mean()
         if unit.name in ALONE:
-            target = (1 - self.anchor) * (w @ gram) + self.anchor * moved + level * w
+            target = (1 - self.anchor) * multiply(w, gram) + self.anchor * moved + level * w
             moved_w = solve(gram, target.T, self.ridge).T
         else:
             mixed = (1 - self.anchor) * gram + self.anchor * moved
             mixed.diagonal().add_(level)
             change = solve(gram, mixed.T, self.ridge).T  # W is replaced by W K
-            moved_w = w @ change
-            gradient = change.T @ gradient @ change if back else gradient
+            moved_w = multiply(w, change)
+            gradient = multiply(change.T, multiply(gradient, change)) if back else gradient
         low = metric_svd(moved_w, gram, gradient, back)
         return Frontier(unit, low.tails() / 2, {"low": low}, nats=True)
 
