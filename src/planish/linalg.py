@@ -427,4 +427,8 @@ def _find_pivots(b: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
         c[i] = -new
     pivots, at = torch.tensor(rows[:rank], device=b.device).sort()
     rest, below = torch.tensor(rows[rank:], dtype=torch.long, device=b.device).sort()
-    return pivots, rest, c[below][:, at] if exact else torch.linalg.solve(q[pivots].T, q[rest].T).T
+    if exact:
+        return pivots, rest, c[below][:, at]
+    swap, lower, upper = torch.linalg.lu(q[pivots].T)
+    half = torch.linalg.solve_triangular(lower, q[rest].T[swap.argmax(0)], upper=False, unitriangular=True)
+    return pivots, rest, torch.linalg.solve_triangular(upper, half, upper=True).T
