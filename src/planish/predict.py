@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from planish.core import Shape
+from planish.stats import COARSE
 from planish.stream import BATCH
 
 LIBRARIES = 410 << 20  # Python, PyTorch and transformers, loaded and warm
@@ -70,7 +71,8 @@ def predict(
     compressed prefix (`sequential`: a block runs again for its outputs); forward f = t (3 m + 3 d + k − widest site) c, with
     `backward` t (4 m + 10 d) c more, which autograd saves; batch + sums = 8 (2 S − S_w) + f for several batches, for one the
     larger of f and 8 S + t k c + 8 · 1024 · widest site. The inputs of wide Grams, a lane's at a time, are among the
-    activations. On an accelerator the computing copy of a block, batch and sums lie in VRAM, and the largest decomposition does.
+    activations. On an accelerator the computing copy of a block, batch and sums lie in VRAM, with two rows of tiles in fp64; large
+    factorisations take what is left there, or run on the CPU.
     """
     shape = max(shapes, key=Shape.count)
     block, d, m = shape.count(), shape.hidden, shape.intermediate
@@ -88,15 +90,16 @@ def predict(
         measure = 8 * (2 * statistics - wide) + batch * (through + tapped - widest)
     else:
         measure = max(batch * (through + tapped - widest), 8 * statistics + batch * tapped + 8 * 1024 * widest)
-    rest = streams * block * copy + batch * through + held  # a block runs again for its outputs
-    measure += streams * block * copy + (int(min(one + lane, limit)) + kept if sequential else held)
+    measure += streams * block * copy
+    rest = streams * block * copy + batch * through  # a block runs again for its outputs
     solve = streams * block * stored + held + block * stored + 8 * (statistics + work)
     on_host = streams * block * stored
     start = largest * (stored + computed) + min(one, held)
     if accelerator:
-        vram = max(max(measure, rest, largest * computed) - held, 8 * work)  # large factorisations run there too
+        vram = max(measure + 2 * 8 * COARSE * widest, rest, largest * computed)
         inside = on_host + held + 8 * statistics
     else:
-        vram, inside = 0, on_host + max(measure, rest)
+        while_measuring = int(min(one + lane, limit)) + kept if sequential else held
+        vram, inside = 0, on_host + max(measure + while_measuring, rest + held)
     ram = base + max(start, outside * stored, inside, solve)
     return Prediction(ram, vram, written * stored, 2 * one + lane - activations + shelved)
