@@ -11,9 +11,12 @@ from torch import nn
 import tiny
 from planish.activations import Room
 from planish.blocks import find_blocks, get_linear
+from planish.checkpoint import apply_edits
+from planish.edits import neuron_edits
 from planish.job import Job
 from planish.methods import find_method
 from planish.midway import Midway
+from planish.solve import read_weights
 from planish.sources import MemorySource, open_source
 from planish.stats import Tap
 from planish.stream import Stream
@@ -88,6 +91,31 @@ def test_runs_start_midway(family):
         runs |= dict.fromkeys(runs, 0)
         stream.run(0, block, hidden, midway=again)
         assert runs == {"q": 1 if "attention" in led else 3, "up": 1 if "mlp" in led and holds else 3}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.NAMES)
+def test_runs_start_at_fewer_neurons(family):
+    """Where some neurons are taken away what is left of what down read is led to it; a last batch of other size is not."""
+    stream = Stream(MemorySource(tiny.build(family)), WINDOWS)
+    stream.batches = list(WINDOWS.split(4))
+    hidden, shape = stream.start(), stream.source.shape(0)
+    midway = Midway(stream.room, len(hidden))
+    stream.measure(0, stream.block(0), [Tap("down.in", "gram")], hidden, outputs=False, midway=midway.enter(["mlp"]))
+    kept = torch.arange(1, shape.intermediate, 2)
+    block, runs = stream.block(0), []
+    edits = neuron_edits(read_weights(block, stream), kept, torch.randn(shape.hidden, len(kept)))
+    apply_edits(block, edits, stream.family, stream.source.config, shape)
+    get_linear(block, stream.family, "up").register_forward_hook(lambda m, args, out: runs.append(len(out)))
+    expected = stream.run(0, block, hidden)
+    runs.clear()
+    midway.pick({e.target: e.rows for e in edits})
+    outputs = stream.run(0, block, hidden, midway=midway.enter())
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    led = midway.starts["mlp"].result is not None
+    assert len(runs) == (2 if led else 3) and led == (stream.family.mlp is not None)
+    midway.pick({"up": None})
+    assert midway.starts["mlp"].kept is None, "who knows what that changed"
 
 
 @torch.no_grad()

@@ -102,11 +102,15 @@ class Frontier:
 
 @dataclass(frozen=True)
 class Edit:
-    """Give `target` (a role, "attention" or "mlp") the module `form` names (see `planish.modules`) with these tensors."""
+    """Give `target` (a role, "attention" or "mlp") the module `form` names (see `planish.modules`) with these tensors.
+
+    `rows`: which of the old outputs the new ones are, where nothing else about them changes.
+    """
 
     target: str
     form: dict[str, Any]
     tensors: dict[str, Tensor]
+    rows: Tensor | None = None
 
 
 SUBMODULES = {"attention": "attention", "mlp": "ffn"}  # edit target → name of the unit that is the whole submodule

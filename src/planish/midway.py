@@ -3,7 +3,7 @@ has changed, later runs need not compute it again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from planish.activations import Activations, Room
 
 LAST = {"attention": "o", "mlp": "down"}  # the last linear of a submodule
-BEHIND = {  # units whose solution leaves what that linear reads as it is
+BEHIND = {  # units whose solution leaves what that linear reads as it is, or takes some of its channels away
     "attention": {"o", "gate", "up", "down", "mlp", "ffn"},
-    "mlp": {"down"},
+    "mlp": {"down", "mlp"},
 }
 
 
@@ -50,6 +50,14 @@ class Midway:
             self.starts[name].forget()
         return self if self.active else None
 
+    def pick(self, rows: Mapping[str, Tensor | None]) -> None:
+        """After solving: `rows` of the linears that changed, which of their old outputs they give (None: others)."""
+        chosen = [rows[role] for role in ("gate", "up") if role in rows]
+        if chosen and chosen[0] is not None:
+            self.starts["mlp"].pick(chosen[0])
+        elif chosen:
+            self.starts["mlp"].forget()
+
     @contextmanager
     def batch(self, n: int, parts: dict[str, Part]) -> Iterator[None]:
         """Within the context the block runs batch n, in order."""
@@ -73,7 +81,19 @@ class Start:
 
     def forget(self) -> None:
         self.kept: Activations | None = None
+        self.channels: Tensor | None = None  # of what was kept, those that the linear still reads
         self.start()
+
+    def pick(self, channels: Tensor) -> None:
+        self.channels = channels if self.channels is None else self.channels[channels]
+
+    def read(self, n: int) -> Tensor:
+        """What the linear reads in batch n, from what was kept."""
+        assert self.kept is not None
+        x = self.kept[n]
+        if self.channels is None:
+            return x
+        return x.flatten(0, -2).index_select(1, self.channels).view(*x.shape[:-1], -1)  # of a matrix it is faster
 
     def start(self) -> None:
         self.fresh = Activations(self.room)
@@ -86,7 +106,7 @@ class Start:
         if n == 0:
             self.start()
         handles = []
-        if n and not part.seen and self.result is not None:
+        if n and not part.seen and self.result is not None and self.alike(n):
             part.module.forward = self.follow(n, part.last, self.result)
         elif n == 0:
             handles.append(
@@ -101,16 +121,20 @@ class Start:
             for handle in handles:
                 handle.remove()
 
+    def alike(self, n: int) -> bool:
+        """Whether the first batch speaks for this one: fewer channels of another number of tokens might be added up in
+        another order."""
+        return self.kept is not None and (self.channels is None or self.kept[n].shape == self.kept[0].shape)
+
     def follow(self, n: int, last: nn.Module, result: Callable[[Tensor], Any]) -> Callable[..., Any]:
-        assert self.kept is not None
-        x = self.kept[n]
+        x = self.read(n)
         return lambda *args, **kwargs: result(last(x))
 
     def see(self, n: int, x: Tensor) -> None:
         if n == 0:
-            self.same = self.kept is not None and torch.equal(self.kept[0], x)
+            self.same = self.kept is not None and torch.equal(self.read(0), x)
             if not self.same:
-                self.kept = None
+                self.kept = self.channels = None
                 free = self.room.limit - self.room.used
                 self.fits = self.spill or 2 * self.batches * x.numel() * x.element_size() <= free
         if not self.same and self.fits:
@@ -121,6 +145,6 @@ class Start:
     def check(self, last: nn.Module, out: Any) -> None:
         if self.same and self.kept is not None:
             several = isinstance(out, tuple)
-            if torch.equal(last.forward(self.kept[0]), out[0] if several else out):
+            if torch.equal(last.forward(self.read(0)), out[0] if several else out):
                 rest = (None,) * (len(out) - 1) if several else ()
                 self.result = (lambda y: (y, *rest)) if several else (lambda y: y)
