@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 import warnings
@@ -77,8 +78,8 @@ def main() -> None:
         rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     title = (
-        f"Blocks of {args.hidden} / {args.intermediate} channels, {args.n_samples} × {args.seq_len} tokens, keep "
-        f"{args.keep:g}, {name}."
+        f"{args.blocks} blocks of {args.hidden} / {args.intermediate} channels, {args.n_samples} × {args.seq_len} tokens, keep "
+        f"{args.keep:g}, {name}, {os.cpu_count()} cores."
     )
     args.table.write_text(write_page(title, rows), encoding="utf-8")
 

@@ -4,8 +4,8 @@
     python benchmarks/predict.py svd-llm a3     # these methods' cases; the other rows stay
     python benchmarks/predict.py shapes         # the 70 B shapes alone: predictions, nothing is run
 
-`planish plan` before, `planish compress` after, each in a process of its own with one thread. The video memory cannot be
-checked on a machine without an accelerator.
+`planish plan` before, `planish compress` after, each in a process of its own with one thread. For video memory
+see benchmarks/accelerator.py.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ HEAD = """# Predicted and measured peaks
 "Off" = predicted / measured − 1. Seconds: predicted ones are those of an idle machine, measured ones the processor's, without
 loading Python and its libraries, so that other work on the machine counts in neither. Disk: what is written and, where
 activations or statistics do not fit in memory, the unnamed file in which they lie meanwhile. Video memory is predicted by the same
-formulas and was not measured: no accelerator was at hand.
+formulas; what was measured of it: [accelerator.md](accelerator.md) and [large models](../large-models.md).
 
 | hidden / intermediate, heads / kv | method | tokens | RAM predicted | measured | off | disk predicted | measured | off | \
 time predicted | measured | off |

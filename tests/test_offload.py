@@ -53,19 +53,34 @@ def test_no_device_without_fp64(device):
     assert offload._device.get() is None
 
 
-def test_what_does_not_fit_there_is_computed_here(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError(), torch.linalg.LinAlgError(), RuntimeError("CUSOLVER_STATUS_INTERNAL_ERROR")],
+    ids=str,
+)
+def test_what_fails_there_is_computed_here(error, monkeypatch):
     calls = []
 
     @offload.offloaded
     def double(x, much=True):
-        calls.append(much)
+        calls.append((much, sys.exc_info()[0]))
         if len(calls) == 1:
-            raise torch.OutOfMemoryError
+            raise error
         return x + x, None
 
     with elsewhere(monkeypatch):
         found, nothing = double(torch.ones(3), much=True)
-    assert calls == [True, True] and found.tolist() == [2, 2, 2] and nothing is None
+    assert calls == [(True, None)] * 2, "the second time without the error, which would hold what was made there"
+    assert found.tolist() == [2, 2, 2] and nothing is None
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    @offload.offloaded
+    def fail(x):
+        raise RuntimeError("shapes do not match")
+
+    with elsewhere(monkeypatch), pytest.raises(RuntimeError, match="shapes"):
+        fail(torch.ones(3))
 
 
 @pytest.mark.parametrize("method", ["auto", "svd-llm", "mpifa", "a3", "flat-llm", "modegpt", "slicegpt"])

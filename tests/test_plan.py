@@ -163,13 +163,16 @@ def test_the_plan_foretold_is_the_one_that_is_followed(tmp_path, keep):
     assert sum(foretold.predicted.values()) == pytest.approx(notes["predicted_loss"], rel=1e-9)
 
 
+@pytest.mark.parametrize(("family", "count"), [("llama_gqa", 400), ("opt", 400), ("llama_gqa", 40)], ids=str)
 @pytest.mark.parametrize(
     ("method", "settings"), [("flat-llm", {}), ("mpifa", {}), ("aa-svd", {}), ("auto", {"units": "linear"})], ids=str
 )
-def test_what_lies_between_is_what_is_kept_while_a_block_is_solved(monkeypatch, tmp_path, method, settings):
+def test_what_lies_between_is_what_is_kept_while_a_block_is_solved(
+    monkeypatch, tmp_path, method, settings, family, count
+):
     """Activations in memory at their peak: inputs and outputs of all streams, and what is kept from within the block."""
-    windows, peak, append = tiny.windows(400, 24), 0, Activations.append
-    source = open_source(tiny.build("llama_gqa"))
+    windows, peak, append = tiny.windows(count, 24), 0, Activations.append
+    source = open_source(tiny.build(family))
     stream = Stream(source, windows)
 
     def watch(self: Activations, tensor: torch.Tensor) -> None:

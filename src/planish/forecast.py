@@ -27,6 +27,7 @@ from planish.job import Job
 from planish.latency import Latency, read_table
 from planish.methods import find_name
 from planish.midway import BEHIND, LAST
+from planish.offload import offload
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
 from planish.solve import find_sites_beside
@@ -281,7 +282,8 @@ def estimate(
     summing, solving = 0.0, 0.0
     cuts = [[u for u in job.planned(i, plan) if i not in job.edits] for i in range(len(job.shapes))]
     alike = {u.name: u for cut in cuts for u in cut}  # one unit of each kind
-    rehearsed = rehearse({u: job.units[u] for u in alike.values()}, plan, shape)
+    with offload("cpu"):  # elsewhere small solves say nothing about large ones
+        rehearsed = rehearse({u: job.units[u] for u in alike.values()}, plan, shape)
     took = {u.name: s for u, s in rehearsed.items()}
     for i, cut in enumerate(cuts):
         through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]], size)
@@ -296,7 +298,8 @@ def estimate(
         f"{rates.single / 1e9:.0f} GFLOP/s, the blocks' statistics in fp64, one block's solves rehearsed on random numbers "
         f"(planish.rehearsal), reading and writing from memory: {passes * tokens * forward:.3g}, {summing:.3g}, {solving:.3g}, "
         f"{(params + written) * rates.file:.3g} s"
-        + ("; this machine has no such device: its CPU's rates" if here != stream.device else ""),
+        + ("; this machine has no such device: its CPU's rates" if here != stream.device else "")
+        + ("; large factorisations run on the device, which is faster" if stream.device.type == "cuda" else ""),
         "flops": f"two per weight of the blocks and the head and token, and attention over {job.context} tokens of context",
     }
     return peaks, seconds, how
@@ -317,11 +320,14 @@ def count_between(job: Job, shape: Shape, plan: Plan, size: tuple[int, int]) -> 
 
 def list_starts(job: Job, shape: Shape, size: tuple[int, int], stage: Sequence[Unit] = ()) -> set[str]:
     """Submodules whose last linear's inputs are kept where this stage of a block is solved (none: nothing is)."""
-    if job.method.prefix == "dense" or job.stream.device.type != "cpu":
+    windows, stream = job.method.solve_windows(size[0]), job.stream
+    one_batch = windows <= max(1, BATCH // size[1])
+    if job.method.prefix == "dense" or stream.device.type != "cpu" or one_batch:
         return set()
-    number = job.stream.dtype.itemsize * size[1] * job.method.solve_windows(size[0])
-    fits = 2 * number * (shape.intermediate + 2 * shape.hidden) <= job.stream.room.limit
-    return {n for n, behind in BEHIND.items() if {u.name for u in stage} <= behind and (n != "mlp" or fits)}
+    number = stream.dtype.itemsize * size[1] * windows
+    fits = number * (2 * shape.intermediate + shape.hidden) <= stream.room.limit  # about: what else is held then varies
+    kept = {"attention"} | ({"mlp"} if fits and stream.family.mlp else set())
+    return {n for n in kept if {u.name for u in stage} <= BEHIND[n]}
 
 
 def count_kept(job: Job, tokens: int) -> tuple[int, int]:

@@ -87,12 +87,17 @@ class Start:
     def pick(self, channels: Tensor) -> None:
         self.channels = channels if self.channels is None else self.channels[channels]
 
-    def read(self, n: int) -> Tensor:
-        """What the linear reads in batch n, from what was kept."""
+    def read(self, n: int) -> Tensor | None:
+        """What the linear reads in batch n, from what was kept. None where the first batch does not speak for this one: fewer
+        channels of another number of tokens might be added up in another order."""
         assert self.kept is not None
         x = self.kept[n]
         if self.channels is None:
             return x
+        if n == 0:
+            self.shape = x.shape
+        if x.shape != self.shape:
+            return None
         return x.flatten(0, -2).index_select(1, self.channels).view(*x.shape[:-1], -1)  # of a matrix it is faster
 
     def start(self) -> None:
@@ -106,8 +111,9 @@ class Start:
         if n == 0:
             self.start()
         handles = []
-        if n and not part.seen and self.result is not None and self.alike(n):
-            part.module.forward = self.follow(n, part.last, self.result)
+        if n and not part.seen and self.result is not None:
+            if (x := self.read(n)) is not None:
+                part.module.forward = self.follow(x, part.last, self.result)
         elif n == 0:
             handles.append(
                 part.module.register_forward_hook(lambda m, args, out: self.check(part.last, out), prepend=True)
@@ -121,18 +127,13 @@ class Start:
             for handle in handles:
                 handle.remove()
 
-    def alike(self, n: int) -> bool:
-        """Whether the first batch speaks for this one: fewer channels of another number of tokens might be added up in
-        another order."""
-        return self.kept is not None and (self.channels is None or self.kept[n].shape == self.kept[0].shape)
-
-    def follow(self, n: int, last: nn.Module, result: Callable[[Tensor], Any]) -> Callable[..., Any]:
-        x = self.read(n)
+    def follow(self, x: Tensor, last: nn.Module, result: Callable[[Tensor], Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: result(last(x))
 
     def see(self, n: int, x: Tensor) -> None:
         if n == 0:
-            self.same = self.kept is not None and torch.equal(self.read(0), x)
+            known = self.read(0) if self.kept is not None else None
+            self.same = known is not None and torch.equal(known, x)
             if not self.same:
                 self.kept = self.channels = None
                 free = self.room.limit - self.room.used
@@ -143,8 +144,9 @@ class Start:
                 self.kept = self.fresh
 
     def check(self, last: nn.Module, out: Any) -> None:
-        if self.same and self.kept is not None:
+        known = self.read(0) if self.same else None
+        if known is not None:
             several = isinstance(out, tuple)
-            if torch.equal(last.forward(self.read(0)), out[0] if several else out):
+            if torch.equal(last.forward(known), out[0] if several else out):
                 rest = (None,) * (len(out) - 1) if several else ()
                 self.result = (lambda y: (y, *rest)) if several else (lambda y: y)

@@ -1,7 +1,8 @@
 """Large factorisations on the accelerator: what a function of matrices is given on the CPU goes there, its result comes back.
 
 Solving needs statistics and weights of one block beside one another, which the CPU's memory holds; only what takes long
-leaves it, one matrix or two at a time. Where they do not fit there, the CPU does it.
+leaves it, one matrix or two at a time. Where they do not fit there, or the device's libraries fail, the CPU does it: then a result
+may differ from another run's in its last bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 LARGE = 512 * 512  # numbers of an argument from which the way there and back is worth it
+FAILURES = (torch.OutOfMemoryError, torch.linalg.LinAlgError)
+LIBRARIES = ("CUBLAS", "CUSOLVER", "cublas", "cusolver")  # they have no memory of their own left, or did not converge
 _device: ContextVar[torch.device | None] = ContextVar("device", default=None)
 
 
@@ -46,9 +49,11 @@ def offloaded(function: Callable[P, T]) -> Callable[P, T]:
             with device:  # what the function makes is made there
                 there = (move(a, device) for a in args)
                 return move(function(*there, **{k: move(a, device) for k, a in kwargs.items()}), torch.device("cpu"))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return function(*args, **kwargs)
+        except RuntimeError as error:  # OutOfMemoryError and LinAlgError among them
+            if not isinstance(error, FAILURES) and not any(name in str(error) for name in LIBRARIES):
+                raise
+        torch.cuda.empty_cache()  # not before the error is gone, which holds what was made there
+        return function(*args, **kwargs)
 
     return call
 

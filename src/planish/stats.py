@@ -231,7 +231,7 @@ COARSE = 2048  # all of these on an accelerator, which few large products fill b
 
 def list_rows(n: int, tile: int) -> Iterator[slice]:
     """Rows of tiles that n channels are added in: equal ones, for a narrow last one would take nearly as long as the others."""
-    size = -(-n // max(1, round(n / tile)))
+    size = max(1, -(-n // max(1, round(n / tile))))
     for i in range(0, n, size):
         yield slice(i, min(i + size, n))
 
