@@ -261,6 +261,48 @@ def test_spread_keeps_to_both(seed, first, second, step):
     assert all(r % step == 0 or r in (1, len(units[u].ranks)) for u, r in plan.items())
 
 
+def test_shares_are_of_what_ranks_can_change():
+    """A cost that no rank changes does not move a unit's rank, and stays counted."""
+    cost = torch.arange(1, 41, dtype=torch.float64)
+    plain = {Unit(i, "x"): Choices(torch.arange(1, 41), cost[None]) for i in range(4)}
+    heavy = {u: Choices(c.ranks, c.cost + 1000 * u.block, torch.tensor([1000.0 * u.block])) for u, c in plain.items()}
+    for keep in (0.2, 0.5, 0.77):
+        limit = keep * 160
+        expected = spread(plain, lambda u: 1.0 + u.block, [limit])
+        assert spread(heavy, lambda u: 1.0 + u.block, [limit + 6000]) == expected
+        assert len(set(expected.values())) > 1
+
+
+@pytest.mark.parametrize(
+    "method, more", [("svd-llm", {}), ("erc-svd", {"k": 3}), ("asvd", {"allocation": "uniform"}), ("mpifa", {}),
+                     ("mpifa", {"attention_keep": 0.8})],
+)  # fmt: skip
+def test_low_rank_linears_lose_alike_under_flops(method, more):
+    """Scores and sums of values are work that no low-rank linear saves: keys and values lose no more for it."""
+    source = open_source(tiny.build("llama_gqa", hidden_size=64, intermediate_size=160))
+    shape, context = source.shape(0), 200
+    products = 2 * sum(source.shape(i).count() for i in range(3))
+    scores = 2 * 3 * context * shape.heads * (shape.qk + shape.v)
+    keep = (scores + 0.6 * products) / (scores + products)  # 60 % of the linears stay, all of the attention
+    job = Job(Stream(source, WINDOWS), find_method(method, more), asked=Asked(flops_keep=keep, context=context))
+    assert (scores, products) == (job.total - products, products)
+    plan, kept, whole, spent = job.plan(), {}, {}, 0
+    for unit, rank in plan.items():
+        out, n = shape.linear(unit.name)
+        full = rank == job.full(unit)
+        count = out * n if full else rank * (out + n - (rank if method == "mpifa" else 0))
+        kept[unit.name], whole[unit.name], spent = count, out * n, spent + 2 * count
+    assert 0.98 * keep * job.total < spent + scores <= keep * job.total
+    share = {name: kept[name] / whole[name] for name in kept}
+    attention = {share[n] for n in "qkvo"}
+    mlp = {share[n] for n in ("gate", "up", "down")}
+    if not more.get("attention_keep"):
+        attention |= mlp
+    assert max(attention) - min(attention) < 0.08 and max(mlp) - min(mlp) < 0.08, share  # a rank step of the narrowest
+    wanted = more.get("attention_keep", 0.6)
+    assert abs(sum(attention) / len(attention) - wanted) < 0.06, share
+
+
 # ---------------------------------------------------------------- latency
 
 

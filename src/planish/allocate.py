@@ -15,23 +15,38 @@ from planish.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """A unit's admissible ranks (n,), rising, and what each costs of every budget: (budgets, n)."""
+    """A unit's admissible ranks (n,), rising, and what each costs of every budget: (budgets, n).
+
+    `fixed` (budgets,): the part of every cost that no rank changes, such as the scores of an attention whose key
+    projection becomes low-rank; shares are shares of the rest. None: nothing.
+    """
 
     ranks: Tensor
     cost: Tensor
+    fixed: Tensor | None = None
 
     @property
     def full(self) -> Tensor:
         return self.cost[:, -1]
+
+    @property
+    def free(self) -> Tensor:
+        """What the ranks decide about: the costs without what is fixed, (budgets, n)."""
+        return self.cost if self.fixed is None else self.cost - self.fixed[:, None]
+
+    def share(self, index: int, b: int = 0) -> float:
+        """What this choice keeps of the full cost of budget b, as far as ranks decide about it."""
+        return float(self.free[b, index] / self.free[b, -1])
 
     def at(self, rank: int) -> int:
         return int(torch.searchsorted(self.ranks, rank))
 
     def largest(self, keep: float, budgets: Sequence[int], step: int) -> int:
         """Index of the largest rank (a multiple of `step`, or full) that costs at most `keep` of the full cost of each of
-        these budgets; where none does, of the one that costs least of the first."""
+        these budgets, beyond what is fixed; where none does, of the one that costs least of the first."""
         allowed, at = self.allowed(step), list(budgets)
-        fits = allowed & (self.cost[at] <= keep * self.full[at, None] * (1 + 1e-12)).all(0)
+        free = self.free[at]
+        fits = allowed & (free <= keep * free[:, -1:] * (1 + 1e-12)).all(0)
         if fits.any():
             return int(fits.nonzero()[-1])
         return int(torch.where(allowed, self.cost[at[0]], torch.inf).argmin())
@@ -142,8 +157,9 @@ def spread_by_kind(
     shares = {u: share(u) for u in units}
 
     def wanted(u: Unit, t: float) -> float:
-        free = shares[u] == float("inf") or not units[u].prices(0)
-        return float(units[u].full[0]) * (1.0 if free else min(1.0, t * shares[u]))
+        whole, free = float(units[u].full[0]), float(units[u].free[0, -1])
+        uncut = shares[u] == float("inf") or not units[u].prices(0)
+        return whole if uncut else whole - free * (1 - min(1.0, t * shares[u]))
 
     def least(u: Unit) -> float:
         c = units[u]
@@ -191,8 +207,7 @@ def top_up(
     plan = dict(plan)
 
     def gap(u: Unit) -> float:
-        b = governs[u]
-        return target[u] - float(units[u].cost[b, plan[u]] / units[u].full[b])
+        return target[u] - units[u].share(plan[u], governs[u])
 
     for u in sorted(units, key=lambda u: (-gap(u), u)):
         higher = units[u].allowed(step).nonzero().flatten()

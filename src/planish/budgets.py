@@ -165,6 +165,10 @@ class Budget(ABC):
     def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
         """Of a unit at a rank."""
 
+    def fixed(self, solver: Solver, unit: Unit, shape: Shape) -> float:
+        """Of a unit at every rank: what cutting it cannot save, such as an attention's scores of low-rank keys."""
+        return 0.0
+
     @abstractmethod
     def uncut(self, shape: Shape, role: str) -> float:
         """Of a linear that is left alone, with what attention does for its outputs."""
@@ -250,12 +254,17 @@ class Flops(Budget):
         products = 2 * solver.cost(unit, shape, rank)
         if unit.name == SUBMODULES["attention"]:
             return products + (2 * self.context * count_attention(shape) if rank == full else 0)
-        width = {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}
-        return products + 2 * self.context * (width.get(unit.name, 0) + solver.work(unit, shape, rank))
+        return products + self.fixed(solver, unit, shape) + 2 * self.context * solver.work(unit, shape, rank)
+
+    def fixed(self, solver: Solver, unit: Unit, shape: Shape) -> float:
+        return self.attention(shape, unit.name)
+
+    def attention(self, shape: Shape, role: str) -> float:
+        """What attention does with the outputs of a linear of full width: scores for k, sums of values for v."""
+        return 2 * self.context * {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}.get(role, 0)
 
     def uncut(self, shape: Shape, role: str) -> float:
-        width = {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}.get(role, 0)
-        return 2 * (shape.count(role) + self.context * width)
+        return 2 * shape.count(role) + self.attention(shape, role)
 
 
 def make_budget(name: str, asked: float, source: Source, shapes: Sequence[Shape], context: int) -> Budget:

@@ -151,7 +151,8 @@ class Job:
         if key not in self.costs:  # the same in blocks of the same shape
             ranks = list(solver.ranks(unit, shape))
             cost = torch.tensor([[b.cost(solver, unit, shape, r) for r in ranks] for b in self.budgets])
-            self.costs[key] = solver, Choices(torch.tensor(ranks), cost.double())
+            fixed = torch.tensor([b.fixed(solver, unit, shape) for b in self.budgets])
+            self.costs[key] = solver, Choices(torch.tensor(ranks), cost.double(), fixed.double())
         return self.costs[key][1]
 
     def spread(self, share: Callable[[Unit], float], by_kind: bool = False) -> Plan:

@@ -116,10 +116,17 @@ class Latency(Budget):
         seconds = sum(map(self.table.time, pieces)) + sum(self.table.attention(shape, *half) for half in halves)
         return -(-seconds * 1e9 // 1)
 
+    def fixed(self, solver: Solver, unit: Unit, shape: Shape) -> float:
+        return 1e9 * self.attention(shape, unit.name)
+
+    def attention(self, shape: Shape, role: str) -> float:
+        """Seconds of what attention does with the outputs of a linear of full width."""
+        if role not in ("k", "v"):
+            return 0.0
+        return self.table.attention(shape, *(("qk", shape.qk) if role == "k" else ("v", shape.v)))
+
     def uncut(self, shape: Shape, role: str) -> float:
-        seconds = self.table.time(("rows", *shape.linear(role), shape.linear(role)[0]))
-        for half, size in {"k": (("qk", shape.qk),), "v": (("v", shape.v),)}.get(role, ()):
-            seconds += self.table.attention(shape, half, size)
+        seconds = self.table.time(("rows", *shape.linear(role), shape.linear(role)[0])) + self.attention(shape, role)
         return -(-seconds * 1e9 // 1)
 
 

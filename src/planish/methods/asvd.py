@@ -86,7 +86,8 @@ class ASVD(Method):
                 push(unit, level + 1)
         job.notes["sensitivity"] = {"measured": sensitivity.count}
         if spent > job.budget:  # below the lowest keep: all go further down together
-            return job.spread(lambda u: job.cost(u, plan[u]) / job.cost(u, job.full(u)))
+            main = job.budgets.index(job.main)
+            return job.spread(lambda u: job.choices(u).share(job.choices(u).at(plan[u]), main))
         return plan
 
 

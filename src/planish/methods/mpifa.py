@@ -55,8 +55,10 @@ class MPIFA(Method):
         attention = mlp = job.keep
         if self.attention_keep is not None:
             of_attention = sum(job.main.uncut(s, r) for s in job.shapes for r in "qkvo")
+            scores = sum(job.main.fixed(s, u, job.shapes[u.block]) for u, s in job.units.items())
             attention = self.attention_keep
-            mlp = (job.keep * job.total - attention * of_attention) / (job.total - of_attention)
+            kept = scores + attention * (of_attention - scores)
+            mlp = (job.keep * job.total - kept) / (job.total - of_attention)
             if not (0 < attention <= 1 and 0 < mlp <= 1):
                 raise InputError(
                     f"attention_keep={attention:g} at keep {job.keep:g} leaves {mlp:.3f} of the MLP; "
