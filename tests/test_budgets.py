@@ -274,7 +274,7 @@ def test_shares_are_of_what_ranks_can_change():
 
 
 @pytest.mark.parametrize(
-    "method, more", [("svd-llm", {}), ("erc-svd", {"k": 3}), ("asvd", {"allocation": "uniform"}), ("mpifa", {}),
+    ("method", "more"), [("svd-llm", {}), ("erc-svd", {"k": 3}), ("asvd", {"allocation": "uniform"}), ("mpifa", {}),
                      ("mpifa", {"attention_keep": 0.8})],
 )  # fmt: skip
 def test_low_rank_linears_lose_alike_under_flops(method, more):
