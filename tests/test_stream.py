@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import tiny
+from planish import solve
 from planish.activations import Room
 from planish.blocks import find_blocks, get_linear
 from planish.checkpoint import apply_edits
+from planish.compress import compress
 from planish.edits import neuron_edits
 from planish.job import Job
 from planish.methods import find_method
@@ -20,6 +22,7 @@ from planish.solve import read_weights
 from planish.sources import MemorySource, open_source
 from planish.stats import Tap
 from planish.stream import Stream
+from test_resume import hashes
 
 WINDOWS = tiny.windows(10, 24)
 
@@ -241,3 +244,20 @@ def test_the_head_in_pieces(name, monkeypatch):
     assert s.divergence(inputs, outputs) == pytest.approx(whole[1], rel=1e-12)
     torch.testing.assert_close(s.output_gradient(outputs[0], 0, 0), whole[2], rtol=1e-10, atol=1e-13)
     assert max(sizes) == 7
+
+
+@pytest.mark.parametrize("units", ["any", "structural", "linear"])
+def test_uncompressed_block_may_run_again(units, tmp_path, monkeypatch):
+    """What accelerators do instead of keeping what it showed: the same bytes are written."""
+    model, kept = tiny.build("llama_gqa"), list[set[str]]()
+
+    def look(job, ours, sites=solve.find_sites_beside):
+        kept.append(sites(job, ours))
+        return kept[-1]
+
+    monkeypatch.setattr("planish.solve.find_sites_beside", look)
+    compress(model, output=tmp_path / "kept", method="auto", keep=0.7, windows=WINDOWS, settings={"units": units})
+    assert all(kept[-3:])
+    monkeypatch.setattr("planish.solve.find_sites_beside", lambda job, ours: set())
+    compress(model, output=tmp_path / "again", method="auto", keep=0.7, windows=WINDOWS, settings={"units": units})
+    assert hashes(tmp_path / "kept") == hashes(tmp_path / "again")

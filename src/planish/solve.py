@@ -174,7 +174,10 @@ def solve_units(job: Job, units: list[Unit], plan: Plan, weights: Weights, stats
 
 def find_sites_beside(job: Job, units: list[Unit]) -> set[str]:
     """Sites of the uncompressed block that solving these units of one block looks at, if one run beside the stages can
-    keep them all: none wider than what flows between submodules."""
+    keep them all: none wider than what flows between submodules. On an accelerator nothing is kept, where running the
+    block again takes less time than the copies."""
+    if job.stream.device.type != "cpu":
+        return set()
     known = job.stored.taps(units[0].block) if units else set()
     seen = {s for t in job.taps(units) if t not in known for s in t.sites}
     sites = {s.removeprefix("dense:") for s in seen if s.startswith("dense:")}
