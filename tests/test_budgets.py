@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -236,6 +237,26 @@ def test_a_second_budget_that_does_not_bind_changes_little(seed, part):
     assert choose(groups, [most * part, 1e9])[1] <= alone + 1e-9
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e12, 1e25])
+def test_reachable_budgets_are_reached_however_large_the_losses(scale):
+    """And the same choices are made; what is out of reach is told by the true least cost."""
+    draw = random.Random(1)
+    ranks = torch.arange(9)
+    curves = [
+        Curve(
+            Unit(i, "x"), ranks, 5.0 + ranks, scale * torch.tensor(sorted(draw.random() for _ in ranks)[::-1]).double()
+        )
+        for i in range(4)
+    ]
+    plans = [choose([[Alternative((c,))] for c in curves], limit)[0] for limit in (20, 29, 40)]
+    assert [sum(5 + r for r in p.values()) for p in plans] == [20, 29, 40]
+    small = [replace(c, loss=c.loss / scale) for c in curves]
+    assert plans == [choose([[Alternative((c,))] for c in small], limit)[0] for limit in (20, 29, 40)]
+    with pytest.raises(BudgetError) as refused:
+        choose([[Alternative((c,))] for c in curves], 19)
+    assert refused.value.smallest == 20
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.floats(0.2, 1), st.floats(0.2, 1), st.sampled_from([1, 2, 4]))
 def test_spread_keeps_to_both(seed, first, second, step):
@@ -336,6 +357,18 @@ def test_slow_forms_are_not_chosen(tmp_path):
     assert "Pivoted" not in kinds
     with pytest.raises(InputError, match=r"max-latency 0\.5 ms cannot be reached by auto: the smallest is 0\.9"):
         compress(model, output=tmp_path / "n", method="auto", max_latency=0.5, windows=WINDOWS, measured=table)
+
+
+def test_where_calls_take_the_time_submodules_go(tmp_path):
+    """No rank makes a call shorter: then auto leaves whole submodules out, at any share of the latency."""
+    model = tiny.build("llama_gqa")
+    source = open_source(model)
+    table = fake_table(source, per_number=1e-12, call=40e-6) | {"model": 1.2e-3}
+    job = Job(Stream(source, WINDOWS), find_method("auto"), asked=Asked(max_latency=1.1), measured=table)
+    assert job.main.share > 0.6, "bypasses would compete anyway"
+    result = compress(model, output=tmp_path / "m", method="auto", max_latency=1.1, windows=WINDOWS, measured=table)
+    assert result.latency_ms_after <= 1.1 < result.latency_ms_before
+    assert '"bypass"' in (tmp_path / "m" / "config.json").read_text()
 
 
 def test_latency_and_weights_together(tmp_path):

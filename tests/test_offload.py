@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import tiny
-from planish import linalg, offload
+from planish import linalg, offload, stats, stream
+from planish.activations import Activations, Room, fetch
 from planish.compress import compress
 from planish.shards import hash_file
 
@@ -117,3 +118,38 @@ def test_results_on_cuda_are_close(method, tmp_path, monkeypatch):
             logits.append(load(tmp_path / device, dtype="float32", device="cpu")(WINDOWS).logits)
     error = (logits[0] - logits[1]).norm() / logits[0].norm()
     assert error < 0.02, f"{error:.2g}"
+
+
+def test_activations_stay_near_up_to_a_limit():
+    """On an accelerator up to `near` bytes, a slice without what it was cut from; the rest of them goes on."""
+    room = Room(limit=1 << 20)
+    room.near = 100
+    kept = Activations(room, (torch.empty(5, device="meta") for _ in range(4)))
+    kept.append(torch.empty(100, device="meta")[:5])
+    assert room.near_used == 100 and room.used == 0 and all(kept.read(n).is_meta for n in range(5))
+    assert kept.read(4).untyped_storage().nbytes() == 20
+    kept.append(torch.ones(5))  # the CPU's stay where they are
+    assert room.used == 20 and fetch(kept, 5, torch.device("cpu")).sum() == 5
+    with pytest.raises(NotImplementedError, match="meta"):  # no room left there, and this one has nothing to copy
+        kept.append(torch.empty(1, device="meta"))
+    del kept
+    assert room.near_used == room.used == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(
+    "method", ["auto", "svd-llm", "flat-llm", "shortgpt", "replaceme", "erc-svd", "subfit", "asvd"]
+)
+def test_where_activations_lie_changes_nothing(method, tmp_path, monkeypatch):
+    """All of them there, a few of them, none: the same files."""
+    monkeypatch.setattr(stats, "WIDE", 0)  # inputs of all Grams are kept
+    monkeypatch.setattr(stream, "BATCH", 48)
+    model, found = tiny.build("llama_gqa"), []
+    for near in (1 << 30, 20_000, 0):
+        monkeypatch.setattr(
+            Room, "near", property(lambda room, near=near: near, lambda room, value: None), raising=False
+        )
+        out = tmp_path / str(near)
+        compress(model, output=out, keep=0.6, method=method, windows=WINDOWS, device="cuda", dtype=torch.float32)
+        found.append([hash_file(p) for p in sorted(out.glob("*.safetensors"))])
+    assert found[0] and found[0] == found[1] == found[2]

@@ -11,7 +11,7 @@ from planish.blocks import build_linear
 from planish.checkpoint import load
 from planish.compress import compress
 from planish.edits import low_rank_edit
-from planish.linalg import pivot
+from planish.linalg import _find_pivots, pivot
 from planish.methods import find_method
 from planish.modules import Fused, Pivoted
 
@@ -97,6 +97,16 @@ def test_bound_holds_where_elimination_alone_exceeds_it():
         assert float(pivot(b, a).coefficients.abs().max()) <= 2 + 1e-9
         largest = max(largest, float(pivot(b, a, bound=1e9).coefficients.abs().max()))
     assert largest > 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_square_bases_have_the_same_pivots(shape):
+    """As accelerators factorise them."""
+    b, _ = factors(*shape)
+    plain, square = (_find_pivots(b, 2.0, square) for square in (False, True))
+    assert torch.equal(plain[0], square[0]) and torch.equal(plain[1], square[1])
+    torch.testing.assert_close(plain[2], square[2], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(square[2] @ b[square[0]], b[square[1]], rtol=1e-9, atol=1e-9)
 
 
 def test_pivots_do_not_depend_on_scales():

@@ -1,4 +1,4 @@
-"""Calibration activations between blocks: in memory up to a limit, beyond it in an unnamed file."""
+"""Calibration activations between blocks: on the accelerator and in memory up to a limit each, beyond it in an unnamed file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class Room:
 
     Default: a quarter of the machine's memory, shared with the other processes on it; files in `folder` (the system's
     temporary one by default) have no name and vanish with the process, however it ends. `kept`: the limit of what is
-    kept for all blocks at once.
+    kept for all blocks at once. `near`: bytes that may stay on an accelerator (a stream on cuda allows a quarter of it).
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None, kept: int = KEPT):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.limit = memory // 4 // processes.neighbours() if limit is None else limit
         self.folder, self.used, self.kept = folder, 0, kept
+        self.near, self.near_used = 0, 0
 
     @cached_property
     def shelf(self) -> Room:
@@ -38,13 +39,14 @@ class Room:
 
 
 class Activations(Sequence[Tensor]):
-    """One tensor per batch, on the CPU; those beyond the room's limit are written out and read again when asked for.
+    """One tensor per batch, on the CPU wherever it is kept; those beyond the room's limit are written out and read again when
+    asked for.
 
     Plain reads and writes, no memory map: mapped pages would count as resident.
     """
 
     def __init__(self, room: Room, tensors: Iterable[Tensor] = ()):
-        self.room, self.held = room, [0]
+        self.room, self.held = room, [0, 0]
         self.items: list[Tensor | tuple[int, torch.dtype, torch.Size]] = []
         self.file: Any = None
         weakref.finalize(self, release, room, self.held)
@@ -55,8 +57,14 @@ class Activations(Sequence[Tensor]):
         return len(self.items)
 
     def append(self, tensor: Tensor) -> None:
-        tensor = tensor.detach().to("cpu")
+        tensor = tensor.detach()
         size = tensor.numel() * tensor.element_size()
+        if not tensor.is_cpu and self.room.near_used + size <= self.room.near:
+            self.room.near_used += size
+            self.held[1] += size
+            self.items.append(tensor if tensor.untyped_storage().nbytes() == size else tensor.clone())
+            return
+        tensor = tensor.to("cpu")
         if self.room.used + size <= self.room.limit:
             self.room.used += size
             self.held[0] += size
@@ -69,6 +77,10 @@ class Activations(Sequence[Tensor]):
         self.items.append((start, tensor.dtype, tensor.shape))
 
     def __getitem__(self, n):  # type: ignore[override]
+        return self.read(n).to("cpu")
+
+    def read(self, n: int) -> Tensor:
+        """Batch n where it is kept."""
         item = self.items[n]
         if not isinstance(item, tuple):
             return item
@@ -82,3 +94,9 @@ class Activations(Sequence[Tensor]):
 
 def release(room: Room, held: list[int]) -> None:
     room.used -= held[0]
+    room.near_used -= held[1]
+
+
+def fetch(tensors: Sequence[Tensor], n: int, device: torch.device) -> Tensor:
+    """Tensor n on a device, without a way over the CPU where it is kept there."""
+    return (tensors.read(n) if isinstance(tensors, Activations) else tensors[n]).to(device)

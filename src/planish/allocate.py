@@ -357,8 +357,11 @@ def bisect(table: Table, limits: Tensor, b: int = 0, other: Tensor | None = None
 
     low, high = LOW, HIGH
     best = pick(high)
-    if not holds(best):
-        raise BudgetError(float(best.spent[b]), float(limits[b]), b)
+    if not holds(best):  # beyond reach, or losses are so large that more must be paid for them
+        best = table.pick(torch.eye(len(limits), dtype=torch.float64)[b], 0)
+        if not holds(best):
+            raise BudgetError(float(best.spent[b]), float(limits[b]), b)
+        high *= 1e30
     if holds(found := pick(low)):
         return found
     for _ in range(steps):

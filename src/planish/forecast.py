@@ -273,6 +273,7 @@ def estimate(
         backward=measured and any(t.site.startswith("grad:") for t in job.stored_taps(shape.block)),
         accelerator=stream.device.type != "cpu",
         activation_limit=stream.room.limit,
+        near=stream.room.near,
     )
 
     here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")

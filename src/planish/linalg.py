@@ -403,14 +403,19 @@ def pivot(b: Tensor, a: Tensor, bound: float = 2.0) -> Pivoted:
 
 
 @offloaded
-def _find_pivots(b: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of B (out, r) that span the others, the others, both rising, and their coefficients (out − r, r)."""
+def _find_pivots(b: Tensor, bound: float, square: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of B (out, r) that span the others, the others, both rising, and their coefficients (out − r, r).
+
+    `square`, and on an accelerator: the basis is made square first, where LU of such is four times as fast; what then stands
+    beside it only moves the other rows about.
+    """
     out, rank = b.shape
-    q = torch.linalg.qr(b).Q
+    q = torch.linalg.qr(b, "complete" if square or not b.is_cpu else "reduced").Q
     lu, swaps = torch.linalg.lu_factor(q)
     rows = list(range(out))
     for i, j in enumerate((swaps - 1).tolist()):
         rows[i], rows[j] = rows[j], rows[i]
+    q, lu = q[:, :rank], lu[:, :rank]
     c = torch.linalg.solve_triangular(lu[:rank].T, lu[rank:].T, upper=True, unitriangular=True).T.contiguous()
     exact = bool(lu.abs().max() < 100)  # hardly any growth in the elimination
     while c.numel():

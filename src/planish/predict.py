@@ -51,6 +51,7 @@ def predict(
     backward: bool = False,
     accelerator: bool = False,
     activation_limit: int | None = None,
+    near: int = 0,
     base: int = LIBRARIES,
 ) -> Prediction:
     """Peaks of a run that compresses every block.
@@ -60,7 +61,8 @@ def predict(
     `streams` 2 where the dense prefix runs beside the compressed one; `between`: channels per token kept from within a block
     while it is solved: what stages behind a solved attention start from, what is captured of the uncompressed block;
     `kept`, `shelved`: bytes of block inputs and statistics kept of all blocks, in memory and on disk; `backward`: gradients
-    are measured; `activation_limit`: bytes of activations held in memory before they go to disk.
+    are measured; `activation_limit`: bytes of activations held in memory before they go to disk; `near`: bytes of them that
+    stay on the accelerator.
 
     RAM = base + the largest of
     start    P_m (s + c) + T d c
@@ -72,7 +74,7 @@ def predict(
     `backward` t (4 m + 10 d) c more, which autograd saves; batch + sums = 8 (2 S − S_w) + f for several batches, for one the
     larger of f and 8 S + t k c + 8 · 1024 · widest site. The inputs of wide Grams, a lane's at a time, are among the
     activations. On an accelerator the computing copy of a block, batch and sums lie in VRAM, with two rows of tiles in fp64; large
-    factorisations take what is left there, or run on the CPU.
+    factorisations take what is left there, or run on the CPU. Of A what fits `near` lies there too.
     """
     shape = max(shapes, key=Shape.count)
     block, d, m = shape.count(), shape.hidden, shape.intermediate
@@ -81,7 +83,8 @@ def predict(
     one = streams * tokens * d * computed
     lane = 0 if tokens <= BATCH or not wide else max(BATCH, tokens // 8) * m * computed
     lane += tokens * between * computed
-    activations = int(min(2 * one + lane, limit))
+    there = min(2 * one + lane, near)
+    activations = int(min(2 * one + lane - there, limit))
     held = activations + kept
     batch = min(tokens, BATCH) * computed
     through = (7 * m + 13 * d) if backward else (3 * m + 3 * d)
@@ -96,10 +99,10 @@ def predict(
     on_host = streams * block * stored
     start = largest * (stored + computed) + min(one, held)
     if accelerator:
-        vram = max(measure + 2 * 8 * COARSE * widest, rest, largest * computed)
+        vram = max(measure + 2 * 8 * COARSE * widest, rest, largest * computed) + int(there)
         inside = on_host + held + 8 * statistics
     else:
         while_measuring = int(min(one + lane, limit)) + kept if sequential else held
         vram, inside = 0, on_host + max(measure + while_measuring, rest + held)
     ram = base + max(start, outside * stored, inside, solve)
-    return Prediction(ram, vram, written * stored, 2 * one + lane - activations + shelved)
+    return Prediction(ram, vram, written * stored, int(2 * one + lane - there) - activations + shelved)

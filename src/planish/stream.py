@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish import stats as planish_stats
-from planish.activations import Activations, Room
+from planish.activations import Activations, Room, fetch
 from planish.blocks import find_blocks, get_linear
 from planish.checkpoint import apply_edits
 from planish.core import Edit, Progress, Shape
@@ -33,7 +33,7 @@ from planish.sources import Source, is_finite
 from planish.stats import Stats, Tap, add_lane
 
 T = TypeVar("T")
-Hidden = Sequence[Tensor]  # for each of this process's batches: (batch, seq, hidden), on the CPU
+Hidden = Sequence[Tensor]  # for each of this process's batches: (batch, seq, hidden), on the CPU unless fetched
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 BATCH = 2048  # tokens that run at a time
 LOGITS = 1 << 23  # numbers that the head gives at a time: 64 MiB in fp64, of which sampling labels takes a few copies
@@ -62,6 +62,8 @@ class Stream:
         room: Room | None = None,
     ):
         self.source, self.device, self.dtype, self.room = source, torch.device(device), dtype, room or Room()
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            self.room.near = torch.cuda.get_device_properties(self.device).total_memory // 4
         self.family: Family = source.family
         self.model = source.skeleton()
         for p in self.model.parameters():  # not buffers: rotary frequencies stay fp32
@@ -201,9 +203,9 @@ class Stream:
     ) -> Hidden:
         """All batches through block i; the outputs lie in `room`, unless told the stream's."""
         outputs = Activations(room or self.room)
-        for n, h in enumerate(hidden):
+        for n in range(len(hidden)):
             with self.follow(midway, n, block):
-                outputs.append(self.forward(i, block, h))
+                outputs.append(self.forward(i, block, fetch(hidden, n, self.device)))
         return outputs
 
     def follow(
@@ -249,7 +251,7 @@ class Stream:
             dense_sites |= {"attention.raw", "attention.add", "mlp.raw", "mlp.add"}
 
         def run(n: int) -> dict[str, Tensor]:
-            h, values = hidden[n], dict[str, Tensor]()
+            h, values = fetch(hidden, n, self.device), dict[str, Tensor]()
             if own_sites or outputs:
                 with (
                     self.follow(midway, n, block, own_sites),
@@ -259,7 +261,7 @@ class Stream:
                     results.append(self.forward(i, block, h))
                 values |= seen
             if dense_sites and isinstance(dense, dict):
-                values |= {f"dense:{s}": dense[s][n].to(self.device) for s in dense_sites}
+                values |= {f"dense:{s}": fetch(dense[s], n, self.device) for s in dense_sites}
             elif dense_sites:
                 assert isinstance(dense, tuple)
                 with (
@@ -267,7 +269,7 @@ class Stream:
                     tap_sites(dense[0], self.family, dense_sites, True) as seen,
                     suppress(AllSeen),
                 ):
-                    self.forward(i, dense[0], dense[1][n])
+                    self.forward(i, dense[0], fetch(dense[1], n, self.device))
                 values |= {f"dense:{s}": v for s, v in seen.items()}
             for where in gaps:
                 values[f"{where}.gap"] = find_gap(where, values, self.source.shape(i).parallel)
@@ -279,9 +281,9 @@ class Stream:
     def capture(self, i: int, block: nn.Module, sites: set[str], hidden: Hidden) -> tuple[dict[str, Hidden], Hidden]:
         """What is seen at these sites of block i in one run over all batches, and its outputs."""
         found, results = {s: Activations(self.room) for s in sorted(sites)}, Activations(self.room)
-        for h in hidden:
+        for n in range(len(hidden)):
             with tap_sites(block, self.family, sites) as seen:
-                results.append(self.forward(i, block, h))
+                results.append(self.forward(i, block, fetch(hidden, n, self.device)))
             for site, tensors in found.items():
                 tensors.append(seen[site])
         return dict(found), results
@@ -458,7 +460,7 @@ class Stream:
             gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -1.0))
             logits.backward(gradient)
         assert h.grad is not None
-        return h.grad.to("cpu")
+        return h.grad
 
     def sweep_back(
         self,
@@ -500,11 +502,12 @@ class Stream:
             hidden, earlier = inputs.pop(), Activations(self.room)
 
             def run(n: int) -> dict[str, Tensor]:
-                leaf = hidden[n].to(self.device).detach().requires_grad_(True)  # noqa: B023
+                leaf = fetch(hidden, n, self.device).detach().requires_grad_(True)  # noqa: B023
                 with torch.enable_grad(), tap_sites(placed, self.family, forward | set(backward)) as seen:  # noqa: B023
                     out = self.forward(i, placed, leaf)  # noqa: B023
                     leaves = [leaf, *(seen[s] for s in backward)]  # noqa: B023
-                    found = torch.autograd.grad(out, leaves, gradients[n].to(self.device), allow_unused=True)  # noqa: B023
+                    into = fetch(gradients, n, self.device)  # noqa: B023
+                    found = torch.autograd.grad(out, leaves, into, allow_unused=True)  # noqa: B023
                 earlier.append(found[0])  # noqa: B023
                 values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}  # noqa: B023
                 values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}  # noqa: B023

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from planish.activations import Activations
+from planish.activations import Activations, fetch
 from planish.blocks import get_linear
 from planish.budgets import Budget
 from planish.core import Edit, Plan, Unit, Weights
@@ -273,7 +273,13 @@ def fit_window(job: Job, first: int, last: int, site: str, store: bool = False) 
         for i in range(first + 1, last + 1):
             outputs = stream.run(i, stream.place(stream.block(i)), outputs)
         taps = [Tap("x", "moments", "f", part=part) for part in ("fit", "held")]
-        stats = stream.collect(taps, lambda m: {"x": xs[m], "f": outputs[m] - rest[m]}, job.shapes[first])
+
+
+        def pair(m: int) -> dict[str, Tensor]:
+            x, out, before = (fetch(t, m, stream.device) for t in (xs, outputs, rest))
+            return {"x": x, "f": out - before}
+
+        stats = stream.collect(taps, pair, job.shapes[first])
         train, held = (Moments.read(stats, tap) for tap in taps)
         assert train is not None
     if not store:

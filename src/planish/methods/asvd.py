@@ -108,7 +108,7 @@ class Sensitivity:
             for unit in job.block_units(i):
                 solver = job.units[unit]
                 assert isinstance(solver, LinearSVD)
-                low = solver.factorise(unit, self.linear(unit).weight.detach(), stats[i])
+                low = solver.factorise(unit, self.linear(unit).weight.detach().cpu(), stats[i])
                 self.factors[unit] = LowRank(low.B.to(self.stream.dtype), low.A.to(self.stream.dtype), low.s)
 
     def linear(self, unit: Unit) -> nn.Module:

@@ -138,8 +138,9 @@ class Auto(Method):
 
     def takes(self, unit: Unit, budgets: Mapping[str, float]) -> bool:
         """Keys as latents save nothing but cache, at a time per token that no table of latencies holds; bypasses unasked only
-        at low keeps, elsewhere measuring for them costs and brings nothing."""
-        if unit.name in ("attention", "ffn") and self.bypass is None:
+        at low keeps and where time counts, of which a call takes some however small its matrices are; elsewhere measuring
+        for them costs and brings nothing."""
+        if unit.name in ("attention", "ffn") and self.bypass is None and "max_latency" not in budgets:
             return min((share for name, share in budgets.items() if name != "kv_keep"), default=1.0) < LOW
         return unit.name != "keys" or ("kv_keep" in budgets and "max_latency" not in budgets)
 
@@ -227,7 +228,8 @@ class Auto(Method):
 
     def start(self, job: Job) -> Weighing:
         steep = self.steep if self.steep is not None else 0.0 if job.keep >= LOW else 3.0
-        return Weighing(steep, bypass=1.0 if self.bypass else NEVER)
+        timed = self.bypass is None and job.table is not None
+        return Weighing(steep, bypass=1.0 if self.bypass or timed else NEVER)
 
     def compare(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
         """The plan with the least measured loss: this one, those with bypasses, those that a short search finds from there."""
@@ -254,6 +256,8 @@ class Auto(Method):
         first = measure(best)
         for name, tries in weights.items():
             best = min([best, *(replace(best, **{name: w}) for w in tries)], key=measure)
+        if best.linear == LINEARS[-1]:  # then perhaps none at all
+            best = min([best, replace(best, linear=NEVER)], key=measure)
         least = measure(best)
         for name, steps in MOVES.items() if self.search > 1 else ():
             for step in steps:
