@@ -507,7 +507,7 @@ class Stream:
                     out = self.forward(i, placed, leaf)  # noqa: B023
                     leaves = [leaf, *(seen[s] for s in backward)]  # noqa: B023
                     into = fetch(gradients, n, self.device)  # noqa: B023
-                    found = torch.autograd.grad(out, leaves, into, allow_unused=True)  # noqa: B023
+                    found = torch.autograd.grad(out, leaves, into, allow_unused=True)
                 earlier.append(found[0])  # noqa: B023
                 values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}  # noqa: B023
                 values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}  # noqa: B023
