@@ -274,7 +274,6 @@ def fit_window(job: Job, first: int, last: int, site: str, store: bool = False) 
             outputs = stream.run(i, stream.place(stream.block(i)), outputs)
         taps = [Tap("x", "moments", "f", part=part) for part in ("fit", "held")]
 
-
         def pair(m: int) -> dict[str, Tensor]:
             x, out, before = (fetch(t, m, stream.device) for t in (xs, outputs, rest))
             return {"x": x, "f": out - before}
