@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 import planish
 import tiny
-from planish import rehearsal
+from planish import rehearsal, stream
 from planish.activations import Activations, Room
 from planish.budgets import Asked
 from planish.core import Shape
@@ -52,14 +52,16 @@ def test_statistics_need_weights(tmp_path):
 
 @pytest.mark.parametrize(("method", "settings"), [("a3", {}), ("flat-llm", {"allocation": "uniform"}), ("svd-llm", {})])
 def test_70b_fits_24_gb_and_64_gb(method, settings, tmp_path, monkeypatch):
+    """Activations that stay on such a device included."""
     monkeypatch.setattr(rehearsal, "WIDTH", 128)
+    monkeypatch.setattr(stream, "find_near", lambda device: 6_000_000_000)
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128_256}
     config = LlamaConfig(**sizes, num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=4096)
     config.dtype = "bfloat16"
     config.save_pretrained(tmp_path)
     found = planish.forecast(tmp_path, method=method, settings=settings, device="cuda", n_samples=128, seq_len=2048)
     assert found.params_before > 70e9
-    assert 6.6e9 < found.peak_vram_bytes < 24e9  # at least the widest Gram
+    assert 6.6e9 + 6e9 < found.peak_vram_bytes < 24e9  # at least the widest Gram
     assert 10e9 < found.peak_ram_bytes < 64e9
 
 

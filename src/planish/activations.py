@@ -23,7 +23,7 @@ class Room:
 
     Default: a quarter of the machine's memory, shared with the other processes on it; files in `folder` (the system's
     temporary one by default) have no name and vanish with the process, however it ends. `kept`: the limit of what is
-    kept for all blocks at once. `near`: bytes that may stay on an accelerator (a stream on cuda allows a quarter of it).
+    kept for all blocks at once. `near`: bytes that may stay on an accelerator, see `find_near`.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None, kept: int = KEPT):
@@ -95,6 +95,13 @@ class Activations(Sequence[Tensor]):
 def release(room: Room, held: list[int]) -> None:
     room.used -= held[0]
     room.near_used -= held[1]
+
+
+def find_near(device: torch.device) -> int:
+    """Bytes of activations that may stay on this device: a quarter of its memory; none on what is not here."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory // 4
 
 
 def fetch(tensors: Sequence[Tensor], n: int, device: torch.device) -> Tensor:

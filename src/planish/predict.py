@@ -99,7 +99,8 @@ def predict(
     on_host = streams * block * stored
     start = largest * (stored + computed) + min(one, held)
     if accelerator:
-        vram = max(measure + 2 * 8 * COARSE * widest, rest, largest * computed) + int(there)
+        measuring = min(one + lane, near) if sequential else there
+        vram = max(measure + 2 * 8 * COARSE * widest + int(measuring), rest + int(there), largest * computed)
         inside = on_host + held + 8 * statistics
     else:
         while_measuring = int(min(one + lane, limit)) + kept if sequential else held

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from planish import processes
 from planish import stats as planish_stats
-from planish.activations import Activations, Room, fetch
+from planish.activations import Activations, Room, fetch, find_near
 from planish.blocks import find_blocks, get_linear
 from planish.checkpoint import apply_edits
 from planish.core import Edit, Progress, Shape
@@ -62,8 +62,7 @@ class Stream:
         room: Room | None = None,
     ):
         self.source, self.device, self.dtype, self.room = source, torch.device(device), dtype, room or Room()
-        if self.device.type == "cuda" and torch.cuda.is_available():
-            self.room.near = torch.cuda.get_device_properties(self.device).total_memory // 4
+        self.room.near = find_near(self.device)
         self.family: Family = source.family
         self.model = source.skeleton()
         for p in self.model.parameters():  # not buffers: rotary frequencies stay fp32
