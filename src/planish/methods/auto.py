@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from math import ceil, exp
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -35,13 +36,14 @@ WAYS = {  # alternatives for a submodule: units that go together
 }
 # the linears that a unit holds, where it is not one itself
 HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
+SCORES = ("qk", "keys")  # units that change an attention's scores as a whole
 LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
 PAIR_SHARES, PAIR_WINDOWS = (0.125, 0.25, 0.5, 0.75), 8  # ranks at which, windows on which pairs' errors are measured
 TINY = 1e-300
-SATURATES = 0.03  # predicted nats per token above which plans are compared by measured loss
+SATURATES = 0.01  # predicted nats per token above which plans are compared by measured loss
 HELD = 8  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
     "attention": (1 / 1.5, 1.5),
@@ -93,7 +95,7 @@ class Auto(Method):
     `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. Under a budget of the KV cache keys
     may also become latents (see `KeyLatent`), unless `units` is "structural".
     `bypass`: whether fitted affine maps in place of whole submodules compete too; by default below keep 0.6 where
-    `units` is "any". Where more than 0.03 nats per token are predicted, the plan without them and those with several weights
+    `units` is "any". Where more than 0.01 nats per token are predicted, the plan without them and those with several weights
     of their predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on
     these; below keep 0.6, where `units` is "any", also those with the loss of low-rank linears counted two and four times.
     `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
@@ -177,7 +179,7 @@ class Auto(Method):
 
     def settle(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
         """The plan with what is measured instead of predicted: errors of pairs where it drops any, whole plans' losses."""
-        dropped = any(u.name == "qk" and r < job.full(u) for u, r in plan.items())
+        dropped = any(u.name in SCORES and r < job.full(u) for u, r in plan.items())
         if dropped or (job.cache.keeps and self.rounds <= 1):  # a smaller budget may drop some
             with job.phase("frontiers"):
                 measured = self.measure_pairs(job, frontiers)
@@ -188,14 +190,15 @@ class Auto(Method):
             return self.compare(job, frontiers, plan)
 
     def measure_pairs(self, job: Job, frontiers: dict[Unit, Frontier]) -> dict[Unit, Frontier]:
-        """What dropping pairs is predicted to cost, corrected by the error that it makes in the attention's output.
+        """What dropping pairs, or keys of few latents, is predicted to cost, corrected by the error that it makes in the
+        attention's output.
 
-        s_f of `pair_effects` is a first derivative: where the softmax is sharp it is nearly zero, however much the dropped
-        pairs decide. At a few ranks ½ tr(G E[e eᵀ]) is measured instead, with the true error e of o's output and the moment G
+        What scores do is a first derivative: where the softmax is sharp it is nearly zero, however much what was dropped
+        decides. At a few ranks ½ tr(G E[e eᵀ]) is measured instead, with the true error e of o's output and the moment G
         of the gradient there; other ranks' predictions change by the factor between the two, log-linear in the rank.
         """
         wanted: dict[Unit, list[int]] = {}
-        for unit in (u for u in frontiers if u.name == "qk"):
+        for unit in (u for u in frontiers if u.name in SCORES):
             ranks = job.choices(unit).ranks[:-1]
             if not len(ranks):
                 continue
@@ -242,12 +245,13 @@ class Auto(Method):
         weights: dict[str, tuple[float, ...]] = {"bypass": BYPASSES if self.bypass is not False else ()}
         weights["linear"] = LINEARS if self.units == "any" and job.keep < LOW else ()
         others = [replace(best, **{name: w}) for name, tries in weights.items() for w in tries]
-        if self.search < 2 and all(self.allocate(job, frontiers, weighing=w) == plan for w in others):
+        make = cache(lambda weighing: self.allocate(job, frontiers, weighing=weighing))
+        if self.search < 2 and all(make(w) == plan for w in others):
             return self.allocate(job, frontiers, weighing=best)
         trial, held = job.trial(among)
 
         def measure(weighing: Weighing) -> float:
-            other = self.allocate(job, frontiers, weighing=weighing)
+            other = make(weighing)
             key = tuple(sorted(other.items()))
             if key not in tried:
                 tried[key] = trial.held_loss(other, held)
