@@ -492,10 +492,15 @@ def test_the_solve_runs_the_share_of_the_windows_it_is_told(tmp_path, monkeypatc
         seen.append(sum(map(len, hidden)))
         return old(self, i, block, taps, hidden, *more, **options)
 
+    def plan(self, old=Job.plan):
+        found = old(self)
+        seen.clear()  # errors of scores are measured on a few windows
+        return found
+
     monkeypatch.setattr(Stream, "measure", measure)
+    monkeypatch.setattr(Job, "plan", plan)
     digests = []
     for share, n in ((1.0, 48), (0.25, 12), (0.01, 1)):
-        seen.clear()
         run(tmp_path / "m", windows=MANY, keep=0.8, refit_share=share)
         assert set(seen) == {n}
         digests.append(digest(tmp_path / "m"))
@@ -557,8 +562,37 @@ def test_cut_errors_are_what_the_cut_model_adds():
         outputs.append(seen[0].flatten(0, 1))
     e = outputs[1] - outputs[0]
     assert e.abs().max() > 1e-6
-    torch.testing.assert_close(found[0], e.T @ e / len(e), rtol=1e-9, atol=1e-15)
-    assert not found[1].any()
+    torch.testing.assert_close(found[0][1], e.T @ e / len(e), rtol=1e-9, atol=1e-15)
+    assert found[0][0] == float(frontiers[unit].loss[rank]) and found[1][0] == 0 and not found[1][1].any()
+
+
+def test_errors_of_low_rank_keys_need_no_more_than_a_few_windows():
+    """Their inputs' Gram is not stored: cut, prediction and error are those of the same few windows."""
+    s = stream()
+    job = Job(s, find_method("auto"), 0.6)
+    frontiers: dict = {}
+    job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
+    unit, rank, tap = Unit(1, "k"), 5, Tap("dense:q.in", "gram")
+    assert tap in job.units[unit].dense_taps(unit, job.shapes[1]) and tap not in job.stored[1].sums
+    ((predicted, found),) = job.cut_errors({unit: [rank]}, "o.out", 3)[unit]
+    inputs, outputs, stats = [], [], Stats()
+    stats.merge(job.stored[1])
+    for cut in (False, True):
+        model = tiny.build("llama_gqa", torch.float64)
+        block = model.model.layers[1]
+        if cut:
+            x = inputs[0]
+            stats.sums[tap], stats.tokens[tap] = {"sum": x.T @ x}, len(x)
+            frontier = job.units[unit].decompose(unit, read_weights(s.block(1), s), stats, job.shapes[1])
+            edits = job.units[unit].truncate(frontier, rank, job.shapes[1])
+            apply_edits(block, edits, s.family, model.config, job.shapes[1])
+        block.self_attn.q_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach().flatten(0, 1)))
+        block.self_attn.o_proj.register_forward_hook(lambda m, a, out: outputs.append(out.detach().flatten(0, 1)))
+        model(WINDOWS[[0, 4, 8]])
+    e = outputs[1] - outputs[0]
+    assert e.abs().max() > 1e-6
+    torch.testing.assert_close(found, e.T @ e / len(e), rtol=1e-8, atol=1e-15)
+    assert predicted == pytest.approx(float(frontier.loss[rank]), rel=1e-9)
 
 
 @pytest.mark.slow

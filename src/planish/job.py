@@ -370,30 +370,37 @@ class Job:
         self.measure(lambda shape: self.taps(self.block_units(shape.block)), use)
         return frontiers, moved
 
-    def cut_errors(self, wanted: Mapping[Unit, Sequence[int]], site: str, windows: int) -> dict[Unit, list[Tensor]]:
-        """Per unit and rank E[e eᵀ] (channels, channels) of the error e that this cut alone, as its frontier has it, really makes
-        at `site` of its block: on `windows` calibration windows, evenly spaced, of the uncompressed model.
+    def cut_errors(
+        self, wanted: Mapping[Unit, Sequence[int]], site: str, windows: int
+    ) -> dict[Unit, list[tuple[float, Tensor]]]:
+        """Per unit and rank what its cut alone is predicted to lose and E[e eᵀ] (channels, channels) of the error e that it
+        really makes at `site` of its block: on `windows` calibration windows, evenly spaced, of the uncompressed model.
 
-        Needs the statistics of the units' frontiers in `stored`. One run of the block up to the site per rank.
+        Cuts and predictions are those of the statistics in `stored`; what the units' frontiers need beside it is measured
+        on the same few windows. One run of the block up to the site per rank.
         """
         few = self.stream.spread(windows)
         hidden = few.start()
-        found: dict[Unit, list[Tensor]] = {}
+        found: dict[Unit, list[tuple[float, Tensor]]] = {}
         for i, shape in enumerate(self.shapes):
-            block = self.stream.block(i)
-            seen, after = few.capture(i, few.place(block), {site}, hidden)
-            for unit in (u for u in self.block_units(i) if u in wanted):
+            block, units = self.stream.block(i), [u for u in self.block_units(i) if u in wanted]
+            placed, weights = few.place(block), read_weights(block, self.stream)
+            taps = {t for u in units for t in self.units[u].dense_taps(u, shape)}
+            stats = self.stored[i].only(taps)
+            if rest := sorted(taps - set(stats.sums)):
+                stats.merge(few.measure(i, placed, rest, hidden, (placed, hidden), outputs=False)[0])
+            seen, after = few.capture(i, placed, {site}, hidden)
+            for unit in units:
                 solver = self.units[unit]
-                frontier = solver.decompose(unit, read_weights(block, self.stream), self.stored[i], shape)
+                frontier = solver.decompose(unit, weights, stats, shape)
                 for rank in wanted[unit]:
                     cut = self.stream.block(i)
                     apply_edits(cut, solver.truncate(frontier, rank, shape), few.family, few.source.config, shape)
-                    other, _ = few.capture(i, few.place(cut), {site}, hidden)
+                    other, _ = few.capture(i, few.place(cut), {site}, hidden, outputs=False)
                     errors = [(a - b).flatten(0, -2).double() for a, b in zip(other[site], seen[site], strict=True)]
                     sums = few.in_order([(e.T @ e, len(e)) for e in errors])
-                    found.setdefault(unit, []).append(
-                        torch.stack([m for m, _ in sums]).sum(0) / sum(n for _, n in sums)
-                    )
+                    mean = torch.stack([m for m, _ in sums]).sum(0) / sum(n for _, n in sums)
+                    found.setdefault(unit, []).append((float(frontier.loss[rank]), mean))
             hidden = after
         return found
 

@@ -277,11 +277,13 @@ class Stream:
         return self.collect(taps, run, self.source.shape(i)), results
 
     @torch.no_grad()
-    def capture(self, i: int, block: nn.Module, sites: set[str], hidden: Hidden) -> tuple[dict[str, Hidden], Hidden]:
-        """What is seen at these sites of block i in one run over all batches, and its outputs."""
+    def capture(
+        self, i: int, block: nn.Module, sites: set[str], hidden: Hidden, outputs: bool = True
+    ) -> tuple[dict[str, Hidden], Hidden]:
+        """What is seen at these sites of block i in one run over all batches, and its outputs (none without `outputs`)."""
         found, results = {s: Activations(self.room) for s in sorted(sites)}, Activations(self.room)
         for n in range(len(hidden)):
-            with tap_sites(block, self.family, sites) as seen:
+            with tap_sites(block, self.family, sites, not outputs) as seen, suppress(AllSeen):
                 results.append(self.forward(i, block, fetch(hidden, n, self.device)))
             for site, tensors in found.items():
                 tensors.append(seen[site])

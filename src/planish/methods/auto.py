@@ -36,12 +36,12 @@ WAYS = {  # alternatives for a submodule: units that go together
 }
 # the linears that a unit holds, where it is not one itself
 HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
-SCORES = ("qk", "keys")  # units that change an attention's scores as a whole
+SCORES = ("qk", "keys", "q", "k")  # units that change an attention's scores
 LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
-PAIR_SHARES, PAIR_WINDOWS = (0.125, 0.25, 0.5, 0.75), 8  # ranks at which, windows on which pairs' errors are measured
+SHARES, WINDOWS = (0.125, 0.25, 0.5, 0.75), 8  # ranks at which, windows on which errors of scores are measured
 TINY = 1e-300
 SATURATES = 0.01  # predicted nats per token above which plans are compared by measured loss
 HELD = 8  # windows at least on which they are
@@ -178,45 +178,43 @@ class Auto(Method):
         return self.settle(job, frontiers, self.allocate(job, frontiers))
 
     def settle(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
-        """The plan with what is measured instead of predicted: errors of pairs where it drops any, whole plans' losses."""
+        """The plan with what is measured instead of predicted: errors of scores where it changes any, whole plans' losses."""
         dropped = any(u.name in SCORES and r < job.full(u) for u, r in plan.items())
         if dropped or (job.cache.keeps and self.rounds <= 1):  # a smaller budget may drop some
             with job.phase("frontiers"):
-                measured = self.measure_pairs(job, frontiers)
+                measured = self.measure_scores(job, frontiers)
         if dropped:
             frontiers |= measured
             plan = self.allocate(job, frontiers)
         with job.phase("search"):
             return self.compare(job, frontiers, plan)
 
-    def measure_pairs(self, job: Job, frontiers: dict[Unit, Frontier]) -> dict[Unit, Frontier]:
-        """What dropping pairs, or keys of few latents, is predicted to cost, corrected by the error that it makes in the
-        attention's output.
+    def measure_scores(self, job: Job, frontiers: dict[Unit, Frontier]) -> dict[Unit, Frontier]:
+        """What cuts of queries and keys are predicted to cost, corrected by the error that they make in the attention's output.
 
-        What scores do is a first derivative: where the softmax is sharp it is nearly zero, however much what was dropped
-        decides. At a few ranks ½ tr(G E[e eᵀ]) is measured instead, with the true error e of o's output and the moment G
+        What scores do to the loss is a first derivative: where the softmax is sharp it is nearly zero, however much what
+        is cut decides. At a few ranks ½ tr(G E[e eᵀ]) is measured instead, with the true error e of o's output and the moment G
         of the gradient there; other ranks' predictions change by the factor between the two, log-linear in the rank.
         """
         wanted: dict[Unit, list[int]] = {}
         for unit in (u for u in frontiers if u.name in SCORES):
             ranks = job.choices(unit).ranks[:-1]
-            if not len(ranks):
-                continue
-            wanted[unit] = sorted({int(ranks[round(s * (len(ranks) - 1))]) for s in PAIR_SHARES})
+            if len(ranks):
+                wanted[unit] = sorted({int(ranks[round(s * (len(ranks) - 1))]) for s in SHARES})
         # after more rounds the gradients are those of the model under a plan, and nothing of them is known or kept
-        names = {u: f"pairs|{describe(job.units[u])}|{u}|{wanted[u]}" for u in wanted if self.rounds <= 1}
-        known = {u: job.cache.get(n)["loss"] for u, n in names.items() if job.cache.has([n])}
+        names = {u: f"scores|{describe(job.units[u])}|{u}|{wanted[u]}" for u in wanted if self.rounds <= 1}
+        known = {u: job.cache.get(n)["factor"] for u, n in names.items() if job.cache.has([n])}
         rest = {u: ranks for u, ranks in wanted.items() if u not in known}
-        for unit, errors in job.cut_errors(rest, "o.out", PAIR_WINDOWS).items() if rest else ():
+        for unit, pairs in job.cut_errors(rest, "o.out", WINDOWS).items() if rest else ():
             metric = job.stored[unit.block].mean(Tap("grad:o.out", "gram"))
-            known[unit] = torch.stack([(metric * e).sum() / 2 for e in errors])
-        job.cache.keep({names[u]: {"loss": known[u]} for u in rest if u in names})
+            measured = torch.stack([(metric * e).sum() / 2 for _, e in pairs])
+            predicted = torch.tensor([loss for loss, _ in pairs], dtype=torch.float64)
+            known[unit] = (measured.clamp(min=TINY) / predicted.clamp(min=TINY)).log()
+        job.cache.keep({names[u]: {"factor": known[u]} for u in rest if u in names})
         found = {}
-        for unit, measured in known.items():
+        for unit, factor in known.items():
             loss = torch.as_tensor(frontiers[unit].loss, dtype=torch.float64)
-            at = torch.tensor(wanted[unit])
-            factor = (measured.clamp(min=TINY) / loss[at].clamp(min=TINY)).log()
-            between = interpolate(torch.arange(len(loss)), at, factor)
+            between = interpolate(torch.arange(len(loss)), torch.tensor(wanted[unit]), factor)
             found[unit] = replace(frontiers[unit], loss=loss * between.exp())
         return found
 
