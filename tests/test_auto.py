@@ -546,7 +546,7 @@ def test_cut_errors_are_what_the_cut_model_adds():
     frontiers: dict = {}
     job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
     unit, rank = Unit(1, "qk"), 4
-    found = job.cut_errors({unit: [rank, job.full(unit)]}, "o.out", 3)[unit]
+    found = job.cut_errors({(unit,): [[rank], [job.full(unit)]]}, "o.out", 3)[unit,]
     weights = read_weights(s.block(1), s)
     edits = job.units[unit].truncate(
         job.units[unit].decompose(unit, weights, job.stored[1], job.shapes[1]), rank, job.shapes[1]
@@ -567,15 +567,15 @@ def test_cut_errors_are_what_the_cut_model_adds():
 
 
 def test_errors_of_low_rank_keys_need_no_more_than_a_few_windows():
-    """Their inputs' Gram is not stored: cut, prediction and error are those of the same few windows."""
+    """The Gram of their inputs is not stored: cuts, prediction and error are those of the same few windows."""
     s = stream()
     job = Job(s, find_method("auto"), 0.6)
     frontiers: dict = {}
     job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
-    unit, rank, tap = Unit(1, "k"), 5, Tap("dense:q.in", "gram")
-    assert tap in job.units[unit].dense_taps(unit, job.shapes[1]) and tap not in job.stored[1].sums
-    ((predicted, found),) = job.cut_errors({unit: [rank]}, "o.out", 3)[unit]
-    inputs, outputs, stats = [], [], Stats()
+    units, ranks, tap = (Unit(1, "q"), Unit(1, "k")), (7, 5), Tap("dense:q.in", "gram")
+    assert tap in job.units[units[0]].dense_taps(units[0], job.shapes[1]) and tap not in job.stored[1].sums
+    ((predicted, found),) = job.cut_errors({units: [ranks]}, "o.out", 3)[units]
+    inputs, outputs, expected, stats = [], [], 0.0, Stats()
     stats.merge(job.stored[1])
     for cut in (False, True):
         model = tiny.build("llama_gqa", torch.float64)
@@ -583,16 +583,18 @@ def test_errors_of_low_rank_keys_need_no_more_than_a_few_windows():
         if cut:
             x = inputs[0]
             stats.sums[tap], stats.tokens[tap] = {"sum": x.T @ x}, len(x)
-            frontier = job.units[unit].decompose(unit, read_weights(s.block(1), s), stats, job.shapes[1])
-            edits = job.units[unit].truncate(frontier, rank, job.shapes[1])
-            apply_edits(block, edits, s.family, model.config, job.shapes[1])
+            for unit, rank in zip(units, ranks, strict=True):
+                frontier = job.units[unit].decompose(unit, read_weights(s.block(1), s), stats, job.shapes[1])
+                expected += float(frontier.loss[rank])
+                edits = job.units[unit].truncate(frontier, rank, job.shapes[1])
+                apply_edits(block, edits, s.family, model.config, job.shapes[1])
         block.self_attn.q_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach().flatten(0, 1)))
         block.self_attn.o_proj.register_forward_hook(lambda m, a, out: outputs.append(out.detach().flatten(0, 1)))
         model(WINDOWS[[0, 4, 8]])
     e = outputs[1] - outputs[0]
     assert e.abs().max() > 1e-6
     torch.testing.assert_close(found, e.T @ e / len(e), rtol=1e-8, atol=1e-15)
-    assert predicted == pytest.approx(float(frontier.loss[rank]), rel=1e-9)
+    assert predicted == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.slow

@@ -371,36 +371,40 @@ class Job:
         return frontiers, moved
 
     def cut_errors(
-        self, wanted: Mapping[Unit, Sequence[int]], site: str, windows: int
-    ) -> dict[Unit, list[tuple[float, Tensor]]]:
-        """Per unit and rank what its cut alone is predicted to lose and E[e eᵀ] (channels, channels) of the error e that it
-        really makes at `site` of its block: on `windows` calibration windows, evenly spaced, of the uncompressed model.
+        self, wanted: Mapping[tuple[Unit, ...], Sequence[Sequence[int]]], site: str, windows: int
+    ) -> dict[tuple[Unit, ...], list[tuple[float, Tensor]]]:
+        """For units of one block cut together to such ranks, and nothing else, what they are predicted to lose and E[e eᵀ]
+        (channels, channels) of the error e that they really make at `site` of the block: on `windows` calibration windows,
+        evenly spaced, of the uncompressed model.
 
         Cuts and predictions are those of the statistics in `stored`; what the units' frontiers need beside it is measured
-        on the same few windows. One run of the block up to the site per rank.
+        on the same few windows. One run of the block up to the site per entry.
         """
         few = self.stream.spread(windows)
         hidden = few.start()
-        found: dict[Unit, list[tuple[float, Tensor]]] = {}
+        found: dict[tuple[Unit, ...], list[tuple[float, Tensor]]] = {}
         for i, shape in enumerate(self.shapes):
-            block, units = self.stream.block(i), [u for u in self.block_units(i) if u in wanted]
-            placed, weights = few.place(block), read_weights(block, self.stream)
+            block, groups = self.stream.block(i), [g for g in wanted if g[0].block == i]
+            placed, weights, units = few.place(block), read_weights(block, self.stream), {u for g in groups for u in g}
             taps = {t for u in units for t in self.units[u].dense_taps(u, shape)}
             stats = self.stored[i].only(taps)
             if rest := sorted(taps - set(stats.sums)):
                 stats.merge(few.measure(i, placed, rest, hidden, (placed, hidden), outputs=False)[0])
+            with self.phase("frontiers"):
+                frontiers = {u: self.units[u].decompose(u, weights, stats, shape) for u in sorted(units)}
             seen, after = few.capture(i, placed, {site}, hidden)
-            for unit in units:
-                solver = self.units[unit]
-                frontier = solver.decompose(unit, weights, stats, shape)
-                for rank in wanted[unit]:
+            for group in groups:
+                for ranks in wanted[group]:
+                    cuts = dict(zip(group, ranks, strict=True))
+                    edits = [e for u, r in cuts.items() for e in self.units[u].truncate(frontiers[u], r, shape)]
                     cut = self.stream.block(i)
-                    apply_edits(cut, solver.truncate(frontier, rank, shape), few.family, few.source.config, shape)
+                    apply_edits(cut, edits, few.family, few.source.config, shape)
                     other, _ = few.capture(i, few.place(cut), {site}, hidden, outputs=False)
                     errors = [(a - b).flatten(0, -2).double() for a, b in zip(other[site], seen[site], strict=True)]
                     sums = few.in_order([(e.T @ e, len(e)) for e in errors])
                     mean = torch.stack([m for m, _ in sums]).sum(0) / sum(n for _, n in sums)
-                    found.setdefault(unit, []).append((float(frontier.loss[rank]), mean))
+                    predicted = sum(float(frontiers[u].loss[r]) for u, r in cuts.items())
+                    found.setdefault(group, []).append((predicted, mean))
             hidden = after
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import ceil, exp
@@ -36,12 +36,22 @@ WAYS = {  # alternatives for a submodule: units that go together
 }
 # the linears that a unit holds, where it is not one itself
 HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
-SCORES = ("qk", "keys", "q", "k")  # units that change an attention's scores
+SCORES = {  # kinds of units that change an attention's scores: shares of ranks at which, windows on which errors are measured
+    ("q", "k"): ((0.125, 0.25, 0.5), 4),
+    ("qk",): ((0.125, 0.25, 0.5, 0.75), 8),
+    ("keys",): ((0.125, 0.25, 0.5, 0.75), 8),
+}
 LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
-SHARES, WINDOWS = (0.125, 0.25, 0.5, 0.75), 8  # ranks at which, windows on which errors of scores are measured
+SHARES = (
+    0.125,
+    0.25,
+    0.5,
+    0.75,
+)  # ranks at which errors of scores are measured, of low-rank linears at the first three
+WINDOWS = {True: 4, False: 8}  # on which, of low-rank linears and of the others
 TINY = 1e-300
 SATURATES = 0.01  # predicted nats per token above which plans are compared by measured loss
 HELD = 8  # windows at least on which they are
@@ -179,43 +189,62 @@ class Auto(Method):
 
     def settle(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
         """The plan with what is measured instead of predicted: errors of scores where it changes any, whole plans' losses."""
-        dropped = any(u.name in SCORES and r < job.full(u) for u, r in plan.items())
-        if dropped or (job.cache.keeps and self.rounds <= 1):  # a smaller budget may drop some
-            with job.phase("frontiers"):
-                measured = self.measure_scores(job, frontiers)
-        if dropped:
-            frontiers |= measured
+        if job.cache.keeps and self.rounds <= 1:  # a smaller budget may change them
+            with job.phase("statistics"):
+                self.measure_scores(job, frontiers, {*SCORES})
+        known: set[tuple[str, ...]] = set()
+        while True:
+            cut = {u.name for u, r in plan.items() if r < job.full(u)}
+            changed = {kind for kind in SCORES if cut & {*kind}}
+            changed |= {*SCORES} if changed and job.keep < LOW else set()  # plans of other kinds are compared then
+            if changed <= known:
+                break
+            with job.phase("statistics"):
+                frontiers |= self.measure_scores(job, frontiers, changed - known)
+            known |= changed
             plan = self.allocate(job, frontiers)
         with job.phase("search"):
             return self.compare(job, frontiers, plan)
 
-    def measure_scores(self, job: Job, frontiers: dict[Unit, Frontier]) -> dict[Unit, Frontier]:
+    def measure_scores(
+        self, job: Job, frontiers: dict[Unit, Frontier], kinds: Set[tuple[str, ...]]
+    ) -> dict[Unit, Frontier]:
         """What cuts of queries and keys are predicted to cost, corrected by the error that they make in the attention's output.
 
         What scores do to the loss is a first derivative: where the softmax is sharp it is nearly zero, however much what
         is cut decides. At a few ranks ½ tr(G E[e eᵀ]) is measured instead, with the true error e of o's output and the moment G
         of the gradient there; other ranks' predictions change by the factor between the two, log-linear in the rank.
+        Low-rank queries and keys are cut together and have one factor.
         """
-        wanted: dict[Unit, list[int]] = {}
-        for unit in (u for u in frontiers if u.name in SCORES):
-            ranks = job.choices(unit).ranks[:-1]
-            if len(ranks):
-                wanted[unit] = sorted({int(ranks[round(s * (len(ranks) - 1))]) for s in SHARES})
+        wanted: dict[tuple[Unit, ...], list[tuple[int, ...]]] = {}
+        for kind in (k for k in SCORES if k in kinds):
+            for block in range(len(job.shapes)):
+                group = tuple(u for n in kind if (u := Unit(block, n)) in frontiers)
+                ranks = [job.choices(u).ranks[:-1].tolist() for u in group]
+                if group and all(ranks):
+                    wanted[group] = sorted({tuple(r[round(s * (len(r) - 1))] for r in ranks) for s in SCORES[kind][0]})
         # after more rounds the gradients are those of the model under a plan, and nothing of them is known or kept
-        names = {u: f"scores|{describe(job.units[u])}|{u}|{wanted[u]}" for u in wanted if self.rounds <= 1}
-        known = {u: job.cache.get(n)["factor"] for u, n in names.items() if job.cache.has([n])}
-        rest = {u: ranks for u, ranks in wanted.items() if u not in known}
-        for unit, pairs in job.cut_errors(rest, "o.out", WINDOWS).items() if rest else ():
-            metric = job.stored[unit.block].mean(Tap("grad:o.out", "gram"))
-            measured = torch.stack([(metric * e).sum() / 2 for _, e in pairs])
-            predicted = torch.tensor([loss for loss, _ in pairs], dtype=torch.float64)
-            known[unit] = (measured.clamp(min=TINY) / predicted.clamp(min=TINY)).log()
-        job.cache.keep({names[u]: {"factor": known[u]} for u in rest if u in names})
+        names = {
+            g: "scores|" + "|".join(f"{describe(job.units[u])}|{u}|{[r[n] for r in ranks]}" for n, u in enumerate(g))
+            for g, ranks in wanted.items()
+            if self.rounds <= 1
+        }
+        known = {g: job.cache.get(n)["factor"] for g, n in names.items() if job.cache.has([n])}
+        for kind, (_, windows) in SCORES.items():
+            rest = {g: r for g, r in wanted.items() if g not in known and g[0].name in kind}
+            for group, pairs in job.cut_errors(rest, "o.out", windows).items() if rest else ():
+                metric = job.stored[group[0].block].mean(Tap("grad:o.out", "gram"))
+                measured = torch.stack([(metric * e).sum() / 2 for _, e in pairs])
+                predicted = torch.tensor([loss for loss, _ in pairs], dtype=torch.float64)
+                known[group] = (measured.clamp(min=TINY) / predicted.clamp(min=TINY)).log()
+            job.cache.keep({names[g]: {"factor": known[g]} for g in rest if g in names})
         found = {}
-        for unit, factor in known.items():
-            loss = torch.as_tensor(frontiers[unit].loss, dtype=torch.float64)
-            between = interpolate(torch.arange(len(loss)), torch.tensor(wanted[unit]), factor)
-            found[unit] = replace(frontiers[unit], loss=loss * between.exp())
+        for group, factor in known.items():
+            for n, unit in enumerate(group):
+                loss = torch.as_tensor(frontiers[unit].loss, dtype=torch.float64)
+                at = torch.tensor([ranks[n] for ranks in wanted[group]])
+                between = interpolate(torch.arange(len(loss)), at, factor)
+                found[unit] = replace(frontiers[unit], loss=loss * between.exp())
         return found
 
     def prepare(self, windows: Tensor) -> Tensor:
