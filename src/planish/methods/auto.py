@@ -214,7 +214,7 @@ class Auto(Method):
         What scores do to the loss is a first derivative: where the softmax is sharp it is nearly zero, however much what
         is cut decides. At a few ranks ½ tr(G E[e eᵀ]) is measured instead, with the true error e of o's output and the moment G
         of the gradient there; other ranks' predictions change by the factor between the two, log-linear in the rank.
-        Low-rank queries and keys are cut together and have one factor.
+        Low-rank queries and keys are cut together and have one factor, at least 1.
         """
         wanted: dict[tuple[Unit, ...], list[tuple[int, ...]]] = {}
         for kind in (k for k in SCORES if k in kinds):
@@ -236,7 +236,8 @@ class Auto(Method):
                 metric = job.stored[group[0].block].mean(Tap("grad:o.out", "gram"))
                 measured = torch.stack([(metric * e).sum() / 2 for _, e in pairs])
                 predicted = torch.tensor([loss for loss, _ in pairs], dtype=torch.float64)
-                known[group] = (measured.clamp(min=TINY) / predicted.clamp(min=TINY)).log()
+                factor = (measured.clamp(min=TINY) / predicted.clamp(min=TINY)).log()
+                known[group] = factor if len(kind) == 1 else factor.clamp(min=0)  # their errors meet in one product
             job.cache.keep({names[g]: {"factor": known[g]} for g in rest if g in names})
         found = {}
         for group, factor in known.items():
