@@ -598,12 +598,14 @@ def test_errors_of_low_rank_keys_need_no_more_than_a_few_windows():
 
 
 @pytest.mark.slow
-def test_pairs_are_priced_by_what_dropping_them_does(demo_model_dir, tmp_path):
-    """Heads with a sharp softmax have flat gradients: gradients alone would give such pairs away (perplexity above 300)."""
+@pytest.mark.parametrize(("units", "other", "kv_keep"), [("structural", "a3", 0.5), ("any", "palu", 0.25)])
+def test_scores_are_priced_by_what_cutting_them_does(units, other, kv_keep, demo_model_dir, tmp_path):
+    """Heads with a sharp softmax have flat gradients: gradients alone would give pairs and latents of such away (perplexity above
+    300, and twice palu's)."""
     found = {}
-    for method, settings in (("auto", {"units": "structural"}), ("a3", {})):
+    for method, settings in (("auto", {"units": units}), (other, {})):
         planish.compress(
-            demo_model_dir, output=tmp_path / method, method=method, settings=settings, kv_keep=0.5, n_samples=16, seq_len=256
+            demo_model_dir, output=tmp_path / method, method=method, settings=settings, kv_keep=kv_keep, n_samples=16, seq_len=256
         )  # fmt: skip
         found[method] = planish.evaluate(tmp_path / method, "builtin", 256, max_windows=8).perplexity
-    assert found["auto"] < found["a3"]
+    assert found["auto"] < found[other]
