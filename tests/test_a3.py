@@ -18,7 +18,6 @@ from planish.calibrate.stream import Stream
 from planish.compression import compress
 from planish.core import Plan, Solver, Unit
 from planish.errors import InputError
-from planish.folder.load import load
 from planish.folder.source import MemorySource
 from planish.job import Job
 from planish.methods.a3 import A3
@@ -36,6 +35,7 @@ from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
 from planish.solvers.value_output import ValueOutput
+from tiny import load
 
 WINDOWS = tiny.windows(12, 24)
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from planish.compression import compress
 from planish.core import Edit, Plan, Unit
 from planish.export.dense import export_dense
 from planish.export.eora import Blocks
-from planish.folder.load import load
 from planish.folder.source import MemorySource, open_source
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
@@ -33,6 +33,7 @@ from planish.methods.method import Method
 from planish.modelling.attentions import Attention
 from planish.modelling.blocks import find_blocks, get_linear
 from planish.solvers.forms import value_edits
+from tiny import load
 
 WINDOWS = tiny.windows(8, 24)
 EOS = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
@@ -96,7 +97,9 @@ def test_uncut_attention_is_the_stock_one(family, attention):
     if family.startswith("mpt") and attention == "sdpa":
         pytest.skip("the stock class has no sdpa")
     model = tiny.build(family, attn_implementation=attention)
-    stream = Stream(MemorySource(model), WINDOWS)
+    capped = family == "gemma2" and attention == "sdpa"
+    with pytest.warns(UserWarning, match="calibrated with eager attention") if capped else nullcontext():
+        stream = Stream(MemorySource(model), WINDOWS)
     hidden = stream.start()
     for i in range(len(stream)):
         block, shape = stream.block(i), stream.source.shape(i)
@@ -300,8 +303,7 @@ def test_transformers_sdpa_drops_the_soft_cap_and_we_do_not(tmp_path):
     assert (dropped - expected).abs().max() > 0.05 * expected.abs().max(), "the cap is too wide to matter here"
 
     folder = tiny.save(default, tmp_path / "m")
-    with pytest.warns(UserWarning, match="loaded with eager attention: transformers' sdpa leaves out the soft cap"):
-        assert torch.equal(logits(load(folder)), expected)
+    assert torch.equal(logits(load(folder)), expected)
     assert torch.equal(logits(load(folder, attn_implementation="sdpa")), dropped)
     with pytest.warns(UserWarning, match="the model is calibrated with eager attention"):
         memory = MemorySource(default)

@@ -18,8 +18,7 @@ import tiny
 from compressed import train_tokenizer
 from planish.errors import InputError
 from planish.export.folder import Folder
-from planish.folder.load import load
-from tiny import build
+from tiny import build, load
 
 gguf = pytest.importorskip("gguf")
 from planish.export.gguf import export_gguf, solve_silu  # noqa: E402

@@ -11,12 +11,12 @@ from planish.calibrate.stream import Stream
 from planish.compression import compress
 from planish.core import Unit
 from planish.errors import InputError
-from planish.folder.load import load
 from planish.folder.source import open_source
 from planish.job import Job
 from planish.methods import find_method
 from planish.methods.asvd import KEEPS, Sensitivity
 from planish.solvers.linear import Anchored
+from tiny import load
 
 WINDOWS = tiny.windows(6, 20)
 
