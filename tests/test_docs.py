@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import posixpath
 import re
 import shlex
 import sys
@@ -56,12 +57,7 @@ def test_links_lead_to_a_page_and_a_heading(pages, maker):
             if re.match(r"https?://|mailto:", target):
                 continue
             file, _, anchor = target.partition("#")
-            place = (Path("/") / path).parent / file if file else Path("/") / path
-            name = Path(*place.parts[1:])
-            parts: list[str] = []
-            for part in name.parts:
-                parts = parts[:-1] if part == ".." else [*parts, part]
-            name = "/".join(parts)
+            name = posixpath.normpath(posixpath.join(posixpath.dirname(path), file)) if file else path
             known = name in pages or (ROOT / name).is_file()
             if not known or (anchor and anchor not in find_anchors(pages[name], maker.slug)):
                 broken.append(f"{path}: {target}")
@@ -98,7 +94,7 @@ def joined(code: str) -> list[str]:
 
 def test_commands_parse(pages):
     """Every line that calls planish is one that the program accepts: commands, options and their values."""
-    commands, seen = typer.main.get_command(app).commands, 0
+    commands, wrong, seen = typer.main.get_command(app).commands, [], 0
     for path, text in pages.items():
         if path.startswith("docs/source/") or path == "docs/reference/commands.md":
             continue
@@ -107,8 +103,10 @@ def test_commands_parse(pages):
             try:
                 commands[words[0]].make_context(words[0], words[1:])
             except Exception as error:
-                pytest.fail(f"{path}: {line}: {type(error).__name__} {error}")
+                if type(error).__name__ != "MissingParameter":  # prose may name a command by its options alone
+                    wrong.append(f"{path}: {line}: {type(error).__name__} {error}")
             seen += 1
+    assert not wrong
     assert seen > 40
 
 
