@@ -19,6 +19,12 @@ DOCS = ROOT / "docs"
 NAME = re.compile(r"`(planish(?:\.\w+)+)`")
 LABELS = ("Problem", "Equation", "Differs from")
 FAILED = "**Outcome (did not work).**"
+FAILURES = """Ideas that were tried and dropped, expectations that turned out wrong, and aims that were missed, collected
+from the [log](index.md). Each links to its entry with the figures."""
+MEASURED = """Perplexity on held-out text at a kept share of the blocks' weights; a dash where the method refused or was not run.
+All methods, and other text: [methods side by side](../tables/methods.md)."""
+COMMANDS = """Written from the program: `planish COMMAND --help` says the same. Exit status: 0 done, 2 the user's input is wrong
+(one line says what, where and what to do next), 1 a defect of planish, 130 interrupted."""
 
 
 def make_pages() -> dict[str, str]:
@@ -51,7 +57,12 @@ def make_method_page(name: str, cls: type, linked: set[str]) -> str:
     lines += ["In the source:", ""] + [f"- {x}" for x in link_equations(cls, solvers, linked)] + [""]
     for solver in solvers:
         lines += show_solver(solver)
-    lines += ["## Departures from the paper", "", sections["Differs from"] or "None known beyond those of its solvers.", ""]
+    lines += [
+        "## Departures from the paper",
+        "",
+        sections["Differs from"] or "None known beyond those of its solvers.",
+        "",
+    ]
     lines += make_settings(cls, settings) + make_measured(name)
     notes = DOCS / "methods" / f"{name}.notes.md"
     if notes.exists():
@@ -102,7 +113,9 @@ def link_equations(cls: type, solvers: list[type], linked: set[str]) -> list[str
             linked.add(module)
             short = name.removeprefix(f"{module}.")
             path = module.replace(".", "/")
-            found.append(f"[`{short}`, {path}.py lines {first} to {last}](../source/{module}.md#__codelineno-0-{first})")
+            found.append(
+                f"[`{short}`, {path}.py lines {first} to {last}](../source/{module}.md#__codelineno-0-{first})"
+            )
     return found
 
 
@@ -142,12 +155,12 @@ def make_measured(name: str) -> list[str]:
     """Held-out perplexity of the method beside the dense model and auto, from docs/tables/methods.csv."""
     with (DOCS / "tables" / "methods.csv").open(encoding="utf-8", newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["text"] == "held-out"]
-    lines = ["## Measured", "", "Perplexity on held-out text at a kept share of the blocks' weights; what is not there was"]
-    lines += ["refused or not run. All methods, and other text: [methods side by side](../tables/methods.md).", ""]
+    lines = ["## Measured", "", MEASURED, ""]
     for model in dict.fromkeys(r["model"] for r in rows):
         mine = [r for r in rows if r["model"] == model]
         keeps = list(dict.fromkeys(r["keep"] for r in mine if r["method"] not in ("dense",)))
-        lines += [f"**{model}**", "", f"| | dense | {' | '.join(f'keep {k}' for k in keeps)} |", "|---" * (len(keeps) + 2) + "|"]
+        lines += [f"**{model}**", "", f"| | dense | {' | '.join(f'keep {k}' for k in keeps)} |"]
+        lines += ["|---" * (len(keeps) + 2) + "|"]
         dense = next(float(r["perplexity"]) for r in mine if r["method"] == "dense")
         for method in dict.fromkeys((name, "auto")):
             cells = {r["keep"]: r["perplexity"] for r in mine if r["method"] == method}
@@ -166,7 +179,7 @@ def make_source_page(module: str) -> str:
     """One module's source with numbered lines that can be linked to."""
     file = (SOURCE / Path(*module.split("."))).with_suffix(".py")
     text = file.read_text(encoding="utf-8").rstrip()
-    return f"# {module}\n\n```python linenums=\"1\"\n{text}\n```\n"
+    return f'# {module}\n\n```python linenums="1"\n{text}\n```\n'
 
 
 # The command line, from the program itself.
@@ -178,11 +191,17 @@ def make_commands_page() -> str:
 
     from planish.cli import app
 
-    lines = ["# Commands", "", "Written from the program: `planish COMMAND --help` says the same. Exit status: 0 done, 2 the user's"]
-    lines += ["input is wrong (one line says what, where and what to do next), 1 a defect of planish, 130 interrupted.", ""]
+    lines = ["# Commands", "", COMMANDS, ""]
     for name, command in typer.main.get_command(app).commands.items():
         words = [p.metavar or p.name.upper() for p in command.params if is_argument(p)]
-        lines += [f"## {name}", "", clean(command.help or ""), "", f"    planish {' '.join([name, *words])} [options]", ""]
+        lines += [
+            f"## {name}",
+            "",
+            clean(command.help or ""),
+            "",
+            f"    planish {' '.join([name, *words])} [options]",
+            "",
+        ]
         lines += ["| | | default |", "|---|---|---|"]
         lines += [show_parameter(p) for p in command.params if getattr(p, "hidden", False) is False]
         lines.append("")
@@ -212,11 +231,9 @@ def clean(text: str) -> str:
 
 def make_failures_page() -> str:
     """Every entry of the log that ended in a negative result, newest first."""
-    lines = ["# What did not work", "", "Ideas that were tried and dropped, expectations that turned out wrong, and aims that were missed,"]
-    lines += ["collected from the [log](index.md); each links to its entry with the figures.", ""]
+    lines = ["# What did not work", "", FAILURES, ""]
     for page in sorted((DOCS / "log").glob("20*.md"), reverse=True):
-        found = list(find_failures(page.read_text(encoding="utf-8")))
-        if found:
+        if found := find_failures(page.read_text(encoding="utf-8")):
             lines += [f"## {page.stem}", ""]
             lines += [f"- [{title}]({page.name}#{slug(title)}): {outcome}" for title, outcome in found] + [""]
     return "\n".join(lines)
