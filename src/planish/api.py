@@ -37,7 +37,7 @@ from planish.folder.source import (
     open_source,
 )
 from planish.manifest import Result
-from planish.methods import find_method, find_name, list_methods
+from planish.methods import find_method, list_methods
 from planish.methods.method import Method
 from planish.request import RECIPE, TEXT, Request, Text, check_number, name_beside, takes
 from planish.solvers.offload import offload
@@ -107,7 +107,7 @@ def read_options(options: Mapping[str, Any], device: Callable[[str], str] | None
     place = (device or find_device)(request.device)
     dtype = find_dtype(options.get("dtype"))
     changes = {
-        "method": find_name(chosen), "settings": settings, "device": place, "dtype": dtype and str(dtype).removeprefix("torch."),
+        "method": chosen.name, "settings": settings, "device": place, "dtype": dtype and str(dtype).removeprefix("torch."),
     }  # fmt: skip
     return request.model_copy(update=changes), chosen
 

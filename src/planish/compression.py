@@ -21,6 +21,7 @@ from planish.apply import count_block, is_empty
 from planish.calibrate.activations import Room
 from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.stream import Stream, reuse_memory
+from planish.calibrate.text import shuffle_windows
 from planish.core import Plan, Progress, Shape, Unit
 from planish.errors import InputError
 from planish.folder.config import write_config
@@ -29,7 +30,7 @@ from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
 from planish.job import Job
 from planish.manifest import Result, read_result, write_manifest
-from planish.methods import find_method, find_name
+from planish.methods import find_method
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
 from planish.plan.footprint import count_flops, count_headers, kv_bytes
@@ -92,7 +93,7 @@ def compress(
     find_target(request.target)
     windows = text.windows
     check_windows(windows, source)
-    calibrated = method.prepare(windows)
+    calibrated = shuffle_windows(windows, method.shuffled)
     check_apart(place.output, source)
     writer = Writer(place.output, source.n_blocks, place.overwrite, place.resume)
     try:
@@ -133,7 +134,6 @@ def compress(
             with offload(stream.device):
                 with job.phase("plan"):
                     plan = job.plan()
-                    method.finish(job, plan)
                 result = write(job, plan, writer)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
         result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier})
@@ -154,7 +154,7 @@ def write_journal(
     """What `resume` needs besides the windows: the request, as it was understood."""
     return {
         "model": str(source.folder.resolve()), "name": source.name, "asked": request.limits,
-        "method": find_name(method), "settings": method.settings(), "given": sorted(request.settings),
+        "method": method.name, "settings": method.settings(), "given": sorted(request.settings),
         "calibration": text.record, "device": request.device.partition(":")[0], "dtype": request.dtype,
         "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "files": place.files,
         "processes": lanes.count(),
@@ -239,7 +239,7 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         count_flops(shapes, specs, counted, job.context),
     ]
     result = Result(
-        find_name(job.method),
+        job.method.name,
         job.keep,
         sum(counted) / before,
         outer + blocks,
@@ -283,12 +283,9 @@ def drop_tied(outside: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
     return rest if embedding in rest else {embedding: outside["lm_head.weight"], **rest}
 
 
-DAMPINGS = ("damping", "ridge")  # settings with which a method makes a singular Gram invertible
-
-
 def check_tokens(job: Job, windows: Tensor, settings: dict[str, Any]) -> None:
     """Fewer calibration tokens than a Gram's dimension make it singular: an error unless damping is asked for."""
-    own = [n for n in DAMPINGS if n in job.method.settings()]
+    own = job.method.dampings
     if set(own) & set(settings):
         return
     grams = [t for t in job.taps(job.block_units(0)) if t.kind in ("gram", "moments")]
