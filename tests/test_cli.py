@@ -180,7 +180,9 @@ def test_import_offers_functions_and_modules():
     import planish.evaluate.speed
     from planish.compression import check_windows
 
-    assert callable(planish.compress) and callable(planish.evaluate) and check_windows.__module__ == "planish.compression"
+    assert (
+        callable(planish.compress) and callable(planish.evaluate) and check_windows.__module__ == "planish.compression"
+    )
     assert planish.compress is api.compress and planish.load is api.load
 
 
