@@ -363,8 +363,10 @@ def find_beside(folder: Path, name: str) -> str:
 def name_beside(folder: Path, name: str) -> str:
     """What a recipe in this folder calls a file that the running command calls `name`."""
     path = Path(name)
-    relative = name and not path.is_absolute() and path.exists()
-    return os.path.relpath(path.resolve(), folder.resolve()) if relative else name
+    if not name or path.is_absolute() or not path.exists():
+        return name
+    found = os.path.relpath(path, folder)  # as written; through links the way back may be another
+    return found if os.path.realpath(folder / found) == os.path.realpath(path) else str(path.resolve())
 
 
 def find_papers() -> dict[str, Path]:
