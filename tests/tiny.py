@@ -137,10 +137,22 @@ def load(folder: Path, **settings: Any) -> nn.Module:
     """planish's `load`, with the warning that belongs to folders whose attention caps its scores, and to no others."""
     config = json.loads((folder / "config.json").read_text())
     capped = config.get("attn_logit_softcapping") and "attn_implementation" not in settings
-    warns = (
-        pytest.warns(UserWarning, match="is loaded with eager attention: transformers' sdpa leaves out the soft cap")
-        if capped
-        else nullcontext()
-    )
-    with warns:
+    eager = "is loaded with eager attention: transformers' sdpa leaves out the soft cap"
+    with pytest.warns(UserWarning, match=eager) if capped else nullcontext():
         return planish.folder.load.load(folder, **settings)
+
+
+def compress(model, *, output, windows, method="flat-llm", settings=None, **more):
+    """`planish.compression.compress` on windows (n, seq) that are there already, with options by their names."""
+    from planish.compression import Calibration, Destination, Shared
+    from planish.compression import compress as run
+    from planish.folder.source import open_source
+    from planish.methods import find_method
+    from planish.request import Request
+
+    shared = Shared(**{n: more.pop(n) for n in ("stream", "cache", "measured") if n in more})
+    place = Destination(Path(output), more.pop("overwrite", False))
+    progress, text = more.pop("progress", None), Calibration(windows, more.pop("calibration", None) or {})
+    request = Request.ask(model="", settings=settings or {}, **({"device": "cpu"} | more))
+    chosen = find_method(method, settings or {})
+    return run(request, chosen, open_source(model), text, place, shared=shared, progress=progress)
