@@ -29,10 +29,11 @@ from planish.plan.footprint import count_attention
 from planish.request import Limits
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
-from planish.solvers.linalg import balance, nystrom, reduce_scores, selection_losses
+from planish.solvers.linalg import balance, reduce_scores
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
+from planish.solvers.selection import nystrom, selection_losses
 from planish.solvers.value_output import ValueOutput
 from tiny import compress, load
 

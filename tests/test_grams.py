@@ -9,7 +9,7 @@ import tiny
 from planish import stats
 from planish.calibrate.stream import Stream
 from planish.folder.source import MemorySource
-from planish.solvers import grams, linalg
+from planish.solvers import grams, linalg, selection
 from planish.stats import Stats, Tap
 from test_resume import hashes, one_thread  # noqa: F401
 from tiny import compress
@@ -61,14 +61,16 @@ def test_same_as_the_plain_formulas(n, small_tiles):
     gram = linalg.symmetrise(gram)
     before, order = gram.clone(), torch.randperm(n, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        grams.ridge_leverage(gram, 1e-2), linalg.ridge_leverage(before, 1e-2), rtol=1e-8, atol=1e-10
+        grams.ridge_leverage(gram, 1e-2), selection.ridge_leverage(before, 1e-2), rtol=1e-8, atol=1e-10
     )
     assert torch.equal(gram, before)
     scale = float(((w @ before) * w).sum())
     losses = grams.slicing_losses(before.clone(), w, order)
-    torch.testing.assert_close(losses, linalg.selection_losses(before, w, order, False), rtol=1e-9, atol=1e-10 * scale)
+    torch.testing.assert_close(
+        losses, selection.selection_losses(before, w, order, False), rtol=1e-9, atol=1e-10 * scale
+    )
     refits = grams.Refits(gram, w, order, 1e-12)
-    expected = linalg.selection_losses(before, w, order, True, 1e-12)
+    expected = selection.selection_losses(before, w, order, True, 1e-12)
     torch.testing.assert_close(refits.losses(), expected, rtol=1e-7, atol=1e-10 * scale)
     for rank in {1, n // 2, n} - {0}:
         kept, new = refits.at(rank)
