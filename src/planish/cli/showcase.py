@@ -19,8 +19,9 @@ from torch import Tensor
 
 from planish import api
 from planish.calibrate.cache import Cache
+from planish.calibrate.documents import builtin_text
 from planish.calibrate.stream import Stream
-from planish.calibrate.text import builtin_text, check_ids, fingerprint
+from planish.calibrate.text import check_ids, fingerprint
 from planish.compression import compress
 from planish.errors import InputError, PlanishError
 from planish.evaluate import perplexity

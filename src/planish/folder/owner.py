@@ -1,0 +1,87 @@
+"""Whose output a folder or file is while a run writes it: a lock beside it, held from the run's start to its end.
+
+The lock goes with the process, however that ends. The file `<output>.lock` says who holds it; a killed run leaves the file
+and no lock, and whoever comes next takes it over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from planish import lanes
+from planish.errors import InputError
+
+_held: dict[Path, int] = {}  # by this process, and how many times
+
+
+@contextmanager
+def own(output: str | Path) -> Iterator[None]:
+    """Within the context no other process may write this output. Raises InputError where one does, naming it.
+
+    Of several processes of one run the first holds the lock; a process may enter again what it holds already.
+    """
+    path = Path(output).expanduser()
+    place = path.parent.resolve() / f"{path.name}.lock"
+    if not lanes.is_first() or place in _held:
+        _held[place] = _held.get(place, 0) + 1
+        file = None
+    else:
+        file = take(place, path)
+        _held[place] = 1
+    try:
+        yield
+    finally:
+        _held[place] -= 1
+        if not _held[place]:
+            del _held[place]
+        if file is not None:
+            with suppress(OSError):
+                place.unlink()
+            file.close()
+
+
+def take(place: Path, output: Path) -> IO[str] | None:
+    """The lock file, open and locked; None where the file system has no locks."""
+    while True:
+        try:
+            file = place.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write beside {output}: {place}: {error.strerror or error}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                raise InputError(
+                    f"{describe(file)} is writing {output}: wait for it, or choose another output"
+                ) from None
+        except OSError:  # a file system without locks
+            file.close()
+            with suppress(OSError):
+                place.unlink()
+            return None
+        with suppress(OSError):
+            if os.fstat(file.fileno()).st_ino == place.stat().st_ino:
+                break
+        file.close()  # its last owner removed it in between
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}))
+    file.flush()
+    return file
+
+
+def describe(file: IO[str]) -> str:
+    """Who says to hold a lock."""
+    try:
+        file.seek(0)
+        owner = json.loads(file.read())
+        return f"process {owner['process']} on {owner['host']} (since {owner['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
