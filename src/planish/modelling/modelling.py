@@ -88,7 +88,7 @@ def _build(family: str) -> dict[str, type]:
     return made
 
 
-def _list_recorded(stock: type) -> dict | None:
+def _list_recorded(stock) -> dict | None:
     """What `output_hidden_states` and `output_attentions` record. transformers goes by the classes of modules, so what takes the
     place of a family's blocks and attentions is named beside these."""
     found = dict(getattr(stock, "_can_record_outputs", None) or {})
@@ -99,10 +99,10 @@ def _list_recorded(stock: type) -> dict | None:
 
 
 @functools.cache
-def _recording(stock: type) -> type:
+def _recording(stock) -> type:
     """A family's class that records as `_list_recorded` says, for modules that transformers makes itself."""
     made = type(stock.__name__, (stock,), {"_can_record_outputs": _list_recorded(stock), "__module__": __name__})
-    output_capturing._CAN_RECORD_REGISTRY[str(made)] = made._can_record_outputs  # as PreTrainedModel.__init__ does
+    output_capturing._CAN_RECORD_REGISTRY[str(made)] = _list_recorded(stock)  # as PreTrainedModel.__init__ does
     globals()[made.__name__] = made  # for pickle
     return made
 
