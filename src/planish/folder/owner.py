@@ -19,7 +19,7 @@ from typing import IO
 from planish import lanes
 from planish.errors import InputError
 
-_held: dict[Path, int] = {}  # by this process, and how many times
+_held: set[Path] = set()  # by this process
 
 
 @contextmanager
@@ -28,33 +28,35 @@ def own(output: str | Path) -> Iterator[None]:
 
     Of several processes of one run the first holds the lock; a process may enter again what it holds already.
     """
-    path = Path(output).expanduser()
+    path = Path(output)
     place = path.parent.resolve() / f"{path.name}.lock"
     if not lanes.is_first() or place in _held:
-        _held[place] = _held.get(place, 0) + 1
-        file = None
-    else:
-        file = take(place, path)
-        _held[place] = 1
+        yield
+        return
+    missing = [p for p in place.parents if not p.exists()]
+    file = take(place, path)
+    _held.add(place)
     try:
         yield
     finally:
-        _held[place] -= 1
-        if not _held[place]:
-            del _held[place]
+        _held.remove(place)
+        with suppress(OSError):
+            place.unlink()
         if file is not None:
-            with suppress(OSError):
-                place.unlink()
             file.close()
+        for folder in missing:  # made for the lock alone, where nothing came of the run
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def take(place: Path, output: Path) -> IO[str] | None:
     """The lock file, open and locked; None where the file system has no locks."""
     while True:
         try:
+            place.parent.mkdir(parents=True, exist_ok=True)
             file = place.open("a+", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"cannot write beside {output}: {place}: {error.strerror or error}") from None
+            raise InputError(f"cannot create {place}: {error.strerror or error}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
