@@ -76,7 +76,8 @@ def test_an_owner_may_enter_again_and_leaves_nothing(tmp_path, error):
                 raise error
 
     if error:
-        pytest.raises(error, run)
+        with pytest.raises(error):
+            run()
     else:
         run()
     assert not list(tmp_path.iterdir())
@@ -105,5 +106,5 @@ def test_many_runs_at_once_never_own_together(tmp_path):
 
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot create .*file.out.lock"), own(tmp_path / "file" / "out"):
+    with pytest.raises(InputError, match=r"cannot create .*file.out\.lock"), own(tmp_path / "file" / "out"):
         pass
