@@ -7,32 +7,31 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from math import inf, isfinite, log
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from planish import api
 from planish.calibrate.activations import Room
 from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
+from planish.calibrate.text import Text as Tokens
 from planish.calibrate.text import fingerprint, load_tokens
-from planish.compression import check_windows, pick_dtype
-from planish.compression import compress as compress_windows
+from planish.compression import Destination, Shared, check_windows, compress, pick_dtype
 from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed
 from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import NAN, Point, read_points, write_points
+from planish.folder.owner import owning
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, load_tokenizer, open_source
 from planish.manifest import Result
 from planish.methods import find_method
 from planish.methods.method import Method
-from planish.plan.budgets import Asked, read_asked
+from planish.request import Bos, Limits, Request, Sampling, Text
 
 Watch = Callable[[str, int, int], None]
 
@@ -51,6 +50,7 @@ class Sweep:
         return asdict(self)
 
 
+@owning
 def sweep(
     model: str | Path,
     *,
@@ -63,7 +63,8 @@ def sweep(
     n_samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
-    sampling: api.Sampling | None = None,
+    sampling: Sampling | None = None,
+    bos: Bos = "auto",
     eval_text: Any = "builtin",
     eval_tokens: int | None = None,
     device: str = "auto",
@@ -93,31 +94,35 @@ def sweep(
     place, output = api.find_device(device), Path(output)
     source = open_source(model)
     tokenizer = load_tokenizer(source.folder) if isinstance(source, FolderSource) else None
-    text = api.read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling, cache)
+    wanted = Text.ask(n_samples=n_samples, seq_len=seq_len, seed=seed, sampling=sampling, bos=bos)
+    text = api.read_calibration(source, tokenizer, wanted, calibration, cache)
     check_windows(text.windows, source)
     length = text.windows.shape[1]
-    tokens = load_tokens(
+    held = load_tokens(
         eval_text,
         tokenizer,
         split="evaluation",
         vocab_size=source.config.vocab_size,
         tokenize=tokenize if cache else None,
-    ).tokens
+        bos=bos,
+    )
+    tokens = held.tokens
     if eval_tokens is not None:
         tokens = tokens[: max(eval_tokens, length)]
-    tokens = tokens[: len(tokens) // length * length]
-    request = {
+    if held.begin is None:
+        tokens = tokens[: len(tokens) // length * length]
+    recorded = {
         "model": str(model),
         "calibration": text.record,
         "evaluation": {"source": str(eval_text) if isinstance(eval_text, str | Path) else "ids", "tokens": len(tokens),
-                       "seq_len": length, "fingerprint": fingerprint(tokens)},
+                       "seq_len": length, "begins": held.policy, "fingerprint": fingerprint(tokens)},
         "device": place, "dtype": dtype, "round_to": round_to,
     }  # fmt: skip
-    book = Book(output, request, overwrite)
+    book = Book(output, recorded, overwrite)
     # the smallest budget first: it measures whatever the others need
     order = sorted(budgets, key=lambda asked: list(asked.given.values()))
     names = [(label, settings, method, asked) for label, settings, method in chosen for asked in order]
-    runner = Runner(source.name, tokens, length, place, dtype, bench)
+    runner = Runner(source.name, replace(held, tokens=tokens), length, place, dtype, bench)
     if not book.finished("dense"):
         book.record(runner.measure_dense())
     kind = api.find_dtype(dtype) or pick_dtype(source, place)
@@ -139,16 +144,19 @@ def sweep(
             point = Point(name, method.name, json.dumps(settings), next(iter(asked.given.values())))
             point.budgets = json.dumps(asked.given)
 
+            request = Request(
+                **asked.limits, model=str(model), method=point.method, settings=settings, device=place,
+                dtype=str(kind)[6:], round_to=round_to,
+            )  # fmt: skip
             run = partial(
-                compress_windows, source, output=book.folder(name), asked=asked, method=method, windows=text.windows,
-                calibration=text.record, settings=settings, device=place, dtype=kind, round_to=round_to, overwrite=True,
-                stream=stream, cache=shared,
+                compress, request, method, source, replace(text, seconds=0.0), Destination(book.folder(name), overwrite=True),
+                shared=Shared(stream, shared),
             )  # fmt: skip
             runner.measure(point, run, book)
             book.record(point)
             book.thin(keep_models)
         if progress:
-            progress(f"{label} {asked}", n + 1, len(names))
+            progress(f"{label} {asked.tell()}", n + 1, len(names))
     found.points = list(book.points.values())
     found.warnings = text.notes + [
         f"{label} ran with {name}={value}, so that further points cost little; "
@@ -166,12 +174,12 @@ def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def list_budgets(keeps: Sequence[float], kv_keeps: Sequence[float], flops_keeps: Sequence[float]) -> list[Asked]:
+def list_budgets(keeps: Sequence[float], kv_keeps: Sequence[float], flops_keeps: Sequence[float]) -> list[Limits]:
     """Every combination of the lists that are not empty."""
     if not (keeps or kv_keeps or flops_keeps):
         keeps = (0.9, 0.8, 0.7)
     lists = [values or (None,) for values in (keeps, kv_keeps, flops_keeps)]
-    return [read_asked(keep=k, kv_keep=v, flops_keep=f) for k, v, f in product(*lists)]
+    return [Limits.ask(keep=k, kv_keep=v, flops_keep=f) for k, v, f in product(*lists)]
 
 
 def parse_method(text: str) -> tuple[str, dict[str, str], Method]:
@@ -255,8 +263,8 @@ class Book:
 class Runner:
     """Measures points on one evaluation text (n · length tokens), beside the dense model `name`."""
 
-    def __init__(self, name: str, tokens: Tensor, length: int, device: str, dtype: str | None, bench: bool):
-        self.name, self.tokens, self.length, self.device, self.bench = name, tokens, length, device, bench
+    def __init__(self, name: str, text: Tokens, length: int, device: str, dtype: str | None, bench: bool):
+        self.name, self.text, self.length, self.device, self.bench = name, text, length, device, bench
         self.dtype = dtype or ("float32" if device == "cpu" else None)
         self.model: Any = None  # the dense one, where it is needed beside others
         self.traced: drift.Trace | None = None
@@ -280,12 +288,14 @@ class Runner:
         return point
 
     def evaluate(self, point: Point, model: Any) -> None:
-        measured = perplexity.evaluate(model, self.tokens, self.length, batch_size=max(1, 2048 // self.length))
+        measured = perplexity.evaluate(
+            model, self.text.tokens, self.length, begin=self.text.begin, batch_size=max(1, 2048 // self.length)
+        )
         point.perplexity, point.nll = measured.perplexity, measured.nll
 
     def trace(self, model: Any) -> None:
         vocabulary = model.config.get_text_config().vocab_size
-        self.windows = drift.choose_windows(self.tokens, self.length, vocabulary)
+        self.windows = drift.choose_windows(self.text.tokens, self.length, vocabulary, self.text.begin)
         self.traced = drift.trace(model, self.windows)
 
     def time(self, point: Point, models: dict[str, Any]) -> None:

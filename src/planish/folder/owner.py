@@ -7,18 +7,21 @@ and no lock, and whoever comes next takes it over.
 from __future__ import annotations
 
 import fcntl
+import functools
+import inspect
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar, cast
 
 from planish import lanes
 from planish.errors import InputError
 
+F = TypeVar("F", bound=Callable[..., Any])
 _held: set[Path] = set()  # by this process
 
 
@@ -47,6 +50,19 @@ def own(output: str | Path) -> Iterator[None]:
         for folder in missing:  # made for the lock alone, where nothing came of the run
             with suppress(OSError):
                 folder.rmdir()
+
+
+def owning(function: F) -> F:
+    """The function, which owns its argument `output` while it runs (nothing, where that is None)."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **given: Any) -> Any:
+        output = signature.bind_partial(*args, **given).arguments.get("output")
+        with own(output) if output is not None else nullcontext():
+            return function(*args, **given)
+
+    return cast(F, call)
 
 
 def take(place: Path, output: Path) -> IO[str] | None:
