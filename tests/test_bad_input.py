@@ -19,8 +19,10 @@ import tiny
 from compressed import train_tokenizer
 from planish.compression import compress
 from planish.errors import InputError
+from planish.folder.config import load_config
+from planish.folder.hub import find_folder
 from planish.folder.load import load
-from planish.folder.source import find_folder, load_config, open_source
+from planish.folder.source import open_source
 from planish.methods import list_methods
 
 WINDOWS = tiny.windows(16, 24)
