@@ -384,7 +384,11 @@ def test_dtypes_that_are_not_read(folder, tmp_path, kind, words, not_said):
     raw = shard.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
-    next(v for n, v in header.items() if n != "__metadata__")["dtype"] = kind
+    entry = next(v for n, v in header.items() if n != "__metadata__")
+    entry["dtype"], entry["shape"] = (
+        kind,
+        [32 // int(kind[1:].split("_")[0]), *entry["shape"]],
+    )  # as many bytes as before
     new = json.dumps(header).encode()
     shard.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + size :])
     with pytest.raises(InputError, match=words) as caught:

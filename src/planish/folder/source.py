@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from planish.core import Shape
 from planish.errors import InputError
+from planish.folder.checks import check_tensors
 from planish.folder.config import NO_SOFT_CAP, find_family, find_stock_config, load_config
 from planish.folder.hub import find_folder
 from planish.folder.model_folder import ModelFolder
@@ -117,6 +118,9 @@ class FolderSource(Source):
                 f"{self.folder}/config.json says {self.n_blocks} blocks, the checkpoint holds {len(inside)}: "
                 "it is incomplete or another model's"
             )
+        entries = {n: reader.entry(n) for n in reader.names}
+        strange = check_tensors(entries, self.model, self.tied, str(self.folder))
+        self.known = [n for n in reader.names if n not in strange]
         self.untie_if_different()
 
     def untie_if_different(self) -> None:
@@ -126,7 +130,7 @@ class FolderSource(Source):
             embedding = self.reader.tensor(self.embedding_name())
             if not torch.equal(embedding, self.reader.tensor(HEAD)):
                 self.config.tie_word_embeddings = False
-                del self.empty
+                del self.empty, self.model, self.tied
 
     @property
     def stored(self) -> torch.dtype:
@@ -143,18 +147,7 @@ class FolderSource(Source):
         return build_empty(self.config, self.family)
 
     def skeleton(self) -> PreTrainedModel:
-        self.check_headers()
         return copy.deepcopy(self.model)
-
-    def check_headers(self) -> None:
-        """Every tensor that the configuration asks for is stored, in its shape; nothing is read but headers."""
-        for name, tensor in self.model.state_dict().items():
-            stored = name if name in self.reader else self.tied.get(name, name)
-            shape = tuple(self.reader.entry(stored).shape)
-            if shape != tuple(tensor.shape):
-                raise InputError(
-                    f"tensor {name} in {self.folder} has shape {shape}, expected {tuple(tensor.shape)} from config.json"
-                )
 
     def block(self, i: int) -> nn.Module:
         return split_block(self.stored_block(i), self.family, self.config)
@@ -162,14 +155,8 @@ class FolderSource(Source):
     def stored_block(self, i: int) -> nn.Module:
         """A copy of block i under its stored names (fused linears stay fused), in the stored dtype."""
         block = copy.deepcopy(find_blocks(self.model, self.family)[i], {id(self.model.config): self.model.config})
-        for name, empty in block.state_dict().items():
-            full = f"{self.family.blocks}.{i}.{name}"
-            tensor = self.reader.tensor(full)
-            if tensor.shape != empty.shape:
-                raise InputError(
-                    f"tensor {full} of {self.folder} has shape {tuple(tensor.shape)}, expected {tuple(empty.shape)}"
-                )
-            set_parameter(block, name, tensor)
+        for name in block.state_dict():
+            set_parameter(block, name, self.reader.tensor(f"{self.family.blocks}.{i}.{name}"))
         following = i + (1 if i >= self._last else -1)  # the stream goes up or down
         self._last = i
         self.reader.expect(self.reader.inside(following))
@@ -183,12 +170,6 @@ class FolderSource(Source):
         """Either name of a tied matrix → the other."""
         names = (self.embedding_name(), HEAD)
         return dict(zip(names, reversed(names))) if self.config.tie_word_embeddings else {}
-
-    @cached_property
-    def known(self) -> list[str]:
-        """Names of the stored tensors that are the model's."""
-        known = self.model.state_dict().keys()
-        return [n for n in self.reader.names if n in known]
 
     def outside(self) -> dict[str, Tensor]:
         inside = f"{self.family.blocks}."
