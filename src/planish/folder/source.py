@@ -31,9 +31,10 @@ T = TypeVar("T")
 
 
 class Source:
-    """A model, read one block at a time."""
+    """A model, read one block at a time. `stock_config` is the original model's where `config` is a compressed one's."""
 
     config: Any
+    stock_config: Any
     family: Family
     name: str
 
@@ -62,11 +63,11 @@ class Source:
         Nothing is read but headers; tied matrices count once."""
         raise NotImplementedError
 
-    def once(self, tensors: dict[str, T]) -> dict[str, T]:
+    def _once(self, tensors: dict[str, T]) -> dict[str, T]:
         """Tied matrices once, under the embedding's name."""
         if not self.config.tie_word_embeddings or HEAD not in tensors:
             return tensors
-        return {self.embedding_name(): tensors[HEAD]} | {n: t for n, t in tensors.items() if n != HEAD}
+        return {self._embedding_name(): tensors[HEAD]} | {n: t for n, t in tensors.items() if n != HEAD}
 
     @property
     def n_blocks(self) -> int:
@@ -77,18 +78,13 @@ class Source:
         """What the blocks' weights are stored in."""
         return next(self.block(0).parameters()).dtype
 
-    @property
-    def stock_config(self) -> Any:
-        """The original model's configuration, which differs from `config` where the model is compressed."""
-        return self.config
-
     @cached_property
     def empty(self) -> PreTrainedModel:
         """The original model's architecture; nothing in it has values."""
         with torch.device("meta"):
             return build_skeleton(self.stock_config, self.family)
 
-    def embedding_name(self) -> str:
+    def _embedding_name(self) -> str:
         """Name of the input embedding's weight in the causal LM."""
         return find_embedding(self.empty)
 
@@ -110,6 +106,7 @@ class FolderSource(Source):
     def __init__(self, reader: ModelFolder):
         self.reader, self.folder, self.name = reader, reader.path, reader.name
         self.config, self.family, self.specs = reader.config, reader.family, reader.specs
+        self.stock_config = find_stock_config(self.config, self.family)
         self._last = -1  # block that was read last
         prefix = f"{self.family.blocks}."
         inside = {n.removeprefix(prefix).partition(".")[0] for n in reader.names if n.startswith(prefix)}
@@ -119,27 +116,23 @@ class FolderSource(Source):
                 "it is incomplete or another model's"
             )
         entries = {n: reader.entry(n) for n in reader.names}
-        strange = check_tensors(entries, self.model, self.tied, str(self.folder))
+        strange = check_tensors(entries, self.model, self._tied, str(self.folder))
         self.known = [n for n in reader.names if n not in strange]
-        self.untie_if_different()
+        self._untie_if_different()
 
-    def untie_if_different(self) -> None:
+    def _untie_if_different(self) -> None:
         """A checkpoint whose configuration ties matrices that it stores with different numbers is not tied, as transformers
         sees it."""
-        if self.config.tie_word_embeddings and HEAD in self.reader and self.embedding_name() in self.reader:
-            embedding = self.reader.tensor(self.embedding_name())
+        if self.config.tie_word_embeddings and HEAD in self.reader and self._embedding_name() in self.reader:
+            embedding = self.reader.tensor(self._embedding_name())
             if not torch.equal(embedding, self.reader.tensor(HEAD)):
-                self.config.tie_word_embeddings = False
-                del self.empty, self.model, self.tied
+                self.config.tie_word_embeddings = self.stock_config.tie_word_embeddings = False
+                del self.empty, self.model, self._tied
 
     @property
     def stored(self) -> torch.dtype:
         first = next(n for n, _ in self.model.named_parameters() if n in self.reader.inside(0))
         return self.reader.entry(first).dtype
-
-    @cached_property
-    def stock_config(self) -> Any:
-        return find_stock_config(self.config, self.family)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -163,22 +156,22 @@ class FolderSource(Source):
         return block
 
     def weight(self, name: str) -> Tensor:
-        return self.reader.tensor(name if name in self.reader else self.tied.get(name, name))
+        return self.reader.tensor(name if name in self.reader else self._tied.get(name, name))
 
     @cached_property
-    def tied(self) -> dict[str, str]:
+    def _tied(self) -> dict[str, str]:
         """Either name of a tied matrix → the other."""
-        names = (self.embedding_name(), HEAD)
+        names = (self._embedding_name(), HEAD)
         return dict(zip(names, reversed(names))) if self.config.tie_word_embeddings else {}
 
     def outside(self) -> dict[str, Tensor]:
         inside = f"{self.family.blocks}."
-        tied = self.once({n: n for n in self.known if not n.startswith(inside)})
+        tied = self._once({n: n for n in self.known if not n.startswith(inside)})
         return {name: self.reader.tensor(stored) for name, stored in tied.items()}
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
         entries = {n: self.reader.entry(n) for n in self.known}
-        return self.once({n: (math.prod(e.shape), e.dtype) for n, e in entries.items()})
+        return self._once({n: (math.prod(e.shape), e.dtype) for n, e in entries.items()})
 
     def count(self) -> int:
         """Stored parameters, tied ones once; index tables are none."""
@@ -199,6 +192,7 @@ class ConfigSource(Source):
 
     def __init__(self, folder: Path):
         self.config, self.name = load_config(folder), str(folder)
+        self.stock_config = self.config
         self.family = find_family(self.config)
 
     @property
@@ -210,7 +204,7 @@ class ConfigSource(Source):
         raise InputError(f"{self.name} holds no weights, which this needs: give the whole model")
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
-        return self.once({n: (p.numel(), self.stored) for n, p in self.skeleton().state_dict().items()})
+        return self._once({n: (p.numel(), self.stored) for n, p in self.skeleton().state_dict().items()})
 
     def skeleton(self) -> PreTrainedModel:
         with torch.device("meta"):
@@ -222,7 +216,7 @@ class MemorySource(Source):
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
         self.model, self.tokenizer = model, tokenizer
-        self.config = copy.deepcopy(model.config)
+        self.config = self.stock_config = copy.deepcopy(model.config)
         if needs_eager(self.config) and self.config._attn_implementation == "sdpa":
             self.config._attn_implementation = "eager"
             warnings.warn(NO_SOFT_CAP.format("the model is calibrated"), stacklevel=4)
@@ -240,10 +234,10 @@ class MemorySource(Source):
     def outside(self) -> dict[str, Tensor]:
         inside = f"{self.family.blocks}."
         tensors = self.model.state_dict().items()
-        return self.once({n: t.detach().cpu() for n, t in tensors if not n.startswith(inside)})
+        return self._once({n: t.detach().cpu() for n, t in tensors if not n.startswith(inside)})
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
-        return self.once({n: (t.numel(), t.dtype) for n, t in self.model.state_dict().items()})
+        return self._once({n: (t.numel(), t.dtype) for n, t in self.model.state_dict().items()})
 
     def skeleton(self) -> PreTrainedModel:
         return build_empty(self.config, self.family)
