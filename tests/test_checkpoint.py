@@ -21,7 +21,6 @@ import compressed
 import tiny
 from planish.apply import apply_edits
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Edit, Plan, Unit
 from planish.export.dense import export_dense
 from planish.folder.load import load
@@ -32,6 +31,7 @@ from planish.methods.method import Method
 from planish.modelling.attentions import Attention
 from planish.modelling.blocks import find_blocks, get_linear
 from planish.solvers.forms import value_edits
+from tiny import compress
 
 WINDOWS = tiny.windows(8, 24)
 EOS = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
