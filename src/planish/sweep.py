@@ -27,7 +27,8 @@ from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import NAN, Point, read_points, write_points
 from planish.folder.owner import owning
 from planish.folder.safetensors import write_text
-from planish.folder.source import FolderSource, load_tokenizer, open_source
+from planish.folder.source import FolderSource, open_source
+from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 from planish.methods import find_method
 from planish.methods.method import Method
@@ -209,7 +210,7 @@ class Book:
             except ValueError:
                 old = {}
             for key, value in json.loads(json.dumps(request)).items():
-                if old.get(key) != value:
+                if drop_begins(old.get(key)) != drop_begins(value):
                     raise InputError(
                         f"{output} holds a sweep with another {key} ({describe(old.get(key))}, now {describe(value)}); "
                         "choose another folder or pass --overwrite"
@@ -341,6 +342,11 @@ class Runner:
         found = drift.compare(self.traced, traced, removed)
         point.kl = found.kl
         write_text(folder / "drift.json", json.dumps(asdict(found)) + "\n")
+
+
+def drop_begins(value: Any) -> Any:
+    """Where windows begin is in their fingerprint; sweeps of before there was a choice do not name it."""
+    return {k: v for k, v in value.items() if k not in ("bos", "begins")} if isinstance(value, dict) else value
 
 
 def describe(value: Any) -> str:

@@ -87,13 +87,8 @@ def load_tokens(
     if bos == "every" and begin is None:
         raise InputError("bos every: the tokenizer has no beginning-of-sequence token; use auto, once or never")
     name = str(source) if isinstance(source, str | Path) else "texts"
-    ids: np.ndarray | None = None
-    if isinstance(source, np.ndarray | Tensor):
-        ids, name = source.detach().cpu().numpy() if isinstance(source, Tensor) else source, "ids"
-    elif isinstance(source, str | Path) and name not in NAMES:
-        check_file(Path(name).expanduser())
-        ids = read_npy(Path(name).expanduser()) if name.endswith(".npy") else None
-    if ids is not None:
+    if (ids := read_ids(source)) is not None:
+        name = name if isinstance(source, str | Path) else "ids"
         where = "the given ids" if name == "ids" else name
         return Text(check_ids(ids, where, vocab_size), name, False, True, begin if bos == "every" else None)
     if tokenizer is None:
@@ -116,6 +111,17 @@ def load_tokens(
         ids, first = ids[1:], False
     every = bos == "every" or (bos == "auto" and first)
     return Text(check_ids(ids, name, vocab_size), name, first or every, False, begin if every else None)
+
+
+def read_ids(source: Any) -> np.ndarray | None:
+    """A SOURCE that is token ids, in memory or a .npy file; None where it is text. A file must be there."""
+    if isinstance(source, np.ndarray | Tensor):
+        return source.detach().cpu().numpy() if isinstance(source, Tensor) else source
+    if not isinstance(source, str | Path) or str(source) in NAMES:
+        return None
+    path = Path(source).expanduser()
+    check_file(path)
+    return read_npy(path) if path.suffix == ".npy" else None
 
 
 def encode(tokenizer: Any, documents: Sequence[Document], apart: bool = False) -> np.ndarray:
