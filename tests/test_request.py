@@ -22,8 +22,8 @@ OWN = {  # flags that are no part of a request: how a command runs, and what it 
 }  # fmt: skip
 LEFT_OUT = {
     "sweep": {"max-params", "max-bytes", "max-latency", "context", "method", "target", "set"},
-    "eora": {FLAGS.get(n, n.replace("_", "-")) for n in OPTIONS} - {"calibration", "n-samples", "seq-len", "seed", "sampling", "bos",
-                                                                  "device", "dtype"},
+    "eora": {FLAGS.get(n, n.replace("_", "-")) for n in OPTIONS} - {"calibration", "n-samples", "seq-len", "seed", "sampling",
+                                                                  "bos", "device", "dtype"},
 }  # fmt: skip
 
 

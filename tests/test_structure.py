@@ -41,7 +41,7 @@ LONG_FILES = {
     "planish.dry_run": 445,
     "planish.evaluate.report.page": 471,
     "planish.job": 483,
-    "planish.methods.subfit": 416,
+    "planish.methods.subfit": 424,
     "planish.plan.allocate": 463,
     "planish.plan.latency": 429,
     "planish.solvers.linalg": 439,

@@ -81,15 +81,10 @@ def load_tokens(
 
     Raises `InputError` for whatever the user can correct.
     """
-    begin = getattr(tokenizer, "bos_token_id", None)
-    if bos not in ("auto", "every", "once", "never"):
-        raise InputError(f"unknown bos · got {bos!r} · expected auto, every, once or never")
-    if bos == "every" and begin is None:
-        raise InputError("bos every: the tokenizer has no beginning-of-sequence token; use auto, once or never")
+    begin = find_begin(tokenizer, bos)
     name = str(source) if isinstance(source, str | Path) else "texts"
     if (ids := read_ids(source)) is not None:
-        name = name if isinstance(source, str | Path) else "ids"
-        where = "the given ids" if name == "ids" else name
+        name, where = (name, name) if isinstance(source, str | Path) else ("ids", "the given ids")
         return Text(check_ids(ids, where, vocab_size), name, False, True, begin if bos == "every" else None)
     if tokenizer is None:
         raise InputError(
@@ -99,8 +94,7 @@ def load_tokens(
     documents = read_documents(source, split)  # type: ignore[arg-type]
     if not documents:
         raise InputError(f"no text · {name} · got only white space · give a source that has text")
-    apart = bos in ("auto", "every")
-    if not apart:
+    if not (apart := bos in ("auto", "every")):
         between = " " if name == "c4" and split == "evaluation" else "\n\n"
         documents = [between.join(d if isinstance(d, str) else apply_template(tokenizer, d) for d in documents)]
     ids = (tokenize or encode)(tokenizer, documents, apart)
@@ -111,6 +105,16 @@ def load_tokens(
         ids, first = ids[1:], False
     every = bos == "every" or (bos == "auto" and first)
     return Text(check_ids(ids, name, vocab_size), name, first or every, False, begin if every else None)
+
+
+def find_begin(tokenizer: Any, bos: str) -> int | None:
+    """The tokenizer's beginning-of-sequence token, which "every" needs."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    if bos not in ("auto", "every", "once", "never"):
+        raise InputError(f"unknown bos · got {bos!r} · expected auto, every, once or never")
+    if bos == "every" and begin is None:
+        raise InputError("bos every: the tokenizer has no beginning-of-sequence token; use auto, once or never")
+    return begin
 
 
 def read_ids(source: Any) -> np.ndarray | None:
