@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planish.shapes import Float
+from planish.shapes import Float, Shaped
 
 Sums = dict[str, Tensor]
 KINDS: dict[str, Callable[..., Sums]] = {}
@@ -316,7 +316,7 @@ def add_cross(into: Sums, y: Float[Tensor, "tokens out"], x: Float[Tensor, "toke
 IN_PLACE: dict[str, Callable[..., None]] = {"gram": add_gram, "cross": add_cross}
 
 
-def is_finite(t: Tensor) -> bool:
+def is_finite(t: Shaped[Tensor, "..."]) -> bool:
     """Whether no entry is NaN or infinite, without a copy (extremes propagate NaN)."""
     if not t.is_floating_point() or not t.numel():
         return True
