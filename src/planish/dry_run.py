@@ -191,11 +191,12 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         "flops_keep",
         1,
         0,
-        count_flops(shapes, [{}] * len(shapes), [s.count() for s in shapes], job.context),
+        count_flops(shapes, [{}] * len(shapes), [s.working for s in shapes], job.context),
         context=job.context,
     )
     stored = make_budget("max_bytes", 1, source, shapes, job.context)
-    peaks, seconds, how = estimate(job, plan, size, measured, params, head, itemsize, int(flops.total) - 2 * blocks)
+    attend = int(flops.total) - 2 * sum(s.working for s in shapes)
+    peaks, seconds, how = estimate(job, plan, size, measured, params, head, itemsize, attend)
     found = Forecast(
         method=find_name(job.method),
         keep_requested=job.keep,
@@ -280,7 +281,7 @@ def estimate(
 
     here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
     rates = measure_rates(here, torch.float32 if here != stream.device else stream.dtype, shape, size[1])
-    passes, forward = 0.0, 2 * shape.count() / rates.single + attend / 2 / len(job.shapes) / rates.attention
+    passes, forward = 0.0, 2 * shape.working / rates.single + attend / 2 / len(job.shapes) / rates.attention
     forward += (shape.intermediate + 6 * shape.hidden) * rates.element
     summing, solving = 0.0, 0.0
     cuts = [[u for u in job.planned(i, plan) if i not in job.edits] for i in range(len(job.shapes))]
@@ -352,7 +353,7 @@ def reach(shape: Shape, taps: Iterable[Tap]) -> float:
     """Share of a block's weights that run until all these taps' sites have been seen."""
     depth = 0
     for site in (s.rpartition(":")[2] for tap in taps for s in tap.sites):
-        where, end = site.split(".")
+        where, _, end = site.rpartition(".")
         at = next((n for n, roles in enumerate(ORDER) if where in roles), len(ORDER) - 1)
         depth = max(depth, at if end == "in" and where in shape.roles else at + 1)
     return sum(shape.count(r) for roles in ORDER[:depth] for r in roles if r in shape.roles) / shape.count()

@@ -28,7 +28,7 @@ from planish.calibrate.taps import AllSeen, find_gap, tap_sites
 from planish.core import Edit, Progress, Shape
 from planish.errors import InputError
 from planish.folder.source import Source, is_finite
-from planish.modelling.blocks import find_blocks, get_linear
+from planish.modelling.blocks import find_blocks, get_linear, has_linear
 from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
 from planish.stats import Stats, Tap, add_lane
@@ -214,10 +214,10 @@ class Stream:
         """Within the context batch n runs through the block, which starts `midway` if it can; these sites are looked at."""
         if midway is None:
             return nullcontext()
-        seen, parts = {s.partition(".")[0] for s in sites}, {}
+        seen, parts = {s.rpartition(".")[0] for s in sites}, {}
         for name, role in LAST.items():
             path = getattr(self.family, name)  # a block may hold the linears of its MLP itself
-            module = block.get_submodule(path) if path else None
+            module = block.get_submodule(path) if path and has_linear(block, self.family, role) else None
             if module is not None and not isinstance(module, Bypass):
                 before = {"attention": {"q", "k", "v"}, "mlp": {"gate", "up"}}[name]
                 parts[name] = Part(module, get_linear(block, self.family, role), bool(before & seen))

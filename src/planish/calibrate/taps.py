@@ -70,7 +70,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
         )
 
     for site in sites:
-        where, end = site.split(".")
+        where, _, end = site.rpartition(".")
         if end == "back":
             tap_back(get_linear(block, family, where), site)
         elif end == "product":

@@ -20,11 +20,11 @@ import transformers.initialization as initialization
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from planish.core import Shape
+from planish.core import ExpertShape, Shape
 from planish.errors import InputError
 from planish.folder.safetensors import Shard
 from planish.modelling.attentions import count_heads, head_width, needs_eager, rotary_width
-from planish.modelling.blocks import find_blocks, get_linear, split_block
+from planish.modelling.blocks import find_blocks, get_linear, read_layout, split_block, split_experts
 from planish.modelling.families import FAMILIES, Family
 from planish.modelling.modelling import register
 
@@ -126,25 +126,30 @@ class Source:
 
     def shape(self, i: int) -> Shape:
         """Sizes of block i, read off an empty block."""
-        block = self.empty_block(i)
-        heads, kv_heads = count_heads(self.config)
-        attention = block.get_submodule(self.family.attention)
-        rotary, qk = rotary_width(attention, self.family), head_width(attention)
-        linear = {r: get_linear(block, self.family, r) for r in ("v", "down")}
-        parallel = self.family.parallel and bool(getattr(self.config, "use_parallel_residual", True))
+        block, family = self.empty_block(i), self.family
+        layout = read_layout(block, family, self.config)
+        heads, kv_heads = count_heads(self.config) if layout.has("attention") else (0, 0)
+        attention = block.get_submodule(family.attention) if heads else nn.Module()
+        others = [
+            (r, get_linear(block, family, r).weight) for g in layout.groups for r in g.linears if r in family.others
+        ]
+        others += [(n.removesuffix(".weight"), block.get_parameter(n)) for n in layout.rest]
+        count = sum(g.name.startswith("expert.") for g in layout.groups)
         return Shape(
             i,
             self.config.hidden_size,
             heads,
             kv_heads,
-            qk,
-            linear["v"].out_features // kv_heads,
-            linear["down"].in_features,
-            rotary,
-            self.family.gated,
-            self.family.qk_norm,
-            parallel,
+            head_width(attention) if heads else 0,
+            get_linear(block, family, "v").out_features // kv_heads if heads else 0,
+            get_linear(block, family, "down").in_features if layout.has("mlp") else 0,
+            rotary_width(attention, family) if heads else 0,
+            family.gated,
+            family.qk_norm,
+            layout.parallel,
             self.n_blocks,
+            make_experts(block, family, self.config, count) if count else None,
+            tuple((role, len(w), w.numel() // len(w)) for role, w in others),
         )
 
     def empty_block(self, i: int) -> nn.Module:
@@ -155,11 +160,21 @@ class Source:
         return split_block(block, self.family, self.config)
 
 
+def make_experts(block: nn.Module, family: Family, config, number: int) -> ExpertShape:
+    row = family.experts
+    assert row is not None
+    return ExpertShape(number, getattr(config, row.top), get_linear(block, family, "expert.0.down").in_features)
+
+
 def build_skeleton(config, family: Family) -> PreTrainedModel:
+    """A causal LM of this configuration, with stacked experts one by one, as checkpoints mostly store them."""
     try:
-        return getattr(transformers, family.classes[2])(config)
+        model = getattr(transformers, family.classes[2])(config)
     except Exception as error:  # sizes that do not fit together, or into memory
         raise InputError(f"config.json is no valid {family.model_type}: {type(error).__name__}: {error}") from None
+    for block in find_blocks(model, family):
+        split_experts(block, family)
+    return model
 
 
 @contextmanager
@@ -239,6 +254,7 @@ class FolderSource(Source):
         tensors = {n.removeprefix(prefix): self.tensor(n) for n in self.names(prefix)}
         with no_parameters():
             block = type(find_blocks(self._structure(), self.family)[i])(self._structure().config, i)
+        split_experts(block, self.family)
         fill(block, tensors, f"block {i} of {self.folder}")
         self.read_ahead(i)
         return split_block(block.eval(), self.family, self.config)

@@ -15,8 +15,6 @@ from planish.solvers.linalg import eigh_descending, eigh_root, root, svd
 from planish.solvers.moments import RIDGES, Moments
 from planish.stats import Stats, Tap
 
-ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
-
 
 @dataclass(frozen=True)
 class Affine:
@@ -145,14 +143,14 @@ class Bypass(Solver):
     shared: Tensor | None = None
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, name) for name in self.submodules]
+        return [Unit(shape.block, name) for name in self.submodules if shape.held(name)]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return (0, 1)
 
     def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
         if rank:
-            return shape.count(*(r for r in shape.roles if r in (ATTENTION if unit.name == "attention" else FFN)))
+            return shape.count(*shape.held(unit.name))
         if self.kind == "zero":
             return 0
         d, inner = shape.hidden, self.inner_rank(unit, shape)
