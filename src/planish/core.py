@@ -20,7 +20,9 @@ Weights = dict[str, Tensor]  # role → weight (out, in), "role.bias" → bias (
 
 HELD = {  # unit of several linears → their roles
     "qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP,
+    "stream": ATTENTION + MLP,
 }  # fmt: skip
+WHOLE = {"stream"}  # units of all blocks
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ class Shape:
         return tuple(r for r in HELD.get(name, (name,)) if r in self.roles)
 
     @property
+    def inner(self) -> int:
+        """Neurons that one token meets."""
+        return self.intermediate + (self.experts.top * self.experts.intermediate if self.experts else 0)
+
+    @property
     def working(self) -> int:
         """Weights that one token meets: all but those of the experts that it does not reach."""
         return sum(self.count(r) for r in self.roles + self.rest if self.works(r))
@@ -157,6 +164,19 @@ class Edit:
     form: dict[str, Any]
     tensors: dict[str, Tensor]
     rows: Tensor | None = None
+
+
+def list_untouched(units: Iterable[Unit], shapes: Iterable[Shape]) -> list[tuple[int, str, int]]:
+    """What no unit holds: (block, role or "experts", weights). With what units hold it makes all of `Shape.count`."""
+    units, found = list(units), []
+    for shape in shapes:
+        held = {r for u in units if u.block == shape.block or u.name in WHOLE for r in shape.held(u.name)}
+        weights: dict[str, int] = {}
+        for role in (r for r in shape.roles + shape.rest if r not in held):
+            name = "experts" if role.startswith("expert.") else role
+            weights[name] = weights.get(name, 0) + shape.count(role)
+        found += [(shape.block, name, n) for name, n in weights.items()]
+    return found
 
 
 SUBMODULES = {"attention": "attention", "mlp": "ffn"}  # edit target → name of the unit that is the whole submodule

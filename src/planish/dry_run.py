@@ -23,7 +23,7 @@ from planish.calibrate.reuse import BEHIND, LAST
 from planish.calibrate.stream import BATCH, Stream
 from planish.calibrate.text import shuffle_windows
 from planish.compression import check_tokens, check_windows, pick_dtype
-from planish.core import Plan, Progress, Shape, Unit, count_sums
+from planish.core import Plan, Progress, Shape, Unit, count_sums, list_untouched
 from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source
 from planish.job import Job
@@ -75,6 +75,7 @@ class Forecast:
     predicted: dict[str, float] = field(default_factory=dict)  # kind of unit → predicted loss, where it is known
     predicted_any: dict[str, float] = field(default_factory=dict)  # the same without the target's limits
     warnings: list[str] = field(default_factory=list)
+    untouched: list[dict[str, Any]] = field(default_factory=list)  # weights that no unit of the method holds
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"removed": 1 - self.keep, "keep_whole_model": self.params_after / self.params_before}
@@ -220,6 +221,9 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         units=rows,
         how=how,
         warnings=list(job.remarks.values()),
+        untouched=[
+            {"block": i, "what": what, "weights": weights} for i, what, weights in list_untouched(job.units, shapes)
+        ],
     )
     for b in job.kept_budgets:
         cost = left(job, plan, b)
@@ -282,13 +286,16 @@ def estimate(
     here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
     rates = measure_rates(here, torch.float32 if here != stream.device else stream.dtype, shape, size[1])
     passes, forward = 0.0, 2 * shape.working / rates.single + attend / 2 / len(job.shapes) / rates.attention
-    forward += (shape.intermediate + 6 * shape.hidden) * rates.element
+    forward += (shape.inner + 6 * shape.hidden) * rates.element
     summing, solving = 0.0, 0.0
     cuts = [[u for u in job.planned(i, plan) if i not in job.edits] for i in range(len(job.shapes))]
     alike = {u.name: u for cut in cuts for u in cut}  # one unit of each kind
+    took: dict[str, float] = {}
     with offload("cpu"):  # elsewhere small solves say nothing about large ones
-        rehearsed = rehearse({u: job.units[u] for u in alike.values()}, plan, shape)
-    took = {u.name: s for u, s in rehearsed.items()}
+        kinds = {u: replace(job.shapes[u.block], block=0) for u in alike.values()}  # blocks may differ
+        for kind in dict.fromkeys(kinds.values()):
+            rehearsed = rehearse({u: job.units[u] for u, k in kinds.items() if k == kind}, plan, kind)
+            took |= {u.name: s for u, s in rehearsed.items()}
     for i, cut in enumerate(cuts):
         through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]], size)
         passes += through
@@ -422,7 +429,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_le
             best = min(best, clock.read() if device.type == "cpu" else time.perf_counter() - start)
         return best
 
-    n, m = min(shape.hidden, 1024), min(shape.intermediate, 2048)
+    n, m = min(shape.hidden, 1024), min(shape.inner, 2048)
     sums = torch.device("cpu") if device.type == "mps" else device  # it has no fp64
     a, b = torch.ones(1024, n, device=device, dtype=dtype), torch.ones(m, n, device=device, dtype=dtype)
     single = 2 * 1024 * n * m / seconds(lambda: nn.functional.linear(a, b))

@@ -24,7 +24,7 @@ from planish import stats as planish_stats
 from planish.apply import apply_edits
 from planish.calibrate.activations import Activations, Room, fetch, find_near
 from planish.calibrate.reuse import LAST, Midway, Part
-from planish.calibrate.taps import AllSeen, find_gap, tap_sites
+from planish.calibrate.taps import AllSeen, Routed, Seen, find_gap, fold, on_rows, take_windows, tap_sites
 from planish.core import Edit, Progress, Shape
 from planish.errors import InputError
 from planish.folder.source import Source, is_finite
@@ -250,8 +250,8 @@ class Stream:
             own_sites |= {"attention.raw", "mlp.raw", "attention.add"}
             dense_sites |= {"attention.raw", "attention.add", "mlp.raw", "mlp.add"}
 
-        def run(n: int) -> dict[str, Tensor]:
-            h, values = fetch(hidden, n, self.device), dict[str, Tensor]()
+        def run(n: int) -> Seen:
+            h, values = fetch(hidden, n, self.device), Seen()
             if own_sites or outputs:
                 with (
                     self.follow(midway, n, block, own_sites),
@@ -273,7 +273,7 @@ class Stream:
                 values |= {f"dense:{s}": v for s, v in seen.items()}
             for where in gaps:
                 values[f"{where}.gap"] = find_gap(where, values, self.source.shape(i).parallel)
-            return {s: v.reshape(len(h), -1, v.shape[-1]) for s, v in values.items()}
+            return {s: fold(v, len(h)) for s, v in values.items()}
 
         return self.collect(taps, run, self.source.shape(i)), results
 
@@ -290,8 +290,8 @@ class Stream:
                 tensors.append(seen[site])
         return dict(found), results
 
-    def collect(self, taps: list[Tap], run: Callable[[int], dict[str, Tensor]], shape: Shape) -> Stats:
-        """Statistics over all batches of all processes. `run(n)`: every site's (batch, seq, channels) for piece n.
+    def collect(self, taps: list[Tap], run: Callable[[int], Seen], shape: Shape) -> Stats:
+        """Statistics over all batches of all processes. `run(n)`: what is seen at every site for piece n.
 
         Sums are formed lane by lane and added in the order of lanes, so they depend on the batches alone. Of a wide Gram
         (`planish.stats.WIDE`) only the total exists: a lane's inputs are kept until it is complete, then added.
@@ -308,11 +308,11 @@ class Stream:
                     values = run(n)
                     with self.clock("sums"):
                         if self.device.type == "mps":  # it has no fp64
-                            values = {site: v.cpu() for site, v in values.items()}
-                        add_batch(mine, narrow, values, piece.first)
+                            values = {site: on_rows(v, Tensor.cpu) for site, v in values.items()}
+                        add_batch(mine, narrow, values, piece)
                         for tap in wide:
-                            rows = choose_rows(tap.part, piece.first, len(piece.ids))
-                            kept[tap].append(values[tap.site][rows])
+                            chosen = choose_windows(tap.part, piece)
+                            kept[tap].append(take_windows(values[tap.site], chosen))
                             mine.tokens[tap] = mine.tokens.get(tap, 0) + kept[tap][-1].shape[:-1].numel()
             owners = [r for r in range(count) if first + r in used]
             with self.clock("sums"):
@@ -336,12 +336,12 @@ class Stream:
     def add_wide(self, total: Stats, tap: Tap, inputs: Hidden, tokens: int, owners: list[int], shape: Shape) -> None:
         """Add the Grams of the lanes that `owners` have just run, this process's own from its `inputs`."""
         found = [n for n, r in zip(lanes.gather(tokens), range(lanes.count()), strict=True) if r in owners]
-        if not sum(found):
-            return
         n, device = shape.width(tap.site), "cpu" if self.device.type == "mps" else self.device
         sums = total.sums.setdefault(tap, {})
         if "sum" not in sums:
             sums["sum"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+        if not sum(found):
+            return
 
         def exchange(row: Tensor) -> Iterator[Tensor]:
             for owner, count in zip(owners, found, strict=True):
@@ -504,19 +504,23 @@ class Stream:
             backward = sorted(grads - set(back) | set(back.values()))
             hidden, earlier = inputs.pop(), Activations(self.room)
 
-            def run(n: int) -> dict[str, Tensor]:
+            def run(n: int) -> Seen:
                 leaf = fetch(hidden, n, self.device).detach().requires_grad_(True)  # noqa: B023
                 with torch.enable_grad(), tap_sites(placed, self.family, forward | set(backward)) as seen:  # noqa: B023
                     out = self.forward(i, placed, leaf)  # noqa: B023
-                    leaves = [leaf, *(seen[s] for s in backward)]  # noqa: B023
+                    tapped = [seen[s] for s in backward]  # noqa: B023
+                    leaves = [leaf, *(v.rows if isinstance(v, Routed) else v for v in tapped)]
                     into = fetch(gradients, n, self.device)  # noqa: B023
                     found = torch.autograd.grad(out, leaves, into, allow_unused=True)
                 earlier.append(found[0])  # noqa: B023
-                values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}  # noqa: B023
-                values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}  # noqa: B023
-                through = {s: values.get(f"grad:{at}") for s, at in back.items()}  # noqa: B023
-                values |= {f"grad:{s}": g @ weights[s] for s, g in through.items() if g is not None}  # noqa: B023
-                return {s: v.reshape(len(leaf), -1, v.shape[-1]) for s, v in values.items()}
+                values = {p + s: on_rows(seen[s], Tensor.detach) for s in forward for p in ("", "dense:")}  # noqa: B023
+                for site, v, g in zip(backward, tapped, found[1:], strict=True):  # noqa: B023
+                    if g is not None:
+                        values[f"grad:{site}"] = on_rows(v, lambda _, g=g: g)  # type: ignore[misc]
+                for site, at in back.items():  # noqa: B023
+                    if f"grad:{at}" in values:
+                        values[f"grad:{site}"] = on_rows(values[f"grad:{at}"], lambda g, w=weights[site]: g @ w)  # type: ignore[misc] # noqa: B023
+                return {s: fold(v, len(leaf)) for s, v in values.items()}
 
             stats = self.collect(wanted, run, self.source.shape(i))
             gradients = earlier
@@ -540,19 +544,18 @@ def return_memory() -> None:
         LIBC.malloc_trim(0)
 
 
-def add_batch(stats: Stats, taps: list[Tap], values: dict[str, Tensor], first: int) -> None:
-    """Add a batch, whose first window has the number `first`; every eighth window is held out of "fit". Grams are to be
-    completed."""
+def add_batch(stats: Stats, taps: list[Tap], values: Seen, piece: Piece) -> None:
+    """Add a batch; every eighth window is held out of "fit". Grams are to be completed."""
     for part in sorted({t.part for t in taps}):
-        rows = choose_rows(part, first, len(next(iter(values.values()))))
-        chosen = {s: v[rows] for s, v in values.items()}
-        if len(next(iter(chosen.values()))):
-            stats.update(chosen, [t for t in taps if t.part == part], whole=False)
+        chosen = choose_windows(part, piece)
+        if part == "all" or chosen.any():
+            some = {s: take_windows(v, chosen) for s, v in values.items()}
+            stats.update(some, [t for t in taps if t.part == part], whole=False)
 
 
-def choose_rows(part: str, first: int, n: int) -> Any:
-    """Which of a batch's n windows belong to a part."""
-    held = (torch.arange(first, first + n) % 8) == 7
+def choose_windows(part: str, piece: Piece) -> Any:
+    """Which of a batch's windows belong to a part."""
+    held = (torch.arange(piece.first, piece.first + len(piece.ids)) % 8) == 7
     return {"all": slice(None), "fit": ~held, "held": held}[part]
 
 

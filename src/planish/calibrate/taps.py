@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from planish.modelling.blocks import get_linear
 from planish.modelling.families import Family
+
+
+class Routed(NamedTuple):
+    """What is seen where only some tokens come by: their `rows` (n, channels), and which `windows` (n,) of the batch they are
+    of."""
+
+    rows: Tensor
+    windows: Tensor
+
+
+Seen = dict[str, Any]  # site → Tensor (batch, seq, channels), or Routed
+
+
+def on_rows(value: Tensor | Routed, change: Callable[[Tensor], Tensor]) -> Any:
+    return value._replace(rows=change(value.rows)) if isinstance(value, Routed) else change(value)
+
+
+def fold(value: Tensor | Routed, batch: int) -> Tensor | Routed:
+    """(…, channels) → (batch, seq, channels); what was routed stays as it is."""
+    return value if isinstance(value, Routed) else value.reshape(batch, -1, value.shape[-1])
+
+
+def take_windows(value: Tensor | Routed, chosen: Tensor | slice) -> Tensor:
+    """Those of some windows of the batch: a mask (batch,), or all of them."""
+    if not isinstance(value, Routed):
+        return value[chosen]
+    return value.rows[chosen[value.windows.cpu()] if isinstance(chosen, Tensor) else chosen]
 
 
 def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
@@ -33,18 +62,29 @@ class AllSeen(Exception):
 def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """Within the context a forward of the block fills the yielded dict with the tensors at these sites.
 
-    `stop`: the forward ends with `AllSeen` as soon as it has them all.
+    `stop`: the forward ends with `AllSeen` as soon as it has them all. What an expert sees is `Routed`.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
     handles = []
+    routing: dict[str, Any] = {}
 
     def first(args, kwargs) -> Tensor:
         return args[0] if args else kwargs["hidden_states"]
 
     def see(site: str, value: Tensor) -> None:
-        seen[site] = value
+        if site.startswith("expert."):
+            token, _ = torch.where(routing["experts"] == int(site.split(".")[1]))
+            seen[site] = Routed(value, token // routing["length"])
+        else:
+            seen[site] = value
         if stop and len(seen) == len(sites):
             raise AllSeen
+
+    def see_length(module: nn.Module, args, kwargs) -> None:
+        routing["length"] = first(args, kwargs).shape[1]
+
+    def see_routing(module: nn.Module, args, kwargs) -> None:
+        routing["experts"] = args[1] if len(args) > 1 else kwargs["top_k_index"]
 
     def tap_input(module: nn.Module, site: str) -> None:
         handles.append(module.register_forward_pre_hook(lambda m, a, k: see(site, first(a, k)), with_kwargs=True))
@@ -69,6 +109,10 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             linear.register_forward_hook(lambda m, a, out: see(site, out if m.bias is None else out - m.bias))
         )
 
+    if any(site.startswith("expert.") for site in sites) and family.experts is not None:
+        experts = block.get_submodule(family.experts.path)
+        handles.append(block.register_forward_pre_hook(see_length, with_kwargs=True))
+        handles.append(experts.register_forward_pre_hook(see_routing, with_kwargs=True))
     for site in sites:
         where, _, end = site.rpartition(".")
         if end == "back":

@@ -134,6 +134,7 @@ _ROWS = (
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True, mixed_layers=True),
     Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm=True, window=True, mixed_layers=True),
+    Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm=True, window=True, experts=ExpertsRow()),
     Family(
         "phi3",
         _classes("Phi3"),
