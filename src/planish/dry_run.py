@@ -75,7 +75,6 @@ class Forecast:
     predicted: dict[str, float] = field(default_factory=dict)  # kind of unit → predicted loss, where it is known
     predicted_any: dict[str, float] = field(default_factory=dict)  # the same without the target's limits
     warnings: list[str] = field(default_factory=list)
-    untouched: list[dict[str, Any]] = field(default_factory=list)  # weights that no unit of the method holds
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"removed": 1 - self.keep, "keep_whole_model": self.params_after / self.params_before}
@@ -220,10 +219,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         needed_statistics=measured,
         units=rows,
         how=how,
-        warnings=list(job.remarks.values()),
-        untouched=[
-            {"block": i, "what": what, "weights": weights} for i, what, weights in list_untouched(job.units, shapes)
-        ],
+        warnings=[*job.remarks.values(), *describe_rest(job.units, shapes)],
     )
     for b in job.kept_budgets:
         cost = left(job, plan, b)
@@ -234,6 +230,16 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         value = (cost + b.outside) / b.scale if b.name not in SHARES else cost / b.total
         found.budgets[b.name] = {"asked": b.asked, "achieved": value}
     return found
+
+
+def describe_rest(units: Iterable[Unit], shapes: Sequence[Shape]) -> list[str]:
+    """What blocks have beside attention and a dense feed-forward, which no unit holds."""
+    weights, blocks = dict[str, int](), dict[str, list[str]]()
+    for i, what, n in list_untouched(units, shapes):
+        if what not in shapes[i].roles:
+            weights[what] = weights.get(what, 0) + n
+            blocks.setdefault(what, []).append(str(i))
+    return [f"untouched: {what} of blocks {', '.join(blocks[what])}, {n:,} weights" for what, n in weights.items()]
 
 
 def left(job: Job, plan: Plan, budget: Budget) -> float:

@@ -340,6 +340,7 @@ class Stream:
         sums = total.sums.setdefault(tap, {})
         if "sum" not in sums:
             sums["sum"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+        total.tokens[tap] = total.tokens.get(tap, 0) + sum(found)
         if not sum(found):
             return
 
@@ -350,7 +351,6 @@ class Stream:
 
         total_device = sums["sum"].device
         add_lane(sums["sum"], lambda k: fetch(inputs, k, total_device), len(inputs), exchange)
-        total.tokens[tap] = total.tokens.get(tap, 0) + sum(found)
 
     def embedded(self, hidden: Tensor) -> Tensor:
         """Something the model takes for embeddings where its blocks are replaced: opt's may have another width."""

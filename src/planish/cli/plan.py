@@ -9,7 +9,6 @@ from rich.table import Table
 
 from planish.cli import options as o
 from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_table, say, session
-from planish.modelling.families import ATTENTION, MLP
 
 
 def plan(
@@ -68,7 +67,6 @@ def plan(
             found.as_dict(),
             f"[bold]{found.method}[/] · keep {found.keep:.4f} (asked {asked}) · {measured} · nothing is written",
             make_ranks(found.units),
-            *list_rest(found.untouched),
             compare_sizes(found),
             *make_losses(found),
             *o.show_latency(found),
@@ -89,16 +87,6 @@ def make_ranks(units: list[dict[str, Any]]) -> Table:
         before, after = (sum(u[k] for u in found.values()) for k in ("before", "after"))
         table.add_row(str(block), *cells, f"{after:,}", f"{after / before:.1%}")
     return table
-
-
-def list_rest(untouched: list[dict[str, Any]]) -> list[str]:
-    """What blocks have beside attention and a dense feed-forward, which no unit holds."""
-    rows = [r for r in untouched if r["what"] not in ATTENTION + MLP]
-    weights = {
-        what: sum(r["weights"] for r in rows if r["what"] == what) for what in dict.fromkeys(r["what"] for r in rows)
-    }
-    blocks = {what: sorted(r["block"] for r in rows if r["what"] == what) for what in weights}
-    return [f"untouched: {w}, {n:,} weights, in blocks {', '.join(map(str, blocks[w]))}" for w, n in weights.items()]
 
 
 def make_losses(found: Any) -> list[Any]:

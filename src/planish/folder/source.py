@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from planish.core import ExpertShape, Shape
 from planish.errors import InputError
-from planish.folder.safetensors import Shard
+from planish.folder.safetensors import Entry, Shard
 from planish.modelling.attentions import count_heads, head_width, needs_eager, rotary_width
 from planish.modelling.blocks import find_blocks, get_linear, read_layout, split_block, split_experts
 from planish.modelling.families import FAMILIES, Family
@@ -208,6 +208,7 @@ class FolderSource(Source):
         self._shards: dict[Path, Shard] = {}
         self._last = -1  # block that was read last
         self.rename = self._match_names()
+        self.rows = self._find_rows()
         inside = {
             n.removeprefix(f"{self.family.blocks}.").partition(".")[0] for n in self.names(f"{self.family.blocks}.")
         }
@@ -226,10 +227,37 @@ class FolderSource(Source):
             return {name: n for n, name in stored.items()}
         return {(name if name.startswith("lm_head.") else prefix + name): n for n, name in stored.items()}
 
+    def _find_rows(self) -> dict[str, tuple[int, int]]:
+        """Of experts that are stored stacked: name of a linear's weight → which rows (first, count) of its stored tensor it is."""
+        found: dict[str, tuple[int, int]] = {}
+        row = self.family.experts
+        if row is None:
+            return found
+        for name, stored in list(self.rename.items()):
+            where, _, leaf = name.rpartition(".")
+            parts = {"gate_up_proj": row.names[:2], "down_proj": row.names[2:]}.get(leaf, ())
+            if not parts or not where.endswith(f".{row.path}"):
+                continue
+            shape = self.shard(stored).shape(stored)
+            if len(shape) != 3 or shape[1] % len(parts):
+                raise InputError(
+                    f"tensor {stored} in {self.folder} has shape {shape}, expected (experts, rows, columns)"
+                )
+            count = shape[1] // len(parts)
+            del self.rename[name]
+            for n, part in enumerate(f"{j}.{part}.weight" for j in range(shape[0]) for part in parts):
+                self.rename[f"{where}.{part}"], found[f"{where}.{part}"] = stored, (n * count, count)
+        return found
+
+    def entry(self, name: str) -> Entry:
+        stored = self.rename[name]
+        entry = self.shard(stored).entry(stored)
+        return entry.rows(*self.rows[name]) if name in self.rows else entry
+
     def tensor(self, name: str) -> Tensor:
         stored = self.rename[name]
         path = self.files[stored]
-        tensor = self.shard(stored).read(stored)
+        tensor = self.shard(stored).read(stored, self.rows.get(name))
         if not tensor.is_floating_point() and stored.endswith((".weight", ".bias")):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise InputError(
@@ -295,7 +323,7 @@ class FolderSource(Source):
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
         known = set(self._structure().state_dict())
-        entries = {n: self.shard(stored).entry(stored) for n, stored in self.rename.items() if n in known}
+        entries = {n: self.entry(n) for n in self.rename if n in known}
         return self.untie({n: (math.prod(e.shape), e.dtype) for n, e in entries.items()})
 
     def skeleton(self) -> PreTrainedModel:
@@ -305,10 +333,10 @@ class FolderSource(Source):
     def check_headers(self) -> None:
         """Every tensor that the configuration asks for is stored, in its shape; nothing is read but headers."""
         for name, parameter in self._structure().named_parameters(remove_duplicate=False):
-            stored = self.rename.get(name) or self.rename.get(self.tied.get(name, ""))
-            if stored is None:
+            found = name if name in self.rename else self.tied.get(name, "")
+            if found not in self.rename:
                 raise InputError(f"tensor {name} is missing in {self.folder}: the checkpoint is incomplete")
-            shape = self.shard(stored).shape(stored)
+            shape = self.entry(found).shape
             if shape != tuple(parameter.shape):
                 raise InputError(
                     f"tensor {name} in {self.folder} has shape {shape}, expected {tuple(parameter.shape)} from config.json"

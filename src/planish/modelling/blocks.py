@@ -38,8 +38,7 @@ from .modules import (
 
 def get_linear(block: nn.Module, family: Family, role: str) -> nn.Module:
     """A role's module in a canonical block, wherever an edit has moved it."""
-    attention = block.get_submodule(family.attention)
-    if role in "qkvo" and isinstance(attention, Attention):
+    if role in ATTENTION and isinstance(attention := block.get_submodule(family.attention), Attention):
         return getattr(attention, f"{role}_proj")
     return block.get_submodule(family.path(role))
 
