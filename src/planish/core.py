@@ -60,7 +60,7 @@ class Shape:
     @property
     def groups(self) -> int:
         """Query heads per kv head."""
-        return self.heads // self.kv_heads
+        return self.heads // max(self.kv_heads, 1)
 
     @property
     def roles(self) -> tuple[str, ...]:
