@@ -83,9 +83,8 @@ def compress(
     asked = asked or read_asked(keep=keep, **limits)
     find_target(target)
     method = find_method(method, settings or {})
-    source = open_source(model, tokenizer)
+    source = check_blocks(open_source(model, tokenizer))
     check_windows(windows, source)
-    check_blocks(source)
     calibrated = shuffle_windows(windows, method.shuffled)
     check_apart(Path(output), source)
     writer = Writer(Path(output), source.n_blocks, overwrite, resume)
@@ -292,7 +291,7 @@ def check_apart(output: Path, source: Source) -> None:
             raise InputError(f"output {output} would replace the model {source.folder}; choose another folder")
 
 
-def check_blocks(source: Source) -> None:
+def check_blocks(source: Source) -> Source:
     """Of blocks with more than attention and a dense feed-forward no compressed form is written."""
     for i in range(source.n_blocks):
         if names := list(dict.fromkeys("experts" if r.startswith("expert.") else r for r in source.shape(i).rest)):
@@ -300,6 +299,7 @@ def check_blocks(source: Source) -> None:
                 f"block {i} of {source.name} has {', '.join(names)}: planish measures and plans such blocks (`planish plan`) but "
                 "does not write them yet; compress a model with dense feed-forwards only"
             )
+    return source
 
 
 def check_windows(windows: Tensor, source: Source) -> None:

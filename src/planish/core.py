@@ -175,6 +175,16 @@ def list_untouched(units: Iterable[Unit], shapes: Iterable[Shape]) -> list[tuple
     return found
 
 
+def describe_rest(units: Iterable[Unit], shapes: Sequence[Shape]) -> list[str]:
+    """What blocks have beside attention and a dense feed-forward, and no unit holds: a line for each kind."""
+    weights, blocks = dict[str, int](), dict[str, list[str]]()
+    for i, what, n in list_untouched(units, shapes):
+        if what not in shapes[i].roles:
+            weights[what] = weights.get(what, 0) + n
+            blocks.setdefault(what, []).append(str(i))
+    return [f"untouched: {what} of blocks {', '.join(blocks[what])}, {n:,} weights" for what, n in weights.items()]
+
+
 SUBMODULES = {"attention": "attention", "mlp": "ffn"}  # edit target → name of the unit that is the whole submodule
 
 Plan = dict[Unit, int]  # unit → rank; units that are not in it stay as they are

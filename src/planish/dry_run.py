@@ -23,7 +23,7 @@ from planish.calibrate.reuse import BEHIND, LAST
 from planish.calibrate.stream import BATCH, Stream
 from planish.calibrate.text import shuffle_windows
 from planish.compression import check_tokens, check_windows, pick_dtype
-from planish.core import Plan, Progress, Shape, Unit, count_sums, list_untouched
+from planish.core import Plan, Progress, Shape, Unit, count_sums, describe_rest
 from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source
 from planish.job import Job
@@ -33,7 +33,7 @@ from planish.plan.footprint import count_cache, count_flops
 from planish.plan.latency import Latency, read_table
 from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
-from planish.rehearsal import Stopwatch, rehearse
+from planish.rehearsal import Stopwatch, rehearse_all
 from planish.solve import count_refit, find_sites_beside
 from planish.solvers.offload import offload
 from planish.stats import Tap, add_gram
@@ -187,15 +187,12 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
     params = sum(p.numel() for p in model.parameters())
     head = source.count_head()
     caches, full_caches = CacheNumbers("kv_keep", 1, 0, 0), sum(map(count_cache, shapes))
+    working = [s.working for s in shapes]
     flops = Flops(
-        "flops_keep",
-        1,
-        0,
-        count_flops(shapes, [{}] * len(shapes), [s.working for s in shapes], job.context),
-        context=job.context,
+        "flops_keep", 1, 0, count_flops(shapes, [{}] * len(shapes), working, job.context), context=job.context
     )
     stored = make_budget("max_bytes", 1, source, shapes, job.context)
-    attend = int(flops.total) - 2 * sum(s.working for s in shapes)
+    attend = int(flops.total) - 2 * sum(working)
     peaks, seconds, how = estimate(job, plan, size, measured, params, head, itemsize, attend)
     found = Forecast(
         method=job.method.name,
@@ -230,16 +227,6 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         value = (cost + b.outside) / b.scale if b.name not in SHARES else cost / b.total
         found.budgets[b.name] = {"asked": b.asked, "achieved": value}
     return found
-
-
-def describe_rest(units: Iterable[Unit], shapes: Sequence[Shape]) -> list[str]:
-    """What blocks have beside attention and a dense feed-forward, which no unit holds."""
-    weights, blocks = dict[str, int](), dict[str, list[str]]()
-    for i, what, n in list_untouched(units, shapes):
-        if what not in shapes[i].roles:
-            weights[what] = weights.get(what, 0) + n
-            blocks.setdefault(what, []).append(str(i))
-    return [f"untouched: {what} of blocks {', '.join(blocks[what])}, {n:,} weights" for what, n in weights.items()]
 
 
 def left(job: Job, plan: Plan, budget: Budget) -> float:
@@ -296,12 +283,8 @@ def estimate(
     summing, solving = 0.0, 0.0
     cuts = [[u for u in job.planned(i, plan) if i not in job.edits] for i in range(len(job.shapes))]
     alike = {u.name: u for cut in cuts for u in cut}  # one unit of each kind
-    took: dict[str, float] = {}
     with offload("cpu"):  # elsewhere small solves say nothing about large ones
-        kinds = {u: replace(job.shapes[u.block], block=0) for u in alike.values()}  # blocks may differ
-        for kind in dict.fromkeys(kinds.values()):
-            rehearsed = rehearse({u: job.units[u] for u, k in kinds.items() if k == kind}, plan, kind)
-            took |= {u.name: s for u, s in rehearsed.items()}
+        took = rehearse_all({u: job.units[u] for u in alike.values()}, plan, job.shapes)
     for i, cut in enumerate(cuts):
         through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]], size)
         passes += through

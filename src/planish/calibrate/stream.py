@@ -24,14 +24,14 @@ from planish import stats as planish_stats
 from planish.apply import apply_edits
 from planish.calibrate.activations import Activations, Room, fetch, find_near
 from planish.calibrate.reuse import LAST, Midway, Part
-from planish.calibrate.taps import AllSeen, Routed, Seen, find_gap, fold, on_rows, take_windows, tap_sites
+from planish.calibrate.taps import AllSeen, Values, add_batch, choose_windows, find_gap, take_windows, tap_sites
 from planish.core import Edit, Progress, Shape
 from planish.errors import InputError
-from planish.folder.source import Source, is_finite
+from planish.folder.source import Source
 from planish.modelling.blocks import find_blocks, get_linear, has_linear
 from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
-from planish.stats import Stats, Tap, add_lane
+from planish.stats import Stats, Tap, add_lane, is_finite
 
 T = TypeVar("T")
 Hidden = Sequence[Tensor]  # for each of this process's batches: (batch, seq, hidden), on the CPU unless fetched
@@ -250,8 +250,8 @@ class Stream:
             own_sites |= {"attention.raw", "mlp.raw", "attention.add"}
             dense_sites |= {"attention.raw", "attention.add", "mlp.raw", "mlp.add"}
 
-        def run(n: int) -> Seen:
-            h, values = fetch(hidden, n, self.device), Seen()
+        def run(n: int) -> Values:
+            h, values = fetch(hidden, n, self.device), Values()
             if own_sites or outputs:
                 with (
                     self.follow(midway, n, block, own_sites),
@@ -259,7 +259,7 @@ class Stream:
                     suppress(AllSeen),
                 ):
                     results.append(self.forward(i, block, h))
-                values |= seen
+                values |= seen.fold(seen, len(h))
             if dense_sites and isinstance(dense, dict):
                 values |= {f"dense:{s}": fetch(dense[s], n, self.device) for s in dense_sites}
             elif dense_sites:
@@ -270,10 +270,10 @@ class Stream:
                     suppress(AllSeen),
                 ):
                     self.forward(i, dense[0], fetch(dense[1], n, self.device))
-                values |= {f"dense:{s}": v for s, v in seen.items()}
+                values |= seen.fold({f"dense:{s}": v for s, v in seen.items()}, len(h))
             for where in gaps:
                 values[f"{where}.gap"] = find_gap(where, values, self.source.shape(i).parallel)
-            return {s: fold(v, len(h)) for s, v in values.items()}
+            return values
 
         return self.collect(taps, run, self.source.shape(i)), results
 
@@ -290,7 +290,7 @@ class Stream:
                 tensors.append(seen[site])
         return dict(found), results
 
-    def collect(self, taps: list[Tap], run: Callable[[int], Seen], shape: Shape) -> Stats:
+    def collect(self, taps: list[Tap], run: Callable[[int], Values], shape: Shape) -> Stats:
         """Statistics over all batches of all processes. `run(n)`: what is seen at every site for piece n.
 
         Sums are formed lane by lane and added in the order of lanes, so they depend on the batches alone. Of a wide Gram
@@ -308,10 +308,10 @@ class Stream:
                     values = run(n)
                     with self.clock("sums"):
                         if self.device.type == "mps":  # it has no fp64
-                            values = {site: on_rows(v, Tensor.cpu) for site, v in values.items()}
-                        add_batch(mine, narrow, values, piece)
+                            values = {site: v.cpu() for site, v in values.items()}
+                        add_batch(mine, narrow, values, piece.first, len(piece.ids))
                         for tap in wide:
-                            chosen = choose_windows(tap.part, piece)
+                            chosen = choose_windows(tap.part, piece.first, len(piece.ids))
                             kept[tap].append(take_windows(values[tap.site], chosen))
                             mine.tokens[tap] = mine.tokens.get(tap, 0) + kept[tap][-1].shape[:-1].numel()
             owners = [r for r in range(count) if first + r in used]
@@ -504,23 +504,19 @@ class Stream:
             backward = sorted(grads - set(back) | set(back.values()))
             hidden, earlier = inputs.pop(), Activations(self.room)
 
-            def run(n: int) -> Seen:
+            def run(n: int) -> Values:
                 leaf = fetch(hidden, n, self.device).detach().requires_grad_(True)  # noqa: B023
                 with torch.enable_grad(), tap_sites(placed, self.family, forward | set(backward)) as seen:  # noqa: B023
                     out = self.forward(i, placed, leaf)  # noqa: B023
-                    tapped = [seen[s] for s in backward]  # noqa: B023
-                    leaves = [leaf, *(v.rows if isinstance(v, Routed) else v for v in tapped)]
+                    leaves = [leaf, *(seen[s] for s in backward)]  # noqa: B023
                     into = fetch(gradients, n, self.device)  # noqa: B023
                     found = torch.autograd.grad(out, leaves, into, allow_unused=True)
                 earlier.append(found[0])  # noqa: B023
-                values = {p + s: on_rows(seen[s], Tensor.detach) for s in forward for p in ("", "dense:")}  # noqa: B023
-                for site, v, g in zip(backward, tapped, found[1:], strict=True):  # noqa: B023
-                    if g is not None:
-                        values[f"grad:{site}"] = on_rows(v, lambda _, g=g: g)  # type: ignore[misc]
-                for site, at in back.items():  # noqa: B023
-                    if f"grad:{at}" in values:
-                        values[f"grad:{site}"] = on_rows(values[f"grad:{at}"], lambda g, w=weights[site]: g @ w)  # type: ignore[misc] # noqa: B023
-                return {s: fold(v, len(leaf)) for s, v in values.items()}
+                values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}  # noqa: B023
+                values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}  # noqa: B023
+                through = {s: values.get(f"grad:{at}") for s, at in back.items()}  # noqa: B023
+                values |= {f"grad:{s}": g @ weights[s] for s, g in through.items() if g is not None}  # noqa: B023
+                return seen.fold(values, len(leaf))
 
             stats = self.collect(wanted, run, self.source.shape(i))
             gradients = earlier
@@ -542,21 +538,6 @@ def return_memory() -> None:
     """Give freed heap pages back to the system."""
     if LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
-
-
-def add_batch(stats: Stats, taps: list[Tap], values: Seen, piece: Piece) -> None:
-    """Add a batch; every eighth window is held out of "fit". Grams are to be completed."""
-    for part in sorted({t.part for t in taps}):
-        chosen = choose_windows(part, piece)
-        if part == "all" or chosen.any():
-            some = {s: take_windows(v, chosen) for s, v in values.items()}
-            stats.update(some, [t for t in taps if t.part == part], whole=False)
-
-
-def choose_windows(part: str, piece: Piece) -> Any:
-    """Which of a batch's windows belong to a part."""
-    held = (torch.arange(piece.first, piece.first + len(piece.ids)) % 8) == 7
-    return {"all": slice(None), "fit": ~held, "held": held}[part]
 
 
 def share_stats(stats: Stats, source: int) -> Stats:

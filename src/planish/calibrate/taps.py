@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,33 +11,77 @@ from torch import Tensor, nn
 
 from planish.modelling.blocks import get_linear
 from planish.modelling.families import Family
+from planish.stats import Stats, Tap
 
 
 class Routed(NamedTuple):
-    """What is seen where only some tokens come by: their `rows` (n, channels), and which `windows` (n,) of the batch they are
-    of."""
+    """What is seen where only some tokens come by: their `rows` (n, channels), and of which `windows` (n,) of the batch each is."""
 
     rows: Tensor
     windows: Tensor
 
-
-Seen = dict[str, Any]  # site → Tensor (batch, seq, channels), or Routed
-
-
-def on_rows(value: Tensor | Routed, change: Callable[[Tensor], Tensor]) -> Any:
-    return value._replace(rows=change(value.rows)) if isinstance(value, Routed) else change(value)
+    def cpu(self) -> Routed:
+        return Routed(self.rows.cpu(), self.windows.cpu())
 
 
-def fold(value: Tensor | Routed, batch: int) -> Tensor | Routed:
-    """(…, channels) → (batch, seq, channels); what was routed stays as it is."""
-    return value if isinstance(value, Routed) else value.reshape(batch, -1, value.shape[-1])
+Values = dict[str, Any]  # site → Tensor (batch, seq, channels), or Routed
+
+
+class Seen(dict[str, Tensor]):
+    """Site → the tensor as the forward has it: (…, channels), an expert's (tokens that reach it, channels)."""
+
+    length = 0  # tokens of a window
+    chosen: Tensor  # (tokens, top): the experts that each token reaches
+
+    def watch(self, block: nn.Module, experts: nn.Module) -> list[Any]:
+        """Hooks that see which expert the tokens of the next forward reach."""
+
+        def see_length(module, args, kwargs) -> None:
+            self.length = first(args, kwargs).shape[1]
+
+        def see_chosen(module, args, kwargs) -> None:
+            self.chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
+
+        hooks = ((block, see_length), (experts, see_chosen))
+        return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+
+    def fold(self, values: Mapping[str, Tensor], batch: int) -> Values:
+        """What belongs to these sites, by whatever prefix, as (batch, seq, channels) or `Routed`."""
+        found: Values = {}
+        for site, value in values.items():
+            where, _, rest = site.rpartition(":")[2].partition(".")
+            if where == "expert":
+                token, _ = torch.where(self.chosen == int(rest.partition(".")[0]))
+                found[site] = Routed(value, token // self.length)
+            else:
+                found[site] = value.reshape(batch, -1, value.shape[-1])
+        return found
+
+
+def choose_windows(part: str, first: int, n: int) -> Any:
+    """Which of a batch's n windows, whose first has the number `first`, belong to a part: every eighth is held out of "fit"."""
+    held = (torch.arange(first, first + n) % 8) == 7
+    return {"all": slice(None), "fit": ~held, "held": held}[part]
 
 
 def take_windows(value: Tensor | Routed, chosen: Tensor | slice) -> Tensor:
     """Those of some windows of the batch: a mask (batch,), or all of them."""
-    if not isinstance(value, Routed):
-        return value[chosen]
-    return value.rows[chosen[value.windows.cpu()] if isinstance(chosen, Tensor) else chosen]
+    if isinstance(value, Routed):
+        return value.rows[chosen[value.windows.cpu()] if isinstance(chosen, Tensor) else chosen]
+    return value[chosen]
+
+
+def add_batch(stats: Stats, taps: list[Tap], values: Values, first: int, n: int) -> None:
+    """Add a batch of n windows, whose first has the number `first`. Grams are to be completed."""
+    for part in sorted({t.part for t in taps}):
+        chosen = choose_windows(part, first, n)
+        if part == "all" or chosen.any():
+            some = {s: take_windows(v, chosen) for s, v in values.items()}
+            stats.update(some, [t for t in taps if t.part == part], whole=False)
+
+
+def first(args, kwargs) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
@@ -59,32 +103,20 @@ class AllSeen(Exception):
 
 
 @contextmanager
-def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = False) -> Iterator[Seen]:
     """Within the context a forward of the block fills the yielded dict with the tensors at these sites.
 
-    `stop`: the forward ends with `AllSeen` as soon as it has them all. What an expert sees is `Routed`.
+    `stop`: the forward ends with `AllSeen` as soon as it has them all.
     """
-    seen: dict[str, Any] = {}
+    seen = Seen()
     handles = []
-    routing: dict[str, Any] = {}
-
-    def first(args, kwargs) -> Tensor:
-        return args[0] if args else kwargs["hidden_states"]
+    if family.experts is not None and any(site.startswith("expert.") for site in sites):
+        handles += seen.watch(block, block.get_submodule(family.experts.path))
 
     def see(site: str, value: Tensor) -> None:
-        if site.startswith("expert."):
-            token, _ = torch.where(routing["experts"] == int(site.split(".")[1]))
-            seen[site] = Routed(value, token // routing["length"])
-        else:
-            seen[site] = value
+        seen[site] = value
         if stop and len(seen) == len(sites):
             raise AllSeen
-
-    def see_length(module: nn.Module, args, kwargs) -> None:
-        routing["length"] = first(args, kwargs).shape[1]
-
-    def see_routing(module: nn.Module, args, kwargs) -> None:
-        routing["experts"] = args[1] if len(args) > 1 else kwargs["top_k_index"]
 
     def tap_input(module: nn.Module, site: str) -> None:
         handles.append(module.register_forward_pre_hook(lambda m, a, k: see(site, first(a, k)), with_kwargs=True))
@@ -109,10 +141,6 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             linear.register_forward_hook(lambda m, a, out: see(site, out if m.bias is None else out - m.bias))
         )
 
-    if any(site.startswith("expert.") for site in sites) and family.experts is not None:
-        experts = block.get_submodule(family.experts.path)
-        handles.append(block.register_forward_pre_hook(see_length, with_kwargs=True))
-        handles.append(experts.register_forward_pre_hook(see_routing, with_kwargs=True))
     for site in sites:
         where, _, end = site.rpartition(".")
         if end == "back":

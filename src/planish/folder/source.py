@@ -20,11 +20,12 @@ import transformers.initialization as initialization
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from planish.core import ExpertShape, Shape
+from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.safetensors import Entry, Shard
-from planish.modelling.attentions import count_heads, head_width, needs_eager, rotary_width
-from planish.modelling.blocks import find_blocks, get_linear, read_layout, split_block, split_experts
+from planish.folder.shapes import read_shape, split_names
+from planish.modelling.attentions import needs_eager
+from planish.modelling.blocks import find_blocks, split_block, split_experts
 from planish.modelling.families import FAMILIES, Family
 from planish.modelling.modelling import register
 
@@ -126,31 +127,7 @@ class Source:
 
     def shape(self, i: int) -> Shape:
         """Sizes of block i, read off an empty block."""
-        block, family = self.empty_block(i), self.family
-        layout = read_layout(block, family, self.config)
-        heads, kv_heads = count_heads(self.config) if layout.has("attention") else (0, 0)
-        attention = block.get_submodule(family.attention) if heads else nn.Module()
-        others = [
-            (r, get_linear(block, family, r).weight) for g in layout.groups for r in g.linears if r in family.others
-        ]
-        others += [(n.removesuffix(".weight"), block.get_parameter(n)) for n in layout.rest]
-        count = sum(g.name.startswith("expert.") for g in layout.groups)
-        return Shape(
-            i,
-            self.config.hidden_size,
-            heads,
-            kv_heads,
-            head_width(attention) if heads else 0,
-            get_linear(block, family, "v").out_features // kv_heads if heads else 0,
-            get_linear(block, family, "down").in_features if layout.has("mlp") else 0,
-            rotary_width(attention, family) if heads else 0,
-            family.gated,
-            family.qk_norm,
-            layout.parallel,
-            self.n_blocks,
-            make_experts(block, family, self.config, count) if count else None,
-            tuple((role, len(w), w.numel() // len(w)) for role, w in others),
-        )
+        return read_shape(self.empty_block(i), self.family, self.config, i, self.n_blocks)
 
     def empty_block(self, i: int) -> nn.Module:
         if not hasattr(self, "_empty"):
@@ -158,12 +135,6 @@ class Source:
                 self._empty = build_skeleton(self.config, self.family)
         block = find_blocks(self._empty, self.family)[i]
         return split_block(block, self.family, self.config)
-
-
-def make_experts(block: nn.Module, family: Family, config, number: int) -> ExpertShape:
-    row = family.experts
-    assert row is not None
-    return ExpertShape(number, getattr(config, row.top), get_linear(block, family, "expert.0.down").in_features)
 
 
 def build_skeleton(config, family: Family) -> PreTrainedModel:
@@ -208,7 +179,7 @@ class FolderSource(Source):
         self._shards: dict[Path, Shard] = {}
         self._last = -1  # block that was read last
         self.rename = self._match_names()
-        self.rows = self._find_rows()
+        self.rows = split_names(self.rename, self.family, lambda stored: self.shard(stored).shape(stored))
         inside = {
             n.removeprefix(f"{self.family.blocks}.").partition(".")[0] for n in self.names(f"{self.family.blocks}.")
         }
@@ -227,29 +198,7 @@ class FolderSource(Source):
             return {name: n for n, name in stored.items()}
         return {(name if name.startswith("lm_head.") else prefix + name): n for n, name in stored.items()}
 
-    def _find_rows(self) -> dict[str, tuple[int, int]]:
-        """Of experts that are stored stacked: name of a linear's weight → which rows (first, count) of its stored tensor it is."""
-        found: dict[str, tuple[int, int]] = {}
-        row = self.family.experts
-        if row is None:
-            return found
-        for name, stored in list(self.rename.items()):
-            where, _, leaf = name.rpartition(".")
-            parts = {"gate_up_proj": row.names[:2], "down_proj": row.names[2:]}.get(leaf, ())
-            if not parts or not where.endswith(f".{row.path}"):
-                continue
-            shape = self.shard(stored).shape(stored)
-            if len(shape) != 3 or shape[1] % len(parts):
-                raise InputError(
-                    f"tensor {stored} in {self.folder} has shape {shape}, expected (experts, rows, columns)"
-                )
-            count = shape[1] // len(parts)
-            del self.rename[name]
-            for n, part in enumerate(f"{j}.{part}.weight" for j in range(shape[0]) for part in parts):
-                self.rename[f"{where}.{part}"], found[f"{where}.{part}"] = stored, (n * count, count)
-        return found
-
-    def entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> Entry:
         stored = self.rename[name]
         entry = self.shard(stored).entry(stored)
         return entry.rows(*self.rows[name]) if name in self.rows else entry
@@ -323,7 +272,7 @@ class FolderSource(Source):
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
         known = set(self._structure().state_dict())
-        entries = {n: self.entry(n) for n in self.rename if n in known}
+        entries = {n: self._entry(n) for n in self.rename if n in known}
         return self.untie({n: (math.prod(e.shape), e.dtype) for n, e in entries.items()})
 
     def skeleton(self) -> PreTrainedModel:
@@ -336,7 +285,7 @@ class FolderSource(Source):
             found = name if name in self.rename else self.tied.get(name, "")
             if found not in self.rename:
                 raise InputError(f"tensor {name} is missing in {self.folder}: the checkpoint is incomplete")
-            shape = self.entry(found).shape
+            shape = self._entry(found).shape
             if shape != tuple(parameter.shape):
                 raise InputError(
                     f"tensor {name} in {self.folder} has shape {shape}, expected {tuple(parameter.shape)} from config.json"
