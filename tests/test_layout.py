@@ -18,7 +18,7 @@ from planish.calibrate.stream import Stream
 from planish.calibrate.taps import Routed, take_windows
 from planish.core import list_untouched
 from planish.errors import InputError
-from planish.folder.source import FolderSource, MemorySource, open_source
+from planish.folder.source import MemorySource, open_source
 from planish.methods import list_methods
 from planish.modelling.blocks import get_linear, read_layout, split_block
 from planish.modelling.families import ATTENTION, FAMILIES, MLP, Family
@@ -233,7 +233,7 @@ def test_folders_are_read_expert_by_expert(sparse, stacked, tmp_path):
     sparse.save_pretrained(tmp_path, save_original_format=not stacked)
     stored = load_file(tmp_path / "model.safetensors")
     assert ("model.layers.0.mlp.experts.gate_up_proj" in stored) is stacked
-    source, memory = FolderSource(tmp_path), MemorySource(sparse)
+    source, memory = open_source(tmp_path), MemorySource(sparse)
     assert sum(n for n, _ in source.sizes().values()) == sum(p.numel() for p in sparse.parameters())
     assert source.shape(0) == memory.shape(0)
     weights = read_weights(source.block(0), Stream(source, WINDOWS))

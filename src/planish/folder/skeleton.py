@@ -1,0 +1,105 @@
+"""Models without weights, and tensors put into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+import transformers.initialization as initialization
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from planish.core import ExpertShape, Shape
+from planish.errors import InputError
+from planish.folder.config import is_compressed
+from planish.modelling.attentions import count_heads, head_width, rotary_width
+from planish.modelling.blocks import find_blocks, get_linear, read_layout, split_block, split_experts
+from planish.modelling.families import Family
+
+
+def build_skeleton(config: Any, family: Family) -> PreTrainedModel:
+    """The causal LM that a configuration describes, dense or compressed; of stacked experts each has linears of its own."""
+    try:
+        if is_compressed(config):
+            return AutoModelForCausalLM.from_config(config)
+        model = getattr(transformers, family.classes[2])(config)
+    except Exception as error:  # sizes that do not fit together, or into memory
+        raise InputError(f"config.json is no valid {family.model_type}: {type(error).__name__}: {error}") from None
+    for block in find_blocks(model, family):
+        split_experts(block, family)
+    return model
+
+
+@contextmanager
+def no_parameters() -> Iterator[None]:
+    """Within the context modules are built with parameters on the meta device and buffers in memory."""
+    register = nn.Module.register_parameter
+
+    def register_meta(self, name, param):
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    try:
+        with initialization.no_init_weights():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build_empty(config: Any, family: Family) -> PreTrainedModel:
+    """The causal LM in evaluation mode: parameters on the meta device, buffers with their values."""
+    with no_parameters():
+        return build_skeleton(config, family).eval()
+
+
+def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def find_embedding(model: PreTrainedModel) -> str:
+    """Name of the input embedding's weight."""
+    embedding = model.get_input_embeddings()
+    return next(n for n, m in model.named_modules() if m is embedding) + ".weight"
+
+
+def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
+    """Sizes of block i of a stock causal LM, with or without weights; the block is made canonical."""
+    blocks, config = find_blocks(model, family), model.config
+    block = split_block(blocks[i], family, config)
+    layout = read_layout(block, family, config)
+    heads, kv_heads = count_heads(config) if layout.has("attention") else (0, 0)
+    attention = block.get_submodule(family.attention) if heads else nn.Module()
+    others = [(r, get_linear(block, family, r).weight) for g in layout.groups for r in g.linears if r in family.others]
+    others += [(name.removesuffix(".weight"), block.get_parameter(name)) for name in layout.rest]
+    experts = sum(g.name.startswith("expert.") for g in layout.groups)
+    return Shape(
+        block=i,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        qk=head_width(attention) if heads else 0,
+        v=get_linear(block, family, "v").out_features // kv_heads if heads else 0,
+        intermediate=get_linear(block, family, "down").in_features if layout.has("mlp") else 0,
+        rotary=rotary_width(attention, family) if heads else 0,
+        gated=family.gated,
+        qk_norm=family.qk_norm,
+        parallel=layout.parallel,
+        blocks=len(blocks),
+        experts=read_experts(block, family, config, experts) if experts else None,
+        others=tuple((role, len(w), w.numel() // len(w)) for role, w in others),
+    )
+
+
+def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> ExpertShape:
+    assert family.experts is not None
+    width = get_linear(block, family, "expert.0.down").in_features
+    return ExpertShape(number, getattr(config, family.experts.top), width)
