@@ -75,6 +75,7 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2LMHead", {"n_inner": 44, "tie_word_embeddings": True}),
     "mpt": ("Mpt", {"max_seq_len": POSITIONS, "num_hidden_layers": 2}),
+    "arcee": ("Arcee", {**_GQA, "num_hidden_layers": 2}),  # rotary, and no gate
     "qwen3_moe": (
         "Qwen3Moe",
         {

@@ -131,6 +131,7 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: bool = Fa
 
 _ROWS = (
     Family("llama", _classes("Llama"), _ATTENTION | _GATED),
+    Family("arcee", _classes("Arcee"), _ATTENTION | {r: _GATED[r] for r in ("up", "down")}),
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True, mixed_layers=True),
     Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm=True, window=True, mixed_layers=True),
