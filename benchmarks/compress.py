@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from random_model import write_model
 
+from planish.calibrate.measure import sweep_forward
 from planish.calibrate.stream import Stream
 from planish.compression import compress
 from planish.core import Unit
@@ -172,7 +173,8 @@ def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
         ("published, fp32", published, torch.float32),
     )
 
-    def use(i: int, block: torch.nn.Module, stats) -> None:
+    taps = sorted({Tap(site, "gram") for site in SITES.values()})
+    for i, _, stats in sweep_forward(stream, lambda shape: taps):
         for role, site in SITES.items():
             w = stream.source.block(i).get_submodule(stream.family.path(role)).weight.double()
             gram, rank = stats.mean(Tap(site, "gram")), plan[Unit(i, role)]
@@ -186,8 +188,6 @@ def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
             for name in errors:
                 gaps[name].append(errors[name] / errors["published"] - 1)
 
-    taps = sorted({Tap(site, "gram") for site in SITES.values()})
-    stream.sweep(lambda shape: taps, use)
     names = [name for name, _, _ in solvers]
     say(f"CPU seconds of {args.blocks} blocks, 4096 tokens.")
     say()

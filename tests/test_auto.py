@@ -13,7 +13,9 @@ import planish
 import tiny
 from planish.apply import apply_edits
 from planish.calibrate.activations import Room
-from planish.calibrate.store import Kept
+from planish.calibrate.losses import nll
+from planish.calibrate.measure import sweep_back
+from planish.calibrate.store import Store
 from planish.calibrate.stream import Stream
 from planish.compression import compress
 from planish.core import Unit
@@ -58,15 +60,13 @@ def test_new_sites_are_what_they_say(name):
     wide, back = Tap("grad:up.out", "gram"), Tap("grad:up.back", "gram")
     product, x = Tap("dense:down.product", "cross", "dense:down.in"), Tap("dense:down.in", "gram")
     seen: list[int] = []
-
-    def use(i, block, stats) -> None:
+    for i, block, stats in sweep_back(s, lambda shape: [wide, back, product, x]):
         weights = {r: w.double() for r, w in read_weights(block, s).items()}
         w = weights["up"]
         torch.testing.assert_close(stats.mean(back), w.T @ stats.mean(wide) @ w, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(stats.mean(product), weights["down"] @ stats.mean(x), rtol=1e-9, atol=1e-12)
         seen.append(i)
 
-    s.sweep_back(lambda shape: [wide, back, product, x], use)
     assert seen == list(range(len(s)))[::-1]
 
 
@@ -79,11 +79,9 @@ def test_back_of_an_edited_model_takes_the_uncompressed_weight():
     edits = job.solve_stored({unit: 5})
     wide, back = Tap("grad:up.out", "gram"), Tap("grad:up.back", "gram")
 
-    def use(i, block, stats) -> None:
+    for i, _, stats in sweep_back(s, lambda shape: [wide, back], edits):
         w = read_weights(s.block(i), s)["up"].double()
         torch.testing.assert_close(stats.mean(back), w.T @ stats.mean(wide) @ w, rtol=1e-9, atol=1e-12)
-
-    s.sweep_back(lambda shape: [wide, back], use, edits=edits)
 
 
 def test_pair_effects_are_the_derivative_of_scaling_a_pair():
@@ -176,7 +174,7 @@ def test_parts_of_a_stream_share_what_is_in_memory(monkeypatch):
     part.release()
     assert embedding.weight.is_meta and not s.resident
     s.start()
-    s.nll(_outputs(s))
+    nll(s, _outputs(s))
     part.release()
     assert embedding.weight.is_meta and s.model.get_output_embeddings().weight.is_meta
 
@@ -190,7 +188,7 @@ def test_kept_statistics_come_back_bit_by_bit(tmp_path):
     }
     stats.tokens, stats.origin = {tap: 11, pair: 12}, "gradients"
     for room in (Room(1 << 20), Room(0, tmp_path), Room(1 << 20, tmp_path, kept=0)):
-        kept = Kept(room)
+        kept = Store(room)
         assert not kept and kept.taps(3) == set()
         kept[3] = stats
         kept[1] = stats.only([tap])
@@ -246,7 +244,7 @@ def test_trials_are_measured_on_windows_that_they_are_not_solved_on():
     outside = {tuple(w.tolist()) for b in held.batches for w in b}
     assert len(inside) == 36 and len(outside) == 12 and not inside & outside
     assert len(Job(s, find_method("auto", {}), 0.6).trial([0, 1, 3, 17, 18, 30])[1].batches[0]) == 1
-    assert held.nll(_outputs(held)) == pytest.approx(few.held_loss({}, held), abs=1e-12)
+    assert nll(held, _outputs(held)) == pytest.approx(few.held_loss({}, held), abs=1e-12)
 
 
 @pytest.mark.parametrize(("shuffled", "held"), [(0.0, 16), (0.25, 12), (0.5, 8), (0.9, 16)])
@@ -371,8 +369,8 @@ def test_latent_keys_are_the_best_of_their_rank_in_nats(group):
     """Predicted loss = ½ tr(G E[e eᵀ]) of what `truncate` gives; no other latent of the rank does better nearby."""
     s = stream("llama_bias")
     solver, unit, shape = KeyLatent(group, nats=True), Unit(1, "keys"), s.source.shape(1)
-    taps, found = solver.taps(unit, shape), {}
-    s.sweep_back(lambda h: taps if h.block == 1 else [], lambda i, block, stats: found.setdefault(i, stats))
+    taps = solver.taps(unit, shape)
+    found = {i: stats for i, _, stats in sweep_back(s, lambda h: taps if h.block == 1 else [])}
     weights = read_weights(s.block(1), s)
     gram, metric = (found[1].mean(t) for t in taps)
     frontier = solver.decompose(unit, weights, found[1], shape)
@@ -425,9 +423,8 @@ def test_a_bypass_of_full_rank_is_one_matrix():
     """Between half and full rank two factors would hold more; full rank is the regression itself, what is left its loss."""
     s = stream()
     solver, unit, shape = FisherBypass(damping=1e-12), Unit(1, "ffn"), s.source.shape(1)
-    found: dict[int, Stats] = {}
     taps = solver.taps(unit, shape)
-    s.sweep_back(lambda h: taps if h.block == 1 else [], lambda i, block, stats: found.setdefault(i, stats))
+    found = {i: stats for i, _, stats in sweep_back(s, lambda h: taps if h.block == 1 else [])}
     frontier, d = solver.decompose(unit, {}, found[1], shape), shape.hidden
     ranks = list(solver.ranks(unit, shape))
     costs = [solver.cost(unit, shape, r) for r in ranks]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from planish.calibrate.collect import Run, measure_block
 from planish.calibrate.stream import Stream
 from planish.core import Plan
 from planish.folder.source import MemorySource
@@ -364,7 +365,7 @@ def test_parallel_submodules_aim_at_the_dense_sum_together():
     taps = {w: Tap("q.in" if w == "attention" else "up.in", "moments", f"{w}.gap") for w in expected}
     with torch.no_grad():
         hidden, outer = own.run(0, own.block(0), own.start()), dense.run(0, dense.block(0), dense.start())
-        stats, _ = own.measure(1, own.block(1), list(taps.values()), hidden, (dense.block(1), outer))
+        stats, _ = measure_block(own, 1, own.block(1), list(taps.values()), hidden, Run(dense.block(1), outer))
     for where, tap in taps.items():
         for name, value in KINDS["moments"](*expected[where]).items():
             assert torch.allclose(stats.sums[tap][name], value, rtol=1e-4, atol=1e-3), (where, name)

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 import tiny
 from planish.apply import apply_edits, count_block
+from planish.calibrate.collect import Run, measure_block
+from planish.calibrate.losses import compute_logits
+from planish.calibrate.measure import sweep_back
 from planish.calibrate.stream import Stream
 from planish.calibrate.taps import tap_sites
 from planish.compression import compress
@@ -70,7 +73,9 @@ class Bench:
         shape = self.stream.source.shape(i)
         taps = solver.taps(unit, shape)
         forward = [t for t in taps if not any(s.startswith("grad:") for s in t.sites)]
-        stats, _ = self.stream.measure(i, self.blocks[i], forward, self.inputs[i], (self.blocks[i], self.inputs[i]))
+        stats, _ = measure_block(
+            self.stream, i, self.blocks[i], forward, self.inputs[i], Run(self.blocks[i], self.inputs[i])
+        )
         if len(forward) < len(taps):
             stats.merge(self.gradients(tuple(t for t in taps if t not in forward), i))
         weights = read_weights(self.blocks[i], self.stream)
@@ -78,9 +83,7 @@ class Bench:
 
     @functools.cache  # noqa: B019
     def gradients(self, taps: tuple[Tap, ...], i: int) -> Stats:
-        found: dict[int, Stats] = {}
-        self.stream.sweep_back(lambda shape: list(taps), lambda j, block, stats: found.setdefault(j, stats))
-        return found[i]
+        return next(stats for j, _, stats in sweep_back(self.stream, lambda shape: list(taps)) if j == i)
 
     def edited(self, edits: list[Edit], shape: Shape) -> nn.Module:
         block = copy.deepcopy(self.blocks[shape.block])
@@ -535,7 +538,7 @@ def test_loaded_model_computes_what_was_solved(method, family, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         job.solve(job.method.plan(job), emit)
-        solved = stream.logits(hidden[0])
+        solved = compute_logits(stream, hidden[0])
         run(tmp_path / "model", tmp_path / "out", method, 0.7)
     compressed = load(tmp_path / "out")
     assert torch.equal(compressed(input_ids=WINDOWS).logits, solved)

@@ -20,23 +20,26 @@ from planish import lanes
 from planish.apply import count_block, is_empty
 from planish.calibrate.activations import Room
 from planish.calibrate.cache import Cache, open_cache
+from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream, reuse_memory
 from planish.calibrate.text import shuffle_windows
-from planish.core import Plan, Progress, Shape, Unit
+from planish.core import Progress, Shape
 from planish.errors import InputError
 from planish.folder.config import write_config
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
-from planish.job import Job
 from planish.manifest import Result, read_result, write_manifest
-from planish.methods import find_method
+from planish.methods import find_method, make_plan, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
 from planish.plan.budgets import Asked, read_asked
 from planish.plan.footprint import count_flops, count_headers, kv_bytes
 from planish.plan.latency import read_table
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.plan.targets import find_target
+from planish.solve import solve
 from planish.solvers.offload import offload
 
 
@@ -114,27 +117,19 @@ def compress(
             if calibrated is not windows and isinstance(cache, Cache):
                 cache = cache.beside(stream)
             shared = open_cache(stream) if cache is True else cache or None
-            job = Job(
-                stream,
-                method,
-                asked=asked,
-                step=round_to,
-                progress=progress,
-                cache=shared,
-                target=target,
-                measured=measured,
-            )
-            job.caught = caught
-            job.seconds |= spent or {}
-            check_tokens(job, windows, settings or {})
+            length = windows.shape[1] if windows.numel() else 0
+            problem = pose(method, source, asked, step=round_to, target=target, measured=measured, length=length)
+            measure = Measurements(stream, shared, progress)
+            measure.seconds |= spent or {}
+            check_tokens(method, problem, windows, settings or {})
             with offload(stream.device):
-                with job.phase("plan"):
-                    plan = job.plan()
-                result = write(job, plan, writer)
+                with measure.phase("plan"):
+                    planned = make_plan(method, problem, measure)
+                result, errors = write(problem, measure, planned, writer, caught)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier})
+        result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier})
         result.seconds["total"] = time.perf_counter() - start + sum((spent or {}).values())
-        write_manifest(writer, job, plan, result, calibration or {})
+        write_manifest(writer, method, problem, planned, stream, result, errors, calibration or {})
         for name, content in (files or {}).items():
             writer.text(name, content)
         writer.close()
@@ -181,33 +176,41 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
     )  # fmt: skip
 
 
-def write(job: Job, plan: Plan, writer: Writer) -> Result:
-    """Solve and write every block, then what is outside the blocks and the configuration."""
-    source = job.stream.source
+def write(
+    problem: Problem,
+    measure: Measurements,
+    planned: Planned,
+    writer: Writer,
+    caught: list[warnings.WarningMessage],
+) -> tuple[Result, dict[str, float]]:
+    """Solve and write every block, then what is outside the blocks and the configuration; also every unit's predicted loss."""
+    source = measure.stream.source
     specs: list[Spec] = []
     shapes: list[Shape] = []  # of the blocks that are left
     counted: list[int] = []
+    errors: dict[str, float] = {}
+    for entry in writer.finished.values():
+        errors |= entry["errors"]
     itemsize = 2
 
-    def emit(i: int, block: nn.Module, spec: Spec) -> None:
+    def emit(i: int, block: nn.Module, spec: Spec, found: dict[str, float]) -> None:
         nonlocal itemsize
-        spec = writer.finished[i]["spec"] if i in writer.finished else spec
-        errors = {u: e for u, e in job.errors.items() if Unit.parse(u).block == i}
-        entry = {"spec": spec, "errors": errors, "warnings": read_warnings(job.caught)}
+        errors.update(found)
+        if i in writer.finished:
+            spec, found = writer.finished[i]["spec"], writer.finished[i]["errors"]
+        entry = {"spec": spec, "errors": found, "warnings": read_warnings(caught)}
         if is_empty(spec):
             writer.block(i, None, source.family, len(specs), entry)
             return
         counted.append(count_block(block))
         specs.append(spec)
-        shapes.append(job.shapes[i])
+        shapes.append(problem.shapes[i])
         itemsize = next(block.parameters()).element_size()
-        with job.phase("write"):
+        with measure.phase("write"):
             writer.block(i, block, source.family, len(specs) - 1, entry)
 
-    for i, entry in writer.finished.items():
-        job.errors |= entry["errors"]
-        job.finished[i] = partial(writer.restore, i, source=source)
-    job.method.solve(job, plan, emit)
+    finished = {i: partial(writer.restore, i, source=source) for i in writer.finished}
+    solve(problem, measure, planned, emit, finished=finished)
     kind = write_config(writer, source, specs, shapes)
     outside = drop_tied(source.outside(), source)
     outer = sum(t.numel() for t in outside.values())
@@ -218,35 +221,36 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
     if writer.active:
         source.copy_files(writer.partial)
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
-    before, dense = job.weights, [dict[str, Any]()] * len(job.shapes)
+    uncut, dense = [s.count() for s in problem.shapes], [dict[str, Any]()] * len(problem.shapes)
+    before = sum(uncut)
     flops = [
-        count_flops(job.shapes, dense, [s.count() for s in job.shapes], job.context),
-        count_flops(shapes, specs, counted, job.context),
+        count_flops(problem.shapes, dense, uncut, problem.context),
+        count_flops(shapes, specs, counted, problem.context),
     ]
     result = Result(
-        job.method.name,
-        job.keep,
+        problem.name,
+        problem.keep if planned.keep is None else planned.keep,
         sum(counted) / before,
         outer + blocks,
         writer.parameters,
         before,
         sum(counted),
-        kv_bytes(dense, job.shapes, itemsize),
+        kv_bytes(dense, list(problem.shapes), itemsize),
         kv_bytes(specs, shapes, itemsize),
         kind,
         str(writer.output),
-        job.seconds,
+        measure.seconds,
         peak_rss(),
         bytes_before=sum(n * dtype.itemsize for n, dtype in source.sizes().values()) + count_headers(source),
         bytes_after=writer.bytes + writer.headers,
         flops_per_token_before=flops[0] + 2 * source.count_head(),
         flops_per_token_after=flops[1] + 2 * source.count_head(),
-        context=job.context,
-        submodules=job.notes.get("removed", {}),
+        context=problem.context,
+        submodules={name: dict(kind) for name, kind in planned.removed.items()},
     )
-    if job.table is not None:
-        result.latency_ms_before = job.table.predict(dense, job.shapes) * 1e3
-        result.latency_ms_after = job.table.predict(specs, shapes) * 1e3
+    if problem.table is not None:
+        result.latency_ms_before = problem.table.predict(dense, problem.shapes) * 1e3
+        result.latency_ms_after = problem.table.predict(specs, shapes) * 1e3
     achieved = {
         "keep": result.keep,
         "max_params": result.params_after,
@@ -255,8 +259,9 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         "flops_keep": flops[1] / flops[0],
         "max_latency": result.latency_ms_after,
     }
-    result.budgets = {b.name: {"asked": b.asked, "achieved": achieved[b.name]} for b in job.kept_budgets}
-    return result
+    budgets = problem.budgets if planned.keep is None else ()
+    result.budgets = {b.name: {"asked": b.asked, "achieved": achieved[b.name]} for b in budgets}
+    return result, errors
 
 
 def drop_tied(outside: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
@@ -268,13 +273,13 @@ def drop_tied(outside: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
     return rest if embedding in rest else {embedding: outside["lm_head.weight"], **rest}
 
 
-def check_tokens(job: Job, windows: Tensor, settings: dict[str, Any]) -> None:
+def check_tokens(method: Method, problem: Problem, windows: Tensor, settings: dict[str, Any]) -> None:
     """Fewer calibration tokens than a Gram's dimension make it singular: an error unless damping is asked for."""
-    own = job.method.dampings
+    own = method.dampings
     if set(own) & set(settings):
         return
-    grams = [t for t in job.taps(job.block_units(0)) if t.kind in ("gram", "moments")]
-    need = max((job.shapes[0].width(t.site) for t in grams), default=0)
+    grams = [t for t in problem.taps(problem.block_units(0)) if t.kind in ("gram", "moments")]
+    need = max((problem.shapes[0].width(t.site) for t in grams), default=0)
     if 0 < windows.numel() < need:
         hint = f", or ask for damping (--set {own[0]}=0.01)" if own else ""
         raise InputError(
