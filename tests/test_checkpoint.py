@@ -23,7 +23,7 @@ from planish.apply import apply_edits
 from planish.calibrate.losses import compute_logits
 from planish.calibrate.stream import Stream
 from planish.compression import compress
-from planish.core import Edit, Plan, Unit
+from planish.core import Edit, Unit
 from planish.export.dense import export_dense
 from planish.export.eora import Blocks
 from planish.folder.load import load
@@ -33,6 +33,7 @@ from planish.methods import find_method, list_methods
 from planish.methods.method import Method
 from planish.modelling.attentions import Attention
 from planish.modelling.blocks import find_blocks, get_linear
+from planish.plan.planned import Planned
 from planish.solvers.forms import value_edits
 
 WINDOWS = tiny.windows(8, 24)
@@ -59,9 +60,9 @@ class Custom(Method):
     def solvers(self):
         return find_method("flat-llm").solvers()
 
-    def plan(self, job) -> Plan:
+    def plan(self, problem, measure) -> Planned:
         ranks = dict(self.ranks)
-        return {u: ranks.get(u.name, job.full(u)) for u in job.units}
+        return self.decide(problem, {u: ranks.get(u.name, problem.full(u)) for u in problem.units})
 
 
 @pytest.fixture(scope="session")

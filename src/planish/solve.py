@@ -131,8 +131,6 @@ class Walk:
                 new, predicted = self.solve_units(stage, weights, stats, origin)
                 del stats
                 errors |= predicted
-                if reuse is not None:
-                    reuse.pick({e.target: e.rows for e in new})
                 if edits:  # edits of a block are applied together, to a block as it was
                     block = stream.block(i)
                 edits += new
