@@ -29,14 +29,14 @@ from pathlib import Path
 import torch
 from random_model import write_model
 
+import planish
 from planish.calibrate.measure import Measurements, sweep_forward
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Unit
 from planish.folder.source import open_source
 from planish.methods import find_method, pose
-from planish.plan.budgets import Asked
 from planish.plan.problem import Problem
+from planish.request import Limits
 from planish.solvers.forms import low_rank_edit
 from planish.solvers.linalg import whitened_svd
 from planish.stats import Tap
@@ -120,11 +120,14 @@ def show_phases(folder: Path, blocks: int, vocabulary: int, windows: torch.Tenso
     say("|---|---|---|---|---|---|---|---|---|---|---|---|")
     rates: list[float] = []
     for method in methods.split(","):
-        problem = pose(find_method(method), open_source(model), Asked(keep=0.8), length=windows.shape[1])
+        problem = pose(find_method(method), open_source(model), Limits(keep=0.8), length=windows.shape[1])
         before = measure_rates(problem)
         out = folder / method
         settings = {"allocation": "uniform"} if method == "flat-llm" else {}
-        seconds = compress(model, output=out, keep=0.8, method=method, windows=windows, settings=settings).seconds
+        seconds = planish.compress(
+            model, output=out, keep=0.8, method=method, calibration=windows.flatten(), n_samples=len(windows),
+            seq_len=windows.shape[1], settings=settings, device="cpu",
+        ).seconds  # fmt: skip
         rates = [max(pair) for pair in zip(before, measure_rates(problem), strict=True)]
         attend = (
             sum(2 * s.heads * (s.qk + s.v) for s in problem.shapes) * windows.shape[1] / 2
@@ -166,7 +169,7 @@ def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
     model = write_blocks(folder / "model", args.blocks, vocabulary)
     stream = Stream(open_source(model), draw(vocabulary, 16, 256))
     method = find_method("svd-llm")
-    problem = pose(method, stream.source, Asked(keep=0.8), length=256)
+    problem = pose(method, stream.source, Limits(keep=0.8), length=256)
     plan = method.plan(problem, Measurements(stream)).ranks
     spent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     gaps: dict[str, list[float]] = defaultdict(list)

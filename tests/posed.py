@@ -10,9 +10,9 @@ from planish.calibrate.stream import Stream
 from planish.core import Plan
 from planish.methods import find_method, make_plan, pose
 from planish.methods.method import Method
-from planish.plan.budgets import Asked
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
+from planish.request import Limits
 
 
 class Posed(NamedTuple):
@@ -35,6 +35,6 @@ def pose_on(
     stream: Stream, method: str | Method, keep: float | None = None, cache: Cache | None = None, **more: Any
 ) -> Posed:
     """`more`: `asked` in place of `keep`, `settings` of the method, and what `planish.methods.pose` takes."""
-    asked, found = more.pop("asked", None) or Asked(keep=keep), find_method(method, more.pop("settings", {}))
+    asked, found = more.pop("asked", None) or Limits(keep=keep), find_method(method, more.pop("settings", {}))
     length = stream.batches[0].shape[1] if stream.batches else 0
     return Posed(found, pose(found, stream.source, asked, length=length, **more), Measurements(stream, cache))

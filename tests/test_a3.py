@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import tiny
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Solver, Unit
 from planish.errors import InputError
 from planish.folder.load import load
@@ -26,9 +25,9 @@ from planish.methods.modegpt import spread_removal
 from planish.methods.palu import Palu
 from planish.modelling.blocks import find_blocks, get_linear, join_block, split_block
 from planish.modelling.families import FAMILIES
-from planish.plan.budgets import Asked
 from planish.plan.footprint import count_attention
 from planish.plan.planned import Planned
+from planish.request import Limits
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.linalg import balance, nystrom, reduce_scores, selection_losses
@@ -37,6 +36,7 @@ from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
 from planish.solvers.value_output import ValueOutput
 from posed import pose_on
+from tiny import compress
 
 WINDOWS = tiny.windows(12, 24)
 
@@ -570,7 +570,7 @@ def test_palu_ranks_follow_the_gradients_of_the_weights(tmp_path):
     """F = √E[(∂L/∂W)²] by autograd through the whole model, labels as sampled; ranks are in its proportion."""
     model = tiny.build("llama_gqa", torch.float64)
     stream = Stream(MemorySource(model), WINDOWS, dtype=torch.float64)
-    job = pose_on(stream, Palu(), asked=Asked(kv_keep=0.6))
+    job = pose_on(stream, Palu(), asked=Limits(kv_keep=0.6))
     planned = job.plan()
     plan, found = planned.ranks, planned.notes["fisher"]
     sums = dict.fromkeys(found, 0.0)
@@ -629,7 +629,7 @@ def test_planned_work_is_what_attention_multiplies(method, tmp_path):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = tiny.build("llama_gqa")
-    job = pose_on(Stream(MemorySource(model), WINDOWS), method, asked=Asked(kv_keep=0.6))
+    job = pose_on(Stream(MemorySource(model), WINDOWS), method, asked=Limits(kv_keep=0.6))
     plan, work = job.plan().ranks, 0
     for unit, rank in plan.items():
         solver, shape = job.problem.units[unit], job.problem.shapes[unit.block]

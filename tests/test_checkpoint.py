@@ -22,7 +22,6 @@ import tiny
 from planish.apply import apply_edits
 from planish.calibrate.losses import compute_logits
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Edit, Unit
 from planish.export.dense import export_dense
 from planish.export.eora import Blocks
@@ -35,6 +34,7 @@ from planish.modelling.attentions import Attention
 from planish.modelling.blocks import find_blocks, get_linear
 from planish.plan.planned import Planned
 from planish.solvers.forms import value_edits
+from tiny import compress
 
 WINDOWS = tiny.windows(8, 24)
 EOS = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}

@@ -28,7 +28,6 @@ from planish.calibrate.losses import compute_logits
 from planish.calibrate.measure import sweep_back
 from planish.calibrate.stream import Stream
 from planish.calibrate.taps import tap_sites
-from planish.compression import compress
 from planish.core import Edit, Frontier, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.folder.load import load
@@ -42,6 +41,7 @@ from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
 from planish.stats import Stats, Tap
 from posed import Posed, pose_on
+from tiny import compress
 
 METHODS = list(list_methods())
 WINDOWS = tiny.windows(12, 24)

@@ -20,9 +20,9 @@ from planish.dry_run import count_between, count_kept, count_passes, reach
 from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
 from planish.methods import find_method, list_methods
-from planish.plan.budgets import Asked
 from planish.predict import predict
 from planish.rehearsal import rehearse, shrink
+from planish.request import Limits
 from planish.solve import solve
 from planish.stats import Tap
 from posed import pose_on
@@ -142,7 +142,7 @@ def test_what_is_kept_of_all_blocks_is_predicted_to_the_byte(monkeypatch, tmp_pa
     monkeypatch.setattr(Activations, "append", watch)
     windows = tiny.windows(40, 16)
     stream = Stream(open_source(tiny.build("llama_gqa")), windows, room=Room(folder=tmp_path, kept=0))
-    job = pose_on(stream, find_method("auto", settings), asked=Asked(keep=0.8))
+    job = pose_on(stream, find_method("auto", settings), asked=Limits(keep=0.8))
     told = dry_run.Job(job.problem, job.measure, job.method.decide(job.problem, {}))
     expected = count_kept(told, windows.numel())
     job.plan()
@@ -186,7 +186,7 @@ def test_what_lies_between_is_what_is_kept_while_a_block_is_solved(
         append(self, tensor)
         peak = max(peak, stream.room.used)
 
-    job = pose_on(stream, find_method(method, settings), asked=Asked(keep=0.8))
+    job = pose_on(stream, find_method(method, settings), asked=Limits(keep=0.8))
     planned = job.plan()
     monkeypatch.setattr(Activations, "append", watch)
     solve(job.problem, job.measure, planned, lambda *args: None)

@@ -18,7 +18,6 @@ from planish.calibrate.losses import compute_logits, nll
 from planish.calibrate.measure import sweep_forward
 from planish.calibrate.reuse import Reuse
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.folder.source import MemorySource, open_source
 from planish.methods import find_method
 from planish.modelling.blocks import find_blocks, get_linear
@@ -26,6 +25,7 @@ from planish.solvers.forms import neuron_edits
 from planish.stats import Tap
 from posed import pose_on
 from test_resume import hashes
+from tiny import compress
 
 WINDOWS = tiny.windows(10, 24)
 

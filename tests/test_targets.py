@@ -11,7 +11,6 @@ import torch
 import compressed
 import tiny
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Unit
 from planish.errors import InputError
 from planish.export.gguf import export_gguf
@@ -31,7 +30,7 @@ from planish.plan.targets import (
     needs_uniform,
 )
 from posed import pose_on
-from tiny import build
+from tiny import build, compress
 
 SIZES = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
 

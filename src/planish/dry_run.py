@@ -29,7 +29,7 @@ from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source
 from planish.methods import make_plan, pose
 from planish.methods.method import Method
-from planish.plan.budgets import SHARES, Asked, Budget, CacheNumbers, Flops, make_budget
+from planish.plan.budgets import Budget, CacheNumbers, Flops, make_budget
 from planish.plan.footprint import count_cache, count_flops
 from planish.plan.frontiers import dense_taps, measure_frontiers, stored_taps
 from planish.plan.latency import Latency, read_table
@@ -38,6 +38,7 @@ from planish.plan.problem import Problem
 from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
+from planish.request import SHARES, Limits
 from planish.solve import find_dense_sites
 from planish.solvers.offload import offload
 from planish.stats import Tap, add_gram
@@ -106,7 +107,7 @@ class Unread(Stream):
 def forecast(
     source: Source,
     *,
-    asked: Asked,
+    asked: Limits,
     method: Method,
     read: Callable[[], Tensor],
     size: tuple[int, int],
@@ -123,7 +124,7 @@ def forecast(
     """
     dtype = dtype or pick_dtype(source, device)
     unread = Unread(source, torch.empty(0, 0, dtype=torch.long), device=device, dtype=dtype)
-    asked = replace(asked, context=asked.context or size[1])
+    asked = asked.model_copy(update={"context": asked.context or size[1]})
     table = read_table(source, asked.context or 0, device, dtype, progress) if asked.max_latency is not None else None
     given: dict[str, Any] = {"step": round_to, "measured": table}
     problem = pose(method, source, asked, target=target, **given)

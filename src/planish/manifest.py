@@ -14,9 +14,9 @@ from planish.calibrate.stream import Stream
 from planish.errors import InputError
 from planish.folder.writer import Writer
 from planish.methods.method import Method
-from planish.plan.budgets import label, show
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
+from planish.request import label, show
 from planish.version import __version__
 
 

@@ -19,9 +19,9 @@ from planish.errors import InputError
 from planish.folder.source import Source
 from planish.methods import pose
 from planish.methods.method import Method
-from planish.plan.budgets import Asked
 from planish.plan.frontiers import dense_taps
 from planish.plan.problem import Problem
+from planish.request import Limits
 
 KINDS = {"vo": "value dimensions", "qk": "rotary pairs", "mlp": "neurons", "attention": "bypass", "ffn": "bypass"}
 
@@ -65,7 +65,7 @@ def measure_effects(
     """
     check_windows(held, source)
     stream = Stream(source, windows, device=device, dtype=dtype)
-    problem, measure = pose(method, source, Asked(keep=1.0), length=windows.shape[1]), Measurements(stream)
+    problem, measure = pose(method, source, Limits(keep=1.0), length=windows.shape[1]), Measurements(stream)
     if not any(s.startswith("grad:") for t in problem.taps(problem.block_units(0)) for s in t.sites):
         raise InputError(f"{method.name} predicts no nats per token: it measures no gradients; use a method that does")
     points = draw(problem, keeps, share, seed)

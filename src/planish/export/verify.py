@@ -188,7 +188,7 @@ class Vllm:
 
     def __init__(self, folder: Path, context: int):
         if importlib.util.find_spec("vllm") is None:
-            raise InputError("verify --target vllm needs vLLM in this environment · see docs/export.md")
+            raise InputError("verify --target vllm needs vLLM in this environment · see docs/deploy/vllm.md")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no processes of its own, which write to stdout
         from vllm import LLM, SamplingParams
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from difflib import get_close_matches
 from math import inf
 from pathlib import Path
@@ -16,11 +16,12 @@ from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.methods.method import Method
-from planish.plan.budgets import Asked, CacheNumbers, label
+from planish.plan.budgets import CacheNumbers
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem, make_problem
 from planish.plan.targets import check_plan, needs_uniform
 from planish.plan.uniform import make_uniform
+from planish.request import Limits, label
 
 
 def list_methods() -> dict[str, type[Method]]:
@@ -53,7 +54,7 @@ def find_method(name: str | Method, settings: dict[str, Any] | None = None) -> M
 def pose(
     method: Method,
     source: Source,
-    asked: Asked,
+    asked: Limits,
     *,
     step: int = 1,
     target: str = "any",
@@ -66,7 +67,7 @@ def pose(
     beside = sorted(set(asked.given) - {"keep"})
     if beside and method.sparsity is not None:
         raise InputError(f"sparsity says how much goes; {label(beside[0])} cannot hold beside it: give one of them")
-    asked = replace(asked, context=asked.context or length)
+    asked = asked.model_copy(update={"context": asked.context or length})
     solvers = method.solvers()
     problem = make_problem(
         source, method.name, solvers, asked, step=step, target=target, measured=measured, takes=method.takes

@@ -11,9 +11,10 @@ from planish.core import Frontier, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.plan.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
-from planish.plan.budgets import Asked, Budget, CacheNumbers, make_budget
+from planish.plan.budgets import Budget, CacheNumbers, make_budget
 from planish.plan.latency import Latency, Table, make_latency
 from planish.plan.targets import Target, constrain, fit_target
+from planish.request import Limits
 from planish.stats import Tap
 
 
@@ -118,7 +119,7 @@ def make_problem(
     source: Source,
     name: str,
     solvers: Sequence[Solver],
-    asked: Asked,
+    asked: Limits,
     *,
     step: int = 1,
     target: str = "any",
