@@ -25,7 +25,7 @@ from planish.calibrate.stream import Stream, reuse_memory
 from planish.calibrate.text import shuffle_windows
 from planish.core import Progress, Shape
 from planish.errors import InputError
-from planish.folder.config import write_config
+from planish.folder.config import name_head, write_config
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
@@ -132,11 +132,13 @@ def compress(
             with offload(stream.device):
                 with measure.phase("plan"):
                     planned = make_plan(method, problem, measure)
-                result, errors = write(problem, measure, planned, writer, caught)
+                done = write(problem, measure, planned, writer, caught)
+        result = report(problem, planned, source, writer, done)
+        result.seconds = measure.seconds
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
         result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier})
         result.seconds["total"] = time.perf_counter() - start + text.seconds
-        write_manifest(writer, method, problem, planned, stream, result, errors, text.record)
+        write_manifest(writer, method, problem, planned, stream, result, done.errors, text.record)
         for name, content in place.files.items():
             writer.text(name, content)
         writer.close()
@@ -194,81 +196,85 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
     return compress(request, method, source, text, place, shared=Shared(measured=measured), progress=progress)
 
 
-def write(
-    problem: Problem,
-    measure: Measurements,
-    planned: Planned,
-    writer: Writer,
-    caught: list[warnings.WarningMessage],
-) -> tuple[Result, dict[str, float]]:
-    """Solve and write every block, then what is outside the blocks and the configuration; also every unit's predicted loss."""
-    source = measure.stream.source
-    specs: list[Spec] = []
-    shapes: list[Shape] = []  # of the blocks that are left
-    counted: list[int] = []
-    errors: dict[str, float] = {}
-    for entry in writer.finished.values():
-        errors |= entry["errors"]
-    itemsize = 2
+@dataclass
+class Written:
+    """The blocks that are left, as they were written: spec, shape before, weights; `itemsize` of a weight, `kind` of the
+    configuration, `outer` weights outside the blocks; predicted loss per cut unit."""
 
-    def emit(i: int, block: nn.Module, spec: Spec, found: dict[str, float]) -> None:
-        nonlocal itemsize
-        errors.update(found)
+    specs: list[Spec] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)
+    itemsize: int = 2
+    kind: str = ""
+    outer: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def write(
+    problem: Problem, measure: Measurements, planned: Planned, writer: Writer, caught: list[warnings.WarningMessage]
+) -> Written:
+    """Solve and write every block, then what is outside the blocks and the configuration."""
+    source, done = measure.stream.source, Written()
+    for entry in writer.finished.values():
+        done.errors |= entry["errors"]
+
+    def emit(i: int, block: nn.Module, spec: Spec, errors: dict[str, float]) -> None:
+        done.errors |= errors
         if i in writer.finished:
-            spec, found = writer.finished[i]["spec"], writer.finished[i]["errors"]
-        entry = {"spec": spec, "errors": found, "warnings": read_warnings(caught)}
+            spec, errors = writer.finished[i]["spec"], writer.finished[i]["errors"]
+        entry = {"spec": spec, "errors": errors, "warnings": read_warnings(caught)}
         if is_empty(spec):
-            writer.block(i, None, source.family, len(specs), entry)
+            writer.block(i, None, source.family, len(done.specs), entry)
             return
-        counted.append(count_block(block))
-        specs.append(spec)
-        shapes.append(problem.shapes[i])
-        itemsize = next(block.parameters()).element_size()
+        done.counted.append(count_block(block))
+        done.specs.append(spec)
+        done.shapes.append(problem.shapes[i])
+        done.itemsize = next(block.parameters()).element_size()
         with measure.phase("write"):
-            writer.block(i, block, source.family, len(specs) - 1, entry)
+            writer.block(i, block, source.family, len(done.specs) - 1, entry)
 
     finished = {i: partial(writer.restore, i, source=source) for i in writer.finished}
     solve(problem, measure, planned, emit, finished=finished)
-    kind = write_config(writer, source, specs, shapes)
-    outside = drop_tied(source.outside(), source)
-    outer = sum(t.numel() for t in outside.values())
-    head = source.family.head if kind == "native" else "lm_head"
-    writer.shard(
-        0, {n.replace("lm_head.", f"{head}.", 1) if n.startswith("lm_head.") else n: t for n, t in outside.items()}
-    )
+    done.kind = write_config(writer.text, source.config, source.family, done.specs, done.shapes)
+    outside = source.outside()
+    done.outer = sum(t.numel() for t in outside.values())
+    writer.shard(0, name_head(outside, source.family, done.kind))
     if writer.active:
         source.copy_files(writer.partial)
+    return done
+
+
+def report(problem: Problem, planned: Planned, source: Source, writer: Writer, done: Written) -> Result:
+    """What was asked and what came out, counted from what was written."""
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
     uncut, dense = [s.count() for s in problem.shapes], [dict[str, Any]()] * len(problem.shapes)
-    before = sum(uncut)
     flops = [
         count_flops(problem.shapes, dense, uncut, problem.context),
-        count_flops(shapes, specs, counted, problem.context),
+        count_flops(done.shapes, done.specs, done.counted, problem.context),
     ]
     result = Result(
-        problem.name,
-        problem.keep if planned.keep is None else planned.keep,
-        sum(counted) / before,
-        outer + blocks,
-        writer.parameters,
-        before,
-        sum(counted),
-        kv_bytes(dense, list(problem.shapes), itemsize),
-        kv_bytes(specs, shapes, itemsize),
-        kind,
-        str(writer.output),
-        measure.seconds,
-        peak_rss(),
+        method=problem.name,
+        keep_requested=problem.keep if planned.keep is None else planned.keep,
+        keep=sum(done.counted) / sum(uncut),
+        params_before=done.outer + blocks,
+        params_after=writer.parameters,
+        block_params_before=sum(uncut),
+        block_params_after=sum(done.counted),
+        kv_bytes_per_token_before=kv_bytes(dense, list(problem.shapes), done.itemsize),
+        kv_bytes_per_token_after=kv_bytes(done.specs, done.shapes, done.itemsize),
+        format=done.kind,
+        output=str(writer.output),
+        peak_rss_bytes=peak_rss(),
         bytes_before=sum(n * dtype.itemsize for n, dtype in source.sizes().values()) + count_headers(source),
         bytes_after=writer.bytes + writer.headers,
         flops_per_token_before=flops[0] + 2 * source.count_head(),
         flops_per_token_after=flops[1] + 2 * source.count_head(),
         context=problem.context,
-        submodules={name: dict(kind) for name, kind in planned.removed.items()},
+        submodules={name: dict(gone) for name, gone in planned.removed.items()},
     )
     if problem.table is not None:
         result.latency_ms_before = problem.table.predict(dense, problem.shapes) * 1e3
-        result.latency_ms_after = problem.table.predict(specs, shapes) * 1e3
+        result.latency_ms_after = problem.table.predict(done.specs, done.shapes) * 1e3
     achieved = {
         "keep": result.keep,
         "max_params": result.params_after,
@@ -279,16 +285,7 @@ def write(
     }
     budgets = problem.budgets if planned.keep is None else ()
     result.budgets = {b.name: {"asked": b.asked, "achieved": achieved[b.name]} for b in budgets}
-    return result, errors
-
-
-def drop_tied(outside: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """Tied checkpoints store one matrix, under the embedding's name."""
-    if not source.config.tie_word_embeddings or "lm_head.weight" not in outside:
-        return outside
-    rest = {n: t for n, t in outside.items() if n != "lm_head.weight"}
-    embedding = source.embedding_name()
-    return rest if embedding in rest else {embedding: outside["lm_head.weight"], **rest}
+    return result
 
 
 def check_tokens(method: Method, problem: Problem, windows: Tensor, settings: dict[str, Any]) -> None:

@@ -179,21 +179,19 @@ def add_losses(problem: Problem, planned: Planned) -> dict[str, float]:
 
 def describe(job: Job, size: tuple[int, int], measured: bool, planning: float) -> Forecast:
     """Everything that follows from a plan. `planning`: seconds it took."""
-    problem, planned = job.problem, job.planned
-    source, shapes, plan = job.measure.stream.source, problem.shapes, planned.ranks
+    problem, measure, planned = job
+    source, shapes, plan = measure.stream.source, problem.shapes, planned.ranks
     itemsize = source.stored.itemsize
     rows: list[dict[str, Any]] = []
     for unit in sorted(problem.units):
-        full = problem.full(unit)
-        rank = plan.get(unit, full)
+        rank = plan.get(unit, full := problem.full(unit))
         before, after = problem.count(unit, full), problem.count(unit, rank)
         rows.append(
             {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, "before": before, "after": after}
         )
     blocks = sum(s.count() for s in shapes)
     blocks_after = blocks - sum(r["before"] - r["after"] for r in rows)
-    source.empty_block(0)
-    model = source._empty  # type: ignore[attr-defined]
+    model = source.empty
     params = sum(p.numel() for p in model.parameters())
     head = source.count_head()
     caches, full_caches = CacheNumbers("kv_keep", 1, 0, 0), sum(map(count_cache, shapes))
@@ -256,16 +254,15 @@ def estimate(
     tokens = prod(size)
     problem, planned, stream, plan = job.problem, job.planned, job.measure.stream, job.planned.ranks
     shape = max(problem.shapes, key=Shape.count)
-    parts = [
-        problem.taps(stage) for stage in planned.stages(problem.block_units(shape.block))
-    ]  # measured one after another
+    units = problem.block_units(shape.block)
+    parts = [problem.taps(stage) for stage in planned.stages(units)]  # measured one after another
     parts.append(dense_taps(problem, shape.block))  # and once more for what the plan needs
     taps = max(parts, key=lambda part: count_sums(shape, part), default=[])
     statistics = count_sums(shape, taps)
     wide = sum(n for t in taps if t.kind == "gram" and 8 * (n := count_sums(shape, [t])) >= stats_file.WIDE)
     found = [[shape.width(s) for s in {s for t in part for s in t.sites}] for part in parts]
     sites = max(found, key=sum, default=[])
-    work = max((problem.units[u].memory(u, shape) for u in problem.block_units(shape.block)), default=0)
+    work = max((problem.units[u].memory(u, shape) for u in units), default=0)
     both = 2 if planned.prefix == "both" else 1
     written = params - sum(problem.count(u, problem.full(u)) - problem.count(u, r) for u, r in plan.items())
     kept, shelved = count_kept(job, tokens) if measured else (0, 0)
@@ -291,7 +288,6 @@ def estimate(
         activation_limit=stream.room.limit,
         near=stream.room.near,
     )
-
     here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
     rates = measure_rates(here, torch.float32 if here != stream.device else stream.dtype, shape, size[1])
     passes, forward = 0.0, 2 * shape.count() / rates.single + attend / 2 / len(problem.shapes) / rates.attention

@@ -17,8 +17,7 @@ from planish.calibrate.stream import Hidden, Stream, return_memory
 from planish.calibrate.taps import AllSeen, find_gap, tap_sites
 from planish.core import Shape
 from planish.errors import InputError
-from planish.folder.source import is_finite
-from planish.stats import Stats, Tap, add_lane
+from planish.stats import Stats, Tap, add_lane, is_finite
 
 
 class Run(NamedTuple):

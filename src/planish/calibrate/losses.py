@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from planish.calibrate.stream import Hidden, Stream
+from planish.calibrate.stream import Hidden, Stream, in_order
 from planish.errors import InputError
 
 LOGITS = 1 << 23  # numbers that the head gives at a time: 64 MiB in fp64, of which sampling labels takes a few copies
@@ -26,7 +26,7 @@ def nll(stream: Stream, hidden: Hidden) -> float:
             done += len(logits)
         losses.append((loss, piece.ids[:, 1:].numel()))
     stream.release()
-    losses = stream.in_order(losses)
+    losses = in_order(stream, losses)
     if not sum(n for _, n in losses):
         raise InputError("windows of one token have no loss to compare by: use --seq-len 2 or more")
     return sum(loss for loss, _ in losses) / sum(n for _, n in losses)
@@ -44,7 +44,7 @@ def divergence(stream: Stream, hidden: Hidden, reference: Hidden) -> float:
                 lost += float((other.exp() * (other - own)).sum())
         sums.append((lost, h.shape[0] * h.shape[1]))
     stream.release()
-    sums = stream.in_order(sums)
+    sums = in_order(stream, sums)
     return max(sum(s for s, _ in sums) / sum(n for _, n in sums), 0.0)
 
 

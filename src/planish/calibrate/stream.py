@@ -203,11 +203,12 @@ class Stream:
             hidden = self.run(i, self.place(self.block(i, (edits or {}).get(i, ()))), hidden)
         return hidden
 
-    def in_order(self, values: list[T]) -> list[T]:
-        """One value for each of this process's batches → one for every batch of all processes, in order."""
-        own = {p.first: v for p, v in zip(self.pieces, values, strict=True)}
-        found = {first: v for part in lanes.gather(own) for first, v in part.items()}
-        return [found[first] for first in sorted(found)]
+
+def in_order(stream: Stream, values: list[T]) -> list[T]:
+    """One value for each of this process's batches → one for every batch of all processes, in order."""
+    own = {p.first: v for p, v in zip(stream.pieces, values, strict=True)}
+    found = {first: v for part in lanes.gather(own) for first, v in part.items()}
+    return [found[first] for first in sorted(found)]
 
 
 def reuse_memory() -> None:

@@ -25,7 +25,10 @@ from planish.compression import Calibration, Destination, Shared, compress
 from planish.errors import InputError, PlanishError
 from planish.evaluate import perplexity
 from planish.evaluate.report.chart import Point, draw_chart
-from planish.folder.source import find_folder, load_config, load_tokenizer, open_source
+from planish.folder.config import load_config
+from planish.folder.hub import find_folder
+from planish.folder.source import open_source
+from planish.folder.tokenizer import load_tokenizer
 from planish.methods import find_method, list_methods
 from planish.plan.footprint import kv_bytes
 from planish.request import Request

@@ -167,7 +167,7 @@ class Auto(Method):
         frontiers = self.measure(problem, measure)
         picked = self.allocate(problem, frontiers, 1 / max(self.rounds, 1))
         for n in range(2, self.rounds + 1):
-            frontiers = self.measure_again(problem, measure, picked.ranks)
+            frontiers = measure_again(problem, measure, picked.ranks)
             picked = self.allocate(problem, frontiers, n / self.rounds)
         return self.settle(problem, measure, frontiers, picked)
 
@@ -268,26 +268,6 @@ class Auto(Method):
         cut = {n: sum(u.name == n and r < problem.full(u) for u, r in ranks.items()) for n in names}
         return Pick(ranks, loss, {n: c for n, c in cut.items() if c})
 
-    def measure_again(self, problem: Problem, measure: Measurements, plan: Plan) -> Frontiers:
-        """Frontiers of the uncompressed weights with gradients of the model under `plan`, wherever they still exist."""
-        gone = {"qk": "qk", "keys": "k", "vo": "v", "mlp": ("gate", "up"), "attention": ATTENTION, "ffn": MLP}
-
-        def taps(shape: Shape) -> list[Tap]:
-            cut = [u.name for u, r in plan.items() if u.block == shape.block and r < problem.full(u)]
-            missing = {f"grad:{r}.{end}" for name in cut for r in gone.get(name, ()) for end in ("out", "back")}
-            missing |= {"grad:attention.add"} if "attention" in cut else set()
-            missing |= {"grad:mlp.add"} if "ffn" in cut else set()
-            known = dense_taps(problem, shape.block)
-            return [t for t in known if t.site.startswith("grad:") and t.site not in missing]
-
-        frontiers: Frontiers = {}
-        for i, _, stats in measure.backward(taps, solve_stored(problem, measure, plan)):
-            known = measure.stored[i]
-            known.replace(stats)
-            measure.stored[i] = known
-            frontiers |= decompose_block(problem, measure, measure.stream.block(i), known, i)
-        return frontiers
-
 
 @dataclass(frozen=True)
 class Pick:
@@ -318,6 +298,27 @@ def hold_out(measure: Measurements, among: Sequence[int]) -> tuple[Measurements,
     held = torch.zeros(len(windows), dtype=torch.bool)
     held[list(among)[3::4]] = True
     return measure.part(windows[~held]), measure.stream.part(windows[held])
+
+
+def measure_again(problem: Problem, measure: Measurements, plan: Plan) -> Frontiers:
+    """Frontiers of the uncompressed weights with gradients of the model under `plan`, wherever they still exist."""
+    gone = {"qk": "qk", "keys": "k", "vo": "v", "mlp": ("gate", "up"), "attention": ATTENTION, "ffn": MLP}
+
+    def taps(shape: Shape) -> list[Tap]:
+        cut = [u.name for u, r in plan.items() if u.block == shape.block and r < problem.full(u)]
+        missing = {f"grad:{r}.{end}" for name in cut for r in gone.get(name, ()) for end in ("out", "back")}
+        missing |= {"grad:attention.add"} if "attention" in cut else set()
+        missing |= {"grad:mlp.add"} if "ffn" in cut else set()
+        known = dense_taps(problem, shape.block)
+        return [t for t in known if t.site.startswith("grad:") and t.site not in missing]
+
+    frontiers: Frontiers = {}
+    for i, _, stats in measure.backward(taps, solve_stored(problem, measure, plan)):
+        known = measure.stored[i]
+        known.replace(stats)
+        measure.stored[i] = known
+        frontiers |= decompose_block(problem, measure, measure.stream.block(i), known, i)
+    return frontiers
 
 
 def solve_stored(problem: Problem, measure: Measurements, plan: Plan) -> dict[int, list[Edit]]:

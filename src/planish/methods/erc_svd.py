@@ -7,7 +7,7 @@ from math import ceil, floor
 from typing import ClassVar, Literal
 
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import Hidden, Stream
+from planish.calibrate.stream import Hidden, Stream, in_order
 from planish.core import Solver
 from planish.errors import InputError
 from planish.methods.method import Method
@@ -93,5 +93,5 @@ class ErcSVD(Method):
 def compare(stream: Stream, outputs: Hidden, dense: Hidden) -> float:
     """Eq. 5: E‖y − ŷ‖² per token, y and ŷ (batch, seq, hidden) the last block's outputs before and after."""
     squares = [(a.double() - b.double()).square().sum(-1) for a, b in zip(outputs, dense, strict=True)]
-    sums = stream.in_order([(float(x.sum()), x.numel()) for x in squares])
+    sums = in_order(stream, [(float(x.sum()), x.numel()) for x in squares])
     return sum(s for s, _ in sums) / sum(n for _, n in sums)

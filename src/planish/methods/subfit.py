@@ -8,17 +8,16 @@ from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from planish.calibrate.collect import Run, measure_block
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
-from planish.core import SUBMODULES, Edit, Shape, Solver, Unit
+from planish.core import Edit, Shape, Solver, Unit
 from planish.methods.method import Method
-from planish.modelling.blocks import get_linear
 from planish.plan.budgets import Budget, make_budget
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
+from planish.plan.refit import fit_unit, refit_and_repair, refit_jointly
 from planish.plan.removal import (
     check_foldable,
     count_removed,
@@ -33,9 +32,7 @@ from planish.plan.removal import (
 )
 from planish.solve import solve
 from planish.solvers.bypass import Bypass, is_factored, shared_basis
-from planish.solvers.moments import Moments
-from planish.solvers.window import down_edit, fit_correction
-from planish.stats import Stats, Tap
+from planish.stats import Tap
 
 Fits = dict[Unit, list[Edit]]
 Fit = Literal["auto", "once", "joint", "sequential", "compensated"]
@@ -144,11 +141,11 @@ class SubFit(Method):
                 planned = replace(planned, solvers=problem.units, notes={**planned.notes, "fit_losses": losses})
             planned = replace(planned, prefix=replace(self, fit=fit).prefix, settings={"fit": fit})
         if fit == "joint":
-            edits = self.refit_jointly(problem, measure, edits)
+            edits = refit_jointly(problem, measure, edits)
         if self.repair:
             check_foldable(measure.stream.family, "subfit with repair=true")
             again = fit in ("sequential", "compensated")
-            return replace(planned, edits=self.refit_and_repair(problem, measure, edits, again))
+            return replace(planned, edits=refit_and_repair(problem, measure, edits, again, self.ridge))
         return replace(planned, edits=edits) if fit in ("once", "joint") else planned
 
     def choose(self, problem: Problem, measure: Measurements) -> Choice:
@@ -263,55 +260,6 @@ class SubFit(Method):
             fits |= {u: fit_unit(problem.units[u], u, stats, problem.shapes[i]) for u in units if u.block == i}
         return fits
 
-    def refit_jointly(
-        self, problem: Problem, measure: Measurements, edits: Mapping[int, list[Edit]]
-    ) -> dict[int, list[Edit]]:
-        """All bypasses fitted again, to what each submodule would add to the stream that the model with `edits` has."""
-        found: dict[int, list[Edit]] = {}
-        stream = measure.stream
-        with measure.phase("statistics"):
-            hidden = stream.start()
-            for i, shape in enumerate(problem.shapes):
-                before: list[Edit] = []
-                for edit in sorted(edits.get(i, ()), key=lambda e: e.target):  # attention, then mlp
-                    unit = Unit(i, SUBMODULES[edit.target])
-                    solver, block = problem.units[unit], stream.place(stream.block(i, before))
-                    stats, _ = measure_block(stream, i, block, solver.taps(unit, shape), hidden, outputs=False)
-                    found.setdefault(i, []).extend(fit_unit(solver, unit, stats, shape))
-                    before.append(edit)
-                hidden = stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), hidden)
-        return found
-
-    def refit_and_repair(
-        self, problem: Problem, measure: Measurements, edits: Mapping[int, list[Edit]], again: bool
-    ) -> dict[int, list[Edit]]:
-        """From the first block to the last: bypasses fitted again, if asked for, and down projections that stay."""
-        found: dict[int, list[Edit]] = {}
-        stream = measure.stream
-        taps = [Tap("down.in", "moments", "mlp.gap", part=part) for part in ("fit", "held")]
-        with measure.phase("statistics"):
-            hidden = dense_hidden = stream.start()
-            for i, shape in enumerate(problem.shapes):
-                dense, new = Run(stream.place(stream.block(i)), dense_hidden), list[Edit]()
-                for edit in sorted(edits.get(i, ()), key=lambda e: e.target):
-                    if not again:
-                        new.append(edit)
-                        continue
-                    unit = Unit(i, SUBMODULES[edit.target])
-                    solver, block = problem.units[unit], stream.place(stream.block(i, new))
-                    stats, _ = measure_block(stream, i, block, solver.taps(unit, shape), hidden, dense, outputs=False)
-                    new += fit_unit(solver, unit, stats, shape)
-                if (found or new) and not any(e.target == "mlp" for e in new):
-                    block = stream.block(i, new)
-                    stats, _ = measure_block(stream, i, stream.place(block), taps, hidden, dense, outputs=False)
-                    train, held = (Moments.read(stats, tap) for tap in taps)
-                    new.append(repair_edit(get_linear(block, stream.family, "down"), train, held, self.ridge))
-                if new:
-                    found[i] = new
-                hidden = stream.run(i, stream.place(stream.block(i, new)), hidden)
-                dense_hidden = stream.run(i, dense.block, dense_hidden)
-        return found
-
     def aim(self, units: Mapping[Unit, Solver], fit: Fit) -> dict[Unit, Solver]:
         """The same bypasses with the target that this way of fitting has."""
         target = replace(self, fit=fit).refit_solver().target
@@ -408,21 +356,6 @@ class Choice:
 def count_saved(problem: Problem, budgets: Sequence[Budget], units: list[Unit]) -> Tensor:
     """What goes of every budget with these units, net of their bypasses."""
     return torch.tensor([saving(problem, units, b) for b in budgets], dtype=torch.float64)
-
-
-def repair_edit(down: nn.Linear, train: Moments | None, held: Moments | None, ridge: float) -> Edit:
-    """The down projection nearest to the one it was that gives what the moments' f asks for."""
-    assert train is not None
-    bias = None if down.bias is None else down.bias.detach()
-    if bias is not None:  # it stays
-        train, held = train.shift(bias.double()), held and held.shift(bias.double())
-    w = fit_correction(train, held, down.weight.detach().double().T, ridge)
-    return down_edit({"down": down.weight.detach()}, w.T, bias)
-
-
-def fit_unit(solver: Solver, unit: Unit, stats: Stats, shape: Shape) -> list[Edit]:
-    """A unit's bypass from its block's statistics."""
-    return solver.truncate(solver.decompose(unit, {}, stats, shape), 0, shape)
 
 
 def combine(parts: Mapping[Unit, tuple[float, float]], how: str) -> dict[Unit, float]:

@@ -21,6 +21,7 @@ from planish.apply import read_weights
 from planish.calibrate.cache import describe
 from planish.calibrate.collect import Run, capture, measure_block
 from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import in_order
 from planish.core import Frontier, Unit
 from planish.plan.frontiers import Frontiers
 from planish.plan.problem import Problem
@@ -115,7 +116,7 @@ def cut_errors(
                 cut = few.place(stream.block(i, edits))
                 other, _ = capture(few, i, cut, {site}, hidden, outputs=False)
                 errors = [(a - b).flatten(0, -2).double() for a, b in zip(other[site], seen[site], strict=True)]
-                sums = few.in_order([(e.T @ e, len(e)) for e in errors])
+                sums = in_order(few, [(e.T @ e, len(e)) for e in errors])
                 mean = torch.stack([m for m, _ in sums]).sum(0) / sum(n for _, n in sums)
                 predicted = sum(float(frontiers[u].loss[r]) for u, r in cuts.items())
                 found.setdefault(group, []).append((predicted, mean))
