@@ -59,10 +59,10 @@ LONG_FUNCTIONS = {
     "planish.export.verify.verify": 69,
     "planish.predict.predict": 77,
     "planish.single_cuts.measure_effects": 65,
-    "planish.sweep.sweep": 113,
+    "planish.sweep.sweep": 117,
 }
 MANY_PARAMETERS = {
-    "planish.api.evaluate": 10,
+    "planish.api.evaluate": 11,
     "planish.cli.export.export": 9,
     "planish.cli.sweep.sweep": 21,
     "planish.dry_run.forecast": 11,
@@ -70,7 +70,7 @@ MANY_PARAMETERS = {
     "planish.export.eora.compensate": 12,
     "planish.predict.predict": 21,
     "planish.single_cuts.measure_effects": 10,
-    "planish.sweep.sweep": 21,
+    "planish.sweep.sweep": 22,
 }
 MANY_METHODS = {
     "planish.calibrate.cache.Cache": 19,

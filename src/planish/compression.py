@@ -26,6 +26,7 @@ from planish.calibrate.text import shuffle_windows
 from planish.core import Progress, Shape
 from planish.errors import InputError
 from planish.folder.config import name_head, write_config
+from planish.folder.owner import owning
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
@@ -161,6 +162,7 @@ def write_journal(
     }  # fmt: skip
 
 
+@owning
 def resume(output: str | Path, progress: Progress | None = None) -> Result:
     """Finish an interrupted `compress` into `output`: the same weights as if it had never been interrupted.
 
@@ -234,13 +236,13 @@ def write(
             writer.block(i, block, source.family, len(done.specs) - 1, entry)
 
     finished = {i: partial(writer.restore, i, source=source) for i in writer.finished}
+    if writer.active:  # first: what cannot be copied or saved is found before the work
+        source.copy_files(writer.partial)
     solve(problem, measure, planned, emit, finished=finished)
     done.kind = write_config(writer.text, source.config, source.family, done.specs, done.shapes)
     outside = source.outside()
     done.outer = sum(t.numel() for t in outside.values())
     writer.shard(0, name_head(outside, source.family, done.kind))
-    if writer.active:
-        source.copy_files(writer.partial)
     return done
 
 
