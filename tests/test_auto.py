@@ -13,13 +13,13 @@ import torch
 import planish
 import tiny
 from planish import solve
-from planish.apply import apply_edits, read_weights
+from planish.apply import apply_edits
 from planish.calibrate.activations import Room
 from planish.calibrate.collect import measure_block
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import sweep_back
 from planish.calibrate.store import Store
-from planish.calibrate.stream import Stream
+from planish.calibrate.stream import Stream, read_weights
 from planish.core import Frontier, Unit
 from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
@@ -72,7 +72,7 @@ def test_new_sites_are_what_they_say(name):
     product, x = Tap("dense:down.product", "cross", "dense:down.in"), Tap("dense:down.in", "gram")
     seen: list[int] = []
     for i, block, stats in sweep_back(s, lambda shape: [wide, back, product, x]):
-        weights = {r: w.double() for r, w in read_weights(block, s.family).items()}
+        weights = {r: w.double() for r, w in read_weights(block, s).items()}
         w = weights["up"]
         torch.testing.assert_close(stats.mean(back), w.T @ stats.mean(wide) @ w, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(stats.mean(product), weights["down"] @ stats.mean(x), rtol=1e-9, atol=1e-12)
@@ -91,7 +91,7 @@ def test_back_of_an_edited_model_takes_the_uncompressed_weight():
     wide, back = Tap("grad:up.out", "gram"), Tap("grad:up.back", "gram")
 
     for i, _, stats in sweep_back(s, lambda shape: [wide, back], edits):
-        w = read_weights(s.block(i), s.family)["up"].double()
+        w = read_weights(s.block(i), s)["up"].double()
         torch.testing.assert_close(stats.mean(back), w.T @ stats.mean(wide) @ w, rtol=1e-9, atol=1e-12)
 
 
@@ -146,7 +146,7 @@ def pairs_of(name: str, silence: int | None = None):
     measure, unit = job.measure, Unit(1, "qk")
     for i, block, stats in measure.backward(lambda shape: dense_taps(job.problem, shape.block)):
         if i == 1:
-            weights = {role: w.clone() for role, w in read_weights(block, measure.stream.family).items()}
+            weights = {role: w.clone() for role, w in read_weights(block, measure.stream).items()}
             return unit, weights, solver.decompose(unit, weights, stats, shape), shape
     raise AssertionError
 
@@ -366,7 +366,7 @@ def test_latent_keys_are_the_best_of_their_rank_in_nats(group):
     solver, unit, shape = KeyLatent(group, nats=True), Unit(1, "keys"), s.source.shape(1)
     taps = solver.taps(unit, shape)
     found = {i: stats for i, _, stats in sweep_back(s, lambda h: taps if h.block == 1 else [])}
-    weights = read_weights(s.block(1), s.family)
+    weights = read_weights(s.block(1), s)
     gram, metric = (found[1].mean(t) for t in taps)
     frontier = solver.decompose(unit, weights, found[1], shape)
     k = weights["k"].double().unflatten(0, (len(gram), -1))
@@ -535,7 +535,7 @@ def test_cut_errors_are_what_the_cut_model_adds():
     frontiers = measure_back(job)
     unit, rank = Unit(1, "qk"), 4
     found = cut_errors(job.problem, job.measure, {(unit,): [[rank], [job.problem.full(unit)]]}, "o.out", 3)[unit,]
-    weights = read_weights(s.block(1), s.family)
+    weights = read_weights(s.block(1), s)
     edits = job.problem.units[unit].truncate(
         job.problem.units[unit].decompose(unit, weights, job.measure.stored[1], job.problem.shapes[1]),
         rank,
@@ -577,7 +577,7 @@ def test_errors_of_low_rank_keys_need_no_more_than_a_few_windows():
             stats.sums[tap], stats.tokens[tap] = {"sum": x.T @ x}, len(x)
             for unit, rank in zip(units, ranks, strict=True):
                 frontier = job.problem.units[unit].decompose(
-                    unit, read_weights(s.block(1), s.family), stats, job.problem.shapes[1]
+                    unit, read_weights(s.block(1), s), stats, job.problem.shapes[1]
                 )
                 expected += float(frontier.loss[rank])
                 edits = job.problem.units[unit].truncate(frontier, rank, job.problem.shapes[1])

@@ -11,10 +11,9 @@ import torch
 
 import tiny
 from planish import api, solve
-from planish.apply import read_weights
 from planish.calibrate import measure
 from planish.calibrate.cache import LONG, Cache, open_cache, tokenize
-from planish.calibrate.stream import Stream
+from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import encode, load_tokens
 from planish.folder.source import open_source
 from planish.methods import find_method
@@ -212,7 +211,7 @@ def test_statistics_of_an_edited_model_are_never_kept(folder):
         taps = job.problem.taps(job.problem.block_units(i))
         stats = cache.stats("forward", i, taps)
         unit = job.problem.block_units(i)[0]
-        frontier = job.problem.units[unit].decompose(unit, read_weights(block, stream.family), stats, shape)
+        frontier = job.problem.units[unit].decompose(unit, read_weights(block, stream), stats, shape)
         edits[i] = job.problem.units[unit].truncate(frontier, plan[unit], shape)
     taps = lambda shape: job.problem.taps(job.problem.block_units(shape.block))  # noqa: E731
     origins = [stats.origin for _, _, stats in job.measure.forward(taps, edits)]

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 import tiny
 from planish import solve as planish_solve
-from planish.apply import apply_edits, count_block, read_weights
+from planish.apply import apply_edits, count_block
 from planish.calibrate.collect import Run, measure_block
 from planish.calibrate.losses import compute_logits
 from planish.calibrate.measure import sweep_back
-from planish.calibrate.stream import Stream
+from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.taps import tap_sites
 from planish.core import Edit, Frontier, Shape, Solver, Unit
 from planish.errors import InputError
@@ -80,7 +80,7 @@ class Bench:
         )
         if len(forward) < len(taps):
             stats.merge(self.gradients(tuple(t for t in taps if t not in forward), i))
-        weights = read_weights(self.blocks[i], self.stream.family)
+        weights = read_weights(self.blocks[i], self.stream)
         return solver.decompose(unit, weights, stats, shape), shape
 
     @functools.cache  # noqa: B019

@@ -10,14 +10,14 @@ from torch import nn
 
 import tiny
 from planish import solve
-from planish.apply import apply_edits, read_weights
+from planish.apply import apply_edits
 from planish.calibrate import losses
 from planish.calibrate.activations import Room
 from planish.calibrate.collect import measure_block
 from planish.calibrate.losses import compute_logits, nll
 from planish.calibrate.measure import sweep_forward
 from planish.calibrate.reuse import Reuse
-from planish.calibrate.stream import Stream
+from planish.calibrate.stream import Stream, read_weights
 from planish.folder.source import MemorySource, open_source
 from planish.methods import find_method
 from planish.modelling.blocks import find_blocks, get_linear
@@ -116,7 +116,7 @@ def test_no_run_starts_where_neurons_were_taken_away(family):
     )
     kept = torch.arange(1, shape.intermediate, 2)
     block = stream.block(0)
-    edits = neuron_edits(read_weights(block, stream.family), kept, torch.randn(shape.hidden, len(kept)))
+    edits = neuron_edits(read_weights(block, stream), kept, torch.randn(shape.hidden, len(kept)))
     apply_edits(block, edits, stream.family, stream.source.config, shape)
     expected = stream.run(0, block, hidden)
     get_linear(block, stream.family, "up").register_forward_hook(lambda m, args, out: runs.append(len(out)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from planish.core import Edit, Shape, Weights
+from planish.core import Edit, Shape
 from planish.errors import InputError
 from planish.modelling.blocks import Spec, get_linear, install, split_block
 from planish.modelling.families import Family
@@ -70,17 +70,6 @@ def narrow(tensor: Tensor, kind: torch.dtype, where: str) -> Tensor:
             "store the model in bfloat16 or float32 first"
         )
     return value
-
-
-def read_weights(block: nn.Module, family: Family) -> Weights:
-    """Weights and biases of a canonical block's linears, in the stored dtype, on the CPU."""
-    weights: Weights = {}
-    for role in family.roles:
-        linear = get_linear(block, family, role)
-        weights[role] = linear.weight.detach()
-        if linear.bias is not None:
-            weights[f"{role}.bias"] = linear.bias.detach()
-    return weights
 
 
 def count_block(block: nn.Module) -> int:

@@ -24,7 +24,7 @@ from planish.calibrate.reuse import BEHIND, LAST
 from planish.calibrate.stream import BATCH, Stream
 from planish.calibrate.text import shuffle_windows
 from planish.compression import check_tokens, check_windows, pick_dtype
-from planish.core import Plan, Progress, Shape, Unit, count_sums
+from planish.core import Plan, Progress, Shape, Unit, count_sums, describe_rest
 from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source
 from planish.methods import make_plan, pose
@@ -37,7 +37,7 @@ from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
-from planish.rehearsal import Stopwatch, rehearse
+from planish.rehearsal import Stopwatch, rehearse_all
 from planish.request import SHARES, Limits
 from planish.solve import find_dense_sites
 from planish.solvers.offload import offload
@@ -195,15 +195,13 @@ def describe(job: Job, size: tuple[int, int], measured: bool, planning: float) -
     params = sum(p.numel() for p in model.parameters())
     head = source.count_head()
     caches, full_caches = CacheNumbers("kv_keep", 1, 0, 0), sum(map(count_cache, shapes))
+    working = [s.working for s in shapes]
     flops = Flops(
-        "flops_keep",
-        1,
-        0,
-        count_flops(shapes, [{}] * len(shapes), [s.count() for s in shapes], problem.context),
-        context=problem.context,
+        "flops_keep", 1, 0, count_flops(shapes, [{}] * len(shapes), working, problem.context), context=problem.context
     )
     stored = make_budget("max_bytes", 1, source, shapes, problem.context)
-    peaks, seconds, how = estimate(job, size, measured, params, head, itemsize, int(flops.total) - 2 * blocks)
+    attend = int(flops.total) - 2 * sum(working)
+    peaks, seconds, how = estimate(job, size, measured, params, head, itemsize, attend)
     found = Forecast(
         method=problem.name,
         keep_requested=problem.keep if planned.keep is None else planned.keep,
@@ -226,7 +224,7 @@ def describe(job: Job, size: tuple[int, int], measured: bool, planning: float) -
         needed_statistics=measured,
         units=rows,
         how=how,
-        warnings=list(planned.remarks.values()),
+        warnings=[*planned.remarks.values(), *describe_rest(problem.units, shapes)],
     )
     for b in problem.budgets if planned.keep is None else ():
         cost = left(problem, plan, b)
@@ -290,14 +288,13 @@ def estimate(
     )
     here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
     rates = measure_rates(here, torch.float32 if here != stream.device else stream.dtype, shape, size[1])
-    passes, forward = 0.0, 2 * shape.count() / rates.single + attend / 2 / len(problem.shapes) / rates.attention
-    forward += (shape.intermediate + 6 * shape.hidden) * rates.element
+    passes, forward = 0.0, 2 * shape.working / rates.single + attend / 2 / len(problem.shapes) / rates.attention
+    forward += (shape.inner + 6 * shape.hidden) * rates.element
     summing, solving = 0.0, 0.0
     cuts = [[u for u in problem.cut(plan, i) if i not in planned.edits] for i in range(len(problem.shapes))]
     alike = {u.name: u for cut in cuts for u in cut}  # one unit of each kind
     with offload("cpu"):  # elsewhere small solves say nothing about large ones
-        rehearsed = rehearse({u: problem.units[u] for u in alike.values()}, plan, shape)
-    took = {u.name: s for u, s in rehearsed.items()}
+        took = rehearse_all({u: problem.units[u] for u in alike.values()}, plan, problem.shapes)
     for i, cut in enumerate(cuts):
         through, taps = count_passes(job, i, planned.stages(cut) if cut else [[]], size)
         passes += through
@@ -367,7 +364,7 @@ def reach(shape: Shape, taps: Iterable[Tap]) -> float:
     """Share of a block's weights that run until all these taps' sites have been seen."""
     depth = 0
     for site in (s.rpartition(":")[2] for tap in taps for s in tap.sites):
-        where, end = site.split(".")
+        where, _, end = site.rpartition(".")
         at = next((n for n, roles in enumerate(ORDER) if where in roles), len(ORDER) - 1)
         depth = max(depth, at if end == "in" and where in shape.roles else at + 1)
     return sum(shape.count(r) for roles in ORDER[:depth] for r in roles if r in shape.roles) / shape.count()
@@ -437,7 +434,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_le
             best = min(best, clock.read() if device.type == "cpu" else time.perf_counter() - start)
         return best
 
-    n, m = min(shape.hidden, 1024), min(shape.intermediate, 2048)
+    n, m = min(shape.hidden, 1024), min(shape.inner, 2048)
     sums = torch.device("cpu") if device.type == "mps" else device  # it has no fp64
     a, b = torch.ones(1024, n, device=device, dtype=dtype), torch.ones(m, n, device=device, dtype=dtype)
     single = 2 * 1024 * n * m / seconds(lambda: nn.functional.linear(a, b))

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planish.apply import read_weights
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import Hidden, Stream
+from planish.calibrate.stream import Hidden, Stream, read_weights
 from planish.compression import check_windows
 from planish.core import Unit
 from planish.errors import InputError
@@ -85,7 +84,7 @@ def measure_effects(
     dense = finish(0, hidden)
     for i, shape in enumerate(problem.shapes):
         block, stats = stream.block(i), measure.stored[i]
-        weights = read_weights(block, stream.family)
+        weights = read_weights(block, stream)
         for unit in sorted({u for u, _ in points if u.block == i}):
             frontier = problem.units[unit].decompose(unit, weights, stats, shape)
             for rank in sorted(r for u, r in points if u == unit):

@@ -11,11 +11,11 @@ from math import isnan
 from torch import nn
 
 from planish import lanes
-from planish.apply import apply_edits, count_block, narrow, read_weights
+from planish.apply import apply_edits, count_block, narrow
 from planish.calibrate.collect import Run, capture, measure_block
 from planish.calibrate.measure import Measurements
 from planish.calibrate.reuse import Reuse
-from planish.calibrate.stream import Hidden, Stream
+from planish.calibrate.stream import Hidden, Stream, read_weights
 from planish.core import SUBMODULES, Edit, Unit, Weights
 from planish.modelling.blocks import Spec
 from planish.plan.planned import Emit, Planned
@@ -117,7 +117,7 @@ class Walk:
         edits = list(self.planned.edits.get(i, ()))
         done = {SUBMODULES.get(e.target) for e in edits}
         units = [u for u in self.problem.cut(self.planned.ranks, i) if u.name not in done]
-        weights = read_weights(block, stream.family)
+        weights = read_weights(block, stream)
         beside = None if self.dense is None else self.run_beside(i, copy.deepcopy(block), self.dense, units)
         spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
         reuse = self.start_reuse()
@@ -229,7 +229,7 @@ def blend(stats: Stats, weights: Weights, share: float) -> None:
         assert tap.twin is not None
         dense = stats.mean(tap.twin)
         if tap.site.endswith(".product"):
-            dense = weights[tap.other.partition(".")[0]].double() @ dense
+            dense = weights[tap.other.rpartition(".")[0]].double() @ dense
         stats.sums[tap]["sum"].mul_(1 - level).add_(dense, alpha=level * stats.tokens[tap])
 
 

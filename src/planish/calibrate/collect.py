@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from planish import stats as planish_stats
 from planish.calibrate.activations import Activations, fetch
 from planish.calibrate.reuse import Reuse, lead
 from planish.calibrate.stream import Hidden, Stream, return_memory
-from planish.calibrate.taps import AllSeen, find_gap, tap_sites
+from planish.calibrate.taps import AllSeen, Values, add_batch, choose_windows, find_gap, take_windows, tap_sites
 from planish.core import Shape
 from planish.errors import InputError
 from planish.stats import Stats, Tap, add_lane, is_finite
@@ -53,8 +53,8 @@ def measure_block(
         own_sites |= {"attention.raw", "mlp.raw", "attention.add"}
         dense_sites |= {"attention.raw", "attention.add", "mlp.raw", "mlp.add"}
 
-    def run(n: int) -> dict[str, Tensor]:
-        h, values = fetch(hidden, n, stream.device), dict[str, Tensor]()
+    def run(n: int) -> Values:
+        h, values = fetch(hidden, n, stream.device), Values()
         if own_sites or outputs:
             with (
                 lead(reuse, n, block, stream.family, own_sites),
@@ -62,7 +62,7 @@ def measure_block(
                 suppress(AllSeen),
             ):
                 results.append(stream.forward(i, block, h))
-            values |= seen
+            values |= seen.fold(seen, len(h))
         if dense_sites and isinstance(dense, dict):
             values |= {f"dense:{s}": fetch(dense[s], n, stream.device) for s in dense_sites}
         elif dense_sites:
@@ -73,10 +73,10 @@ def measure_block(
                 suppress(AllSeen),
             ):
                 stream.forward(i, dense.block, fetch(dense.hidden, n, stream.device))
-            values |= {f"dense:{s}": v for s, v in seen.items()}
+            values |= seen.fold({f"dense:{s}": v for s, v in seen.items()}, len(h))
         for where in gaps:
             values[f"{where}.gap"] = find_gap(where, values, stream.source.shape(i).parallel)
-        return {s: v.reshape(len(h), -1, v.shape[-1]) for s, v in values.items()}
+        return values
 
     return collect(stream, taps, run, stream.source.shape(i)), results
 
@@ -95,8 +95,8 @@ def capture(
     return dict(found), results
 
 
-def collect(stream: Stream, taps: list[Tap], run: Callable[[int], dict[str, Tensor]], shape: Shape) -> Stats:
-    """Statistics over all batches of all processes. `run(n)`: every site's (batch, seq, channels) for piece n.
+def collect(stream: Stream, taps: list[Tap], run: Callable[[int], Values], shape: Shape) -> Stats:
+    """Statistics over all batches of all processes. `run(n)`: what is seen at every site for piece n.
 
     total = ((lane 0 + lane 1) + lane 2) + …, each lane the sum of its batches in their order: so sums depend on the batches
     alone. Of a wide Gram (`planish.stats.WIDE`) only the total exists: a lane's inputs are kept until it is complete.
@@ -127,7 +127,7 @@ def collect(stream: Stream, taps: list[Tap], run: Callable[[int], dict[str, Tens
 
 
 def sum_lane(
-    stream: Stream, lane: int, narrow: list[Tap], wide: list[Tap], run: Callable[[int], dict[str, Tensor]]
+    stream: Stream, lane: int, narrow: list[Tap], wide: list[Tap], run: Callable[[int], Values]
 ) -> tuple[Stats, dict[Tap, Activations]]:
     """(Sums of one lane's batches for the narrow taps, their inputs for the wide Grams)."""
     sums = Stats()
@@ -139,9 +139,9 @@ def sum_lane(
         with stream.clock("sums"):
             if stream.device.type == "mps":  # it has no fp64
                 values = {site: v.cpu() for site, v in values.items()}
-            add_batch(sums, narrow, values, piece.first)
+            add_batch(sums, narrow, values, piece.first, len(piece.ids))
             for tap in wide:
-                x = values[tap.site][choose_rows(tap.part, piece.first, len(piece.ids))]
+                x = take_windows(values[tap.site], choose_windows(tap.part, piece.first, len(piece.ids)))
                 inputs[tap].append(x)
                 sums.tokens[tap] = sums.tokens.get(tap, 0) + x.shape[:-1].numel()
     return sums, inputs
@@ -152,12 +152,13 @@ def add_wide(
 ) -> None:
     """Add the wide Grams of the lanes that `owners` have just run, this process's own from its `inputs`."""
     found = [n for n, r in zip(lanes.gather(tokens), range(lanes.count()), strict=True) if r in owners]
-    if not sum(found):
-        return
     n, device = shape.width(tap.site), "cpu" if stream.device.type == "mps" else stream.device
     sums = total.sums.setdefault(tap, {})
     if "sum" not in sums:
         sums["sum"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+    total.tokens[tap] = total.tokens.get(tap, 0) + sum(found)
+    if not sum(found):
+        return
 
     def exchange(row: Tensor) -> Iterator[Tensor]:
         for owner, count in zip(owners, found, strict=True):
@@ -166,23 +167,6 @@ def add_wide(
 
     total_device = sums["sum"].device
     add_lane(sums["sum"], lambda k: fetch(inputs, k, total_device), len(inputs), exchange)
-    total.tokens[tap] = total.tokens.get(tap, 0) + sum(found)
-
-
-def add_batch(stats: Stats, taps: list[Tap], values: dict[str, Tensor], first: int) -> None:
-    """Add a batch, whose first window has the number `first`; every eighth window is held out of "fit". Grams are to be
-    completed."""
-    for part in sorted({t.part for t in taps}):
-        rows = choose_rows(part, first, len(next(iter(values.values()))))
-        chosen = {s: v[rows] for s, v in values.items()}
-        if len(next(iter(chosen.values()))):
-            stats.update(chosen, [t for t in taps if t.part == part], whole=False)
-
-
-def choose_rows(part: str, first: int, n: int) -> Any:
-    """Which of a batch's n windows belong to a part."""
-    held = (torch.arange(first, first + n) % 8) == 7
-    return {"all": slice(None), "fit": ~held, "held": held}[part]
 
 
 def share_stats(stats: Stats, source: int) -> Stats:

@@ -15,7 +15,7 @@ from planish.calibrate.collect import collect, measure_block
 from planish.calibrate.losses import output_gradient
 from planish.calibrate.store import Store
 from planish.calibrate.stream import Hidden, Stream
-from planish.calibrate.taps import tap_sites
+from planish.calibrate.taps import Values, tap_sites
 from planish.core import Edit, Progress, Shape
 from planish.modelling.blocks import get_linear
 from planish.stats import Stats, Tap
@@ -159,7 +159,7 @@ def measure_back(
     behind = {s: s.replace(".back", ".out") for s in weights}
     backward = sorted(wanted - set(behind) | set(behind.values()))
 
-    def run(n: int) -> dict[str, Tensor]:
+    def run(n: int) -> Values:
         leaf = fetch(hidden, n, stream.device).detach().requires_grad_(True)
         with torch.enable_grad(), tap_sites(placed, stream.family, forward | set(backward)) as seen:
             out = stream.forward(i, placed, leaf)
@@ -170,6 +170,6 @@ def measure_back(
         values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}
         through = {s: values.get(f"grad:{at}") for s, at in behind.items()}
         values |= {f"grad:{s}": g @ weights[s] for s, g in through.items() if g is not None}
-        return {s: v.reshape(len(leaf), -1, v.shape[-1]) for s, v in values.items()}
+        return seen.fold(values, len(leaf))
 
     return collect(stream, taps, run, stream.source.shape(i)), earlier

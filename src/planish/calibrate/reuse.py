@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.calibrate.activations import Activations, Room
-from planish.modelling.blocks import get_linear
+from planish.modelling.blocks import get_linear, has_linear
 from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
 
@@ -141,10 +141,10 @@ def lead(
     """Within the context batch n runs through the block, led by `reuse` as far as it can; these sites are looked at."""
     if reuse is None:
         return nullcontext()
-    seen, parts = {s.partition(".")[0] for s in sites}, {}
+    seen, parts = {s.rpartition(".")[0] for s in sites}, {}
     for name, role in LAST.items():
         path = getattr(family, name)  # a block may hold the linears of its MLP itself
-        module = block.get_submodule(path) if path else None
+        module = block.get_submodule(path) if path and has_linear(block, family, role) else None
         if module is not None and not isinstance(module, Bypass):
             before = {"attention": {"q", "k", "v"}, "mlp": {"gate", "up"}}[name]
             parts[name] = Part(module, get_linear(block, family, role), bool(before & seen))

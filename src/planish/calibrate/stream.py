@@ -23,9 +23,9 @@ from planish import lanes
 from planish.apply import apply_edits
 from planish.calibrate.activations import Activations, Room, fetch, find_near
 from planish.calibrate.reuse import Reuse, lead
-from planish.core import Edit, Shape
+from planish.core import Edit, Shape, Weights
 from planish.folder.source import Source
-from planish.modelling.blocks import find_blocks
+from planish.modelling.blocks import find_blocks, get_linear, read_layout
 from planish.modelling.families import Family
 
 T = TypeVar("T")
@@ -202,6 +202,18 @@ class Stream:
         for i in range(len(self)):
             hidden = self.run(i, self.place(self.block(i, (edits or {}).get(i, ()))), hidden)
         return hidden
+
+
+def read_weights(block: nn.Module, stream: Stream) -> Weights:
+    """Weights and biases of a canonical block's linears, in the stored dtype, on the CPU."""
+    weights: Weights = {}
+    layout = read_layout(block, stream.family, stream.source.config)
+    for role in (r for group in layout.groups for r in group.linears):
+        linear = get_linear(block, stream.family, role)
+        weights[role] = linear.weight.detach()
+        if linear.bias is not None:
+            weights[f"{role}.bias"] = linear.bias.detach()
+    return weights
 
 
 def in_order(stream: Stream, values: list[T]) -> list[T]:

@@ -7,10 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from planish.apply import read_weights
 from planish.calibrate.losses import divergence, nll
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import Stream
+from planish.calibrate.stream import Stream, read_weights
 from planish.core import Frontier, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
@@ -146,7 +145,7 @@ def probe(
     frontiers: dict[Unit, Frontier] = {}
     moved: dict[Unit, float] = {}
     for i, block, stats in measure.forward(lambda shape: problem.taps(problem.block_units(shape.block))):
-        weights, shape = read_weights(block, stream.family), problem.shapes[i]
+        weights, shape = read_weights(block, stream), problem.shapes[i]
         for unit in problem.block_units(i):
             solver = problem.units[unit]
             f = solver.decompose(unit, weights, stats, shape)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
-from planish.core import Plan, Solver, Unit
+from planish.core import Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.blocks import get_linear
@@ -111,8 +111,11 @@ class Sensitivity:
         self.blocks: list[nn.Module] = []
         self.factors: dict[Unit, LowRank] = {}
         self.inputs = [self.stream.start()]
-        taps = [Tap(s, "magnitudes") for s in sorted({input_site(r) for r in problem.shapes[0].roles})]
-        stats = {i: s.only(taps) for i, _, s in measure.forward(lambda shape: taps)}
+
+        def taps(shape: Shape) -> list[Tap]:
+            return [Tap(s, "magnitudes") for s in sorted({input_site(r) for r in shape.roles})]
+
+        stats = {i: s.only(taps(problem.shapes[i])) for i, _, s in measure.forward(taps)}
         for i in range(len(self.stream)):
             self.blocks.append(self.stream.place(self.stream.block(i)))
             self.inputs.append(self.stream.run(i, self.blocks[i], self.inputs[i]))

@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from planish.apply import read_weights
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import Stream
+from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import list_shuffled
 from planish.core import Edit, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
+from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, BudgetError, Curve, choose
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, stored_taps
 from planish.plan.planned import Planned, count_refit
@@ -31,7 +31,6 @@ from planish.solvers.two_sided import TwoSided
 from planish.stats import Tap
 
 ATTENTION_UNITS = ("q", "k", "v", "o", "qk", "keys", "vo", "attention")
-ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 WAYS = {  # alternatives for a submodule: units that go together
     "attention": (
         *(("q", "k", "v", "o"), ("qk", "vo"), ("q", "k", "vo"), ("attention",)),
@@ -39,8 +38,6 @@ WAYS = {  # alternatives for a submodule: units that go together
     ),
     "ffn": (("gate", "up", "down"), ("mlp",), ("ffn",)),
 }
-# the linears that a unit holds, where it is not one itself
-HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
 LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
@@ -332,7 +329,7 @@ def solve_stored(problem: Problem, measure: Measurements, plan: Plan) -> dict[in
     edits: dict[int, list[Edit]] = {}
     with measure.phase("solve"):
         for i, shape in enumerate(problem.shapes):
-            weights = read_weights(measure.stream.block(i), measure.stream.family)
+            weights = read_weights(measure.stream.block(i), measure.stream)
             for unit in problem.cut(plan, i):
                 frontier = problem.units[unit].decompose(unit, weights, measure.stored[i], shape)
                 edits.setdefault(i, []).extend(problem.units[unit].truncate(frontier, plan[unit], shape))
@@ -349,9 +346,11 @@ def list_ways(problem: Problem, curves: dict[Unit, Curve]) -> list[list[Alternat
                 present = tuple(n for n in way if Unit(shape.block, n) in curves)
                 if "keys" in way and "keys" not in present:
                     continue
-                held = {r for n in present for r in HOLDS.get(n, (n,))}
-                rest = [r for r in HOLDS[name] if r in shape.roles and r not in held]
+                held = {r for n in present for r in shape.held(n)}
+                rest = [r for r in shape.held(name) if r not in held]
                 chosen = tuple(curves[Unit(shape.block, n)] for n in present)
                 found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])
             groups.append(list(found.values()))
+        if shape.rest:  # no unit holds it
+            groups.append([Alternative((), [sum(b.uncut(shape, r) for r in shape.rest) for b in problem.budgets])])
     return groups

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from planish import lanes
-from planish.apply import read_weights
 from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import read_weights
 from planish.core import Frontier, Solver, Unit
 from planish.plan.problem import Problem
 from planish.stats import Stats, Tap
@@ -24,7 +24,7 @@ def measure_frontiers(problem: Problem, measure: Measurements) -> Frontiers:
 
 def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, stats: Stats, i: int) -> Frontiers:
     """Frontiers of block i's units, without the factors; several processes share them out."""
-    weights, cache = read_weights(block, measure.stream.family), measure.cache
+    weights, cache = read_weights(block, measure.stream), measure.cache
     found: Frontiers = {}
     new: list[tuple[Solver, Frontier]] = []
     units = problem.block_units(i)

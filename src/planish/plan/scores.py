@@ -17,11 +17,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from planish.apply import read_weights
 from planish.calibrate.cache import describe
 from planish.calibrate.collect import Run, capture, measure_block
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import in_order
+from planish.calibrate.stream import in_order, read_weights
 from planish.core import Frontier, Unit
 from planish.plan.frontiers import Frontiers
 from planish.plan.problem import Problem
@@ -101,7 +100,7 @@ def cut_errors(
     found: dict[Group, list[tuple[float, Tensor]]] = {}
     for i, shape in enumerate(problem.shapes):
         block, groups = stream.block(i), [g for g in wanted if g[0].block == i]
-        placed, weights, units = few.place(block), read_weights(block, stream.family), {u for g in groups for u in g}
+        placed, weights, units = few.place(block), read_weights(block, stream), {u for g in groups for u in g}
         taps = {t for u in units for t in problem.units[u].dense_taps(u, shape)}
         stats = measure.stored[i].only(taps)
         if rest := sorted(taps - set(stats.sums)):
