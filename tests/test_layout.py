@@ -14,8 +14,8 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 import planish
 import tiny
 from planish.apply import count_block
-from planish.calibrate.losses import compute_logits
-from planish.calibrate.measure import sweep_forward
+from planish.calibrate.losses import compute_logits, output_gradient
+from planish.calibrate.measure import sweep_back, sweep_forward
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.taps import Routed, take_windows
 from planish.core import list_untouched
@@ -183,12 +183,11 @@ def test_gradients_at_an_expert(sparse):
     source, windows = MemorySource(sparse), WINDOWS[:9]
     taps = [Tap(f"grad:expert.{j}.down.out", "gram") for j in range(EXPERTS)]
     taps += [Tap(f"grad:expert.{j}.up.back", "gram", part="fit") for j in range(EXPERTS)]
-    found: dict[int, Stats] = {}
     stream = Stream(source, windows, dtype=torch.float64)
-    stream.sweep_back(lambda shape: taps if shape.block == 2 else [], lambda i, block, stats: found.update({i: stats}))
+    found = {i: s for i, _, s in sweep_back(stream, lambda shape: taps if shape.block == 2 else [])}
     with torch.no_grad():
         last = sparse.model(windows, output_hidden_states=True).hidden_states
-    into = stream.output_gradient(stream_outputs(sparse, windows), 0, 0)
+    into = output_gradient(stream, stream_outputs(sparse, windows), 0, 0)
     block, inputs = source.block(2), last[2]
     outputs: dict[str, Tensor] = {}
     handles = [
@@ -360,11 +359,9 @@ def test_a_mixer_in_place_of_attention(monkeypatch):
     assert shapes[0].linear("mixer.in") == (96, 32) and shapes[0].heads == 0
     assert [s.count() for s in shapes] == [count_block(source.block(i)) for i in range(3)]
     tap = Tap("mixer.out.in", "gram")
-    stream, found = Stream(source, WINDOWS, dtype=torch.float64), {}
-    out = stream.sweep(
-        lambda shape: [Tap("down.in", "gram"), *([] if shape.heads else [tap])],
-        lambda i, block, stats: found.update({i: stats}),
-    )
+    stream = Stream(source, WINDOWS, dtype=torch.float64)
+    every = sweep_forward(stream, lambda shape: [Tap("down.in", "gram"), *([] if shape.heads else [tap])])
+    found, out = {i: stats for i, _, stats in every}, stream.outputs()
     rows = []
     model.model.layers[2].conv.out_proj.register_forward_pre_hook(lambda m, a: rows.append(a[0].flatten(0, 1)))
     with torch.no_grad():
