@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -58,6 +59,11 @@ def option(
     the command line needs besides: metavar, shown (the default in words, or False), least, choices, name, type, default.
     """
     return Field(default, description=text, json_schema_extra={"refusal": refusal, "flag": flag}, **(bounds or {}))  # type: ignore[call-overload]
+
+
+def find_default(field: FieldInfo) -> Any:
+    """As in a function's signature."""
+    return inspect.Parameter.empty if field.is_required() else field.default
 
 
 def read_extra(field: FieldInfo, name: str) -> Any:
@@ -120,7 +126,7 @@ class Strict(BaseModel):
         given = {name: value for name, value in values.items() if value is not None}
         for name, value in given.items():
             field = cls.model_fields[name]
-            kinds = {field.annotation, *get_args(field.annotation)}
+            kinds = set(get_args(field.annotation)) if isinstance(field.annotation, UnionType) else {field.annotation}
             if kinds & {int, float} and not any(isinstance(m, BeforeValidator) for m in field.metadata):
                 check_number(value, label(name), whole=float not in kinds)
         try:
@@ -292,6 +298,35 @@ class Request(Limits):
         return self.model_copy(update={"model": change(self.model), "calibration": calibration})
 
 
+class Grid(Strict):
+    """What a sweep varies and measures, besides the options of a request that hold for all its points."""
+
+    methods: tuple[str, ...] = option(
+        ..., "methods, with settings as in auto:anchor=0", metavar="NAME,…", shown=False, type=str
+    )
+    keeps: tuple[float, ...] = option(
+        (), "shares of the blocks' weights that stay  [default: 0.9,0.8,0.7 where no other is given]",
+        name="--keep", metavar="SHARE,…", shown=False, type=str,
+    )  # fmt: skip
+    kv_keeps: tuple[float, ...] = option(
+        (), "shares of the KV cache that stay", name="--kv-keep", metavar="SHARE,…", shown=False, type=str
+    )
+    flops_keeps: tuple[float, ...] = option(
+        (), "shares of the blocks' FLOPs that stay", name="--flops-keep", metavar="SHARE,…", shown=False, type=str
+    )
+    eval_text: Any = option("builtin", SOURCE_HELP, metavar="SOURCE", type=str)
+    eval_tokens: int | None = option(None, "measure on so many tokens", shown="all", least=2)
+    keep_models: Literal["best", "all", "none"] = option(
+        "best", "whose weights stay on disk; best: of the best method at every keep", choices=("best", "all", "none")
+    )
+    bench: bool = option(False, "measure tokens per second too", name="--bench")
+
+    @property
+    def shares(self) -> tuple[tuple[float, ...], ...]:
+        """Budgets, list by list."""
+        return self.keeps, self.kv_keeps, self.flops_keeps
+
+
 TEXT = tuple(Text.model_fields)[1:]  # options of the text besides its source
 RECIPE = ("version", "model", *Limits.model_fields, "method", "settings", "calibration", "device", "dtype", "round_to",
           "target", "published")  # fmt: skip
@@ -306,15 +341,18 @@ OPTIONS: dict[str, FieldInfo] = {  # by the name of their keyword or flag, in th
 }
 
 
+FIELDS = OPTIONS | Grid.model_fields
+
+
 def takes(*names: str) -> Callable[[F], F]:
     """Give a function these options (without names: all) as keywords, in the place of its `**options`."""
 
     def wrap(function: F) -> F:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        chosen = {n: OPTIONS[n] for n in names or OPTIONS}
+        chosen = {n: FIELDS[n] for n in names or OPTIONS}
         more = [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.annotation)
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=find_default(f), annotation=f.annotation)
             for n, f in chosen.items()
         ]
         whole = signature.replace(parameters=[*own, *more])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from math import ceil, floor, isfinite, log10
+from pathlib import Path
 from typing import Any, NamedTuple
 
 COLOURS = 8  # the style sheet has --c0 … --c7
@@ -247,3 +248,10 @@ def heat_map(rows: Sequence[str], cells: Sequence[Sequence[tuple[float, str] | N
         out.append(tag("text", "tick", str(i), x=left + (i + 0.5) * wide, y=height - 6, text_anchor="middle"))
     style = f'viewBox="0 0 {width:.0f} {height}" style="max-width:{1.2 * width:.0f}px"'
     return f'<svg {style} role="img" aria-label="kept weights">{"".join(out)}</svg>'
+
+
+def stand_alone(picture: str) -> str:
+    """A chart as a file of its own."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    opened = picture.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"', 1)
+    return opened.replace(">", f"><style>{escape(style)}</style>", 1) + "\n"
