@@ -25,17 +25,12 @@ from planish.errors import InputError
 from planish.evaluate import perplexity
 from planish.evaluate import tasks as tasks_file
 from planish.evaluate.tasks import Score
-from planish.export.eora import Blocks, Compensation, compensate
+from planish.export.eora import Compensation, compensate, open_linears
 from planish.folder import load as loading
-from planish.folder.source import (
-    FolderSource,
-    Source,
-    find_folder,
-    load_config,
-    load_tokenizer,
-    open_shapes,
-    open_source,
-)
+from planish.folder.config import load_config
+from planish.folder.hub import find_folder
+from planish.folder.source import FolderSource, Source, open_shapes, open_source
+from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
 from planish.methods.method import Method
@@ -186,11 +181,11 @@ def eora(
     Calibration as in `compress`.
     """
     request = Request.ask(model="", **options)
-    source = Blocks(folder)
+    source = open_linears(folder)
     place = find_device(request.device)
     text = read_calibration(source, load_tokenizer(source.folder), request.calibration, options.get("calibration"))
     return compensate(
-        folder, text.windows, output, bits=bits, rank=rank, quantiser=quantiser, device=place,
+        source, text.windows, output, bits=bits, rank=rank, quantiser=quantiser, device=place,
         dtype=find_dtype(options.get("dtype")) or pick_dtype(source, place), overwrite=overwrite, progress=progress,
     )  # fmt: skip
 

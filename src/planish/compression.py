@@ -24,7 +24,7 @@ from planish.calibrate.stream import Stream, reuse_memory
 from planish.calibrate.text import shuffle_windows
 from planish.core import Plan, Progress, Shape, Unit
 from planish.errors import InputError
-from planish.folder.config import write_config
+from planish.folder.config import name_head, write_config
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
@@ -223,13 +223,10 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         job.errors |= entry["errors"]
         job.finished[i] = partial(writer.restore, i, source=source)
     job.method.solve(job, plan, emit)
-    kind = write_config(writer, source, specs, shapes)
-    outside = drop_tied(source.outside(), source)
+    kind = write_config(writer.text, source.config, source.family, specs, shapes)
+    outside = source.outside()
     outer = sum(t.numel() for t in outside.values())
-    head = source.family.head if kind == "native" else "lm_head"
-    writer.shard(
-        0, {n.replace("lm_head.", f"{head}.", 1) if n.startswith("lm_head.") else n: t for n, t in outside.items()}
-    )
+    writer.shard(0, name_head(outside, source.family, kind))
     if writer.active:
         source.copy_files(writer.partial)
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
@@ -272,15 +269,6 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
     }
     result.budgets = {b.name: {"asked": b.asked, "achieved": achieved[b.name]} for b in job.kept_budgets}
     return result
-
-
-def drop_tied(outside: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """Tied checkpoints store one matrix, under the embedding's name."""
-    if not source.config.tie_word_embeddings or "lm_head.weight" not in outside:
-        return outside
-    rest = {n: t for n, t in outside.items() if n != "lm_head.weight"}
-    embedding = source.embedding_name()
-    return rest if embedding in rest else {embedding: outside["lm_head.weight"], **rest}
 
 
 def check_tokens(job: Job, windows: Tensor, settings: dict[str, Any]) -> None:

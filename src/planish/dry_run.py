@@ -183,8 +183,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         )
     blocks = job.weights
     blocks_after = blocks - sum(r["before"] - r["after"] for r in rows)
-    source.empty_block(0)
-    model = source._empty  # type: ignore[attr-defined]
+    model = source.empty
     params = sum(p.numel() for p in model.parameters())
     head = source.count_head()
     caches, full_caches = CacheNumbers("kv_keep", 1, 0, 0), sum(map(count_cache, shapes))

@@ -28,7 +28,8 @@ from planish.evaluate import drift, perplexity, speed
 from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import NAN, Point, read_points, write_points
 from planish.folder.safetensors import write_text
-from planish.folder.source import FolderSource, Source, load_tokenizer, open_source
+from planish.folder.source import FolderSource, Source, open_source
+from planish.folder.tokenizer import load_tokenizer
 from planish.methods import find_method
 from planish.methods.method import Method
 from planish.plan.footprint import kv_bytes

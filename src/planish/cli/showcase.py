@@ -23,7 +23,9 @@ from planish.errors import InputError, PlanishError
 from planish.evaluate.report.page import render
 from planish.evaluate.report.points import Point
 from planish.evaluate.report.svg import Mark, Quantity, Series, chart, stand_alone
-from planish.folder.source import find_folder, load_tokenizer, open_source
+from planish.folder.hub import find_folder
+from planish.folder.source import open_source
+from planish.folder.tokenizer import load_tokenizer
 from planish.methods import find_method, list_methods
 from planish.request import Request
 from planish.sweep import Runner, Trial
