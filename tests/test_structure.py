@@ -39,7 +39,6 @@ LONGEST_CYCLE = 3
 LONG_FILES = {
     "planish.calibrate.stream": 568,
     "planish.dry_run": 445,
-    "planish.evaluate.report.page": 471,
     "planish.job": 483,
     "planish.methods.subfit": 416,
     "planish.plan.allocate": 463,
@@ -50,13 +49,9 @@ LONG_FUNCTIONS = {
     "planish.calibrate.taps.tap_sites": 61,
     "planish.cli.bench.bench": 63,
     "planish.cli.evaluate.evaluate": 73,
-    "planish.cli.showcase.run_demo": 76,
-    "planish.cli.sweep.sweep": 97,
     "planish.compression.compress": 102,
     "planish.compression.write": 76,
     "planish.dry_run.estimate": 69,
-    "planish.evaluate.report.chart.draw_chart": 84,
-    "planish.evaluate.report.svg.chart": 88,
     "planish.evaluate.speed.bench": 96,
     "planish.export.eora.compensate": 62,
     "planish.export.gguf.export_gguf": 82,
@@ -64,12 +59,10 @@ LONG_FUNCTIONS = {
     "planish.predict.predict": 77,
     "planish.single_cuts.measure_effects": 65,
     "planish.solve.solve": 72,
-    "planish.sweep.sweep": 113,
 }
 MANY_PARAMETERS = {
     "planish.api.evaluate": 10,
     "planish.cli.export.export": 9,
-    "planish.cli.sweep.sweep": 21,
     "planish.dry_run.forecast": 11,
     "planish.evaluate.speed.bench": 9,
     "planish.export.eora.compensate": 12,
@@ -77,7 +70,6 @@ MANY_PARAMETERS = {
     "planish.predict.predict": 21,
     "planish.single_cuts.measure_effects": 10,
     "planish.solve.measure_stage": 10,
-    "planish.sweep.sweep": 21,
 }
 MANY_METHODS = {
     "planish.calibrate.cache.Cache": 19,

@@ -34,10 +34,8 @@ from planish.errors import InputError
 VERSION = 1  # of recipes
 TOGETHER = 2  # budgets that can hold at the same time
 SHARES = {
-    "keep": "of the blocks' weights",
-    "kv_keep": "of the KV cache",
-    "flops_keep": "of the blocks' FLOPs per token",
-}
+    "keep": "of the blocks' weights", "kv_keep": "of the KV cache", "flops_keep": "of the blocks' FLOPs per token",
+}  # fmt: skip
 LIMITS = ("keep", "kv_keep", "flops_keep", "max_params", "max_bytes", "max_latency")
 NAMED_TEXTS = ("builtin", "wikitext2", "c4")
 SOURCE_HELP = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field text), .parquet, .npy (token ids)"
@@ -76,6 +74,11 @@ def share(name: str, text: str) -> Any:
     return option(None, text, refusal=refusal, bounds={"gt": 0, "le": 1}, shown=False)
 
 
+def listed(metavar: str, text: str, default: Any = (), **flag: Any) -> Any:
+    """Several values, on the command line between commas."""
+    return option(default, text, metavar=metavar, shown=False, type=str, **flag)
+
+
 def label(name: str) -> str:
     """kv_keep → kv-keep"""
     return name.replace("_", "-")
@@ -83,9 +86,8 @@ def label(name: str) -> str:
 
 def show(name: str, value: float) -> str:
     """A limit as people write it."""
-    return (
-        f"{value:,.0f}" if name in ("max_params", "max_bytes") else f"{value:g}{' ms' if name == 'max_latency' else ''}"
-    )
+    unit = " ms" if name == "max_latency" else ""
+    return f"{value:,.0f}" if name in ("max_params", "max_bytes") else f"{value:g}{unit}"
 
 
 def check_number(value: Any, name: str, whole: bool = False) -> None:
@@ -100,9 +102,8 @@ def read_size(value: int | float | str, name: str, scale: dict[str, int]) -> int
     match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)", text)
     units = {u.lower(): n for u, n in scale.items()}
     if match is None or match[2].lower() not in units:
-        raise InputError(
-            f"{name} {value}: expected a number, with one of {', '.join(u for u in scale if u)} behind it or none"
-        )
+        known = ", ".join(u for u in scale if u)
+        raise InputError(f"{name} {value}: expected a number, with one of {known} behind it or none")
     factor = units[match[2].lower()]
     whole = "." not in match[1] and "e" not in match[1].lower()
     size = int(match[1]) * factor if whole else int(float(match[1]) * factor + 1e-6)
@@ -238,13 +239,8 @@ class Request(Limits):
     model: str = option(..., "Hugging Face folder or hub id", metavar="MODEL")
     method: str | None = option(None, "see `planish methods`", shown="auto")
     settings: Mapping[str, str | float | int | bool | list[str] | None] = option(
-        {},
-        "a hyper-parameter of the method (repeatable)",
-        name="--set",
-        metavar="NAME=VALUE",
-        type=list[str],
-        shown=False,
-    )
+        {}, "a hyper-parameter of the method (repeatable)", name="--set", metavar="NAME=VALUE", type=list[str], shown=False
+    )  # fmt: skip
     calibration: Text = Text()
     device: str = option("auto", "auto: CUDA where there is one, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = option(
@@ -301,19 +297,12 @@ class Request(Limits):
 class Grid(Strict):
     """What a sweep varies and measures, besides the options of a request that hold for all its points."""
 
-    methods: tuple[str, ...] = option(
-        ..., "methods, with settings as in auto:anchor=0", metavar="NAME,…", shown=False, type=str
-    )
-    keeps: tuple[float, ...] = option(
-        (), "shares of the blocks' weights that stay  [default: 0.9,0.8,0.7 where no other is given]",
-        name="--keep", metavar="SHARE,…", shown=False, type=str,
+    methods: tuple[str, ...] = listed("NAME,…", "methods, with settings as in auto:anchor=0", default=...)
+    keeps: tuple[float, ...] = listed(
+        "SHARE,…", "shares of the blocks' weights that stay  [default: 0.9,0.8,0.7 where no other is given]", name="--keep"
     )  # fmt: skip
-    kv_keeps: tuple[float, ...] = option(
-        (), "shares of the KV cache that stay", name="--kv-keep", metavar="SHARE,…", shown=False, type=str
-    )
-    flops_keeps: tuple[float, ...] = option(
-        (), "shares of the blocks' FLOPs that stay", name="--flops-keep", metavar="SHARE,…", shown=False, type=str
-    )
+    kv_keeps: tuple[float, ...] = listed("SHARE,…", "shares of the KV cache that stay", name="--kv-keep")
+    flops_keeps: tuple[float, ...] = listed("SHARE,…", "shares of the blocks' FLOPs that stay", name="--flops-keep")
     eval_text: Any = option("builtin", SOURCE_HELP, metavar="SOURCE", type=str)
     eval_tokens: int | None = option(None, "measure on so many tokens", shown="all", least=2)
     keep_models: Literal["best", "all", "none"] = option(
@@ -321,17 +310,10 @@ class Grid(Strict):
     )
     bench: bool = option(False, "measure tokens per second too", name="--bench")
 
-    @property
-    def shares(self) -> tuple[tuple[float, ...], ...]:
-        """Budgets, list by list."""
-        return self.keeps, self.kv_keeps, self.flops_keeps
-
 
 TEXT = tuple(Text.model_fields)[1:]  # options of the text besides its source
 RECIPE = ("version", "model", *Limits.model_fields, "method", "settings", "calibration", "device", "dtype", "round_to",
           "target", "published")  # fmt: skip
-
-
 OPTIONS: dict[str, FieldInfo] = {  # by the name of their keyword or flag, in the order in which they are shown
     **Limits.model_fields,
     "method": Request.model_fields["method"],
@@ -339,8 +321,6 @@ OPTIONS: dict[str, FieldInfo] = {  # by the name of their keyword or flag, in th
     **{n: Text.model_fields[n] for n in TEXT},
     **{n: Request.model_fields[n] for n in ("device", "dtype", "round_to", "target", "settings")},
 }
-
-
 FIELDS = OPTIONS | Grid.model_fields
 
 

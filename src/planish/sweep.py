@@ -139,7 +139,8 @@ def list_trials(grid: Grid, asked: Request) -> list[Trial]:
     chosen = [parse_method(text) for text in grid.methods]
     if not chosen:
         raise InputError("a sweep needs at least one method")
-    lists = [grid.keeps, grid.kv_keeps, grid.flops_keeps] if any(grid.shares) else [(0.9, 0.8, 0.7), (), ()]
+    lists = [grid.keeps, grid.kv_keeps, grid.flops_keeps]
+    lists = lists if any(lists) else [(0.9, 0.8, 0.7), (), ()]
     pairs = product(*(values or (None,) for values in lists))
     budgets = [Limits.ask(keep=k, kv_keep=v, flops_keep=f) for k, v, f in pairs]
     budgets.sort(key=lambda b: list(b.given.values()))
