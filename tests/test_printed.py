@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import tiny
+from planish.calibrate.text import Text
 from planish.cli.methods import reflow
 from planish.cli.run import format_seconds
 from planish.compression import Calibration
@@ -94,7 +95,13 @@ def test_demo_says_what_the_dense_cache_holds(tmp_path):
     folder = tiny.save(tiny.build("llama_gqa"), tmp_path / "model")
     windows = tiny.windows(2, 16)
     asked = Request(model=str(folder), device="cpu")
-    runner = Runner(open_source(folder), Calibration(windows), windows.flatten(), asked, tmp_path)
+    runner = Runner(
+        open_source(folder),
+        Calibration(windows),
+        Text(windows.flatten(), "ids", bos=False, is_ids=True),
+        asked,
+        tmp_path,
+    )
     assert runner.cache_bytes() == 3 * 2 * 2 * 8 * 4  # blocks, K and V, heads, width, fp32
 
 

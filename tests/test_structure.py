@@ -40,7 +40,7 @@ LONG_FILES = {
     "planish.calibrate.stream": 568,
     "planish.dry_run": 445,
     "planish.job": 483,
-    "planish.methods.subfit": 416,
+    "planish.methods.subfit": 424,
     "planish.plan.allocate": 463,
     "planish.plan.latency": 429,
     "planish.solvers.linalg": 439,
@@ -61,7 +61,7 @@ LONG_FUNCTIONS = {
     "planish.solve.solve": 72,
 }
 MANY_PARAMETERS = {
-    "planish.api.evaluate": 10,
+    "planish.api.evaluate": 11,
     "planish.cli.export.export": 9,
     "planish.dry_run.forecast": 11,
     "planish.evaluate.speed.bench": 9,

@@ -46,6 +46,11 @@ BYTES = {"": 1, "B": 1} | {
 
 F = TypeVar("F", bound=Callable[..., Any])
 Sampling = Literal["contiguous", "random"]
+Bos = Literal["auto", "every", "once", "never"]
+BOS_HELP = (
+    "where the beginning-of-sequence token stands: every window; once, documents joined (the papers' protocol); never; "
+    "auto: every, if the tokenizer puts it in front of a text"
+)
 
 
 def option(
@@ -178,8 +183,7 @@ class Limits(Strict):
     @property
     def given(self) -> dict[str, float]:
         """Name → value of the limits, keep 0.8 where there is none."""
-        values = {n: v for n in LIMITS if (v := getattr(self, n)) is not None}
-        return values or {"keep": 0.8}
+        return {n: v for n in LIMITS if (v := getattr(self, n)) is not None} or {"keep": 0.8}
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -210,6 +214,7 @@ class Text(Strict):
         None, "of windows", shown="random; contiguous for token ids",
         refusal="unknown sampling · got {value!r} · expected contiguous or random",
     )  # fmt: skip
+    bos: Bos = option("auto", BOS_HELP, refusal="unknown bos · got {value!r} · expected auto, every, once or never")
 
 
 class Published(Strict):
@@ -289,8 +294,7 @@ class Request(Limits):
     def moved(self, change: Callable[[str], str]) -> Request:
         """The same with other names of the model's and the text's files."""
         text = self.calibration.source
-        text = text if text in NAMED_TEXTS else change(text)
-        calibration = self.calibration.model_copy(update={"source": text})
+        calibration = self.calibration.model_copy(update={"source": text if text in NAMED_TEXTS else change(text)})
         return self.model_copy(update={"model": change(self.model), "calibration": calibration})
 
 
@@ -364,13 +368,14 @@ def read_recipe(path: Path) -> Request:
         raise InputError(f"recipe {path} is not a mapping of names to values")
     if value.get("version", VERSION) != VERSION:
         raise InputError(f"recipe {path} has version {value['version']!r}; this planish reads version {VERSION}")
+    if isinstance(value.get("calibration"), dict):  # recipes of the papers, and those of before there was a choice
+        value["calibration"].setdefault("bos", "once")
     try:
         return Request.model_validate(value).moved(lambda name: find_beside(path.parent, name))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the recipe"
-        got = repr(first["input"])[:60]
-        raise InputError(f"recipe {path}: {where}: {first['msg']}, got {got}") from None
+        raise InputError(f"recipe {path}: {where}: {first['msg']}, got {repr(first['input'])[:60]}") from None
 
 
 def find_beside(folder: Path, name: str) -> str:

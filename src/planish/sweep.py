@@ -14,12 +14,11 @@ from math import inf, isfinite, log
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from planish import api
 from planish.calibrate.activations import Room
 from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
+from planish.calibrate.text import Text as Tokens
 from planish.calibrate.text import fingerprint, load_tokens
 from planish.compression import Calibration, Destination, Shared, check_windows, compress, pick_dtype
 from planish.core import Progress
@@ -27,6 +26,7 @@ from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed
 from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import NAN, Point, read_points, write_points
+from planish.folder.owner import owning
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.tokenizer import load_tokenizer
@@ -76,6 +76,7 @@ class Trial:
 
 
 @takes(*Grid.model_fields, "calibration", *TEXT, "device", "dtype", "round_to")
+@owning
 def sweep(
     model: str | Path,
     *,
@@ -172,18 +173,23 @@ def open_runner(asked: Request, grid: Grid, ids: Any, cache: bool, output: Path)
     check_windows(text.windows, source)
     length = text.windows.shape[1]
     vocabulary, remember = source.config.vocab_size, tokenize if cache else None
-    tokens = load_tokens(grid.eval_text, tokenizer, split="evaluation", vocab_size=vocabulary, tokenize=remember).tokens
+    held = load_tokens(
+        grid.eval_text, tokenizer, split="evaluation", vocab_size=vocabulary, tokenize=remember, bos=asked.calibration.bos
+    )  # fmt: skip
+    tokens = held.tokens
     if grid.eval_tokens is not None:
         tokens = tokens[: max(grid.eval_tokens, length)]
-    tokens = tokens[: len(tokens) // length * length]
+    if held.begin is None:
+        tokens = tokens[: len(tokens) // length * length]
     record = {
         "model": asked.model,
         "calibration": text.record,
         "evaluation": {"source": str(grid.eval_text) if isinstance(grid.eval_text, str | Path) else "ids", "tokens": len(tokens),
-                       "seq_len": length, "fingerprint": fingerprint(tokens)},
+                       "seq_len": length, "begins": held.policy, "fingerprint": fingerprint(tokens)},
         "device": asked.device, "dtype": asked.dtype, "round_to": asked.round_to,
     }  # fmt: skip
-    return Runner(source, text, tokens, asked, output, cached=cache, speed=grid.bench), record
+    held = replace(held, tokens=tokens)
+    return Runner(source, text, held, asked, output, cached=cache, speed=grid.bench), record
 
 
 class Book:
@@ -199,7 +205,7 @@ class Book:
             except ValueError:
                 old = {}
             for key, value in json.loads(json.dumps(request)).items():
-                if old.get(key) != value:
+                if drop_begins(old.get(key)) != drop_begins(value):
                     raise InputError(
                         f"{output} holds a sweep with another {key} ({describe(old.get(key))}, now {describe(value)}); "
                         "choose another folder or pass --overwrite"
@@ -251,13 +257,13 @@ class Book:
 
 
 class Runner:
-    """Compresses, loads and measures points on one calibration and one evaluation text (n · length tokens)."""
+    """Compresses, loads and measures points on one calibration text and one that is held out."""
 
     def __init__(
-        self, source: Source, text: Calibration, tokens: Tensor, asked: Request, folder: Path,
+        self, source: Source, text: Calibration, held: Tokens, asked: Request, folder: Path,
         *, cached: bool = False, speed: bool = False, progress: Progress | None = None,
     ):  # fmt: skip
-        self.source, self.text, self.tokens, self.asked, self.folder = source, text, tokens, asked, folder
+        self.source, self.text, self.held, self.asked, self.folder = source, text, held, asked, folder
         self.cached, self.speed, self.progress = cached, speed, progress
         self.length = text.windows.shape[1]
         self.dtype = asked.dtype or ("float32" if asked.device == "cpu" else None)
@@ -302,12 +308,14 @@ class Runner:
     def evaluate(self, point: Point, model: Any) -> None:
         progress = self.progress and (lambda done, total: self.progress("windows", done, total))  # type: ignore[misc]
         batch = max(1, 2048 // self.length)
-        measured = perplexity.evaluate(model, self.tokens, self.length, batch_size=batch, progress=progress)
+        measured = perplexity.evaluate(
+            model, self.held.tokens, self.length, begin=self.held.begin, batch_size=batch, progress=progress
+        )
         point.perplexity, point.nll = measured.perplexity, measured.nll
 
     def trace(self, model: Any) -> None:
         vocabulary = model.config.get_text_config().vocab_size
-        self.windows = drift.choose_windows(self.tokens, self.length, vocabulary)
+        self.windows = drift.choose_windows(self.held.tokens, self.length, vocabulary, self.held.begin)
         self.traced = drift.trace(model, self.windows)
 
     def time(self, point: Point, models: dict[str, Any]) -> None:
@@ -359,6 +367,11 @@ class Runner:
         found = drift.compare(self.traced, traced, removed)
         point.kl = found.kl
         write_text(folder / "drift.json", json.dumps(asdict(found)) + "\n")
+
+
+def drop_begins(value: Any) -> Any:
+    """Where windows begin is in their fingerprint; sweeps of before there was a choice do not name it."""
+    return {k: v for k, v in value.items() if k not in ("bos", "begins")} if isinstance(value, dict) else value
 
 
 def describe(value: Any) -> str:

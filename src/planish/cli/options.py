@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 BUDGETS = tuple(Limits.model_fields)
-TEXT = ("calibration", "n_samples", "seq_len", "seed", "sampling")
+TEXT = ("calibration", "n_samples", "seq_len", "seed", "sampling", "bos")
 COMPUTE = ("device", "dtype")
 
 ModelArgument = Annotated[
@@ -78,7 +78,7 @@ def make_flag(name: str) -> inspect.Parameter:
     flag: dict[str, Any] = read_extra(field, "flag")
     kind: Any = flag.get("type", field.annotation)
     default: Any = find_default(field)
-    literals = [v for t in get_args(kind) for v in get_args(t)]
+    literals = [v for t in (kind, *get_args(kind)) if get_origin(t) is Literal for v in get_args(t)]
     if choices := flag.get("choices", literals):
         kind = cast(Any, StrEnum)(name, {c: c for c in choices})
         default = None if default is None else kind(default)

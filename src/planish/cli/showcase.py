@@ -17,13 +17,16 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from planish.calibrate.text import builtin_text, check_ids, fingerprint
+from planish.calibrate.documents import builtin_text
+from planish.calibrate.text import Text as Tokens
+from planish.calibrate.text import check_ids, fingerprint
 from planish.compression import Calibration
 from planish.errors import InputError, PlanishError
 from planish.evaluate.report.page import render
 from planish.evaluate.report.points import Point
 from planish.evaluate.report.svg import Mark, Quantity, Series, chart, stand_alone
 from planish.folder.hub import find_folder
+from planish.folder.owner import owning
 from planish.folder.source import open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.methods import find_method, list_methods
@@ -84,6 +87,7 @@ class OutOfTime(PlanishError):
     """A run was stopped at its share of the time."""
 
 
+@owning
 def run_demo(
     output: Path,
     *,
@@ -111,8 +115,8 @@ def run_demo(
         dense = replace(runner.measure_dense(trace=False), kv_bytes_per_token=runner.cache_bytes())
         found = Demo("embedded demo model" if model is None else folder.name, make_row(dense, 0.0), prompt=PROMPT)
         found.text = {
-            "calibration_tokens": runner.text.windows.numel(), "evaluation_tokens": runner.tokens.numel(),
-            "seq_len": runner.length, "fingerprint": fingerprint(runner.tokens), "settings": SETTINGS,
+            "calibration_tokens": runner.text.windows.numel(), "evaluation_tokens": len(runner.held.tokens),
+            "seq_len": runner.length, "fingerprint": fingerprint(runner.held.tokens), "settings": SETTINGS,
         }  # fmt: skip
         best = run_all(found, runner, (0.8,) if quick else KEEPS, (start, limit), output, progress)
         found.completions["dense"] = complete(runner.dense(), tokenizer, PROMPT)
@@ -133,7 +137,13 @@ def open_runner(folder: Path, tokenizer: Any, n: int, scratch: Path) -> Runner:
     tokens = sample_builtin(tokenizer, "heldout", n, seq_len).flatten()
     check_ids(tokens.numpy(), "the demo's text", source.config.vocab_size)
     text = Calibration(windows, {"source": "builtin", "n_samples": CALIBRATION, "seq_len": seq_len})
-    return Runner(source, text, tokens, Request(model=source.name, device="cpu"), scratch)
+    return Runner(
+        source,
+        text,
+        Tokens(tokens, "builtin", bos=False, is_ids=False),
+        Request(model=source.name, device="cpu"),
+        scratch,
+    )
 
 
 def run_all(
