@@ -137,13 +137,8 @@ def open_runner(folder: Path, tokenizer: Any, n: int, scratch: Path) -> Runner:
     tokens = sample_builtin(tokenizer, "heldout", n, seq_len).flatten()
     check_ids(tokens.numpy(), "the demo's text", source.config.vocab_size)
     text = Calibration(windows, {"source": "builtin", "n_samples": CALIBRATION, "seq_len": seq_len})
-    return Runner(
-        source,
-        text,
-        Tokens(tokens, "builtin", bos=False, is_ids=False),
-        Request(model=source.name, device="cpu"),
-        scratch,
-    )
+    held = Tokens(tokens, "builtin", bos=False, is_ids=False)
+    return Runner(source, text, held, Request(model=source.name, device="cpu"), scratch)
 
 
 def run_all(
