@@ -22,7 +22,7 @@ from planish.core import Progress
 from planish.dry_run import Forecast
 from planish.dry_run import forecast as forecast_windows
 from planish.errors import InputError
-from planish.evaluate import perplexity
+from planish.evaluate import agreement, perplexity
 from planish.evaluate import tasks as tasks_file
 from planish.evaluate.tasks import Score
 from planish.export.eora import Compensation, compensate, open_linears
@@ -254,7 +254,7 @@ def evaluate(
         config = load_config(folder)  # before the weights: wrong text is found at once
         tokenizer = tokenizer or load_tokenizer(folder)
         found = read(tokenizer, vocab_size=config.vocab_size)
-        lm = load(model, device=place, dtype=dtype or ("float32" if place == "cpu" else None))
+        lm = load_to_measure(model, device, dtype)
     limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
     if isinstance(model, nn.Module):
         found = read(tokenizer, vocab_size=lm.config.get_text_config().vocab_size)
@@ -265,6 +265,78 @@ def evaluate(
         progress=progress,
     )  # fmt: skip
     return Evaluation(**asdict(measured), source=found.source, bos=found.bos, begins=found.policy)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside the dense one on the same text."""
+
+    model: Evaluation
+    dense: Evaluation
+    agreement: agreement.Agreement
+
+
+def compare(
+    model: str | Path | nn.Module,
+    dense: str | Path | nn.Module,
+    text: Any = "builtin",
+    seq_len: int | None = None,
+    *,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Comparison:
+    """Perplexity of a model and of the dense one, and how far their predictions agree (see `planish.evaluate.agreement`).
+
+    Both are in memory at once. Arguments as in `evaluate`; the text is split by the first model's tokenizer.
+    """
+    tokenizer = tokenizer or (None if isinstance(model, nn.Module) else load_tokenizer(find_folder(model)))
+    lm, other = (m if isinstance(m, nn.Module) else load_to_measure(m, device, dtype) for m in (model, dense))
+
+    def watch(phase: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(phase, done, total)
+
+    found = evaluate(lm, text, seq_len, tokenizer=tokenizer, progress=watch("windows"), **options)
+    beside = evaluate(other, text, found.seq_len, tokenizer=tokenizer, progress=watch("dense model"), **options)
+    held = load_tokens(
+        text,
+        tokenizer,
+        split="evaluation",
+        tokenize=tokenize if options.get("cache") else None,
+        bos=options.get("bos", "auto"),
+    )
+    agreed = agreement.compare(
+        lm, other, held.tokens, found.seq_len, begin=held.begin, max_windows=options.get("max_windows"),
+        progress=watch("agreement"),
+    )  # fmt: skip
+    return Comparison(found, beside, agreed)
+
+
+def load_to_measure(folder: str | Path, device: str | None, dtype: str | torch.dtype | None) -> nn.Module:
+    """A model on its device ("auto" unless told), in fp32 on the CPU and as stored elsewhere unless told."""
+    place = find_device(device or "auto")
+    return load(folder, device=place, dtype=dtype or ("float32" if place == "cpu" else None))
+
+
+def answer_both(
+    model: str | Path | nn.Module,
+    dense: str | Path | nn.Module,
+    prompts: str | Path | Sequence[str],
+    tokenizer: Any = None,
+    *,
+    new_tokens: int = 64,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> list[agreement.Answer]:
+    """What both models write greedily to prompts (texts, or a .txt or .jsonl file of them), side by side."""
+    asked = agreement.read_prompts(Path(prompts)) if isinstance(prompts, str | Path) else [*prompts]
+    tokenizer = tokenizer or (None if isinstance(model, nn.Module) else load_tokenizer(find_folder(model)))
+    if tokenizer is None:
+        raise InputError("answers need a tokenizer, and the model has none beside it")
+    lm, other = (m if isinstance(m, nn.Module) else load_to_measure(m, device, dtype) for m in (model, dense))
+    return agreement.answer_both(lm, other, tokenizer, asked, new_tokens)
 
 
 @takes("method", "settings", *TEXT_AND_DEVICE)
@@ -368,8 +440,7 @@ def evaluate_tasks(
     """Zero-shot accuracies on local .jsonl files and lm_eval's tasks (see `planish.evaluate.tasks`)."""
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or load_tokenizer(find_folder(model))
-        place = find_device(device)
-        model = load(model, device=place, dtype=dtype or ("float32" if place == "cpu" else None))
+        model = load_to_measure(model, device, dtype)
     show = None if progress is None else lambda done, total: progress("examples", done, total)
     return tasks_file.evaluate_tasks(model, tokenizer, tasks, limit=limit, progress=show)
 
