@@ -27,6 +27,7 @@ FLOORS = [
     {"methods"},
     {"manifest", "compression", "dry_run", "single_cuts", "predict", "rehearsal"},
     {"export", "evaluate"},
+    {"evaluation"},
     {"api", "sweep"},
     {"cli", "__init__", "__main__"},
 ]
@@ -44,7 +45,6 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "planish.cli.bench.bench": 63,
-    "planish.cli.evaluate.evaluate": 73,
     "planish.compression.compress": 102,
     "planish.dry_run.estimate": 69,
     "planish.evaluate.speed.bench": 96,
@@ -55,7 +55,8 @@ LONG_FUNCTIONS = {
     "planish.single_cuts.measure_effects": 65,
 }
 MANY_PARAMETERS = {
-    "planish.api.evaluate": 11,
+    "planish.cli.evaluate.evaluate": 9,
+    "planish.evaluation.evaluate": 11,
     "planish.cli.export.export": 9,
     "planish.dry_run.forecast": 11,
     "planish.evaluate.speed.bench": 9,
