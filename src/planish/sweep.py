@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from planish import api
-from planish.calibrate.activations import Room
+from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import Text as Tokens
@@ -137,9 +137,9 @@ def sweep(
             found.skipped += 1
         else:
             if stream is None or shared is None:
-                room = Room(folder=output)
-                stream = Stream(source, text.windows, device=place, dtype=kind, room=room)
-                memory = room.limit // 2
+                memory_limits = MemoryLimits(folder=output)
+                stream = Stream(source, text.windows, device=place, dtype=kind, limits=memory_limits)
+                memory = memory_limits.limit // 2
                 shared = (open_cache(stream, memory) if cache else None) or Cache(memory=memory)
             ran.add(label)
             point = Point(name, method.name, json.dumps(settings), next(iter(asked.given.values())))
