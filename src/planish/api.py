@@ -191,11 +191,14 @@ def eora(
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | None = None, **kwargs: Any) -> Any:
-    """A causal LM from a dense or compressed folder or a hub id, in its stored dtype unless told."""
-    kind = find_dtype(dtype)
+    """A causal LM from a dense or compressed folder or a hub id, in its stored dtype unless told.
+
+    `kwargs` are `from_pretrained`'s; with a `device_map` the model stays where that puts it, and `device` is not looked at.
+    """
+    kind = dtype if dtype == "auto" else find_dtype(dtype)
     place = find_device(device)
     model = loading.load(folder, **({} if kind is None else {"dtype": kind}), **kwargs)
-    return model.to(place)
+    return model if "device_map" in kwargs else model.to(place)
 
 
 def evaluate(
@@ -232,7 +235,7 @@ def evaluate(
         place = None if device is None else find_device(device)
     else:
         place = find_device(device or "auto")
-        folder = find_folder(model)
+        folder = find_folder(model, weights=False)
         config = load_config(folder)  # before the weights: wrong text is found at once
         tokenizer = tokenizer or load_tokenizer(folder)
         found = read(tokenizer, vocab_size=config.vocab_size)
@@ -290,7 +293,7 @@ def read_calibration(source: Source, tokenizer: Any, asked: Text, ids: Any = Non
     against its positions."""
     start = time.perf_counter()
     seq_len, notes = fit_seq_len(source, asked.seq_len)
-    if tokenizer is None and isinstance(source, FolderSource):
+    if tokenizer is None and source.folder is not None:
         tokenizer = load_tokenizer(source.folder)
     text = load_tokens(
         asked.source if ids is None else ids, tokenizer, vocab_size=source.config.vocab_size, tokenize=tokenize if cache else None
@@ -344,7 +347,7 @@ def evaluate_tasks(
 ) -> list[Score]:
     """Zero-shot accuracies on local .jsonl files and lm_eval's tasks (see `planish.evaluate.tasks`)."""
     if not isinstance(model, nn.Module):
-        tokenizer = tokenizer or load_tokenizer(find_folder(model))
+        tokenizer = tokenizer or load_tokenizer(find_folder(model, weights=False))
         place = find_device(device)
         model = load(model, device=place, dtype=dtype or ("float32" if place == "cpu" else None))
     show = None if progress is None else lambda done, total: progress("examples", done, total)

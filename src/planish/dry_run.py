@@ -128,15 +128,16 @@ def forecast(
     try:
         plan, measured = job.plan(), False
     except TextNeeded:
-        if isinstance(source, ConfigSource):
+        whole = source.whole if isinstance(source, ConfigSource) else source
+        if whole is None:
             raise InputError(
                 f"{method.name} chooses its ranks by statistics, and {source.name} holds no weights to measure them with: "
                 "plan from the whole model, or with ranks from shapes alone (--set allocation=uniform, where the method has it)"
             ) from None
         windows = read()
-        check_windows(windows, source)
+        check_windows(windows, whole)
         size = (windows.shape[0], windows.shape[1])
-        stream = Stream(source, shuffle_windows(windows, method.shuffled), device=device, dtype=dtype)
+        stream = Stream(whole, shuffle_windows(windows, method.shuffled), device=device, dtype=dtype)
         arguments: dict[str, Any] = {
             "asked": asked,
             "step": round_to,

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from planish.core import Shape
 from planish.errors import InputError
+from planish.folder.recognise import refuse_file, refuse_unlike
 from planish.modelling import attentions as attentions_file
 from planish.modelling import blocks as blocks_file
 from planish.modelling import families as families_file
@@ -33,7 +34,8 @@ def load_config(folder: Path) -> Any:
     """A folder's configuration; models built from it have an attention that computes all that it says."""
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} has no config.json: not a Hugging Face model folder")
+        refuse_file(folder)
+        refuse_unlike(folder)
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError, OSError) as error:
@@ -127,7 +129,7 @@ def write_config(
     `dense`: the uncompressed model's configuration. Returns "native" or "planish".
     """
     config = dense.to_dict()
-    for name in ("_name_or_path", "auto_map"):  # code of the source's own is not carried
+    for name in ("_name_or_path", "auto_map", "transformers_weights"):  # neither code nor files of the source's own
         config.pop(name, None)
     if len(specs) < dense.num_hidden_layers:
         config["num_hidden_layers"] = len(specs)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
 from planish.errors import InputError
 from planish.folder.config import is_compressed, load_config, read_layout
-from planish.folder.weights import Stored, open_weights
+from planish.folder.hub import find_folder
+from planish.folder.weights import Stored, Weights, open_weights
 from planish.modelling.families import Family
 from planish.stats import is_finite
 
@@ -19,20 +21,28 @@ class ModelFolder:
 
     `names` are the tensors' names in the causal LM, whatever they are stored as; of each `dtype` and `shape` are known from
     headers, and `tensor` reads it. `config`, `family` and `specs` say what the tensors are: one spec per block, empty where
-    the block is a stock one. `path` is the folder, `name` what the user called it.
+    the block is a stock one. `path` is the folder, `name` what the user called it. A hub id is read as far as it is needed: its
+    configuration at once, its weights with the first question about them.
 
     Formats of weights plug in below this class, at `planish.folder.weights.open_weights`.
     """
 
-    def __init__(self, path: Path, name: str | None = None):
-        self.path, self.name = path, name or str(path)
-        if not path.is_dir():
-            raise InputError(f"no such model: {path} is not a folder")
-        self.config = load_config(path)
+    def __init__(self, model: str | Path):
+        self.path, self.name = find_folder(model, weights=False), str(model)
+        self.remote = not Path(
+            model
+        ).exists()  # on the hub: its weights are fetched when the first of them is asked for
+        self.config = load_config(self.path)
         self.compressed = is_compressed(self.config)
         self.family, self.specs = read_layout(self.config)
-        self.weights = open_weights(path)
-        self._stored = match_names(self.weights.names, self.family, self.compressed)
+
+    @cached_property
+    def weights(self) -> Weights:
+        return open_weights(find_folder(self.name) if self.remote else self.path)
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        return match_names(self.weights.names, self.family, self.compressed)
 
     @property
     def names(self) -> list[str]:
