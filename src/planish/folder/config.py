@@ -69,16 +69,21 @@ def find_family(config) -> Family:
             "compress the original weights, then quantise the result"
         )
     family = FAMILIES[kind]
-    if getattr(config, "add_cross_attention", False):
+    if read_declared(config, "add_cross_attention"):
         raise InputError(f"{kind} with add_cross_attention=true is not supported: only decoder-only models are")
-    if getattr(getattr(config, "attn_config", None), "clip_qkv", None):
+    if getattr(read_declared(config, "attn_config"), "clip_qkv", None):
         raise InputError(
             f"{kind} with attn_config.clip_qkv={config.attn_config.clip_qkv:g} is not supported: "
             "clipped queries, keys and values cannot be reduced linearly"
         )
-    if getattr(config, "do_layer_norm_before", True) is False:
+    if read_declared(config, "do_layer_norm_before") is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
     return family
+
+
+def read_declared(config: Any, name: str) -> Any:
+    """A field of a configuration; None where its class does not know it, whatever config.json says."""
+    return getattr(config, name) if hasattr(type(config), name) else None
 
 
 def is_compressed(config: Any) -> bool:

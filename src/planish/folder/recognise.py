@@ -58,7 +58,7 @@ def describe_files(names: list[str]) -> str:
     if sharded := sorted(n for n in names if n.startswith("model-") and n.endswith(".safetensors")):
         return f"shards ({sharded[0]}) without their model.safetensors.index.json: download it again"
     if pickles:
-        return f"only pickles ({pickles[0]}), and those are never read: {CONVERT}"
+        return f"only pickles ({pickles[0]}), and only safetensors are read, never pickles: {CONVERT}"
     for end, name in ((".gguf", "GGUF"), (".onnx", "ONNX")):
         if ends[end]:
             return f"only {name} ({ends[end][0]}): give the safetensors that it was made from"

@@ -113,7 +113,7 @@ def index_tensors(folder: Path) -> dict[str, Path]:
             )
         return list_single(single)
     for path in (single, index):
-        if path.is_symlink():
+        if path.is_symlink() and not path.is_file():
             raise InputError(f"{path} is a link to {path.readlink()}, which is not there")
     if index.is_file():
         return read_index(index)
