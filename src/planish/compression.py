@@ -25,6 +25,7 @@ from planish.calibrate.text import shuffle_windows
 from planish.core import Plan, Progress, Shape, Unit
 from planish.errors import InputError
 from planish.folder.config import name_head, write_config
+from planish.folder.owner import owning
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
@@ -90,6 +91,7 @@ def compress(
     device = request.device
     if lanes.start(device):
         device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+    check_blocks(source)
     find_target(request.target)
     windows = text.windows
     check_windows(windows, source)
@@ -161,6 +163,7 @@ def write_journal(
     }  # fmt: skip
 
 
+@owning
 def resume(output: str | Path, progress: Progress | None = None) -> Result:
     """Finish an interrupted `compress` into `output`: the same weights as if it had never been interrupted.
 
@@ -222,13 +225,13 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
     for i, entry in writer.finished.items():
         job.errors |= entry["errors"]
         job.finished[i] = partial(writer.restore, i, source=source)
+    if writer.active:  # first: what cannot be copied or saved is found before the work
+        source.copy_files(writer.partial)
     job.method.solve(job, plan, emit)
     kind = write_config(writer.text, source.config, source.family, specs, shapes)
     outside = source.outside()
     outer = sum(t.numel() for t in outside.values())
     writer.shard(0, name_head(outside, source.family, kind))
-    if writer.active:
-        source.copy_files(writer.partial)
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
     before, dense = job.weights, [dict[str, Any]()] * len(job.shapes)
     flops = [
@@ -292,6 +295,16 @@ def check_apart(output: Path, source: Source) -> None:
         model, place = source.folder.resolve(), output.resolve()
         if place == model or place in model.parents:
             raise InputError(f"output {output} would replace the model {source.folder}; choose another folder")
+
+
+def check_blocks(source: Source) -> None:
+    """Of blocks with more than attention and a dense feed-forward no compressed form is written."""
+    for i in range(source.n_blocks):
+        if names := list(dict.fromkeys("experts" if r.startswith("expert.") else r for r in source.shape(i).rest)):
+            raise InputError(
+                f"block {i} of {source.name} has {', '.join(names)}: planish measures and plans such blocks (`planish plan`) but "
+                "does not write them yet; compress a model with dense feed-forwards only"
+            )
 
 
 def check_windows(windows: Tensor, source: Source) -> None:

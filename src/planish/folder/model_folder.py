@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from planish.errors import InputError
@@ -29,9 +31,7 @@ class ModelFolder:
 
     def __init__(self, model: str | Path):
         self.path, self.name = find_folder(model, weights=False), str(model)
-        self.remote = not Path(
-            model
-        ).exists()  # on the hub: its weights are fetched when the first of them is asked for
+        self.remote = not Path(model).exists()  # weights on the hub are fetched when the first is asked for
         self.config = load_config(self.path)
         self.compressed = is_compressed(self.config)
         self.family, self.specs = read_layout(self.config)
@@ -41,15 +41,17 @@ class ModelFolder:
         return open_weights(find_folder(self.name) if self.remote else self.path)
 
     @cached_property
-    def _stored(self) -> dict[str, str]:
-        return match_names(self.weights.names, self.family, self.compressed)
+    def _places(self) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+        """Name → stored name; name → rows of the stored tensor, where it is a part of one."""
+        names = match_names(self.weights.names, self.family, self.compressed)
+        return names, split_experts(names, self.family, self.weights)
 
     @property
     def names(self) -> list[str]:
-        return list(self._stored)
+        return list(self._places[0])
 
     def __contains__(self, name: str) -> bool:
-        return name in self._stored
+        return name in self._places[0]
 
     @property
     def paths(self) -> list[Path]:
@@ -58,28 +60,59 @@ class ModelFolder:
 
     def entry(self, name: str) -> Stored:
         """`dtype` and `shape` of a tensor, from headers alone."""
-        return self.weights.entry(self._find(name))
+        entry = self.weights.entry(self._find(name))
+        return Rows(entry.dtype, (self._places[1][name][1], entry.shape[-1])) if name in self._places[1] else entry
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in its stored type, on the CPU; every number is finite."""
-        tensor = self.weights.read(self._find(name))
+        stored, rows = self._find(name), self._places[1].get(name)
+        tensor = self.weights.read_rows(stored, *rows) if rows else self.weights.read(stored)
         if not is_finite(tensor):
             raise InputError(f"tensor {name} of {self.path} holds NaN or infinity")
         return tensor
 
     def expect(self, names: Iterable[str]) -> None:
         """These tensors are read next: the system may fetch them ahead."""
-        self.weights.expect(self._stored[n] for n in names)
+        self.weights.expect(dict.fromkeys(self._places[0][n] for n in names))
 
     def inside(self, i: int) -> list[str]:
         """Names of block i's tensors."""
         prefix = f"{self.family.blocks}.{i}."
-        return [n for n in self._stored if n.startswith(prefix)]
+        return [n for n in self._places[0] if n.startswith(prefix)]
 
     def _find(self, name: str) -> str:
-        if name not in self._stored:
+        if name not in self._places[0]:
             raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
-        return self._stored[name]
+        return self._places[0][name]
+
+
+class Rows(NamedTuple):
+    """Part of a stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def split_experts(names: dict[str, str], family: Family, weights: Weights) -> dict[str, tuple[int, int]]:
+    """Where experts are stored stacked: name of each of their linears → which rows (first, count) it is of its stored tensor.
+    In `names` (name → stored name) these linears take the place of the whole."""
+    found: dict[str, tuple[int, int]] = {}
+    row = family.experts
+    if row is None:
+        return found
+    for name, stored in list(names.items()):
+        where, _, leaf = name.rpartition(".")
+        parts = {"gate_up_proj": row.names[:2], "down_proj": row.names[2:]}.get(leaf, ())
+        if not parts or not where.endswith(f".{row.path}"):
+            continue
+        shape = weights.entry(stored).shape
+        if len(shape) != 3 or shape[1] % len(parts):
+            raise InputError(f"tensor {stored} has shape {shape}, expected (experts, rows, columns) of stacked experts")
+        count = shape[1] // len(parts)
+        del names[name]
+        for n, part in enumerate(f"{where}.{j}.{part}.weight" for j in range(shape[0]) for part in parts):
+            names[part], found[part] = stored, (n * count, count)
+    return found
 
 
 def match_names(stored: Iterable[str], family: Family, compressed: bool = False) -> dict[str, str]:

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from planish.core import Shape
 from planish.errors import InputError
-from planish.folder.checks import check_tensors
+from planish.folder.checks import check_model, check_tensors
 from planish.folder.config import NO_SOFT_CAP, find_family, find_stock_config, load_config
 from planish.folder.model_folder import ModelFolder
-from planish.folder.skeleton import build_empty, build_skeleton, find_embedding, read_shape, set_parameter
+from planish.folder.skeleton import build_empty, build_skeleton, build_stock, find_embedding, read_shape, set_parameter
 from planish.folder.tokenizer import check_links, copy_files
 from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import find_blocks, split_block
@@ -126,7 +126,7 @@ class FolderSource(Source):
         check_tensors({n: reader.entry(n) for n in reader.names}, self.model, self._tied, str(self.folder))
         pair = (self._embedding_name(), HEAD)
         both = self.config.tie_word_embeddings and all(n in reader for n in pair)
-        if both and not torch.equal(*map(reader.tensor, pair)):  # then transformers does not tie them either
+        if both and not is_same(*map(reader.tensor, pair)):  # then transformers does not tie them either
             self.config.tie_word_embeddings = self.stock_config.tie_word_embeddings = False
             del self.empty, self.model, self._tied
         return reader
@@ -223,6 +223,7 @@ class MemorySource(Source):
     """A causal LM in memory; never changed."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
+        check_model(model)
         self.model, self.tokenizer = model, tokenizer
         self.config = self.stock_config = copy.deepcopy(model.config)
         if needs_eager(self.config) and self.config._attn_implementation == "sdpa":
@@ -230,9 +231,16 @@ class MemorySource(Source):
             warnings.warn(NO_SOFT_CAP.format("the model is calibrated"), stacklevel=4)
         self.family = find_family(self.config)
         self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        for name, p in model.named_parameters():
-            if not is_finite(p):
+        self._tensors = {n: t.detach() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+        with torch.device("meta"):
+            check_tensors(self._tensors, build_stock(self.config, self.family), {}, "the model in memory")
+        for name, tensor in self._tensors.items():
+            if not is_finite(tensor):
                 raise InputError(f"tensor {name} of the model in memory holds NaN or infinity")
+        pair = (self._embedding_name(), HEAD)
+        if self.config.tie_word_embeddings and not is_same(*(self._tensors[n] for n in pair)):
+            self.config.tie_word_embeddings = False
+            del self.empty
 
     def block(self, i: int) -> nn.Module:
         memo = {id(self.model.config): self.config}
@@ -241,11 +249,10 @@ class MemorySource(Source):
 
     def outside(self) -> dict[str, Tensor]:
         inside = f"{self.family.blocks}."
-        tensors = self.model.state_dict().items()
-        return self._once({n: t.detach().cpu() for n, t in tensors if not n.startswith(inside)})
+        return self._once({n: t.cpu() for n, t in self._tensors.items() if not n.startswith(inside)})
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
-        return self._once({n: (t.numel(), t.dtype) for n, t in self.model.state_dict().items()})
+        return self._once({n: (t.numel(), t.dtype) for n, t in self._tensors.items()})
 
     def skeleton(self) -> PreTrainedModel:
         return build_empty(self.config, self.family)
@@ -257,7 +264,13 @@ class MemorySource(Source):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(target)
         if getattr(self.model, "generation_config", None) is not None:
-            self.model.generation_config.save_pretrained(target)
+            # as it is: `save_pretrained` refuses settings that several released models have
+            self.model.generation_config.to_json_file(target / "generation_config.json", keys_to_pop=["compile_config"])
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices hold the same numbers in the same type."""
+    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 
 def open_source(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
