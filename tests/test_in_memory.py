@@ -56,7 +56,7 @@ def quantised_tensors() -> nn.Module:
 
 
 def dynamic() -> nn.Module:
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.ao.quantization"):
         return torch.ao.quantization.quantize_dynamic(tiny.build("llama_gqa"), {nn.Linear}, torch.qint8)
 
 
@@ -112,9 +112,8 @@ def classifier() -> nn.Module:
 def other_family() -> nn.Module:
     import transformers
 
-    return transformers.BertModel(
-        transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=44)
-    )
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=44)
+    return transformers.BertModel(config)
 
 
 WRONG = {
@@ -160,7 +159,7 @@ def test_peft_models(tmp_path):
         compress(model, output=tmp_path / "out", keep=1.0, windows=IDS)
     expected = logits(model)
     compress(model.merge_and_unload(), output=tmp_path / "out", keep=1.0, windows=IDS)
-    torch.testing.assert_close(logits(planish.load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(planish.load(tmp_path / "out")), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", ["scaled", "cast", "same"])

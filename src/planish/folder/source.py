@@ -258,7 +258,10 @@ class MemorySource(Source):
         return build_empty(self.config, self.family)
 
     def weight(self, name: str) -> Tensor:
-        return self.model.get_parameter(name).detach()
+        weight = self._tensors[name]
+        return (
+            weight.clone() if weight.is_inference() else weight
+        )  # loaded in inference mode, which nothing differentiates
 
     def copy_files(self, target: Path) -> None:
         if self.tokenizer is not None:
