@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from planish import single_cuts
@@ -60,6 +61,7 @@ TEXT_AND_DEVICE = ("calibration", *TEXT, "device", "dtype")  # options of what o
 N_SAMPLES = 128  # unless told; fewer where the text has fewer
 
 
+@torch.inference_mode(mode=False)  # some methods differentiate
 @takes()
 @owning
 def compress(
@@ -131,6 +133,7 @@ def write_recipe(request: Request, method: Method, source: FolderSource, text: C
     return Request(**({n: getattr(request, n) for n in RECIPE} | filled)).moved(partial(name_beside, output)).text()
 
 
+@torch.inference_mode(mode=False)  # some methods differentiate
 @takes()
 def forecast(
     model: str | Path | nn.Module,
@@ -206,6 +209,7 @@ def eora(
     )  # fmt: skip
 
 
+@torch.inference_mode(mode=False)  # some methods differentiate
 @takes("method", "settings", *TEXT_AND_DEVICE)
 def measure_effects(
     model: str | Path | nn.Module,
@@ -250,7 +254,7 @@ def read_calibration(source: Source, tokenizer: Any, asked: Text, ids: Any = Non
     vocabulary, lengths against its positions."""
     start = time.perf_counter()
     seq_len, notes = fit_seq_len(source, asked.seq_len)
-    if tokenizer is None and isinstance(source, FolderSource):
+    if tokenizer is None and source.folder is not None:
         tokenizer = load_tokenizer(source.folder)
     read = partial(load_tokens, tokenizer=tokenizer, vocab_size=source.config.vocab_size, bos=asked.bos,
                    tokenize=tokenize if cache else None)  # fmt: skip
