@@ -28,7 +28,7 @@ from planish.methods.palu import Palu
 from planish.modelling.blocks import find_blocks, get_linear, join_block, split_block
 from planish.modelling.families import FAMILIES
 from planish.plan.budgets import Asked
-from planish.plan.footprint import count_attention
+from planish.plan.footprint import footprint, footprints
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.linalg import balance, nystrom, reduce_scores, selection_losses
@@ -628,10 +628,12 @@ def test_planned_work_is_what_attention_multiplies(method, tmp_path):
     plan, work = job.plan(), 0
     for unit, rank in plan.items():
         solver, shape = job.units[unit], job.shapes[unit.block]
-        work += solver.work(unit, shape, rank)
+        work += sum(found.scores for _, found in footprints(solver, unit, shape, rank))
     compress(model, output=tmp_path / "m", kv_keep=0.6, method=method, windows=WINDOWS)
     config = load(tmp_path / "m").config
-    planned = sum(map(count_attention, job.shapes, config.planish["blocks"]))
+    planned = sum(
+        footprint(spec, shape).scores for spec, shape in zip(config.planish["blocks"], job.shapes, strict=True)
+    )
     if getattr(method, "keys", "") == "frequency":
         assert work >= planned  # values of a set lie side by side, and may be fewer than the keys' solver can know
     else:

@@ -16,6 +16,7 @@ from planish.folder.source import open_source
 from planish.job import Job
 from planish.methods import find_method
 from planish.methods.asvd import KEEPS, Sensitivity
+from planish.plan.footprint import find_rank
 from planish.solvers.linear import Anchored
 
 WINDOWS = tiny.windows(6, 20)
@@ -165,7 +166,7 @@ def test_lazy_search_finds_the_plan_of_the_full_table(keep):
     if keep < 0.4:
         return  # beyond the table all go down together
     lazily = len(table)
-    rank_at = {(u, k): j.units[u].rank_at(u, j.shapes[u.block], k) for u in j.units for k in KEEPS}
+    rank_at = {(u, k): find_rank(j.units[u], u, j.shapes[u.block], k) for u in j.units for k in KEEPS}
     losses = {(u, k): Table().loss(u, r) for (u, k), r in rank_at.items()}
     for threshold in sorted(losses.values()):
         naive = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,16 +16,21 @@ from planish.modelling.modules import Bypass
 
 
 def merge_forms(shape: Shape, edits: list[Edit]) -> Spec:
-    """The block's spec from all its edits; edits of the attention's q–k and v parts become one module."""
+    """The block's spec from all its edits."""
+    parts = ("attention", "mlp")
+    return merge_specs(
+        shape, [{e.target: e.form} if e.target in parts else {"linears": {e.target: e.form}} for e in edits]
+    )
+
+
+def merge_specs(shape: Shape, several: Iterable[Spec]) -> Spec:
+    """One spec from several of one block (`Solver.spec`); the attention's q–k and v parts become one module."""
     spec: Spec = {}
-    for edit in edits:
-        if edit.target in ("attention", "mlp"):
-            form = spec.setdefault(edit.target, {})
-            if edit.form["kind"] == "own" and not form:
-                form |= {"kind": "own", "qk": shape.qk, "v": shape.v}
-            form |= edit.form
-        else:
-            spec.setdefault("linears", {})[edit.target] = dict(edit.form)
+    for part in several:
+        for target, form in part.items():
+            if target == "attention" and form["kind"] == "own" and target not in spec:
+                spec[target] = {"kind": "own", "qk": shape.qk, "v": shape.v}
+            spec.setdefault(target, {}).update(form)
     return spec
 
 

@@ -33,7 +33,7 @@ from planish.methods import find_method, find_name
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
 from planish.plan.budgets import Asked, read_asked
-from planish.plan.footprint import count_flops, count_headers, kv_bytes
+from planish.plan.footprint import count_headers, footprint
 from planish.plan.latency import read_table
 from planish.plan.targets import find_target
 from planish.solvers.offload import offload
@@ -219,10 +219,12 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         source.copy_files(writer.partial)
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
     before, dense = job.weights, [dict[str, Any]()] * len(job.shapes)
-    flops = [
-        count_flops(job.shapes, dense, [s.count() for s in job.shapes], job.context),
-        count_flops(shapes, specs, counted, job.context),
+    models = [
+        [footprint(spec, shape, job.context) for spec, shape in zip(*model, strict=True)]
+        for model in ((dense, job.shapes), (specs, shapes))
     ]
+    flops = [sum(f.flops for f in found) for found in models]
+    caches = [sum(f.cache for f in found) for found in models]
     result = Result(
         find_name(job.method),
         job.keep,
@@ -231,8 +233,8 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         writer.parameters,
         before,
         sum(counted),
-        kv_bytes(dense, job.shapes, itemsize),
-        kv_bytes(specs, shapes, itemsize),
+        caches[0] * itemsize,
+        caches[1] * itemsize,
         kind,
         str(writer.output),
         job.seconds,
@@ -247,15 +249,15 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
     if job.table is not None:
         result.latency_ms_before = job.table.predict(dense, job.shapes) * 1e3
         result.latency_ms_after = job.table.predict(specs, shapes) * 1e3
-    achieved = {
+    written: dict[str, float | None] = {
         "keep": result.keep,
         "max_params": result.params_after,
         "max_bytes": result.bytes_after,
-        "kv_keep": result.kv_bytes_per_token_after / result.kv_bytes_per_token_before,
-        "flops_keep": flops[1] / flops[0],
         "max_latency": result.latency_ms_after,
     }
-    result.budgets = {b.name: {"asked": b.asked, "achieved": achieved[b.name]} for b in job.kept_budgets}
+    for b in job.kept_budgets:  # what is counted in the files, else by the account that the plan was made with
+        told = b.achieved(sum(map(b.measure, models[1])))
+        result.budgets[b.name] = {"asked": b.asked, "achieved": written.get(b.name, told)}
     return result
 
 

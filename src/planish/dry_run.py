@@ -28,9 +28,8 @@ from planish.folder.source import ConfigSource, Source
 from planish.job import Job
 from planish.methods import find_name
 from planish.methods.method import Method
-from planish.plan.budgets import SHARES, Asked, Budget, CacheNumbers, Flops, make_budget
-from planish.plan.footprint import count_cache, count_flops
-from planish.plan.latency import Latency, read_table
+from planish.plan.budgets import Asked, Budget, Latency, make_budget
+from planish.plan.latency import read_table
 from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
@@ -150,7 +149,7 @@ def forecast(
     found.target, found.predicted = target, add_losses(job, plan)
     found.nats = bool(job.known) and all(f.nats for f in job.known.values())
     free = Job(unread, method, asked=asked, step=round_to, measured=table)
-    found.limits = describe_limits(job.stack, free.units)
+    found.limits = describe_limits(job.stack, free.units, free.shapes)
     if found.limits and found.predicted:
         free = Job(job.stream, method, **arguments)
         loose = free.plan()
@@ -186,15 +185,9 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
     model = source._empty  # type: ignore[attr-defined]
     params = sum(p.numel() for p in model.parameters())
     head = source.count_head()
-    caches, full_caches = CacheNumbers("kv_keep", 1, 0, 0), sum(map(count_cache, shapes))
-    flops = Flops(
-        "flops_keep",
-        1,
-        0,
-        count_flops(shapes, [{}] * len(shapes), [s.count() for s in shapes], job.context),
-        context=job.context,
+    caches, flops, stored = (
+        make_budget(name, 1, source, shapes, job.context) for name in ("kv_keep", "flops_keep", "max_bytes")
     )
-    stored = make_budget("max_bytes", 1, source, shapes, job.context)
     peaks, seconds, how = estimate(job, plan, size, measured, params, head, itemsize, int(flops.total) - 2 * blocks)
     found = Forecast(
         method=find_name(job.method),
@@ -208,8 +201,8 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         bytes_after=int(left(job, plan, stored) + stored.outside),
         flops_per_token_before=int(flops.total) + 2 * head,
         flops_per_token_after=int(left(job, plan, flops)) + 2 * head,
-        kv_bytes_per_token_before=full_caches * itemsize,
-        kv_bytes_per_token_after=int(left(job, plan, replace(caches, total=full_caches))) * itemsize,
+        kv_bytes_per_token_before=int(caches.total) * itemsize,
+        kv_bytes_per_token_after=int(left(job, plan, caches)) * itemsize,
         context=job.context,
         peak_ram_bytes=peaks.ram,
         peak_vram_bytes=peaks.vram,
@@ -226,8 +219,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
             found.latency_ms_before, found.latency_ms_after = (
                 c / b.scale for c in (b.total + b.outside, cost + b.outside)
             )
-        value = (cost + b.outside) / b.scale if b.name not in SHARES else cost / b.total
-        found.budgets[b.name] = {"asked": b.asked, "achieved": value}
+        found.budgets[b.name] = {"asked": b.asked, "achieved": b.achieved(cost)}
     return found
 
 

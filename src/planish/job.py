@@ -24,8 +24,9 @@ from planish.methods import find_name
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
 from planish.plan.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
-from planish.plan.budgets import Asked, Budget, CacheNumbers, label, make_budget
-from planish.plan.latency import Latency, Table, make_latency
+from planish.plan.budgets import Asked, Budget, CacheNumbers, Latency, label, make_budget
+from planish.plan.footprint import count_weights, cuts_cache
+from planish.plan.latency import Table
 from planish.plan.targets import check_plan, constrain, fit_target, make_uniform, needs_uniform
 from planish.solve import read_weights, solve
 from planish.stats import Stats, Tap
@@ -62,7 +63,7 @@ class Job:
             for shape in self.shapes:
                 units = [u for u in solver.units(shape) if method.takes(u, shares)]
                 if self.cache_only:  # nothing else is cut then
-                    units = [u for u in units if solver.cache(u, shape, solver.ranks(u, shape)[-1]) > 0]
+                    units = [u for u in units if cuts_cache(solver, u, shape)]
                 self.units |= dict.fromkeys(units, solver)
         self.target = target
         self.stack = fit_target(target, stream.source, self.shapes)
@@ -97,13 +98,8 @@ class Job:
         self.errors: dict[str, float] = {}  # predicted loss of the planned rank, per unit
 
     def make_budgets(self, measured: Mapping[str, float]) -> list[Budget]:
-        found: list[Budget] = []
-        for name, value in self.asked.given.items():
-            if name == "max_latency":
-                found.append(make_latency(value, measured, self.shapes))
-            else:
-                found.append(make_budget(name, value, self.stream.source, self.shapes, self.context))
-        return found
+        source = self.stream.source
+        return [make_budget(n, v, source, self.shapes, self.context, measured) for n, v in self.asked.given.items()]
 
     @property
     def kept_budgets(self) -> list[Budget]:
@@ -143,7 +139,7 @@ class Job:
 
     def count(self, unit: Unit, rank: int) -> int:
         """Weights left in the unit at this rank, whatever the budgets count."""
-        return self.units[unit].cost(unit, self.shapes[unit.block], rank)
+        return count_weights(self.units[unit], unit, self.shapes[unit.block], rank)
 
     def choices(self, unit: Unit) -> Choices:
         """Admissible ranks of a unit, and what they cost of every budget."""

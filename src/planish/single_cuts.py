@@ -17,6 +17,7 @@ from planish.errors import InputError
 from planish.folder.source import Source
 from planish.job import Job
 from planish.methods.method import Method
+from planish.plan.footprint import find_rank
 from planish.solve import read_weights
 
 KINDS = {"vo": "value dimensions", "qk": "rotary pairs", "mlp": "neurons", "attention": "bypass", "ffn": "bypass"}
@@ -111,7 +112,7 @@ def draw(job: Job, keeps: Sequence[float], share: float, seed: int) -> list[tupl
     kinds: dict[str, set[tuple[Unit, int]]] = {}
     for unit, solver in job.units.items():
         for keep in keeps:
-            rank = solver.rank_at(unit, job.shapes[unit.block], keep)
+            rank = find_rank(solver, unit, job.shapes[unit.block], keep)
             if rank < job.full(unit):
                 kinds.setdefault(KINDS.get(unit.name, "low-rank linear"), set()).add((unit, rank))
     chosen: list[tuple[Unit, int]] = []

@@ -27,7 +27,7 @@ from planish.evaluate import perplexity
 from planish.evaluate.report.chart import Point, draw_chart
 from planish.folder.source import find_folder, load_config, load_tokenizer, open_source
 from planish.methods import list_methods
-from planish.plan.footprint import kv_bytes
+from planish.plan.footprint import footprint
 
 MODEL = Path(__file__).parents[1] / "data" / "demo"
 KEEPS = (0.8, 0.7, 0.9)  # in the order of work: if time runs out, every method has been seen once
@@ -73,7 +73,7 @@ class Bench:
         """Bytes that the dense model's KV cache holds per token."""
         source = self.stream.source
         shapes = [source.shape(i) for i in range(source.n_blocks)]
-        return kv_bytes([{}] * len(shapes), shapes, next(source.block(0).parameters()).element_size())
+        return sum(footprint({}, s).cache for s in shapes) * next(source.block(0).parameters()).element_size()
 
     def measure(self, model: Any, progress: Callable[[int, int], None] | None = None) -> float:
         seq_len = self.windows.shape[1]

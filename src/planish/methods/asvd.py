@@ -13,6 +13,7 @@ from planish.core import Plan, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.blocks import get_linear
+from planish.plan.footprint import find_rank
 from planish.solvers.forms import input_site
 from planish.solvers.linalg import LowRank
 from planish.solvers.linear import LinearSVD
@@ -71,7 +72,7 @@ class ASVD(Method):
 
         def push(unit: Unit, level: int) -> None:
             if level < len(KEEPS):
-                rank = job.units[unit].rank_at(unit, job.shapes[unit.block], KEEPS[level], job.step)
+                rank = find_rank(job.units[unit], unit, job.shapes[unit.block], KEEPS[level], job.step)
                 heapq.heappush(queue, (sensitivity.loss(unit, rank), unit, level, rank))
 
         for unit in sorted(plan):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from planish.core import Plan, Solver
 from planish.errors import InputError
 from planish.methods.method import Method
+from planish.plan.footprint import find_rank
 from planish.solvers.linear import TwoStageSVD
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class ErcSVD(Method):
                 f"which must be more than beta={self.beta:g}: k must lie in {least} … {n}"
             )
         if least > n:
-            ranks = {u: solver.rank_at(u, job.shapes[u.block], 0.0, job.step) for u, solver in job.units.items()}
+            ranks = {u: find_rank(s, u, job.shapes[u.block], 0.0, job.step) for u, s in job.units.items()}
             smallest = max(sum(job.cost(u, r) for u, r in ranks.items()) / job.total, self.beta + 1e-6)
             raise InputError(
                 f"keep {job.keep:g} cannot be reached by erc-svd: even with all {n} blocks each must keep more than "
