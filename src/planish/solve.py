@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from math import isnan
+from math import ceil, isnan
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -79,8 +79,6 @@ def solve(
             with job.phase("solve"):
                 blend(job, stats, weights)
                 new = solve_units(job, stage, plan, weights, stats, origin)
-                if midway is not None:
-                    midway.pick({e.target: e.rows for e in new})
                 if edits:  # edits of a block are applied together, to a block as it was
                     block = stream.block(i)
                 edits += new
@@ -99,6 +97,11 @@ def solve(
         if job.progress:
             job.progress(phase, i + 1, len(job.shapes))
     return hidden
+
+
+def count_refit(n: int, share: float) -> int:
+    """How many of n calibration windows a solve runs that takes this share of them."""
+    return min(n, max(1, ceil(share * n)))
 
 
 def measure_stage(

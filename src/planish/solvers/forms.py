@@ -138,7 +138,7 @@ def neuron_edits(weights: Weights, kept: Tensor, down: Tensor) -> list[Edit]:
         if role in weights:
             w, bias = weights[role][kept], weights.get(f"{role}.bias")
             tensors = {"weight": w} | ({} if bias is None else {"bias": bias[kept]})
-            edits.append(Edit(role, dense(*w.shape), tensors, kept))
+            edits.append(Edit(role, dense(*w.shape), tensors))
     bias = weights.get("down.bias")
     tensors = {"weight": down} | ({} if bias is None else {"bias": bias})
     return [*edits, Edit("down", dense(*down.shape), tensors)]
