@@ -48,8 +48,8 @@ class RotaryPairs(Solver):
         return [*range(2, shape.qk, 2), shape.qk]
 
     def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
-        """Where only some channels are rotated, at most so many `pairs` are kept, or all: statistics decide."""
-        return qk_spec(shape, rank, min(rank, shape.rotary) // 2)
+        """Where only some channels are rotated, statistics decide how many `pairs` are kept: at most so many."""
+        return qk_spec(shape, rank, rank // 2)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("q.out", "head_gram", heads=shape.heads), Tap("k.out", "head_gram", heads=shape.kv_heads)]
