@@ -8,7 +8,6 @@ from torch import Tensor
 
 import tiny
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Unit
 from planish.errors import InputError
 from planish.folder.load import load
@@ -18,6 +17,7 @@ from planish.methods import find_method
 from planish.methods.asvd import KEEPS, Sensitivity
 from planish.plan.footprint import find_rank
 from planish.solvers.linear import Anchored
+from tiny import compress
 
 WINDOWS = tiny.windows(6, 20)
 

@@ -12,10 +12,10 @@ import tiny
 from planish import stats
 from planish.calibrate import stream
 from planish.calibrate.activations import Activations, Room, fetch
-from planish.compression import compress
 from planish.folder.safetensors import hash_file
 from planish.methods import list_methods
 from planish.solvers import linalg, offload
+from tiny import compress
 
 WINDOWS = tiny.windows(8, 24)
 KEEP = {"nbl": 0.85, "palu": 0.85}  # what cuts attention alone cannot go lower
@@ -93,7 +93,7 @@ def test_results_are_the_same_files(method, tmp_path, monkeypatch):
     """Every marked function on the way takes and gives what it may."""
     model = tiny.build("llama_gqa")
     compress(model, output=tmp_path / "here", keep=0.7, method=method, windows=WINDOWS)
-    monkeypatch.setattr(sys.modules["planish.compress"], "offload", lambda device: elsewhere(monkeypatch))
+    monkeypatch.setattr("planish.compression.offload", lambda device: elsewhere(monkeypatch))
     compress(model, output=tmp_path / "there", keep=0.7, method=method, windows=WINDOWS)
     here, there = ([hash_file(p) for p in sorted((tmp_path / n).glob("*.safetensors"))] for n in ("here", "there"))
     assert here and here == there

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -28,11 +28,12 @@ from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source
 from planish.job import Job
 from planish.methods.method import Method
-from planish.plan.budgets import Asked, Budget, Latency, make_budget
+from planish.plan.budgets import Budget, Latency, make_budget
 from planish.plan.latency import read_table
 from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
+from planish.request import Limits
 from planish.solve import count_refit, find_sites_beside
 from planish.solvers.offload import offload
 from planish.stats import Tap, add_gram
@@ -101,7 +102,7 @@ class Unread(Stream):
 def forecast(
     source: Source,
     *,
-    asked: Asked,
+    asked: Limits,
     method: Method,
     read: Callable[[], Tensor],
     size: tuple[int, int],
@@ -118,7 +119,7 @@ def forecast(
     """
     dtype = dtype or pick_dtype(source, device)
     unread = Unread(source, torch.empty(0, 0, dtype=torch.long), device=device, dtype=dtype)
-    asked = replace(asked, context=asked.context or size[1])
+    asked = asked.model_copy(update={"context": asked.context or size[1]})
     table = read_table(source, asked.context or 0, device, dtype, progress) if asked.max_latency is not None else None
     job = Job(unread, method, asked=asked, step=round_to, target=target, measured=table)
     shared = Cache(memory=STATISTICS)
@@ -181,8 +182,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         )
     blocks = job.weights
     blocks_after = blocks - sum(r["before"] - r["after"] for r in rows)
-    source.empty_block(0)
-    model = source._empty  # type: ignore[attr-defined]
+    model = source.empty
     params = sum(p.numel() for p in model.parameters())
     head = source.count_head()
     caches, flops, stored = (

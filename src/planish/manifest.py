@@ -14,7 +14,7 @@ from planish.core import Plan
 from planish.errors import InputError
 from planish.folder.writer import Writer
 from planish.job import Job
-from planish.plan.budgets import label, show
+from planish.request import label, show
 from planish.version import __version__
 
 

@@ -344,7 +344,7 @@ def hash_source(source: Source) -> str:
     header and a sample of every sixteenth mebibyte."""
     assert isinstance(source, FolderSource)
     digest = hashlib.sha256((source.folder / "config.json").read_bytes())
-    paths = sorted(set(source.files.values()))
+    paths = source.reader.paths
     whole = sum(p.stat().st_size for p in paths) <= WHOLE
     for path in paths:
         if whole:

@@ -1,4 +1,4 @@
-"""Blocks with edits, the configuration that describes them, and compressed folders loaded again."""
+"""Folders loaded as models in memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from planish.errors import InputError
+from planish.folder.config import NO_SOFT_CAP, load_config
+from planish.folder.hub import find_folder
 from planish.folder.safetensors import Shard
-from planish.folder.source import NO_SOFT_CAP, find_folder, index_tensors, load_config
+from planish.folder.weights import index_tensors
 from planish.modelling.attentions import needs_eager
 
 
