@@ -87,6 +87,8 @@ def find_commands(text: str) -> list[str]:
     shown = [line for language, code in BLOCK.findall(text) if language in ("", "bash") for line in joined(code)]
     shown += joined("\n".join(re.findall(r"^    (.*)$", BLOCK.sub("", text), re.M)))
     shown += re.findall(r"`(planish [a-z]+ [^`\n]*)`", BLOCK.sub("", text))
+    if text.startswith("# Choose"):  # its cells are what to add to `planish compress MODEL -o OUT`
+        shown += [f"planish compress MODEL -o OUT {flags}" for flags in re.findall(r"`(--[a-z].*?)`", text)]
     return [line.partition(" #")[0].strip() for line in shown if re.match(r"\s*planish [a-z]", line)]
 
 
