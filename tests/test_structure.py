@@ -43,7 +43,6 @@ LONG_FILES = {
     "planish.job": 483,
     "planish.methods.subfit": 424,
     "planish.plan.allocate": 463,
-    "planish.plan.latency": 429,
     "planish.solvers.linalg": 439,
 }
 LONG_FUNCTIONS = {
@@ -86,11 +85,7 @@ MANY_METHODS = {
     "planish.methods.auto.Auto": 14,
     "planish.methods.subfit.SubFit": 19,
 }
-SOLVERS_ASKED = {
-    "planish.plan.budgets": 2,
-    "planish.plan.latency": 2,
-    "planish.plan.targets": 2,
-}
+SOLVERS_ASKED: dict[str, int] = {}
 NOTES_READ = {
     "planish.compression": 1,
     "planish.job": 1,
