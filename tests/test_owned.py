@@ -85,7 +85,7 @@ def test_sparsity_is_a_keyword_too(folder, ids, tmp_path):
     gone = result.submodules["attention"]
     assert (gone["count"], gone["of"]) == (2, 3)  # a half, rounded up
     found = planish.forecast(folder, sparsity=0.5, method="llm-drop", calibration=ids, seq_len=24, n_samples=12)
-    assert found.params_after == result.params_after
+    assert found.block_params_after == result.block_params_after
     for more, words in (({"keep": 0.8}, "keep cannot hold beside"), ({"method": "svd-llm"}, "no setting 'sparsity'")):
         with pytest.raises(InputError, match=words):
             planish.compress(

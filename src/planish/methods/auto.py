@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from planish.calibrate.cache import describe
 from planish.calibrate.text import list_shuffled
-from planish.core import ATTENTION, MLP, Frontier, Plan, Shape, Solver, Unit
+from planish.core import Frontier, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
+from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, BudgetError, Curve, choose
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
@@ -349,6 +350,8 @@ class Auto(Method):
                     chosen = tuple(curves[Unit(shape.block, n)] for n in present)
                     found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in job.budgets])
                 groups.append(list(found.values()))
+            if shape.rest:  # no unit holds it
+                groups.append([Alternative((), [sum(b.uncut(shape, r) for r in shape.rest) for b in job.budgets])])
         return groups
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from planish.calibrate.stream import Hidden, Stream
-from planish.core import ATTENTION, Edit, Frontier, Plan, Shape, Solver, Spec, Unit, Weights
+from planish.core import Edit, Frontier, Plan, Shape, Solver, Spec, Unit, Weights
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.blocks import get_linear, install, split_block
+from planish.modelling.families import ATTENTION
 from planish.plan.footprint import count_weights
 from planish.solvers.forms import dense
 from planish.solvers.linalg import eigh_descending
@@ -33,6 +34,10 @@ class StreamWidth(Solver):
     name: ClassVar[str] = "stream-width"
 
     def units(self, shape: Shape) -> list[Unit]:
+        if shape.rest:
+            raise InputError(
+                f"slicegpt needs blocks of attention and dense feed-forward; block {shape.block} has others"
+            )
         return [STREAM] if shape.block == STREAM.block else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:

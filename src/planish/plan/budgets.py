@@ -59,7 +59,7 @@ class Budget(ABC):
     def make(cls, name: str, asked: float, model: Uncut) -> Budget:
         """The budget that an asked limit, of one of the names in `BUDGETS`, amounts to for the blocks."""
         budget = cls(name, asked, 0, 0, context=model.context, **cls.read(model))
-        total = sum(budget.uncut(s, r) for s in model.shapes for r in s.roles)
+        total = sum(budget.uncut(s, r) for s in model.shapes for r in s.roles + s.rest)
         limit = int(asked * total + 1e-6) if name in SHARES else asked * budget.scale - budget.outside
         return replace(budget, total=total, limit=limit)
 
@@ -186,6 +186,8 @@ class Latency(Budget):
 
     @classmethod
     def read(cls, model: Uncut) -> dict[str, Any]:
+        if others := next((s.rest for s in model.shapes if s.rest), ()):
+            raise InputError(f"--max-latency: {others[0]} is not in the latency table; use another budget")
         table = Table(model.seconds, tuple(model.shapes))
         return {"table": table, "outside": table.rest * 1e9, "scale": 1e6}
 

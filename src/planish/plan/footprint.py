@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import chain
 from typing import NamedTuple
@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from planish.core import ATTENTION, SUBMODULES, Shape, Solver, Spec, Unit
+from planish.core import SUBMODULES, Shape, Solver, Spec, Unit
 from planish.folder.safetensors import make_header
 from planish.folder.source import Source
+from planish.modelling.families import ATTENTION, MLP
 
 Matrix = tuple[int, int]  # (out, in)
 INDEX = 4  # bytes of an entry in an order of rows or a table of pairs
@@ -41,6 +42,7 @@ class Need(StrEnum):
     RAW_MLP = "raw linear MLP"
 
 
+PARTS = dict.fromkeys(ATTENTION, "attention") | dict.fromkeys(MLP, "mlp")  # role → the submodule that a bypass replaces
 BYPASSES = {  # submodule → nothing in its place, a map of the stream before the norm, a map of what the norm gives
     "attention": (Need.NO_ATTENTION, Need.RAW_ATTENTION, Need.LINEAR_ATTENTION),
     "mlp": (Need.NO_MLP, Need.RAW_MLP, Need.LINEAR_MLP),
@@ -122,9 +124,7 @@ class Footprint:
     @property
     def linears(self) -> list[Piece]:
         forms, gone = self.spec.get("linears", {}), self.bypasses
-        roles = (
-            [r for r in self.roles if ("attention" if r in ATTENTION else "mlp") not in gone] if gone else self.roles
-        )
+        roles = [r for r in self.roles if PARTS.get(r) not in gone] if gone else self.roles
         return [Piece(forms.get(r, DENSE), *self.shape.linear(r)) for r in roles]
 
     @property
@@ -158,7 +158,9 @@ class Footprint:
     @property
     def working(self) -> int:
         """Weights that one token meets: all of them, but for those of experts that it does not reach."""
-        return self.weights
+        if self.shape.experts is None:
+            return self.weights
+        return replace(self, roles=tuple(filter(self.shape.works, self.roles))).weights
 
     @property
     def bytes(self) -> int:
@@ -227,7 +229,7 @@ class Footprint:
 
 def footprint(spec: Spec, shape: Shape, context: int = 0, itemsize: int = 2) -> Footprint:
     """Of a whole block."""
-    return Footprint(spec, shape, shape.roles, context, itemsize)
+    return Footprint(spec, shape, shape.roles + shape.rest, context, itemsize)
 
 
 def footprints(
@@ -235,8 +237,7 @@ def footprints(
 ) -> Iterator[tuple[int, Footprint]]:
     """Of what a unit holds, at a rank: one for each kind of block that it cuts, with how many of these there are."""
     for block, count in solver.blocks(unit, shape):
-        roles = block.held(unit.name) or block.roles
-        yield count, Footprint(solver.spec(unit, block, rank), block, roles, context, itemsize)
+        yield count, Footprint(solver.spec(unit, block, rank), block, block.held(unit.name), context, itemsize)
 
 
 def count_weights(solver: Solver, unit: Unit, shape: Shape, rank: int) -> int:

@@ -139,6 +139,12 @@ class Bypass(Solver):
     shared: Tensor | None = None
 
     def units(self, shape: Shape) -> list[Unit]:
+        missing = [name for name in self.submodules if not shape.held(name)]
+        if missing:
+            what = {"attention": "attention", "ffn": "dense feed-forward"}[missing[0]]
+            raise InputError(
+                f"whole submodules are removed where every block has them; block {shape.block} has no {what}"
+            )
         return [Unit(shape.block, name) for name in self.submodules]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
