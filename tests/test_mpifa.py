@@ -170,7 +170,7 @@ def test_lazy_search_finds_the_plan_of_the_full_table(keep):
     if keep < 0.4:
         return  # beyond the table all go down together
     lazily = len(table)
-    rank_at = {(u, k): j.problem.rank_at(u, k) for u in j.problem.units for k in KEEPS}
+    rank_at = {(u, k): find_rank(j.problem.units[u], u, j.problem.shapes[u.block], k) for u in j.problem.units for k in KEEPS}
     losses = {(u, k): Table().loss(u, r) for (u, k), r in rank_at.items()}
     for threshold in sorted(losses.values()):
         naive = {

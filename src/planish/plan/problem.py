@@ -12,7 +12,7 @@ from planish.errors import InputError
 from planish.folder.source import Source
 from planish.plan.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
 from planish.plan.budgets import Budget, CacheNumbers, Latency, make_budget
-from planish.plan.footprint import count_weights, cuts_cache, find_rank
+from planish.plan.footprint import count_weights, cuts_cache
 from planish.plan.latency import Table
 from planish.plan.targets import Target, constrain, fit_target
 from planish.request import Limits
@@ -79,10 +79,6 @@ class Problem:
     def count(self, unit: Unit, rank: int) -> int:
         """Weights left in the unit at this rank, whatever the budgets count."""
         return count_weights(self.units[unit], unit, self.shapes[unit.block], rank)
-
-    def rank_at(self, unit: Unit, keep: float) -> int:
-        """The largest rank that leaves at most `keep` of the unit's weights."""
-        return find_rank(self.units[unit], unit, self.shapes[unit.block], keep, self.step)
 
     def choices(self, unit: Unit) -> Choices:
         """Admissible ranks of a unit, and what they cost of every budget."""
