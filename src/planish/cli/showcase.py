@@ -30,10 +30,6 @@ from planish.folder.owner import owning
 from planish.folder.source import open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.methods import find_method, list_methods
-<<<<<<< HEAD
-from planish.plan.footprint import footprint
-=======
->>>>>>> main
 from planish.request import Request
 from planish.sweep import Runner, Trial
 
@@ -70,28 +66,6 @@ class Row:
     skipped: str = ""
 
 
-<<<<<<< HEAD
-class Bench:
-    """What all runs share: the model's stream over the calibration windows, what it found, and the evaluation tokens."""
-
-    def __init__(self, folder: Path, windows: Tensor, evaluation: Tensor):
-        self.windows, self.evaluation = windows, evaluation
-        self.stream = Stream(open_source(folder), windows)
-        self.cache = Cache(memory=1 << 30)
-
-    def cache_bytes(self) -> int:
-        """Bytes that the dense model's KV cache holds per token."""
-        source = self.stream.source
-        shapes = [source.shape(i) for i in range(source.n_blocks)]
-        return sum(footprint({}, s).cache for s in shapes) * next(source.block(0).parameters()).element_size()
-
-    def measure(self, model: Any, progress: Callable[[int, int], None] | None = None) -> float:
-        seq_len = self.windows.shape[1]
-        return perplexity.evaluate(model, self.evaluation, seq_len, batch_size=8, progress=progress).perplexity
-
-
-=======
->>>>>>> main
 @dataclass
 class Demo:
     """What `planish demo` measured and wrote."""
