@@ -32,7 +32,7 @@ from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.methods import find_method
 from planish.methods.method import Method
-from planish.plan.footprint import kv_bytes
+from planish.plan.footprint import footprint
 from planish.request import TEXT, Grid, Limits, Request, label, takes
 
 Watch = Callable[[str, int, int], None]
