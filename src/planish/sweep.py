@@ -292,7 +292,7 @@ class Runner:
         """Bytes that the dense model's KV cache holds per token."""
         shapes = [self.source.shape(i) for i in range(self.source.n_blocks)]
         itemsize = next(self.source.block(0).parameters()).element_size()
-        return kv_bytes([{}] * len(shapes), shapes, itemsize)
+        return itemsize * sum(footprint({}, shape).cache for shape in shapes)
 
     def measure_dense(self, trace: bool = True) -> Point:
         model = self.dense()
