@@ -23,10 +23,11 @@ from planish.errors import InputError
 from planish.folder.load import load
 from planish.folder.source import open_source
 from planish.methods import find_method, list_methods
-from planish.plan.allocate import Alternative, BudgetError, Choices, Curve, choose, spread
+from planish.plan.allocate import Alternative, Curve, choose
 from planish.plan.budgets import make_budget
 from planish.plan.footprint import footprints
 from planish.plan.latency import Table, list_names, measure, read_table
+from planish.plan.spread import BudgetError, Choices, spread
 from planish.request import BYTES, COUNTS, Limits, read_size
 from posed import pose_on
 from test_resume import hashes

@@ -278,8 +278,8 @@ def estimate(
         shelved=shelved,
         backward=measured and any(t.site.startswith("grad:") for t in dense_taps(problem, shape.block)),
         accelerator=stream.device.type != "cpu",
-        activation_limit=stream.room.limit,
-        near=stream.room.near,
+        activation_limit=stream.limits.limit,
+        near=stream.limits.device_limit,
     )
     here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
     rates = measure_rates(here, torch.float32 if here != stream.device else stream.dtype, shape, size[1])
@@ -331,7 +331,9 @@ def list_starts(job: Job, shape: Shape, size: tuple[int, int], stage: Sequence[U
     if job.planned.prefix == "dense" or stream.device.type != "cpu" or one_batch:
         return set()
     number = stream.dtype.itemsize * size[1] * windows
-    fits = number * (2 * shape.intermediate + shape.hidden) <= stream.room.limit  # about: what else is held then varies
+    fits = (
+        number * (2 * shape.intermediate + shape.hidden) <= stream.limits.limit
+    )  # about: what else is held then varies
     kept = {"attention"} | ({"mlp"} if fits and stream.family.mlp else set())
     return {n for n in kept if {u.name for u in stage} <= BEHIND[n]}
 
@@ -348,7 +350,7 @@ def count_kept(job: Job, tokens: int) -> tuple[int, int]:
     refit = planned.refit(windows) < windows
     stored = [set(dense_taps(problem, s.block)) & stored_taps(problem, s.block, refit) for s in problem.shapes]
     statistics = sum(8 * count_sums(s, own) for s, own in zip(problem.shapes, stored, strict=True))
-    kept = min(inputs + statistics, stream.room.shelf.limit)
+    kept = min(inputs + statistics, stream.limits.stored.limit)
     return kept, inputs + statistics - kept
 
 

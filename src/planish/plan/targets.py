@@ -27,8 +27,9 @@ from planish.core import Edit, Frontier, Plan, Shape, Solver, Spec, Unit, Weight
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.modelling.blocks import get_linear
-from planish.plan.allocate import BudgetError, Curve
+from planish.plan.allocate import Curve
 from planish.plan.footprint import Need, footprints
+from planish.plan.spread import BudgetError
 from planish.stats import Stats, Tap
 
 
@@ -227,8 +228,8 @@ def constrain(target: Target, method: str, units: dict[Unit, Solver], shapes: li
         what, why = refused[0] if refused[0] in several else f"a {refused[0]}", target.refuses[refused[0]]
         cuts = "neurons" if Need.VALUES in target.refuses else "value dimensions or neurons"
         raise InputError(
-            f"--target {target.name}: {method} gives {what} and nothing else; {why} · choose a method that cuts {cuts}, "
-            "or --target hf"
+            f"--target {target.name}: {method} gives {what} and nothing else; {why} · choose a method that cuts "
+            f"{cuts} (`planish methods` says which do), or --target hf"
         )
     return kept
 
@@ -242,8 +243,8 @@ def check_plan(target: Target, method: str, plan: Plan) -> None:
         part = "attention" if alone[0] in gone["attention"] else "MLP"
         raise InputError(
             f"--target {target.name}: {method} removes only the {part} of block {alone[0]}; llama.cpp's graph of this "
-            "family has that only whole, and filled up again it saves nothing · choose a method that removes whole blocks "
-            "or cuts neurons, or --target hf"
+            "family has that only whole, and filled up again it saves nothing · choose a method that removes blocks "
+            "or cuts neurons (`planish methods` says which do), or --target hf"
         )
 
 
