@@ -132,15 +132,15 @@ def forecast(
     try:
         planned, measured = make_plan(method, problem, measure), False
     except TextNeeded:
-        if isinstance(source, ConfigSource):
+        if (whole := source.whole if isinstance(source, ConfigSource) else source) is None:
             raise InputError(
                 f"{method.name} chooses its ranks by statistics, and {source.name} holds no weights to measure them with: "
                 "plan from the whole model, or with ranks from shapes alone (--set allocation=uniform, where the method has it)"
             ) from None
         windows = read()
-        check_windows(windows, source)
+        check_windows(windows, whole)
         size = (windows.shape[0], windows.shape[1])
-        stream = Stream(source, shuffle_windows(windows, method.shuffled), device=device, dtype=dtype)
+        stream = Stream(whole, shuffle_windows(windows, method.shuffled), device=device, dtype=dtype)
         measure = Measurements(stream, measure.cache, progress)
         check_tokens(method, problem, windows, settings or {})
         planned, measured = make_plan(method, problem, measure), True
