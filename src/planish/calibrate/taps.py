@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from planish.modelling.blocks import get_linear
+from planish.modelling.blocks import get_linear, read_factor
 from planish.modelling.families import Family
 from planish.stats import Stats, Tap
 
@@ -98,6 +99,20 @@ def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
     return v[f"dense:{where}.raw"] + v[f"dense:{where}.add"] - v[f"{where}.raw"]
 
 
+def tap_added(module: nn.Module, factor: float, see: Callable[[Tensor], None]) -> Any:
+    """A hook that sees what is added to the residual stream; gradients reach it through what the block goes on with."""
+
+    def look(module, args, out):
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        added = first if factor == 1 else first * factor
+        see(added)
+        if factor == 1:
+            return None
+        return (added / factor, *rest) if isinstance(out, tuple) else added / factor
+
+    return module.register_forward_hook(look)
+
+
 class AllSeen(Exception):
     """Ends a forward pass whose sites have all been seen."""
 
@@ -151,11 +166,13 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             (tap_input if end == "in" else tap_output)(block, site)
         elif end == "raw":
             norm = family.attention_norm if where == "attention" else family.mlp_norm
-            tap_input(block.get_submodule(norm), site)
+            tap_input(
+                block.get_submodule(norm or (family.attention if where == "attention" else family.mlp) or ""), site
+            )
         elif end == "add":
             post = family.attention_post_norm if where == "attention" else family.mlp_post_norm
             path = post or (family.attention if where == "attention" else family.mlp) or family.path("down")
-            tap_output(block.get_submodule(path), site)
+            handles.append(tap_added(block.get_submodule(path), read_factor(block, family), partial(see, site)))
         else:
             (tap_input if end == "in" else tap_output)(get_linear(block, family, where), site)
     try:

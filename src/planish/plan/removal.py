@@ -207,9 +207,10 @@ def remove_blocks(job: Job, sparsity: float | None) -> int:
 def check_foldable(job: Job, name: str) -> None:
     """A map behind the feed-forward can only be folded where nothing stands between it and the residual stream."""
     family = job.stream.family
-    if family.mlp_post_norm is not None:
+    if family.mlp_post_norm is not None or family.factor:
+        what = "norm" if family.mlp_post_norm else "factor"
         raise InputError(
-            f"{name} cannot be used with {family.model_type}: a norm follows the down projection, so no map can be "
+            f"{name} cannot be used with {family.model_type}: a {what} follows the down projection, so no map can be "
             "folded into it; use subfit, shortgpt or sleb"
         )
 
