@@ -78,7 +78,6 @@ class Family:
     rotary: bool = True
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
-    mixed_layers: bool = False  # masks, rotary tables or caches differ from block to block
     parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
     conv1d: bool = False  # linears are stored transposed
     tuples: bool = False  # blocks return a tuple, hidden states first
@@ -129,7 +128,6 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: bool = Fa
         mlp_post_norm="post_feedforward_layernorm",
         window=True,
         softcap=True,
-        mixed_layers=True,
     )
 
 
@@ -138,8 +136,8 @@ _ROWS = (
     Family("arcee", _classes("Arcee"), _ATTENTION | {r: _GATED[r] for r in ("up", "down")}),
     Family("granite", _classes("Granite"), _ATTENTION | _GATED, factor="residual_multiplier"),
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
-    Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True, mixed_layers=True),
-    Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm=True, window=True, mixed_layers=True),
+    Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
+    Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm=True, window=True),
     Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm=True, window=True, experts=ExpertsRow()),
     Family(
         "phi3",
