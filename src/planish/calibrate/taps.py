@@ -99,6 +99,15 @@ def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
     return v[f"dense:{where}.raw"] + v[f"dense:{where}.add"] - v[f"{where}.raw"]
 
 
+def find_end(block: nn.Module, family: Family, where: str, end: str) -> nn.Module:
+    """The module that reads the residual stream for a submodule ("raw"), or gives what is added to it ("add")."""
+    if where == "attention":
+        first, own, last = family.attention_norm, family.attention, family.attention_post_norm
+    else:
+        first, own, last = family.mlp_norm, family.mlp or "", family.mlp_post_norm
+    return block.get_submodule(first or own if end == "raw" else last or own or family.path("down"))
+
+
 def tap_added(module: nn.Module, factor: float, see: Callable[[Tensor], None]) -> Any:
     """A hook that sees what is added to the residual stream; gradients reach it through what the block goes on with."""
 
@@ -165,14 +174,11 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
         elif where == "block":
             (tap_input if end == "in" else tap_output)(block, site)
         elif end == "raw":
-            norm = family.attention_norm if where == "attention" else family.mlp_norm
-            tap_input(
-                block.get_submodule(norm or (family.attention if where == "attention" else family.mlp) or ""), site
-            )
+            tap_input(find_end(block, family, where, end), site)
         elif end == "add":
-            post = family.attention_post_norm if where == "attention" else family.mlp_post_norm
-            path = post or (family.attention if where == "attention" else family.mlp) or family.path("down")
-            handles.append(tap_added(block.get_submodule(path), read_factor(block, family), partial(see, site)))
+            handles.append(
+                tap_added(find_end(block, family, where, end), read_factor(block, family), partial(see, site))
+            )
         else:
             (tap_input if end == "in" else tap_output)(get_linear(block, family, where), site)
     try:
