@@ -22,6 +22,7 @@ from transformers import (
 import planish
 import tiny
 from planish.apply import count_block
+from planish.calibrate.collect import capture
 from planish.calibrate.losses import compute_logits, output_gradient
 from planish.calibrate.measure import sweep_back, sweep_forward
 from planish.calibrate.stream import Stream, read_weights
@@ -410,7 +411,7 @@ def test_what_is_added_is_what_the_residual_stream_gains(name, monkeypatch):
     source = MemorySource(model)
     stream = Stream(source, WINDOWS, dtype=torch.float64)
     sites = {"block.in", "block.out", "attention.raw", "attention.add", "mlp.raw", "mlp.add"}
-    found, _ = stream.capture(0, source.block(0), sites, stream.start())
+    found, _ = capture(stream, 0, source.block(0), sites, stream.start())
     seen = {site: next(iter(tensors)) for site, tensors in found.items()}
     middle = seen["attention.raw"] + seen["attention.add"]
     torch.testing.assert_close(seen["attention.raw"], seen["block.in"])
@@ -421,12 +422,9 @@ def test_what_is_added_is_what_the_residual_stream_gains(name, monkeypatch):
 def test_gradients_of_what_is_added_behind_a_factor():
     """The last block's output is residual + contribution: both have the gradient of the output."""
     source = MemorySource(tiny.build("granite", torch.float64))
-    stream, found = Stream(source, WINDOWS, dtype=torch.float64), {}
+    stream = Stream(source, WINDOWS, dtype=torch.float64)
     taps = [Tap(f"grad:{site}", "gram") for site in ("mlp.add", "block.out")]
-    stream.sweep_back(
-        lambda shape: taps if shape.block == 1 else [],
-        lambda i, block, stats: found.update({i: stats} if stats.sums else {}),
-    )
+    found = {i: stats for i, _, stats in sweep_back(stream, lambda shape: taps if shape.block == 1 else [])}
     torch.testing.assert_close(*(found[1].sums[tap]["sum"] for tap in taps))
 
 
