@@ -14,6 +14,7 @@ from planish.calibrate.stream import Stream
 from planish.errors import InputError
 from planish.folder.writer import Writer
 from planish.methods.method import Method
+from planish.mixture import join_mixture, split_mixture
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.request import label, show
@@ -106,8 +107,10 @@ def write_manifest(
 
 def name_only(name: str) -> str:
     """What to call a model or a text in files that are published: a local one by its last name alone."""
-    path = Path(name).expanduser()
-    return path.resolve().name if name and (path.is_absolute() or path.exists()) else name
+    shares = split_mixture(name)
+    paths = {s: Path(s).expanduser() for s in shares if s}
+    short = {s: p.resolve().name if p.is_absolute() or p.exists() else s for s, p in paths.items()}
+    return join_mixture({short.get(s, s): w for s, w in shares.items()})
 
 
 def make_card(manifest: dict[str, Any]) -> str:
