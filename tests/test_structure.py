@@ -43,7 +43,6 @@ LONG_FILES = {
     "planish.solvers.linalg": 439,
 }
 LONG_FUNCTIONS = {
-    "planish.cli.bench.bench": 63,
     "planish.compression.compress": 102,
     "planish.dry_run.estimate": 69,
     "planish.evaluate.speed.bench": 96,
