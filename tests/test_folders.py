@@ -335,6 +335,34 @@ def test_fields_that_an_architecture_ignores_change_nothing(tmp_path):
             assert file.read_bytes() == (tmp_path / f"b{made}" / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_exports_keep_a_head_that_is_not_tied(dtype, tmp_path):
+    """The flag says tied, the folder stores two matrices, in one type or in two: what transformers makes of it is exported."""
+    folder = tiny.save(tiny.build("llama_tied"), tmp_path / "m")
+    embedding = load_file(folder / SINGLE)["model.embed_tokens.weight"]
+    add_tensors(folder, {"lm_head.weight": embedding.flip(0).to(dtype)})
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=WINDOWS).logits
+    export_dense(folder, tmp_path / "dense")
+    compress(folder, output=tmp_path / "out", keep=1.0, windows=WINDOWS)
+    for made in ("dense", "out"):
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / made, dtype=torch.float32)(input_ids=WINDOWS).logits
+        assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_a_stock_export_names_the_head_as_its_class_does(tmp_path):
+    model = tiny.build("gpt_neox")
+    compress(tiny.save(model, tmp_path / "m"), output=tmp_path / "out", keep=0.8, method="svd", windows=WINDOWS)
+    assert export_dense(tmp_path / "out", tmp_path / "dense").architecture == "native"
+    names = {n for f in (tmp_path / "dense").glob("*.safetensors") for n in load_file(f)}
+    assert "embed_out.weight" in names and "lm_head.weight" not in names
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(
+        loaded(WINDOWS).logits, planish.load(tmp_path / "out")(WINDOWS).logits, rtol=1e-3, atol=1e-4
+    )
+
+
 # ---------------------------------------------------------------- links, and what results carry on
 
 

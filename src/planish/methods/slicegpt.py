@@ -149,9 +149,11 @@ def check_family(stream: Stream) -> None:
     """Only blocks x + f(norm(x)) with RMSNorm can be rotated."""
     family = stream.family
     block = stream.source.block(0)
-    norms = [n for n in (family.attention_norm, family.mlp_norm) if hasattr(block.get_submodule(n), "variance_epsilon")]
+    norms = [
+        n for n in (family.attention_norm, family.mlp_norm) if n and hasattr(block.get_submodule(n), "variance_epsilon")
+    ]
     sandwich = family.attention_post_norm or family.mlp_post_norm
-    if len(norms) < 2 or sandwich or family.parallel or family.mlp is None or family.tuples:
+    if len(norms) < 2 or sandwich or family.factor or family.parallel or family.mlp is None or family.tuples:
         raise InputError(f"slicegpt needs blocks of the form x + f(RMSNorm(x)); {family.model_type} has others")
 
 
