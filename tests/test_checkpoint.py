@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -196,6 +197,8 @@ def test_folders_carry_their_own_code(made, tmp_path):
         "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+    kernels = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+    environment |= {n: os.environ[n] for n in kernels if n in os.environ}  # or the bits differ from this process's
     done = subprocess.run(
         [sys.executable, "-c", REMOTE, json.dumps(folders), str(tmp_path)],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
