@@ -22,7 +22,7 @@ import torch
 
 import planish
 from planish.api import read_calibration
-from planish.sources import load_tokenizer, open_source
+from planish.folder.source import load_tokenizer, open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "calibration.md"

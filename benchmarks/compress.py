@@ -11,7 +11,7 @@ that the fp64 Grams need (half of them, because they are symmetric) at the rate 
 here, before and after each method's run, the better one counts.
 
 truncation, published procedure (SVD-LLM): Cholesky factor S of the input Gram, SVD of W S, explicit inverse of S, factors
-cut at the rank; in fp64, and in the published code's fp32. Ours: `planish.linalg.whitened_svd` and the balanced pair.
+cut at the rank; in fp64, and in the published code's fp32. Ours: `planish.solvers.linalg.whitened_svd` and the balanced pair.
 Seconds are CPU seconds of this process, so that a busy machine counts the same for both. Writes docs/tables/speed.md.
 """
 
@@ -29,15 +29,15 @@ from pathlib import Path
 import torch
 from random_model import write_model
 
-from planish.compress import compress
+from planish.calibrate.stream import Stream
+from planish.compression import compress
 from planish.core import Unit
-from planish.edits import low_rank_edit
+from planish.folder.source import open_source
 from planish.job import Job
-from planish.linalg import whitened_svd
 from planish.methods import find_method
-from planish.sources import open_source
+from planish.solvers.forms import low_rank_edit
+from planish.solvers.linalg import whitened_svd
 from planish.stats import Tap
-from planish.stream import Stream
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "speed.md"
 SITES = {"q": "q.in", "k": "q.in", "v": "q.in", "o": "o.in", "gate": "up.in", "up": "up.in", "down": "down.in"}

@@ -18,7 +18,7 @@ import torch
 from pivoted import build
 from torch import Tensor, nn
 
-from planish.modules import Pivoted
+from planish.modelling.modules import Pivoted
 
 HIDDEN, BLOCKS = 1024, 8
 GROUPS = {  # name → dense outputs, reduced outputs at keep 0.7

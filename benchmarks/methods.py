@@ -77,11 +77,11 @@ def main() -> None:
         calibration, texts = split_text(args, Path(scratch))
 
         def perplexities(folder: Path) -> list[float]:
-            model, tokenizer = planish.load(folder, dtype="float32"), planish.sources.load_tokenizer(args.model)
+            model, tokenizer = planish.load(folder, dtype="float32"), planish.folder.source.load_tokenizer(args.model)
             limit = args.windows * args.seq_len
             found = []
             for text in texts.values():
-                tokens = planish.text.load_tokens(text, tokenizer, split="evaluation").tokens[:limit]
+                tokens = planish.calibrate.text.load_tokens(text, tokenizer, split="evaluation").tokens[:limit]
                 found.append(planish.evaluate(model, tokens.numpy(), args.seq_len, tokenizer=tokenizer).perplexity)
             return found
 

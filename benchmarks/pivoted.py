@@ -17,7 +17,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from planish.modules import Pair, Pivoted
+from planish.modelling.modules import Pair, Pivoted
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632), (4096, 4096))  # out, in
 KEEPS = (0.8, 0.7, 0.5)

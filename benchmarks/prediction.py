@@ -25,8 +25,8 @@ from structural import split_text
 
 import planish
 from planish.api import read_calibration
-from planish.sources import load_tokenizer, open_source
-from planish.text import load_tokens
+from planish.calibrate.text import load_tokens
+from planish.folder.source import load_tokenizer, open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "prediction.md"

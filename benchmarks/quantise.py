@@ -21,9 +21,9 @@ from torch import nn
 
 import planish
 import planish.api
-from planish.checkpoint import silence
 from planish.export.eora import quantise_model
-from planish.sources import load_tokenizer
+from planish.folder.load import silence
+from planish.folder.source import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from structural import ROOT, split_text, write_section

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from planish.shards import write_shard
+from planish.folder.safetensors import write_shard
 
 
 def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **sizes: int) -> int:

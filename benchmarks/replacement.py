@@ -27,13 +27,13 @@ from random_model import write_model
 
 import planish
 from planish import load
+from planish.calibrate.text import load_tokens
 from planish.errors import InputError
 from planish.evaluate.perplexity import evaluate
 from planish.evaluate.speed import bench
+from planish.folder.source import load_tokenizer
 from planish.methods import list_methods
-from planish.sources import load_tokenizer
-from planish.submodules import round_half_up
-from planish.text import load_tokens
+from planish.plan.removal import round_half_up
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src" / "planish" / "data" / "demo"

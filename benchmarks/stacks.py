@@ -28,15 +28,17 @@ import torch
 
 import planish
 from planish.api import compress
-from planish.blocks import get_linear
-from planish.checkpoint import apply_edits, silence, write_config
-from planish.edits import neuron_edits, value_edits
+from planish.apply import apply_edits
 from planish.errors import InputError
-from planish.evaluate.verify import Comparison, LlamaCpp, OnnxRuntime, Runner, Transformers, verify
 from planish.export import export
+from planish.export.verify import Comparison, LlamaCpp, OnnxRuntime, Runner, Transformers, verify
 from planish.export.written import Written
-from planish.sources import open_source
-from planish.writer import Writer
+from planish.folder.config import write_config
+from planish.folder.load import silence
+from planish.folder.source import open_source
+from planish.folder.writer import Writer
+from planish.modelling.blocks import get_linear
+from planish.solvers.forms import neuron_edits, value_edits
 
 sys.path.insert(0, str(Path(__file__).parent))
 from random_model import write_model

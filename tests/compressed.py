@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from planish.blocks import get_linear
-from planish.checkpoint import apply_edits, count_block, write_config
+from planish.apply import apply_edits, count_block
 from planish.core import Edit, Shape, Weights
-from planish.edits import low_rank_edit, neuron_edits, value_edits
-from planish.sources import open_source
-from planish.writer import Writer
+from planish.folder.config import write_config
+from planish.folder.source import open_source
+from planish.folder.writer import Writer
+from planish.modelling.blocks import get_linear
+from planish.solvers.forms import low_rank_edit, neuron_edits, value_edits
 
 Make = Callable[[Shape, Weights, torch.Generator], list[Edit]]
 

@@ -14,26 +14,28 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import tiny
-from planish.blocks import find_blocks, get_linear, join_block, split_block
-from planish.budgets import Asked, count_attention
-from planish.checkpoint import load
-from planish.compress import compress
-from planish.core import Method, Plan, Solver, Unit
+from planish.calibrate.stream import Stream
+from planish.compression import compress
+from planish.core import Plan, Solver, Unit
 from planish.errors import InputError
-from planish.families import FAMILIES
+from planish.folder.load import load
+from planish.folder.source import MemorySource
 from planish.job import Job
-from planish.linalg import balance, nystrom, reduce_scores, selection_losses
 from planish.methods.a3 import A3
+from planish.methods.method import Method
 from planish.methods.modegpt import spread_removal
 from planish.methods.palu import Palu
+from planish.modelling.blocks import find_blocks, get_linear, join_block, split_block
+from planish.modelling.families import FAMILIES
+from planish.plan.budgets import Asked
+from planish.plan.footprint import count_attention
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
+from planish.solvers.linalg import balance, nystrom, reduce_scores, selection_losses
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
 from planish.solvers.value_output import ValueOutput
-from planish.sources import MemorySource
-from planish.stream import Stream
 
 WINDOWS = tiny.windows(12, 24)
 

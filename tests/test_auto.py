@@ -11,24 +11,24 @@ import torch
 
 import planish
 import tiny
-from planish.activations import Room
-from planish.blocks import find_blocks
-from planish.budgets import Asked
-from planish.checkpoint import apply_edits
-from planish.compress import compress
+from planish.apply import apply_edits
+from planish.calibrate.activations import Room
+from planish.calibrate.store import Kept
+from planish.calibrate.stream import Stream
+from planish.compression import compress
 from planish.core import Unit
-from planish.effects import measure_effects
 from planish.errors import InputError
+from planish.folder.source import MemorySource, open_source
 from planish.job import Job
-from planish.kept import Kept
 from planish.methods import find_method
+from planish.modelling.blocks import find_blocks
+from planish.plan.budgets import Asked
+from planish.single_cuts import measure_effects
 from planish.solve import blend, read_weights
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherPairs, eliminate, pair_effects, rescale
 from planish.solvers.key_latent import KeyLatent
-from planish.sources import MemorySource, open_source
 from planish.stats import Stats, Tap
-from planish.stream import Stream
 
 WINDOWS = tiny.windows(12, 24)
 MANY = tiny.windows(48, 16)
@@ -168,7 +168,7 @@ def test_pairs_that_nothing_hangs_on_cost_nothing():
 
 
 def test_parts_of_a_stream_share_what_is_in_memory(monkeypatch):
-    monkeypatch.setattr("planish.stream.LARGE", 100)
+    monkeypatch.setattr("planish.calibrate.stream.LARGE", 100)
     s = stream()
     part = s.part(WINDOWS[:2])
     embedding = s.model.get_input_embeddings()

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 import planish
 import tiny
 from compressed import train_tokenizer
-from planish.checkpoint import load
-from planish.compress import compress
+from planish.compression import compress
 from planish.errors import InputError
+from planish.folder.load import load
+from planish.folder.source import find_folder, load_config, open_source
 from planish.methods import list_methods
-from planish.sources import find_folder, load_config, open_source
 
 WINDOWS = tiny.windows(16, 24)
 EVIL = "open({mark!r}, 'w').close()\n"

@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 
 import tiny
 from planish import api
-from planish.allocate import Alternative, BudgetError, Choices, Curve, choose, spread
-from planish.budgets import BYTES, COUNTS, Asked, read_asked, read_size
-from planish.checkpoint import load
+from planish.calibrate.stream import Stream
 from planish.cli import app
-from planish.compress import compress, resume
+from planish.compression import compress, resume
 from planish.core import Unit
 from planish.errors import InputError
+from planish.folder.load import load
+from planish.folder.source import open_source
 from planish.job import Job
-from planish.latency import Table, find_pieces, list_names, make_latency, measure, read_table
 from planish.methods import find_method, list_methods
-from planish.sources import open_source
-from planish.stream import Stream
+from planish.plan.allocate import Alternative, BudgetError, Choices, Curve, choose, spread
+from planish.plan.budgets import BYTES, COUNTS, Asked, read_asked, read_size
+from planish.plan.latency import Table, find_pieces, list_names, make_latency, measure, read_table
 from test_resume import hashes
 
 WINDOWS = tiny.windows(12, 24)
@@ -388,11 +388,11 @@ def test_the_table_is_measured_once(family, tmp_path, monkeypatch):
     source = open_source(tiny.build(family))
     found = read_table(source, 16)
     assert set(found) == set(list_names(source)) and all(t >= 0 for t in found.values()) and found["model"] > 0
-    monkeypatch.setattr("planish.latency.measure", lambda *a: pytest.fail("measured twice"))
+    monkeypatch.setattr("planish.plan.latency.measure", lambda *a: pytest.fail("measured twice"))
     assert read_table(source, 16) == found
     (path,) = (tmp_path / "latency").iterdir()
     path.write_text("{}")
-    monkeypatch.setattr("planish.latency.measure", measure)
+    monkeypatch.setattr("planish.plan.latency.measure", measure)
     assert set(read_table(source, 16)) == set(found)
 
 
@@ -558,7 +558,7 @@ def test_kv_keep_alone_cuts_the_cache_alone(folder, tmp_path):
 
 @pytest.mark.parametrize("asked", [{"keep": 0.8, "kv_keep": 0.5}, {"max_bytes": 100_000}, {"max_latency": 0.985}])
 def test_resume_with_budgets(folder, tmp_path, monkeypatch, asked):
-    from planish.writer import Writer
+    from planish.folder.writer import Writer
 
     torch.set_num_threads(1)
     more = {"measured": fake_table(open_source(folder))} if "max_latency" in asked else {}
@@ -579,7 +579,7 @@ def test_resume_with_budgets(folder, tmp_path, monkeypatch, asked):
 
 
 def test_sweep_over_two_budgets(folder, tmp_path):
-    from planish.report.points import read_points
+    from planish.evaluate.report.points import read_points
     from planish.sweep import sweep
 
     ids = folder.parent / "ids.npy"

@@ -11,15 +11,15 @@ import torch
 
 import tiny
 from planish import api
-from planish.cache import LONG, Cache, open_cache, tokenize
-from planish.compress import compress
+from planish.calibrate.cache import LONG, Cache, open_cache, tokenize
+from planish.calibrate.stream import Stream
+from planish.calibrate.text import encode, load_tokens
+from planish.compression import compress
+from planish.folder.source import open_source
 from planish.job import Job
 from planish.methods import find_method
 from planish.solve import read_weights
-from planish.sources import open_source
 from planish.stats import Stats
-from planish.stream import Stream
-from planish.text import encode, load_tokens
 from test_text import byte_tokenizer
 
 WINDOWS = tiny.windows(12, 24)
@@ -219,7 +219,7 @@ def test_statistics_of_an_edited_model_are_never_kept(folder):
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
     """Lengths of the texts that were tokenized, as they are tokenized."""
-    from planish import cache
+    from planish.calibrate import cache
 
     seen: list[int] = []
 

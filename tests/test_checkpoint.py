@@ -19,18 +19,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import compressed
 import tiny
-from planish.attentions import Attention
-from planish.blocks import find_blocks, get_linear
-from planish.checkpoint import apply_edits, load
-from planish.compress import compress
-from planish.core import Edit, Method, Plan, Unit
-from planish.edits import value_edits
+from planish.apply import apply_edits
+from planish.calibrate.stream import Stream
+from planish.compression import compress
+from planish.core import Edit, Plan, Unit
 from planish.export.dense import export_dense
 from planish.export.eora import Blocks
+from planish.folder.load import load
+from planish.folder.source import MemorySource, open_source
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
-from planish.sources import MemorySource, open_source
-from planish.stream import Stream
+from planish.methods.method import Method
+from planish.modelling.attentions import Attention
+from planish.modelling.blocks import find_blocks, get_linear
+from planish.solvers.forms import value_edits
 
 WINDOWS = tiny.windows(8, 24)
 EOS = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from planish.blocks import find_blocks
+from planish.calibrate.stream import Stream
 from planish.core import Plan
-from planish.families import FAMILIES
+from planish.folder.source import MemorySource
 from planish.job import Job
 from planish.methods import find_method
+from planish.modelling.blocks import find_blocks
+from planish.modelling.families import FAMILIES
 from planish.solvers.bypass import shared_basis
-from planish.sources import MemorySource
 from planish.stats import KINDS, Tap
-from planish.stream import Stream
 
 WINDOWS = tiny.windows(12, 24)
 cosine = functools.partial(torch.nn.functional.cosine_similarity, dim=-1)

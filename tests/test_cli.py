@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import planish
 import tiny
-from planish import api, checkpoint, writer
+from planish import api
 from planish.errors import InputError
+from planish.folder import load as loading
+from planish.folder import writer
 from planish.methods import list_methods
 
 METHODS = tuple(list_methods())
@@ -116,7 +118,7 @@ def test_eval_json_is_the_formula(folder, ids, run):
     tokens = torch.from_numpy(np.load(ids))
     windows = tokens[: len(tokens) // 32 * 32].view(-1, 32)
     with torch.no_grad():
-        logp = checkpoint.load(folder)(windows).logits[:, :-1].float().log_softmax(-1)
+        logp = loading.load(folder)(windows).logits[:, :-1].float().log_softmax(-1)
     nll = -logp.gather(-1, windows[:, 1:, None]).mean().item()
     assert found["nll"] == pytest.approx(nll, rel=1e-5)
     assert found["perplexity"] == pytest.approx(np.exp(nll), rel=1e-5)
@@ -176,7 +178,7 @@ def test_doctor_compresses_a_model(run):
 def test_import_offers_functions_and_modules():
     import planish.compress
     import planish.evaluate.speed
-    from planish.compress import check_windows
+    from planish.compression import check_windows
 
     assert callable(planish.compress) and callable(planish.evaluate) and check_windows.__module__ == "planish.compress"
     assert planish.compress is api.compress and planish.load is api.load
@@ -489,9 +491,10 @@ def test_demo_writes_chart_table_and_model(stories_dir, tmp_path, run):
 
 
 def test_demo_without_its_model_says_so(tmp_path, run, monkeypatch):
-    from planish import demo
 
-    monkeypatch.setattr(demo, "MODEL", tmp_path / "absent")
+    from planish.cli import showcase
+
+    monkeypatch.setattr(showcase, "MODEL", tmp_path / "absent")
     check_refused(run("demo", "-o", tmp_path / "demo"), tmp_path, "embedded demo model is missing", "--model")
 
 
@@ -511,7 +514,7 @@ def test_eval_beside_the_dense_model(folder, ids, run):
 
 
 def test_verify_exits_2_where_a_target_differs(run, tmp_path, monkeypatch):
-    from planish.evaluate import verify
+    from planish.export import verify
 
     model = tiny.save(tiny.build("llama_gqa", num_hidden_layers=2), tmp_path / "model")
     short = ("--target", "hf", "--prompt-len", "8", "--new-tokens", "2")

@@ -15,13 +15,13 @@ import torch
 
 import compressed
 import tiny
-from planish.checkpoint import load
 from planish.errors import InputError
-from planish.evaluate.verify import is_own_code, verify
 from planish.export import export
 from planish.export.hub import push
-from planish.families import FAMILIES
-from planish.modelling import class_names
+from planish.export.verify import is_own_code, verify
+from planish.folder.load import load
+from planish.modelling.families import FAMILIES
+from planish.modelling.modelling import class_names
 from tiny import build
 
 MIXED = [
@@ -320,7 +320,7 @@ def test_attention_calls_the_interface_where_vllm_looks_for_it(name):
     import inspect
     import textwrap
 
-    from planish import attentions
+    from planish.modelling import attentions
 
     tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(attentions, name).forward)))
     assigned = {

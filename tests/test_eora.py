@@ -11,11 +11,11 @@ from torch import nn
 
 import compressed
 import tiny
-from planish.blocks import find_blocks
-from planish.checkpoint import load
 from planish.errors import InputError
 from planish.export.eora import compensate, find_group, list_linears, round_weight, solve
-from planish.families import FAMILIES
+from planish.folder.load import load
+from planish.modelling.blocks import find_blocks
+from planish.modelling.families import FAMILIES
 from tiny import build
 
 MIXED = [

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compressed
-from planish.checkpoint import load
 from planish.errors import InputError
 from planish.export import export
 from planish.export.folder import Folder
-from planish.sources import index_tensors
+from planish.folder.load import load
+from planish.folder.source import index_tensors
 from tiny import build
 
 LINEAR = [n for n in compressed.FORMS if "→" in n]

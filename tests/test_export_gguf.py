@@ -16,9 +16,9 @@ import torch
 import compressed
 import tiny
 from compressed import train_tokenizer
-from planish.checkpoint import load
 from planish.errors import InputError
 from planish.export.folder import Folder
+from planish.folder.load import load
 from tiny import build
 
 gguf = pytest.importorskip("gguf")
@@ -377,7 +377,7 @@ def llama_cpp(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", EXACT)
 def test_llama_cpp_computes_the_same(form, llama_cpp, tmp_path):
-    from planish.evaluate.verify import verify
+    from planish.export.verify import verify
 
     model = build("llama_gqa", hidden_size=64, head_dim=32, intermediate_size=96)
     folder = compressed.make_folder(model, tmp_path / "m", compressed.FORMS[form])
@@ -393,7 +393,7 @@ def test_llama_cpp_computes_the_same(form, llama_cpp, tmp_path):
 )
 @pytest.mark.parametrize("form", ["dense", "value dimensions and MLP widths per block"])
 def test_llama_cpp_computes_the_same_for_every_family(family, form, llama_cpp, tmp_path):
-    from planish.evaluate.verify import verify
+    from planish.export.verify import verify
 
     model = build(family, **({"use_sliding_window": False} if family == "qwen2" else {}))
     folder = compressed.make_folder(model, tmp_path / "m", compressed.FORMS[form])
@@ -403,7 +403,7 @@ def test_llama_cpp_computes_the_same_for_every_family(family, form, llama_cpp, t
 
 @pytest.mark.slow
 def test_llama_cpp_reads_both_tokenizers(llama_cpp, stories_dir, tmp_path):
-    from planish.evaluate.verify import verify
+    from planish.export.verify import verify
 
     result = verify(stories_dir, "gguf", prompt_len=24, new_tokens=8)
     assert result.passed and result.tokenizer_equal

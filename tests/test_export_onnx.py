@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import compressed
-from planish.checkpoint import load
 from planish.errors import InputError
-from planish.evaluate.verify import OnnxRuntime, verify
+from planish.export.verify import OnnxRuntime, verify
+from planish.folder.load import load
 from tiny import build
 
 onnx = pytest.importorskip("onnx")

@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from planish.checkpoint import load
-from planish.compress import compress, resume
+from planish.calibrate.text import load_tokens
+from planish.compression import compress, resume
 from planish.errors import InputError
-from planish.report.page import write_report
-from planish.report.points import Point, write_points
-from planish.shards import Shard, write_shard
-from planish.sources import open_source
-from planish.text import load_tokens
+from planish.evaluate.report.page import write_report
+from planish.evaluate.report.points import Point, write_points
+from planish.folder.load import load
+from planish.folder.safetensors import Shard, write_shard
+from planish.folder.source import open_source
 from test_resume import hashes
 
 WINDOWS = torch.randint(0, 90, (8, 16), generator=torch.Generator().manual_seed(0))

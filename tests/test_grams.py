@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import tiny
-from planish import grams, linalg, stats
-from planish.compress import compress
-from planish.sources import MemorySource
+from planish import stats
+from planish.calibrate.stream import Stream
+from planish.compression import compress
+from planish.folder.source import MemorySource
+from planish.solvers import grams, linalg
 from planish.stats import Stats, Tap
-from planish.stream import Stream
 from test_resume import hashes, one_thread  # noqa: F401
 
 SIZES = [1, 5, 511, 512, 513, 1300]

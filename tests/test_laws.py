@@ -21,19 +21,22 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from planish.blocks import find_blocks, get_linear
-from planish.checkpoint import apply_edits, count_block, load
-from planish.compress import compress
-from planish.core import Edit, Frontier, Method, Shape, Solver, Unit
+from planish.apply import apply_edits, count_block
+from planish.calibrate.stream import Stream
+from planish.calibrate.taps import tap_sites
+from planish.compression import compress
+from planish.core import Edit, Frontier, Shape, Solver, Unit
 from planish.errors import InputError
+from planish.folder.load import load
+from planish.folder.source import MemorySource, open_source
 from planish.job import Job
 from planish.methods import find_method, list_methods
+from planish.methods.method import Method
+from planish.modelling.blocks import find_blocks, get_linear
 from planish.solve import read_weights
 from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
-from planish.sources import MemorySource, open_source
 from planish.stats import Stats, Tap
-from planish.stream import Stream, tap_sites
 
 METHODS = list(list_methods())
 WINDOWS = tiny.windows(12, 24)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planish import linalg
 from planish.core import Shape, Unit
 from planish.methods import find_method
+from planish.solvers import linalg
 from planish.solvers.linear import LinearSVD, output_errors
 from planish.solvers.neurons import Neurons
 from planish.solvers.value_pca import ValuePCA

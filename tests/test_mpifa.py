@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 import tiny
-from planish.checkpoint import load
-from planish.compress import compress
+from planish.calibrate.stream import Stream
+from planish.compression import compress
 from planish.core import Unit
 from planish.errors import InputError
+from planish.folder.load import load
+from planish.folder.source import open_source
 from planish.job import Job
 from planish.methods import find_method
 from planish.methods.asvd import KEEPS, Sensitivity
 from planish.solvers.linear import Anchored
-from planish.sources import open_source
-from planish.stream import Stream
 
 WINDOWS = tiny.windows(6, 20)
 

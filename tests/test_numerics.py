@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from planish.checkpoint import load
-from planish.compress import compress
+from planish.compression import compress
 from planish.errors import InputError
+from planish.folder.load import load
 from planish.methods import find_class, list_methods
 from test_resume import one_thread  # noqa: F401
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import tiny
-from planish import linalg, offload, stats, stream
-from planish.activations import Activations, Room, fetch
-from planish.compress import compress
+from planish import stats
+from planish.calibrate import stream
+from planish.calibrate.activations import Activations, Room, fetch
+from planish.compression import compress
+from planish.folder.safetensors import hash_file
 from planish.methods import list_methods
-from planish.shards import hash_file
+from planish.solvers import linalg, offload
 
 WINDOWS = tiny.windows(8, 24)
 KEEP = {"nbl": 0.85, "palu": 0.85}  # what cuts attention alone cannot go lower

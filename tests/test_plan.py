@@ -11,19 +11,20 @@ from transformers import LlamaConfig
 
 import planish
 import tiny
-from planish import rehearsal, stream
-from planish.activations import Activations, Room
-from planish.budgets import Asked
+from planish import rehearsal
+from planish.calibrate import stream
+from planish.calibrate.activations import Activations, Room
+from planish.calibrate.stream import Stream
 from planish.core import Shape
+from planish.dry_run import count_between, count_kept, count_passes, reach
 from planish.errors import InputError
-from planish.forecast import count_between, count_kept, count_passes, reach
+from planish.folder.source import MemorySource, open_source
 from planish.job import Job
 from planish.methods import find_method, list_methods
+from planish.plan.budgets import Asked
 from planish.predict import predict
 from planish.rehearsal import rehearse, shrink
-from planish.sources import MemorySource, open_source
 from planish.stats import Tap
-from planish.stream import Stream
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2"])

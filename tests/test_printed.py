@@ -15,7 +15,7 @@ import pytest
 import tiny
 from planish.cli.methods import reflow
 from planish.cli.run import format_seconds
-from planish.demo import Bench
+from planish.cli.showcase import Bench
 from planish.version import __version__
 
 

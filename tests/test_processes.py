@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tiny
-from planish import processes
-from planish.compress import compress
+from planish import lanes
+from planish.compression import compress
 from planish.stats import Stats, Tap
 from test_resume import fork, hashes, one_thread, wait  # noqa: F401
 
@@ -56,8 +56,8 @@ def test_same_weights_for_any_number_of_processes(method, tmp_path):
 
 def test_lanes_add_up_to_plain_sums(tiny_llama):
     """Statistics by lanes = one Gram over all tokens."""
-    from planish.sources import MemorySource
-    from planish.stream import Stream
+    from planish.calibrate.stream import Stream
+    from planish.folder.source import MemorySource
 
     stream = Stream(MemorySource(tiny_llama(max_position_embeddings=64)), WINDOWS)
     assert len(stream.batches) == 22  # of 2048 tokens, over eight lanes
@@ -80,9 +80,9 @@ def test_tiled_gram_is_the_plain_one():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_every_task_has_one_owner(count, monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: count)
+    monkeypatch.setattr(lanes, "count", lambda: count)
     costs, found = [5, 1, 1, 7, 3, 3], []
     for rank in range(count):
-        monkeypatch.setattr(processes, "rank", lambda r=rank: r)
-        found += processes.own_work(costs)
+        monkeypatch.setattr(lanes, "rank", lambda r=rank: r)
+        found += lanes.own_work(costs)
     assert sorted(found) == list(range(len(costs)))

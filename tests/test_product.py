@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import tiny
-from planish.compress import compress
+from planish.compression import compress
 from planish.manifest import Result
 
 WINDOWS = tiny.windows(16, 24)

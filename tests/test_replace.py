@@ -13,20 +13,22 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import planish  # noqa: F401  (registers compressed models)
 import tiny
-from planish.blocks import find_blocks
-from planish.checkpoint import apply_edits, load
-from planish.compress import compress
+from planish.apply import apply_edits
+from planish.calibrate.stream import Stream
+from planish.calibrate.taps import tap_sites
+from planish.compression import compress
 from planish.core import Shape, Unit
 from planish.errors import InputError
+from planish.folder.load import load
+from planish.folder.source import open_source
 from planish.methods import find_method
 from planish.methods.subfit import SubFit
-from planish.modules import Bypass as BypassModule
+from planish.modelling.blocks import find_blocks
+from planish.modelling.modules import Bypass as BypassModule
+from planish.plan.removal import round_half_up, trial_losses
 from planish.solvers.bypass import Affine, Bypass, Moments, bypass_edit, drop_edit, fit, fit_held_out
 from planish.solvers.window import fit_map
-from planish.sources import open_source
 from planish.stats import KINDS, Tap
-from planish.stream import Stream, tap_sites
-from planish.submodules import round_half_up, trial_losses
 
 WINDOWS = tiny.windows(12, 24)
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import tiny
-from planish import writer
-from planish.compress import compress, resume
+from planish.compression import compress, resume
 from planish.errors import InputError
+from planish.folder import writer
 
 WINDOWS = torch.randint(0, 90, (16, 16), generator=torch.Generator().manual_seed(0))
 METHODS = (

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 import tiny
-from planish.checkpoint import count_block, load
-from planish.compress import compress
+from planish.apply import count_block
+from planish.calibrate.stream import Stream
+from planish.compression import compress
 from planish.errors import InputError
+from planish.folder.load import load
+from planish.folder.source import open_source
 from planish.job import Job
 from planish.methods import find_method
 from planish.methods.slicegpt import STREAM, slice_block
-from planish.modules import SlicedBlock
-from planish.sources import open_source
-from planish.stream import Stream
+from planish.modelling.modules import SlicedBlock
 
 WINDOWS = tiny.windows(6, 20)
 FAMILIES = ["llama_gqa", "llama_bias", "llama_tied", "qwen2", "qwen3", "phi3"]

@@ -10,18 +10,18 @@ from torch import nn
 
 import tiny
 from planish import solve
-from planish.activations import Room
-from planish.blocks import find_blocks, get_linear
-from planish.checkpoint import apply_edits
-from planish.compress import compress
-from planish.edits import neuron_edits
+from planish.apply import apply_edits
+from planish.calibrate.activations import Room
+from planish.calibrate.reuse import Midway
+from planish.calibrate.stream import Stream
+from planish.compression import compress
+from planish.folder.source import MemorySource, open_source
 from planish.job import Job
 from planish.methods import find_method
-from planish.midway import Midway
+from planish.modelling.blocks import find_blocks, get_linear
 from planish.solve import read_weights
-from planish.sources import MemorySource, open_source
+from planish.solvers.forms import neuron_edits
 from planish.stats import Tap
-from planish.stream import Stream
 from test_resume import hashes
 
 WINDOWS = tiny.windows(10, 24)
@@ -239,7 +239,7 @@ def test_the_head_in_pieces(name, monkeypatch):
         return old(self, hidden)
 
     monkeypatch.setattr(Stream, "embedded", embedded)
-    monkeypatch.setattr("planish.stream.LOGITS", 7 * s.source.config.vocab_size + 1)
+    monkeypatch.setattr("planish.calibrate.stream.LOGITS", 7 * s.source.config.vocab_size + 1)
     assert s.nll(outputs) == pytest.approx(whole[0], rel=1e-13)
     assert s.divergence(inputs, outputs) == pytest.approx(whole[1], rel=1e-12)
     torch.testing.assert_close(s.output_gradient(outputs[0], 0, 0), whole[2], rtol=1e-10, atol=1e-13)

@@ -16,14 +16,14 @@ import torch
 import planish
 import tiny
 from planish import api
+from planish.calibrate.stream import Stream
 from planish.cli import app
 from planish.errors import InputError
 from planish.evaluate import drift
-from planish.report import page
-from planish.report.page import find_shares, write_report
-from planish.report.points import Point, read_points
-from planish.report.svg import Axis, Mark, Series, chart, heat_map
-from planish.stream import Stream
+from planish.evaluate.report import page
+from planish.evaluate.report.page import find_shares, write_report
+from planish.evaluate.report.points import Point, read_points
+from planish.evaluate.report.svg import Axis, Mark, Series, chart, heat_map
 from planish.sweep import parse_method, sweep
 
 METHODS = ["flat-llm", "svd-llm", "auto:anchor=0:units=linear"]

@@ -9,16 +9,16 @@ import torch
 
 import compressed
 import tiny
-from planish.allocate import BudgetError, Curve
-from planish.compress import compress
+from planish.calibrate.stream import Stream
+from planish.compression import compress
 from planish.core import Unit
 from planish.errors import InputError
 from planish.export.gguf import export_gguf
+from planish.folder.source import open_source
 from planish.job import Job
 from planish.methods import find_method
-from planish.sources import open_source
-from planish.stream import Stream
-from planish.targets import (
+from planish.plan.allocate import BudgetError, Curve
+from planish.plan.targets import (
     TARGETS,
     check,
     check_plan,

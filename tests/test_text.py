@@ -10,9 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planish import text as text_module
+from planish.calibrate import text as text_module
+from planish.calibrate.text import (
+    Text,
+    builtin_files,
+    eval_windows,
+    fingerprint,
+    load_tokens,
+    sample_windows,
+    shuffle_windows,
+)
 from planish.errors import InputError
-from planish.text import Text, builtin_files, eval_windows, fingerprint, load_tokens, sample_windows, shuffle_windows
 
 
 @pytest.fixture(scope="module")

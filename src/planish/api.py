@@ -13,25 +13,35 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from planish import checkpoint, effects
-from planish.budgets import check_number, read_asked
-from planish.cache import tokenize
-from planish.compress import compress as compress_windows
-from planish.compress import pick_dtype
-from planish.core import Method, Progress
+from planish import single_cuts
+from planish.calibrate.cache import tokenize
+from planish.calibrate.text import fingerprint, load_tokens, sample_windows
+from planish.compression import compress as compress_windows
+from planish.compression import pick_dtype
+from planish.core import Progress
+from planish.dry_run import Forecast
+from planish.dry_run import forecast as forecast_windows
 from planish.errors import InputError
 from planish.evaluate import perplexity
 from planish.evaluate import tasks as tasks_file
 from planish.evaluate.tasks import Score
 from planish.export.eora import Blocks, Compensation, compensate
-from planish.forecast import Forecast
-from planish.forecast import forecast as forecast_windows
+from planish.folder import load as loading
+from planish.folder.source import (
+    FolderSource,
+    Source,
+    find_folder,
+    load_config,
+    load_tokenizer,
+    open_shapes,
+    open_source,
+)
 from planish.manifest import Result
 from planish.methods import find_method, find_name, list_methods
-from planish.offload import offload
+from planish.methods.method import Method
+from planish.plan.budgets import check_number, read_asked
 from planish.recipe import Recipe, Text
-from planish.sources import FolderSource, Source, find_folder, load_config, load_tokenizer, open_shapes, open_source
-from planish.text import fingerprint, load_tokens, sample_windows
+from planish.solvers.offload import offload
 
 N_SAMPLES, SEQ_LEN = 128, 2048  # unless told; fewer where the text or the model has fewer
 
@@ -97,11 +107,11 @@ def compress(
     decoded token on this machine. `context`: tokens that the last ones count attention over.
     `method`: a name of `planish methods`, by default "auto" where it exists, else "flat-llm"; `settings`: its
     hyper-parameters.
-    `calibration`: a SOURCE of `planish.text.load_tokens` (name, file, or token ids) from which `n_samples` windows
+    `calibration`: a SOURCE of `planish.calibrate.text.load_tokens` (name, file, or token ids) from which `n_samples` windows
     (128) of `seq_len` tokens (2048, or as many as the model has positions) are taken: text at random by `seed`, ids
     side by side from the start, unless `sampling` says otherwise.
     `device`: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "mps"; `dtype`: what to compute in.
-    `target`: where the result has to run: any, hf, vllm, gguf, onnx (see `planish.targets`).
+    `target`: where the result has to run: any, hf, vllm, gguf, onnx (see `planish.plan.targets`).
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
     for the next budget.
     `round_to`: ranks are multiples of it. `progress(phase, done, total)` is called as blocks are done.
@@ -257,7 +267,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | 
     """A causal LM from a dense or compressed folder or a hub id, in its stored dtype unless told."""
     kind = find_dtype(dtype)
     place = find_device(device)
-    model = checkpoint.load(folder, **({} if kind is None else {"dtype": kind}), **kwargs)
+    model = loading.load(folder, **({} if kind is None else {"dtype": kind}), **kwargs)
     return model.to(place)
 
 
@@ -327,8 +337,8 @@ def measure_effects(
     windows: int = 8,
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
-) -> list[effects.Effect]:
-    """Predicted and measured loss of single cuts, one unit at a time (see `planish.effects.measure_effects`).
+) -> list[single_cuts.Effect]:
+    """Predicted and measured loss of single cuts, one unit at a time (see `planish.single_cuts.measure_effects`).
 
     `held`: a SOURCE whose evaluation split is not calibrated on; `windows` of it and of the calibration text are measured.
     """
@@ -344,7 +354,7 @@ def measure_effects(
         raise InputError(
             f"held-out text has {len(tokens)} tokens, fewer than one window of {length}; use a longer text"
         )
-    return effects.measure_effects(
+    return single_cuts.measure_effects(
         source, find_method(method, settings or {}), text.windows, tokens[: count * length].view(count, length),
         keeps=keeps, share=share, measured_windows=windows, seed=seed, device=place,
         dtype=find_dtype(dtype) or pick_dtype(source, place),

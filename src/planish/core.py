@@ -1,21 +1,18 @@
-"""The nouns: Shape, Unit, Frontier, Plan, Edit, Solver, Method."""
+"""The nouns: Shape, Unit, Frontier, Plan, Edit, Solver."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from planish.stats import KINDS, Stats, Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 Weights = dict[str, Tensor]  # role → weight (out, in), "role.bias" → bias (out,)
 
@@ -102,7 +99,7 @@ class Frontier:
 
 @dataclass(frozen=True)
 class Edit:
-    """Give `target` (a role, "attention" or "mlp") the module `form` names (see `planish.modules`) with these tensors.
+    """Give `target` (a role, "attention" or "mlp") the module `form` names (see `planish.modelling.modules`) with these tensors.
 
     `rows`: which of the old outputs the new ones are, where nothing else about them changes.
     """
@@ -183,71 +180,6 @@ class Solver(ABC):
         fits = bisect_right(ranks, budget, key=lambda r: self.cost(unit, shape, r))  # costs rise with the rank
         falling = (ranks[i] for i in reversed(range(fits)))
         return next(r for r in chain(falling, ranks) if r == full or r % step == 0)  # the smallest, where none fits
-
-
-@dataclass(frozen=True)
-class Method(ABC):
-    """A published recipe as data: its fields are its hyper-parameters, its file name is its name.
-
-    `stages` groups the units that are solved together; statistics are measured again between stages when `prefix`
-    is "compressed" (inputs come from the compressed prefix). "both" also runs the dense prefix beside it.
-    """
-
-    title: ClassVar[str] = ""
-    reference: ClassVar[str] = ""
-    prefix: ClassVar[str] = "dense"
-    allocations: ClassVar[tuple[str, ...]] = ()
-    shares: ClassVar[tuple[str, ...]] = ()  # settings that must lie in [0, 1]
-
-    @abstractmethod
-    def solvers(self) -> list[Solver]:
-        """Solvers that together cover the units it cuts; no unit belongs to two of them."""
-
-    aliases: ClassVar[tuple[str, ...]] = ()
-
-    def takes(self, unit: Unit, budgets: Mapping[str, float]) -> bool:
-        """Whether it cuts this unit under these budgets (see `planish.budgets`): name → share that stays."""
-        return True
-
-    def plan(self, job: Job) -> Plan:
-        """Ranks within the budget; uniform unless the recipe says otherwise."""
-        return job.spread(lambda unit: 1.0)
-
-    def plan_cache(self, job: Job) -> Plan:
-        """Ranks within a budget of the KV cache; `job` then has only the units that the cache holds, at their cost in it."""
-        return job.spread(lambda unit: 1.0)
-
-    def stages(self, units: list[Unit]) -> list[list[Unit]]:
-        return [units]
-
-    def prepare(self, windows: Tensor) -> Tensor:
-        """What it measures on: the given calibration windows (n, seq), or something made of them."""
-        return windows
-
-    def solve_windows(self, n: int) -> int:
-        """How many of n calibration windows the solve runs through what is compressed so far."""
-        return n
-
-    def finish(self, job: Job, plan: Plan) -> None:  # noqa: B027
-        """A hook after planning, before solving."""
-
-    def solve(self, job: Job, plan: Plan, emit: Callable[[int, Any, dict[str, Any]], None]) -> None:
-        """Solve every block and hand it with its spec to `emit`; recipes that are not made of units have their own."""
-        job.solve(plan, emit)
-
-    def sweeping(self) -> dict[str, str]:
-        """Settings that a sweep takes where none is given, so that a further point costs little beside the first."""
-        return {}
-
-    def settings(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-def stage_roles(units: list[Unit]) -> list[list[Unit]]:
-    """Units of single linears in the order in which activations reach them: q, k, v → o → gate, up → down."""
-    order = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-    staged = [[u for u in units if u.name in roles] for roles in order]
-    return [stage for stage in staged if stage] or [[]]
 
 
 def compute_loss_tails(squares: Tensor) -> Tensor:

@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish import processes
-from planish.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
-from planish.blocks import Spec
-from planish.budgets import Asked, Budget, CacheNumbers, label, make_budget
-from planish.cache import Cache
-from planish.checkpoint import apply_edits
+from planish import lanes
+from planish.apply import apply_edits
+from planish.calibrate.cache import Cache
+from planish.calibrate.store import Kept
+from planish.calibrate.stream import Stream
 from planish.clock import Timer
-from planish.core import Edit, Frontier, Method, Plan, Progress, Shape, Solver, Unit
+from planish.core import Edit, Frontier, Plan, Progress, Shape, Solver, Unit
 from planish.errors import InputError
-from planish.kept import Kept
-from planish.latency import Latency, Table, make_latency
 from planish.methods import find_name
+from planish.methods.method import Method
+from planish.modelling.blocks import Spec
+from planish.plan.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
+from planish.plan.budgets import Asked, Budget, CacheNumbers, label, make_budget
+from planish.plan.latency import Latency, Table, make_latency
+from planish.plan.targets import check_plan, constrain, fit_target, make_uniform, needs_uniform
 from planish.solve import read_weights, solve
 from planish.stats import Stats, Tap
-from planish.stream import Stream
-from planish.targets import check_plan, constrain, fit_target, make_uniform, needs_uniform
 
 
 class Job:
@@ -156,7 +157,7 @@ class Job:
         return self.costs[key][1]
 
     def spread(self, share: Callable[[Unit], float], by_kind: bool = False) -> Plan:
-        """Ranks in proportion to `share`, within the budgets (see `spread`, `spread_by_kind` of `planish.allocate`)."""
+        """Ranks in proportion to `share`, within the budgets (see `spread`, `spread_by_kind` of `planish.plan.allocate`)."""
         try:
             rule = spread_by_kind if by_kind else spread
             return rule({u: self.choices(u) for u in self.units}, share, self.limits, self.step)
@@ -271,7 +272,7 @@ class Job:
         """Frontiers of block i's units, without the factors."""
         weights, found, new = read_weights(block, self.stream), {}, []
         units = self.block_units(i)
-        for n in processes.own_work([self.full_cost([u]) for u in units]):
+        for n in lanes.own_work([self.full_cost([u]) for u in units]):
             unit = units[n]
             used = solver or self.units[unit]
             if f := self.cache.losses(stats.origin, used, unit):
@@ -282,7 +283,7 @@ class Job:
             found[unit] = Frontier(unit, f.loss, {}, f.nats)
             new.append((used, found[unit]))
         self.cache.keep_losses(stats.origin, new)
-        found = {u: f for part in processes.gather(found) for u, f in part.items()}
+        found = {u: f for part in lanes.gather(found) for u, f in part.items()}
         return {u: found[u] for u in units}
 
     def gradients(

@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 
-from planish.budgets import (
-    label,
-    show,
-)
 from planish.core import Plan
 from planish.errors import InputError
+from planish.folder.writer import Writer
 from planish.job import Job
+from planish.plan.budgets import label, show
 from planish.version import __version__
-from planish.writer import Writer
 
 
 @dataclass
@@ -44,7 +41,9 @@ class Result:
     flops_per_token_before: int = 0  # two per weight of the blocks and the head, and attention over `context` tokens
     flops_per_token_after: int = 0
     context: int = 0
-    latency_ms_before: float | None = None  # per decoded token, as `planish.latency` predicts it; None unless asked
+    latency_ms_before: float | None = (
+        None  # per decoded token, as `planish.plan.latency` predicts it; None unless asked
+    )
     latency_ms_after: float | None = None
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → asked, achieved
     submodules: dict[str, dict[str, Any]] = field(

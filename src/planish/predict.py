@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from planish.calibrate.stream import BATCH
 from planish.core import Shape
 from planish.stats import COARSE
-from planish.stream import BATCH
 
 LIBRARIES = 410 << 20  # Python, PyTorch and transformers, loaded and warm
 

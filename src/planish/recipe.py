@@ -18,8 +18,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from planish.budgets import LIMITS
 from planish.errors import InputError
+from planish.plan.budgets import LIMITS
 
 VERSION = 1
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from planish import processes
-from planish.blocks import Spec, get_linear
-from planish.checkpoint import apply_edits, count_block, narrow
+from planish import lanes
+from planish.apply import apply_edits, count_block, narrow
+from planish.calibrate.reuse import Midway
+from planish.calibrate.stream import Stream
 from planish.core import SUBMODULES, Edit, Plan, Unit, Weights
-from planish.midway import Midway
+from planish.modelling.blocks import Spec, get_linear
 from planish.stats import Stats, Tap
-from planish.stream import Stream
 
 if TYPE_CHECKING:
     from planish.job import Job
@@ -155,7 +155,7 @@ def blend(job: Job, stats: Stats, weights: Weights) -> None:
 def solve_units(job: Job, units: list[Unit], plan: Plan, weights: Weights, stats: Stats, origin: str) -> list[Edit]:
     """Edits of units of one block, in the order of units; several processes share the units out by cost."""
     found: dict[int, tuple[float, list[Edit]]] = {}
-    for n in processes.own_work([job.count(u, job.full(u)) for u in units]):
+    for n in lanes.own_work([job.count(u, job.full(u)) for u in units]):
         unit, shape = units[n], job.shapes[units[n].block]
         solver = job.units[unit]
         make = partial(solver.decompose, unit, weights, stats, shape)
@@ -165,7 +165,7 @@ def solve_units(job: Job, units: list[Unit], plan: Plan, weights: Weights, stats
         ]
         found[n] = (float(frontier.loss[plan[unit]]), edits)
         del frontier, make  # before the next one is made
-    found = {n: f for part in processes.gather(found) for n, f in part.items()}
+    found = {n: f for part in lanes.gather(found) for n, f in part.items()}
     for n, unit in enumerate(units):
         if not isnan(found[n][0]):  # nothing is predicted
             job.errors[str(unit)] = found[n][0]

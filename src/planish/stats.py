@@ -6,13 +6,11 @@ and interrupted runs merge by addition, and nothing depends on how the tokens we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from planish.activations import fetch
 
 Sums = dict[str, Tensor]
 KINDS: dict[str, Callable[..., Sums]] = {}
@@ -279,8 +277,11 @@ def mirror(total: Tensor) -> None:
         total[i + TILE :, i : i + TILE] = total[i : i + TILE, i + TILE :].T
 
 
-def add_lane(total: Tensor, inputs: Sequence[Tensor], exchange: Callable[[Tensor], Iterable[Tensor]]) -> None:
-    """Add the Gram of a lane's `inputs` (batch, seq, n) to `total` (n, n), a row of tiles at a time: it never exists.
+def add_lane(
+    total: Tensor, read: Callable[[int], Tensor], count: int, exchange: Callable[[Tensor], Iterable[Tensor]]
+) -> None:
+    """Add the Gram of a lane's `count` inputs, `read(k)` (batch, seq, n) on the total's device, to `total`
+    (n, n), a row of tiles at a time: it never exists.
 
     `exchange`: this process's row of tiles → those of all lanes that have been run beside it, in their order. The
     additions are those of `add_gram` and `Stats.merge`, in their order.
@@ -289,8 +290,8 @@ def add_lane(total: Tensor, inputs: Sequence[Tensor], exchange: Callable[[Tensor
     for rows in list_rows(n, TILE if total.is_cpu else COARSE):
         i = rows.start
         row = torch.zeros(rows.stop - i, n - i, dtype=torch.float64, device=total.device)
-        for k in range(len(inputs)):
-            for chunk in fetch(inputs, k, total.device).flatten(0, -2).split(CHUNK if total.is_cpu else COARSE):
+        for k in range(count):
+            for chunk in read(k).flatten(0, -2).split(CHUNK if total.is_cpu else COARSE):
                 add_row(row, chunk[:, i:].double())
         for part in exchange(row):
             total[rows, i:] += part

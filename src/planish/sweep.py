@@ -17,22 +17,22 @@ from typing import Any, Literal
 from torch import Tensor
 
 from planish import api
-from planish.activations import Room
-from planish.budgets import Asked, read_asked
-from planish.cache import Cache, open_cache, tokenize
-from planish.compress import check_windows, pick_dtype
-from planish.compress import compress as compress_windows
-from planish.core import Method
+from planish.calibrate.activations import Room
+from planish.calibrate.cache import Cache, open_cache, tokenize
+from planish.calibrate.stream import Stream
+from planish.calibrate.text import fingerprint, load_tokens
+from planish.compression import check_windows, pick_dtype
+from planish.compression import compress as compress_windows
 from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed
+from planish.evaluate.report.page import write_report
+from planish.evaluate.report.points import NAN, Point, read_points, write_points
+from planish.folder.safetensors import write_text
+from planish.folder.source import FolderSource, load_tokenizer, open_source
 from planish.manifest import Result
 from planish.methods import find_method, find_name
-from planish.report.page import write_report
-from planish.report.points import NAN, Point, read_points, write_points
-from planish.shards import write_text
-from planish.sources import FolderSource, load_tokenizer, open_source
-from planish.stream import Stream
-from planish.text import fingerprint, load_tokens
+from planish.methods.method import Method
+from planish.plan.budgets import Asked, read_asked
 
 Watch = Callable[[str, int, int], None]
 

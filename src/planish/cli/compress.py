@@ -47,7 +47,7 @@ def compress(
     }  # fmt: skip
     values = o.parse_settings(settings, sparsity, limits)
     with session(as_json) as run:
-        from planish import processes
+        from planish import lanes
 
         arguments = {
             "model": model, **limits, "context": context, "method": method, "calibration": calibration,
@@ -75,7 +75,7 @@ def compress(
             result = run.api.compress(
                 **arguments, output=output, overwrite=overwrite, cache=cache, progress=run.progress
             )
-        except (KeyboardInterrupt, processes.ProcessLost):
+        except (KeyboardInterrupt, lanes.ProcessLost):
             if output.with_name(output.name + ".partial").exists():
                 say(f"to go on from here: planish resume {output}")
             raise

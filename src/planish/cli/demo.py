@@ -12,7 +12,7 @@ from planish.cli import options as o
 from planish.cli.run import format_seconds, make_table, session
 
 if TYPE_CHECKING:
-    from planish.demo import Demo
+    from planish.cli.showcase import Demo
 
 
 def demo(
@@ -29,7 +29,7 @@ def demo(
     """Compress the embedded model by every method, offline: a table, a chart, and code completed side by side."""
     with session(as_json) as run:
         run.api  # noqa: B018  (silences transformers)
-        from planish.demo import run_demo
+        from planish.cli.showcase import run_demo
 
         found = run_demo(
             output,
@@ -56,7 +56,7 @@ def make_views(found: Demo) -> list[Any]:
     from rich.panel import Panel
     from rich.text import Text
 
-    from planish.demo import group_skipped
+    from planish.cli.showcase import group_skipped
 
     table = make_table("method", "keep", "parameters", "perplexity", "seconds", "KV bytes/token")
     last = None

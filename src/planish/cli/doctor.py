@@ -143,7 +143,7 @@ def check_random() -> None:
     import torch
 
     from planish import api
-    from planish.checkpoint import build_random
+    from planish.folder.load import build_random
 
     model = build_random(seed=0)
     ids = torch.randint(model.config.vocab_size, (256,), generator=torch.Generator().manual_seed(0))

@@ -121,7 +121,7 @@ def verify(
     """
     with session(as_json) as run:
         _ = run.api
-        from planish.evaluate.verify import verify as compare
+        from planish.export.verify import verify as compare
 
         found = compare(
             folder,

@@ -142,8 +142,8 @@ def parse_settings(
 
 
 def ask(**values: Any) -> Any:
-    """`planish.budgets.Asked` of a command's options."""
-    from planish.budgets import read_asked
+    """`planish.plan.budgets.Asked` of a command's options."""
+    from planish.plan.budgets import read_asked
 
     return read_asked(**values)
 

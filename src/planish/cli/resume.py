@@ -17,7 +17,7 @@ def resume(
 ) -> None:
     """Finish an interrupted compress: the same weights as without the interruption."""
     with session(as_json) as run:
-        from planish.compress import resume as finish
+        from planish.compression import resume as finish
 
         result = finish(output, run.progress)
         run.note(result.warnings)

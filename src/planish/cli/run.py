@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from planish.errors import InputError
 
 if TYPE_CHECKING:
-    from planish.forecast import Forecast
+    from planish.dry_run import Forecast
     from planish.manifest import Result
 
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -148,9 +148,10 @@ class Session:
     @property
     def api(self) -> Any:
         """`planish.api`, imported when it is needed, with transformers silenced."""
-        from planish import api, checkpoint
+        from planish import api
+        from planish.folder import load as loading
 
-        checkpoint.silence()
+        loading.silence()
         return api
 
     def progress(self, phase: str, done: int, total: int) -> None:

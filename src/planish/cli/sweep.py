@@ -141,7 +141,7 @@ def report(
 ) -> None:
     """Write report.html again from results.csv and the points' planish.json; or one for a compressed folder."""
     with session(as_json) as run:
-        from planish.report.page import write_report
+        from planish.evaluate.report.page import write_report
 
         path = write_report(folder, output)
         run.give({"report": str(path)}, escape(str(path)))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from planish.blocks import find_blocks
-from planish.families import FAMILIES
+from planish.modelling.blocks import find_blocks
+from planish.modelling.families import FAMILIES
 
 TOKENS, LOGITS = 1024, 1 << 26  # at most so many tokens, and so many logits
 

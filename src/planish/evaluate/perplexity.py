@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from planish.calibrate.text import check_ids, eval_windows
 from planish.errors import InputError
-from planish.text import check_ids, eval_windows
 
 _LOGITS_AT_ONCE = 1 << 24  # elements; 64 MiB in fp32
 

@@ -1,6 +1,6 @@
 """Compressed folders for other stacks: one file per target.
 
-`export(folder, to, output)` writes; `planish.evaluate.verify` reloads there and compares.
+`export(folder, to, output)` writes; `planish.export.verify` reloads there and compares.
 """
 
 from __future__ import annotations

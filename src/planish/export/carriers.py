@@ -14,7 +14,7 @@ from planish.export import configuration_decilm as decilm
 from planish.export.dense import copy_files
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.written import DTYPES, Written, check_apart, check_dtype, describe_products, keep_dtype
-from planish.writer import Writer
+from planish.folder.writer import Writer
 
 WIDTHS = 256  # DeciLM's MLPs are multiples of it
 FAMILIES = ("llama", "mistral", "qwen2", "phi3")  # RMS norms, rotary embedding, gated silu MLP, no query/key norm

@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish.attentions import Attention
-from planish.blocks import Spec, find_blocks, get_linear, split_block
-from planish.checkpoint import write_config
 from planish.core import Shape
 from planish.errors import InputError
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, plain_linear, zero_attention
@@ -25,9 +22,12 @@ from planish.export.written import (
     describe_products,
     keep_dtype,
 )
-from planish.modules import Bypass, set_module
-from planish.sources import COPIED, set_parameter
-from planish.writer import Writer
+from planish.folder.config import write_config
+from planish.folder.source import COPIED, set_parameter
+from planish.folder.writer import Writer
+from planish.modelling.attentions import Attention
+from planish.modelling.blocks import Spec, find_blocks, get_linear, split_block
+from planish.modelling.modules import Bypass, set_module
 
 LOW_RANK = ("pair", "pivoted", "head_pair")
 

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planish.calibrate.stream import Stream
 from planish.core import Progress
 from planish.errors import InputError
 from planish.export.folder import Folder
-from planish.linalg import DAMPING, damp, whitened_svd
-from planish.shards import write_shard, write_text
-from planish.sources import Source, find_folder, set_parameter
+from planish.folder.safetensors import write_shard, write_text
+from planish.folder.source import Source, find_folder, set_parameter
+from planish.solvers.linalg import DAMPING, damp, whitened_svd
 from planish.stats import Sums, add_gram, mirror
-from planish.stream import Stream
 
 QUANTISERS = ("round", "torchao")
 BITS = (4, 8)

@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from planish.attentions import Attention, Frequencies, Latent, count_heads, head_width, rotary_width
-from planish.blocks import Spec, find_blocks, get_linear, split_block
 from planish.core import Shape
 from planish.errors import InputError
-from planish.families import FAMILIES, Family
-from planish.modules import Bypass
-from planish.sources import find_folder, index_tensors, is_finite, load_config, no_parameters, set_parameter
+from planish.folder.source import find_folder, index_tensors, is_finite, load_config, no_parameters, set_parameter
+from planish.modelling.attentions import Attention, Frequencies, Latent, count_heads, head_width, rotary_width
+from planish.modelling.blocks import Spec, find_blocks, get_linear, split_block
+from planish.modelling.families import FAMILIES, Family
+from planish.modelling.modules import Bypass
 
 
 class Folder:

@@ -31,7 +31,7 @@ from planish.errors import InputError
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.vocabulary import write_vocabulary
 from planish.export.written import Written, check_file, check_finite
-from planish.targets import GRAPHS, refuse_family, refuse_rotary
+from planish.plan.targets import GRAPHS, refuse_family, refuse_rotary
 from planish.version import __version__
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")

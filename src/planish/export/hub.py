@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from planish.errors import InputError
-from planish.sources import index_tensors, load_config
+from planish.folder.source import index_tensors, load_config
 
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py", "*.gguf"]
 

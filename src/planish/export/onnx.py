@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from planish.checkpoint import load
 from planish.errors import InputError
 from planish.export.written import Written, check_file, check_finite
-from planish.sources import find_folder, load_config
+from planish.folder.load import load
+from planish.folder.source import find_folder, load_config
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 INLINE = 1 << 30  # bytes of weights beyond which they go to a file of their own, FILE.data

@@ -22,8 +22,8 @@ from vllm.model_executor.models.transformers import base
 from vllm.model_executor.models.transformers.fuser import key
 from vllm.platforms import current_platform
 
-from planish.attentions import Attention
-from planish.blocks import list_attentions
+from planish.modelling.attentions import Attention
+from planish.modelling.blocks import list_attentions
 
 stock_attend = ALL_ATTENTION_FUNCTIONS["vllm"]
 

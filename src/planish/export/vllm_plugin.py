@@ -12,9 +12,9 @@ BACKEND = "planish.export.vllm_model:TransformersForCausalLM"
 
 def register() -> None:
     """Tell transformers the configurations and vLLM the architectures. May be called any number of times."""
-    from planish.families import FAMILIES
-    from planish.modelling import class_names
-    from planish.modelling import register as register_classes
+    from planish.modelling.families import FAMILIES
+    from planish.modelling.modelling import class_names
+    from planish.modelling.modelling import register as register_classes
 
     register_classes()
     from vllm import ModelRegistry

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from planish.errors import InputError
-from planish.sources import load_tokenizer
+from planish.folder.source import load_tokenizer
 
 # Pre-tokenizer of tokenizer.json → llama.cpp's name of the same splitting.
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

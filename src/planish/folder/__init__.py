@@ -1,0 +1,1 @@
+"""Models on disk: reading any folder, writing a compressed one."""

@@ -10,8 +10,8 @@ from math import inf
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from planish.core import Method
 from planish.errors import InputError
+from planish.methods.method import Method
 
 
 def list_methods() -> dict[str, type[Method]]:
@@ -27,7 +27,8 @@ def list_methods() -> dict[str, type[Method]]:
                 f"the method file {Path(place) / info.name}.py cannot be imported: {what}; mend it"
             ) from error
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
+            own = isinstance(value, type) and value.__module__ == module.__name__
+            if own and issubclass(value, Method) and value is not Method:
                 found[info.name.replace("_", "-")] = value
     return found
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from planish.allocate import Alternative, choose
-from planish.core import Method, Plan, Solver, Unit
+from planish.core import Plan, Solver, Unit
 from planish.errors import InputError
+from planish.methods.method import Method
+from planish.plan.allocate import Alternative, choose
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from planish.core import Method, Solver, Unit, stage_roles
+from planish.core import Solver, Unit
+from planish.methods.method import Method, stage_roles
 from planish.solvers.linear import AnchoredSVD
 
 

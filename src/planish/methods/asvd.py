@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from planish.blocks import get_linear
-from planish.core import Method, Plan, Solver, Unit
-from planish.edits import input_site
+from planish.core import Plan, Solver, Unit
 from planish.errors import InputError
-from planish.linalg import LowRank
+from planish.methods.method import Method
+from planish.modelling.blocks import get_linear
+from planish.solvers.forms import input_site
+from planish.solvers.linalg import LowRank
 from planish.solvers.linear import LinearSVD
 from planish.stats import Stats, Tap
 

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from planish.allocate import Alternative, BudgetError, Curve, choose
-from planish.cache import describe
-from planish.core import Frontier, Method, Plan, Shape, Solver, Unit
+from planish.calibrate.cache import describe
+from planish.calibrate.text import list_shuffled, shuffle_windows
+from planish.core import Frontier, Plan, Shape, Solver, Unit
 from planish.errors import InputError
+from planish.methods.method import Method
+from planish.plan.allocate import Alternative, BudgetError, Curve, choose
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.two_sided import TwoSided
 from planish.stats import Stats, Tap
-from planish.text import list_shuffled, shuffle_windows
 
 if TYPE_CHECKING:
     from planish.job import Job

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from planish.core import Method, Plan, Solver, Unit
+from planish.core import Plan, Solver, Unit
+from planish.methods.method import Method
+from planish.plan.removal import count_removed, make_plan, saving, search_greedily
 from planish.solvers.bypass import Bypass, drop_edit
-from planish.submodules import count_removed, make_plan, saving, search_greedily
 
 if TYPE_CHECKING:
     from planish.job import Job

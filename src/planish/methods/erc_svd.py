@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from math import ceil, floor
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from planish.core import Method, Plan, Solver
+from planish.core import Plan, Solver
 from planish.errors import InputError
+from planish.methods.method import Method
 from planish.solvers.linear import TwoStageSVD
 
 if TYPE_CHECKING:

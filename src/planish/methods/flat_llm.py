@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from planish.core import Method, Plan, Solver
+from planish.core import Plan, Solver
+from planish.methods.method import Method
 from planish.solvers.head_pca import HeadPCA
 from planish.solvers.neurons import Neurons
 from planish.solvers.value_pca import ValuePCA

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from planish.core import Method, Plan, Solver, Unit
+from planish.core import Plan, Solver, Unit
+from planish.methods.method import Method
+from planish.plan.removal import check_foldable, compare_windows, fit_window, make_plan, remove_blocks
 from planish.solvers.bypass import Bypass
 from planish.solvers.window import down_edit, fit_map_held_out
-from planish.submodules import check_foldable, compare_windows, fit_window, make_plan, remove_blocks
 
 if TYPE_CHECKING:
     from planish.job import Job

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from math import exp
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from planish.core import Method, Plan, Solver
+from planish.core import Plan, Solver
 from planish.errors import InputError
+from planish.methods.method import Method
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs

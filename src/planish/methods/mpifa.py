@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
-from planish.blocks import get_linear
-from planish.core import Method, Plan, Solver, Unit, stage_roles
-from planish.edits import input_site
+from planish.core import Plan, Solver, Unit
 from planish.errors import InputError
+from planish.methods.method import Method, stage_roles
+from planish.modelling.blocks import get_linear
+from planish.solvers.forms import input_site
 from planish.solvers.linear import AnchoredSVD
 from planish.stats import Stats, Tap
 

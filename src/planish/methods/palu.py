@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from planish.core import Method, Plan, Shape, Solver, Unit
+from planish.core import Plan, Shape, Solver, Unit
+from planish.methods.method import Method
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.value_pca import ValuePCA

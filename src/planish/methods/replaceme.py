@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from planish import processes
-from planish.core import Method, Plan, Solver, Unit
+from planish import lanes
+from planish.core import Plan, Solver, Unit
 from planish.errors import InputError
+from planish.methods.method import Method
+from planish.plan.removal import check_foldable, compare_windows, fit_window, make_plan, remove_blocks
 from planish.solvers.bypass import Bypass
 from planish.solvers.window import fit_cosine, fit_map_held_out, fold_edit
-from planish.submodules import check_foldable, compare_windows, fit_window, make_plan, remove_blocks
 
 if TYPE_CHECKING:
     from planish.job import Job
@@ -43,7 +44,7 @@ class ReplaceMe(Method):
 
     def plan(self, job: Job) -> Plan:
         check_foldable(job, "replaceme")
-        if self.objective == "cosine" and processes.count() > 1:
+        if self.objective == "cosine" and lanes.count() > 1:
             raise InputError("replaceme: objective=cosine runs in one process only")
         n = remove_blocks(job, self.sparsity)
         if n == 0:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from planish.core import Method, Plan, Solver, Unit
+from planish.core import Plan, Solver, Unit
+from planish.methods.method import Method
+from planish.plan.removal import make_plan, remove_blocks
 from planish.solvers.bypass import Bypass
 from planish.stats import Tap
-from planish.submodules import make_plan, remove_blocks
 
 if TYPE_CHECKING:
     from planish.job import Job

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from planish.blocks import get_linear, install, split_block
-from planish.core import Edit, Frontier, Method, Plan, Shape, Solver, Unit, Weights
+from planish.calibrate.stream import Hidden, Stream
+from planish.core import Edit, Frontier, Plan, Shape, Solver, Unit, Weights
 from planish.errors import InputError
-from planish.linalg import eigh_descending
+from planish.methods.method import Method
+from planish.modelling.blocks import get_linear, install, split_block
+from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
-from planish.stream import Hidden, Stream
 
 if TYPE_CHECKING:
     from planish.job import Job

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from planish.blocks import get_linear
-from planish.budgets import Budget, make_budget
-from planish.core import SUBMODULES, Edit, Method, Plan, Solver, Unit
-from planish.moments import Moments
-from planish.solvers.bypass import Bypass, is_factored, shared_basis
-from planish.solvers.window import down_edit, fit_correction
-from planish.stats import Stats, Tap
-from planish.submodules import (
+from planish.core import SUBMODULES, Edit, Plan, Solver, Unit
+from planish.methods.method import Method
+from planish.modelling.blocks import get_linear
+from planish.plan.budgets import Budget, make_budget
+from planish.plan.removal import (
     check_foldable,
     count_removed,
     lowest,
@@ -29,6 +26,10 @@ from planish.submodules import (
     search_greedily,
     trial_losses,
 )
+from planish.solvers.bypass import Bypass, is_factored, shared_basis
+from planish.solvers.moments import Moments
+from planish.solvers.window import down_edit, fit_correction
+from planish.stats import Stats, Tap
 
 if TYPE_CHECKING:
     from planish.job import Job

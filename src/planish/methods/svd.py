@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from planish.core import Method, Solver
+from planish.core import Solver
+from planish.methods.method import Method
 from planish.solvers.linear import LinearSVD
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from planish.core import Method, Plan, Solver, Unit
+from planish.core import Plan, Solver, Unit
+from planish.methods.method import Method
 from planish.solvers.linear import LinearSVD
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.errors import InputError
-from planish.linalg import eigh_descending, eigh_root, root, svd
-from planish.moments import RIDGES, Moments
+from planish.solvers.linalg import eigh_descending, eigh_root, root, svd
+from planish.solvers.moments import RIDGES, Moments
 from planish.stats import Stats, Tap
 
 ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")

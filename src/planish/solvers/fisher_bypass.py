@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.linalg import damp, solve, whitened_svd
+from planish.solvers.linalg import damp, solve, whitened_svd
 from planish.stats import Stats, Tap
 
 PARTS = {"attention": ("attention", "q.in", ("q", "k", "v", "o")), "ffn": ("mlp", "up.in", ("gate", "up", "down"))}

@@ -17,8 +17,17 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.edits import neuron_edits, qk_edits, value_edits
-from planish.linalg import balance, compute_tails, damp, eigh_root, multiply, select_greedily, selection_losses, solve
+from planish.solvers.forms import neuron_edits, qk_edits, value_edits
+from planish.solvers.linalg import (
+    balance,
+    compute_tails,
+    damp,
+    eigh_root,
+    multiply,
+    select_greedily,
+    selection_losses,
+    solve,
+)
 from planish.stats import Stats, Tap, kind
 
 

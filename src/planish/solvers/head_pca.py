@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.linalg import eigh_descending
+from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights, compute_loss_tails
-from planish.linalg import eigh_descending
+from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
 
 

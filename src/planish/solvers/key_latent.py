@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights, compute_loss_tails
-from planish.linalg import eigh_descending, metric_svd
+from planish.solvers.linalg import eigh_descending, metric_svd
 from planish.stats import Stats, Tap
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.edits import input_site, low_rank_edit
-from planish.linalg import LowRank, damp, least_squares, root, solve, svd, truncate, whitened_svd
+from planish.solvers.forms import input_site, low_rank_edit
+from planish.solvers.linalg import LowRank, damp, least_squares, root, solve, svd, truncate, whitened_svd
 from planish.stats import Stats, Tap
 
 Metric = Literal["plain", "diagonal", "whitened"]

@@ -10,8 +10,8 @@ import torch
 
 from planish import stats as stats_file
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.edits import neuron_edits
-from planish.grams import TILE, Refits, ridge_leverage, slicing_losses
+from planish.solvers.forms import neuron_edits
+from planish.solvers.grams import TILE, Refits, ridge_leverage, slicing_losses
 from planish.stats import Stats, Tap
 
 
@@ -22,7 +22,7 @@ class Neurons(Solver):
     `score`: "leverage" = ridge leverage diag(C (C + λI)⁻¹) with λ = ridge · mean diag C (FLAT-LLM, MoDeGPT);
     "energy" = E[x_i²] ‖w_i‖² (A3, equal to its λ_i because R^½ is symmetric). `refit`: least squares of down on the
     kept neurons; otherwise its columns are sliced. Predicted loss: E‖W x − W' x_J‖² exactly, at every rank, from one
-    Cholesky factor in the order of the scores, inside the Gram (see `planish.grams`).
+    Cholesky factor in the order of the scores, inside the Gram (see `planish.solvers.grams`).
 
     Differs from FLAT-LLM's repository: λ is relative to the Gram's scale (its λ = 1 on an unnormalised Gram
     saturates every score near 1), and the refit is damped (its inverse is not).

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.edits import qk_edits
-from planish.linalg import reduce_scores
+from planish.solvers.forms import qk_edits
+from planish.solvers.linalg import reduce_scores
 from planish.stats import Stats, Tap
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.edits import qk_edits
-from planish.linalg import reduce_scores
+from planish.solvers.forms import qk_edits
+from planish.solvers.linalg import reduce_scores
 from planish.stats import Stats, Tap
 
 NORMALISED = "queries and keys are left as they are: this family normalises them over all channels of a head"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.edits import input_site, low_rank_edit
-from planish.linalg import metric_svd, multiply, solve
+from planish.solvers.forms import input_site, low_rank_edit
+from planish.solvers.linalg import metric_svd, multiply, solve
 from planish.stats import Stats, Tap
 
 ALONE = ("o", "down")

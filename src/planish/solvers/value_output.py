@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.edits import value_edits
-from planish.linalg import balance, nystrom, selection_losses
+from planish.solvers.forms import value_edits
+from planish.solvers.linalg import balance, nystrom, selection_losses
 from planish.stats import Stats, Tap
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.edits import value_edits
-from planish.linalg import eigh_descending
+from planish.solvers.forms import value_edits
+from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Weights
-from planish.linalg import damp, root
-from planish.moments import RIDGES, Moments
+from planish.solvers.linalg import damp, root
+from planish.solvers.moments import RIDGES, Moments
 
 
 def fit_map(m: Moments, ridge: float) -> Tensor:

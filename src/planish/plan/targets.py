@@ -23,11 +23,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from planish.allocate import BudgetError, Curve
-from planish.blocks import get_linear
 from planish.core import Edit, Frontier, Plan, Shape, Solver, Unit, Weights
 from planish.errors import InputError
-from planish.sources import Source
+from planish.folder.source import Source
+from planish.modelling.blocks import get_linear
+from planish.plan.allocate import BudgetError, Curve
 from planish.stats import Stats, Tap
 
 Spec = dict[str, Any]

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from planish import processes
-from planish.blocks import install, join_block, split_block
+from planish import lanes
 from planish.errors import InputError
-from planish.families import Family
-from planish.shards import Shard, hash_file, make_header, sync_folder, write_shard, write_text
-from planish.sources import Source, set_parameter
+from planish.folder.safetensors import Shard, hash_file, make_header, sync_folder, write_shard, write_text
+from planish.folder.source import Source, set_parameter
+from planish.modelling.blocks import install, join_block, split_block
+from planish.modelling.families import Family
 
 # what savers of models, the hub and planish put into a model's folder
 SAVED = {".safetensors", ".json", ".py", ".model", ".jinja", ".yaml", ".part", ".tiktoken"}
@@ -42,7 +42,7 @@ class Writer:
 
     def __init__(self, output: Path, n_blocks: int, overwrite: bool = False, resume: bool = False):
         self.output, self.n_shards = output, n_blocks + 1
-        self.active = processes.rank() == 0
+        self.active = lanes.rank() == 0
         self.weight_map: dict[str, str] = {}
         self.bytes = 0  # of tensors
         self.index_bytes = 0  # of these, index tables
@@ -52,11 +52,11 @@ class Writer:
         self.state = self.partial / "resume"
         self.finished: dict[int, dict[str, Any]] = {}
         if resume:
-            self.finished = processes.share(self.read_journal() if self.active else {})
+            self.finished = lanes.share(self.read_journal() if self.active else {})
         else:
             if self.active:
                 self.create(output, overwrite)
-            processes.share(None)  # nobody writes into the folder before it is there
+            lanes.share(None)  # nobody writes into the folder before it is there
 
     def create(self, output: Path, overwrite: bool) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:

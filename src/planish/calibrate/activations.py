@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planish import processes
+from planish import lanes
 
 KEPT = 64 << 20  # bytes
 
@@ -28,7 +28,7 @@ class Room:
 
     def __init__(self, limit: int | None = None, folder: Path | None = None, kept: int = KEPT):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self.limit = memory // 4 // processes.neighbours() if limit is None else limit
+        self.limit = memory // 4 // lanes.neighbours() if limit is None else limit
         self.folder, self.used, self.kept = folder, 0, kept
         self.near, self.near_used = 0, 0
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from planish.checkpoint import load
 from planish.errors import InputError
 from planish.export import configuration_decilm
-from planish.sources import find_folder, load_config, load_tokenizer
+from planish.folder.load import load
+from planish.folder.source import find_folder, load_config, load_tokenizer
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
 TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit

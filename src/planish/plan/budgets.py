@@ -6,7 +6,7 @@
 | `max_bytes` | what is stored: weights in their dtype, index tables | bytes |
 | `kv_keep` | what the cache holds | numbers per token |
 | `flops_keep` | two per weight, and attention over `context` tokens | FLOPs per token |
-| `max_latency` | measured on this machine (`planish.latency`) | nanoseconds per decoded token |
+| `max_latency` | measured on this machine (`planish.plan.latency`) | nanoseconds per decoded token |
 
 Limits on the whole model are turned into limits on the blocks by counting everything that no method cuts.
 """
@@ -20,14 +20,10 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from planish.blocks import Spec
 from planish.core import SUBMODULES, Shape, Solver, Unit
 from planish.errors import InputError
-from planish.shards import make_header
-from planish.sources import Source
+from planish.folder.source import Source
+from planish.plan.footprint import count_attention, count_cache, count_flops, count_headers
 
 TOGETHER = 2  # budgets that can hold at the same time
 SHARES = {
@@ -288,40 +284,6 @@ def make_budget(name: str, asked: float, source: Source, shapes: Sequence[Shape]
     outside = sum(n * dtype.itemsize for n, dtype in sizes.values()) - weights * itemsize + count_headers(source)
     entry = 100 + max(len(n) for n in sizes)  # dtype, shape, offsets; names of factors are longer by two
     return Bytes(name, asked, asked - outside, weights * itemsize, outside, itemsize=itemsize, entry=entry)
-
-
-def count_headers(source: Source) -> int:
-    """Bytes of the headers of the files that the uncut model is written in: one per block, one for the rest."""
-    files: dict[str, dict[str, Tensor]] = {}
-    prefix = f"{source.family.blocks}."
-    for name, (count, dtype) in source.sizes().items():
-        block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
-        files.setdefault(block, {})[name] = torch.empty(
-            count, 1, dtype=dtype, device="meta"
-        )  # as many digits as any shape
-    return sum(8 + len(make_header(tensors)[0]) for tensors in files.values())
-
-
-def count_cache(shape: Shape) -> int:
-    """Numbers that an uncut block caches per token."""
-    return shape.kv_heads * (shape.qk + shape.v)
-
-
-def count_attention(shape: Shape, spec: Spec | None = None) -> int:
-    """Multiplications of attention per query token and cached token: scores and sums of values, keys that
-    are rebuilt."""
-    form = (spec or {}).get("attention", {})
-    if form.get("kind") == "bypass":
-        return 0
-    qk, v = form.get("qk", shape.qk), form.get("v", shape.v)
-    if form.get("k_form") == "frequency":  # every head meets its set's keys and values
-        return shape.heads * (form["k_rank"] + shape.kv_heads // form["k_groups"] * v)
-    return shape.heads * (qk + v) + (shape.kv_heads * qk * form["k_rank"] if "k_rank" in form else 0)
-
-
-def count_flops(shapes: Sequence[Shape], specs: Sequence[Spec], weights: Sequence[int], context: int) -> int:
-    """Of blocks with these specs and weights, per token behind `context` others."""
-    return sum(2 * (n + context * count_attention(h, s)) for h, s, n in zip(shapes, specs, weights, strict=True))
 
 
 def read_form(solver: Solver, unit: Unit) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planish.activations import Activations, Room
+from planish.calibrate.activations import Activations, Room
 
 LAST = {"attention": "o", "mlp": "down"}  # the last linear of a submodule
 BEHIND = {  # units whose solution leaves what that linear reads as it is, or takes some of its channels away

@@ -26,14 +26,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from planish.blocks import Spec, find_blocks, get_linear, install, split_block
-from planish.budgets import Budget, read_form
-from planish.cache import find_root
+from planish.calibrate.cache import find_root
 from planish.core import Progress, Shape, Solver, Unit
 from planish.errors import InputError
-from planish.modules import Pair, Pivoted, set_module
-from planish.shards import write_text
-from planish.sources import Source
+from planish.folder.safetensors import write_text
+from planish.folder.source import Source
+from planish.modelling.blocks import Spec, find_blocks, get_linear, install, split_block
+from planish.modelling.modules import Pair, Pivoted, set_module
+from planish.plan.budgets import Budget, read_form
 
 GRID = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)  # of a full rank or width
 HEADS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # of a head's dimensions

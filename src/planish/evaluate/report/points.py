@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from planish.errors import InputError
-from planish.shards import write_text
+from planish.folder.safetensors import write_text
 
 NAN = float("nan")
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planish.checkpoint import apply_edits
-from planish.compress import check_windows
-from planish.core import Method, Unit
+from planish.apply import apply_edits
+from planish.calibrate.stream import Hidden, Stream
+from planish.compression import check_windows
+from planish.core import Unit
 from planish.errors import InputError
+from planish.folder.source import Source
 from planish.job import Job
+from planish.methods.method import Method
 from planish.solve import read_weights
-from planish.sources import Source
-from planish.stream import Hidden, Stream
 
 KINDS = {"vo": "value dimensions", "qk": "rotary pairs", "mlp": "neurons", "attention": "bypass", "ffn": "bypass"}
 

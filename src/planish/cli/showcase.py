@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from planish import api
-from planish.cache import Cache
-from planish.checkpoint import kv_bytes
-from planish.compress import compress
+from planish.calibrate.cache import Cache
+from planish.calibrate.stream import Stream
+from planish.calibrate.text import builtin_text, check_ids, fingerprint
+from planish.compression import compress
 from planish.errors import InputError, PlanishError
 from planish.evaluate import perplexity
+from planish.evaluate.report.chart import Point, draw_chart
+from planish.folder.source import find_folder, load_config, load_tokenizer, open_source
 from planish.methods import list_methods
-from planish.report.chart import Point, draw_chart
-from planish.sources import find_folder, load_config, load_tokenizer, open_source
-from planish.stream import Stream
-from planish.text import builtin_text, check_ids, fingerprint
+from planish.plan.footprint import kv_bytes
 
-MODEL = Path(__file__).parent / "data" / "demo"
+MODEL = Path(__file__).parents[1] / "data" / "demo"
 KEEPS = (0.8, 0.7, 0.9)  # in the order of work: if time runs out, every method has been seen once
 # the quick ones before auto: a slow machine shows some
 FIRST = ("flat-llm", "a3", "svd-llm", "auto", "erc-svd", "mpifa")

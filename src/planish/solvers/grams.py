@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from planish.linalg import DAMPING
+from planish.solvers.linalg import DAMPING
 
 TILE = 512
 
@@ -25,7 +25,7 @@ def stripes(n: int) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def factored(gram: Tensor, damping: float = DAMPING) -> Iterator[float]:
-    """Within the context the lower triangle of `gram` (n, n, fp64) is L with L Lᵀ = gram + λI, as `planish.linalg.root`
+    """Within the context the lower triangle of `gram` (n, n, fp64) is L with L Lᵀ = gram + λI, as `planish.solvers.linalg.root`
     gives it; afterwards `gram` is as it was. Yields λ.
     """
     diagonal = [gram[i:j, i:j].clone() for i, j in stripes(len(gram))]
@@ -113,7 +113,7 @@ def over_factor(e: Tensor, a: Tensor) -> Tensor:
 
 def slicing_losses(gram: Tensor, w: Tensor, order: Tensor) -> Tensor:
     """E‖W x − W_J x_J‖² when W (out, n) is sliced to the first r inputs of `order`, for r = 0 … n: (n + 1,), in the
-    Gram's own scale; `gram` is taken over and reordered. The same as `planish.linalg.tail_sums((WᵀW) ∘ C)`.
+    Gram's own scale; `gram` is taken over and reordered. The same as `planish.solvers.linalg.tail_sums((WᵀW) ∘ C)`.
     """
     reorder(gram, order)
     w = w.double()[:, order]

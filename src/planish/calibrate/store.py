@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 
-from planish.activations import Activations, Room
+from planish.calibrate.activations import Activations, Room
 from planish.stats import Stats, Tap
 
 

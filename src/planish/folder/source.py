@@ -20,13 +20,13 @@ import transformers.initialization as initialization
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from planish.attentions import count_heads, head_width, needs_eager, rotary_width
-from planish.blocks import find_blocks, get_linear, split_block
 from planish.core import Shape
 from planish.errors import InputError
-from planish.families import FAMILIES, Family
-from planish.modelling import register
-from planish.shards import Shard
+from planish.folder.safetensors import Shard
+from planish.modelling.attentions import count_heads, head_width, needs_eager, rotary_width
+from planish.modelling.blocks import find_blocks, get_linear, split_block
+from planish.modelling.families import FAMILIES, Family
+from planish.modelling.modelling import register
 
 register()  # the Auto classes know compressed models from here on
 
@@ -181,7 +181,7 @@ def no_parameters() -> Iterator[None]:
 
 
 class FolderSource(Source):
-    """Safetensors, sharded or not, read with plain reads (see `planish.shards`)."""
+    """Safetensors, sharded or not, read with plain reads (see `planish.folder.safetensors`)."""
 
     def __init__(self, folder: Path, name: str | None = None):
         self.folder, self.name = folder, name or str(folder)

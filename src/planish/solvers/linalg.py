@@ -2,7 +2,7 @@
 
 Conventions: a linear is y = W x with W (out, in); a gram is Σ x xᵀ (in, in); `damping` is relative,
 λ = damping · mean(diag gram). No Gram is ever inverted: Cholesky with triangular solves, or eigh with a clamp. Within
-`planish.offload.offload` the long ones run on an accelerator.
+`planish.solvers.offload.offload` the long ones run on an accelerator.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planish.offload import offloaded
+from planish.solvers.offload import offloaded
 
 DAMPING = 1e-8
 

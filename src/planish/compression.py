@@ -16,24 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish import processes
-from planish.activations import Room
-from planish.blocks import Spec
-from planish.budgets import Asked, count_flops, count_headers, read_asked
-from planish.cache import Cache, open_cache
-from planish.checkpoint import count_block, is_empty, kv_bytes, write_config
-from planish.core import Method, Plan, Progress, Shape, Unit
+from planish import lanes
+from planish.apply import count_block, is_empty
+from planish.calibrate.activations import Room
+from planish.calibrate.cache import Cache, open_cache
+from planish.calibrate.stream import Stream, reuse_memory
+from planish.core import Plan, Progress, Shape, Unit
 from planish.errors import InputError
+from planish.folder.config import write_config
+from planish.folder.safetensors import Shard, hash_file
+from planish.folder.source import FolderSource, Source, open_source
+from planish.folder.writer import Writer, tidy, unseal
 from planish.job import Job
-from planish.latency import read_table
 from planish.manifest import Result, read_result, write_manifest
 from planish.methods import find_method, find_name
-from planish.offload import offload
-from planish.shards import Shard, hash_file
-from planish.sources import FolderSource, Source, open_source
-from planish.stream import Stream, reuse_memory
-from planish.targets import find_target
-from planish.writer import Writer, tidy, unseal
+from planish.methods.method import Method
+from planish.modelling.blocks import Spec
+from planish.plan.budgets import Asked, read_asked
+from planish.plan.footprint import count_flops, count_headers, kv_bytes
+from planish.plan.latency import read_table
+from planish.plan.targets import find_target
+from planish.solvers.offload import offload
 
 
 def compress(
@@ -61,10 +64,10 @@ def compress(
     spent: dict[str, float] | None = None,
     **limits: Any,
 ) -> Result:
-    """Compress a model into a folder. `windows` (n, seq): calibration token ids (see `planish.text`).
+    """Compress a model into a folder. `windows` (n, seq): calibration token ids (see `planish.calibrate.text`).
 
     `model`: folder, hub id or causal LM in memory (left untouched). `settings`: the method's hyper-parameters by name.
-    `asked`, or `keep` and other `limits` by name: the budgets (see `planish.budgets.Asked`). `kv_keep` alone only cuts what
+    `asked`, or `keep` and other `limits` by name: the budgets (see `planish.plan.budgets.Asked`). `kv_keep` alone only cuts what
     the cache holds. `measured`: the latency table to plan with, instead of this machine's.
     `calibration`: what to record about the text in the manifest. Raises InputError for anything wrong with the input.
     `cache`: the one that several runs share, or whether to use the one on disk; `stream`: what several runs on these windows
@@ -74,7 +77,7 @@ def compress(
     """
     start = time.perf_counter()
     reuse_memory()
-    if processes.start(device):
+    if lanes.start(device):
         device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     asked = asked or read_asked(keep=keep, **limits)
     find_target(target)
@@ -87,8 +90,8 @@ def compress(
     try:
         kind = dtype or pick_dtype(source, device)
         if asked.max_latency is not None and measured is None:
-            first = processes.rank() == 0  # all plan with one table
-            measured = processes.share(
+            first = lanes.rank() == 0  # all plan with one table
+            measured = lanes.share(
                 read_table(source, asked.context or windows.shape[1], device, kind, progress) if first else None
             )
         if not resume and isinstance(source, FolderSource):
@@ -97,7 +100,7 @@ def compress(
                 "method": find_name(method), "settings": method.settings(), "given": sorted(settings or {}),
                 "calibration": calibration or {}, "device": device.partition(":")[0], "dtype": dtype and str(dtype)[6:],
                 "round_to": round_to, "overwrite": overwrite, "target": target, "files": files or {},
-                "processes": processes.count(), "measured": measured,
+                "processes": lanes.count(), "measured": measured,
             }  # fmt: skip
             writer.keep_request(request, windows)
         with warnings.catch_warnings(record=True) as caught:
@@ -160,10 +163,8 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in request["settings"].items()}
         method = find_method(find_method(request["method"]).__class__(**values))
         dtype = getattr(torch, request["dtype"]) if request["dtype"] else None
-        if request["processes"] != processes.world():
-            warnings.warn(
-                f"started with {request['processes']} processes, resumed with {processes.world()}", stacklevel=2
-            )
+        if request["processes"] != lanes.world():
+            warnings.warn(f"started with {request['processes']} processes, resumed with {lanes.world()}", stacklevel=2)
         source = open_source(request["model"])
         source.name = request["name"]
         asked, measured = Asked(**request["asked"]), request["measured"]

@@ -18,23 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from planish import stats as stats_file
-from planish.budgets import SHARES, Asked, Budget, CacheNumbers, Flops, count_cache, count_flops, make_budget
-from planish.cache import Cache
-from planish.compress import check_tokens, check_windows, pick_dtype
-from planish.core import Method, Plan, Progress, Shape, Unit, count_sums
+from planish.calibrate.cache import Cache
+from planish.calibrate.reuse import BEHIND, LAST
+from planish.calibrate.stream import BATCH, Stream
+from planish.compression import check_tokens, check_windows, pick_dtype
+from planish.core import Plan, Progress, Shape, Unit, count_sums
 from planish.errors import InputError
+from planish.folder.source import ConfigSource, Source
 from planish.job import Job
-from planish.latency import Latency, read_table
 from planish.methods import find_name
-from planish.midway import BEHIND, LAST
-from planish.offload import offload
+from planish.methods.method import Method
+from planish.plan.budgets import SHARES, Asked, Budget, CacheNumbers, Flops, make_budget
+from planish.plan.footprint import count_cache, count_flops
+from planish.plan.latency import Latency, read_table
+from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
 from planish.solve import find_sites_beside
-from planish.sources import ConfigSource, Source
+from planish.solvers.offload import offload
 from planish.stats import Tap, add_gram
-from planish.stream import BATCH, Stream
-from planish.targets import describe_limits
 
 STATISTICS = 1 << 30  # bytes of statistics that planning without the target's limits may use again
 
@@ -308,7 +310,7 @@ def estimate(
 
 def count_between(job: Job, shape: Shape, plan: Plan, size: tuple[int, int]) -> int:
     """Channels per token of these windows that solving this block keeps from within it: what runs of it start from (see
-    `planish.midway`), and of the uncompressed block beside the same, or every site that the stages look at."""
+    `planish.calibrate.reuse`), and of the uncompressed block beside the same, or every site that the stages look at."""
     units = job.planned(shape.block, plan)
     beside = find_sites_beside(job, units) if job.method.prefix == "both" else set()
     width = {"attention": shape.heads * shape.v, "mlp": shape.intermediate}
@@ -376,7 +378,7 @@ def count_passes(job: Job, i: int, stages: list[list[Unit]], size: tuple[int, in
 
 def count_runs(shape: Shape, shares: list[float], starts: list[set[str]], skips: float) -> float:
     """Passes of runs that end after these shares of a block, and of one to its end; this share of each `skips` what is kept
-    of the `starts` (see `planish.midway`)."""
+    of the `starts` (see `planish.calibrate.reuse`)."""
     passes, kept = 0.0, set[str]()
     before = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
     skipped = {n: sum(shape.count(r) for r in roles if r in shape.roles) / shape.count() for n, roles in before.items()}

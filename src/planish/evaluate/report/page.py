@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from planish.errors import InputError
-from planish.report.points import NAN, Point, read_points
-from planish.report.svg import COLOURS, Mark, Series, chart, heat_map, shape
-from planish.shards import write_text
+from planish.evaluate.report.points import NAN, Point, read_points
+from planish.evaluate.report.svg import COLOURS, Mark, Series, chart, heat_map, shape
+from planish.folder.safetensors import write_text
 
 HOLDS = {  # unit that spans several linears → those whose weights it holds
     "qk": ("q", "k"), "vo": ("v", "o"), "mlp": ("gate", "up", "down"),

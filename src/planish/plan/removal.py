@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from planish.activations import Activations, fetch
-from planish.blocks import get_linear
-from planish.budgets import Budget
+from planish.calibrate.activations import Activations, fetch
+from planish.calibrate.stream import Hidden, Stream
+from planish.calibrate.taps import tap_sites
 from planish.core import Edit, Plan, Unit, Weights
 from planish.errors import InputError
-from planish.moments import Moments
+from planish.modelling.blocks import get_linear
+from planish.plan.budgets import Budget
+from planish.solvers.moments import Moments
 from planish.stats import Tap
-from planish.stream import Hidden, Stream, tap_sites
 
 if TYPE_CHECKING:
     from planish.job import Job

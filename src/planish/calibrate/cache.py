@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from planish import processes, stats
+from planish import lanes, stats
+from planish.calibrate.stream import Stream
+from planish.calibrate.text import encode, fingerprint
 from planish.core import Frontier, Solver, Unit
 from planish.errors import InputError
-from planish.shards import Shard, hash_file, write_shard
-from planish.sources import FolderSource, Source
+from planish.folder.safetensors import Shard, hash_file, write_shard
+from planish.folder.source import FolderSource, Source
 from planish.stats import Stats, Tap
-from planish.stream import Stream
-from planish.text import encode, fingerprint
 from planish.version import __version__
 
 FORMAT = 1
@@ -56,7 +56,7 @@ class Cache:
         self.checked: set[Path] = set()
         self.others: dict[str, Cache] = {}
         self.family = [self]  # all that were opened beside one another; none makes room by another's files
-        if processes.count() > 1:  # several writers; every process would have to find the same
+        if lanes.count() > 1:  # several writers; every process would have to find the same
             self.folder, self.memory = None, 0
         if self.folder is not None:
             self.open(self.folder)
@@ -291,7 +291,7 @@ def open_cache(calibrated: Stream, memory: int = 0) -> Cache | None:
 
 
 def tokenize(tokenizer: Any, text: str) -> np.ndarray:
-    """`planish.text.encode`, with the ids of long texts kept on disk for the next command."""
+    """`planish.calibrate.text.encode`, with the ids of long texts kept on disk for the next command."""
     known = hash_tokenizer(tokenizer) if len(text) >= LONG else None
     if known is None:
         return encode(tokenizer, text)
@@ -335,7 +335,7 @@ def find_root() -> Path:
 @functools.cache
 def hash_code() -> str:
     """Of all files of planish: whichever of them decide what is measured and predicted, they are among these."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(here.rglob("*.py")))).hexdigest()
 
 

@@ -19,17 +19,18 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from planish import processes
+from planish import lanes
 from planish import stats as planish_stats
-from planish.activations import Activations, Room, fetch, find_near
-from planish.blocks import find_blocks, get_linear
-from planish.checkpoint import apply_edits
+from planish.apply import apply_edits
+from planish.calibrate.activations import Activations, Room, fetch, find_near
+from planish.calibrate.reuse import LAST, Midway, Part
+from planish.calibrate.taps import AllSeen, find_gap, tap_sites
 from planish.core import Edit, Progress, Shape
 from planish.errors import InputError
-from planish.families import Family
-from planish.midway import LAST, Midway, Part
-from planish.modules import Bypass
-from planish.sources import Source, is_finite
+from planish.folder.source import Source, is_finite
+from planish.modelling.blocks import find_blocks, get_linear
+from planish.modelling.families import Family
+from planish.modelling.modules import Bypass
 from planish.stats import Stats, Tap, add_lane
 
 T = TypeVar("T")
@@ -84,9 +85,9 @@ class Stream:
     def pieces(self) -> list[Piece]:
         """The batches that this process runs, in order; all of them where it is the only one."""
         firsts = itertools.accumulate((len(b) for b in self.batches), initial=0)
-        lanes = [i * processes.LANES // len(self.batches) for i in range(len(self.batches))]
-        own = set(processes.own_lanes())
-        return [Piece(*p) for p in zip(lanes, firsts, self.batches) if p[0] in own]
+        places = [i * lanes.LANES // len(self.batches) for i in range(len(self.batches))]
+        own = set(lanes.own_lanes())
+        return [Piece(*p) for p in zip(places, firsts, self.batches) if p[0] in own]
 
     def bring_outside(self) -> None:
         """Load small modules outside the blocks; let large ones (embedding, head) load themselves when called.
@@ -295,12 +296,12 @@ class Stream:
         Sums are formed lane by lane and added in the order of lanes, so they depend on the batches alone. Of a wide Gram
         (`planish.stats.WIDE`) only the total exists: a lane's inputs are kept until it is complete, then added.
         """
-        total, pieces, count = Stats(), self.pieces, processes.count()
-        used = {i * processes.LANES // len(self.batches) for i in range(len(self.batches))}
+        total, pieces, count = Stats(), self.pieces, lanes.count()
+        used = {i * lanes.LANES // len(self.batches) for i in range(len(self.batches))}
         wide = [t for t in taps if t.kind == "gram" and 8 * shape.width(t.site) ** 2 >= planish_stats.WIDE]
         narrow = [t for t in taps if t not in wide]
-        for first in range(0, processes.LANES, count):
-            mine, lane = Stats(), first + processes.rank()
+        for first in range(0, lanes.LANES, count):
+            mine, lane = Stats(), first + lanes.rank()
             kept = {t: Activations(self.room) for t in wide}
             for n, piece in enumerate(pieces):
                 if piece.lane == lane:
@@ -334,7 +335,7 @@ class Stream:
 
     def add_wide(self, total: Stats, tap: Tap, inputs: Hidden, tokens: int, owners: list[int], shape: Shape) -> None:
         """Add the Grams of the lanes that `owners` have just run, this process's own from its `inputs`."""
-        found = [n for n, r in zip(processes.gather(tokens), range(processes.count()), strict=True) if r in owners]
+        found = [n for n, r in zip(lanes.gather(tokens), range(lanes.count()), strict=True) if r in owners]
         if not sum(found):
             return
         n, device = shape.width(tap.site), "cpu" if self.device.type == "mps" else self.device
@@ -345,9 +346,10 @@ class Stream:
         def exchange(row: Tensor) -> Iterator[Tensor]:
             for owner, count in zip(owners, found, strict=True):
                 if count:
-                    yield processes.share_tensors({"": row}, owner)[""]
+                    yield lanes.share_tensors({"": row}, owner)[""]
 
-        add_lane(sums["sum"], inputs, exchange)
+        total_device = sums["sum"].device
+        add_lane(sums["sum"], lambda k: fetch(inputs, k, total_device), len(inputs), exchange)
         total.tokens[tap] = total.tokens.get(tap, 0) + sum(found)
 
     def embedded(self, hidden: Tensor) -> Tensor:
@@ -408,7 +410,7 @@ class Stream:
     def in_order(self, values: list[T]) -> list[T]:
         """One value for each of this process's batches → one for every batch of all processes, in order."""
         own = {p.first: v for p, v in zip(self.pieces, values, strict=True)}
-        found = {first: v for part in processes.gather(own) for first, v in part.items()}
+        found = {first: v for part in lanes.gather(own) for first, v in part.items()}
         return [found[first] for first in sorted(found)]
 
     def sweep(
@@ -556,93 +558,11 @@ def choose_rows(part: str, first: int, n: int) -> Any:
 
 def share_stats(stats: Stats, source: int) -> Stats:
     """One process's sums on every process."""
-    if processes.count() == 1:
+    if lanes.count() == 1:
         return stats
     tensors = {(tap, name): t for tap, sums in stats.sums.items() for name, t in sums.items()}
     out = Stats()
-    out.tokens = processes.share(stats.tokens, source)
-    for (tap, name), t in processes.share_tensors(tensors, source).items():
+    out.tokens = lanes.share(stats.tokens, source)
+    for (tap, name), t in lanes.share_tensors(tensors, source).items():
         out.sums.setdefault(tap, {})[name] = t
     return out
-
-
-def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
-    """What a submodule would have to add to the residual stream for the sum to be the uncompressed model's.
-
-    Where both submodules read the same residual, attention aims at its uncompressed self and the feed-forward at the sum.
-    """
-    v = {s: t.reshape(values["attention.raw"].shape) for s, t in values.items() if s.endswith((".raw", ".add"))}
-    if parallel and where == "attention":
-        return v["dense:attention.add"]
-    if parallel:
-        total = v["dense:mlp.raw"] + v["dense:attention.add"] + v["dense:mlp.add"]
-        return total - v["mlp.raw"] - v["attention.add"]
-    return v[f"dense:{where}.raw"] + v[f"dense:{where}.add"] - v[f"{where}.raw"]
-
-
-class AllSeen(Exception):
-    """Ends a forward pass whose sites have all been seen."""
-
-
-@contextmanager
-def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Within the context a forward of the block fills the yielded dict with the tensors at these sites.
-
-    `stop`: the forward ends with `AllSeen` as soon as it has them all.
-    """
-    seen: dict[str, Tensor] = {}
-    handles = []
-
-    def first(args, kwargs) -> Tensor:
-        return args[0] if args else kwargs["hidden_states"]
-
-    def see(site: str, value: Tensor) -> None:
-        seen[site] = value
-        if stop and len(seen) == len(sites):
-            raise AllSeen
-
-    def tap_input(module: nn.Module, site: str) -> None:
-        handles.append(module.register_forward_pre_hook(lambda m, a, k: see(site, first(a, k)), with_kwargs=True))
-
-    def tap_output(module: nn.Module, site: str) -> None:
-        handles.append(
-            module.register_forward_hook(lambda m, a, out: see(site, out[0] if isinstance(out, tuple) else out))
-        )
-
-    def tap_back(linear: nn.Module, site: str) -> None:
-        """An alias of the input that nobody else reads: what goes back to it comes through this linear alone."""
-
-        def look(module, args):
-            alias = args[0].view_as(args[0])
-            see(site, alias)
-            return (alias, *args[1:])
-
-        handles.append(linear.register_forward_pre_hook(look))
-
-    def tap_product(linear: nn.Module, site: str) -> None:
-        handles.append(
-            linear.register_forward_hook(lambda m, a, out: see(site, out if m.bias is None else out - m.bias))
-        )
-
-    for site in sites:
-        where, end = site.split(".")
-        if end == "back":
-            tap_back(get_linear(block, family, where), site)
-        elif end == "product":
-            tap_product(get_linear(block, family, where), site)
-        elif where == "block":
-            (tap_input if end == "in" else tap_output)(block, site)
-        elif end == "raw":
-            norm = family.attention_norm if where == "attention" else family.mlp_norm
-            tap_input(block.get_submodule(norm), site)
-        elif end == "add":
-            post = family.attention_post_norm if where == "attention" else family.mlp_post_norm
-            path = post or (family.attention if where == "attention" else family.mlp) or family.path("down")
-            tap_output(block.get_submodule(path), site)
-        else:
-            (tap_input if end == "in" else tap_output)(get_linear(block, family, where), site)
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

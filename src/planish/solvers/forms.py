@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Weights
-from planish.linalg import pivot
+from planish.solvers.linalg import pivot
 
 
 def input_site(role: str) -> str:

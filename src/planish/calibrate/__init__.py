@@ -1,0 +1,1 @@
+"""From text to statistics, kept for the next run."""

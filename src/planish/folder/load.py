@@ -1,0 +1,56 @@
+"""Blocks with edits, the configuration that describes them, and compressed folders loaded again."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from planish.errors import InputError
+from planish.folder.safetensors import Shard
+from planish.folder.source import NO_SOFT_CAP, find_folder, index_tensors, load_config
+from planish.modelling.attentions import needs_eager
+
+
+def build_random(seed: int = 0) -> PreTrainedModel:
+    """A two-block LLaMA of random weights, small enough for a self-test; the caller's random state is left alone."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(config).eval()
+
+
+def silence() -> None:
+    """Turn off transformers' progress bars and advice in this process."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def load(folder: str | Path, **kwargs) -> PreTrainedModel:
+    """A causal LM from a dense or compressed folder; runs no code but planish's own and transformers'.
+
+    Its attention computes all that the configuration says, unless `attn_implementation` asks for another.
+    """
+    path = find_folder(folder)
+    config = load_config(path)
+    if needs_eager(config) and "attn_implementation" not in kwargs:
+        kwargs["attn_implementation"] = "eager"
+        warnings.warn(NO_SOFT_CAP.format(f"{folder} is loaded"), stacklevel=2)
+    files = index_tensors(path)  # says what is missing, and that pickles are not read
+    if not getattr(config, "quantization_config", None):
+        for file in sorted(set(files.values())):
+            Shard(file)
+    try:
+        kwargs |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except Exception as error:  # whatever a damaged folder makes the model's own code raise
+        raise InputError(f"cannot load {folder}: {type(error).__name__}: {error}") from None
+    for name in sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        raise InputError(f"tensor {name} is missing in {folder}: the checkpoint is incomplete")
+    return model.eval()

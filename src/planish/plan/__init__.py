@@ -1,0 +1,1 @@
+"""What to cut, and what the result will cost."""
