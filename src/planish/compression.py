@@ -28,7 +28,7 @@ from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
 from planish.job import Job
-from planish.manifest import Result, read_result, write_manifest
+from planish.manifest import Result, describe_origin, read_result, write_manifest
 from planish.methods import find_method, find_name
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
@@ -132,7 +132,8 @@ def compress(
                     method.finish(job, plan)
                 result = write(job, plan, writer)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier})
+        notes = list(filter(None, [describe_origin(source.origin()).strip()]))
+        result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier, *notes})
         result.seconds["total"] = time.perf_counter() - start + sum((spent or {}).values())
         write_manifest(writer, job, plan, result, calibration or {})
         for name, content in (files or {}).items():

@@ -75,6 +75,7 @@ def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibra
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "source": job.stream.source.name,
+        **({"source_file": origin} if (origin := job.stream.source.origin()) else {}),
         "method": result.method,
         "settings": job.method.settings(),
         "round_to": job.step,
@@ -103,7 +104,7 @@ def make_card(manifest: dict[str, Any]) -> str:
         load = "import planish  # or trust_remote_code=True: the folder carries the modelling files\n" + load
     kv = (r["kv_bytes_per_token_before"], r["kv_bytes_per_token_after"])
     asked = " and ".join(f"{label(n)} {show(n, b['asked'])}" for n, b in r["budgets"].items()) or "a sparsity"
-    latency = ""
+    latency, origin = "", describe_origin(manifest.get("source_file"))
     if r["latency_ms_after"] is not None:
         times = (r["latency_ms_before"], r["latency_ms_after"])
         latency = f"| predicted ms per decoded token | {times[0]:.3g} | {times[1]:.3g} |\n"
@@ -128,6 +129,15 @@ Asked: {asked}.
 {load}model = AutoModelForCausalLM.from_pretrained("this folder")
 ```
 
-Calibration: {json.dumps(manifest["calibration"], default=str)}. Hyper-parameters: {json.dumps(manifest["settings"], default=str)}.
+{origin}Calibration: {json.dumps(manifest["calibration"], default=str)}. Hyper-parameters:
+{json.dumps(manifest["settings"], default=str)}.
 The plan, per-unit errors and versions are in `planish.json`.
 """
+
+
+def describe_origin(origin: dict[str, Any] | None) -> str:
+    """A line about the file that the dense model was dequantised from."""
+    if origin is None:
+        return ""
+    types = ", ".join(f"{n} {kind}" for kind, n in origin["tensor_types"].items())
+    return f"Made from the {origin['format']} file `{origin['file']}` (tensors: {types}): {origin['note']}.\n"

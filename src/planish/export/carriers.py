@@ -11,9 +11,9 @@ import torch
 
 from planish.errors import InputError
 from planish.export import configuration_decilm as decilm
-from planish.export.dense import copy_files
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.written import DTYPES, Written, check_apart, check_dtype, describe_products, keep_dtype
+from planish.folder.source import copy_files
 from planish.folder.writer import Writer
 
 WIDTHS = 256  # DeciLM's MLPs are multiples of it
@@ -236,7 +236,7 @@ def write(
         writer.text("config.json", json.dumps(settings, indent=2) + "\n")
         for file in code:
             writer.text(file.name, file.read_text(encoding="utf-8"))
-        copy_files(source, writer)
+        copy_files(source.path, writer.partial)
         size, total = writer.bytes, writer.parameters
         weights, stored = size - writer.index_bytes, source.count()
         writer.close()

@@ -23,7 +23,7 @@ from planish.export.written import (
     keep_dtype,
 )
 from planish.folder.config import write_config
-from planish.folder.source import COPIED, set_parameter
+from planish.folder.source import copy_files, set_parameter
 from planish.folder.writer import Writer
 from planish.modelling.attentions import Attention
 from planish.modelling.blocks import Spec, find_blocks, get_linear, split_block
@@ -73,7 +73,7 @@ def export_dense(
             source.stock_config.dtype = DTYPES[dtype or "f32"]
         like: Any = SimpleNamespace(config=source.stock_config, family=source.family, n_blocks=len(source))
         kind = write_config(writer, like, specs, shapes)
-        copy_files(source, writer)
+        copy_files(source.path, writer.partial)
         size, total = writer.bytes, writer.parameters
         weights, stored = size - writer.index_bytes, source.count()
         writer.close()
@@ -159,10 +159,3 @@ def make_padded(source: Folder, plain: Plain, width: int) -> tuple[nn.Module, Sp
     sizes = {"gate": (width, shape.hidden), "up": (width, shape.hidden), "down": (shape.hidden, width)}
     forms = {r: {"kind": "dense", "out": sizes[r][0], "in": sizes[r][1]} for r in source.family.roles if r in sizes}
     return block, {"linears": forms}
-
-
-def copy_files(source: Folder, writer: Writer) -> None:
-    """Tokenizer and generation files."""
-    for name in COPIED:
-        if (source.path / name).is_file():
-            (writer.partial / name).write_bytes((source.path / name).read_bytes())

@@ -10,13 +10,20 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from planish.core import Shape
 from planish.errors import InputError
-from planish.folder.source import find_folder, index_tensors, is_finite, load_config, no_parameters, set_parameter
+from planish.folder.source import (
+    find_folder,
+    index_tensors,
+    is_finite,
+    load_config,
+    no_parameters,
+    open_shard,
+    set_parameter,
+)
 from planish.modelling.attentions import Attention, Frequencies, Latent, count_heads, head_width, rotary_width
 from planish.modelling.blocks import Spec, find_blocks, get_linear, split_block
 from planish.modelling.families import FAMILIES, Family
@@ -59,11 +66,7 @@ class Folder:
     def tensor(self, name: str) -> Tensor:
         if name not in self.files:
             raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
-        try:
-            with safe_open(self.files[name], "pt") as handle:
-                tensor = handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"cannot read tensor {name} of {self.path}: {error}; download it again") from None
+        tensor = open_shard(self.files[name]).read(name)
         if not is_finite(tensor):
             raise InputError(f"tensor {name} of {self.path} holds NaN or infinity: no target could compute anything")
         return tensor

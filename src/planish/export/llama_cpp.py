@@ -71,7 +71,15 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_vocab_type": (ctypes.c_int32, [_HANDLE]),
     "llama_tokenize": (
         ctypes.c_int32,
-        [_HANDLE, ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32, ctypes.c_bool, ctypes.c_bool],
+        [
+            _HANDLE,
+            ctypes.c_char_p,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_int32),
+            ctypes.c_int32,
+            ctypes.c_bool,
+            ctypes.c_bool,
+        ],
     ),
 }
 
@@ -89,7 +97,9 @@ def load_library() -> Any:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (IndexError, OSError, AttributeError) as error:
-        raise InputError(f"xllamacpp holds no llama.cpp that can be called here ({error}); tested with {TESTED}") from None
+        raise InputError(
+            f"xllamacpp holds no llama.cpp that can be called here ({error}); tested with {TESTED}"
+        ) from None
     defaults = library.llama_context_default_params()
     if any(defaults.data[at // 4] != default for at, default in FIELDS.values()):
         raise InputError(f"this xllamacpp has parameters in another order; use xllamacpp=={TESTED}")
@@ -101,14 +111,20 @@ def load_library() -> Any:
 class LlamaCpp:
     """A GGUF file in llama.cpp: one thread, an fp32 cache, no flash attention."""
 
+    tolerance = 1e-4  # of the largest logit, in fp32
+
     def __init__(self, file: Path, context: int):
         self.library = load_library()
-        self.model = self.library.llama_model_load_from_file(str(file).encode(), self.library.llama_model_default_params())
+        self.model = self.library.llama_model_load_from_file(
+            str(file).encode(), self.library.llama_model_default_params()
+        )
         if not self.model:
             raise InputError(f"llama.cpp cannot load {file}")
         self.vocabulary = self.library.llama_model_get_vocab(self.model)
         parameters = self.library.llama_context_default_params()
-        settings = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), context) | dict.fromkeys(("n_threads", "n_threads_batch"), 1)
+        settings = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), context) | dict.fromkeys(
+            ("n_threads", "n_threads_batch"), 1
+        )
         settings |= {"flash_attn_type": OFF, "type_k": F32, "type_v": F32}
         for name, value in settings.items():
             parameters.data[FIELDS[name][0] // 4] = value

@@ -70,7 +70,9 @@ class Metadata:
             )
         found = values.pop() if values else None
         if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-            raise InputError(f"{self.file.path}: {self.architecture}.{key} is {found!r}, expected a positive whole number")
+            raise InputError(
+                f"{self.file.path}: {self.architecture}.{key} is {found!r}, expected a positive whole number"
+            )
         return found
 
 
@@ -92,7 +94,9 @@ def read_config(file: GGUF) -> Any:
     try:
         return CONFIG_MAPPING[kind](**values)
     except Exception as error:  # whatever values of a damaged header make the configuration raise
-        raise InputError(f"{file.path}: its metadata is no valid {kind}: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(
+            f"{file.path}: its metadata is no valid {kind}: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def check_known(meta: Metadata) -> None:
@@ -134,7 +138,9 @@ def set_llama(meta: Metadata) -> dict[str, Any]:
     head, hidden, heads = values["head_dim"], values["hidden_size"], values["num_attention_heads"]
     if meta.architecture in ("qwen2", "phi3"):
         if head * heads != hidden:
-            raise InputError(f"{meta.file.path}: {heads} heads of {head} in a {meta.architecture} of hidden size {hidden}")
+            raise InputError(
+                f"{meta.file.path}: {heads} heads of {head} in a {meta.architecture} of hidden size {hidden}"
+            )
         del values["head_dim"]
     if meta.architecture in ("llama", "qwen3"):
         values["attention_bias"] = any(f"blk.0.attn_{n}.bias" in meta.file.tensors for n in ("q", "k", "v", "output"))

@@ -150,7 +150,9 @@ def check_part(path: Path, i: int, count: int, metadata: dict[str, Any]) -> None
     if (n, of) == (i, count) or (count > 1 and "split.count" not in metadata):
         return
     if count == 1:
-        raise InputError(f"{path} is file {n + 1} of a model in {of}; give them their names NAME-00001-of-{of:05d}.gguf")
+        raise InputError(
+            f"{path} is file {n + 1} of a model in {of}; give them their names NAME-00001-of-{of:05d}.gguf"
+        )
     raise InputError(f"{path} says that it is file {n + 1} of {of}, its name says {i + 1} of {count}")
 
 
@@ -237,7 +239,9 @@ def check_tensor(path: Path, name: str, shape: tuple[int, ...], number: int, sta
         gguf.quants.dequantize(np.zeros((1, size), dtype=np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError):
         what = kind.name if number in {int(k) for k in gguf.GGMLQuantizationType} else f"number {number}"
-        raise ValueError(f"tensor {name} is stored in type {what}, which the gguf library does not dequantise") from None
+        raise ValueError(
+            f"tensor {name} is stored in type {what}, which the gguf library does not dequantise"
+        ) from None
     if shape[-1] % per_block:
         raise ValueError(f"tensor {name} has rows of {shape[-1]} numbers, {kind.name} has blocks of {per_block}")
     nbytes = prod(shape) // per_block * size

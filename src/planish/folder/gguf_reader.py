@@ -17,7 +17,7 @@ from torch import Tensor
 
 from planish.errors import InputError
 from planish.folder.gguf_config import read_config
-from planish.folder.gguf_file import GGUF
+from planish.folder.gguf_file import GGUF, SPLIT, list_parts
 from planish.folder.safetensors import Entry
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -79,8 +79,9 @@ class GGUFShard:
         self.entries = {name: self.describe(name) for name in self.origins}
 
     @property
-    def paths(self) -> list[Path]:
-        return self.file.paths
+    def files(self) -> dict[str, Path]:
+        """Name → the file that it is in."""
+        return {name: self.file.tensors[origin.name].file for name, origin in self.origins.items()}
 
     def match_names(self) -> dict[str, Origin]:
         """Name in the transformers checkpoint → where it is."""
@@ -138,7 +139,7 @@ class GGUFShard:
     def expect(self, names: Iterable[str]) -> None:
         """Dequantising takes longer than reading: nothing is read ahead."""
 
-    def describe_source(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
         """What planish.json says about where the dense model came from."""
         return {
             "format": "gguf", "file": self.path.name, "architecture": self.architecture,
@@ -171,28 +172,35 @@ def turn_back(t: Tensor, turn: str, config: Any) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _open(path: Path, stamp: tuple[int, int]) -> GGUFShard:
+def _open(path: Path, stamps: tuple[tuple[int, int], ...]) -> GGUFShard:
     return GGUFShard(path)
 
 
 def open_gguf(path: Path) -> GGUFShard:
-    """The model in a file; a header is read once as long as the file stays as it is."""
+    """The model that a file is, or is a part of; headers are read once as long as the files stay as they are."""
+    parts = list_parts(path)
     try:
-        status = path.stat()
+        status = [p.stat() for p in parts]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    return _open(path, (status.st_size, status.st_mtime_ns))
+    return _open(parts[0], tuple((s.st_size, s.st_mtime_ns) for s in status))
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and not path.is_dir()
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or the one model of a folder that holds nothing else; None where it is neither."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return path if path.suffix == ".gguf" or file.read(4) == b"GGUF" else None
-    if not path.is_dir() or (path / "config.json").exists():
+    """The GGUF file that `path` is, or the one model of a folder without other weights; None where it is neither."""
+    if not path.is_dir():
+        return path if is_gguf(path) else None
+    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return None
     files = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
-    models = {p: None for p in files if "-of-" not in p.stem or "-00001-of-" in p.stem}
+    models = [p for p in files if not (part := SPLIT.match(p.name)) or int(part["n"]) == 1] or files[:1]
     if len(models) > 1:
-        raise InputError(f"{path} holds {len(models)} GGUF models ({', '.join(p.name for p in list(models)[:4])}…); name one file")
-    return next(iter(models), files[0] if files else None)
+        names = ", ".join(p.name for p in models[:4])
+        raise InputError(
+            f"{path} holds {len(models)} GGUF models ({names}{', …' * (len(models) > 4)}); name one of the files"
+        )
+    return models[0] if models else None

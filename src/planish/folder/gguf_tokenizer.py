@@ -39,7 +39,9 @@ def load_gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerFast | None:
     ids = {t: i for i, t in enumerate(tokens)}
     special = read_special(file, tokens)
     try:
-        backend = build_byte_level(file, ids) if kind == "gpt2" else build_sentencepiece(file, ids, types, special["unk"])
+        backend = (
+            build_byte_level(file, ids) if kind == "gpt2" else build_sentencepiece(file, ids, types, special["unk"])
+        )
         add_tokens(backend, tokens, types, rstrip="phi-3" in str(meta.get("general.name", "")).lower())
         set_frame(backend, file, tokens, special, kind)
     except InputError:
@@ -180,5 +182,7 @@ def generation_config(file: GGUF) -> GenerationConfig:
     ends += [i for i, (t, k) in enumerate(zip(tokens, types, strict=True)) if t in ENDS and k == CONTROL]
     unique = list(dict.fromkeys(i for i in ends if i is not None))
     return GenerationConfig(
-        bos_token_id=special["bos"], pad_token_id=special["pad"], eos_token_id=unique[0] if len(unique) == 1 else unique or None
+        bos_token_id=special["bos"],
+        pad_token_id=special["pad"],
+        eos_token_id=unique[0] if len(unique) == 1 else unique or None,
     )

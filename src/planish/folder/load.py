@@ -10,8 +10,10 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from planish.errors import InputError
+from planish.folder.gguf_reader import is_gguf, open_gguf
+from planish.folder.gguf_tokenizer import generation_config
 from planish.folder.safetensors import Shard
-from planish.folder.source import NO_SOFT_CAP, find_folder, index_tensors, load_config
+from planish.folder.source import NO_SOFT_CAP, FolderSource, find_folder, index_tensors, load_config, set_parameter
 from planish.modelling.attentions import needs_eager
 
 
@@ -42,6 +44,8 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     if needs_eager(config) and "attn_implementation" not in kwargs:
         kwargs["attn_implementation"] = "eager"
         warnings.warn(NO_SOFT_CAP.format(f"{folder} is loaded"), stacklevel=2)
+    if is_gguf(path):
+        return load_gguf(path, **kwargs)
     files = index_tensors(path)  # says what is missing, and that pickles are not read
     if not getattr(config, "quantization_config", None):
         for file in sorted(set(files.values())):
@@ -53,4 +57,21 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
         raise InputError(f"cannot load {folder}: {type(error).__name__}: {error}") from None
     for name in sorted(found["missing_keys"]):  # transformers would go on with random numbers
         raise InputError(f"tensor {name} is missing in {folder}: the checkpoint is incomplete")
+    return model.eval()
+
+
+def load_gguf(
+    path: Path, *, dtype: torch.dtype | None = None, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """A causal LM from a GGUF file, dequantised tensor by tensor into `dtype` (fp32 unless the file holds less)."""
+    source = FolderSource(path)
+    if attn_implementation is not None:
+        source.config._attn_implementation = attn_implementation
+    if dtype is not None:
+        source.config.dtype = dtype
+    model = source.skeleton()
+    for name, _ in list(model.named_parameters()):
+        set_parameter(model, name, source.weight(name).to(source.config.dtype))
+    model.tie_weights()
+    model.generation_config = generation_config(open_gguf(path).file)
     return model.eval()

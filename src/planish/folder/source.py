@@ -1,4 +1,4 @@
-"""Dense models, read one block at a time: from a folder of safetensors, from the hub, or in memory."""
+"""Dense models, read one block at a time: from a folder of safetensors, a GGUF file, the hub, or in memory."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from planish.core import Shape
 from planish.errors import InputError
+from planish.folder.gguf_reader import GGUFShard, find_gguf, is_gguf, open_gguf
+from planish.folder.gguf_tokenizer import generation_config, load_gguf_tokenizer
 from planish.folder.safetensors import Shard
 from planish.modelling.attentions import count_heads, head_width, needs_eager, rotary_width
 from planish.modelling.blocks import find_blocks, get_linear, split_block
@@ -92,6 +94,10 @@ class Source:
     def copy_files(self, target: Path) -> None:
         """Tokenizer and generation files."""
         raise NotImplementedError
+
+    def origin(self) -> dict[str, Any] | None:
+        """What the manifest says of the file that the model was dequantised from, None where it was stored as it is."""
+        return None
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
         """Every tensor that the model consists of, by its name in the causal LM: numbers and dtype, as they are stored.
@@ -181,16 +187,16 @@ def no_parameters() -> Iterator[None]:
 
 
 class FolderSource(Source):
-    """Safetensors, sharded or not, read with plain reads (see `planish.folder.safetensors`)."""
+    """Safetensors, sharded or not, or a GGUF file (`folder` is then its path), read with plain reads."""
 
     def __init__(self, folder: Path, name: str | None = None):
         self.folder, self.name = folder, name or str(folder)
-        if not folder.is_dir():
+        if not folder.is_dir() and not is_gguf(folder):
             raise InputError(f"no such model: {folder} is not a folder")
         self.config = load_config(folder)
         self.family = find_family(self.config)
         self.files = index_tensors(folder)
-        self._shards: dict[Path, Shard] = {}
+        self._shards: dict[Path, Shard | GGUFShard] = {}
         self._last = -1  # block that was read last
         self.rename = self._match_names()
         inside = {
@@ -225,10 +231,10 @@ class FolderSource(Source):
             raise InputError(f"tensor {stored} in {path.name} of {self.folder} holds NaN or infinity")
         return tensor
 
-    def shard(self, stored: str) -> Shard:
+    def shard(self, stored: str) -> Shard | GGUFShard:
         path = self.files[stored]
         if path not in self._shards:
-            self._shards[path] = Shard(path)
+            self._shards[path] = open_shard(path)
         return self._shards[path]
 
     def names(self, prefix: str) -> list[str]:
@@ -310,10 +316,10 @@ class FolderSource(Source):
         return self.tensor(name if name in self.rename else self.tied.get(name, name))
 
     def copy_files(self, target: Path) -> None:
-        for name in COPIED:
-            if (self.folder / name).is_file():
-                check_inside(self.folder, self.folder / name)
-                shutil.copyfile(self.folder / name, target / name)
+        copy_files(self.folder, target)
+
+    def origin(self) -> dict[str, Any] | None:
+        return open_gguf(self.folder).origin() if is_gguf(self.folder) else None
 
 
 class ConfigSource(Source):
@@ -417,6 +423,10 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 def load_config(folder: Path) -> Any:
     """A folder's configuration; models built from it have an attention that computes all that it says."""
+    if is_gguf(folder):
+        config = copy.deepcopy(open_gguf(folder).config)
+        find_family(config)
+        return prepare_config(config)
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json: not a Hugging Face model folder")
@@ -432,13 +442,23 @@ def load_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{path} is not a valid {kind} configuration: {error}") from None
+    return prepare_config(config)
+
+
+def prepare_config(config: Any) -> Any:
     if needs_eager(config):
         config._attn_implementation = "eager"
     return config
 
 
+def open_shard(path: Path) -> Shard | GGUFShard:
+    return open_gguf(path) if is_gguf(path) else Shard(path)
+
+
 def index_tensors(folder: Path) -> dict[str, Path]:
     """Tensor name → shard. Shard names must be plain file names inside the folder."""
+    if is_gguf(folder):
+        return open_gguf(folder).files
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
@@ -472,8 +492,21 @@ def check_inside(folder: Path, file: Path) -> None:
         raise InputError(f"{file} is a link to {target}, outside the model's folder: copy the file there")
 
 
+def copy_files(folder: Path, target: Path) -> None:
+    """Tokenizer and generation files of a model; those of a GGUF file are written from its metadata."""
+    if is_gguf(folder):
+        if tokenizer := load_tokenizer(folder):
+            tokenizer.save_pretrained(target)
+        generation_config(open_gguf(folder).file).save_pretrained(target)
+        return
+    for name in COPIED:
+        if (folder / name).is_file():
+            check_inside(folder, folder / name)
+            shutil.copyfile(folder / name, target / name)
+
+
 def open_source(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
-    """A folder, a hub id, or a causal LM in memory."""
+    """A folder, a GGUF file, a hub id, or a causal LM in memory."""
     if isinstance(model, Source):
         return model
     if isinstance(model, nn.Module):
@@ -493,10 +526,10 @@ def open_shapes(model: str | Path | PreTrainedModel | Source, tokenizer: Any = N
 
 
 def find_folder(model: str | Path) -> Path:
-    """The folder itself, or the snapshot of a hub id (safetensors only)."""
+    """The folder itself, the GGUF file that it is or holds, or the snapshot of a hub id (safetensors only)."""
     path = Path(model)
     if path.exists():
-        return path
+        return find_gguf(path) or path
     text = str(model)
     neither = InputError(f"no such model: {text} is neither a folder nor a hub id (owner/name)")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
@@ -522,6 +555,8 @@ def find_folder(model: str | Path) -> Path:
 
 def load_tokenizer(folder: Path) -> Any | None:
     """The folder's tokenizer, or None where it has none."""
+    if is_gguf(folder):
+        return load_gguf_tokenizer(open_gguf(folder).file)
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     try:
