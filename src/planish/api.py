@@ -37,7 +37,7 @@ from planish.folder.source import (
     open_source,
 )
 from planish.manifest import Result
-from planish.methods import find_method, find_name, list_methods
+from planish.methods import find_method, list_methods
 from planish.methods.method import Method
 from planish.plan.budgets import check_number, read_asked
 from planish.recipe import Recipe, Text
@@ -140,7 +140,7 @@ def compress(
     recipe = None
     if isinstance(source, FolderSource) and isinstance(calibration, str | Path):
         recipe = Recipe(
-            model=source.name, method=find_name(chosen), settings=chosen.settings(), **asked.as_dict(),
+            model=source.name, method=chosen.name, settings=chosen.settings(), **asked.as_dict(),
             calibration=Text(source=str(calibration), **{n: text.record[n] for n in ("n_samples", "seq_len", "seed", "sampling")}),
             device=cast(Literal["cpu", "cuda", "mps"], place.partition(":")[0]),
             dtype=dtype if isinstance(dtype, str) else None, round_to=round_to, target=target,

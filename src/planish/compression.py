@@ -21,6 +21,7 @@ from planish.apply import count_block, is_empty
 from planish.calibrate.activations import Room
 from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.stream import Stream, reuse_memory
+from planish.calibrate.text import shuffle_windows
 from planish.core import Plan, Progress, Shape, Unit
 from planish.errors import InputError
 from planish.folder.config import write_config
@@ -29,7 +30,7 @@ from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
 from planish.job import Job
 from planish.manifest import Result, describe_origin, read_result, write_manifest
-from planish.methods import find_method, find_name
+from planish.methods import find_method
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
 from planish.plan.budgets import Asked, read_asked
@@ -84,7 +85,7 @@ def compress(
     method = find_method(method, settings or {})
     source = open_source(model, tokenizer)
     check_windows(windows, source)
-    calibrated = method.prepare(windows)
+    calibrated = shuffle_windows(windows, method.shuffled)
     check_apart(Path(output), source)
     writer = Writer(Path(output), source.n_blocks, overwrite, resume)
     try:
@@ -97,7 +98,7 @@ def compress(
         if not resume and isinstance(source, FolderSource):
             request = {
                 "model": str(source.folder.resolve()), "name": source.name, "asked": asdict(asked),
-                "method": find_name(method), "settings": method.settings(), "given": sorted(settings or {}),
+                "method": method.name, "settings": method.settings(), "given": sorted(settings or {}),
                 "calibration": calibration or {}, "device": device.partition(":")[0], "dtype": dtype and str(dtype)[6:],
                 "round_to": round_to, "overwrite": overwrite, "target": target, "files": files or {},
                 "processes": lanes.count(), "measured": measured,
@@ -129,7 +130,6 @@ def compress(
             with offload(stream.device):
                 with job.phase("plan"):
                     plan = job.plan()
-                    method.finish(job, plan)
                 result = write(job, plan, writer)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
         notes = list(filter(None, [describe_origin(source.origin()).strip()]))
@@ -225,7 +225,7 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         count_flops(shapes, specs, counted, job.context),
     ]
     result = Result(
-        find_name(job.method),
+        job.method.name,
         job.keep,
         sum(counted) / before,
         outer + blocks,
@@ -269,12 +269,9 @@ def drop_tied(outside: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
     return rest if embedding in rest else {embedding: outside["lm_head.weight"], **rest}
 
 
-DAMPINGS = ("damping", "ridge")  # settings with which a method makes a singular Gram invertible
-
-
 def check_tokens(job: Job, windows: Tensor, settings: dict[str, Any]) -> None:
     """Fewer calibration tokens than a Gram's dimension make it singular: an error unless damping is asked for."""
-    own = [n for n in DAMPINGS if n in job.method.settings()]
+    own = job.method.dampings
     if set(own) & set(settings):
         return
     grams = [t for t in job.taps(job.block_units(0)) if t.kind in ("gram", "moments")]

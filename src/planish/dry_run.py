@@ -21,12 +21,12 @@ from planish import stats as stats_file
 from planish.calibrate.cache import Cache
 from planish.calibrate.reuse import BEHIND, LAST
 from planish.calibrate.stream import BATCH, Stream
+from planish.calibrate.text import shuffle_windows
 from planish.compression import check_tokens, check_windows, pick_dtype
 from planish.core import Plan, Progress, Shape, Unit, count_sums
 from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source
 from planish.job import Job
-from planish.methods import find_name
 from planish.methods.method import Method
 from planish.plan.budgets import SHARES, Asked, Budget, CacheNumbers, Flops, make_budget
 from planish.plan.footprint import count_cache, count_flops
@@ -34,7 +34,7 @@ from planish.plan.latency import Latency, read_table
 from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
-from planish.solve import find_sites_beside
+from planish.solve import count_refit, find_sites_beside
 from planish.solvers.offload import offload
 from planish.stats import Tap, add_gram
 
@@ -129,13 +129,13 @@ def forecast(
     except TextNeeded:
         if isinstance(source, ConfigSource):
             raise InputError(
-                f"{find_name(method)} chooses its ranks by statistics, and {source.name} holds no weights to measure them with: "
+                f"{method.name} chooses its ranks by statistics, and {source.name} holds no weights to measure them with: "
                 "plan from the whole model, or with ranks from shapes alone (--set allocation=uniform, where the method has it)"
             ) from None
         windows = read()
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
-        stream = Stream(source, method.prepare(windows), device=device, dtype=dtype)
+        stream = Stream(source, shuffle_windows(windows, method.shuffled), device=device, dtype=dtype)
         arguments: dict[str, Any] = {
             "asked": asked,
             "step": round_to,
@@ -197,7 +197,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
     stored = make_budget("max_bytes", 1, source, shapes, job.context)
     peaks, seconds, how = estimate(job, plan, size, measured, params, head, itemsize, int(flops.total) - 2 * blocks)
     found = Forecast(
-        method=find_name(job.method),
+        method=job.method.name,
         keep_requested=job.keep,
         keep=blocks_after / blocks,
         params_before=params,
@@ -318,12 +318,12 @@ def count_between(job: Job, shape: Shape, plan: Plan, size: tuple[int, int]) -> 
     if job.method.prefix == "both" and not beside:
         starts.append(list_starts(job, shape, size))
     channels = sum(width[n] for names in starts for n in names) + sum(map(shape.width, beside))
-    return ceil(channels * job.method.solve_windows(size[0]) / size[0])
+    return ceil(channels * count_refit(size[0], job.method.refit_share) / size[0])
 
 
 def list_starts(job: Job, shape: Shape, size: tuple[int, int], stage: Sequence[Unit] = ()) -> set[str]:
     """Submodules whose last linear's inputs are kept where this stage of a block is solved (none: nothing is)."""
-    windows, stream = job.method.solve_windows(size[0]), job.stream
+    windows, stream = count_refit(size[0], job.method.refit_share), job.stream
     one_batch = windows <= max(1, BATCH // size[1])
     if job.method.prefix == "dense" or stream.device.type != "cpu" or one_batch:
         return set()

@@ -20,14 +20,13 @@ from planish.calibrate.stream import Stream
 from planish.clock import Timer
 from planish.core import Edit, Frontier, Plan, Progress, Shape, Solver, Unit
 from planish.errors import InputError
-from planish.methods import find_name
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
 from planish.plan.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
 from planish.plan.budgets import Asked, Budget, CacheNumbers, label, make_budget
 from planish.plan.latency import Latency, Table, make_latency
 from planish.plan.targets import check_plan, constrain, fit_target, make_uniform, needs_uniform
-from planish.solve import read_weights, solve
+from planish.solve import count_refit, read_weights, solve
 from planish.stats import Stats, Tap
 
 
@@ -53,7 +52,7 @@ class Job:
         self.asked = asked or Asked(keep=keep)
         self.cache_only = set(self.asked.given) == {"kv_keep"}
         beside = sorted(set(self.asked.given) - {"keep"})
-        if beside and getattr(method, "sparsity", None) is not None:
+        if beside and method.sparsity is not None:
             raise InputError(f"sparsity says how much goes; {label(beside[0])} cannot hold beside it: give one of them")
         self.budgets: list[Budget] = self.make_budgets(measured or {})
         shares = {b.name: b.share for b in self.budgets}
@@ -66,7 +65,7 @@ class Job:
                 self.units |= dict.fromkeys(units, solver)
         self.target = target
         self.stack = fit_target(target, stream.source, self.shapes)
-        self.units = constrain(self.stack, find_name(method), self.units, self.shapes)
+        self.units = constrain(self.stack, method.name, self.units, self.shapes)
         self.weights = sum(s.count() for s in self.shapes)
         self.costs: dict[tuple[int, str, Shape], tuple[Solver, Choices]] = {}
         for b in self.budgets:
@@ -76,9 +75,7 @@ class Job:
                 normed = (
                     " of this model, which normalises queries and keys" if any(s.qk_norm for s in self.shapes) else ""
                 )
-                raise InputError(
-                    f"--kv-keep: {find_name(method)} {what}{normed}; use auto, palu, a3, modegpt or flat-llm"
-                )
+                raise InputError(f"--kv-keep: {method.name} {what}{normed}; use auto, palu, a3, modegpt or flat-llm")
         # what a method's own rule asks for: of two budgets the one that prices every linear, and of these the tighter
         self.main = min(self.budgets, key=lambda b: (isinstance(b, CacheNumbers), b.share))
         self.keep, self.total = self.main.share, self.main.total
@@ -163,7 +160,7 @@ class Job:
             return rule({u: self.choices(u) for u in self.units}, share, self.limits, self.step)
         except BudgetError as error:
             b = self.budgets[error.which]
-            refusal = b.refuse(find_name(self.method), error.smallest + b.limit - self.limits[error.which])
+            refusal = b.refuse(self.method.name, error.smallest + b.limit - self.limits[error.which])
             coarse = [f"ranks are multiples of {self.step}, see --round-to"] if self.step > 1 else []
             why = "; ".join([*coarse, *self.remarks.values()])
             raise InputError(f"{refusal} ({why})" if why else str(refusal)) from None
@@ -171,7 +168,7 @@ class Job:
     def plan(self) -> Plan:
         """The method's ranks within the budgets."""
         plan = self.method.plan_cache(self) if self.cache_only else self.method.plan(self)
-        check_plan(self.stack, find_name(self.method), plan)
+        check_plan(self.stack, self.method.name, plan)
         if needs_uniform(self.stack, plan):
             plan = self.make_uniform(plan)
         return plan
@@ -196,7 +193,7 @@ class Job:
             limits = [b.limit - o for b, o in zip(self.budgets, others, strict=True)]
             plan = make_uniform(self.stack, plan, curves, limits)
         except BudgetError as error:
-            who = f"{find_name(self.method)} for {self.target}"
+            who = f"{self.method.name} for {self.target}"
             raise self.budgets[error.which].refuse(who, error.smallest + others[error.which]) from None
         self.notes["uniform"] = {
             n: next(r for u, r in plan.items() if u.name == n) for n in sorted(uniform & {u.name for u in plan})
@@ -331,7 +328,7 @@ class Job:
     def solve_share(self) -> float:
         """Share of the calibration windows that the method's solve runs."""
         n = sum(map(len, self.stream.batches))
-        return self.method.solve_windows(n) / n if n and self.method.prefix != "dense" else 1.0
+        return count_refit(n, self.method.refit_share) / n if n and self.method.prefix != "dense" else 1.0
 
     def stored_taps(self, i: int) -> list[Tap]:
         """Taps of a block's units that the uncompressed model alone answers: those of their frontiers to plan by."""
@@ -482,4 +479,4 @@ class Job:
         """The calibration windows that the method's solve runs, evenly spaced among all."""
         if self.method.prefix == "dense":
             return self.stream
-        return self.stream.spread(self.method.solve_windows(sum(map(len, self.stream.batches))))
+        return self.stream.spread(count_refit(sum(map(len, self.stream.batches)), self.method.refit_share))

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from math import isnan
+from math import ceil, isnan
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -99,6 +99,11 @@ def solve(
         if job.progress:
             job.progress(phase, i + 1, len(job.shapes))
     return hidden
+
+
+def count_refit(n: int, share: float) -> int:
+    """How many of n calibration windows a solve runs that takes this share of them."""
+    return min(n, max(1, ceil(share * n)))
 
 
 def measure_stage(

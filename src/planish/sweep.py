@@ -30,7 +30,7 @@ from planish.evaluate.report.points import NAN, Point, read_points, write_points
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, load_tokenizer, open_source
 from planish.manifest import Result
-from planish.methods import find_method, find_name
+from planish.methods import find_method
 from planish.methods.method import Method
 from planish.plan.budgets import Asked, read_asked
 
@@ -136,7 +136,7 @@ def sweep(
                 memory = room.limit // 2
                 shared = (open_cache(stream, memory) if cache else None) or Cache(memory=memory)
             ran.add(label)
-            point = Point(name, find_name(method), json.dumps(settings), next(iter(asked.given.values())))
+            point = Point(name, method.name, json.dumps(settings), next(iter(asked.given.values())))
             point.budgets = json.dumps(asked.given)
 
             run = partial(
@@ -154,7 +154,7 @@ def sweep(
         f"{label} ran with {name}={value}, so that further points cost little; "
         f"{label}:{name}={show(getattr(type(method), name))} gives what compress does"
         for (label, settings, method), text in zip(chosen, methods, strict=True)
-        for name, value in method.sweeping().items()
+        for name, value in method.sweeping.items()
         if label in ran and settings[name] == value and f"{name}=" not in text.replace("-", "_").replace(" ", "")
     ]
     found.seconds = time.perf_counter() - start
@@ -183,7 +183,7 @@ def parse_method(text: str) -> tuple[str, dict[str, str], Method]:
         if not equals or not key.strip():
             raise InputError(f"--methods {text}: {pair!r} has no value; write {name}:name=value")
         settings[key.strip().replace("-", "_")] = value.strip()
-    more = find_method(name, settings).sweeping()
+    more = find_method(name, settings).sweeping
     settings = more | settings
     return text.strip(), settings, find_method(name, settings)
 

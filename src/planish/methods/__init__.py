@@ -54,11 +54,6 @@ def find_class(name: str) -> tuple[str, type[Method]]:
     return canonical, known[canonical]
 
 
-def find_name(method: Method) -> str:
-    """What `planish methods` lists this method as."""
-    return type(method).__module__.rpartition(".")[2].replace("_", "-")
-
-
 def parse(cls: type[Method], method: str, name: str, value: Any) -> Any:
     """One hyper-parameter, converted to its field's type."""
     hints = get_type_hints(cls)

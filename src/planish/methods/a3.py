@@ -39,6 +39,7 @@ class A3(Method):
 
     title: ClassVar[str] = "joint reduction of Q–K, O–V and neurons to smaller dense shapes"
     reference: ClassVar[str] = "A3, arXiv 2505.12942"
+    dampings: ClassVar[tuple[str, ...]] = ("damping",)
 
     qk: Literal["product", "energy"] = "product"
     vo: Literal["attention", "values"] = "attention"

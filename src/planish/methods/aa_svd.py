@@ -23,6 +23,7 @@ class AASVD(Method):
     reference: ClassVar[str] = "AA-SVD, arXiv 2604.02119"
     prefix: ClassVar[str] = "both"
     shares: ClassVar[tuple[str, ...]] = ("anchor",)
+    dampings: ClassVar[tuple[str, ...]] = ("damping",)
 
     anchor: float = 1.0
     damping: float = 1e-3

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from math import ceil, exp
+from math import exp
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from planish.calibrate.cache import describe
-from planish.calibrate.text import list_shuffled, shuffle_windows
+from planish.calibrate.text import list_shuffled
 from planish.core import Frontier, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
@@ -46,13 +46,6 @@ LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by stee
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
-SHARES = (
-    0.125,
-    0.25,
-    0.5,
-    0.75,
-)  # ranks at which errors of scores are measured, of low-rank linears at the first three
-WINDOWS = {True: 4, False: 8}  # on which, of low-rank linears and of the others
 TINY = 1e-300
 SATURATES = 0.01  # predicted nats per token above which plans are compared by measured loss
 HELD = 8  # windows at least on which they are
@@ -126,6 +119,7 @@ class Auto(Method):
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
     reference: ClassVar[str] = "planish"
     shares: ClassVar[tuple[str, ...]] = ("anchor", "refit_share", "shuffled")
+    dampings: ClassVar[tuple[str, ...]] = ("ridge",)
 
     units: Literal["any", "structural", "linear"] = "any"
     anchor: float = 0.25
@@ -249,12 +243,7 @@ class Auto(Method):
                 found[unit] = replace(frontiers[unit], loss=loss * between.exp())
         return found
 
-    def prepare(self, windows: Tensor) -> Tensor:
-        return shuffle_windows(windows, self.shuffled)
-
-    def solve_windows(self, n: int) -> int:
-        return min(n, max(1, ceil(self.refit_share * n)))
-
+    @property
     def sweeping(self) -> dict[str, str]:
         return {"refit_share": "0.0625"} if self.anchor else {}
 

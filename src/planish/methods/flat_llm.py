@@ -27,6 +27,7 @@ class FlatLLM(Method):
     title: ClassVar[str] = "head-wise value PCA absorbed into V and O, Nyström MLP, importance-preserving ranks"
     reference: ClassVar[str] = "FLAT-LLM, arXiv 2505.23966"
     prefix: ClassVar[str] = "compressed"
+    dampings: ClassVar[tuple[str, ...]] = ("damping", "ridge")
 
     allocation: Literal["iprs", "uniform"] = "iprs"
     ridge: float = 1e-2

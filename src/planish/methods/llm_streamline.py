@@ -26,6 +26,7 @@ class LLMStreamline(Method):
 
     title: ClassVar[str] = "a window of blocks becomes its first block with a least-squares down projection"
     reference: ClassVar[str] = "LLM-Streamline, arXiv 2403.19135"
+    dampings: ClassVar[tuple[str, ...]] = ("ridge",)
 
     sparsity: float | None = None
     ridge: float = 0.0

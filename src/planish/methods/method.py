@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
 from planish.core import Plan, Solver, Unit
 
 if TYPE_CHECKING:
@@ -29,11 +27,37 @@ class Method(ABC):
     allocations: ClassVar[tuple[str, ...]] = ()
     shares: ClassVar[tuple[str, ...]] = ()  # settings that must lie in [0, 1]
 
+    aliases: ClassVar[tuple[str, ...]] = ()
+    dampings: ClassVar[tuple[str, ...]] = ()  # settings that make a singular Gram invertible; the first is recommended
+
+    @property
+    def name(self) -> str:
+        """What `planish methods` lists it as."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of the submodules that goes, where that was asked for in place of a budget."""
+        return None
+
+    @property
+    def shuffled(self) -> float:
+        """Share of the calibration windows that it measures on with their tokens in another order."""
+        return 0.0
+
+    @property
+    def refit_share(self) -> float:
+        """Share of the calibration windows that the solve runs through what is compressed so far."""
+        return 1.0
+
+    @property
+    def sweeping(self) -> dict[str, str]:
+        """Settings that a sweep takes where none is given, so that a further point costs little beside the first."""
+        return {}
+
     @abstractmethod
     def solvers(self) -> list[Solver]:
         """Solvers that together cover the units it cuts; no unit belongs to two of them."""
-
-    aliases: ClassVar[tuple[str, ...]] = ()
 
     def takes(self, unit: Unit, budgets: Mapping[str, float]) -> bool:
         """Whether it cuts this unit under these budgets (see `planish.plan.budgets`): name → share that stays."""
@@ -50,24 +74,9 @@ class Method(ABC):
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         return [units]
 
-    def prepare(self, windows: Tensor) -> Tensor:
-        """What it measures on: the given calibration windows (n, seq), or something made of them."""
-        return windows
-
-    def solve_windows(self, n: int) -> int:
-        """How many of n calibration windows the solve runs through what is compressed so far."""
-        return n
-
-    def finish(self, job: Job, plan: Plan) -> None:  # noqa: B027
-        """A hook after planning, before solving."""
-
     def solve(self, job: Job, plan: Plan, emit: Callable[[int, Any, dict[str, Any]], None]) -> None:
         """Solve every block and hand it with its spec to `emit`; recipes that are not made of units have their own."""
         job.solve(plan, emit)
-
-    def sweeping(self) -> dict[str, str]:
-        """Settings that a sweep takes where none is given, so that a further point costs little beside the first."""
-        return {}
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

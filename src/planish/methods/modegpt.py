@@ -33,6 +33,7 @@ class MoDeGPT(Method):
     title: ClassVar[str] = "Nyström neurons, CR for Q–K, SVD for V–O, entropic ranks from block influence"
     reference: ClassVar[str] = "MoDeGPT, arXiv 2408.09632"
     shares: ClassVar[tuple[str, ...]] = ("cap",)
+    dampings: ClassVar[tuple[str, ...]] = ("damping", "ridge")
 
     allocation: Literal["entropy", "uniform"] = "entropy"
     smoothing: float = 0.15

@@ -37,6 +37,7 @@ class MPIFA(Method):
     reference: ClassVar[str] = "PIFA / MPIFA, arXiv 2501.19090; OWL, arXiv 2310.05175"
     prefix: ClassVar[str] = "both"
     shares: ClassVar[tuple[str, ...]] = ("anchor", "attention_keep", "spread")
+    dampings: ClassVar[tuple[str, ...]] = ("damping",)
 
     anchor: float = 0.25
     damping: float = 1e-3

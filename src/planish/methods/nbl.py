@@ -25,6 +25,7 @@ class NBL(Method):
 
     title: ClassVar[str] = "attentions replaced by least-squares linear maps, chosen by canonical correlation"
     reference: ClassVar[str] = "NBL, arXiv 2505.21077"
+    dampings: ClassVar[tuple[str, ...]] = ("ridge",)
 
     sparsity: float | None = None
     ridge: float = 1e-9

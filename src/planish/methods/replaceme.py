@@ -31,6 +31,7 @@ class ReplaceMe(Method):
 
     title: ClassVar[str] = "drop a window of blocks, fold a least-squares map into the down projection before it"
     reference: ClassVar[str] = "ReplaceMe, arXiv 2505.02819"
+    dampings: ClassVar[tuple[str, ...]] = ("ridge",)
 
     sparsity: float | None = None
     objective: Literal["squares", "cosine"] = "squares"

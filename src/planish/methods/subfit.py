@@ -79,6 +79,7 @@ class SubFit(Method):
 
     title: ClassVar[str] = "submodules replaced by affine low-rank bypasses, chosen one kind after the other"
     reference: ClassVar[str] = "SubFit, arXiv 2606.02559"
+    dampings: ClassVar[tuple[str, ...]] = ("ridge",)
 
     sparsity: float | None = None
     submodules: Literal["both", "attention", "ffn"] = "both"
