@@ -107,6 +107,8 @@ def describe(writer: gguf.GGUFWriter, model: Any) -> None:
         writer.add_parallel_residual(c.use_parallel_residual)
     elif a != "gpt2":
         describe_rope(writer, c)
+    if a == "phi3" and c.sliding_window:
+        writer.add_sliding_window(c.sliding_window)
     if a.startswith("gemma"):
         writer.add_sliding_window(c.sliding_window)
         writer.add_sliding_window_pattern([t == "sliding_attention" for t in c.layer_types])
@@ -147,16 +149,15 @@ def write(
     vocabulary: Any = None,
     without: tuple[str, ...] = (),
     extra: dict[str, Any] | None = None,
+    tensors: dict[str, Tensor] | None = None,
     endian: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> Path:
     """Write `model` with matrices of `kind`; returns the file (the first of `parts`). `vocabulary(writer)` adds a tokenizer.
-    `without`: tensors to leave out. `extra`: metadata that replaces what is written otherwise."""
+    `without`: tensors to leave out. `extra`: metadata, `tensors`: tensors that are added or replace what is written otherwise."""
     architecture = ARCHITECTURES[model.config.model_type]
-    tensors = rope_factors(model) | convert(model)
-    size = max(len(t) for t in tensors.values()) * 10**6 if parts == 1 else 0
-    writer = gguf.GGUFWriter(
-        path, architecture, endianess=endian, split_max_tensors=0 if size else -(-len(tensors) // parts)
-    )
+    tensors = rope_factors(model) | convert(model) | (tensors or {})
+    per_file = -(-len(tensors) // parts) if parts > 1 else 0
+    writer = gguf.GGUFWriter(path, architecture, endianess=endian, split_max_tensors=per_file)
     describe(writer, model)
     (vocabulary or (lambda w: w.add_tokenizer_model("none")))(writer)
     for key, value in (extra or {}).items():

@@ -232,11 +232,15 @@ def read_rope(meta: Metadata, head: int, context: int) -> dict[str, Any]:
         found |= {"original_max_position_embeddings": original or context, "factor": context / (original or context)}
         if scale := meta.get("rope.scaling.attn_factor"):
             found["attention_factor"] = clean(scale)
-    factors = read_factors(meta.file, "rope_freqs.weight") if "rope_freqs.weight" in tensors else None
-    if meta.architecture == "llama":
-        return found | fit_factors(factors, found["rope_theta"], head, rotated, original, context)
-    if factors is not None:
-        raise InputError(f"{meta.file.path}: rope_freqs.weight in a {meta.architecture} is not read")
+    if "rope_freqs.weight" in tensors:
+        if meta.architecture != "llama":
+            raise InputError(f"{meta.file.path}: rope_freqs.weight in a {meta.architecture} is not read")
+        factors = read_factors(meta.file, "rope_freqs.weight")
+        found |= fit_llama3(factors, found["rope_theta"], head, original) or set_longrope(factors, factors) | {
+            "original_max_position_embeddings": context, "factor": 1.0, "attention_factor": 1.0,
+        }  # fmt: skip
+    if rotated != head and meta.architecture not in ("phi3", "gptneox"):
+        raise InputError(f"{meta.file.path}: a {meta.architecture} that rotates {rotated} of {head} channels is not read")
     return found | ({"partial_rotary_factor": rotated / head} if rotated != head else {})
 
 
@@ -249,25 +253,8 @@ def set_longrope(short: Tensor, long: Tensor) -> dict[str, Any]:
     return {"rope_type": "longrope", "short_factor": short.tolist(), "long_factor": long.tolist()}
 
 
-def fit_factors(
-    factors: Tensor | None, base: float, head: int, rotated: int, original: int | None, context: int
-) -> dict[str, Any]:
-    """Divisors of llama's rotary frequencies (head / 2,) as scaling parameters: llama3's where they are of that form,
-    else as they are. Where only part of a head is rotated, the rest gets frequency 0."""
-    if factors is None and rotated == head:
-        return {}
-    given = torch.ones(rotated // 2, dtype=torch.float64) if factors is None else factors
-    if len(given) == head // 2 and (found := fit_llama3(given, base, head, original)):
-        return found
-    whole = torch.full((head // 2,), 1e30, dtype=torch.float64)
-    pairs = torch.arange(0, 2 * len(given), 2).double()
-    whole[: len(given)] = given * base ** (pairs / rotated - pairs / head)
-    positions = {"original_max_position_embeddings": context, "factor": 1.0, "attention_factor": 1.0}
-    return set_longrope(whole, whole) | positions
-
-
 def fit_llama3(factors: Tensor, base: float, head: int, original: int | None) -> dict[str, Any] | None:
-    """Parameters of llama3's scaling that give these divisors, or None.
+    """Parameters of llama3's scaling that give these divisors of the rotary frequencies (head / 2,), or None.
 
     1/divisor = (1 − s)/factor + s with s = clamp(a/λ − b, 0, 1), λ the wave length, a = original/(high − low),
     b = low/(high − low): a line through the divisors between 1 and `factor`. a and b leave one of the three numbers free:
@@ -276,7 +263,7 @@ def fit_llama3(factors: Tensor, base: float, head: int, original: int | None) ->
     Reference: transformers' `_compute_llama3_parameters`.
     """
     factor = float(factors[-1])
-    if not 1 < factor < 1e6 or float(factors[0]) != 1:
+    if len(factors) != head // 2 or not 1 < factor < 1e6 or float(factors[0]) != 1:
         return None
     inverse = base ** (-torch.arange(0, head, 2).double() / head) / (2 * math.pi)  # 1 / wave length
     share = (1 / factors - 1 / factor) / (1 - 1 / factor)
