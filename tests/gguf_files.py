@@ -73,7 +73,7 @@ def convert(model: Any) -> dict[str, Tensor]:
             if role == "attention.query_key_value":
                 p = one_role_after_the_other(p, config.num_attention_heads)
         if "gemma" in kind and "norm" in new:
-            p = p + 1
+            p = p.float() + 1
         found[new] = p.detach().float().contiguous()
     return found
 

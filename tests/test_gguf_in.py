@@ -17,10 +17,10 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import planish
 import tiny
-from planish.cli import main
 from planish.errors import InputError
 from planish.folder.load import load
 from planish.folder.source import load_config, load_tokenizer, open_source
@@ -29,6 +29,7 @@ from planish.folder.splits import SPLITS
 gguf = pytest.importorskip("gguf")
 import gguf_files  # noqa: E402
 from planish.folder import gguf_file  # noqa: E402
+from planish.folder.gguf_config import fit_llama3, read_config  # noqa: E402
 from planish.folder.gguf_reader import open_gguf  # noqa: E402
 
 SETTINGS: dict[str, dict[str, Any]] = {"qwen2": {"use_sliding_window": False}}  # GGUF has no windows for it
@@ -87,7 +88,6 @@ def test_llama_cpp_computes_the_same(name, tmp_path):
 SCALINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("llama_gqa", rope("linear", factor=2.0)),
     "yarn": ("qwen2", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
-    "llama3": ("llama_rope3", {}),
 }
 
 
@@ -102,6 +102,20 @@ def test_rotary_scaling(scaling, tmp_path):
     }
     torch.testing.assert_close(logits(load(path)), logits(model), atol=1e-4, rtol=0)
     torch.testing.assert_close(run_llama_cpp(path), logits(model), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("factor, head, known", [(8.0, 128, False), (32.0, 64, True), (3.0, 80, False)])
+def test_llama3s_scaling_is_found_from_its_divisors(factor, head, known):
+    """As conversion stores them, in fp32."""
+    config = tiny.configure(
+        "llama_gqa", head_dim=head, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    )  # fmt: skip
+    used, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 500000.0 ** (-torch.arange(0, head, 2).double() / head)
+    found = fit_llama3((plain / used.double()).float().double(), 500000.0, head, 8192 if known else None)
+    assert found == {k: v for k, v in config.rope_parameters.items() if k != "rope_theta"}
 
 
 @needs_llama_cpp
@@ -132,14 +146,10 @@ def test_longrope(tmp_path):
 @pytest.mark.parametrize("arch, blocks, scalar", [("gemma2", 46, 8), ("gemma2", 3, 12), ("gemma3", 62, 8)])
 def test_the_score_scale_of_the_largest_gemmas_follows_hidden_size_over_heads(arch, blocks, scalar, tmp_path):
     """32 / 4 = 8 where other sizes have the head's 12."""
-    path = gguf_files.write(tmp_path / "m.gguf", build(arch), extra={f"{arch}.block_count": blocks})
-    assert gguf_config_of(path).query_pre_attn_scalar == scalar
-
-
-def gguf_config_of(path: Path) -> Any:
-    from planish.folder.gguf_config import read_config
-
-    return read_config(gguf_file.GGUF(path))
+    path = gguf_files.write(tmp_path / "m.gguf", build(arch), extra={
+        f"{arch}.block_count": blocks, f"{arch}.attention.sliding_window_pattern": None,
+    })  # fmt: skip
+    assert read_config(gguf_file.GGUF(path)).query_pre_attn_scalar == scalar
 
 
 def test_some_biases_are_completed_with_zeros(tmp_path):
@@ -189,7 +199,12 @@ def test_every_type_is_dequantised_as_llama_cpp_does(tmp_path):
 
     library, rows = load_library(), np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
     library.ggml_get_type_traits.restype = ctypes.POINTER(ctypes.c_void_p * 6)  # the last: to fp32
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
     to_fp32 = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     checked = 0
     for kind in gguf.GGMLQuantizationType:
@@ -203,7 +218,9 @@ def test_every_type_is_dequantised_as_llama_cpp_does(tmp_path):
             continue
         library.ggml_quantize_chunk(int(kind), rows.ctypes.data, packed.ctypes.data, 0, 3, 512, even.ctypes.data)
         to_fp32(library.ggml_get_type_traits(int(kind)).contents[5])(packed.ctypes.data, want.ctypes.data, want.size)
-        np.testing.assert_allclose(gguf_file.decode(packed, kind.name).numpy().reshape(3, 512), want, rtol=1e-6, err_msg=kind.name)
+        np.testing.assert_allclose(
+            gguf_file.decode(packed, kind.name).numpy().reshape(3, 512), want, rtol=1e-6, err_msg=kind.name
+        )
         assert np.abs(want).max() > 0
         checked += 1
     assert checked > 20
@@ -248,19 +265,23 @@ def test_compressing_it_is_compressing_the_folder(tmp_path):
     assert json.loads((tmp_path / "a" / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
-def test_commands_take_a_file_or_a_folder_that_holds_one(tmp_path, capsys):
-    corpus = ["the cat sat on the mat and the bat ate that hat " * 20]
-    path = gguf_files.write(tmp_path / "m.gguf", build("llama_gqa"), vocabulary=byte_level(train_byte_level("gpt-2", corpus, 97)))
-    text = tmp_path / "text.txt"
-    text.write_text(corpus[0] * 3)
-    options = ["--calibration", str(text), "--n-samples", "4", "--seq-len", "32", "--json"]
-    for model in (str(path), str(tmp_path)):
-        assert main(["eval", model, "--text", str(text), "--seq-len", "32", "--max-windows", "2", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["tokens"] > 0
-    assert main(["plan", str(path), "--keep", "0.8", "--method", "a3", *options]) == 0
-    assert main(["bench", str(path), "--batch-size", "1", "--prompt-len", "4", "--new-tokens", "2", "--repeats", "1", "--json"]) == 0
-    sweep = ["sweep", str(path), "--methods", "a3", "--keep", "0.8", "--eval-text", str(text), "-o", str(tmp_path / "s")]
-    assert main([*sweep, *options]) == 0
+def test_commands_take_a_file_or_a_folder_that_holds_one(run, tmp_path):
+    text = "the cat sat on the mat and the bat ate that hat " * 60
+    vocabulary = byte_level(train_byte_level("gpt-2", [text], 97))
+    path = gguf_files.write(tmp_path / "m.gguf", build("llama_gqa"), vocabulary=vocabulary)
+    (tmp_path / "text.txt").write_text(text)
+    source = str(tmp_path / "text.txt")
+    short = ["--calibration", source, "--n-samples", "8", "--seq-len", "32", "--json"]
+    for command in (
+        ["eval", path, "--text", source, "--seq-len", "32", "--max-windows", "2", "--json"],
+        ["eval", tmp_path, "--text", source, "--seq-len", "32", "--max-windows", "2", "--json"],
+        ["plan", path, "--keep", "0.8", "--method", "a3", *short],
+        ["bench", path, "--batch-size", "1", "--prompt-len", "4", "--new-tokens", "2", "--repeats", "1", "--json"],
+        ["sweep", path, "--methods", "a3", "--keep", "0.8", "--eval-text", source, "-o", tmp_path / "s", *short],
+    ):
+        result = run(*command)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)
     assert (tmp_path / "s" / "results.csv").is_file()
 
 
@@ -275,9 +296,9 @@ def test_what_is_exported_can_be_read_again(tmp_path):
     export_gguf(tmp_path / "m.gguf", tmp_path / "again.gguf", dtype="f32")
     first, second = (gguf_file.GGUF(tmp_path / n) for n in ("m.gguf", "again.gguf"))
     assert all(torch.equal(first.read(n), second.read(n)) for n in first.tensors)
-    assert {k: v for k, v in first.metadata.items() if "tokenizer" in k and "token_id" not in k and "add" not in k}.items() <= (
-        second.metadata.items()
-    )
+    assert {
+        k: v for k, v in first.metadata.items() if "tokenizer" in k and "token_id" not in k and "add" not in k
+    }.items() <= (second.metadata.items())
     with pytest.raises(InputError, match="would replace a file of the model"):
         export_gguf(tmp_path / "m.gguf", tmp_path / "m.gguf")
 
@@ -298,12 +319,18 @@ def set_type(data: bytearray, name: bytes, number: int) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated data": (lambda p: damage(p, lambda d: d.__delitem__(slice(-1000, None))), r"ends at byte .* \(truncated\?\)"),
+    "truncated data": (
+        lambda p: damage(p, lambda d: d.__delitem__(slice(-1000, None))),
+        r"ends at byte .* \(truncated\?\)",
+    ),
     "truncated header": (lambda p: damage(p, lambda d: d.__delitem__(slice(200, None))), r"\(truncated\?\)"),
     "empty": (lambda p: p.write_bytes(b""), "it begins with b''"),
     "magic": (lambda p: damage(p, lambda d: d.__setitem__(slice(0, 4), b"GGML")), "it begins with b'GGML'"),
     "version": (lambda p: damage(p, lambda d: d.__setitem__(4, 1)), "GGUF version 1; versions 2 and 3 are read"),
-    "type without dequantisation": (lambda p: damage(p, lambda d: set_type(d, b"token_embd.weight", 15)), "type Q8_K, which"),
+    "type without dequantisation": (
+        lambda p: damage(p, lambda d: set_type(d, b"token_embd.weight", 15)),
+        "type Q8_K, which",
+    ),
     "unknown type": (lambda p: damage(p, lambda d: set_type(d, b"token_embd.weight", 99)), "type number 99, which"),
 }
 
@@ -321,9 +348,15 @@ def test_damaged_files_say_what_is_wrong(case, tmp_path):
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "tensor": ({"without": ("blk.1.ffn_up.weight",)}, r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"),
     "embedding": ({"without": ("token_embd.weight",)}, r"tensor token_embd\.weight is missing"),
-    "more": ({"tensors": {"blk.0.attn_sinks.weight": torch.zeros(4)}}, "tensor blk.0.attn_sinks.weight .* is none that a llama has"),
+    "more": (
+        {"tensors": {"blk.0.attn_sinks.weight": torch.zeros(4)}},
+        "tensor blk.0.attn_sinks.weight .* is none that a llama has",
+    ),
     "big-endian": ({"endian": 1}, "a big-endian GGUF file; only little-endian ones are read"),
-    "architecture": ({"extra": {"general.architecture": "mamba"}}, "architecture 'mamba'; read are gemma2, gemma3, gpt2, .*qwen3"),
+    "architecture": (
+        {"extra": {"general.architecture": "mamba"}},
+        "architecture 'mamba'; read are gemma2, gemma3, gpt2, .*qwen3",
+    ),
     "no architecture": ({"extra": {"general.architecture": None}}, "no general.architecture"),
     "experts": ({"extra": {"llama.expert_count": 8}}, "llama.expert_count is 8, which planish does not read"),
     "unequal blocks": ({"extra": {"llama.feed_forward_length": [44, 44, 40]}}, "differs from block to block"),
@@ -370,7 +403,7 @@ def test_files_that_are_missing_or_too_many(tmp_path):
 SPECIAL = ["<pad>", "<s>", "</s>"]
 TEXTS = [
     "hi  there\n", "  x\t\t y \r\n\r\n  z   ", "😀👩‍👩‍👧 café naïve ½ ² Ⅷ 12345 ٣٤ 日本語テキスト Ünï ΑΒΓ абв", " ", "\n", "", "a\u00a0b\u2003c\u200bd",
-    "I'll DON'T we'Ve it's", "def f(x):\n    return x ** 2  # $5 <a>^`~|", "3.14159 1,000,000 HTTPServer\x00\x7f",
+    "I'll DON'T we'Ve it's", "def f(x):\n    return x ** 2  # $5 <a>^`~|", "3.14159 1,000,000 HTTPServer\x01\x7f",
     "<s>user said: </s> <s> <pad>x", "a<0x41>b <unk> <not_special>",
 ]  # fmt: skip
 
@@ -378,7 +411,15 @@ TEXTS = [
 def corpus() -> list[str]:
     """Mixed text: the cases above, this code, random characters of many scripts, random ASCII."""
     rng = random.Random(0)
-    scripts = [*range(1, 0x250), *range(0x400, 0x4FF), *range(0x3040, 0x30FF), *range(0x1F600, 0x1F640), 0x200D, 0x2028, 0x3000]
+    scripts = [
+        *range(1, 0x250),
+        *range(0x400, 0x4FF),
+        *range(0x3040, 0x30FF),
+        *range(0x1F600, 0x1F640),
+        0x200D,
+        0x2028,
+        0x3000,
+    ]
     many = ["".join(chr(rng.choice(scripts)) for _ in range(60)) for _ in range(100)]
     plain = ["".join(rng.choice(" \n\t'aAbBsStT1234.,-!?_/(){}=+<>\"\r") for _ in range(80)) for _ in range(100)]
     return [*TEXTS, Path(__file__).read_text(encoding="utf-8")[:20000], *many, *plain]
@@ -388,9 +429,13 @@ def train_byte_level(pre: str, texts: list[str], size: int) -> Tokenizer:
     """Byte-level BPE whose text is split as llama.cpp's `pre` says; alphabet: all bytes where they fit."""
     tokenizer = Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in SPLITS[pre]]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet() if size > 300 else []
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -446,14 +491,18 @@ def count_equal(path: Path, texts: list[str], add: bool) -> tuple[int, int]:
     ours.save_pretrained(path.parent / "saved")
     again = AutoTokenizer.from_pretrained(path.parent / "saved")
     equal = [
-        ours(t, add_special_tokens=add).input_ids == again(t, add_special_tokens=add).input_ids == theirs.encode(t, True, add)
+        ours(t, add_special_tokens=add).input_ids
+        == again(t, add_special_tokens=add).input_ids
+        == theirs.encode(t, True, add)
         for t in texts
     ]
     return sum(equal), len(equal)
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "deepseek-v3", "default", "dbrx"])
+@pytest.mark.parametrize(
+    "pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "deepseek-v3", "default", "dbrx"]
+)
 def test_byte_level_tokens_are_llama_cpps(pre, tmp_path):
     texts = corpus()
     vocabulary = byte_level(train_byte_level(pre, texts, 700), pre, 700)
@@ -531,7 +580,12 @@ def test_a_real_model_is_read(smollm):
     assert source.config.tie_word_embeddings and source.config.rms_norm_eps == 1e-5
     assert open_gguf(smollm).origin()["tensor_types"] == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
     source.skeleton()
-    assert load_tokenizer(smollm).apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False).count("<|im_start|>") == 2
+    assert (
+        load_tokenizer(smollm)
+        .apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        .count("<|im_start|>")
+        == 2
+    )
 
 
 @needs_llama_cpp

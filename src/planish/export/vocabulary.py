@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from planish.errors import InputError
-from planish.folder.source import load_tokenizer
+from planish.folder.gguf_reader import is_gguf
+from planish.folder.source import copy_files, load_tokenizer
 from planish.folder.splits import SPLITS, name_split
 
 # gguf.TokenType
@@ -16,6 +18,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True) -> str:
     """Add the tokenizer to a GGUF writer; returns what was written: "gpt2 (pre-tokenizer)", "llama" or "none"."""
+    if wanted and is_gguf(folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            copy_files(folder, Path(scratch))
+            return write_vocabulary(writer, Path(scratch), config)
     file = folder / "tokenizer.json"
     if not wanted or not file.is_file():
         if wanted and (folder / "tokenizer.model").is_file():

@@ -240,7 +240,9 @@ def read_rope(meta: Metadata, head: int, context: int) -> dict[str, Any]:
             "original_max_position_embeddings": context, "factor": 1.0, "attention_factor": 1.0,
         }  # fmt: skip
     if rotated != head and meta.architecture not in ("phi3", "gptneox"):
-        raise InputError(f"{meta.file.path}: a {meta.architecture} that rotates {rotated} of {head} channels is not read")
+        raise InputError(
+            f"{meta.file.path}: a {meta.architecture} that rotates {rotated} of {head} channels is not read"
+        )
     return found | ({"partial_rotary_factor": rotated / head} if rotated != head else {})
 
 

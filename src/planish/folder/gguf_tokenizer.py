@@ -36,7 +36,7 @@ def load_gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerFast | None:
     if kind not in ("gpt2", "llama"):
         raise InputError(f"{file.path} holds a tokenizer of the kind {kind!r}; read are gpt2 and llama")
     tokens, types = list_tokens(file)
-    ids = {t: i for i, t in enumerate(tokens)}
+    ids = {t: i for i, (t, k) in enumerate(zip(tokens, types, strict=True)) if k != UNUSED or t != f"[PAD{i}]"}
     special = read_special(file, tokens)
     try:
         backend = (
@@ -107,12 +107,11 @@ def build_byte_level(file: GGUF, ids: dict[str, int]) -> Tokenizer:
 
 
 def build_sentencepiece(file: GGUF, ids: dict[str, int], types: list[int], unknown: int | None) -> Tokenizer:
-    scores = file.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(ids):
-        raise InputError(f"{file.path} has no tokenizer.ggml.scores for its {len(ids)} tokens in its metadata")
-    texts = list(ids)
-    merges = rank_merges({t: s for t, s, k in zip(texts, scores, types, strict=True) if k == NORMAL}, ids)
-    name = None if unknown is None else texts[unknown]
+    tokens, scores = file.metadata["tokenizer.ggml.tokens"], file.metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise InputError(f"{file.path} has no tokenizer.ggml.scores for its {len(tokens)} tokens in its metadata")
+    merges = rank_merges({t: scores[i] for t, i in ids.items() if types[i] == NORMAL}, ids)
+    name = None if unknown is None else tokens[unknown]
     backend = Tokenizer(BPE(ids, merges, unk_token=name, fuse_unk=True, byte_fallback=BYTE in types))
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
     spaces = [normalizers.Prepend(SPACE)] if prefix else []
