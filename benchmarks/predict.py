@@ -128,7 +128,7 @@ def measure_unnamed(process: int) -> int:
 @functools.cache
 def measure_start() -> float:
     """Processor seconds until everything is imported."""
-    return spend("-c", "import planish.api, planish.compress, transformers.models.llama.modeling_llama").seconds
+    return spend("-c", "import planish.api, planish.compression, transformers.models.llama.modeling_llama").seconds
 
 
 def measure(case: Case) -> str:

@@ -99,15 +99,11 @@ class Frontier:
 
 @dataclass(frozen=True)
 class Edit:
-    """Give `target` (a role, "attention" or "mlp") the module `form` names (see `planish.modelling.modules`) with these tensors.
-
-    `rows`: which of the old outputs the new ones are, where nothing else about them changes.
-    """
+    """Give `target` (a role, "attention" or "mlp") the module `form` names (see `planish.modelling.modules`) with these tensors."""
 
     target: str
     form: dict[str, Any]
     tensors: dict[str, Tensor]
-    rows: Tensor | None = None
 
 
 SUBMODULES = {"attention": "attention", "mlp": "ffn"}  # edit target → name of the unit that is the whole submodule

@@ -79,8 +79,6 @@ def solve(
             with job.phase("solve"):
                 blend(job, stats, weights)
                 new = solve_units(job, stage, plan, weights, stats, origin)
-                if midway is not None:
-                    midway.pick({e.target: e.rows for e in new})
                 if edits:  # edits of a block are applied together, to a block as it was
                     block = stream.block(i)
                 edits += new

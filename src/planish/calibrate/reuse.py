@@ -3,7 +3,7 @@ has changed, later runs need not compute it again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from planish.calibrate.activations import Activations, Room
 
 LAST = {"attention": "o", "mlp": "down"}  # the last linear of a submodule
-BEHIND = {  # units whose solution leaves what that linear reads as it is, or takes some of its channels away
+BEHIND = {
     "attention": {"o", "gate", "up", "down", "mlp", "ffn"},
-    "mlp": {"down", "mlp"},
-}
+    "mlp": {"down"},
+}  # units that leave what it reads as it is
 
 
 class Part(NamedTuple):
@@ -50,14 +50,6 @@ class Midway:
             self.starts[name].forget()
         return self if self.active else None
 
-    def pick(self, rows: Mapping[str, Tensor | None]) -> None:
-        """After solving: `rows` of the linears that changed, which of their old outputs they give (None: others)."""
-        chosen = [rows[role] for role in ("gate", "up") if role in rows]
-        if chosen and chosen[0] is not None:
-            self.starts["mlp"].pick(chosen[0])
-        elif chosen:
-            self.starts["mlp"].forget()
-
     @contextmanager
     def batch(self, n: int, parts: dict[str, Part]) -> Iterator[None]:
         """Within the context the block runs batch n, in order."""
@@ -72,7 +64,13 @@ class Start:
 
     The first batch of every run goes through the whole block. Where the linear reads in it what was kept, bit for bit, and
     the submodule returns what the linear makes of that, the other batches are led from what was kept through the linear
-    alone: the same results. Else what is seen in this run is kept from then on.
+    alone. Else the whole block runs, and what is seen in this run is kept from then on.
+
+    The other batches give the same bits too, whatever the kernels: no linear before this one changed (`Midway.enter` forgets
+    what a solved unit may change), so the same operations on numbers of the same shapes made what was kept, and this linear
+    gets a contiguous tensor of the same shape either way. The first batch proves nothing about batches of other linears:
+    that slices of a product have the bits of the product of slices, kernels do not promise, and a vectorised activation
+    rounds the last few numbers of a tensor in another way than the rest. So nothing is kept where neurons are taken away.
     """
 
     def __init__(self, room: Room, batches: int, spill: bool = True):
@@ -81,24 +79,7 @@ class Start:
 
     def forget(self) -> None:
         self.kept: Activations | None = None
-        self.channels: Tensor | None = None  # of what was kept, those that the linear still reads
         self.start()
-
-    def pick(self, channels: Tensor) -> None:
-        self.channels = channels if self.channels is None else self.channels[channels]
-
-    def read(self, n: int) -> Tensor | None:
-        """What the linear reads in batch n, from what was kept. None where the first batch does not speak for this one: fewer
-        channels of another number of tokens might be added up in another order."""
-        assert self.kept is not None
-        x = self.kept[n]
-        if self.channels is None:
-            return x
-        if n == 0:
-            self.shape = x.shape
-        if x.shape != self.shape:
-            return None
-        return x.flatten(0, -2).index_select(1, self.channels).view(*x.shape[:-1], -1)  # of a matrix it is faster
 
     def start(self) -> None:
         self.fresh = Activations(self.room)
@@ -112,8 +93,8 @@ class Start:
             self.start()
         handles = []
         if n and not part.seen and self.result is not None:
-            if (x := self.read(n)) is not None:
-                part.module.forward = self.follow(x, part.last, self.result)
+            assert self.kept is not None
+            part.module.forward = self.follow(self.kept[n], part.last, self.result)
         elif n == 0:
             handles.append(
                 part.module.register_forward_hook(lambda m, args, out: self.check(part.last, out), prepend=True)
@@ -132,21 +113,20 @@ class Start:
 
     def see(self, n: int, x: Tensor) -> None:
         if n == 0:
-            known = self.read(0) if self.kept is not None else None
-            self.same = known is not None and torch.equal(known, x)
+            self.same = self.kept is not None and torch.equal(self.kept[0], x)
             if not self.same:
-                self.kept = self.channels = None
+                self.kept = None
                 free = self.room.limit - self.room.used
-                self.fits = self.spill or 2 * self.batches * x.numel() * x.element_size() <= free
+                self.fits = x.is_contiguous() and (self.spill or 2 * self.batches * x.nbytes <= free)
         if not self.same and self.fits:
             self.fresh.append(x)
             if len(self.fresh) == self.batches:
                 self.kept = self.fresh
 
     def check(self, last: nn.Module, out: Any) -> None:
-        known = self.read(0) if self.same else None
-        if known is not None:
+        if self.same:
+            assert self.kept is not None
             several = isinstance(out, tuple)
-            if torch.equal(last.forward(known), out[0] if several else out):
+            if torch.equal(last.forward(self.kept[0]), out[0] if several else out):
                 rest = (None,) * (len(out) - 1) if several else ()
                 self.result = (lambda y: (y, *rest)) if several else (lambda y: y)

@@ -68,7 +68,7 @@ def neuron_edits(weights: Weights, kept: Tensor, down: Tensor) -> list[Edit]:
         if role in weights:
             w, bias = weights[role][kept], weights.get(f"{role}.bias")
             tensors = {"weight": w} | ({} if bias is None else {"bias": bias[kept]})
-            edits.append(Edit(role, {"kind": "dense", "out": w.shape[0], "in": w.shape[1]}, tensors, kept))
+            edits.append(Edit(role, {"kind": "dense", "out": w.shape[0], "in": w.shape[1]}, tensors))
     bias = weights.get("down.bias")
     tensors = {"weight": down} | ({} if bias is None else {"bias": bias})
     return [*edits, Edit("down", {"kind": "dense", "out": down.shape[0], "in": down.shape[1]}, tensors)]
