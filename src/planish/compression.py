@@ -29,7 +29,7 @@ from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
 from planish.job import Job
-from planish.manifest import Result, describe_origin, read_result, write_manifest
+from planish.manifest import Result, note_origin, read_result, write_manifest
 from planish.methods import find_method
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
@@ -132,8 +132,7 @@ def compress(
                     plan = job.plan()
                 result = write(job, plan, writer)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        notes = list(filter(None, [describe_origin(source.origin()).strip()]))
-        result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier, *notes})
+        result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier, *note_origin(source)})
         result.seconds["total"] = time.perf_counter() - start + sum((spent or {}).values())
         write_manifest(writer, job, plan, result, calibration or {})
         for name, content in (files or {}).items():

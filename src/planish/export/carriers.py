@@ -13,7 +13,7 @@ from planish.errors import InputError
 from planish.export import configuration_decilm as decilm
 from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.written import DTYPES, Written, check_apart, check_dtype, describe_products, keep_dtype
-from planish.folder.source import copy_files
+from planish.folder.files import copy_files
 from planish.folder.writer import Writer
 
 WIDTHS = 256  # DeciLM's MLPs are multiples of it

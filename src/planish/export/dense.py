@@ -23,7 +23,8 @@ from planish.export.written import (
     keep_dtype,
 )
 from planish.folder.config import write_config
-from planish.folder.source import copy_files, set_parameter
+from planish.folder.files import copy_files
+from planish.folder.source import set_parameter
 from planish.folder.writer import Writer
 from planish.modelling.attentions import Attention
 from planish.modelling.blocks import Spec, find_blocks, get_linear, split_block

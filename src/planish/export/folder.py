@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from planish.core import Shape
 from planish.errors import InputError
+from planish.folder.files import open_shard
 from planish.folder.source import (
     find_folder,
     index_tensors,
     is_finite,
     load_config,
     no_parameters,
-    open_shard,
     set_parameter,
 )
 from planish.modelling.attentions import Attention, Frequencies, Latent, count_heads, head_width, rotary_width

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from planish.errors import InputError
+from planish.folder.files import copy_files
 from planish.folder.gguf_reader import is_gguf
-from planish.folder.source import copy_files, load_tokenizer
+from planish.folder.source import load_tokenizer
 from planish.folder.splits import SPLITS, name_split
 
 # gguf.TokenType

@@ -281,8 +281,8 @@ def fit_llama3(factors: Tensor, base: float, head: int, original: int | None) ->
     length = original or round(a / b)
     low, high = length * b / a, length * (1 + b) / a
     return {
-        "rope_type": "llama3", "factor": clean(factor), "low_freq_factor": round(low, 4), "high_freq_factor": round(high, 4),
-        "original_max_position_embeddings": length,
+        "rope_type": "llama3", "factor": float(f"{factor:.5g}"), "low_freq_factor": round(low, 4),
+        "high_freq_factor": round(high, 4), "original_max_position_embeddings": length,
     }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +21,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from planish.core import Shape
 from planish.errors import InputError
+from planish.folder.files import check_inside, copy_files, open_shard
 from planish.folder.gguf_reader import GGUFShard, find_gguf, is_gguf, open_gguf
-from planish.folder.gguf_tokenizer import generation_config, load_gguf_tokenizer
+from planish.folder.gguf_tokenizer import load_gguf_tokenizer
 from planish.folder.safetensors import Shard
 from planish.modelling.attentions import count_heads, head_width, needs_eager, rotary_width
 from planish.modelling.blocks import find_blocks, get_linear, split_block
@@ -34,10 +34,6 @@ register()  # the Auto classes know compressed models from here on
 
 
 NO_SOFT_CAP = "{} with eager attention: transformers' sdpa leaves out the soft cap of attention scores"
-COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 def find_family(config) -> Family:
@@ -94,10 +90,6 @@ class Source:
     def copy_files(self, target: Path) -> None:
         """Tokenizer and generation files."""
         raise NotImplementedError
-
-    def origin(self) -> dict[str, Any] | None:
-        """What the manifest says of the file that the model was dequantised from, None where it was stored as it is."""
-        return None
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
         """Every tensor that the model consists of, by its name in the causal LM: numbers and dtype, as they are stored.
@@ -318,9 +310,6 @@ class FolderSource(Source):
     def copy_files(self, target: Path) -> None:
         copy_files(self.folder, target)
 
-    def origin(self) -> dict[str, Any] | None:
-        return open_gguf(self.folder).origin() if is_gguf(self.folder) else None
-
 
 class ConfigSource(Source):
     """A config.json without weights: enough to plan with."""
@@ -451,10 +440,6 @@ def prepare_config(config: Any) -> Any:
     return config
 
 
-def open_shard(path: Path) -> Shard | GGUFShard:
-    return open_gguf(path) if is_gguf(path) else Shard(path)
-
-
 def index_tensors(folder: Path) -> dict[str, Path]:
     """Tensor name → shard. Shard names must be plain file names inside the folder."""
     if is_gguf(folder):
@@ -480,29 +465,6 @@ def index_tensors(folder: Path) -> dict[str, Path]:
         raise InputError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{hint}")
     check_inside(folder, single)
     return dict.fromkeys(Shard(single).entries, single)
-
-
-def check_inside(folder: Path, file: Path) -> None:
-    """A model's files lie in its folder, or in the hub cache's own store beside it."""
-    try:
-        target, home = file.resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot follow {file}: {error}") from None
-    if not target.is_relative_to(home) and not target.is_relative_to(home.parent.parent / "blobs"):
-        raise InputError(f"{file} is a link to {target}, outside the model's folder: copy the file there")
-
-
-def copy_files(folder: Path, target: Path) -> None:
-    """Tokenizer and generation files of a model; those of a GGUF file are written from its metadata."""
-    if is_gguf(folder):
-        if tokenizer := load_tokenizer(folder):
-            tokenizer.save_pretrained(target)
-        generation_config(open_gguf(folder).file).save_pretrained(target)
-        return
-    for name in COPIED:
-        if (folder / name).is_file():
-            check_inside(folder, folder / name)
-            shutil.copyfile(folder / name, target / name)
 
 
 def open_source(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
