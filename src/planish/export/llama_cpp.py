@@ -109,11 +109,11 @@ def load_library() -> Any:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp: one thread, an fp32 cache, no flash attention."""
+    """A GGUF file in llama.cpp, with an fp32 cache and without flash attention."""
 
     tolerance = 1e-4  # of the largest logit, in fp32
 
-    def __init__(self, file: Path, context: int):
+    def __init__(self, file: Path, context: int, threads: int = 1):
         self.library = load_library()
         self.model = self.library.llama_model_load_from_file(
             str(file).encode(), self.library.llama_model_default_params()
@@ -123,7 +123,7 @@ class LlamaCpp:
         self.vocabulary = self.library.llama_model_get_vocab(self.model)
         parameters = self.library.llama_context_default_params()
         settings = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), context) | dict.fromkeys(
-            ("n_threads", "n_threads_batch"), 1
+            ("n_threads", "n_threads_batch"), threads
         )
         settings |= {"flash_attn_type": OFF, "type_k": F32, "type_v": F32}
         for name, value in settings.items():
@@ -148,21 +148,26 @@ class LlamaCpp:
         length = self.library.llama_model_meta_val_str(self.model, key.encode(), text, len(text))
         return None if length < 0 else text.value.decode()
 
-    def decode(self, ids: list[int], at: int) -> np.ndarray:
-        """Logits (tokens, vocabulary) of ids at positions `at` and after."""
+    def decode(self, ids: list[int], at: int, last: bool = False) -> np.ndarray:
+        """Logits (tokens, vocabulary) of ids at positions `at` and after, or (1, vocabulary) of the last one only."""
         batch = self.batch
         batch.n_tokens = len(ids)
         for n, token in enumerate(ids):
-            batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.logits[n] = token, at + n, 1, 1
+            batch.token[n], batch.pos[n], batch.n_seq_id[n] = token, at + n, 1
+            batch.logits[n] = not last or n == len(ids) - 1
             batch.seq_id[n][0] = 0
         if status := self.library.llama_decode(self.context, batch):
             raise InputError(f"llama.cpp cannot run {len(ids)} tokens at position {at} (status {status})")
         rows = self.library.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(rows, shape=(len(ids), self.size)).copy()
+        return np.ctypeslib.as_array(rows, shape=(1 if last else len(ids), self.size)).copy()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
 
     def logits(self, ids: Tensor) -> Tensor:
         """(tokens, vocabulary) fp32 for ids (tokens,)."""
-        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        self.reset()
         return torch.from_numpy(self.decode(ids.tolist(), 0))
 
     def greedy(self, ids: Tensor, new_tokens: int) -> list[int]:
