@@ -15,7 +15,10 @@ from planish.cli.run import format_bytes, make_table, session
 
 def bench(
     folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="compressed or Hugging Face folder, or hub id", show_default=False)
+        str,
+        typer.Argument(
+            metavar="DIR", help="compressed or Hugging Face folder, GGUF file or hub id", show_default=False
+        ),
     ],
     against: Annotated[
         str | None, typer.Option(metavar="DENSE", help="measure this one in turns with it", show_default=False)

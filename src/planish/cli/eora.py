@@ -19,7 +19,10 @@ class Quantiser(StrEnum):
 
 def eora(
     folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="compressed or Hugging Face folder, or hub id", show_default=False)
+        str,
+        typer.Argument(
+            metavar="DIR", help="compressed or Hugging Face folder, GGUF file or hub id", show_default=False
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the adapter", show_default=False)],
     bits: Annotated[int, typer.Option(help="of the integer weights: 4 or 8")] = 4,

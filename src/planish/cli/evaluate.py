@@ -16,7 +16,10 @@ from planish.errors import InputError
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="DIR", help="Hugging Face or compressed folder, or hub id", show_default=False)
+        str,
+        typer.Argument(
+            metavar="DIR", help="Hugging Face or compressed folder, GGUF file or hub id", show_default=False
+        ),
     ],
     text: Annotated[
         str | None, typer.Option("--text", metavar="SOURCE", help=o.SOURCE_HELP, show_default="builtin")

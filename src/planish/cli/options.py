@@ -40,7 +40,7 @@ class Sampling(StrEnum):
 SOURCE_HELP = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field text), .parquet, .npy (token ids)"
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub id", show_default=False)
+    str, typer.Argument(metavar="MODEL", help="Hugging Face folder, GGUF file or hub id", show_default=False)
 ]
 KeepOption = Annotated[
     float | None,

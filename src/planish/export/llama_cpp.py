@@ -122,9 +122,8 @@ class LlamaCpp:
             raise InputError(f"llama.cpp cannot load {file}")
         self.vocabulary = self.library.llama_model_get_vocab(self.model)
         parameters = self.library.llama_context_default_params()
-        settings = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), context) | dict.fromkeys(
-            ("n_threads", "n_threads_batch"), threads
-        )
+        settings = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), context)
+        settings |= dict.fromkeys(("n_threads", "n_threads_batch"), threads)
         settings |= {"flash_attn_type": OFF, "type_k": F32, "type_v": F32}
         for name, value in settings.items():
             parameters.data[FIELDS[name][0] // 4] = value
