@@ -22,7 +22,8 @@ import torch
 
 import planish
 from planish.api import read_calibration
-from planish.folder.source import load_tokenizer, open_source
+from planish.folder.source import open_source
+from planish.folder.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "calibration.md"

@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 from random_model import write_model
 
+import planish
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Unit
 from planish.folder.source import open_source
 from planish.job import Job
@@ -122,7 +122,10 @@ def show_phases(folder: Path, blocks: int, vocabulary: int, windows: torch.Tenso
         before = measure_rates(job)
         out = folder / method
         settings = {"allocation": "uniform"} if method == "flat-llm" else {}
-        seconds = compress(model, output=out, keep=0.8, method=method, windows=windows, settings=settings).seconds
+        seconds = planish.compress(
+            model, output=out, keep=0.8, method=method, calibration=windows.flatten(), n_samples=len(windows),
+            seq_len=windows.shape[1], settings=settings, device="cpu",
+        ).seconds  # fmt: skip
         rates = [max(pair) for pair in zip(before, measure_rates(job), strict=True)]
         attend = (
             sum(2 * s.heads * (s.qk + s.v) for s in job.shapes) * windows.shape[1] / 2

@@ -77,7 +77,10 @@ def main() -> None:
         calibration, texts = split_text(args, Path(scratch))
 
         def perplexities(folder: Path) -> list[float]:
-            model, tokenizer = planish.load(folder, dtype="float32"), planish.folder.source.load_tokenizer(args.model)
+            model, tokenizer = (
+                planish.load(folder, dtype="float32"),
+                planish.folder.tokenizer.load_tokenizer(args.model),
+            )
             limit = args.windows * args.seq_len
             found = []
             for text in texts.values():

@@ -26,7 +26,8 @@ from structural import split_text
 import planish
 from planish.api import read_calibration
 from planish.calibrate.text import load_tokens
-from planish.folder.source import load_tokenizer, open_source
+from planish.folder.source import open_source
+from planish.folder.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "prediction.md"

@@ -23,7 +23,7 @@ import planish
 import planish.api
 from planish.export.eora import quantise_model
 from planish.folder.load import silence
-from planish.folder.source import load_tokenizer
+from planish.folder.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from structural import ROOT, split_text, write_section

@@ -31,7 +31,7 @@ from planish.calibrate.text import load_tokens
 from planish.errors import InputError
 from planish.evaluate.perplexity import evaluate
 from planish.evaluate.speed import bench
-from planish.folder.source import load_tokenizer
+from planish.folder.tokenizer import load_tokenizer
 from planish.methods import list_methods
 from planish.plan.removal import round_half_up
 

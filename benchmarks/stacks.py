@@ -321,7 +321,7 @@ def cut(folder: Path, output: Path, v: int, widths: list[int]) -> None:
         shapes.append(shape)
         writer.block(i, block, source.family)
     writer.shard(0, source.outside())
-    write_config(writer, source, specs, shapes)
+    write_config(writer.text, source.config, source.family, specs, shapes)
     writer.close()
 
 

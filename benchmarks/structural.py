@@ -24,7 +24,7 @@ import torch
 import planish
 from planish.errors import InputError
 from planish.evaluate.speed import bench
-from planish.folder.source import load_tokenizer
+from planish.folder.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "structural.md"

@@ -42,7 +42,7 @@ def make_folder(model: nn.Module, output: Path, forms: list[Make | None], tokeni
     if source.config.tie_word_embeddings:
         outside.pop("lm_head.weight", None)
     writer.shard(0, outside)
-    write_config(writer, source, specs, shapes)
+    write_config(writer.text, source.config, source.family, specs, shapes)
     source.copy_files(writer.partial)
     writer.close()
     return output

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import tiny
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Plan, Solver, Unit
 from planish.errors import InputError
 from planish.folder.load import load
@@ -27,8 +26,8 @@ from planish.methods.modegpt import spread_removal
 from planish.methods.palu import Palu
 from planish.modelling.blocks import find_blocks, get_linear, join_block, split_block
 from planish.modelling.families import FAMILIES
-from planish.plan.budgets import Asked
 from planish.plan.footprint import count_attention
+from planish.request import Limits
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.linalg import balance, nystrom, reduce_scores, selection_losses
@@ -36,6 +35,7 @@ from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
 from planish.solvers.value_output import ValueOutput
+from tiny import compress
 
 WINDOWS = tiny.windows(12, 24)
 
@@ -569,7 +569,7 @@ def test_palu_ranks_follow_the_gradients_of_the_weights(tmp_path):
     """F = √E[(∂L/∂W)²] by autograd through the whole model, labels as sampled; ranks are in its proportion."""
     model = tiny.build("llama_gqa", torch.float64)
     stream = Stream(MemorySource(model), WINDOWS, dtype=torch.float64)
-    job = Job(stream, Palu(), asked=Asked(kv_keep=0.6))
+    job = Job(stream, Palu(), asked=Limits(kv_keep=0.6))
     plan = job.plan()
     found = job.notes["fisher"]
     sums = dict.fromkeys(found, 0.0)
@@ -624,7 +624,7 @@ def test_planned_work_is_what_attention_multiplies(method, tmp_path):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = tiny.build("llama_gqa")
-    job = Job(Stream(MemorySource(model), WINDOWS), method, asked=Asked(kv_keep=0.6))
+    job = Job(Stream(MemorySource(model), WINDOWS), method, asked=Limits(kv_keep=0.6))
     plan, work = job.plan(), 0
     for unit, rank in plan.items():
         solver, shape = job.units[unit], job.shapes[unit.block]

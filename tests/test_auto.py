@@ -15,20 +15,20 @@ from planish.apply import apply_edits
 from planish.calibrate.activations import Room
 from planish.calibrate.store import Kept
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Unit
 from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
 from planish.job import Job
 from planish.methods import find_method
 from planish.modelling.blocks import find_blocks
-from planish.plan.budgets import Asked
+from planish.request import Limits
 from planish.single_cuts import measure_effects
 from planish.solve import blend, read_weights
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherPairs, eliminate, pair_effects, rescale
 from planish.solvers.key_latent import KeyLatent
 from planish.stats import Stats, Tap
+from tiny import compress
 
 WINDOWS = tiny.windows(12, 24)
 MANY = tiny.windows(48, 16)
@@ -402,9 +402,9 @@ def test_latent_keys_are_the_best_of_their_rank_in_nats(group):
 def test_a_budget_of_the_cache_takes_latent_keys(name, tmp_path):
     """Under --kv-keep keys may become latents, the real cache is as small as reported; without it, or structural, not."""
     model = tiny.build(name)
-    with_cache = Job(Stream(MemorySource(model), WINDOWS), find_method("auto"), asked=Asked(keep=0.9, kv_keep=0.5))
+    with_cache = Job(Stream(MemorySource(model), WINDOWS), find_method("auto"), asked=Limits(keep=0.9, kv_keep=0.5))
     assert any(u.name == "keys" for u in with_cache.units)
-    for settings, asked in (({}, Asked(keep=0.5)), ({"units": "structural"}, Asked(kv_keep=0.75))):
+    for settings, asked in (({}, Limits(keep=0.5)), ({"units": "structural"}, Limits(kv_keep=0.75))):
         job = Job(Stream(MemorySource(model), WINDOWS), find_method("auto", settings), asked=asked)
         assert not any(u.name == "keys" for u in job.units)
     result = compress(model, output=tmp_path / "m", kv_keep=0.4, method="auto", windows=WINDOWS)
@@ -450,7 +450,7 @@ def test_a_bypass_of_full_rank_is_one_matrix():
 
 def test_bypasses_compete_at_low_keeps_only():
     def names(settings, **asked) -> set[str]:
-        job = Job(stream(), find_method("auto", settings), asked=Asked(**asked))
+        job = Job(stream(), find_method("auto", settings), asked=Limits(**asked))
         return {u.name for u in job.units} & {"attention", "ffn"}
 
     both = {"attention", "ffn"}

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 import planish
 import tiny
 from compressed import train_tokenizer
-from planish.compression import compress
 from planish.errors import InputError
+from planish.folder.config import load_config
+from planish.folder.hub import find_folder
 from planish.folder.load import load
-from planish.folder.source import find_folder, load_config, open_source
+from planish.folder.source import open_source
 from planish.methods import list_methods
+from tiny import compress
 
 WINDOWS = tiny.windows(16, 24)
 EVIL = "open({mark!r}, 'w').close()\n"
@@ -382,7 +384,11 @@ def test_dtypes_that_are_not_read(folder, tmp_path, kind, words, not_said):
     raw = shard.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
-    next(v for n, v in header.items() if n != "__metadata__")["dtype"] = kind
+    entry = next(v for n, v in header.items() if n != "__metadata__")
+    entry["dtype"], entry["shape"] = (
+        kind,
+        [32 // int(kind[1:].split("_")[0]), *entry["shape"]],
+    )  # as many bytes as before
     new = json.dumps(header).encode()
     shard.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + size :])
     with pytest.raises(InputError, match=words) as caught:

@@ -17,7 +17,7 @@ import tiny
 from planish import api
 from planish.calibrate.stream import Stream
 from planish.cli import app
-from planish.compression import compress, resume
+from planish.compression import resume
 from planish.core import Unit
 from planish.errors import InputError
 from planish.folder.load import load
@@ -25,9 +25,10 @@ from planish.folder.source import open_source
 from planish.job import Job
 from planish.methods import find_method, list_methods
 from planish.plan.allocate import Alternative, BudgetError, Choices, Curve, choose, spread
-from planish.plan.budgets import BYTES, COUNTS, Asked, read_asked, read_size
 from planish.plan.latency import Table, find_pieces, list_names, make_latency, measure, read_table
+from planish.request import BYTES, COUNTS, Limits, read_size
 from test_resume import hashes
+from tiny import compress
 
 WINDOWS = tiny.windows(12, 24)
 QUICK = [("llama_gqa", m) for m in ("auto", "flat-llm", "a3", "svd-llm", "llm-drop", "slicegpt")] + [
@@ -305,7 +306,7 @@ def test_low_rank_linears_lose_alike_under_flops(method, more):
     products = 2 * sum(source.shape(i).count() for i in range(3))
     scores = 2 * 3 * context * shape.heads * (shape.qk + shape.v)
     keep = (scores + 0.6 * products) / (scores + products)  # 60 % of the linears stay, all of the attention
-    job = Job(Stream(source, WINDOWS), find_method(method, more), asked=Asked(flops_keep=keep, context=context))
+    job = Job(Stream(source, WINDOWS), find_method(method, more), asked=Limits(flops_keep=keep, context=context))
     assert (scores, products) == (job.total - products, products)
     plan, kept, whole, spent = job.plan(), {}, {}, 0
     for unit, rank in plan.items():
@@ -340,7 +341,7 @@ def test_latency_is_predicted_from_what_is_written(method, tmp_path):
     assert result.latency_ms_before == pytest.approx(1.0) and result.latency_ms_after <= 0.93 + 1e-6
     assert result.latency_ms_after > 0.85
     plan = json.loads((out / "planish.json").read_text())["plan"]
-    job = Job(Stream(source, WINDOWS), find_method(method), asked=Asked(max_latency=0.93), measured=table)
+    job = Job(Stream(source, WINDOWS), find_method(method), asked=Limits(max_latency=0.93), measured=table)
     planned = job.main.total + job.main.outside
     for unit, rank in ((Unit.parse(u), r) for u, r in plan.items()):
         planned += job.cost(unit, rank) - job.cost(unit, job.full(unit))
@@ -364,7 +365,7 @@ def test_where_calls_take_the_time_submodules_go(tmp_path):
     model = tiny.build("llama_gqa")
     source = open_source(model)
     table = fake_table(source, per_number=1e-12, call=40e-6) | {"model": 1.2e-3}
-    job = Job(Stream(source, WINDOWS), find_method("auto"), asked=Asked(max_latency=1.1), measured=table)
+    job = Job(Stream(source, WINDOWS), find_method("auto"), asked=Limits(max_latency=1.1), measured=table)
     assert job.main.share > 0.6, "bypasses would compete anyway"
     result = compress(model, output=tmp_path / "m", method="auto", max_latency=1.1, windows=WINDOWS, measured=table)
     assert result.latency_ms_after <= 1.1 < result.latency_ms_before
@@ -452,7 +453,7 @@ def test_sizes(text, scale, size):
 )
 def test_wrong_budgets(asked, message):
     with pytest.raises(InputError, match=message):
-        read_asked(**asked)
+        Limits.ask(**asked)
 
 
 @pytest.mark.parametrize(

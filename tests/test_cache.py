@@ -14,13 +14,13 @@ from planish import api
 from planish.calibrate.cache import LONG, Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import encode, load_tokens
-from planish.compression import compress
 from planish.folder.source import open_source
 from planish.job import Job
 from planish.methods import find_method
 from planish.solve import read_weights
 from planish.stats import Stats
 from test_text import byte_tokenizer
+from tiny import compress
 
 WINDOWS = tiny.windows(12, 24)
 DENSE = [("svd-llm", {}), ("svd-llm", {"allocation": "v2"}), ("a3", {}), ("auto", {"anchor": "0"})]

@@ -21,18 +21,17 @@ import compressed
 import tiny
 from planish.apply import apply_edits
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Edit, Plan, Unit
 from planish.export.dense import export_dense
-from planish.export.eora import Blocks
 from planish.folder.load import load
-from planish.folder.source import MemorySource, open_source
+from planish.folder.source import MemorySource, open_folder, open_source
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
 from planish.methods.method import Method
 from planish.modelling.attentions import Attention
 from planish.modelling.blocks import find_blocks, get_linear
 from planish.solvers.forms import value_edits
+from tiny import compress
 
 WINDOWS = tiny.windows(8, 24)
 EOS = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
@@ -305,7 +304,7 @@ def test_transformers_sdpa_drops_the_soft_cap_and_we_do_not(tmp_path):
     assert torch.equal(logits(load(folder, attn_implementation="sdpa")), dropped)
     with pytest.warns(UserWarning, match="the model is calibrated with eager attention"):
         memory = MemorySource(default)
-    for source in (open_source(folder), memory, MemorySource(eager), Blocks(folder)):
+    for source in (open_source(folder), memory, MemorySource(eager), open_folder(folder)):
         stream = Stream(source, WINDOWS)
         hidden = stream.start()
         for i in range(len(stream)):

@@ -1,19 +1,113 @@
-"""What the documentation shows runs as it stands there."""
+"""What the documentation shows is so: links lead somewhere, code compiles, commands exist, the examples run."""
 
 from __future__ import annotations
 
+import importlib
+import posixpath
 import re
+import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import typer
 
 import planish
 import tiny
 from planish import methods
+from planish.cli import app
 from planish.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    """The program that makes pages from the code."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        return importlib.import_module("docs_pages")
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def pages(maker) -> dict[str, str]:
+    """Path below the root → Markdown, of what is checked in and of what is made."""
+    files = [ROOT / "README.md", *DOCS.rglob("*.md")]
+    found = {f.relative_to(ROOT).as_posix(): f.read_text(encoding="utf-8") for f in files}
+    return found | {f"docs/{path}": text for path, text in maker.make_pages().items()}
+
+
+def find_anchors(text: str, slug) -> set[str]:
+    """Anchors of a page: its headings, and its numbered lines where it is a source page."""
+    prose = BLOCK.sub("", text)
+    anchors = {slug(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", h)) for h in re.findall(r"^#+ +(.*)$", prose, re.M)}
+    return anchors | {f"__codelineno-0-{i + 1}" for i in range(text.count("\n"))}
+
+
+def test_links_lead_to_a_page_and_a_heading(pages, maker):
+    broken = []
+    for path, text in pages.items():
+        for target in LINK.findall(re.sub(r"`[^`\n]*`", "", BLOCK.sub("", text))):
+            if re.match(r"https?://|mailto:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            name = posixpath.normpath(posixpath.join(posixpath.dirname(path), file)) if file else path
+            known = name in pages or (ROOT / name).is_file()
+            if not known or (anchor and anchor not in find_anchors(pages[name], maker.slug)):
+                broken.append(f"{path}: {target}")
+    assert not broken
+
+
+def test_no_page_is_left_out_of_the_site(pages):
+    """Every page is in the navigation, but notes that are part of another page."""
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    made = ("docs/methods/", "docs/source/", "docs/log/2")
+    for path in pages:
+        if path.startswith("docs/") and not path.endswith(".notes.md") and not path.startswith(made):
+            assert path.removeprefix("docs/") in nav, path
+
+
+def test_python_blocks_compile(pages):
+    for path, text in pages.items():
+        for number, (language, code) in enumerate(BLOCK.findall(text)):
+            if language == "python" and not path.startswith("docs/source/"):
+                compile(code, f"{path}, block {number}", "exec")
+
+
+def find_commands(text: str) -> list[str]:
+    """Lines of a page that call planish, without comments."""
+    shown = [line for language, code in BLOCK.findall(text) if language in ("", "bash") for line in joined(code)]
+    shown += joined("\n".join(re.findall(r"^    (.*)$", BLOCK.sub("", text), re.M)))
+    shown += re.findall(r"`(planish [a-z]+ [^`\n]*)`", BLOCK.sub("", text))
+    return [line.partition(" #")[0].strip() for line in shown if re.match(r"\s*planish [a-z]", line)]
+
+
+def joined(code: str) -> list[str]:
+    return re.sub(r"\\\n\s*", " ", code).splitlines()
+
+
+def test_commands_parse(pages):
+    """Every line that calls planish is one that the program accepts: commands, options and their values."""
+    commands, wrong, seen = typer.main.get_command(app).commands, [], 0
+    for path, text in pages.items():
+        if path.startswith("docs/source/") or path == "docs/reference/commands.md":
+            continue
+        for line in find_commands(text):
+            words = [re.sub(r"^\[|\]$", "", w) for w in shlex.split(line)[1:]]
+            try:
+                commands[words[0]].make_context(words[0], words[1:])
+            except Exception as error:
+                if type(error).__name__ != "MissingParameter":  # prose may name a command by its options alone
+                    wrong.append(f"{path}: {line}: {type(error).__name__} {error}")
+            seen += 1
+    assert not wrong
+    assert seen > 40
 
 
 @pytest.fixture
@@ -34,7 +128,7 @@ def add(tmp_path, monkeypatch):
 
 
 def test_the_example_of_a_method_runs(add, tmp_path):
-    page = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "extend" / "method.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     add("my_method", example)
     assert "my-method" in methods.list_methods()

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 import compressed
 from planish.errors import InputError
 from planish.export import export
-from planish.export.folder import Folder
+from planish.export.plain import open_plain
 from planish.folder.load import load
-from planish.folder.source import index_tensors
+from planish.folder.weights import index_tensors
 from tiny import build
 
 LINEAR = [n for n in compressed.FORMS if "→" in n]
@@ -107,17 +107,17 @@ def test_deci_describes_every_block(tmp_path):
     assert written.parameters - written.stored_parameters == stated(written.notes) > 3 * 32 * (256 - 44 + 256 - 8)
     names = index_tensors(tmp_path / "d")
     assert not [n for n in names if n.startswith(("model.layers.2.mlp", "model.layers.2.post_attention_layernorm"))]
-    deci, old = Folder(folder), tmp_path / "d"
+    deci, old = open_plain(folder), tmp_path / "d"
     from safetensors.torch import load_file
 
     tensors = {k: v for f in old.glob("*.safetensors") for k, v in load_file(f).items()}
     assert tensors["model.layers.0.self_attn.o_proj.weight"].abs().max() == 0
     o = tensors["model.layers.1.self_attn.o_proj.weight"].unflatten(1, (4, 8))
     assert o[..., 5:].abs().max() == 0
-    assert torch.equal(o[..., :5].flatten(1), deci.tensor("model.layers.1.self_attn.o_proj.weight"))
+    assert torch.equal(o[..., :5].flatten(1), deci.reader.tensor("model.layers.1.self_attn.o_proj.weight"))
     down = tensors["model.layers.1.mlp.down_proj.weight"]
     assert down.shape == (32, 256) and down[:, 8:].abs().max() == 0
-    assert torch.equal(down[:, :8], deci.tensor("model.layers.1.mlp.down_proj.weight"))
+    assert torch.equal(down[:, :8], deci.reader.tensor("model.layers.1.mlp.down_proj.weight"))
 
 
 def read_width(ffn_mult: float, hidden: int) -> int:

@@ -14,7 +14,7 @@ import compressed
 import tiny
 from compressed import train_tokenizer
 from planish.errors import InputError
-from planish.export.folder import Folder
+from planish.export.plain import open_plain
 from planish.folder.load import load
 from tiny import build
 
@@ -110,7 +110,7 @@ def expect(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def ids_for(folder: Path, seed: int = 0) -> torch.Tensor:
-    config = Folder(folder).config
+    config = open_plain(folder).config
     length = min(12, getattr(config, "sliding_window", None) or 12)
     return torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(seed))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tiny
 from planish.calibrate.text import load_tokens
-from planish.compression import compress, resume
+from planish.compression import resume
 from planish.errors import InputError
 from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import Point, write_points
@@ -22,6 +22,7 @@ from planish.folder.load import load
 from planish.folder.safetensors import Shard, write_shard
 from planish.folder.source import open_source
 from test_resume import hashes
+from tiny import compress
 
 WINDOWS = torch.randint(0, 90, (8, 16), generator=torch.Generator().manual_seed(0))
 EXAMPLES = int(os.environ.get("PLANISH_FUZZ", "40"))  # per test

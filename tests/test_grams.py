@@ -8,11 +8,11 @@ import torch
 import tiny
 from planish import stats
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.folder.source import MemorySource
 from planish.solvers import grams, linalg
 from planish.stats import Stats, Tap
 from test_resume import hashes, one_thread  # noqa: F401
+from tiny import compress
 
 SIZES = [1, 5, 511, 512, 513, 1300]
 

@@ -24,7 +24,6 @@ import tiny
 from planish.apply import apply_edits, count_block
 from planish.calibrate.stream import Stream
 from planish.calibrate.taps import tap_sites
-from planish.compression import compress
 from planish.core import Edit, Frontier, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.folder.load import load
@@ -37,6 +36,7 @@ from planish.solve import read_weights
 from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
 from planish.stats import Stats, Tap
+from tiny import compress
 
 METHODS = list(list_methods())
 WINDOWS = tiny.windows(12, 24)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 import tiny
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Unit
 from planish.errors import InputError
 from planish.folder.load import load
@@ -17,6 +16,7 @@ from planish.job import Job
 from planish.methods import find_method
 from planish.methods.asvd import KEEPS, Sensitivity
 from planish.solvers.linear import Anchored
+from tiny import compress
 
 WINDOWS = tiny.windows(6, 20)
 

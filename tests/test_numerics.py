@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from planish.compression import compress
 from planish.errors import InputError
 from planish.folder.load import load
 from planish.methods import find_class, list_methods
 from test_resume import one_thread  # noqa: F401
+from tiny import compress
 
 QUICK = ("flat-llm", "a3", "svd-llm", "erc-svd", "subfit", "shortgpt", "auto")  # one or two of every kind of method
 KEEP = {"nbl": 0.85, "palu": 0.85}  # what they cut of the tiny model, attentions or the cache alone, does not reach 0.7

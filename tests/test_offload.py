@@ -12,10 +12,10 @@ import tiny
 from planish import stats
 from planish.calibrate import stream
 from planish.calibrate.activations import Activations, Room, fetch
-from planish.compression import compress
 from planish.folder.safetensors import hash_file
 from planish.methods import list_methods
 from planish.solvers import linalg, offload
+from tiny import compress
 
 WINDOWS = tiny.windows(8, 24)
 KEEP = {"nbl": 0.85, "palu": 0.85}  # what cuts attention alone cannot go lower

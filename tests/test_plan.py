@@ -21,9 +21,9 @@ from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
 from planish.job import Job
 from planish.methods import find_method, list_methods
-from planish.plan.budgets import Asked
 from planish.predict import predict
 from planish.rehearsal import rehearse, shrink
+from planish.request import Limits
 from planish.stats import Tap
 
 
@@ -140,7 +140,7 @@ def test_what_is_kept_of_all_blocks_is_predicted_to_the_byte(monkeypatch, tmp_pa
     monkeypatch.setattr(Activations, "append", watch)
     windows = tiny.windows(40, 16)
     stream = Stream(open_source(tiny.build("llama_gqa")), windows, room=Room(folder=tmp_path, kept=0))
-    job = Job(stream, find_method("auto", settings), asked=Asked(keep=0.8))
+    job = Job(stream, find_method("auto", settings), asked=Limits(keep=0.8))
     expected = count_kept(job, windows.numel())
     job.plan()
     assert expected == (0, sum(spilled)) and spilled
@@ -183,7 +183,7 @@ def test_what_lies_between_is_what_is_kept_while_a_block_is_solved(
         append(self, tensor)
         peak = max(peak, stream.room.used)
 
-    job = Job(stream, find_method(method, settings), asked=Asked(keep=0.8))
+    job = Job(stream, find_method(method, settings), asked=Limits(keep=0.8))
     plan = job.plan()
     monkeypatch.setattr(Activations, "append", watch)
     job.solve(plan, lambda *args: None)

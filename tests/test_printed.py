@@ -95,21 +95,6 @@ def test_demo_says_what_the_dense_cache_holds(tmp_path):
     )  # blocks, K and V, heads, width, fp32
 
 
-def test_readme_names_commands_and_options_that_exist(run):
-    """Every `planish …` line of the README, docs included, parses: commands and options are those of the program."""
-    root = Path(__file__).resolve().parent.parent
-    known: dict[str, str] = {}
-    for file in (root / "README.md", *(root / "docs").glob("*.md")):
-        for line in re.findall(r"planish ([a-z]+)((?: [^`\n#·|]*)?)", file.read_text(encoding="utf-8")):
-            command, rest = line
-            if command not in ("compress", "plan", "sweep", "eval", "bench", "export", "verify", "resume", "methods",
-                               "doctor", "demo", "report", "reproduce", "push"):  # fmt: skip
-                continue
-            text = known.setdefault(command, run(command, "--help", env={"COLUMNS": "300"}).stdout)
-            for option in re.findall(r"(?<!\S)\[?(--[a-z-]+)", rest):
-                assert option in text, f"{file.name}: planish {command} has no {option}"
-
-
 def test_readme_repeats_the_tables(monkeypatch):
     """Figures in the README are those of docs/tables, which commands write."""
     root = Path(__file__).resolve().parent.parent

@@ -10,9 +10,9 @@ import torch
 
 import tiny
 from planish import lanes
-from planish.compression import compress
 from planish.stats import Stats, Tap
 from test_resume import fork, hashes, one_thread, wait  # noqa: F401
+from tiny import compress
 
 WINDOWS = torch.randint(0, 90, (700, 64), generator=torch.Generator().manual_seed(0))  # six batches, two lanes empty
 

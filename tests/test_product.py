@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import tiny
-from planish.compression import compress
 from planish.manifest import Result
+from tiny import compress
 
 WINDOWS = tiny.windows(16, 24)
 IDS = tiny.windows(3, 30, seed=11)

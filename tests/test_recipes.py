@@ -15,7 +15,7 @@ import planish
 import tiny
 from planish.errors import InputError
 from planish.methods import find_method
-from planish.recipe import Recipe, find_papers, read_recipe
+from planish.request import Request, find_papers, read_recipe
 from test_fuzz import VALUES, fuzz, survives
 from test_resume import hashes
 
@@ -62,7 +62,7 @@ def test_papers(path):
     p = recipe.published
     assert p and p.differs and p.where
     assert p.factor > 1 if p.value is None else p.value > p.dense
-    find_method(recipe.method, recipe.arguments()["settings"])
+    find_method(recipe.method, recipe.arguments["settings"])
 
 
 def test_reproduce_a_local_recipe(tmp_path, capsys):
@@ -133,7 +133,7 @@ def test_wrong_recipes(text, message, tmp_path, capsys):
 @given(data=st.data())
 def test_any_recipe(data, tmp_path):
     value = {"version": 1, "model": "x", "calibration": {"source": "y"}}
-    for key in data.draw(st.lists(st.sampled_from([*Recipe.model_fields, "other"]), min_size=1, max_size=3)):
+    for key in data.draw(st.lists(st.sampled_from([*Request.model_fields, "other"]), min_size=1, max_size=3)):
         value[key] = data.draw(VALUES)
     path = Path(tmp_path / "r.yaml")
     path.write_text(yaml.safe_dump(value))

@@ -16,7 +16,6 @@ import tiny
 from planish.apply import apply_edits
 from planish.calibrate.stream import Stream
 from planish.calibrate.taps import tap_sites
-from planish.compression import compress
 from planish.core import Shape, Unit
 from planish.errors import InputError
 from planish.folder.load import load
@@ -29,6 +28,7 @@ from planish.plan.removal import round_half_up, trial_losses
 from planish.solvers.bypass import Affine, Bypass, Moments, bypass_edit, drop_edit, fit, fit_held_out
 from planish.solvers.window import fit_map
 from planish.stats import KINDS, Tap
+from tiny import compress
 
 WINDOWS = tiny.windows(12, 24)
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import tiny
-from planish.compression import compress, resume
+from planish.compression import resume
 from planish.errors import InputError
 from planish.folder import writer
+from tiny import compress
 
 WINDOWS = torch.randint(0, 90, (16, 16), generator=torch.Generator().manual_seed(0))
 METHODS = (

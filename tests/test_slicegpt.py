@@ -8,7 +8,6 @@ import torch
 import tiny
 from planish.apply import count_block
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.errors import InputError
 from planish.folder.load import load
 from planish.folder.source import open_source
@@ -16,6 +15,7 @@ from planish.job import Job
 from planish.methods import find_method
 from planish.methods.slicegpt import STREAM, slice_block
 from planish.modelling.modules import SlicedBlock
+from tiny import compress
 
 WINDOWS = tiny.windows(6, 20)
 FAMILIES = ["llama_gqa", "llama_bias", "llama_tied", "qwen2", "qwen3", "phi3"]

@@ -14,7 +14,6 @@ from planish.apply import apply_edits
 from planish.calibrate.activations import Room
 from planish.calibrate.reuse import Midway
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.folder.source import MemorySource, open_source
 from planish.job import Job
 from planish.methods import find_method
@@ -23,6 +22,7 @@ from planish.solve import read_weights
 from planish.solvers.forms import neuron_edits
 from planish.stats import Tap
 from test_resume import hashes
+from tiny import compress
 
 WINDOWS = tiny.windows(10, 24)
 

@@ -10,7 +10,6 @@ import torch
 import compressed
 import tiny
 from planish.calibrate.stream import Stream
-from planish.compression import compress
 from planish.core import Unit
 from planish.errors import InputError
 from planish.export.gguf import export_gguf
@@ -29,7 +28,7 @@ from planish.plan.targets import (
     make_uniform,
     needs_uniform,
 )
-from tiny import build
+from tiny import build, compress
 
 SIZES = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
 

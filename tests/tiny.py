@@ -126,3 +126,19 @@ def save(model: nn.Module, folder: Path, sharded: bool = False) -> Path:
     """Write the model as a folder, in one file or in many small ones."""
     model.save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
     return folder
+
+
+def compress(model, *, output, windows, method="flat-llm", settings=None, **more):
+    """`planish.compression.compress` on windows (n, seq) that are there already, with options by their names."""
+    from planish.compression import Calibration, Destination, Shared
+    from planish.compression import compress as run
+    from planish.folder.source import open_source
+    from planish.methods import find_method
+    from planish.request import Request
+
+    shared = Shared(**{n: more.pop(n) for n in ("stream", "cache", "measured") if n in more})
+    place = Destination(Path(output), more.pop("overwrite", False))
+    progress, text = more.pop("progress", None), Calibration(windows, more.pop("calibration", None) or {})
+    request = Request.ask(model="", settings=settings or {}, **({"device": "cpu"} | more))
+    chosen = find_method(method, settings or {})
+    return run(request, chosen, open_source(model), text, place, shared=shared, progress=progress)

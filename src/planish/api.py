@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from planish import single_cuts
 from planish.calibrate.cache import tokenize
 from planish.calibrate.text import fingerprint, load_tokens, sample_windows
-from planish.compression import compress as compress_windows
-from planish.compression import pick_dtype
+from planish.compression import Calibration, Destination, Shared, pick_dtype
+from planish.compression import compress as run
 from planish.core import Progress
 from planish.dry_run import Forecast
 from planish.dry_run import forecast as forecast_windows
@@ -25,24 +25,19 @@ from planish.errors import InputError
 from planish.evaluate import perplexity
 from planish.evaluate import tasks as tasks_file
 from planish.evaluate.tasks import Score
-from planish.export.eora import Blocks, Compensation, compensate
+from planish.export.eora import Compensation, compensate, open_linears
 from planish.folder import load as loading
-from planish.folder.source import (
-    FolderSource,
-    Source,
-    find_folder,
-    load_config,
-    load_tokenizer,
-    open_shapes,
-    open_source,
-)
+from planish.folder.config import load_config
+from planish.folder.hub import find_folder
+from planish.folder.source import FolderSource, Source, open_shapes, open_source
+from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
 from planish.methods.method import Method
-from planish.plan.budgets import check_number, read_asked
-from planish.recipe import Recipe, Text
+from planish.request import RECIPE, TEXT, Request, Text, check_number, name_beside, takes
 from planish.solvers.offload import offload
 
+TEXT_AND_DEVICE = ("calibration", *TEXT, "device", "dtype")  # options of what only measures
 N_SAMPLES, SEQ_LEN = 128, 2048  # unless told; fewer where the text or the model has fewer
 
 DTYPES = {
@@ -50,17 +45,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
-
-Sampling = Literal["contiguous", "random"]
-
-
-@dataclass
-class Calibration:
-    """Token windows (n, seq) of a SOURCE, and what the manifest records about them."""
-
-    windows: Tensor
-    record: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -71,167 +55,115 @@ class Evaluation(perplexity.Perplexity):
     bos: bool
 
 
+@takes()
 def compress(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
     *,
-    keep: float | None = None,
-    kv_keep: float | None = None,
-    flops_keep: float | None = None,
-    max_params: int | float | str | None = None,
-    max_bytes: int | float | str | None = None,
-    max_latency: float | None = None,
-    context: int | None = None,
-    method: str | Method | None = None,
-    calibration: Any = "builtin",
-    n_samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    sampling: Sampling | None = None,
     output: str | Path | None = None,
-    device: str = "auto",
-    dtype: str | torch.dtype | None = None,
-    round_to: int = 1,
     overwrite: bool = False,
-    settings: dict[str, Any] | None = None,
-    target: str = "any",
     cache: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Result | nn.Module:
     """Compress a model into the folder `output` and report what was counted; without `output` return the smaller model.
 
     `model`: folder, hub id, or causal LM in memory (left untouched; give its `tokenizer`, unless the text is token ids).
-    Budgets, one or two together (see docs/budgets.md): `keep` (by default 0.8): share of the decoder blocks' linear weights
-    that stays; `kv_keep`: of the KV cache's bytes per token (alone it cuts only what the cache holds); `flops_keep`: of the
-    blocks' FLOPs per token; `max_params`, `max_bytes`: of the whole model ("1.5B", "800MiB"); `max_latency`: milliseconds per
-    decoded token on this machine. `context`: tokens that the last ones count attention over.
-    `method`: a name of `planish methods`, by default "auto" where it exists, else "flat-llm"; `settings`: its
-    hyper-parameters.
-    `calibration`: a SOURCE of `planish.calibrate.text.load_tokens` (name, file, or token ids) from which `n_samples` windows
-    (128) of `seq_len` tokens (2048, or as many as the model has positions) are taken: text at random by `seed`, ids
-    side by side from the start, unless `sampling` says otherwise.
-    `device`: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "mps"; `dtype`: what to compute in.
-    `target`: where the result has to run: any, hf, vllm, gguf, onnx (see `planish.plan.targets`).
+    Budgets, one or two together (see docs/budgets.md), by default keep 0.8. `max_params`, `max_bytes`: numbers or texts
+    ("1.5B", "800MiB"). `method`: a name, or a method; by default "auto"; `settings`: its hyper-parameters by name.
+    `calibration`: a SOURCE of `planish.calibrate.text.load_tokens` (name, file, or token ids) from which `n_samples` windows of
+    `seq_len` tokens are taken: text at random by `seed`, ids side by side from the start, unless `sampling` says otherwise.
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
-    for the next budget.
-    `round_to`: ranks are multiples of it. `progress(phase, done, total)` is called as blocks are done.
+    for the next budget. `progress(phase, done, total)` is called as blocks are done.
     """
     if output is None:
         with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as folder:
-            compress(
-                model, tokenizer, keep=keep, kv_keep=kv_keep, flops_keep=flops_keep, max_params=max_params,
-                max_bytes=max_bytes, max_latency=max_latency, context=context, method=method, calibration=calibration,
-                n_samples=n_samples, seq_len=seq_len, seed=seed, sampling=sampling, output=Path(folder) / "model",
-                device=device, dtype=dtype, round_to=round_to, settings=settings, target=target, cache=cache,
-                progress=progress,
-            )  # fmt: skip
-            return load(Path(folder) / "model")
-    asked = read_asked(
-        keep=keep, kv_keep=kv_keep, flops_keep=flops_keep, max_params=max_params, max_bytes=max_bytes,
-        max_latency=max_latency, context=context,
-    )  # fmt: skip
-    check_round(round_to)
-    chosen = find_method(method or default_method(), settings or {})
-    place = find_device(device)
+            inside = Path(folder) / "model"
+            compress(model, tokenizer, output=inside, cache=cache, progress=progress, **options)
+            return load(inside)
+    request, method = read_options(options)
     source = open_source(model, tokenizer)
-    start = time.perf_counter()
-    text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling, cache)
-    spent = {"text": time.perf_counter() - start}
-    recipe = None
-    if isinstance(source, FolderSource) and isinstance(calibration, str | Path):
-        recipe = Recipe(
-            model=source.name, method=chosen.name, settings=chosen.settings(), **asked.as_dict(),
-            calibration=Text(source=str(calibration), **{n: text.record[n] for n in ("n_samples", "seq_len", "seed", "sampling")}),
-            device=cast(Literal["cpu", "cuda", "mps"], place.partition(":")[0]),
-            dtype=dtype if isinstance(dtype, str) else None, round_to=round_to, target=target,
-        )  # fmt: skip
-    result = compress_windows(
-        source,
-        output=output,
-        asked=asked,
-        method=chosen,
-        windows=text.windows,
-        calibration=text.record,
-        settings=settings,
-        device=place,
-        dtype=find_dtype(dtype),
-        round_to=round_to,
-        overwrite=overwrite,
-        target=target,
-        cache=cache,
-        progress=progress,
-        files={"recipe.yaml": recipe.text()} if recipe else None,
-        spent=spent,
-    )
+    text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache)
+    files = {}
+    if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
+        files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
+    place = Destination(Path(output), overwrite, files)
+    result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
     result.warnings = text.notes + result.warnings
     return result
 
 
+def read_options(options: Mapping[str, Any], device: Callable[[str], str] | None = None) -> tuple[Request, Method]:
+    """A request, its device and dtype as torch names them, and the method with its settings."""
+    method, settings = options.get("method"), options.get("settings") or {}
+    named = {n: v for n, v in options.items() if n not in ("method", "settings")}
+    request = Request.ask(model="", **named)
+    chosen = find_method(method or default_method(), settings)
+    place = (device or find_device)(request.device)
+    dtype = find_dtype(options.get("dtype"))
+    changes = {
+        "method": chosen.name, "settings": settings, "device": place, "dtype": dtype and str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    return request.model_copy(update=changes), chosen
+
+
+def write_recipe(request: Request, method: Method, source: FolderSource, text: Calibration, output: Path) -> str:
+    """recipe.yaml: the request with every default filled in, and files named as from the output folder."""
+    filled = {
+        "model": source.name, **request.given, "settings": method.settings(), "device": request.device.partition(":")[0],
+        "calibration": request.calibration.model_dump() | {n: text.record[n] for n in TEXT},
+        "dtype": request.dtype if request.dtype in DTYPES else None,
+    }  # fmt: skip
+    return Request(**({n: getattr(request, n) for n in RECIPE} | filled)).moved(partial(name_beside, output)).text()
+
+
+@takes()
 def forecast(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
     *,
-    keep: float | None = None,
-    kv_keep: float | None = None,
-    flops_keep: float | None = None,
-    max_params: int | float | str | None = None,
-    max_bytes: int | float | str | None = None,
-    max_latency: float | None = None,
-    context: int | None = None,
-    method: str | Method | None = None,
-    calibration: Any = "builtin",
-    n_samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    sampling: Sampling | None = None,
-    device: str = "auto",
-    dtype: str | torch.dtype | None = None,
-    round_to: int = 1,
-    settings: dict[str, Any] | None = None,
-    target: str = "any",
     cache: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Forecast:
     """What `compress` with the same arguments would give and take; nothing is changed or written.
 
     The calibration text is read only where the method needs statistics to choose its ranks; elsewhere a config.json alone
     will do for `model`, and "cuda" for `device` on a machine without. `cache`: keep its token ids on disk.
     """
-    asked = read_asked(
-        keep=keep, kv_keep=kv_keep, flops_keep=flops_keep, max_params=max_params, max_bytes=max_bytes,
-        max_latency=max_latency, context=context,
-    )  # fmt: skip
-    check_round(round_to)
-    chosen = find_method(method or default_method(), settings or {})
-    place = device if device == "cuda" else find_device(device)  # may be planned for elsewhere
+    request, method = read_options(options, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer)
-    seq_len, _ = fit_seq_len(source, seq_len)
+    asked = request.calibration
+    seq_len, _ = fit_seq_len(source, asked.seq_len)
     notes: list[str] = []
 
     def read() -> Tensor:
-        find_device(device)
-        text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling, cache)
+        find_device(request.device)
+        text = read_calibration(
+            source, tokenizer, asked.model_copy(update={"seq_len": seq_len}), options.get("calibration"), cache
+        )
         notes.extend(text.notes)
         return text.windows
 
-    with offload(place):
+    with offload(request.device):
         found = forecast_windows(
             source,
-            asked=asked,
-            method=chosen,
+            asked=request,
+            method=method,
             read=read,
-            size=(n_samples or N_SAMPLES, seq_len),
-            device=place,
-            dtype=find_dtype(dtype),
-            round_to=round_to,
-            settings=settings,
-            target=target,
+            size=(asked.n_samples or N_SAMPLES, seq_len),
+            device=request.device,
+            dtype=find_dtype(options.get("dtype")),
+            round_to=request.round_to,
+            settings=dict(request.settings),
+            target=request.target,
             progress=progress,
         )
     found.warnings = notes + found.warnings
     return found
 
 
+@takes(*TEXT_AND_DEVICE)
 def eora(
     folder: str | Path,
     output: str | Path,
@@ -239,27 +171,22 @@ def eora(
     bits: int = 4,
     rank: int = 32,
     quantiser: str = "round",
-    calibration: Any = "builtin",
-    n_samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    sampling: Sampling | None = None,
-    device: str = "auto",
-    dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Compensation:
     """Write a LoRA adapter that gives a dense or compressed folder back what integer weights take; nothing is trained.
 
     `quantiser`: "torchao" for a model that torchao will quantise, "round" for plain rounding (see `planish.export.eora`).
     Calibration as in `compress`.
     """
-    source = Blocks(folder)
-    place = find_device(device)
-    text = read_calibration(source, load_tokenizer(source.folder), calibration, n_samples, seq_len, seed, sampling)
+    request = Request.ask(model="", **options)
+    source = open_linears(folder)
+    place = find_device(request.device)
+    text = read_calibration(source, load_tokenizer(source.folder), request.calibration, options.get("calibration"))
     return compensate(
-        folder, text.windows, output, bits=bits, rank=rank, quantiser=quantiser, device=place,
-        dtype=find_dtype(dtype) or pick_dtype(source, place), overwrite=overwrite, progress=progress,
+        source, text.windows, output, bits=bits, rank=rank, quantiser=quantiser, device=place,
+        dtype=find_dtype(options.get("dtype")) or pick_dtype(source, place), overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
 
@@ -320,33 +247,26 @@ def evaluate(
     return Evaluation(**asdict(measured), source=found.source, bos=found.bos)
 
 
+@takes("method", "settings", *TEXT_AND_DEVICE)
 def measure_effects(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
     *,
-    method: str | Method = "auto",
-    settings: dict[str, Any] | None = None,
-    calibration: Any = "builtin",
-    n_samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    sampling: Sampling | None = None,
     held: Any = "builtin",
     keeps: Sequence[float] = (0.9, 0.7, 0.5, 0.3),
     share: float = 1.0,
     windows: int = 8,
-    device: str = "auto",
-    dtype: str | torch.dtype | None = None,
+    **options: Any,
 ) -> list[single_cuts.Effect]:
     """Predicted and measured loss of single cuts, one unit at a time (see `planish.single_cuts.measure_effects`).
 
     `held`: a SOURCE whose evaluation split is not calibrated on; `windows` of it and of the calibration text are measured.
     """
-    place = find_device(device)
+    request, method = read_options({"method": "auto"} | options)
     source = open_source(model, tokenizer)
     if tokenizer is None and isinstance(source, FolderSource):
         tokenizer = load_tokenizer(source.folder)
-    text = read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling)
+    text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"))
     length = text.windows.shape[1]
     tokens = load_tokens(held, tokenizer, split="evaluation", vocab_size=source.config.vocab_size).tokens
     count = min(windows, len(tokens) // length)
@@ -355,9 +275,9 @@ def measure_effects(
             f"held-out text has {len(tokens)} tokens, fewer than one window of {length}; use a longer text"
         )
     return single_cuts.measure_effects(
-        source, find_method(method, settings or {}), text.windows, tokens[: count * length].view(count, length),
-        keeps=keeps, share=share, measured_windows=windows, seed=seed, device=place,
-        dtype=find_dtype(dtype) or pick_dtype(source, place),
+        source, method, text.windows, tokens[: count * length].view(count, length),
+        keeps=keeps, share=share, measured_windows=windows, seed=request.calibration.seed, device=request.device,
+        dtype=find_dtype(options.get("dtype")) or pick_dtype(source, request.device),
     )  # fmt: skip
 
 
@@ -365,42 +285,33 @@ def default_method() -> str:
     return "auto" if "auto" in list_methods() else "flat-llm"
 
 
-def read_calibration(
-    source: Source,
-    tokenizer: Any,
-    calibration: Any,
-    n_samples: int | None,
-    seq_len: int | None,
-    seed: int,
-    sampling: Sampling | None,
-    cache: bool = False,
-) -> Calibration:
-    """Windows of a SOURCE for a model: tokens checked against its vocabulary, lengths against its positions."""
-    seq_len, notes = fit_seq_len(source, seq_len)
+def read_calibration(source: Source, tokenizer: Any, asked: Text, ids: Any = None, cache: bool = False) -> Calibration:
+    """Windows of a SOURCE (or of `ids`, a SOURCE in memory) for a model: tokens checked against its vocabulary, lengths
+    against its positions."""
+    start = time.perf_counter()
+    seq_len, notes = fit_seq_len(source, asked.seq_len)
     if tokenizer is None and isinstance(source, FolderSource):
         tokenizer = load_tokenizer(source.folder)
     text = load_tokens(
-        calibration, tokenizer, vocab_size=source.config.vocab_size, tokenize=tokenize if cache else None
-    )
-    how = sampling or text.sampling
-    if n_samples is not None:
-        check_number(n_samples, "n-samples", whole=True)
-    else:
+        asked.source if ids is None else ids, tokenizer, vocab_size=source.config.vocab_size, tokenize=tokenize if cache else None
+    )  # fmt: skip
+    how, n_samples = asked.sampling or text.sampling, asked.n_samples
+    if n_samples is None:
         held = len(text.tokens) // seq_len if how == "contiguous" else len(text.tokens) - seq_len + 1
         n_samples = min(N_SAMPLES, max(held, 1))
         if n_samples < N_SAMPLES:
             notes.append(f"n_samples {n_samples}: the text holds no more {how} windows of {seq_len} tokens")
-    windows = sample_windows(text.tokens, n_samples, seq_len, seed, how)
+    windows = sample_windows(text.tokens, n_samples, seq_len, asked.seed, how)
     record = {
         "source": text.source,
         "n_samples": n_samples,
         "seq_len": seq_len,
-        "seed": seed,
+        "seed": asked.seed,
         "sampling": how,
         "bos": text.bos,
         "fingerprint": fingerprint(windows),
     }
-    return Calibration(windows, record, notes)
+    return Calibration(windows, record, notes, time.perf_counter() - start)
 
 
 def fit_seq_len(source: Source, seq_len: int | None) -> tuple[int, list[str]]:
@@ -459,9 +370,3 @@ def find_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise InputError(f"unknown dtype {name!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def check_round(round_to: int) -> None:
-    check_number(round_to, "round-to", whole=True)
-    if round_to < 1:
-        raise InputError(f"round-to must be 1 or more, got {round_to}")

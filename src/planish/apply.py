@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from planish.core import Edit, Shape
 from planish.errors import InputError
-from planish.folder.source import is_finite
 from planish.modelling.blocks import Spec, get_linear, install, split_block
 from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
+from planish.stats import is_finite
 
 
 def merge_forms(shape: Shape, edits: list[Edit]) -> Spec:

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from planish.calibrate.stream import Stream, reuse_memory
 from planish.calibrate.text import shuffle_windows
 from planish.core import Plan, Progress, Shape, Unit
 from planish.errors import InputError
-from planish.folder.config import write_config
+from planish.folder.config import name_head, write_config
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
@@ -33,79 +33,83 @@ from planish.manifest import Result, note_origin, read_result, write_manifest
 from planish.methods import find_method
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
-from planish.plan.budgets import Asked, read_asked
 from planish.plan.footprint import count_flops, count_headers, kv_bytes
 from planish.plan.latency import read_table
 from planish.plan.targets import find_target
+from planish.request import Request
 from planish.solvers.offload import offload
 
 
-def compress(
-    model: str | Path | nn.Module,
-    tokenizer: Any = None,
-    *,
-    output: str | Path,
-    keep: float | None = None,
-    asked: Asked | None = None,
-    method: str | Method = "flat-llm",
-    windows: Tensor,
-    calibration: dict[str, Any] | None = None,
-    settings: dict[str, Any] | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    round_to: int = 1,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    stream: Stream | None = None,
-    cache: Cache | bool = False,
-    resume: bool = False,
-    target: str = "any",
-    files: dict[str, str] | None = None,
-    measured: dict[str, float] | None = None,
-    spent: dict[str, float] | None = None,
-    **limits: Any,
-) -> Result:
-    """Compress a model into a folder. `windows` (n, seq): calibration token ids (see `planish.calibrate.text`).
+@dataclass
+class Calibration:
+    """Token windows (n, seq) of a text, what the manifest records about them, and the seconds it took to read them."""
 
-    `model`: folder, hub id or causal LM in memory (left untouched). `settings`: the method's hyper-parameters by name.
-    `asked`, or `keep` and other `limits` by name: the budgets (see `planish.plan.budgets.Asked`). `kv_keep` alone only cuts what
-    the cache holds. `measured`: the latency table to plan with, instead of this machine's.
-    `calibration`: what to record about the text in the manifest. Raises InputError for anything wrong with the input.
-    `cache`: the one that several runs share, or whether to use the one on disk; `stream`: what several runs on these windows
-    share.
-    `resume`: take up an interrupted run with these same arguments (see `planish.resume`).
-    `files`: further text files for the folder, by name. `spent`: seconds of phases before this call, counted in the result.
+    windows: Tensor
+    record: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where the result goes. `files`: further text files of the folder, by name; `resume`: take up an interrupted run."""
+
+    output: Path
+    overwrite: bool = False
+    files: dict[str, str] = field(default_factory=dict)
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What several runs on the same windows share. `cache`: of statistics (True: the one on disk); `measured`: a table of
+    latencies to plan with, instead of this machine's."""
+
+    stream: Stream | None = None
+    cache: Cache | bool = False
+    measured: dict[str, float] | None = None
+
+
+def compress(
+    request: Request,
+    method: Method,
+    source: Source,
+    text: Calibration,
+    place: Destination,
+    *,
+    shared: Shared = Shared(),
+    progress: Progress | None = None,
+) -> Result:
+    """Compress a model into a folder. Raises InputError for anything wrong with the input.
+
+    Of the request the budgets, device, dtype (what torch calls them), round_to and target count, and which settings were
+    given; the method, the model and the text are there already. `kv_keep` alone only cuts what the cache holds.
     """
     start = time.perf_counter()
     reuse_memory()
+    device = request.device
     if lanes.start(device):
         device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-    asked = asked or read_asked(keep=keep, **limits)
-    find_target(target)
-    method = find_method(method, settings or {})
-    source = open_source(model, tokenizer)
+    find_target(request.target)
+    windows = text.windows
     check_windows(windows, source)
     calibrated = shuffle_windows(windows, method.shuffled)
-    check_apart(Path(output), source)
-    writer = Writer(Path(output), source.n_blocks, overwrite, resume)
+    check_apart(place.output, source)
+    writer = Writer(place.output, source.n_blocks, place.overwrite, place.resume)
     try:
-        kind = dtype or pick_dtype(source, device)
-        if asked.max_latency is not None and measured is None:
+        kind = getattr(torch, request.dtype) if request.dtype else pick_dtype(source, device)
+        measured = shared.measured
+        if request.max_latency is not None and measured is None:
             first = lanes.rank() == 0  # all plan with one table
             measured = lanes.share(
-                read_table(source, asked.context or windows.shape[1], device, kind, progress) if first else None
+                read_table(source, request.context or windows.shape[1], device, kind, progress) if first else None
             )
-        if not resume and isinstance(source, FolderSource):
-            request = {
-                "model": str(source.folder.resolve()), "name": source.name, "asked": asdict(asked),
-                "method": method.name, "settings": method.settings(), "given": sorted(settings or {}),
-                "calibration": calibration or {}, "device": device.partition(":")[0], "dtype": dtype and str(dtype)[6:],
-                "round_to": round_to, "overwrite": overwrite, "target": target, "files": files or {},
-                "processes": lanes.count(), "measured": measured,
-            }  # fmt: skip
-            writer.keep_request(request, windows)
+        if not place.resume and isinstance(source, FolderSource):
+            journal = write_journal(request, method, source, text, place) | {"measured": measured}
+            writer.keep_request(journal, windows)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            stream, cache = shared.stream, shared.cache
             if stream is None:
                 room = Room(folder=writer.partial)
                 stream = Stream(source, calibrated, device=device, dtype=kind, room=room)
@@ -113,35 +117,48 @@ def compress(
                 stream = stream.part(calibrated)
             if calibrated is not windows and isinstance(cache, Cache):
                 cache = cache.beside(stream)
-            shared = open_cache(stream) if cache is True else cache or None
             job = Job(
                 stream,
                 method,
-                asked=asked,
-                step=round_to,
+                asked=request,
+                step=request.round_to,
                 progress=progress,
-                cache=shared,
-                target=target,
+                cache=open_cache(stream) if cache is True else cache or None,
+                target=request.target,
                 measured=measured,
             )
             job.caught = caught
-            job.seconds |= spent or {}
-            check_tokens(job, windows, settings or {})
+            if text.seconds:
+                job.seconds["text"] = text.seconds
+            check_tokens(job, windows, dict(request.settings))
             with offload(stream.device):
                 with job.phase("plan"):
                     plan = job.plan()
                 result = write(job, plan, writer)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
         result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier, *note_origin(source)})
-        result.seconds["total"] = time.perf_counter() - start + sum((spent or {}).values())
-        write_manifest(writer, job, plan, result, calibration or {})
-        for name, content in (files or {}).items():
+        result.seconds["total"] = time.perf_counter() - start + text.seconds
+        write_manifest(writer, job, plan, result, text.record)
+        for name, content in place.files.items():
             writer.text(name, content)
         writer.close()
     except BaseException as error:
-        writer.abort(wrong_input=isinstance(error, (InputError, OSError)) and not resume)
+        writer.abort(wrong_input=isinstance(error, (InputError, OSError)) and not place.resume)
         raise
     return result
+
+
+def write_journal(
+    request: Request, method: Method, source: FolderSource, text: Calibration, place: Destination
+) -> dict[str, Any]:
+    """What `resume` needs besides the windows: the request, as it was understood."""
+    return {
+        "model": str(source.folder.resolve()), "name": source.name, "asked": request.limits,
+        "method": method.name, "settings": method.settings(), "given": sorted(request.settings),
+        "calibration": text.record, "device": request.device.partition(":")[0], "dtype": request.dtype,
+        "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "files": place.files,
+        "processes": lanes.count(),
+    }  # fmt: skip
 
 
 def resume(output: str | Path, progress: Progress | None = None) -> Result:
@@ -157,28 +174,26 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         hint = ": it is complete" if (output / "planish.json").is_file() else ""
         raise InputError(f"nothing to resume at {output}{hint} (no {state / 'request.json'})")
     try:
-        request = unseal(json.loads((state / "request.json").read_text(encoding="utf-8")))
-        if hash_file(state / "windows.safetensors") != request["windows"]:
+        journal = unseal(json.loads((state / "request.json").read_text(encoding="utf-8")))
+        if hash_file(state / "windows.safetensors") != journal["windows"]:
             raise ValueError("the calibration windows are not what was written")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in request["settings"].items()}
-        method = find_method(find_method(request["method"]).__class__(**values))
-        dtype = getattr(torch, request["dtype"]) if request["dtype"] else None
-        if request["processes"] != lanes.world():
-            warnings.warn(f"started with {request['processes']} processes, resumed with {lanes.world()}", stacklevel=2)
-        source = open_source(request["model"])
-        source.name = request["name"]
-        asked, measured = Asked(**request["asked"]), request["measured"]
-        round_to, overwrite = request["round_to"], request["overwrite"]
-        target, files = request["target"], request["files"]
-        calibration, given, device = request["calibration"], dict.fromkeys(request["given"]), request["device"]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in journal["settings"].items()}
+        method = find_method(find_method(journal["method"]).__class__(**values))
+        if journal["processes"] != lanes.world():
+            warnings.warn(f"started with {journal['processes']} processes, resumed with {lanes.world()}", stacklevel=2)
+        source = open_source(journal["model"])
+        source.name = journal["name"]
+        dtype = journal["dtype"] and str(getattr(torch, journal["dtype"])).removeprefix("torch.")
+        request = Request(
+            **journal["asked"], model=source.name, method=journal["method"], settings=dict.fromkeys(journal["given"]),
+            device=journal["device"], dtype=dtype, round_to=journal["round_to"], target=journal["target"],
+        )  # fmt: skip
+        place = Destination(output, journal["overwrite"], journal["files"], resume=True)
+        measured, record = journal["measured"], journal["calibration"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {state / 'request.json'}: {error!r}; compress again with --overwrite") from None
-    return compress(
-        source, output=output, asked=asked, measured=measured, method=method,
-        windows=Shard(state / "windows.safetensors").read("windows"), calibration=calibration, settings=given,
-        device=device, dtype=dtype, round_to=round_to, overwrite=overwrite, progress=progress, resume=True,
-        target=target, files=files,
-    )  # fmt: skip
+    text = Calibration(Shard(state / "windows.safetensors").read("windows"), record)
+    return compress(request, method, source, text, place, shared=Shared(measured=measured), progress=progress)
 
 
 def write(job: Job, plan: Plan, writer: Writer) -> Result:
@@ -208,13 +223,10 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         job.errors |= entry["errors"]
         job.finished[i] = partial(writer.restore, i, source=source)
     job.method.solve(job, plan, emit)
-    kind = write_config(writer, source, specs, shapes)
-    outside = drop_tied(source.outside(), source)
+    kind = write_config(writer.text, source.config, source.family, specs, shapes)
+    outside = source.outside()
     outer = sum(t.numel() for t in outside.values())
-    head = source.family.head if kind == "native" else "lm_head"
-    writer.shard(
-        0, {n.replace("lm_head.", f"{head}.", 1) if n.startswith("lm_head.") else n: t for n, t in outside.items()}
-    )
+    writer.shard(0, name_head(outside, source.family, kind))
     if writer.active:
         source.copy_files(writer.partial)
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
@@ -257,15 +269,6 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
     }
     result.budgets = {b.name: {"asked": b.asked, "achieved": achieved[b.name]} for b in job.kept_budgets}
     return result
-
-
-def drop_tied(outside: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """Tied checkpoints store one matrix, under the embedding's name."""
-    if not source.config.tie_word_embeddings or "lm_head.weight" not in outside:
-        return outside
-    rest = {n: t for n, t in outside.items() if n != "lm_head.weight"}
-    embedding = source.embedding_name()
-    return rest if embedding in rest else {embedding: outside["lm_head.weight"], **rest}
 
 
 def check_tokens(job: Job, windows: Tensor, settings: dict[str, Any]) -> None:

@@ -28,12 +28,13 @@ from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source
 from planish.job import Job
 from planish.methods.method import Method
-from planish.plan.budgets import SHARES, Asked, Budget, CacheNumbers, Flops, make_budget
+from planish.plan.budgets import Budget, CacheNumbers, Flops, make_budget
 from planish.plan.footprint import count_cache, count_flops
 from planish.plan.latency import Latency, read_table
 from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse
+from planish.request import SHARES, Limits
 from planish.solve import count_refit, find_sites_beside
 from planish.solvers.offload import offload
 from planish.stats import Tap, add_gram
@@ -102,7 +103,7 @@ class Unread(Stream):
 def forecast(
     source: Source,
     *,
-    asked: Asked,
+    asked: Limits,
     method: Method,
     read: Callable[[], Tensor],
     size: tuple[int, int],
@@ -119,7 +120,7 @@ def forecast(
     """
     dtype = dtype or pick_dtype(source, device)
     unread = Unread(source, torch.empty(0, 0, dtype=torch.long), device=device, dtype=dtype)
-    asked = replace(asked, context=asked.context or size[1])
+    asked = asked.model_copy(update={"context": asked.context or size[1]})
     table = read_table(source, asked.context or 0, device, dtype, progress) if asked.max_latency is not None else None
     job = Job(unread, method, asked=asked, step=round_to, target=target, measured=table)
     shared = Cache(memory=STATISTICS)
@@ -182,8 +183,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         )
     blocks = job.weights
     blocks_after = blocks - sum(r["before"] - r["after"] for r in rows)
-    source.empty_block(0)
-    model = source._empty  # type: ignore[attr-defined]
+    model = source.empty
     params = sum(p.numel() for p in model.parameters())
     head = source.count_head()
     caches, full_caches = CacheNumbers("kv_keep", 1, 0, 0), sum(map(count_cache, shapes))

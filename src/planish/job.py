@@ -23,9 +23,10 @@ from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
 from planish.plan.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
-from planish.plan.budgets import Asked, Budget, CacheNumbers, label, make_budget
+from planish.plan.budgets import Budget, CacheNumbers, make_budget
 from planish.plan.latency import Latency, Table, make_latency
 from planish.plan.targets import check_plan, constrain, fit_target, make_uniform, needs_uniform
+from planish.request import Limits, label
 from planish.solve import count_refit, read_weights, solve
 from planish.stats import Stats, Tap
 
@@ -39,7 +40,7 @@ class Job:
         method: Method,
         keep: float | None = None,
         *,
-        asked: Asked | None = None,
+        asked: Limits | None = None,
         step: int = 1,
         progress: Progress | None = None,
         cache: Cache | None = None,
@@ -49,7 +50,7 @@ class Job:
         self.stream, self.method, self.step, self.progress = stream, method, step, progress
         self.cache = cache or Cache()
         self.shapes: list[Shape] = [stream.source.shape(i) for i in range(len(stream))]
-        self.asked = asked or Asked(keep=keep)
+        self.asked = asked or Limits(keep=keep)
         self.cache_only = set(self.asked.given) == {"kv_keep"}
         beside = sorted(set(self.asked.given) - {"keep"})
         if beside and method.sparsity is not None:

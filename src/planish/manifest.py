@@ -16,7 +16,7 @@ from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.source import Source
 from planish.folder.writer import Writer
 from planish.job import Job
-from planish.plan.budgets import label, show
+from planish.request import label, show
 from planish.version import __version__
 
 

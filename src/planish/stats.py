@@ -309,3 +309,11 @@ def add_cross(into: Sums, y: Tensor, x: Tensor) -> None:
 
 
 IN_PLACE: dict[str, Callable[..., None]] = {"gram": add_gram, "cross": add_cross}
+
+
+def is_finite(t: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, without a copy (extremes propagate NaN)."""
+    if not t.is_floating_point() or not t.numel():
+        return True
+    low, high = torch.aminmax(t)
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from math import inf, isfinite, log
@@ -21,18 +21,18 @@ from planish.calibrate.activations import Room
 from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import fingerprint, load_tokens
-from planish.compression import check_windows, pick_dtype
-from planish.compression import compress as compress_windows
+from planish.compression import Destination, Shared, check_windows, compress, pick_dtype
 from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed
 from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import NAN, Point, read_points, write_points
 from planish.folder.safetensors import write_text
-from planish.folder.source import FolderSource, load_tokenizer, open_source
+from planish.folder.source import FolderSource, open_source
+from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 from planish.methods import find_method
 from planish.methods.method import Method
-from planish.plan.budgets import Asked, read_asked
+from planish.request import Limits, Request, Sampling, Text
 
 Watch = Callable[[str, int, int], None]
 
@@ -63,7 +63,7 @@ def sweep(
     n_samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
-    sampling: api.Sampling | None = None,
+    sampling: Sampling | None = None,
     eval_text: Any = "builtin",
     eval_tokens: int | None = None,
     device: str = "auto",
@@ -93,7 +93,8 @@ def sweep(
     place, output = api.find_device(device), Path(output)
     source = open_source(model)
     tokenizer = load_tokenizer(source.folder) if isinstance(source, FolderSource) else None
-    text = api.read_calibration(source, tokenizer, calibration, n_samples, seq_len, seed, sampling, cache)
+    wanted = Text.ask(n_samples=n_samples, seq_len=seq_len, seed=seed, sampling=sampling)
+    text = api.read_calibration(source, tokenizer, wanted, calibration, cache)
     check_windows(text.windows, source)
     length = text.windows.shape[1]
     tokens = load_tokens(
@@ -106,14 +107,14 @@ def sweep(
     if eval_tokens is not None:
         tokens = tokens[: max(eval_tokens, length)]
     tokens = tokens[: len(tokens) // length * length]
-    request = {
+    recorded = {
         "model": str(model),
         "calibration": text.record,
         "evaluation": {"source": str(eval_text) if isinstance(eval_text, str | Path) else "ids", "tokens": len(tokens),
                        "seq_len": length, "fingerprint": fingerprint(tokens)},
         "device": place, "dtype": dtype, "round_to": round_to,
     }  # fmt: skip
-    book = Book(output, request, overwrite)
+    book = Book(output, recorded, overwrite)
     # the smallest budget first: it measures whatever the others need
     order = sorted(budgets, key=lambda asked: list(asked.given.values()))
     names = [(label, settings, method, asked) for label, settings, method in chosen for asked in order]
@@ -139,16 +140,19 @@ def sweep(
             point = Point(name, method.name, json.dumps(settings), next(iter(asked.given.values())))
             point.budgets = json.dumps(asked.given)
 
+            request = Request(
+                **asked.limits, model=str(model), method=point.method, settings=settings, device=place,
+                dtype=str(kind)[6:], round_to=round_to,
+            )  # fmt: skip
             run = partial(
-                compress_windows, source, output=book.folder(name), asked=asked, method=method, windows=text.windows,
-                calibration=text.record, settings=settings, device=place, dtype=kind, round_to=round_to, overwrite=True,
-                stream=stream, cache=shared,
+                compress, request, method, source, replace(text, seconds=0.0), Destination(book.folder(name), overwrite=True),
+                shared=Shared(stream, shared),
             )  # fmt: skip
             runner.measure(point, run, book)
             book.record(point)
             book.thin(keep_models)
         if progress:
-            progress(f"{label} {asked}", n + 1, len(names))
+            progress(f"{label} {asked.tell()}", n + 1, len(names))
     found.points = list(book.points.values())
     found.warnings = text.notes + [
         f"{label} ran with {name}={value}, so that further points cost little; "
@@ -166,12 +170,12 @@ def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def list_budgets(keeps: Sequence[float], kv_keeps: Sequence[float], flops_keeps: Sequence[float]) -> list[Asked]:
+def list_budgets(keeps: Sequence[float], kv_keeps: Sequence[float], flops_keeps: Sequence[float]) -> list[Limits]:
     """Every combination of the lists that are not empty."""
     if not (keeps or kv_keeps or flops_keeps):
         keeps = (0.9, 0.8, 0.7)
     lists = [values or (None,) for values in (keeps, kv_keeps, flops_keeps)]
-    return [read_asked(keep=k, kv_keep=v, flops_keep=f) for k, v, f in product(*lists)]
+    return [Limits.ask(keep=k, kv_keep=v, flops_keep=f) for k, v, f in product(*lists)]
 
 
 def parse_method(text: str) -> tuple[str, dict[str, str], Method]:

@@ -345,7 +345,7 @@ def hash_source(source: Source) -> str:
     assert isinstance(source, FolderSource)
     config = source.folder / "config.json"
     digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
-    paths = sorted(set(source.files.values()))
+    paths = source.reader.paths
     whole = sum(p.stat().st_size for p in paths) <= WHOLE
     for path in paths:
         if whole:

@@ -27,11 +27,11 @@ from planish.calibrate.reuse import LAST, Midway, Part
 from planish.calibrate.taps import AllSeen, find_gap, tap_sites
 from planish.core import Edit, Progress, Shape
 from planish.errors import InputError
-from planish.folder.source import Source, is_finite
+from planish.folder.source import Source
 from planish.modelling.blocks import find_blocks, get_linear
 from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
-from planish.stats import Stats, Tap, add_lane
+from planish.stats import Stats, Tap, add_lane, is_finite
 
 T = TypeVar("T")
 Hidden = Sequence[Tensor]  # for each of this process's batches: (batch, seq, hidden), on the CPU unless fetched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,13 +13,9 @@ from planish.cli import options as o
 from planish.cli.run import format_bytes, make_table, session
 
 
+@o.asks(*o.COMPUTE)
 def bench(
-    folder: Annotated[
-        str,
-        typer.Argument(
-            metavar="DIR", help="compressed or Hugging Face folder, GGUF file or hub id", show_default=False
-        ),
-    ],
+    folder: o.FolderArgument,
     against: Annotated[
         str | None, typer.Option(metavar="DENSE", help="measure this one in turns with it", show_default=False)
     ] = None,
@@ -28,14 +24,14 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="measured runs; the median is shown")] = 5,
     compiled: Annotated[bool, typer.Option("--compile", help="with torch.compile")] = False,
-    device: o.DeviceOption = o.Device.auto,
-    dtype: o.DTypeOption = None,
+    *,
     as_json: o.JsonOption = False,
+    **options: Any,
 ) -> None:
     """Measure prefill and decode tokens per second, time to first token, memory and KV bytes."""
     with session(as_json) as run:
-        place = run.api.find_device(device.value)
-        kind = run.api.find_dtype(dtype and dtype.value)
+        place = run.api.find_device(options["device"])
+        kind = run.api.find_dtype(options["dtype"])
         if kind is None and place == "cpu":
             kind = run.api.find_dtype("float32")
         from planish.evaluate.speed import bench as measure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,47 +17,26 @@ class Quantiser(StrEnum):
     torchao = "torchao"
 
 
+@o.asks(*o.TEXT, *o.COMPUTE)
 def eora(
-    folder: Annotated[
-        str,
-        typer.Argument(
-            metavar="DIR", help="compressed or Hugging Face folder, GGUF file or hub id", show_default=False
-        ),
-    ],
+    folder: o.FolderArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the adapter", show_default=False)],
     bits: Annotated[int, typer.Option(help="of the integer weights: 4 or 8")] = 4,
     rank: Annotated[int, typer.Option(min=1, help="of the adapter (each linear's own size at most)")] = 32,
     quantiser: Annotated[
         Quantiser, typer.Option(help="who rounds: torchao, or plain rounding to the nearest (no library)")
     ] = Quantiser.round,
-    calibration: o.CalibrationOption = "builtin",
-    n_samples: o.SamplesOption = None,
-    seq_len: o.LengthOption = None,
-    seed: o.SeedOption = 0,
-    sampling: o.SamplingOption = None,
-    device: o.DeviceOption = o.Device.auto,
-    dtype: o.DTypeOption = None,
+    *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an adapter that is there")] = False,
     as_json: o.JsonOption = False,
+    **options: Any,
 ) -> None:
     """Write a LoRA adapter that compensates integer weights (EoRA): closed form, nothing is trained; PEFT loads it."""
     with session(as_json) as run:
         found = run.api.eora(
-            folder,
-            output,
-            bits=bits,
-            rank=rank,
-            quantiser=quantiser.value,
-            calibration=calibration,
-            n_samples=n_samples,
-            seq_len=seq_len,
-            seed=seed,
-            sampling=sampling and sampling.value,
-            device=device.value,
-            dtype=dtype and dtype.value,
-            overwrite=overwrite,
-            progress=run.progress,
-        )
+            folder, output, bits=bits, rank=rank, quantiser=quantiser.value, overwrite=overwrite, progress=run.progress,
+            **options,
+        )  # fmt: skip
         run.give(
             found.as_dict(),
             f"[bold]{found.output}[/] · {found.linears} linears at {found.bits} bits, rank {found.rank}",

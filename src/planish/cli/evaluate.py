@@ -12,8 +12,10 @@ from rich.table import Table
 from planish.cli import options as o
 from planish.cli.run import make_table, session
 from planish.errors import InputError
+from planish.request import SOURCE_HELP
 
 
+@o.asks("text", "seq_len", "batch_size", "max_windows", "tasks", "against", "limit", *o.COMPUTE)
 def evaluate(
     model: Annotated[
         str,
@@ -21,10 +23,10 @@ def evaluate(
             metavar="DIR", help="Hugging Face or compressed folder, GGUF file or hub id", show_default=False
         ),
     ],
+    *,
     text: Annotated[
-        str | None, typer.Option("--text", metavar="SOURCE", help=o.SOURCE_HELP, show_default="builtin")
+        str | None, typer.Option("--text", metavar="SOURCE", help=SOURCE_HELP, show_default="builtin")
     ] = None,
-    seq_len: o.LengthOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows at a time")] = 1,
     max_windows: Annotated[int | None, typer.Option(min=1, help="stop after so many", show_default="all")] = None,
     tasks: Annotated[
@@ -41,9 +43,8 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="with --tasks: only so many examples", show_default=False)
     ] = None,
-    device: o.DeviceOption = o.Device.auto,
-    dtype: o.DTypeOption = None,
     as_json: o.JsonOption = False,
+    **options: Any,
 ) -> None:
     """Measure perplexity (non-overlapping windows, the tail dropped, as the papers do), or zero-shot accuracy."""
     with session(as_json) as run:
@@ -55,7 +56,7 @@ def evaluate(
             names = [t for group in tasks for t in group.split(",") if t]
             found = {
                 m: run.api.evaluate_tasks(
-                    m, names, limit=limit, device=device.value, dtype=dtype and dtype.value, progress=run.progress
+                    m, names, limit=limit, device=options["device"], dtype=options["dtype"], progress=run.progress
                 )
                 for m in filter(None, (against, model))
             }
@@ -65,9 +66,7 @@ def evaluate(
             run.api.evaluate(
                 m,
                 text or "builtin",
-                seq_len,
-                device=device.value,
-                dtype=dtype and dtype.value,
+                **options,
                 batch_size=batch_size,
                 max_windows=max_windows,
                 cache=True,

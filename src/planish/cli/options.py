@@ -2,84 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import typer
 
 from planish.errors import InputError
+from planish.request import LIMITS, OPTIONS, Limits, label, read_extra
+
+F = TypeVar("F", bound=Callable[..., None])
 
 
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class DType(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Target(StrEnum):
-    any = "any"
-    hf = "hf"
-    vllm = "vllm"
-    gguf = "gguf"
-    onnx = "onnx"
-
-
-class Sampling(StrEnum):
-    contiguous = "contiguous"
-    random = "random"
-
-
-SOURCE_HELP = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field text), .parquet, .npy (token ids)"
+BUDGETS = tuple(Limits.model_fields)
+TEXT = ("calibration", "n_samples", "seq_len", "seed", "sampling")
+COMPUTE = ("device", "dtype")
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder, GGUF file or hub id", show_default=False)
 ]
-KeepOption = Annotated[
-    float | None,
-    typer.Option(
-        help="share of the decoder blocks' linear weights that stays, in (0, 1]  [default: 0.8 where no other budget is given]",
-        show_default=False,
-    ),
+FolderArgument = Annotated[
+    str,
+    typer.Argument(metavar="DIR", help="compressed or Hugging Face folder, GGUF file or hub id", show_default=False),
 ]
-KVKeepOption = Annotated[
-    float | None,
-    typer.Option(
-        help="share of the KV cache's bytes per token that stays; alone it cuts only what the cache holds",
-        show_default=False,
-    ),
-]
-FlopsKeepOption = Annotated[
-    float | None,
-    typer.Option(help="share of the blocks' FLOPs per token that stays, attention included", show_default=False),
-]
-MaxParamsOption = Annotated[
-    str | None,
-    typer.Option(metavar="N", help="parameters of the whole model: 1.5B, 800M, 12345678", show_default=False),
-]
-MaxBytesOption = Annotated[
-    str | None,
-    typer.Option(metavar="N", help="bytes of the whole model's weight files: 2.5GB, 800MiB", show_default=False),
-]
-MaxLatencyOption = Annotated[
-    float | None,
-    typer.Option(metavar="MS", help="milliseconds per decoded token on this machine, batch 1", show_default=False),
-]
-ContextOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="tokens of context that FLOPs and latency count  [default: a calibration window's]",
-        show_default=False,
-    ),
-]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)]
 SparsityOption = Annotated[
     float | None,
     typer.Option(
@@ -87,38 +36,61 @@ SparsityOption = Annotated[
         show_default=False,
     ),
 ]
-MethodOption = Annotated[str | None, typer.Option(help="see `planish methods`", show_default="auto")]
-CalibrationOption = Annotated[str, typer.Option(metavar="SOURCE", help=SOURCE_HELP)]
-SamplesOption = Annotated[int | None, typer.Option(min=1, help="calibration windows", show_default="128")]
-LengthOption = Annotated[
-    int | None,
-    typer.Option(min=2, help="tokens per window", show_default="2048, or the model's positions"),
-]
-SeedOption = Annotated[int, typer.Option(help="of the random windows")]
-SamplingOption = Annotated[
-    Sampling | None, typer.Option(help="of windows", show_default="random; contiguous for token ids")
-]
-DeviceOption = Annotated[Device, typer.Option(help="auto: CUDA where there is one, else the CPU")]
-DTypeOption = Annotated[
-    DType | None, typer.Option(help="to compute in", show_default="float32 on a CPU, else as stored")
-]
-TargetOption = Annotated[
-    Target, typer.Option("--target", help="where the result has to run: ranks are chosen to suit it")
-]
-RoundOption = Annotated[int, typer.Option(min=1, help="make ranks multiples of this (8, 16, 32, 64 suit hardware)")]
 CacheOption = Annotated[
     bool,
     typer.Option(
         "--cache/--no-cache", help="keep the text's tokens and calibration statistics on disk and use them again"
     ),
 ]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="NAME=VALUE", help="a hyper-parameter of the method (repeatable)", show_default=False
-    ),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
+
+
+def asks(*names: str) -> Callable[[F], F]:
+    """Give a command the flags of these options of a request, as keywords in the place of its `**options`.
+
+    Flags are shown in the order of `names`, in which the command's own keywords can stand too; the others come last.
+    """
+
+    def wrap(command: F) -> F:
+        hints = get_type_hints(command, include_extras=True)
+        own = {
+            n: p.replace(annotation=hints[n])
+            for n, p in inspect.signature(command).parameters.items()
+            if p.kind is not inspect.Parameter.VAR_KEYWORD
+        }
+        given = {n: own[n] if n in own else make_flag(n) for n in names}
+        first = [p for n, p in own.items() if n not in given and p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        last = [p for n, p in own.items() if n not in given and p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            command(**{n: v.value if n in OPTIONS and isinstance(v, StrEnum) else v for n, v in values.items()})
+
+        call.__signature__ = inspect.Signature([*first, *given.values(), *last])  # type: ignore[attr-defined]
+        call.__annotations__ = {}
+        return cast(F, call)
+
+    return wrap
+
+
+def make_flag(name: str) -> inspect.Parameter:
+    """The parameter from which typer makes an option's flag."""
+    field = OPTIONS[name]
+    flag: dict[str, Any] = read_extra(field, "flag")
+    kind: Any = flag.get("type", field.annotation)
+    default: Any = field.default
+    literals = [v for t in get_args(kind) for v in get_args(t)]
+    if choices := flag.get("choices", literals):
+        kind = cast(Any, StrEnum)(name, {c: c for c in choices})
+        default = None if default is None else kind(default)
+    if default is None or name == "settings":
+        kind, default = kind | None, None
+    shown: dict[str, Any] = {"show_default": flag["shown"]} if "shown" in flag else {}
+    declared = [flag["name"]] if "name" in flag else []
+    option = typer.Option(
+        *declared, help=field.description, min=flag.get("least"), metavar=flag.get("metavar"), **shown
+    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 def parse_settings(
@@ -126,7 +98,7 @@ def parse_settings(
 ) -> dict[str, Any]:
     """["a=1", "b=x"] → {"a": "1", "b": "x"}; the method converts the values. `sparsity` is a setting of its own, which
     stands in the place of a budget (`limits`)."""
-    beside = [f"--{n.replace('_', '-')}" for n, value in (limits or {}).items() if value is not None]
+    beside = [f"--{label(n)}" for n in LIMITS if (limits or {}).get(n) is not None]
     if sparsity is not None and beside:
         raise InputError(f"--sparsity says how much goes, {beside[0]} cannot hold beside it: give one of them")
     settings: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
@@ -141,11 +113,10 @@ def parse_settings(
     return settings
 
 
-def ask(**values: Any) -> Any:
-    """`planish.plan.budgets.Asked` of a command's options."""
-    from planish.plan.budgets import read_asked
-
-    return read_asked(**values)
+def tell_asked(options: Mapping[str, Any], sparsity: float | None) -> str:
+    """The budgets of a command's options in words; wrong ones raise InputError."""
+    limits = Limits.ask(**{n: options[n] for n in BUDGETS})
+    return limits.tell() if sparsity is None else f"sparsity {sparsity:g}"
 
 
 def show_removed(result: Any) -> list[str]:

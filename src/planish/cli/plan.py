@@ -11,55 +11,15 @@ from planish.cli import options as o
 from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_table, say, session
 
 
+@o.asks(*o.BUDGETS, "sparsity", "method", *o.TEXT, *o.COMPUTE, "round_to", "target", "settings")
 def plan(
-    model: o.ModelArgument,
-    keep: o.KeepOption = None,
-    kv_keep: o.KVKeepOption = None,
-    flops_keep: o.FlopsKeepOption = None,
-    max_params: o.MaxParamsOption = None,
-    max_bytes: o.MaxBytesOption = None,
-    max_latency: o.MaxLatencyOption = None,
-    context: o.ContextOption = None,
-    sparsity: o.SparsityOption = None,
-    method: o.MethodOption = None,
-    calibration: o.CalibrationOption = "builtin",
-    n_samples: o.SamplesOption = None,
-    seq_len: o.LengthOption = None,
-    seed: o.SeedOption = 0,
-    sampling: o.SamplingOption = None,
-    device: o.DeviceOption = o.Device.auto,
-    dtype: o.DTypeOption = None,
-    round_to: o.RoundOption = 1,
-    target: o.TargetOption = o.Target.any,
-    settings: o.SetOption = None,
-    as_json: o.JsonOption = False,
+    model: o.ModelArgument, *, sparsity: o.SparsityOption = None, as_json: o.JsonOption = False, **options: Any
 ) -> None:
     """Say what compressing would give and take; change and write nothing."""
-    limits = {
-        "keep": keep, "kv_keep": kv_keep, "flops_keep": flops_keep, "max_params": max_params, "max_bytes": max_bytes,
-        "max_latency": max_latency,
-    }  # fmt: skip
-    values = o.parse_settings(settings, sparsity, limits)
-    limits["context"] = context
-    asked = o.ask(**limits) if sparsity is None else f"sparsity {sparsity:g}"
+    options["settings"] = o.parse_settings(options["settings"], sparsity, options)
+    asked = o.tell_asked(options, sparsity)
     with session(as_json) as run:
-        found = run.api.forecast(
-            model,
-            **limits,
-            method=method,
-            calibration=calibration,
-            n_samples=n_samples,
-            seq_len=seq_len,
-            seed=seed,
-            sampling=sampling and sampling.value,
-            device=device.value,
-            dtype=dtype and dtype.value,
-            round_to=round_to,
-            target=target.value,
-            settings=values,
-            cache=True,
-            progress=run.progress,
-        )
+        found = run.api.forecast(model, cache=True, progress=run.progress, **options)
         for warning in found.warnings:
             say(f"note: {warning}")
         measured = "ranks from calibration statistics" if found.needed_statistics else "ranks from shapes alone"

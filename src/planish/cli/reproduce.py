@@ -21,7 +21,7 @@ def reproduce(
     """Run a paper's recipe and print what is measured beside what was published."""
     with session(as_json) as run:
         from planish.errors import InputError
-        from planish.recipe import find_papers, read_recipe
+        from planish.request import find_papers, read_recipe
 
         papers = find_papers()
         if name is None:
@@ -31,7 +31,7 @@ def reproduce(
                 p = r.published
                 value = "" if p is None else f"{p.value:g}" if p.value is not None else f"{p.factor:g} × dense"
                 table.add_row(n, r.model, f"{r.keep:g}", value, p.where if p else "")
-            run.give({"recipes": {n: r.model_dump(mode="json", exclude_none=True) for n, r in recipes.items()}}, table)
+            run.give({"recipes": {n: r.recipe() for n, r in recipes.items()}}, table)
             return
         if name not in papers and not name.endswith((".yaml", ".yml")):
             raise InputError(f"no recipe {name!r}; known: {', '.join(papers)}; or give a .yaml file")
@@ -39,7 +39,7 @@ def reproduce(
         target = recipe.published
         if target is None:
             raise InputError(f"recipe {name} has nothing published to compare with")
-        arguments = recipe.arguments() | ({"model": model} if model else {})
+        arguments = recipe.arguments | ({"model": model} if model else {})
         with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as folder:
             place = output or Path(folder) / "model"
             result = run.api.compress(**arguments, output=place, progress=run.progress)

@@ -21,13 +21,17 @@ from planish import api
 from planish.calibrate.cache import Cache
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import builtin_text, check_ids, fingerprint
-from planish.compression import compress
+from planish.compression import Calibration, Destination, Shared, compress
 from planish.errors import InputError, PlanishError
 from planish.evaluate import perplexity
 from planish.evaluate.report.chart import Point, draw_chart
-from planish.folder.source import find_folder, load_config, load_tokenizer, open_source
-from planish.methods import list_methods
+from planish.folder.config import load_config
+from planish.folder.hub import find_folder
+from planish.folder.source import open_source
+from planish.folder.tokenizer import load_tokenizer
+from planish.methods import find_method, list_methods
 from planish.plan.footprint import kv_bytes
+from planish.request import Request
 
 MODEL = Path(__file__).parents[1] / "data" / "demo"
 KEEPS = (0.8, 0.7, 0.9)  # in the order of work: if time runs out, every method has been seen once
@@ -218,10 +222,15 @@ def measure(row: Row, bench: Bench, output: Path, share: float) -> None:
             raise OutOfTime(f"stopped after {share:.0f} s")
 
     try:
+        settings = SETTINGS.get(row.method, {})
+        source, record = (
+            bench.stream.source,
+            {"source": "builtin", "n_samples": len(bench.windows), "seq_len": bench.windows.shape[1]},
+        )
         result = compress(
-            bench.stream.source, output=output, keep=row.keep_requested, method=row.method, windows=bench.windows,
-            calibration={"source": "builtin", "n_samples": len(bench.windows), "seq_len": bench.windows.shape[1]},
-            settings=SETTINGS.get(row.method), overwrite=True, progress=watch, stream=bench.stream, cache=bench.cache,
+            Request(model=source.name, keep=row.keep_requested, settings=settings, device="cpu"),
+            find_method(row.method, settings), source, Calibration(bench.windows, record),
+            Destination(output, overwrite=True), shared=Shared(bench.stream, bench.cache), progress=watch,
         )  # fmt: skip
         row.keep, row.parameters = result.keep, result.params_after
         row.kv_bytes_per_token = result.kv_bytes_per_token_after

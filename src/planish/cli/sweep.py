@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,7 @@ from rich.markup import escape
 from planish.cli import options as o
 from planish.cli.run import format_seconds, make_table, say, session
 from planish.errors import InputError
+from planish.request import SOURCE_HELP
 
 
 class KeepModels(StrEnum):
@@ -20,9 +21,12 @@ class KeepModels(StrEnum):
     none = "none"
 
 
+@o.asks(
+    *o.TEXT, "eval_text", "eval_tokens", *o.COMPUTE, "round_to", "keep_models", "bench", "cache", "overwrite",
+)  # fmt: skip
 def sweep(
     model: o.ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)],
+    output: o.OutputOption,
     methods: Annotated[
         str, typer.Option(metavar="NAME,…", help="methods, with settings as in auto:anchor=0", show_default=False)
     ],
@@ -40,18 +44,11 @@ def sweep(
     flops_keep: Annotated[
         str | None, typer.Option(metavar="SHARE,…", help="shares of the blocks' FLOPs that stay", show_default=False)
     ] = None,
-    calibration: o.CalibrationOption = "builtin",
-    n_samples: o.SamplesOption = None,
-    seq_len: o.LengthOption = None,
-    seed: o.SeedOption = 0,
-    sampling: o.SamplingOption = None,
-    eval_text: Annotated[str, typer.Option("--eval-text", metavar="SOURCE", help=o.SOURCE_HELP)] = "builtin",
+    *,
+    eval_text: Annotated[str, typer.Option("--eval-text", metavar="SOURCE", help=SOURCE_HELP)] = "builtin",
     eval_tokens: Annotated[
         int | None, typer.Option(min=2, help="measure on so many tokens", show_default="all")
     ] = None,
-    device: o.DeviceOption = o.Device.auto,
-    dtype: o.DTypeOption = None,
-    round_to: o.RoundOption = 1,
     keep_models: Annotated[
         KeepModels, typer.Option(help="whose weights stay on disk; best: of the best method at every keep")
     ] = KeepModels.best,
@@ -59,6 +56,7 @@ def sweep(
     cache: o.CacheOption = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew")] = False,
     as_json: o.JsonOption = False,
+    **options: Any,
 ) -> None:
     """Compress MODEL by every method at every keep from one calibration: results.csv and report.html.
 
@@ -78,20 +76,13 @@ def sweep(
             kv_keeps=kv_keeps,
             flops_keeps=flops_keeps,
             output=output,
-            calibration=calibration,
-            n_samples=n_samples,
-            seq_len=seq_len,
-            seed=seed,
-            sampling=None if sampling is None else sampling.value,  # type: ignore[arg-type]
             eval_text=eval_text,
             eval_tokens=eval_tokens,
-            device=device.value,
-            dtype=dtype and dtype.value,
-            round_to=round_to,
             keep_models=keep_models.value,
             bench=bench,
             cache=cache,
             overwrite=overwrite,
+            **options,
             progress=lambda what, done, total: run.progress("points", done, total),
         )
         for warning in found.warnings:

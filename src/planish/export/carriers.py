@@ -11,9 +11,9 @@ import torch
 
 from planish.errors import InputError
 from planish.export import configuration_decilm as decilm
-from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
+from planish.export.plain import Plain, open_plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.written import DTYPES, Written, check_apart, check_dtype, describe_products, keep_dtype
-from planish.folder.files import copy_files
+from planish.folder.source import FolderSource
 from planish.folder.writer import Writer
 
 WIDTHS = 256  # DeciLM's MLPs are multiples of it
@@ -31,8 +31,8 @@ def export_mimo(
     Loads with transformers' own class (eager attention). Value dimensions and MLP widths that differ
     from block to block are filled up with zeros to the largest; removed submodules likewise.
     """
-    source = open_folder(folder, "mimo")
-    plains = [plain_block(source, i) for i in range(len(source))]
+    source = open_carrier(folder, "mimo")
+    plains = [plain_block(source, i) for i in range(source.n_blocks)]
     for i, p in enumerate(plains):
         refuse_linear(p, i, "mimo")
     biases = {r for p in plains for r in ("q", "k", "v", "o", "gate", "up", "down") if f"{r}.bias" in p.tensors}
@@ -40,7 +40,7 @@ def export_mimo(
         raise InputError(f"mimo has no bias for {sorted(biases - set('qkv'))[0]}")
     v, width = max(p.v for p in plains), max(p.width for p in plains)
     config = source.stock_config
-    n = len(source)
+    n = source.n_blocks
     rope = dict(config.rope_parameters) | {"partial_rotary_factor": plains[0].shape.rotary / plains[0].shape.qk}
     settings = base_settings(source) | {
         "architectures": ["MiMoV2FlashForCausalLM"],
@@ -77,8 +77,8 @@ def export_deci(
     carries. Block 0 keeps an attention (of zeros if it was removed): vLLM asks for one. These stacks know an MLP's width as
     a multiple of 256 only, so every MLP is filled up to one.
     """
-    source = open_folder(folder, "deci")
-    plains = [plain_block(source, i) for i in range(len(source))]
+    source = open_carrier(folder, "deci")
+    plains = [plain_block(source, i) for i in range(source.n_blocks)]
     for i, p in enumerate(plains):
         refuse_linear(p, i, "deci")
     first = plains[0].shape
@@ -136,7 +136,7 @@ def find_carrier(folder: str | Path) -> str | None:
     removed submodules.
     """
     try:
-        source = open_folder(folder, "mimo")
+        source = open_carrier(folder, "mimo")
     except InputError:
         return None
     values, widths, removed = set(), set(), False
@@ -161,15 +161,15 @@ def find_carrier(folder: str | Path) -> str | None:
     full = source.shape(0)
     if not removed and len(values) == len(widths) == 1 and max(values) < full.v:
         return "mimo"
-    biased = any(n.endswith(".bias") for n in source.files)
+    biased = any(n.endswith(".bias") for n in source.reader.names)
     first = source.specs[0].get("attention", {}).get("kind") == "bypass"  # deci would fill it up
     held = values <= {full.v} and not first and not biased and full.rotary == full.qk
     held = held and all(w == round_width(w) for w in widths)
-    return "deci" if held and source.compressed else None
+    return "deci" if held and source.reader.compressed else None
 
 
-def open_folder(folder: str | Path, target: str) -> Folder:
-    source = Folder(folder)
+def open_carrier(folder: str | Path, target: str) -> FolderSource:
+    source = open_plain(folder)
     kind, config = source.family.model_type, source.stock_config
     if kind not in FAMILIES:
         raise InputError(f"{target} can carry {', '.join(FAMILIES)}; got {kind}")
@@ -185,7 +185,7 @@ def refuse_linear(plain: Plain, i: int, target: str) -> None:
         raise InputError(f"{target} has no place for block {i}'s linear map in place of a submodule")
 
 
-def base_settings(source: Folder) -> dict[str, Any]:
+def base_settings(source: FolderSource) -> dict[str, Any]:
     """What any of these architectures reads from config.json."""
     config = source.stock_config
     names = (
@@ -198,7 +198,7 @@ def base_settings(source: Folder) -> dict[str, Any]:
 
 
 def write(
-    source: Folder,
+    source: FolderSource,
     output: Path,
     target: str,
     settings: dict[str, Any],
@@ -212,11 +212,11 @@ def write(
     `code`: files that the configuration refers to.
     """
     check_dtype(dtype)
-    check_apart(output, source.path)
-    writer = Writer(output, len(source), overwrite)
+    check_apart(output, source.folder)
+    writer = Writer(output, source.n_blocks, overwrite)
     back, wide = 0, False
     try:
-        for i in range(len(source)):
+        for i in range(source.n_blocks):
             plain = plain_block(source, i)
             back += plain.extra
             prepare(plain)
@@ -236,7 +236,7 @@ def write(
         writer.text("config.json", json.dumps(settings, indent=2) + "\n")
         for file in code:
             writer.text(file.name, file.read_text(encoding="utf-8"))
-        copy_files(source.path, writer.partial)
+        source.copy_files(writer.partial)
         size, total = writer.bytes, writer.parameters
         weights, stored = size - writer.index_bytes, source.count()
         writer.close()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from planish.core import Shape
 from planish.errors import InputError
-from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, plain_linear, zero_attention
+from planish.export.plain import Plain, open_plain, pad_values, pad_width, plain_block, plain_linear, zero_attention
 from planish.export.written import (
     DTYPES,
     Written,
@@ -22,9 +20,9 @@ from planish.export.written import (
     describe_products,
     keep_dtype,
 )
-from planish.folder.config import write_config
-from planish.folder.files import copy_files
-from planish.folder.source import set_parameter
+from planish.folder.config import name_head, write_config
+from planish.folder.skeleton import set_parameter
+from planish.folder.source import FolderSource
 from planish.folder.writer import Writer
 from planish.modelling.attentions import Attention
 from planish.modelling.blocks import Spec, find_blocks, get_linear, split_block
@@ -45,15 +43,15 @@ def export_dense(
     value dimensions, rotary pairs, MLP widths and removed submodules with zeros; the notes say what that costs.
     """
     check_dtype(dtype)
-    source = Folder(folder)
-    check_apart(Path(output), source.path)
-    writer = Writer(Path(output), len(source), overwrite)
-    shapes = [source.shape(i) for i in range(len(source))]
+    source = open_plain(folder)
+    check_apart(Path(output), source.folder)
+    writer = Writer(Path(output), source.n_blocks, overwrite)
+    shapes = [source.shape(i) for i in range(source.n_blocks)]
     specs: list[Spec] = []
     notes: list[str] = []
     back, wide = 0, False
     try:
-        width = max(plain_block(source, i).width for i in range(len(source))) if pad else 0
+        width = max(plain_block(source, i).width for i in range(source.n_blocks)) if pad else 0
         for i, shape in enumerate(shapes):
             if pad:
                 plain = plain_block(source, i)
@@ -69,12 +67,12 @@ def export_dense(
             for name, parameter in block.named_parameters():
                 check_finite(f"{source.family.blocks}.{i}.{name}", parameter.data)
             writer.block(i, block, source.family)
-        writer.shard(0, keep_dtype(source.outside(), dtype))
+        config = copy.deepcopy(source.stock_config)
         if dtype or wide:
-            source.stock_config.dtype = DTYPES[dtype or "f32"]
-        like: Any = SimpleNamespace(config=source.stock_config, family=source.family, n_blocks=len(source))
-        kind = write_config(writer, like, specs, shapes)
-        copy_files(source.path, writer.partial)
+            config.dtype = DTYPES[dtype or "f32"]
+        kind = write_config(writer.text, config, source.family, specs, shapes)
+        writer.shard(0, keep_dtype(name_head(source.outside(), source.family, kind), dtype))
+        source.copy_files(writer.partial)
         size, total = writer.bytes, writer.parameters
         weights, stored = size - writer.index_bytes, source.count()
         writer.close()
@@ -91,7 +89,7 @@ def export_dense(
     return Written("dense", str(writer.output), kind, dtype or "as stored", total, stored, size, "copied", notes)
 
 
-def make_dense(block: nn.Module, source: Folder, spec: Spec, shape: Shape) -> tuple[Spec, int]:
+def make_dense(block: nn.Module, source: FolderSource, spec: Spec, shape: Shape) -> tuple[Spec, int]:
     """Replace low-rank linears of a canonical block, in place; its new spec and how many weights that adds."""
     attention = block.get_submodule(source.family.attention)
     linears = spec.get("linears", {})
@@ -124,13 +122,13 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def make_padded(source: Folder, plain: Plain, width: int) -> tuple[nn.Module, Spec]:
+def make_padded(source: FolderSource, plain: Plain, width: int) -> tuple[nn.Module, Spec]:
     """One block with stock shapes and the given MLP width, and its spec."""
     shape, i = plain.shape, plain.shape.block
     if "linear" in (plain.attention, plain.mlp):
         raise InputError(f"block {i} holds a linear map in place of a submodule; no stock block can hold that exactly")
     source.shape(i)
-    block = copy.deepcopy(find_blocks(source.stock, source.family)[i])
+    block = copy.deepcopy(find_blocks(source.empty, source.family)[i])
     split_block(block, source.family, source.stock_config)
     biases = [r for r in source.family.roles if get_linear(block, source.family, r).bias is not None]
     if plain.attention == "none":

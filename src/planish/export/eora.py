@@ -14,7 +14,6 @@ sum (their code weighs early samples less), zero eigenvalues are handled by rela
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,9 +26,10 @@ from torch import Tensor, nn
 from planish.calibrate.stream import Stream
 from planish.core import Progress
 from planish.errors import InputError
-from planish.export.folder import Folder
+from planish.export.plain import open_plain
 from planish.folder.safetensors import write_shard, write_text
-from planish.folder.source import Source, find_folder, set_parameter
+from planish.folder.skeleton import set_parameter
+from planish.folder.source import FolderSource
 from planish.solvers.linalg import DAMPING, damp, whitened_svd
 from planish.stats import Sums, add_gram, mirror
 
@@ -58,40 +58,18 @@ class Compensation:
         return asdict(self)
 
 
-class Blocks(Source):
-    """A dense or compressed folder for `Stream`, its blocks under their stored names (nothing is split)."""
-
-    def __init__(self, folder: str | Path):
-        self.opened = Folder(folder)
-        self.folder, self.name = find_folder(folder), str(folder)
-        self.config, self.family = self.opened.config, self.opened.family
-        if self.family.conv1d:
-            raise InputError(
-                f"{self.family.model_type} stores its linears transposed, which weight-only quantisation does not touch"
-            )
-
-    def skeleton(self) -> Any:
-        return copy.deepcopy(self.opened.model)
-
-    def block(self, i: int) -> nn.Module:
-        return self.opened.stored_block(i)
-
-    def weight(self, name: str) -> Tensor:
-        names = [name]
-        if name.startswith("lm_head."):  # some families store it under another name
-            names.append(name.replace("lm_head", self.family.head, 1))
-        tied = (self.embedding_name(), "lm_head.weight")
-        if self.config.tie_word_embeddings and name in tied:
-            names += tied
-        return self.opened.tensor(next((n for n in names if n in self.opened.files), name))
-
-    def embedding_name(self) -> str:
-        embedding = self.opened.model.get_input_embeddings()
-        return next(n for n, m in self.opened.model.named_modules() if m is embedding) + ".weight"
+def open_linears(folder: str | Path) -> FolderSource:
+    """A folder whose linears can be rounded."""
+    source = open_plain(folder)
+    if source.family.conv1d:
+        raise InputError(
+            f"{source.family.model_type} stores its linears transposed, which weight-only quantisation does not touch"
+        )
+    return source
 
 
 def compensate(
-    folder: str | Path,
+    folder: str | Path | FolderSource,
     windows: Tensor,
     output: str | Path,
     *,
@@ -119,7 +97,7 @@ def compensate(
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (overwrite and target.is_dir()):
         raise InputError(f"output {target} exists and is not empty; choose another or pass --overwrite")
-    source = Blocks(folder)
+    source = folder if isinstance(folder, FolderSource) else open_linears(folder)
     rounding: Quantise = quantise or (lambda w: QUANTISE[quantiser](w, bits))
     stream = Stream(source, windows, device=device, dtype=dtype)
     hidden = stream.start()
@@ -128,7 +106,7 @@ def compensate(
     errors: dict[str, tuple[float, float]] = {}
     size = 0
     for i in range(len(stream)):
-        block = source.block(i)
+        block = source.stored_block(i)
         linears = list_linears(block)
         current = stream.place(block)
         grams = measure_grams(stream, i, current, list(linears), hidden)
@@ -147,7 +125,7 @@ def compensate(
         if progress:
             progress("blocks", i + 1, len(stream))
     if not ranks:
-        raise InputError(f"no block of {folder} has a linear to compensate")
+        raise InputError(f"no block of {source.name} has a linear to compensate")
     write(target, tensors, make_config(source.name, ranks, rank))
     means = [sum(e[k] for e in errors.values()) / len(errors) for k in (0, 1)]
     adapter = sum(t.nbytes for t in tensors.values())

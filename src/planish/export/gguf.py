@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from planish.errors import InputError
-from planish.export.folder import Folder, Plain, pad_values, pad_width, plain_block, zero_attention
+from planish.export.plain import Plain, open_plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.vocabulary import write_vocabulary
 from planish.export.written import Written, check_file, check_finite
+from planish.folder.source import FolderSource
 from planish.plan.targets import GRAPHS, refuse_family, refuse_rotary
 from planish.version import __version__
 
@@ -54,11 +55,11 @@ def export_gguf(
         raise InputError("export to gguf needs the gguf library · pip install 'planish[gguf]'") from None
     if dtype not in DTYPES:
         raise InputError(f"unknown GGUF type {dtype!r}; expected one of {', '.join(DTYPES)}")
-    source = Folder(folder)
-    check_file(Path(output), source.path, ".gguf")
+    source = open_plain(folder)
+    check_file(Path(output), source.folder, ".gguf")
     if reason := refuse_family(source.family.model_type, source.config):
         raise InputError(reason)
-    sketches = [sketch(s) for i in range(len(source)) for s in split_slots(plain_block(source, i))]
+    sketches = [sketch(s) for i in range(source.n_blocks) for s in split_slots(plain_block(source, i))]
     if not sketches:
         raise InputError(f"nothing is left of any block of {folder}")
     outside = source.outside()
@@ -90,7 +91,7 @@ def export_gguf(
 
     try:
         write_metadata(writer, gguf, source, sketches, architecture, context, rope, dtype)
-        tokenizer = write_vocabulary(writer, source.path, source.config, vocabulary)
+        tokenizer = write_vocabulary(writer, source.folder, source.config, vocabulary)
         embedding = outside["model.embed_tokens.weight"]
         add("token_embd.weight", embedding)
         add("output_norm.weight", outside["model.norm.weight"])
@@ -101,7 +102,7 @@ def export_gguf(
         if architecture in NEIGHBOURS and not rope.plain:
             add("rope_freqs.weight", rope.factors)
         slot = 0
-        for i in range(len(source)):
+        for i in range(source.n_blocks):
             for plain in split_slots(plain_block(source, i)):
                 for name, tensor in block_tensors(plain, slot, sketches, architecture, rope):
                     add(f"blk.{slot}.{name}", tensor)
@@ -173,7 +174,7 @@ class Rope:
         return self.width == self.head and bool((self.factors == 1).all())
 
 
-def read_rope(source: Folder) -> Rope:
+def read_rope(source: FolderSource) -> Rope:
     rotary = source.model.base_model.rotary_emb
     parameters = getattr(source.config, "rope_parameters", None) or {}
     if reason := refuse_rotary(source.config, rotary):
@@ -189,7 +190,7 @@ def read_rope(source: Folder) -> Rope:
     return Rope(base, width, shape.qk, factors.float())
 
 
-def context_length(source: Folder) -> tuple[int, list[str]]:
+def context_length(source: FolderSource) -> tuple[int, list[str]]:
     """The context that llama.cpp may use: no longer than a sliding window, which these graphs do not have."""
     length = source.config.max_position_embeddings
     window = getattr(source.config, "sliding_window", None)
@@ -224,7 +225,7 @@ def split_slots(plain: Plain) -> list[Plain]:
 
 
 def choose(
-    source: Folder, sketches: list[Sketch], tied: bool, rope: Rope, forced: str | None
+    source: FolderSource, sketches: list[Sketch], tied: bool, rope: Rope, forced: str | None
 ) -> tuple[str, dict[str, str]]:
     """The architecture with the fewest weights, and why the others were refused."""
     kind = source.family.model_type
@@ -252,7 +253,7 @@ def choose(
     return best, {a: r for a, r in reasons.items() if candidates.index(a) < candidates.index(best)}
 
 
-def refuse(architecture: str, source: Folder, sketches: list[Sketch], rope: Rope) -> str | None:
+def refuse(architecture: str, source: FolderSource, sketches: list[Sketch], rope: Rope) -> str | None:
     """Why an architecture cannot compute these blocks exactly, or None."""
     linear = [i for i, s in enumerate(sketches) if s.attention == "linear"]
     mlp_linear = [i for i, s in enumerate(sketches) if s.mlp == "linear"]
@@ -359,7 +360,7 @@ def pick_kind(dtype: str, data: np.ndarray) -> str:
 def write_metadata(
     writer: Any,
     gguf: Any,
-    source: Folder,
+    source: FolderSource,
     sketches: list[Sketch],
     architecture: str,
     context: int,
@@ -369,7 +370,7 @@ def write_metadata(
     config, first = source.config, sketches[0]
     plans = [targets(s, sketches, architecture) for s in sketches]
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_name(Path(source.path).name)
+    writer.add_name(source.folder.name)
     writer.add_description(f"written by planish {__version__}")
     writer.add_file_type(gguf.LlamaFileType[kinds[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

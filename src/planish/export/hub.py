@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from planish.errors import InputError
-from planish.folder.source import index_tensors, load_config
+from planish.folder.config import load_config
+from planish.folder.weights import index_tensors
 
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py", "*.gguf"]
 

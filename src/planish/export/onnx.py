@@ -20,8 +20,9 @@ from transformers import DynamicCache
 
 from planish.errors import InputError
 from planish.export.written import Written, check_file, check_finite
+from planish.folder.config import load_config
+from planish.folder.hub import find_folder
 from planish.folder.load import load
-from planish.folder.source import find_folder, load_config
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 INLINE = 1 << 30  # bytes of weights beyond which they go to a file of their own, FILE.data

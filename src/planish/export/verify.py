@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM
 from planish.errors import InputError
 from planish.export import configuration_decilm
 from planish.export.llama_cpp import LlamaCpp
+from planish.folder.config import load_config
+from planish.folder.hub import find_folder
 from planish.folder.load import load
-from planish.folder.source import find_folder, load_config, load_tokenizer
+from planish.folder.tokenizer import load_tokenizer
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
 TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit
@@ -146,7 +148,7 @@ class Vllm:
 
     def __init__(self, folder: Path, context: int):
         if importlib.util.find_spec("vllm") is None:
-            raise InputError("verify --target vllm needs vLLM in this environment · see docs/export.md")
+            raise InputError("verify --target vllm needs vLLM in this environment · see docs/deploy/vllm.md")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no processes of its own, which write to stdout
         from vllm import LLM, SamplingParams
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from planish.errors import InputError
-from planish.folder.files import copy_files
 from planish.folder.gguf_reader import is_gguf
-from planish.folder.source import load_tokenizer
 from planish.folder.splits import SPLITS, name_split
+from planish.folder.tokenizer import copy_files, load_tokenizer
 
 # gguf.TokenType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

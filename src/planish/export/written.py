@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from planish.errors import InputError
-from planish.folder.source import is_finite
+from planish.stats import is_finite
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

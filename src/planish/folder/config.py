@@ -1,16 +1,21 @@
-"""The configuration that describes a compressed model."""
+"""config.json: read and checked, and written for a compressed model."""
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
+from transformers import AutoConfig
 
 from planish.core import Shape
-from planish.folder.source import Source
-from planish.folder.writer import Writer
+from planish.errors import InputError
+from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.modelling import attentions as attentions_file
 from planish.modelling import blocks as blocks_file
 from planish.modelling import families as families_file
@@ -18,8 +23,88 @@ from planish.modelling import modelling as modelling_file
 from planish.modelling import modules as modules_file
 from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import Spec
-from planish.modelling.families import Family
-from planish.modelling.modelling import FORMAT, class_names, model_type
+from planish.modelling.families import FAMILIES, Family
+from planish.modelling.modelling import FORMAT, class_names, model_type, register
+
+register()  # the Auto classes know compressed models from here on
+
+NO_SOFT_CAP = "{} with eager attention: transformers' sdpa leaves out the soft cap of attention scores"
+
+
+def load_config(folder: Path) -> Any:
+    """A folder's configuration; models built from it have an attention that computes all that it says."""
+    config = copy.deepcopy(open_gguf(folder).config) if is_gguf(folder) else read_config(folder)
+    if needs_eager(config):
+        config._attn_implementation = "eager"
+    return config
+
+
+def read_config(folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} has no config.json: not a Hugging Face model folder")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError, OSError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    if not isinstance(kind, str):
+        raise InputError(f"{path} names no model_type")
+    if not kind.startswith("planish"):
+        find_family(type("config", (), {"model_type": kind})())
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"{path} is not a valid {kind} configuration: {error}") from None
+
+
+def find_family(config) -> Family:
+    """The table row of a config, or a clear error that names the nearest ones."""
+    kind = config.model_type
+    if kind.startswith("planish"):
+        raise InputError(f"model is already compressed by planish (model_type {kind!r}); start from the original model")
+    if kind not in FAMILIES:
+        near = get_close_matches(kind, FAMILIES, n=3, cutoff=0.4)
+        nearest = f"; nearest: {', '.join(near)}" if near else ""
+        raise InputError(f"model family {kind!r} is not supported{nearest} (supported: {', '.join(sorted(FAMILIES))})")
+    if quantised := getattr(config, "quantization_config", None):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        raise InputError(
+            f"the model is already quantised ({how or 'quantization_config'} in its config): "
+            "compress the original weights, then quantise the result"
+        )
+    family = FAMILIES[kind]
+    if getattr(config, "add_cross_attention", False):
+        raise InputError(f"{kind} with add_cross_attention=true is not supported: only decoder-only models are")
+    if getattr(getattr(config, "attn_config", None), "clip_qkv", None):
+        raise InputError(
+            f"{kind} with attn_config.clip_qkv={config.attn_config.clip_qkv:g} is not supported: "
+            "clipped queries, keys and values cannot be reduced linearly"
+        )
+    if getattr(config, "do_layer_norm_before", True) is False:
+        raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
+    return family
+
+
+def is_compressed(config: Any) -> bool:
+    """Whether planish wrote it."""
+    return config.model_type.startswith("planish")
+
+
+def read_layout(config: Any) -> tuple[Family, list[Spec]]:
+    """The family, and every block's spec (empty where the block is a stock one)."""
+    if is_compressed(config):
+        return FAMILIES[config.planish["family"]], config.planish["blocks"]
+    family = find_family(config)
+    return family, [{} for _ in range(config.num_hidden_layers)]
+
+
+def find_stock_config(config: Any, family: Family) -> Any:
+    """The configuration of the original model that a folder was made from; of a dense one its own."""
+    if not is_compressed(config):
+        return config
+    ours = ("planish", "per_layer_config", "auto_map", "architectures", "model_type")
+    settings = {k: v for k, v in config.to_dict().items() if k not in ours}
+    return getattr(transformers, family.classes[0])(**settings)
 
 
 def find_native(specs: list[Spec], shape: Shape, family: Family) -> dict[str, int] | None:
@@ -40,13 +125,17 @@ def find_native(specs: list[Spec], shape: Shape, family: Family) -> dict[str, in
     return {family.intermediate: widths.pop()} if len(widths) == 1 else None  # type: ignore[dict-item]
 
 
-def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list[Shape]) -> str:
-    """config.json (and the modelling files where no stock architecture holds the shapes); returns "native" or "planish"."""
-    config = source.config.to_dict()
+def write_config(
+    write: Callable[[str, str], None], dense: Any, family: Family, specs: list[Spec], shapes: list[Shape]
+) -> str:
+    """`write(name, text)` config.json, and the modelling files where no stock architecture holds the shapes.
+
+    `dense`: the uncompressed model's configuration. Returns "native" or "planish".
+    """
+    config = dense.to_dict()
     for name in ("_name_or_path", "auto_map"):  # code of the source's own is not carried
         config.pop(name, None)
-    family = source.family
-    if len(specs) < source.n_blocks:
+    if len(specs) < dense.num_hidden_layers:
         config["num_hidden_layers"] = len(specs)
         if config.get("layer_types"):
             config["layer_types"] = [config["layer_types"][s.block] for s in shapes]
@@ -54,7 +143,7 @@ def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list
     if native is not None:
         config |= native
         config["architectures"] = [family.classes[2]]
-        if needs_eager(source.config):
+        if needs_eager(dense):
             config["attn_implementation"] = "eager"  # what transformers then takes unless it is told
     else:
         config_name, base_name, lm_name = class_names(family.model_type)
@@ -71,10 +160,16 @@ def write_config(writer: Writer, source: Source, specs: list[Spec], shapes: list
         }
         for module in (families_file, modules_file, attentions_file, blocks_file, modelling_file):
             path = Path(str(module.__file__))
-            writer.text(path.name, path.read_text(encoding="utf-8"))
+            write(path.name, path.read_text(encoding="utf-8"))
     config["transformers_version"] = transformers.__version__
-    writer.text("config.json", json.dumps(config, indent=2, default=str) + "\n")
+    write("config.json", json.dumps(config, indent=2, default=str) + "\n")
     return "native" if native is not None else "planish"
+
+
+def name_head(tensors: dict[str, Tensor], family: Family, kind: str) -> dict[str, Tensor]:
+    """The tensors under the names that a folder of this `kind` stores them: the head's, where the stock class has another."""
+    head = family.head if kind == "native" else "lm_head"
+    return {f"{head}.{n[8:]}" if n.startswith("lm_head.") else n: t for n, t in tensors.items()}
 
 
 def per_layer(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, dict[str, Any]]:

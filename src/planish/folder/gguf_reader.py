@@ -1,4 +1,4 @@
-"""A GGUF model under the names, shapes and layouts of its transformers checkpoint, read like a safetensors shard.
+"""A GGUF model under the names, shapes and layouts of its transformers checkpoint, read tensor by tensor.
 
 What conversion to GGUF changes is changed back: llama's query and key rows (rotated channels are neighbours there, halves
 here), gemma's norms (stored as 1 + weight), gpt2's transposed linears, gpt-neox's fused rows (q, k, v one after the other
@@ -7,7 +7,7 @@ there, per head here).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,8 +67,8 @@ class Origin(NamedTuple):
     turn: str = ""
 
 
-class GGUFShard:
-    """A GGUF model with the surface of `planish.folder.safetensors.Shard`."""
+class GGUFWeights:
+    """The tensors of a GGUF model (see `planish.folder.weights.Weights`), and its configuration."""
 
     def __init__(self, path: Path):
         self.file = GGUF(path)
@@ -79,9 +79,12 @@ class GGUFShard:
         self.entries = {name: self.describe(name) for name in self.origins}
 
     @property
-    def files(self) -> dict[str, Path]:
-        """Name → the file that it is in."""
-        return {name: self.file.tensors[origin.name].file for name, origin in self.origins.items()}
+    def paths(self) -> list[Path]:
+        return self.file.paths
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.origins.keys()
 
     def match_names(self) -> dict[str, Origin]:
         """Name in the transformers checkpoint → where it is."""
@@ -124,9 +127,6 @@ class GGUFShard:
         if name not in self.entries:
             raise InputError(f"tensor {name} is missing in {self.path}: the file is incomplete")
         return self.entries[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.entry(name).shape
 
     def read(self, name: str) -> Tensor:
         entry, origin = self.entry(name), self.origins[name]
@@ -172,11 +172,11 @@ def turn_back(t: Tensor, turn: str, config: Any) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _open(path: Path, stamps: tuple[tuple[int, int], ...]) -> GGUFShard:
-    return GGUFShard(path)
+def _open(path: Path, stamps: tuple[tuple[int, int], ...]) -> GGUFWeights:
+    return GGUFWeights(path)
 
 
-def open_gguf(path: Path) -> GGUFShard:
+def open_gguf(path: Path) -> GGUFWeights:
     """The model that a file is, or is a part of; headers are read once as long as the files stay as they are."""
     parts = list_parts(path)
     try:

@@ -171,7 +171,7 @@ def read_template(meta: dict[str, Any]) -> str | dict[str, str] | None:
     return {"default": default, **named} if named and isinstance(default, str) else default
 
 
-def generation_config(file: GGUF) -> GenerationConfig:
+def read_generation_config(file: GGUF) -> GenerationConfig:
     """Beginning, padding and all tokens that end an answer."""
     if not file.metadata.get("tokenizer.ggml.tokens"):
         return GenerationConfig()

@@ -1,4 +1,4 @@
-"""Blocks with edits, the configuration that describes them, and compressed folders loaded again."""
+"""Folders loaded as models in memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from planish.errors import InputError
+from planish.folder.config import NO_SOFT_CAP, load_config
 from planish.folder.gguf_reader import is_gguf, open_gguf
-from planish.folder.gguf_tokenizer import generation_config
+from planish.folder.gguf_tokenizer import read_generation_config
+from planish.folder.hub import find_folder
 from planish.folder.safetensors import Shard
-from planish.folder.source import NO_SOFT_CAP, FolderSource, find_folder, index_tensors, load_config, set_parameter
+from planish.folder.skeleton import set_parameter
+from planish.folder.source import open_folder
+from planish.folder.weights import index_tensors
 from planish.modelling.attentions import needs_eager
 
 
@@ -64,14 +68,13 @@ def load_gguf(
     path: Path, *, dtype: torch.dtype | None = None, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """A causal LM from a GGUF file, dequantised tensor by tensor into `dtype` (fp32 unless the file holds less)."""
-    source = FolderSource(path)
+    source = open_folder(path)
+    model = source.model
     if attn_implementation is not None:
-        source.config._attn_implementation = attn_implementation
-    if dtype is not None:
-        source.config.dtype = dtype
-    model = source.skeleton()
+        model.set_attn_implementation(attn_implementation)
+    model.config.dtype = dtype or model.config.dtype
     for name, _ in list(model.named_parameters()):
-        set_parameter(model, name, source.weight(name).to(source.config.dtype))
+        set_parameter(model, name, source.weight(name).to(model.config.dtype))
     model.tie_weights()
-    model.generation_config = generation_config(open_gguf(path).file)
+    model.generation_config = read_generation_config(open_gguf(path).file)
     return model.eval()

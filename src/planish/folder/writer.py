@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from planish import lanes
 from planish.errors import InputError
 from planish.folder.safetensors import Shard, hash_file, make_header, sync_folder, write_shard, write_text
-from planish.folder.source import Source, set_parameter
+from planish.folder.skeleton import set_parameter
+from planish.folder.source import Source
 from planish.modelling.blocks import install, join_block, split_block
 from planish.modelling.families import Family
 

@@ -13,128 +13,16 @@ Limits on the whole model are turned into limits on the blocks by counting every
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from planish.core import SUBMODULES, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.plan.footprint import count_attention, count_cache, count_flops, count_headers
-
-TOGETHER = 2  # budgets that can hold at the same time
-SHARES = {
-    "keep": "of the blocks' weights",
-    "kv_keep": "of the KV cache",
-    "flops_keep": "of the blocks' FLOPs per token",
-}
-LIMITS = ("keep", "kv_keep", "flops_keep", "max_params", "max_bytes", "max_latency")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The limits a user gave, at most two; with none it is keep 0.8. `context`: tokens that FLOPs and latency are counted
-    at (by default as many as a calibration window has); `max_latency`: milliseconds."""
-
-    keep: float | None = None
-    kv_keep: float | None = None
-    flops_keep: float | None = None
-    max_params: int | None = None
-    max_bytes: int | None = None
-    max_latency: float | None = None
-    context: int | None = None
-
-    @property
-    def given(self) -> dict[str, float]:
-        """Name → value of the limits, keep 0.8 where there is none."""
-        values = {n: v for n in LIMITS if (v := getattr(self, n)) is not None}
-        return values or {"keep": 0.8}
-
-    def as_dict(self) -> dict[str, Any]:
-        """What `read_asked` reads back; without what was not asked."""
-        return self.given | ({} if self.context is None else {"context": self.context})
-
-    def __str__(self) -> str:
-        """ "0.8" for a keep alone, "kv-keep 0.5 and keep 0.8" otherwise."""
-        if set(self.given) == {"keep"}:
-            return f"{self.given['keep']:g}"
-        return " and ".join(f"{label(n)} {show(n, v)}" for n, v in self.given.items())
-
-
-def read_asked(**values: Any) -> Asked:
-    """The fields of `Asked` from what a user wrote: numbers, or texts such as "1.5B", "2.5GB". Raises InputError."""
-    known = {f.name for f in fields(Asked)}
-    assert set(values) <= known, sorted(set(values) - known)
-    found = {k: v for k, v in values.items() if v is not None}
-    for name in (*SHARES, "max_latency", "context"):
-        if name in found:
-            check_number(found[name], label(name), whole=name == "context")
-    for name, share in SHARES.items():
-        if name in found:
-            check_share(found[name], label(name), share)
-    for name, scale in (("max_params", COUNTS), ("max_bytes", BYTES)):
-        if name in found:
-            found[name] = read_size(found[name], label(name), scale)
-    if not found.get("max_latency", 1) > 0:
-        raise InputError(f"max-latency must be positive, got {found['max_latency']:g} (milliseconds per decoded token)")
-    if found.get("context", 1) < 1:
-        raise InputError(f"context must be 1 or more, got {found['context']}")
-    asked = Asked(**found)
-    if len(asked.given) > TOGETHER:
-        names = ", ".join(f"--{label(n)}" for n in asked.given)
-        raise InputError(f"{names} cannot all hold together: give at most {TOGETHER} budgets")
-    return asked
-
-
-def check_number(value: Any, name: str, whole: bool = False) -> None:
-    """Texts are no numbers here, and neither are true and false."""
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-        raise InputError(f"{name} must be a {'whole ' * whole}number, got {value!r}")
-
-
-def check_share(value: float, name: str = "keep", share: str = SHARES["keep"]) -> None:
-    if not 0 < value <= 1:
-        raise InputError(f"{name} must lie in (0, 1], got {value:g} (the share {share} that stays)")
-
-
-def label(name: str) -> str:
-    """kv_keep → kv-keep"""
-    return name.replace("_", "-")
-
-
-COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-BYTES = {"": 1, "B": 1} | {
-    p + s: b**n for n, p in enumerate("KMGT", 1) for s, b in (("", 1000), ("B", 1000), ("iB", 1024))
-}
-
-
-def read_size(value: int | float | str, name: str, scale: dict[str, int]) -> int:
-    """1500000000, "1.5B" or "800MiB" → a whole number."""
-    text = str(value).replace(",", "").replace("_", "").strip()
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)", text)
-    units = {u.lower(): n for u, n in scale.items()}
-    if match is None or match[2].lower() not in units:
-        raise InputError(
-            f"{name} {value}: expected a number, with one of {', '.join(u for u in scale if u)} behind it or none"
-        )
-    size = (
-        int(float(match[1]) * units[match[2].lower()] + 1e-6)
-        if "." in match[1] or "e" in match[1].lower()
-        else (int(match[1]) * units[match[2].lower()])
-    )
-    if size < 1:
-        raise InputError(f"{name} must be 1 or more, got {value}")
-    return size
-
-
-def show(name: str, value: float) -> str:
-    """A limit as people write it."""
-    return (
-        f"{value:,.0f}" if name in ("max_params", "max_bytes") else f"{value:g}{' ms' if name == 'max_latency' else ''}"
-    )
+from planish.request import SHARES, label, show
 
 
 @dataclass(frozen=True)

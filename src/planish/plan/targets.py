@@ -123,10 +123,7 @@ def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
         return target
     family, config = source.family, source.config
     block = source.empty_block(0)
-    reason = refuse_family(family.model_type, config) or refuse_rotary(
-        config,
-        source._empty.base_model.rotary_emb,  # type: ignore[attr-defined]
-    )
+    reason = refuse_family(family.model_type, config) or refuse_rotary(config, source.empty.base_model.rotary_emb)
     if reason:
         raise InputError(f"--target gguf: {reason}; or compress for --target any")
     refuses = dict(target.refuses)

@@ -1,130 +1,32 @@
-"""A dense or compressed folder, read one block at a time, and each block as plain matrices."""
+"""One block of a model's folder as plain matrices, whatever forms it is stored in."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from planish.core import Shape
 from planish.errors import InputError
-from planish.folder.files import open_shard
-from planish.folder.source import (
-    find_folder,
-    index_tensors,
-    is_finite,
-    load_config,
-    no_parameters,
-    set_parameter,
-)
-from planish.modelling.attentions import Attention, Frequencies, Latent, count_heads, head_width, rotary_width
-from planish.modelling.blocks import Spec, find_blocks, get_linear, split_block
-from planish.modelling.families import FAMILIES, Family
+from planish.folder.source import FolderSource, open_folder
+from planish.modelling.attentions import Attention, Frequencies, Latent
+from planish.modelling.blocks import Spec, get_linear
 from planish.modelling.modules import Bypass
 
 
-class Folder:
-    """Blocks of a model folder, each with the modules that its spec names; one block in memory at a time."""
-
-    def __init__(self, path: str | Path):
-        self.path = find_folder(path)
-        self.config = load_config(self.path)
-        layout = getattr(self.config, "planish", None)
-        self.compressed = layout is not None
-        self.family: Family = FAMILIES[layout["family"] if layout else self.config.model_type]
-        with no_parameters():
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config).eval()
-        self.blocks = find_blocks(self.model, self.family)
-        self.specs: list[Spec] = layout["blocks"] if layout else [{} for _ in self.blocks]
-        self.files = index_tensors(self.path)
-        if any("slice" in spec for spec in self.specs):
-            raise InputError(
-                f"{self.path} has a sliced residual stream (slicegpt), which no export target holds; load it in transformers"
-            )
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def count(self) -> int:
-        """Stored parameters, tied ones once; index tables are none."""
-        inside = (self.tensor(n) for n in self.files if n.startswith(self.family.blocks + "."))
-        return sum(t.numel() for part in (self.outside().values(), inside) for t in part if t.is_floating_point())
-
-    @cached_property
-    def itemsize(self) -> int:
-        """Bytes of one stored weight."""
-        name = next(n for n in self.files if n.startswith(self.family.blocks + ".") and n.endswith("weight"))
-        return self.tensor(name).element_size()
-
-    def tensor(self, name: str) -> Tensor:
-        if name not in self.files:
-            raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
-        tensor = open_shard(self.files[name]).read(name)
-        if not is_finite(tensor):
-            raise InputError(f"tensor {name} of {self.path} holds NaN or infinity: no target could compute anything")
-        return tensor
-
-    def block(self, i: int) -> nn.Module:
-        """A canonical copy of block i (fused linears split) in the stored dtype."""
-        return split_block(self.stored_block(i), self.family, self.config)
-
-    def stored_block(self, i: int) -> nn.Module:
-        """A copy of block i under its stored names, in the stored dtype."""
-        block = copy.deepcopy(self.blocks[i])
-        prefix = f"{self.family.blocks}.{i}."
-        for name in block.state_dict():
-            if prefix + name not in self.files:
-                raise InputError(f"tensor {prefix}{name} is missing in {self.path}: the checkpoint is incomplete")
-            set_parameter(block, name, self.tensor(prefix + name))
-        return block
-
-    def outside(self) -> dict[str, Tensor]:
-        """Stored tensors that belong to no block."""
-        inside = self.family.blocks + "."
-        names = [n for n in self.files if not n.startswith(inside)]
-        if self.config.tie_word_embeddings and len(names) > 1:
-            names = [n for n in names if n != "lm_head.weight"]  # some checkpoints store the embedding twice
-        return {n: self.tensor(n) for n in names}
-
-    @cached_property
-    def stock_config(self) -> Any:
-        """The original model's configuration."""
-        ours = ("planish", "per_layer_config", "auto_map", "architectures", "model_type")
-        settings = {k: v for k, v in self.config.to_dict().items() if k not in ours}
-        return getattr(transformers, self.family.classes[0])(**settings)
-
-    @cached_property
-    def stock(self) -> PreTrainedModel:
-        """The original architecture, without weights."""
-        with torch.device("meta"):
-            return getattr(transformers, self.family.classes[2])(self.stock_config)
-
-    def shape(self, i: int) -> Shape:
-        """Sizes of the ORIGINAL block i, before compression."""
-        block = split_block(find_blocks(self.stock, self.family)[i], self.family, self.config)
-        heads, kv_heads = count_heads(self.config)
-        attention = block.get_submodule(self.family.attention)
-        down = get_linear(block, self.family, "down")
-        return Shape(
-            i,
-            self.config.hidden_size,
-            heads,
-            kv_heads,
-            head_width(attention),
-            get_linear(block, self.family, "v").out_features // kv_heads,
-            down.in_features,
-            rotary_width(attention, self.family),
-            self.family.gated,
-            self.family.qk_norm,
-            self.family.parallel and bool(getattr(self.config, "use_parallel_residual", True)),
+def open_plain(folder: str | Path) -> FolderSource:
+    """A folder whose blocks can be plain matrices."""
+    source = open_folder(folder)
+    if any("slice" in spec for spec in source.specs):
+        raise InputError(
+            f"{source.folder} has a sliced residual stream (slicegpt), which no export target holds; "
+            "load it in transformers"
         )
+    return source
 
 
 @dataclass
@@ -167,9 +69,9 @@ def count_weights(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.ndim >= 2) + (0 if gate is None else gate.numel())
 
 
-def plain_block(folder: Folder, i: int) -> Plain:
+def plain_block(source: FolderSource, i: int) -> Plain:
     """Block i as plain matrices. Refuses (InputError) what no plain block can hold, with the reason."""
-    block, family, shape, spec = folder.block(i), folder.family, folder.shape(i), folder.specs[i]
+    block, family, shape, spec = source.block(i), source.family, source.shape(i), source.specs[i]
     plain = Plain(shape, "full", "full", shape.v, shape.intermediate)
     tensors = plain.tensors
     attention = block.get_submodule(family.attention)

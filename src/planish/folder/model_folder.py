@@ -1,0 +1,82 @@
+"""A model's folder, dense or compressed, read tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from planish.errors import InputError
+from planish.folder.config import is_compressed, load_config, read_layout
+from planish.folder.gguf_reader import is_gguf
+from planish.folder.weights import Stored, open_weights
+from planish.modelling.families import Family
+from planish.stats import is_finite
+
+
+class ModelFolder:
+    """What all readers of model folders stand on: `Stream` (through `planish.folder.source`), exporters, EoRA, counts.
+
+    `names` are the tensors' names in the causal LM, whatever they are stored as; of each `dtype` and `shape` are known from
+    headers, and `tensor` reads it. `config`, `family` and `specs` say what the tensors are: one spec per block, empty where
+    the block is a stock one. `path` is the folder or the GGUF file, `name` what the user called it.
+
+    Formats of weights plug in below this class, at `planish.folder.weights.open_weights`.
+    """
+
+    def __init__(self, path: Path, name: str | None = None):
+        self.path, self.name = path, name or str(path)
+        if not path.is_dir() and not is_gguf(path):
+            raise InputError(f"no such model: {path} is not a folder")
+        self.config = load_config(path)
+        self.compressed = is_compressed(self.config)
+        self.family, self.specs = read_layout(self.config)
+        self.weights = open_weights(path)
+        self._stored = match_names(self.weights.names, self.family, self.compressed)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return self.weights.paths
+
+    def entry(self, name: str) -> Stored:
+        """`dtype` and `shape` of a tensor, from headers alone."""
+        return self.weights.entry(self._find(name))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in its stored type, on the CPU; every number is finite."""
+        tensor = self.weights.read(self._find(name))
+        if not is_finite(tensor):
+            raise InputError(f"tensor {name} of {self.path} holds NaN or infinity")
+        return tensor
+
+    def expect(self, names: Iterable[str]) -> None:
+        """These tensors are read next: the system may fetch them ahead."""
+        self.weights.expect(self._stored[n] for n in names)
+
+    def inside(self, i: int) -> list[str]:
+        """Names of block i's tensors."""
+        prefix = f"{self.family.blocks}.{i}."
+        return [n for n in self._stored if n.startswith(prefix)]
+
+    def _find(self, name: str) -> str:
+        if name not in self._stored:
+            raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
+        return self._stored[name]
+
+
+def match_names(stored: Iterable[str], family: Family, compressed: bool = False) -> dict[str, str]:
+    """Name in the causal LM → stored name. Checkpoints of base models drop the prefix; some families call the head otherwise."""
+    first, head = family.blocks.partition(".")[0] + ".", f"{family.head}."
+    names = {n: f"lm_head.{n.removeprefix(head)}" if n.startswith(head) else n for n in stored}
+    if not compressed and not any(n.startswith(family.blocks + ".") for n in names):
+        names = {n: name if name.startswith("lm_head.") else first + name for n, name in names.items()}
+    return {name: n for n, name in names.items()}

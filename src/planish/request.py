@@ -1,0 +1,377 @@
+"""What a user may ask of `compress`: every option once, with its type, default, bounds and help text.
+
+The command line's flags, the keywords of `planish.compress`, recipe.yaml and the journal's request.json are views of `Request`.
+A recipe is a versioned YAML file, saved beside the weights that it made:
+
+    version: 1
+    model: owner/model
+    keep: 0.8
+    method: flat-llm
+    settings: {ridge: 0.01}
+    calibration: {source: wikitext2, n_samples: 128, seq_len: 2048, seed: 0, sampling: random}
+
+Relative paths in a recipe start from its own folder, else (as older recipes mean them) from where the command runs. A paper's
+recipe adds what was `published` and how. Nothing here imports torch: `planish --help` needs these texts.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from planish.errors import InputError
+
+VERSION = 1  # of recipes
+TOGETHER = 2  # budgets that can hold at the same time
+SHARES = {
+    "keep": "of the blocks' weights",
+    "kv_keep": "of the KV cache",
+    "flops_keep": "of the blocks' FLOPs per token",
+}
+LIMITS = ("keep", "kv_keep", "flops_keep", "max_params", "max_bytes", "max_latency")
+NAMED_TEXTS = ("builtin", "wikitext2", "c4")
+SOURCE_HELP = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field text), .parquet, .npy (token ids)"
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+BYTES = {"": 1, "B": 1} | {
+    p + s: b**n for n, p in enumerate("KMGT", 1) for s, b in (("", 1000), ("B", 1000), ("iB", 1024))
+}
+
+F = TypeVar("F", bound=Callable[..., Any])
+Sampling = Literal["contiguous", "random"]
+
+
+def option(
+    default: Any, text: str, *, refusal: str = "", bounds: Mapping[str, float] | None = None, **flag: Any
+) -> Any:
+    """A field with its help text.
+
+    `bounds`: as in pydantic.Field; `refusal` is the message for values beyond them ({value} is what was given). `flag`: what
+    the command line needs besides: metavar, shown (the default in words, or False), least, choices, name, type, default.
+    """
+    return Field(default, description=text, json_schema_extra={"refusal": refusal, "flag": flag}, **(bounds or {}))  # type: ignore[call-overload]
+
+
+def read_extra(field: FieldInfo, name: str) -> Any:
+    """ "refusal" or "flag" of a field that `option` made."""
+    return field.json_schema_extra[name] if isinstance(field.json_schema_extra, dict) else {}
+
+
+def share(name: str, text: str) -> Any:
+    refusal = f"{label(name)} must lie in (0, 1], got {{value:g}} (the share {SHARES[name]} that stays)"
+    return option(None, text, refusal=refusal, bounds={"gt": 0, "le": 1}, shown=False)
+
+
+def label(name: str) -> str:
+    """kv_keep → kv-keep"""
+    return name.replace("_", "-")
+
+
+def show(name: str, value: float) -> str:
+    """A limit as people write it."""
+    return (
+        f"{value:,.0f}" if name in ("max_params", "max_bytes") else f"{value:g}{' ms' if name == 'max_latency' else ''}"
+    )
+
+
+def check_number(value: Any, name: str, whole: bool = False) -> None:
+    """Texts are no numbers here, and neither are true and false."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise InputError(f"{name} must be a {'whole ' * whole}number, got {value!r}")
+
+
+def read_size(value: int | float | str, name: str, scale: dict[str, int]) -> int:
+    """1500000000, "1.5B" or "800MiB" → a whole number."""
+    text = str(value).replace(",", "").replace("_", "").strip()
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)", text)
+    units = {u.lower(): n for u, n in scale.items()}
+    if match is None or match[2].lower() not in units:
+        raise InputError(
+            f"{name} {value}: expected a number, with one of {', '.join(u for u in scale if u)} behind it or none"
+        )
+    factor = units[match[2].lower()]
+    whole = "." not in match[1] and "e" not in match[1].lower()
+    size = int(match[1]) * factor if whole else int(float(match[1]) * factor + 1e-6)
+    if size < 1:
+        raise InputError(f"{name} must be 1 or more, got {value}")
+    return size
+
+
+def size(name: str, scale: dict[str, int]) -> BeforeValidator:
+    return BeforeValidator(lambda value: None if value is None else read_size(value, label(name), scale))
+
+
+class Strict(BaseModel):
+    """Unknown names are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def ask(cls, **values: Any) -> Self:
+        """From what a user gave in Python or on the command line; None is not given. Raises InputError."""
+        given = {name: value for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            field = cls.model_fields[name]
+            kinds = {field.annotation, *get_args(field.annotation)}
+            if kinds & {int, float} and not any(isinstance(m, BeforeValidator) for m in field.metadata):
+                check_number(value, label(name), whole=float not in kinds)
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            refusal = read_extra(cls.model_fields[name], "refusal") if name in cls.model_fields else ""
+            words = refusal.format(value=first["input"]) or f"{label(name)}: {first['msg']}, got {first['input']!r:.60}"
+            raise InputError(words) from None
+
+
+class Limits(Strict):
+    """Budgets, at most two; with none it is keep 0.8. `context`: by default as many tokens as a calibration window has."""
+
+    keep: float | None = share(
+        "keep",
+        "share of the decoder blocks' linear weights that stays, in (0, 1]  [default: 0.8 where no other budget is given]",
+    )
+    kv_keep: float | None = share(
+        "kv_keep", "share of the KV cache's bytes per token that stays; alone it cuts only what the cache holds"
+    )
+    flops_keep: float | None = share(
+        "flops_keep", "share of the blocks' FLOPs per token that stays, attention included"
+    )
+    max_params: Annotated[int | None, size("max_params", COUNTS)] = option(
+        None, "parameters of the whole model: 1.5B, 800M, 12345678", metavar="N", shown=False, type=str
+    )
+    max_bytes: Annotated[int | None, size("max_bytes", BYTES)] = option(
+        None, "bytes of the whole model's weight files: 2.5GB, 800MiB", metavar="N", shown=False, type=str
+    )
+    max_latency: float | None = option(
+        None, "milliseconds per decoded token on this machine, batch 1", metavar="MS", shown=False, bounds={"gt": 0},
+        refusal="max-latency must be positive, got {value:g} (milliseconds per decoded token)",
+    )  # fmt: skip
+    context: int | None = option(
+        None, "tokens of context that FLOPs and latency count  [default: a calibration window's]", shown=False, least=1,
+        bounds={"ge": 1}, refusal="context must be 1 or more, got {value}",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def check_together(self) -> Self:
+        if len(self.given) > TOGETHER:
+            names = ", ".join(f"--{label(n)}" for n in self.given)
+            raise InputError(f"{names} cannot all hold together: give at most {TOGETHER} budgets")
+        return self
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Name → value of the limits, keep 0.8 where there is none."""
+        values = {n: v for n in LIMITS if (v := getattr(self, n)) is not None}
+        return values or {"keep": 0.8}
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """All fields of `Limits` by name."""
+        return {n: getattr(self, n) for n in Limits.model_fields}
+
+    def tell(self) -> str:
+        """ "0.8" for a keep alone, "kv-keep 0.5 and keep 0.8" otherwise."""
+        if set(self.given) == {"keep"}:
+            return f"{self.given['keep']:g}"
+        return " and ".join(f"{label(n)} {show(n, v)}" for n, v in self.given.items())
+
+
+class Text(Strict):
+    """Where calibration windows come from: `n_samples` of `seq_len` tokens."""
+
+    source: str = option("builtin", SOURCE_HELP, metavar="SOURCE")
+    n_samples: int | None = option(
+        None, "calibration windows", shown="128", least=1, bounds={"ge": 1},
+        refusal="cannot sample windows · got n_samples {value} · expected 1 or more",
+    )  # fmt: skip
+    seq_len: int | None = option(
+        None, "tokens per window", shown="2048, or the model's positions", least=2, bounds={"ge": 2},
+        refusal="windows are too short · got seq_len {value} · expected 2 or more",
+    )  # fmt: skip
+    seed: int = option(0, "of the random windows", bounds={"ge": 0}, refusal="seed must be 0 or more, got {value}")
+    sampling: Sampling | None = option(
+        None, "of windows", shown="random; contiguous for token ids",
+        refusal="unknown sampling · got {value!r} · expected contiguous or random",
+    )  # fmt: skip
+
+
+class Published(Strict):
+    """A number from a paper and how it was measured: perplexity of `text` in windows of `seq_len` (`value`), or how many
+    times the dense model's it is (`factor`)."""
+
+    paper: str
+    where: str
+    text: str = "wikitext2"
+    seq_len: int = Field(default=2048, ge=2)
+    dense: float | None = None
+    value: float | None = Field(default=None, gt=0)
+    factor: float | None = Field(default=None, gt=0)
+    differs: str = ""
+
+    @model_validator(mode="after")
+    def check_one(self) -> Published:
+        if (self.value is None) == (self.factor is None):
+            raise ValueError("give either value or factor")
+        return self
+
+
+class Request(Limits):
+    """Everything that `compress` can be told. `settings`: the method's hyper-parameters."""
+
+    version: Literal[1] = 1
+    model: str = option(..., "Hugging Face folder, GGUF file or hub id", metavar="MODEL")
+    method: str | None = option(None, "see `planish methods`", shown="auto")
+    settings: Mapping[str, str | float | int | bool | list[str] | None] = option(
+        {},
+        "a hyper-parameter of the method (repeatable)",
+        name="--set",
+        metavar="NAME=VALUE",
+        type=list[str],
+        shown=False,
+    )
+    calibration: Text = Text()
+    device: str = option("auto", "auto: CUDA where there is one, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str | None = option(
+        None, "to compute in", shown="float32 on a CPU, else as stored", choices=("float32", "bfloat16", "float16")
+    )
+    round_to: int = option(
+        1, "make ranks multiples of this (8, 16, 32, 64 suit hardware)", least=1, bounds={"ge": 1},
+        refusal="round-to must be 1 or more, got {value}",
+    )  # fmt: skip
+    target: str = option(
+        "any", "where the result has to run: ranks are chosen to suit it", choices=("any", "hf", "vllm", "gguf", "onnx")
+    )
+    published: Published | None = None
+
+    @classmethod
+    def ask(cls, **values: Any) -> Self:
+        """The text's options stand beside the others: calibration (its source), n_samples, seq_len, seed, sampling."""
+        source, dtype = values.pop("calibration", None), values.pop("dtype", None)
+        text = {n: values.pop(n) for n in TEXT if n in values}
+        if source is not None:
+            text["source"] = str(source) if isinstance(source, str | Path) else "ids"
+        if dtype is not None:
+            values["dtype"] = str(dtype).removeprefix("torch.")
+        return super().ask(calibration=Text.ask(**text), **values)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `planish.compress` that repeat a recipe."""
+        text = self.calibration.model_dump()
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in self.settings.items()}
+        names = ("model", *Limits.model_fields, "method", "device", "dtype", "round_to", "target")
+        values = {n: getattr(self, n) for n in names} | {"settings": settings, "calibration": text.pop("source")}
+        return values | text
+
+    def recipe(self) -> dict[str, Any]:
+        """What a recipe says, as plain data."""
+        found = self.model_dump(mode="json", exclude_none=True)
+        return {n: found[n] for n in RECIPE if n in found}
+
+    def text(self) -> str:
+        """YAML that `read_recipe` reads back."""
+        import yaml
+
+        return yaml.safe_dump(self.recipe(), sort_keys=False, allow_unicode=True)
+
+    def moved(self, change: Callable[[str], str]) -> Request:
+        """The same with other names of the model's and the text's files."""
+        text = self.calibration.source
+        text = text if text in NAMED_TEXTS else change(text)
+        calibration = self.calibration.model_copy(update={"source": text})
+        return self.model_copy(update={"model": change(self.model), "calibration": calibration})
+
+
+TEXT = tuple(Text.model_fields)[1:]  # options of the text besides its source
+RECIPE = ("version", "model", *Limits.model_fields, "method", "settings", "calibration", "device", "dtype", "round_to",
+          "target", "published")  # fmt: skip
+
+
+OPTIONS: dict[str, FieldInfo] = {  # by the name of their keyword or flag, in the order in which they are shown
+    **Limits.model_fields,
+    "method": Request.model_fields["method"],
+    "calibration": Text.model_fields["source"],
+    **{n: Text.model_fields[n] for n in TEXT},
+    **{n: Request.model_fields[n] for n in ("device", "dtype", "round_to", "target", "settings")},
+}
+
+
+def takes(*names: str) -> Callable[[F], F]:
+    """Give a function these options (without names: all) as keywords, in the place of its `**options`."""
+
+    def wrap(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        chosen = {n: OPTIONS[n] for n in names or OPTIONS}
+        more = [
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.annotation)
+            for n, f in chosen.items()
+        ]
+        whole = signature.replace(parameters=[*own, *more])
+
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> Any:
+            whole.bind(*args, **given)  # unknown names are errors, as of every function
+            return function(*args, **given)
+
+        lines = "\n".join(f"    {n}: {f.description}" for n, f in chosen.items())
+        call.__doc__ = f"{function.__doc__ or ''}\n{lines}\n    "
+        call.__signature__ = whole  # type: ignore[attr-defined]
+        return cast(F, call)
+
+    return wrap
+
+
+def read_recipe(path: Path) -> Request:
+    """A recipe file, or one line that says what is wrong with it."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no such recipe: {path}") from None
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"recipe {path} is not a mapping of names to values")
+    if value.get("version", VERSION) != VERSION:
+        raise InputError(f"recipe {path} has version {value['version']!r}; this planish reads version {VERSION}")
+    try:
+        return Request.model_validate(value).moved(lambda name: find_beside(path.parent, name))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the recipe"
+        got = repr(first["input"])[:60]
+        raise InputError(f"recipe {path}: {where}: {first['msg']}, got {got}") from None
+
+
+def find_beside(folder: Path, name: str) -> str:
+    """The path that a name in a recipe of this folder stands for; names of no file are left as they are."""
+    return str(folder / name) if name and (folder / name).exists() else name
+
+
+def name_beside(folder: Path, name: str) -> str:
+    """What a recipe in this folder calls a file that the running command calls `name`."""
+    path = Path(name)
+    if not name or path.is_absolute() or not path.exists():
+        return name
+    found = os.path.relpath(path, folder)  # as written; through links the way back may be another
+    return found if os.path.realpath(folder / found) == os.path.realpath(path) else str(path.resolve())
+
+
+def find_papers() -> dict[str, Path]:
+    """Name → file of the papers' recipes."""
+    for folder in (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes"):
+        if (folder / "papers").is_dir():
+            return {p.stem: p for p in sorted((folder / "papers").glob("*.yaml"))}
+    return {}
