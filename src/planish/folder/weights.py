@@ -27,7 +27,8 @@ class Stored(Protocol):
 class Weights(Protocol):
     """What a weight format offers: tensors by the names they are stored under. Nothing stays open or mapped.
 
-    `Shards` is safetensors, `planish.folder.gguf_reader.GGUFWeights` GGUF; another format is another such class, chosen in `open_weights`. Errors are InputErrors.
+    `Shards` is safetensors, `planish.folder.gguf_reader.GGUFWeights` is GGUF; another format is another such class, chosen
+    in `open_weights`. Errors are InputErrors.
     """
 
     @property
