@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import planish
 import tiny
+from planish.compression import resume
 from planish.errors import InputError
 from planish.folder.config import load_config
 from planish.folder.load import load
@@ -187,7 +188,7 @@ def test_quantised_matrices_are_read_in_fp32_and_in_chunks(kind, tmp_path, monke
     model = build("llama_gqa")
     path = gguf_files.write(tmp_path / "m.gguf", model, kind)
     want = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
-    for chunk in (1, 100, 1 << 24):
+    for chunk in (1, 100, 1 << 22):
         monkeypatch.setattr(gguf_file, "CHUNK", chunk)
         file = gguf_file.GGUF(path)
         assert file.dtype == torch.float32 and file.count_types()[kind] > 0
@@ -302,6 +303,43 @@ def test_what_is_exported_can_be_read_again(tmp_path):
         assert first.metadata[f"tokenizer.ggml.{key}"] == second.metadata[f"tokenizer.ggml.{key}"]
     with pytest.raises(InputError, match="would replace a file of the model"):
         export_gguf(tmp_path / "m.gguf", tmp_path / "m.gguf")
+
+
+def test_it_becomes_an_ordinary_folder(tmp_path):
+    from planish.export.dense import export_dense
+
+    model = build("gpt_neox")
+    path = gguf_files.write(tmp_path / "m.gguf", model)
+    export_dense(path, tmp_path / "dense")
+    torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(model), atol=1e-4, rtol=0)
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["model_type"] == "gpt_neox"
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_interrupted_run_is_taken_up(linked, tmp_path, monkeypatch):
+    """Through a link too, as the hub's cache has them: the file that it leads to has no name of its own."""
+    path = gguf_files.write(tmp_path / "m.gguf", build("llama_gqa"))
+    if linked:
+        path.rename(tmp_path / "0abc")
+        path.symlink_to(tmp_path / "0abc")
+    settings = {
+        "keep": 0.7, "method": "flat-llm", "calibration": str(tmp_path / "ids.npy"), "n_samples": 8, "seq_len": 32,
+        "device": "cpu", "settings": {"damping": 0.01},
+    }  # fmt: skip
+    np.save(tmp_path / "ids.npy", tiny.windows(8, 32).flatten().numpy())
+    planish.compress(path, output=tmp_path / "whole", **settings)
+    from planish.folder.writer import Writer
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "close", stop)
+        with pytest.raises(KeyboardInterrupt):
+            planish.compress(path, output=tmp_path / "out", **settings)
+    resume(tmp_path / "out")
+    want, got = (planish.load(tmp_path / n).state_dict() for n in ("whole", "out"))
+    assert all(torch.equal(got[n], t) for n, t in want.items())
 
 
 # ------------------------------------------------------------------ bad input

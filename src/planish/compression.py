@@ -153,7 +153,7 @@ def write_journal(
 ) -> dict[str, Any]:
     """What `resume` needs besides the windows: the request, as it was understood."""
     return {
-        "model": str(source.folder.resolve()), "name": source.name, "asked": request.limits,
+        "model": str(source.folder.absolute()), "name": source.name, "asked": request.limits,
         "method": method.name, "settings": method.settings(), "given": sorted(request.settings),
         "calibration": text.record, "device": request.device.partition(":")[0], "dtype": request.dtype,
         "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "files": place.files,

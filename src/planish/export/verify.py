@@ -27,7 +27,8 @@ from planish.folder.tokenizer import load_tokenizer
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
 TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit
-GGUF_TOLERANCES = {"1": 5e-3, "32": 2e-2, "7": 5e-2}  # by general.file_type: f16, bf16, q8_0
+GGUF_TOLERANCES = {"0": 1e-4, "1": 5e-3, "32": 2e-2, "7": 5e-2}  # by general.file_type: f32, f16, bf16, q8_0
+QUANTISED = 1e-1  # other types: llama.cpp rounds activations to 8 bits as well
 ONNX_TOLERANCES = {"tensor(float16)": 5e-3}  # by the type that the graph computes in
 PROBE = "def main(argv):\n    return 0  # It costs 12.50, isn't it? Über 1000 Ω\n"
 
@@ -301,5 +302,5 @@ def open_target(path: Path, target: str, file: str | Path | None, context: int, 
     if target == "onnx":
         return OnnxRuntime(Path(file)), str(file)
     runner = LlamaCpp(Path(file), context)
-    runner.tolerance = GGUF_TOLERANCES.get(runner.metadata("general.file_type") or "0", TOLERANCES["gguf"])
+    runner.tolerance = GGUF_TOLERANCES.get(runner.metadata("general.file_type") or "0", QUANTISED)
     return runner, str(file)

@@ -31,7 +31,7 @@ SCALARS = {  # metadata type → struct format
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 STRING, ARRAY = 8, 9
-CHUNK = 1 << 24  # numbers that are dequantised at a time
+CHUNK = 1 << 22  # numbers that are dequantised at a time
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

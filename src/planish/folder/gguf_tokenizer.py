@@ -125,7 +125,7 @@ def rank_merges(scores: dict[str, float], ids: dict[str, int]) -> list[tuple[str
     """Every pair of tokens that makes a token, best score first; the longest left part first where scores are equal.
 
     SentencePiece merges whichever neighbours make the token of the highest score, the leftmost of equals. Ranks say the
-    same where all scores differ, as in the vocabularies of llama, mistral, phi-3 and gemma.
+    same where all scores differ, as SentencePiece's BPE trainer makes them.
     """
     found = [
         (-score, -at, (text[:at], text[at:]))
