@@ -223,9 +223,9 @@ def encoded(monkeypatch) -> list[int]:
 
     seen: list[int] = []
 
-    def spy(tokenizer, text):
-        seen.append(len(text))
-        return encode(tokenizer, text)
+    def spy(tokenizer, documents, apart=False):
+        seen.append(sum(map(len, documents)))
+        return encode(tokenizer, documents, apart)
 
     monkeypatch.setattr(cache, "encode", spy)
     return seen
@@ -253,10 +253,10 @@ def test_short_texts_and_other_tokenizers_are_not_kept(root):
     class Own(type(byte_tokenizer())):
         pass
 
-    tokenize(byte_tokenizer(), "a" * (LONG - 1))
+    tokenize(byte_tokenizer(), ["a" * (LONG - 1)])
     tokenizer = byte_tokenizer()
     tokenizer.__class__ = Own
-    assert len(tokenize(tokenizer, "a" * LONG)) == LONG
+    assert len(tokenize(tokenizer, ["a" * LONG])) == LONG
     assert not root.exists()
 
 

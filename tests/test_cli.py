@@ -105,7 +105,7 @@ def test_compress_json_and_manifest(folder, ids, tmp_path, run):
     manifest = json.loads((tmp_path / "out" / "planish.json").read_text())
     record = manifest["calibration"]
     assert {k: record[k] for k in ("n_samples", "seq_len", "seed", "sampling", "bos")} == {
-        "n_samples": 8, "seq_len": 16, "seed": 3, "sampling": "random", "bos": False,
+        "n_samples": 8, "seq_len": 16, "seed": 3, "sampling": "random", "bos": "auto",
     }  # fmt: skip
     assert record["source"] == str(ids) and re.fullmatch("[0-9a-f]{64}", record["fingerprint"])
     assert manifest["settings"]["allocation"] == "uniform"

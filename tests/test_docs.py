@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import posixpath
 import re
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -85,6 +87,8 @@ def find_commands(text: str) -> list[str]:
     shown = [line for language, code in BLOCK.findall(text) if language in ("", "bash") for line in joined(code)]
     shown += joined("\n".join(re.findall(r"^    (.*)$", BLOCK.sub("", text), re.M)))
     shown += re.findall(r"`(planish [a-z]+ [^`\n]*)`", BLOCK.sub("", text))
+    if text.startswith("# Choose"):  # its cells are what to add to `planish compress MODEL -o OUT`
+        shown += [f"planish compress MODEL -o OUT {flags}" for flags in re.findall(r"`(--[a-z].*?)`", text)]
     return [line.partition(" #")[0].strip() for line in shown if re.match(r"\s*planish [a-z]", line)]
 
 
@@ -151,3 +155,14 @@ def test_a_method_file_that_cannot_be_imported_is_named(add, run, text):
     lines = done.stderr.strip().splitlines()
     assert done.exit_code == 2 and len(lines) == 1, done.output
     assert str(path) in lines[0] and "cannot be imported" in lines[0]
+
+
+@pytest.mark.parametrize("name", methods.list_methods())
+def test_every_method_states_problem_equation_and_settings(name, maker):
+    """Its page has them from the docstring, and what the docstring names exists in the source."""
+    cls = methods.list_methods()[name]
+    doc, names = inspect.getdoc(cls), [f.name for f in fields(cls)]
+    sections, settings = maker.split_doc(doc, names)
+    assert sections["Problem"] and sections["Equation"] and set(settings) == set(names)
+    for found in maker.NAME.findall(doc):
+        assert maker.locate(found), f"{name}: no {found}"

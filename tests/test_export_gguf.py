@@ -16,6 +16,7 @@ from compressed import train_tokenizer
 from planish.errors import InputError
 from planish.export.plain import open_plain
 from planish.folder.load import load
+from planish.folder.tokenizer import load_tokenizer
 from tiny import build
 
 gguf = pytest.importorskip("gguf")
@@ -345,6 +346,33 @@ def test_unknown_splitting_is_refused(tmp_path):
     with pytest.raises(InputError, match="splits text in a way"):
         export_gguf(folder, tmp_path / "m.gguf")
     assert export_gguf(folder, tmp_path / "m.gguf", vocabulary=False).tokenizer == "none"
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+@pytest.mark.parametrize("size", [97, 40, 12])
+def test_ids_beyond_the_embedding_are_left_out(byte_level, size, tmp_path):
+    """The tokenizer's ids are no positions in the embedding: neither tokens nor merges nor special ids beyond it are written."""
+    folder = compressed.make_folder(build("llama_gqa", vocab_size=size), tmp_path / "m", [None])
+    train_tokenizer(folder, byte_level)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "unk_token": "<s>"})
+    tokenizer.save_pretrained(folder)
+    written = export_gguf(folder, tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    ids = {n: fields[f"tokenizer.ggml.{n}_token_id"].contents() for n in ("bos", "eos", "padding", "unknown")
+           if f"tokenizer.ggml.{n}_token_id" in fields}  # fmt: skip
+    assert len(tokens) == size == len(fields["tokenizer.ggml.token_type"].contents())
+    assert all(i < size for i in ids.values())
+    inside = {i: t for t, i in tokenizer.get_vocab().items() if i < size}
+    assert [tokens[i] for i in inside] == [*inside.values()]
+    merges = fields.get("tokenizer.ggml.merges")  # an empty list is not written
+    for merge in merges.contents() if merges else ():
+        assert merge.replace(" ", "") in tokens
+    gone = len(tokenizer) - len(inside)
+    assert bool(gone) == any("beyond the embedding" in n for n in written.notes)
+    assert ("padding" in ids) == (tokenizer.pad_token_id < size)
+    assert any(f"pad token {tokenizer.pad_token_id}" in n for n in written.notes) == ("padding" not in ids)
 
 
 # ------------------------------------------------------------------ in llama.cpp itself

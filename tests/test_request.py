@@ -23,7 +23,7 @@ OWN = {  # flags that are no part of a request: how a command runs, and what it 
 LEFT_OUT = {
     "sweep": {"max-params", "max-bytes", "max-latency", "context", "method", "target", "set"},
     "eora": {FLAGS.get(n, n.replace("_", "-")) for n in OPTIONS} - {"calibration", "n-samples", "seq-len", "seed", "sampling",
-                                                                  "device", "dtype"},
+                                                                  "bos", "device", "dtype"},
 }  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def test_a_sweep_on_text_writes_its_request(tmp_path):
     for _ in range(2):
         sweep(str(demo), output=tmp_path / "out", calibration=text, eval_text=text, **options)
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())["calibration"]
-    assert record["source"].endswith("text.txt") and record["bos"] is False
+    assert record["source"].endswith("text.txt") and record["begins"] == "never"
     assert len(list(csv.DictReader((tmp_path / "out" / "results.csv").open(encoding="utf-8")))) == 2
 
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from planish.calibrate import text as text_module
+from planish.calibrate import documents
+from planish.calibrate.documents import builtin_files
 from planish.calibrate.text import (
     Text,
-    builtin_files,
+    cut_window,
     eval_windows,
     fingerprint,
     load_tokens,
@@ -28,18 +31,19 @@ def tokenizer():
     return byte_tokenizer()
 
 
-def byte_tokenizer(with_bos: bool = False):
-    """One token per byte, ids 0 to 255; 256 is the beginning of a sequence."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<s>": 256}
+def byte_tokenizer(with_bos: bool = False, end: bool = False):
+    """One token per byte, ids 0 to 255; 256 is the beginning of a sequence, 257 its end."""
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<s>": 256, "</s>": 257}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if with_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=8)
+    ends = {"eos_token": "</s>"} if end else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=8, **ends)
+
+
+TOKENIZER = byte_tokenizer()
 
 
 def fails(*words: str):
@@ -65,15 +69,118 @@ def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, name, content):
     assert tokenizer.decode(load_tokens(tmp_path / name, tokenizer).tokens) == "né"
 
 
-def test_bos_is_recorded_and_added_once(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    got = load_tokens(tmp_path / "a.jsonl", byte_tokenizer(with_bos=True))
-    assert got.bos and (got.tokens == 256).sum() == 1 and got.tokens[0] == 256
+def spell(text: Text) -> str:
+    """The text with its special tokens as characters: < begins, > ends a sequence."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return (
+        "".join({256: "<", 257: ">"}.get(i) or alphabet[i] for i in text.tokens.tolist())
+        .replace("Ġ", " ")
+        .replace("Ċ", "|")
+    )
+
+
+@pytest.mark.parametrize(
+    ("bos", "with_bos", "expected", "policy"),
+    [
+        ("auto", True, "<one<two", "every"),
+        ("auto", False, "one>two>", "never"),
+        ("every", True, "<one<two", "every"),
+        ("every", False, "one>two>", "every"),
+        ("once", True, "<one||two", "once"),
+        ("once", False, "one||two", "never"),
+        ("never", True, "one||two", "never"),
+        ("never", False, "one||two", "never"),
+    ],
+)
+def test_where_sequences_begin(tmp_path, bos, with_bos, expected, policy):
+    """Documents are joined, as in the papers, only when the token is to come once or never."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    got = load_tokens(tmp_path / "a.jsonl", byte_tokenizer(with_bos, end=True), bos=bos)
+    assert (spell(got), got.policy, got.bos) == (expected, policy, policy != "never")
+    assert got.begin == (256 if policy == "every" else None)
+
+
+def test_bos_that_cannot_be(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    bare = byte_tokenizer()
+    bare.bos_token = None
+    with fails("bos every", "no beginning-of-sequence token"):
+        load_tokens(tmp_path / "a.txt", bare, bos="every")
+    with fails("'always'", "auto, every, once or never"):
+        load_tokens(tmp_path / "a.txt", bare, bos="always")
+    assert load_tokens(np.arange(4), byte_tokenizer(), bos="every").begin == 256
+    assert load_tokens(np.arange(4), byte_tokenizer(with_bos=True)).begin is None  # ids are taken as they are
+
+
+def test_every_window_begins_where_the_model_expects(tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789" * 3)
+    text = load_tokens(tmp_path / "a.txt", byte_tokenizer(with_bos=True))
+    for sampling in ("random", "contiguous"):
+        windows = sample_windows(text.tokens, 3, 7, 1, sampling, text.begin)
+        assert windows.shape == (3, 7) and (windows[:, 0] == 256).all() and (windows[:, 1:] < 256).all()
+
+
+@given(tokens=st.lists(st.integers(0, 3), min_size=2, max_size=40), seq_len=st.integers(2, 9))
+def test_windows_with_a_beginning_hold_every_token_once(tokens, seq_len):
+    tokens = torch.tensor(tokens)
+    if len(tokens) < seq_len:
+        return
+    windows = eval_windows(tokens, seq_len, 0)
+    assert (windows[:, 0] == 0).all() and windows.shape[1] == seq_len
+    rest, held = tokens.tolist(), windows.tolist()
+    for window in held:  # the naive reader: a beginning is put in front unless it stands there
+        body = window if rest[0] == 0 else window[1:]
+        assert rest[: len(body)] == body
+        rest = rest[len(body) :]
+    assert not rest or len(rest) < (seq_len if rest[0] == 0 else seq_len - 1)
+    assert torch.equal(sample_windows(tokens, len(held), seq_len, 0, "contiguous", 0), windows)
+    assert torch.equal(cut_window(tokens, 0, seq_len), tokens[:seq_len])
+
+
+def test_lists_of_texts():
+    got = load_tokens(["one", " \n", "two"], byte_tokenizer(end=True))
+    assert (spell(got), got.source, got.is_ids) == ("one>two>", "texts", False)
+    with fails("number 1 is of type int"):
+        load_tokens(["one", 2], byte_tokenizer())
+    with fails("no text"):
+        load_tokens([], byte_tokenizer())
+
+
+@given(texts=st.lists(st.text(st.characters(exclude_categories=()), min_size=1), min_size=1, max_size=4))
+def test_any_text_that_python_can_hold_gets_through(texts):
+    """Half a surrogate pair too, which no encoding can hold: it becomes the replacement character."""
+    if not any(t.strip() for t in texts):
+        return
+    got = load_tokens(texts, TOKENIZER)
+    expected = [t.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") for t in texts if t.strip()]
+    assert TOKENIZER.decode(got.tokens, clean_up_tokenization_spaces=False) == "".join(expected)
+
+
+def test_half_a_character_in_json(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "half \ud83d a pair \ud83d\ude00"}) + "\n")
+    assert tokenizer.decode(load_tokens(tmp_path / "a.jsonl", tokenizer).tokens) == "half \ufffd a pair 😀"
+
+
+def test_conversations_go_through_the_models_own_template(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n" + '{"text": "one"}\n'
+    )
+    tokenizer = byte_tokenizer(with_bos=True)
+    with fails("no chat template", "field `text`"):
+        load_tokens(tmp_path / "a.jsonl", tokenizer)
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert spell(load_tokens(tmp_path / "a.jsonl", tokenizer)) == "<user: hi|<one"
+    tokenizer.chat_template = "{{ raise_exception('only assistants') }}"
+    with fails("refuses", "user", "only assistants"):
+        load_tokens(tmp_path / "a.jsonl", tokenizer)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [{"role": "user"}]}))
+    with fails("b.jsonl, line 1", "`role` and `content`"):
+        load_tokens(tmp_path / "b.jsonl", tokenizer)
 
 
 def test_jsonl_joins_documents_by_a_blank_line(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "one\\u2028x", "id": 1}\n\n{"text": "two"}\n', encoding="utf-8")
-    assert tokenizer.decode(load_tokens(tmp_path / "a.jsonl", tokenizer).tokens) == "one\u2028x\n\ntwo"
+    assert tokenizer.decode(load_tokens(tmp_path / "a.jsonl", tokenizer, bos="once").tokens) == "one\u2028x\n\ntwo"
 
 
 def test_parquet(tmp_path, tokenizer):
@@ -81,7 +188,7 @@ def test_parquet(tmp_path, tokenizer):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), tmp_path / "a.parquet")
-    assert tokenizer.decode(load_tokens(tmp_path / "a.parquet", tokenizer).tokens) == "one\n\ntwo"
+    assert tokenizer.decode(load_tokens(tmp_path / "a.parquet", tokenizer, bos="once").tokens) == "one\n\ntwo"
     pq.write_table(pa.table({"body": ["one"]}), tmp_path / "b.parquet")
     with fails("b.parquet", r"\['body'\]", "`text`"):
         load_tokens(tmp_path / "b.parquet", tokenizer)
@@ -120,7 +227,7 @@ def test_builtin_splits_share_no_file(tokenizer):
 
 
 def test_builtin_takes_the_part_asked_for(tokenizer, monkeypatch):
-    monkeypatch.setattr(text_module, "builtin_text", lambda split: split)
+    monkeypatch.setattr(documents, "builtin_text", lambda split: split)
     assert tokenizer.decode(load_tokens("builtin", tokenizer).tokens) == "train"
     assert tokenizer.decode(load_tokens("builtin", tokenizer, split="evaluation").tokens) == "heldout"
 
@@ -142,7 +249,7 @@ def test_data_sets(monkeypatch, tokenizer, name, split, expected_call, joined):
         return {"text": ["a", "b"]}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    got = load_tokens(name, tokenizer, split=split)
+    got = load_tokens(name, tokenizer, split=split, bos="once")
     assert calls == [expected_call] and tokenizer.decode(got.tokens) == joined and not got.is_ids
 
 

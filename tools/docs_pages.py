@@ -50,11 +50,9 @@ def make_method_page(name: str, cls: type, linked: set[str]) -> str:
     lines = [f"# {name}", "", f"*{cls.title}*", "", f"Reference: {link_papers(cls.reference)}.", ""]
     if cls.aliases:
         lines += [f"Also known as {', '.join(f'`{a}`' for a in cls.aliases)}.", ""]
-    lines += ["## Problem", "", sections["Problem"] or sections["text"], ""]
-    if sections["Problem"] and sections["text"]:
-        lines += [sections["text"], ""]
-    lines += ["## Equation", "", sections["Equation"], ""] if sections["Equation"] else ["## Equation", ""]
-    lines += ["In the source:", ""] + [f"- {x}" for x in link_equations(cls, solvers, linked)] + [""]
+    lines += [sections["text"], "", "## Problem", "", sections["Problem"], ""]
+    lines += ["## Equation", "", sections["Equation"], "", "In the source:", ""]
+    lines += [f"- {x}" for x in link_equations(cls, solvers, linked)] + [""]
     for solver in solvers:
         lines += show_solver(solver)
     lines += [

@@ -2,7 +2,7 @@
 
     python tools/train_demo_model.py -o src/planish/data/demo --log docs/demo_model_log.csv
 
-Text: `planish.calibrate.text.builtin_text("train")` and, where the installation has it, Python's test suite; whole
+Text: `planish.calibrate.documents.builtin_text("train")` and, where the installation has it, Python's test suite; whole
 modules are held out by a hash of their names. Byte-level BPE of 4,096 tokens. Muon for the blocks'
 matrices, AdamW for the rest; trapezoid learning rate; bf16 autocast on fp32 weights. Seeds are fixed; the
 result is reproducible up to the arithmetic of the machine.
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from planish.calibrate.text import builtin_text
+from planish.calibrate.documents import builtin_text
 
 
 def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:

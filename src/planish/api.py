@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from planish import single_cuts
 from planish.calibrate.cache import tokenize
-from planish.calibrate.text import fingerprint, load_tokens, sample_windows
+from planish.calibrate.text import eval_windows, fingerprint, load_tokens, sample_windows
 from planish.compression import Calibration, Destination, Shared, pick_dtype
 from planish.compression import compress as run
 from planish.core import Progress
@@ -29,12 +29,13 @@ from planish.export.eora import Compensation, compensate, open_linears
 from planish.folder import load as loading
 from planish.folder.config import load_config
 from planish.folder.hub import find_folder
+from planish.folder.owner import owning
 from planish.folder.source import FolderSource, Source, open_shapes, open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
 from planish.methods.method import Method
-from planish.request import RECIPE, TEXT, Request, Text, check_number, name_beside, takes
+from planish.request import RECIPE, TEXT, Bos, Request, Text, check_number, name_beside, takes
 from planish.solvers.offload import offload
 
 TEXT_AND_DEVICE = ("calibration", *TEXT, "device", "dtype")  # options of what only measures
@@ -52,10 +53,12 @@ class Evaluation(perplexity.Perplexity):
     """Perplexity, and the text it was measured on."""
 
     source: str
-    bos: bool
+    bos: bool  # the text, or every window of it, begins with the beginning-of-sequence token
+    begins: str  # which windows do: every, once (at most the first), never
 
 
 @takes()
+@owning
 def compress(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
@@ -164,6 +167,7 @@ def forecast(
 
 
 @takes(*TEXT_AND_DEVICE)
+@owning
 def eora(
     folder: str | Path,
     output: str | Path,
@@ -208,13 +212,15 @@ def evaluate(
     dtype: str | torch.dtype | None = None,
     batch_size: int = 1,
     max_windows: int | None = None,
+    bos: Bos = "auto",
     cache: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity of a folder, hub id or model in memory over a SOURCE (its evaluation split, where it has splits).
 
     Windows of `seq_len` tokens (2048, or as many as the model has positions) do not overlap, the tail is dropped;
-    `max_windows` stops early; `cache` keeps the text's token ids on disk. A model from a folder goes to `device` ("auto"
+    `bos`: where the beginning-of-sequence token stands (see `planish.calibrate.text.load_tokens`; the papers' protocol is
+    "once"). `max_windows` stops early; `cache` keeps the text's token ids on disk. A model from a folder goes to `device` ("auto"
     unless told) in `dtype` (fp32 on the CPU, the stored one elsewhere); one in memory stays as it is.
     """
     if seq_len is not None:
@@ -226,7 +232,7 @@ def evaluate(
             check_number(value, name, whole=True)
     if batch_size < 1 or (max_windows is not None and max_windows < 1):
         raise InputError(f"batch size and windows must be 1 or more, got {batch_size} and {max_windows}")
-    place, read = None, partial(load_tokens, text, split="evaluation", tokenize=tokenize if cache else None)
+    place, read = None, partial(load_tokens, text, split="evaluation", tokenize=tokenize if cache else None, bos=bos)
     if isinstance(model, nn.Module):
         lm: Any = model
         place = None if device is None else find_device(device)
@@ -242,9 +248,11 @@ def evaluate(
         found = read(tokenizer, vocab_size=lm.config.get_text_config().vocab_size)
     check_positions(limit)
     seq_len = seq_len or min(SEQ_LEN, limit, max(2, len(found.tokens)))
-    tokens = found.tokens if max_windows is None else found.tokens[: max_windows * seq_len]
-    measured = perplexity.evaluate(lm, tokens, seq_len, batch_size=batch_size, device=place, progress=progress)
-    return Evaluation(**asdict(measured), source=found.source, bos=found.bos)
+    measured = perplexity.evaluate(
+        lm, found.tokens, seq_len, begin=found.begin, max_windows=max_windows, batch_size=batch_size, device=place,
+        progress=progress,
+    )  # fmt: skip
+    return Evaluation(**asdict(measured), source=found.source, bos=found.bos, begins=found.policy)
 
 
 @takes("method", "settings", *TEXT_AND_DEVICE)
@@ -268,14 +276,15 @@ def measure_effects(
         tokenizer = load_tokenizer(source.folder)
     text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"))
     length = text.windows.shape[1]
-    tokens = load_tokens(held, tokenizer, split="evaluation", vocab_size=source.config.vocab_size).tokens
-    count = min(windows, len(tokens) // length)
-    if count < 1:
+    other = load_tokens(
+        held, tokenizer, split="evaluation", vocab_size=source.config.vocab_size, bos=request.calibration.bos
+    )
+    if len(other.tokens) < length:
         raise InputError(
-            f"held-out text has {len(tokens)} tokens, fewer than one window of {length}; use a longer text"
+            f"held-out text has {len(other.tokens)} tokens, fewer than one window of {length}; use a longer text"
         )
     return single_cuts.measure_effects(
-        source, method, text.windows, tokens[: count * length].view(count, length),
+        source, method, text.windows, eval_windows(other.tokens, length, other.begin)[:windows],
         keeps=keeps, share=share, measured_windows=windows, seed=request.calibration.seed, device=request.device,
         dtype=find_dtype(options.get("dtype")) or pick_dtype(source, request.device),
     )  # fmt: skip
@@ -293,7 +302,8 @@ def read_calibration(source: Source, tokenizer: Any, asked: Text, ids: Any = Non
     if tokenizer is None and isinstance(source, FolderSource):
         tokenizer = load_tokenizer(source.folder)
     text = load_tokens(
-        asked.source if ids is None else ids, tokenizer, vocab_size=source.config.vocab_size, tokenize=tokenize if cache else None
+        asked.source if ids is None else ids, tokenizer, vocab_size=source.config.vocab_size,
+        tokenize=tokenize if cache else None, bos=asked.bos,
     )  # fmt: skip
     how, n_samples = asked.sampling or text.sampling, asked.n_samples
     if n_samples is None:
@@ -301,14 +311,15 @@ def read_calibration(source: Source, tokenizer: Any, asked: Text, ids: Any = Non
         n_samples = min(N_SAMPLES, max(held, 1))
         if n_samples < N_SAMPLES:
             notes.append(f"n_samples {n_samples}: the text holds no more {how} windows of {seq_len} tokens")
-    windows = sample_windows(text.tokens, n_samples, seq_len, asked.seed, how)
+    windows = sample_windows(text.tokens, n_samples, seq_len, asked.seed, how, text.begin)
     record = {
         "source": text.source,
         "n_samples": n_samples,
         "seq_len": seq_len,
         "seed": asked.seed,
         "sampling": how,
-        "bos": text.bos,
+        "bos": asked.bos,
+        "begins": text.policy,
         "fingerprint": fingerprint(windows),
     }
     return Calibration(windows, record, notes, time.perf_counter() - start)

@@ -25,6 +25,7 @@ from planish.calibrate.text import shuffle_windows
 from planish.core import Plan, Progress, Shape, Unit
 from planish.errors import InputError
 from planish.folder.config import name_head, write_config
+from planish.folder.owner import owning
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
@@ -161,6 +162,7 @@ def write_journal(
     }  # fmt: skip
 
 
+@owning
 def resume(output: str | Path, progress: Progress | None = None) -> Result:
     """Finish an interrupted `compress` into `output`: the same weights as if it had never been interrupted.
 
@@ -222,13 +224,13 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
     for i, entry in writer.finished.items():
         job.errors |= entry["errors"]
         job.finished[i] = partial(writer.restore, i, source=source)
+    if writer.active:  # first: what cannot be copied or saved is found before the work
+        source.copy_files(writer.partial)
     job.method.solve(job, plan, emit)
     kind = write_config(writer.text, source.config, source.family, specs, shapes)
     outside = source.outside()
     outer = sum(t.numel() for t in outside.values())
     writer.shard(0, name_head(outside, source.family, kind))
-    if writer.active:
-        source.copy_files(writer.partial)
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
     before, dense = job.weights, [dict[str, Any]()] * len(job.shapes)
     flops = [

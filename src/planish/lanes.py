@@ -90,6 +90,11 @@ def rank() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
+def is_first() -> bool:
+    """Whether this is the first, or only, of the processes that torchrun started, joined or not."""
+    return rank() == 0 if count() > 1 else read("RANK", 0) == 0
+
+
 def own_lanes() -> Iterator[int]:
     """Lane numbers of this process, rising."""
     return iter(range(rank(), LANES, count()))

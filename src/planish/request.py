@@ -47,6 +47,11 @@ BYTES = {"": 1, "B": 1} | {
 
 F = TypeVar("F", bound=Callable[..., Any])
 Sampling = Literal["contiguous", "random"]
+Bos = Literal["auto", "every", "once", "never"]
+BOS_HELP = (
+    "where the beginning-of-sequence token stands: every window; once, documents joined (the papers' protocol); never; "
+    "auto: every, if the tokenizer puts it in front of a text"
+)
 
 
 def option(
@@ -203,6 +208,7 @@ class Text(Strict):
         None, "of windows", shown="random; contiguous for token ids",
         refusal="unknown sampling · got {value!r} · expected contiguous or random",
     )  # fmt: skip
+    bos: Bos = option("auto", BOS_HELP, refusal="unknown bos · got {value!r} · expected auto, every, once or never")
 
 
 class Published(Strict):
@@ -346,6 +352,8 @@ def read_recipe(path: Path) -> Request:
         raise InputError(f"recipe {path} is not a mapping of names to values")
     if value.get("version", VERSION) != VERSION:
         raise InputError(f"recipe {path} has version {value['version']!r}; this planish reads version {VERSION}")
+    if isinstance(value.get("calibration"), dict):  # recipes of the papers, and those of before there was a choice
+        value["calibration"].setdefault("bos", "once")
     try:
         return Request.model_validate(value).moved(lambda name: find_beside(path.parent, name))
     except ValidationError as error:

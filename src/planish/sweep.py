@@ -14,25 +14,25 @@ from math import inf, isfinite, log
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from planish import api
 from planish.calibrate.activations import Room
 from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
+from planish.calibrate.text import Text as Tokens
 from planish.calibrate.text import fingerprint, load_tokens
 from planish.compression import Destination, Shared, check_windows, compress, pick_dtype
 from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed
 from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import NAN, Point, read_points, write_points
+from planish.folder.owner import owning
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 from planish.methods import find_method
 from planish.methods.method import Method
-from planish.request import Limits, Request, Sampling, Text
+from planish.request import Bos, Limits, Request, Sampling, Text
 
 Watch = Callable[[str, int, int], None]
 
@@ -51,6 +51,7 @@ class Sweep:
         return asdict(self)
 
 
+@owning
 def sweep(
     model: str | Path,
     *,
@@ -64,6 +65,7 @@ def sweep(
     seq_len: int | None = None,
     seed: int = 0,
     sampling: Sampling | None = None,
+    bos: Bos = "auto",
     eval_text: Any = "builtin",
     eval_tokens: int | None = None,
     device: str = "auto",
@@ -93,32 +95,35 @@ def sweep(
     place, output = api.find_device(device), Path(output)
     source = open_source(model)
     tokenizer = load_tokenizer(source.folder) if isinstance(source, FolderSource) else None
-    wanted = Text.ask(n_samples=n_samples, seq_len=seq_len, seed=seed, sampling=sampling)
+    wanted = Text.ask(n_samples=n_samples, seq_len=seq_len, seed=seed, sampling=sampling, bos=bos)
     text = api.read_calibration(source, tokenizer, wanted, calibration, cache)
     check_windows(text.windows, source)
     length = text.windows.shape[1]
-    tokens = load_tokens(
+    held = load_tokens(
         eval_text,
         tokenizer,
         split="evaluation",
         vocab_size=source.config.vocab_size,
         tokenize=tokenize if cache else None,
-    ).tokens
+        bos=bos,
+    )
+    tokens = held.tokens
     if eval_tokens is not None:
         tokens = tokens[: max(eval_tokens, length)]
-    tokens = tokens[: len(tokens) // length * length]
+    if held.begin is None:
+        tokens = tokens[: len(tokens) // length * length]
     recorded = {
         "model": str(model),
         "calibration": text.record,
         "evaluation": {"source": str(eval_text) if isinstance(eval_text, str | Path) else "ids", "tokens": len(tokens),
-                       "seq_len": length, "fingerprint": fingerprint(tokens)},
+                       "seq_len": length, "begins": held.policy, "fingerprint": fingerprint(tokens)},
         "device": place, "dtype": dtype, "round_to": round_to,
     }  # fmt: skip
     book = Book(output, recorded, overwrite)
     # the smallest budget first: it measures whatever the others need
     order = sorted(budgets, key=lambda asked: list(asked.given.values()))
     names = [(label, settings, method, asked) for label, settings, method in chosen for asked in order]
-    runner = Runner(source.name, tokens, length, place, dtype, bench)
+    runner = Runner(source.name, replace(held, tokens=tokens), length, place, dtype, bench)
     if not book.finished("dense"):
         book.record(runner.measure_dense())
     kind = api.find_dtype(dtype) or pick_dtype(source, place)
@@ -205,7 +210,7 @@ class Book:
             except ValueError:
                 old = {}
             for key, value in json.loads(json.dumps(request)).items():
-                if old.get(key) != value:
+                if drop_begins(old.get(key)) != drop_begins(value):
                     raise InputError(
                         f"{output} holds a sweep with another {key} ({describe(old.get(key))}, now {describe(value)}); "
                         "choose another folder or pass --overwrite"
@@ -259,8 +264,8 @@ class Book:
 class Runner:
     """Measures points on one evaluation text (n · length tokens), beside the dense model `name`."""
 
-    def __init__(self, name: str, tokens: Tensor, length: int, device: str, dtype: str | None, bench: bool):
-        self.name, self.tokens, self.length, self.device, self.bench = name, tokens, length, device, bench
+    def __init__(self, name: str, text: Tokens, length: int, device: str, dtype: str | None, bench: bool):
+        self.name, self.text, self.length, self.device, self.bench = name, text, length, device, bench
         self.dtype = dtype or ("float32" if device == "cpu" else None)
         self.model: Any = None  # the dense one, where it is needed beside others
         self.traced: drift.Trace | None = None
@@ -284,12 +289,14 @@ class Runner:
         return point
 
     def evaluate(self, point: Point, model: Any) -> None:
-        measured = perplexity.evaluate(model, self.tokens, self.length, batch_size=max(1, 2048 // self.length))
+        measured = perplexity.evaluate(
+            model, self.text.tokens, self.length, begin=self.text.begin, batch_size=max(1, 2048 // self.length)
+        )
         point.perplexity, point.nll = measured.perplexity, measured.nll
 
     def trace(self, model: Any) -> None:
         vocabulary = model.config.get_text_config().vocab_size
-        self.windows = drift.choose_windows(self.tokens, self.length, vocabulary)
+        self.windows = drift.choose_windows(self.text.tokens, self.length, vocabulary, self.text.begin)
         self.traced = drift.trace(model, self.windows)
 
     def time(self, point: Point, models: dict[str, Any]) -> None:
@@ -335,6 +342,11 @@ class Runner:
         found = drift.compare(self.traced, traced, removed)
         point.kl = found.kl
         write_text(folder / "drift.json", json.dumps(asdict(found)) + "\n")
+
+
+def drop_begins(value: Any) -> Any:
+    """Where windows begin is in their fingerprint; sweeps of before there was a choice do not name it."""
+    return {k: v for k, v in value.items() if k not in ("bos", "begins")} if isinstance(value, dict) else value
 
 
 def describe(value: Any) -> str:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from planish import lanes, stats
+from planish.calibrate.documents import Document
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import encode, fingerprint
 from planish.core import Frontier, Solver, Unit
@@ -290,20 +291,19 @@ def open_cache(calibrated: Stream, memory: int = 0) -> Cache | None:
     return Cache(find_root() / key[:32], memory)
 
 
-def tokenize(tokenizer: Any, text: str) -> np.ndarray:
+def tokenize(tokenizer: Any, documents: Sequence[Document], apart: bool = False) -> np.ndarray:
     """`planish.calibrate.text.encode`, with the ids of long texts kept on disk for the next command."""
-    known = hash_tokenizer(tokenizer) if len(text) >= LONG else None
+    plain = all(isinstance(d, str) for d in documents)  # a conversation's ids depend on the template too
+    known = hash_tokenizer(tokenizer) if plain and sum(map(len, documents)) >= LONG else None
     if known is None:
-        return encode(tokenizer, text)
-    key = hashlib.sha256(
-        f"{FORMAT} {known} {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}".encode()
-    )
+        return encode(tokenizer, documents, apart)
+    key = hashlib.sha256(json.dumps([FORMAT, known, apart, *documents]).encode())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the statistics' cache says as well
         cache = Cache(find_root() / key.hexdigest()[:32])
         if cache.has(["tokens"]):
             return cache.get("tokens")["ids"].numpy().astype(np.int64)
-        ids = encode(tokenizer, text)
+        ids = encode(tokenizer, documents, apart)
         cache.keep({"tokens": {"ids": torch.from_numpy(ids.astype(np.int32))}})
     return ids
 
@@ -317,6 +317,7 @@ def hash_tokenizer(tokenizer: Any) -> str | None:
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "kind": f"{kind.__module__}.{kind.__qualname__}",
         "split": getattr(tokenizer, "split_special_tokens", False),
+        "special": [getattr(tokenizer, f"{n}_token_id", None) for n in ("bos", "eos")],
         "versions": [version("transformers"), version("tokenizers")],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

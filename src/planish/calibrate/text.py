@@ -1,12 +1,11 @@
-"""Token sequences: read a SOURCE, cut windows from it; and text that every Python installation carries."""
+"""Token sequences: a SOURCE as ids, and windows cut from them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,78 +14,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from planish.calibrate.documents import NAMES, Document, check_file, read_documents, read_npy
 from planish.errors import InputError
 
-SOURCES = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field `text`), .parquet (column `text`), .npy (token ids)"
-
+Bos = Literal["auto", "every", "once", "never"]
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, mod 1, are spread evenly, every k-th of them too
-
-_SKIPPED = {
-    "site-packages", "dist-packages", "__pycache__", "lib-dynload", "ensurepip",
-    "encodings", "pydoc_data", "test", "tests", "idle_test",
-}  # fmt: skip
-
-
-def builtin_files(split: str, *, with_tests: bool = False) -> Iterator[Path]:
-    """Source files of the running interpreter's standard library, in a fixed order.
-
-    Whole top-level modules are held out by a hash of their names: ``split="heldout"`` has those
-    (one name in twelve, one byte in five of CPython 3.11), ``split="train"`` the others. ``with_tests`` adds Python's own test
-    suite to the training split where the installation has it.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if parts[0].startswith(("_sysconfigdata", "config-")):
-            continue
-        if with_tests and split == "train" and parts[0] == "test":
-            if "encodings" not in parts and "data" not in parts:
-                yield path
-            continue
-        if _SKIPPED & set(parts):
-            continue
-        top = parts[0].removesuffix(".py")
-        heldout = hashlib.sha256(top.encode()).digest()[0] < 20
-        if heldout == (split == "heldout"):
-            yield path
-
-
-def builtin_text(split: str, *, with_tests: bool = False) -> str:
-    """The files of `builtin_files`, joined; each begins with a comment line that names it."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return "\n\n".join(
-        f"# {p.relative_to(root).as_posix()}\n" + p.read_text(encoding="utf-8", errors="replace").strip()
-        for p in builtin_files(split, with_tests=with_tests)
-    )
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """One long token sequence and where it came from."""
+    """One long token sequence and where it came from.
+
+    `begin`: the id that every window begins with; None where windows are cut from the sequence as it is.
+    """
 
     tokens: Tensor  # (n,), int64, on the CPU
     source: str
-    bos: bool  # the tokenizer put its beginning-of-sequence token in front
+    bos: bool  # the sequence begins with the tokenizer's beginning-of-sequence token
     is_ids: bool  # given as token ids: no tokenizer was involved
+    begin: int | None = None
 
     @property
     def sampling(self) -> Literal["contiguous", "random"]:
         """How to take windows from it unless told: ids in their order, text at random."""
         return "contiguous" if self.is_ids else "random"
 
+    @property
+    def policy(self) -> Literal["every", "once", "never"]:
+        """Which windows begin with the beginning-of-sequence token: every one, at most the first, none."""
+        return "every" if self.begin is not None else "once" if self.bos else "never"
+
 
 def load_tokens(
-    source: str | Path | np.ndarray | Tensor,
+    source: str | Path | Sequence[str] | np.ndarray | Tensor,
     tokenizer: Any = None,
     *,
     split: Literal["calibration", "evaluation"] = "calibration",
     vocab_size: int | None = None,
-    tokenize: Callable[[Any, str], np.ndarray] | None = None,
+    tokenize: Callable[[Any, list[Document], bool], np.ndarray] | None = None,
+    bos: Bos = "auto",
 ) -> Text:
     """Read a SOURCE as one sequence of token ids.
 
-    Documents are joined by a blank line and tokenized in one call, which is what the papers' perplexities
-    are measured on. Names have two disjoint parts, chosen by ``split``:
+    Names have two disjoint parts, chosen by ``split``:
 
     ========= ============================================ ===========================================
     name      calibration                                  evaluation
@@ -94,48 +64,114 @@ def load_tokens(
     builtin   training modules of the standard library     its held-out modules
     wikitext2 train split, raw                             test split, raw
     c4        first 8192 documents of training shard 0     first 1100 documents of validation shard 0,
-                                                           joined by a space, first 256 · 2048 tokens
+                                                           first 256 · 2048 tokens
     ========= ============================================ ===========================================
 
-    Files, arrays and tensors are taken whole, whatever the split. ``vocab_size`` is the model's: ids beyond it are
-    an error. ``tokenize(tokenizer, text)``: in the place of `encode`, with the same ids. Raises `InputError` for whatever
-    the user can correct.
+    Files, lists of texts, arrays and tensors are taken whole, whatever the split. ``vocab_size`` is the model's: ids beyond
+    it are an error. ``tokenize``: in the place of `encode`, with the same ids.
+
+    ``bos``, where the beginning-of-sequence token stands, as ``Text.policy`` then says:
+
+    - every: in front of every window, as the model sees a text in use. Every document is tokenized by itself.
+    - once: the papers' protocol. Documents are joined by a blank line (of `c4`'s evaluation part by a space) and tokenized in
+      one call: the token comes once, in front of it all, where the tokenizer puts it at all.
+    - never: as once, without that token.
+    - auto: every, where the tokenizer puts the token in front of a text. Where it does not: no such token, every document
+      tokenized by itself and followed by the end-of-sequence token, if there is one. Ids are taken as they are.
+
+    Raises `InputError` for whatever the user can correct.
     """
-    if isinstance(source, np.ndarray | Tensor):
-        array = source.detach().cpu().numpy() if isinstance(source, Tensor) else source
-        return Text(check_ids(array, "the given ids", vocab_size), "ids", bos=False, is_ids=True)
-    name = str(source)
-    if name not in ("builtin", "wikitext2", "c4"):
-        _check_file(Path(name).expanduser())
-        if name.endswith(".npy"):
-            return Text(check_ids(_read_npy(Path(name).expanduser()), name, vocab_size), name, bos=False, is_ids=True)
+    begin = find_begin(tokenizer, bos)
+    name = str(source) if isinstance(source, str | Path) else "texts"
+    if (ids := read_ids(source)) is not None:
+        name, where = (name, name) if isinstance(source, str | Path) else ("ids", "the given ids")
+        return Text(check_ids(ids, where, vocab_size), name, False, True, begin if bos == "every" else None)
     if tokenizer is None:
         raise InputError(
             f"cannot turn text into tokens · {name} · got no tokenizer · expected one beside the model · "
             "add its tokenizer files to the model folder (in Python, give tokenizer=), or give token ids as a .npy file"
         )
-    text = _read_text(name, split)
-    if not text.strip():
+    documents = read_documents(source, split)  # type: ignore[arg-type]
+    if not documents:
         raise InputError(f"no text · {name} · got only white space · give a source that has text")
-    ids = (tokenize or encode)(tokenizer, text)
+    if not (apart := bos in ("auto", "every")):
+        between = " " if name == "c4" and split == "evaluation" else "\n\n"
+        documents = [between.join(d if isinstance(d, str) else apply_template(tokenizer, d) for d in documents)]
+    ids = (tokenize or encode)(tokenizer, documents, apart)
     if name == "c4" and split == "evaluation":
         ids = ids[: 256 * 2048]
-    bos = len(ids) > 0 and int(ids[0]) == getattr(tokenizer, "bos_token_id", None)
-    return Text(check_ids(ids, name, vocab_size), name, bos=bos, is_ids=False)
+    first = len(ids) > 0 and int(ids[0]) == begin
+    if bos == "never" and first:
+        ids, first = ids[1:], False
+    every = bos == "every" or (bos == "auto" and first)
+    return Text(check_ids(ids, name, vocab_size), name, first or every, False, begin if every else None)
 
 
-def encode(tokenizer: Any, text: str) -> np.ndarray:
-    """Token ids of a text (n,), int64, with whatever the tokenizer puts in front."""
-    return np.asarray(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"], dtype=np.int64)
+def find_begin(tokenizer: Any, bos: str) -> int | None:
+    """The tokenizer's beginning-of-sequence token, which "every" needs."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    if bos not in ("auto", "every", "once", "never"):
+        raise InputError(f"unknown bos · got {bos!r} · expected auto, every, once or never")
+    if bos == "every" and begin is None:
+        raise InputError("bos every: the tokenizer has no beginning-of-sequence token; use auto, once or never")
+    return begin
+
+
+def read_ids(source: Any) -> np.ndarray | None:
+    """A SOURCE that is token ids, in memory or a .npy file; None where it is text. A file must be there."""
+    if isinstance(source, np.ndarray | Tensor):
+        return source.detach().cpu().numpy() if isinstance(source, Tensor) else source
+    if not isinstance(source, str | Path) or str(source) in NAMES:
+        return None
+    path = Path(source).expanduser()
+    check_file(path)
+    return read_npy(path) if path.suffix == ".npy" else None
+
+
+def encode(tokenizer: Any, documents: Sequence[Document], apart: bool = False) -> np.ndarray:
+    """Token ids of documents one after the other (n,), int64, each with what the tokenizer puts in front.
+
+    `apart`: where that is no beginning-of-sequence token, several documents are followed by the end-of-sequence token each.
+    """
+    plain = [d for d in documents if isinstance(d, str)]
+    found = iter(tokenizer(plain, return_attention_mask=False, verbose=False)["input_ids"] if plain else [])
+    parts = [next(found) if isinstance(d, str) else encode_chat(tokenizer, d) for d in documents]
+    begin, end = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    if apart and len(parts) > 1 and end is not None:
+        parts = [p if p and (p[0] == begin or p[-1] == end) else [*p, end] for p in parts]
+    return np.concatenate([np.asarray(p, dtype=np.int64) for p in parts])
+
+
+def encode_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+    """Ids of a conversation in the model's own template, which holds all special tokens."""
+    text = apply_template(tokenizer, messages)
+    return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def apply_template(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "a record has `messages`, and the tokenizer has no chat template; give records with a field `text`"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates raise whatever their authors chose
+        roles = [m["role"] for m in messages]
+        raise InputError(f"the chat template refuses a conversation of roles {roles}: {error}") from None
 
 
 def sample_windows(
-    tokens: Tensor, n_samples: int, seq_len: int, seed: int = 0, sampling: Literal["contiguous", "random"] = "random"
+    tokens: Tensor,
+    n_samples: int,
+    seq_len: int,
+    seed: int = 0,
+    sampling: Literal["contiguous", "random"] = "random",
+    begin: int | None = None,
 ) -> Tensor:
     """Cut ``n_samples`` windows (n_samples, seq_len) from ``tokens`` (n,); both int64.
 
     ``random``: distinct starts drawn by ``random.Random(seed)``, in the order drawn; windows may overlap.
-    ``contiguous``: windows 0, 1, 2 … side by side from the start; ``seed`` is not used.
+    ``contiguous``: windows 0, 1, 2 … side by side from the start; ``seed`` is not used. ``begin``: see `cut_window`.
     """
     if n_samples < 1:
         raise InputError(f"cannot sample windows · got n_samples {n_samples} · expected 1 or more")
@@ -144,8 +180,8 @@ def sample_windows(
         available = len(tokens) - seq_len + 1
         starts = random.Random(seed).sample(range(available), min(n_samples, available))
     elif sampling == "contiguous":
-        available = len(tokens) // seq_len
-        starts = [seq_len * i for i in range(min(n_samples, available))]
+        starts = list_starts(tokens, seq_len, begin)
+        available = len(starts)
     else:
         raise InputError(f"unknown sampling · got {sampling!r} · expected contiguous or random")
     if available < n_samples:
@@ -153,7 +189,28 @@ def sample_windows(
             f"not enough windows · {len(tokens)} tokens hold {available} {sampling} windows of {seq_len} · "
             f"got n_samples {n_samples} · use --n-samples {available}, a smaller --seq-len, or a longer source"
         )
-    return torch.stack([tokens[i : i + seq_len] for i in starts])
+    return torch.stack([cut_window(tokens, i, seq_len, begin) for i in starts[:n_samples]])
+
+
+def cut_window(tokens: Tensor, start: int, seq_len: int, begin: int | None = None) -> Tensor:
+    """The window (seq_len,) of ``tokens`` (n,) at `start`; with `begin` in front, unless that is what stands there."""
+    if begin is None or int(tokens[start]) == begin:
+        return tokens[start : start + seq_len]
+    return torch.cat([tokens.new_tensor([begin]), tokens[start : start + seq_len - 1]])
+
+
+def list_starts(tokens: Tensor, seq_len: int, begin: int | None = None) -> list[int]:
+    """Where windows start that lie side by side, no token twice and none left out but the tail."""
+    if begin is None:
+        return list(range(0, len(tokens) - seq_len + 1, seq_len))
+    starts, at = [], 0
+    while at < len(tokens):
+        length = seq_len if int(tokens[at]) == begin else seq_len - 1
+        if at + length > len(tokens):
+            break
+        starts.append(at)
+        at += length
+    return starts
 
 
 def list_shuffled(n: int, share: float) -> list[int]:
@@ -176,11 +233,13 @@ def shuffle_windows(windows: Tensor, share: float) -> Tensor:
     return windows
 
 
-def eval_windows(tokens: Tensor, seq_len: int) -> Tensor:
-    """``tokens`` (n,) as non-overlapping windows (n // seq_len, seq_len); the tail is dropped."""
+def eval_windows(tokens: Tensor, seq_len: int, begin: int | None = None) -> Tensor:
+    """``tokens`` (n,) as windows side by side (about n / seq_len, seq_len); the tail is dropped. ``begin``: see `cut_window`."""
     _check_length(tokens, seq_len)
-    n = len(tokens) // seq_len
-    return tokens[: n * seq_len].view(n, seq_len)
+    starts = list_starts(tokens, seq_len, begin)
+    if begin is None:
+        return tokens[: len(starts) * seq_len].view(-1, seq_len)
+    return torch.stack([cut_window(tokens, i, seq_len, begin) for i in starts])
 
 
 def fingerprint(tokens: Tensor, **parameters: object) -> str:
@@ -198,14 +257,6 @@ def _check_length(tokens: Tensor, seq_len: int) -> None:
             f"not enough tokens for one window · got {len(tokens)} tokens · expected at least seq_len {seq_len} · "
             "use a smaller --seq-len or a longer source"
         )
-
-
-def _check_file(path: Path) -> None:
-    if path.suffix not in (".txt", ".jsonl", ".parquet", ".npy"):
-        raise InputError(f"unknown text source · got {str(path)!r} · expected {SOURCES}")
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise InputError(f"text source {what} · {path} · give an existing file, or one of: {SOURCES}")
 
 
 def check_ids(ids: np.ndarray, where: str, vocab_size: int | None) -> Tensor:
@@ -226,94 +277,3 @@ def check_ids(ids: np.ndarray, where: str, vocab_size: int | None) -> Tensor:
             "check that the tokens were made with this model's tokenizer"
         )
     return torch.from_numpy(ids.astype(np.int64))
-
-
-def _read_text(name: str, split: str) -> str:
-    if name == "builtin":
-        return builtin_text("train" if split == "calibration" else "heldout")
-    if name in ("wikitext2", "c4"):
-        return _read_dataset(name, split)
-    path = Path(name).expanduser()
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
-    except UnicodeDecodeError as e:
-        raise InputError(f"text is not UTF-8 · {path}, byte {e.start} · convert the file to UTF-8") from e
-    except OSError as e:
-        raise InputError(f"cannot read text · {path} · {e.strerror} · check the file and its permissions") from e
-    return _join_jsonl(text, path) if path.suffix == ".jsonl" else text
-
-
-def _join_jsonl(text: str, path: Path) -> str:
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise InputError(
-                f"broken JSON · {path}, line {number} · {e.msg} at column {e.colno} · expected one object per line"
-            ) from e
-        document = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(document, str):
-            got = f"fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
-            got = f"`text` of type {type(document).__name__}" if isinstance(record, dict) and "text" in record else got
-            raise InputError(
-                f"no text in a record · {path}, line {number} · got {got} · expected a string field `text`"
-            )
-        documents.append(document)
-    return "\n\n".join(documents)
-
-
-def _read_parquet(path: Path) -> str:
-    try:
-        import pyarrow.parquet
-    except ImportError as e:
-        raise InputError(f"cannot read parquet without pyarrow · {path} · pip install 'planish[data]'") from e
-    documents: list[Any] = [None]
-    try:
-        columns = pyarrow.parquet.read_schema(path).names
-        if "text" in columns:
-            documents = pyarrow.parquet.read_table(path, columns=["text"])["text"].drop_null().to_pylist()
-    except (OSError, ValueError) as e:
-        raise InputError(f"cannot read parquet · {path} · {e} · check the file") from e
-    if not all(isinstance(d, str) for d in documents):
-        raise InputError(
-            f"no text in a parquet file · {path} · got columns {columns} · expected a string column `text`"
-        )
-    return "\n\n".join(documents)
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        why = "it is no plain array (pickles are not read)" if "allow_pickle" in str(e) else str(e)
-        raise InputError(
-            f"cannot read token ids · {path} · {why} · expected an array of integers written by numpy.save"
-        ) from e
-
-
-def _read_dataset(name: str, split: str) -> str:
-    try:
-        from datasets import load_dataset
-    except ImportError as e:
-        raise InputError(
-            f"{name} needs the `datasets` library · pip install 'planish[data]', or give a local file or `builtin`"
-        ) from e
-    try:
-        if name == "wikitext2":
-            part = "train" if split == "calibration" else "test"
-            return "\n\n".join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)["text"])
-        if split == "calibration":
-            files, part, between = "en/c4-train.00000-of-01024.json.gz", "train[:8192]", "\n\n"
-        else:
-            files, part, between = "en/c4-validation.00000-of-00008.json.gz", "train[:1100]", " "
-        return between.join(load_dataset("allenai/c4", data_files={"train": files}, split=part)["text"])
-    except Exception as e:  # the library raises many kinds when it cannot reach or read a data set
-        raise InputError(
-            f"cannot load a data set · {name} · {type(e).__name__}: {e} · "
-            "check the network, or give a local file or `builtin`"
-        ) from e

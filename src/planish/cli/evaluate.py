@@ -15,7 +15,7 @@ from planish.errors import InputError
 from planish.request import SOURCE_HELP
 
 
-@o.asks("text", "seq_len", "batch_size", "max_windows", "tasks", "against", "limit", *o.COMPUTE)
+@o.asks("text", "seq_len", "bos", "batch_size", "max_windows", "tasks", "against", "limit", *o.COMPUTE)
 def evaluate(
     model: Annotated[
         str,
@@ -74,7 +74,7 @@ def evaluate(
             )
             for m in filter(None, (model, against))
         )
-        bos = "begins with BOS" if found.bos else "no BOS"
+        bos = {"every": "BOS in every window", "once": "begins with BOS", "never": "no BOS"}[found.begins]
         beside = []
         for other in dense:
             if (other.tokens, other.seq_len) != (found.tokens, found.seq_len):

@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 BUDGETS = tuple(Limits.model_fields)
-TEXT = ("calibration", "n_samples", "seq_len", "seed", "sampling")
+TEXT = ("calibration", "n_samples", "seq_len", "seed", "sampling", "bos")
 COMPUTE = ("device", "dtype")
 
 ModelArgument = Annotated[

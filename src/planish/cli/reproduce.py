@@ -44,7 +44,8 @@ def reproduce(
             place = output or Path(folder) / "model"
             result = run.api.compress(**arguments, output=place, progress=run.progress)
             dense, small = (
-                run.api.evaluate(m, target.text, seq_len=target.seq_len).perplexity for m in (arguments["model"], place)
+                run.api.evaluate(m, target.text, seq_len=target.seq_len, bos="once").perplexity
+                for m in (arguments["model"], place)
             )
         run.note(result.warnings)
         found = {

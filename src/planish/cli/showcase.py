@@ -19,14 +19,16 @@ from torch import Tensor
 
 from planish import api
 from planish.calibrate.cache import Cache
+from planish.calibrate.documents import builtin_text
 from planish.calibrate.stream import Stream
-from planish.calibrate.text import builtin_text, check_ids, fingerprint
+from planish.calibrate.text import check_ids, fingerprint
 from planish.compression import Calibration, Destination, Shared, compress
 from planish.errors import InputError, PlanishError
 from planish.evaluate import perplexity
 from planish.evaluate.report.chart import Point, draw_chart
 from planish.folder.config import load_config
 from planish.folder.hub import find_folder
+from planish.folder.owner import owning
 from planish.folder.source import open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.methods import find_method, list_methods
@@ -105,6 +107,7 @@ class OutOfTime(PlanishError):
     """A run was stopped at its share of the time."""
 
 
+@owning
 def run_demo(
     output: Path,
     *,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from planish.calibrate.text import eval_windows
 from planish.modelling.blocks import find_blocks
 from planish.modelling.families import FAMILIES
 
@@ -34,11 +35,11 @@ class Drift:
     blocks: list[float]
 
 
-def choose_windows(tokens: Tensor, seq_len: int, vocabulary: int) -> Tensor:
+def choose_windows(tokens: Tensor, seq_len: int, vocabulary: int, begin: int | None = None) -> Tensor:
     """The first few windows (n, seq) of a text, small enough to keep a trace of."""
     seq = min(seq_len, 256, len(tokens))
     n = max(1, min(TOKENS // seq, LOGITS // (seq * vocabulary), len(tokens) // seq))
-    return tokens[: n * seq].view(n, seq)
+    return eval_windows(tokens, seq, begin)[:n]
 
 
 @torch.no_grad()

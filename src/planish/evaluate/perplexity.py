@@ -35,6 +35,8 @@ def evaluate(
     tokens: Tensor,
     seq_len: int,
     *,
+    begin: int | None = None,
+    max_windows: int | None = None,
     batch_size: int = 1,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -48,6 +50,8 @@ def evaluate(
         nll = -logp.gather(-1, windows[:, 1:, None]).mean();  perplexity = nll.exp()
 
     but a batch at a time, and the logits of a batch in pieces, so that memory does not grow with the vocabulary.
+    ``begin``: an id that every window begins with, which takes the place of one of the text's tokens (see
+    `planish.calibrate.text.cut_window`). ``max_windows``: only the first so many windows.
     The forward pass runs in the model's own dtype; log-softmax in fp32; the sum over tokens in fp64.
 
     ``device``: the model is moved there first; None: the model stays where it is. ``progress(done, total)`` is called
@@ -55,7 +59,7 @@ def evaluate(
     beyond its vocabulary, too few tokens, and for logits that are not finite: a window is never skipped.
     """
     _check(model, tokens, seq_len)
-    windows = eval_windows(tokens, seq_len)
+    windows = eval_windows(tokens, seq_len, begin)[:max_windows]
     if device is not None:
         model.to(device)
     at = model.get_input_embeddings().weight.device

@@ -10,6 +10,7 @@ from typing import Any
 
 from planish.errors import InputError
 from planish.export.written import Written
+from planish.folder.owner import owning
 
 TARGETS = {
     "gguf": "one file for llama.cpp, ollama, LM Studio",
@@ -20,6 +21,7 @@ TARGETS = {
 }
 
 
+@owning
 def export(folder: str | Path, to: str, output: str | Path, **settings: Any) -> Written:
     """Write `folder` for the target `to` (a key of `TARGETS`); settings of its own exporter that are None are left out."""
     from planish.export.carriers import export_deci, export_mimo

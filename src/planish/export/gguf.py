@@ -91,7 +91,7 @@ def export_gguf(
 
     try:
         write_metadata(writer, gguf, source, sketches, architecture, context, rope, dtype)
-        tokenizer = write_vocabulary(writer, source.folder, source.config, vocabulary)
+        tokenizer, left_out = write_vocabulary(writer, source.folder, source.config, vocabulary)
         embedding = outside["model.embed_tokens.weight"]
         add("token_embd.weight", embedding)
         add("output_norm.weight", outside["model.norm.weight"])
@@ -117,7 +117,7 @@ def export_gguf(
         partial.unlink(missing_ok=True)
         raise
     stored = source.count()
-    notes = describe_cost(total - stored, sum(s.extra for s in sketches), architecture, reasons) + notes
+    notes = describe_cost(total - stored, sum(s.extra for s in sketches), architecture, reasons) + notes + left_out
     if odd:
         cure = "" if source.config.hidden_size % 32 else "; compress with --round-to 32"
         notes.append(f"stored as f16, not q8_0: {odd:,} of {total:,} numbers, in rows that are no multiple of 32{cure}")

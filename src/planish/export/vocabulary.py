@@ -16,8 +16,11 @@ from planish.folder.tokenizer import copy_files, load_tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
-def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True) -> str:
-    """Add the tokenizer to a GGUF writer; returns what was written: "gpt2 (pre-tokenizer)", "llama" or "none"."""
+def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True) -> tuple[str, list[str]]:
+    """Add the tokenizer to a GGUF writer; returns what was written ("gpt2 (pre-tokenizer)", "llama" or "none"), and notes.
+
+    Ids that the embedding has no row for are left out, as are merges that would make them.
+    """
     if wanted and is_gguf(folder):
         with tempfile.TemporaryDirectory() as scratch:
             copy_files(folder, Path(scratch))
@@ -30,14 +33,14 @@ def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder), or pass --no-vocabulary"
             )
         writer.add_tokenizer_model("none")
-        return "none"
+        return "none", []
     data = json.loads(file.read_text(encoding="utf-8"))
     model = data.get("model", {})
     if model.get("type", "BPE") != "BPE":
         raise InputError(
             f"{file} holds a {model['type']} tokenizer; GGUF export writes BPE (pass --no-vocabulary to leave it out)"
         )
-    tokens, types = list_tokens(data, config.vocab_size)
+    tokens, types, beyond = list_tokens(data, config.vocab_size)
     if model.get("byte_fallback"):
         kind = "llama"
         writer.add_tokenizer_model("llama")
@@ -49,28 +52,38 @@ def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True
         kind = f"gpt2 ({pre})"
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
-        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        writer.add_token_merges([" ".join(p) for p in pairs if "".join(p) not in beyond])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    write_special(writer, folder)
-    return kind
+    notes = []
+    if beyond:
+        named = ", ".join(map(repr, list(beyond)[:3])) + (" …" if len(beyond) > 3 else "")
+        notes.append(f"{len(beyond)} tokens beyond the embedding's {config.vocab_size} rows are left out: {named}")
+    return kind, notes + write_special(writer, folder, config.vocab_size)
 
 
-def list_tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every id's text and llama.cpp token type; ids that the tokenizer lacks are unused."""
+def list_tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[int], dict[str, int]]:
+    """Text and llama.cpp token type of every id below `size`; ids that the tokenizer lacks are unused. And text → id of the
+    tokenizer's others."""
     model = data["model"]
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [UNUSED] * size
+    beyond: dict[str, int] = {}
     for text, i in model["vocab"].items():
+        if i >= size:
+            beyond[text] = i
+            continue
         is_byte = model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x")
         tokens[i], types[i] = text, BYTE if is_byte else UNKNOWN if text == model.get("unk_token") else NORMAL
     for added in data.get("added_tokens", []):
         i, text = added["id"], added["content"]
         if i >= size:
+            beyond[text] = i
             continue
         special = UNKNOWN if text == model.get("unk_token") and model.get("byte_fallback") else CONTROL
         tokens[i], types[i] = text, special if added.get("special") else USER_DEFINED
-    return tokens, types
+    return tokens, types, beyond
 
 
 def merge_scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
@@ -118,18 +131,23 @@ def read_split(part: dict[str, Any]) -> str | None:
     return None
 
 
-def write_special(writer: Any, folder: Path) -> None:
-    """Special ids, what is added around a text, and the chat template."""
+def write_special(writer: Any, folder: Path, size: int) -> list[str]:
+    """Special ids, what is added around a text, and the chat template; ids of `size` and more are left out, with a note."""
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
-        return
-    for name in ("bos", "eos", "unk", "pad"):
-        value = getattr(tokenizer, f"{name}_token_id")
-        if value is not None:
-            getattr(writer, f"add_{name}_token_id")(value)
+        return []
+    found = {n: i for n in ("bos", "eos", "unk", "pad") if (i := getattr(tokenizer, f"{n}_token_id")) is not None}
+    known = {n: i for n, i in found.items() if i < size}
+    for name, value in known.items():
+        getattr(writer, f"add_{name}_token_id")(value)
     ids = tokenizer("a").input_ids
     plain = tokenizer("a", add_special_tokens=False).input_ids
-    writer.add_add_bos_token(len(ids) > len(plain) and ids[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(len(ids) > len(plain) and ids[-1] == tokenizer.eos_token_id)
+    writer.add_add_bos_token(len(ids) > len(plain) and ids[0] == known.get("bos"))
+    writer.add_add_eos_token(len(ids) > len(plain) and ids[-1] == known.get("eos"))
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+    return [
+        f"the tokenizer's {n} token {i} has no row in the embedding: left out"
+        for n, i in found.items()
+        if n not in known
+    ]

@@ -249,7 +249,8 @@ class MemorySource(Source):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(target)
         if getattr(self.model, "generation_config", None) is not None:
-            self.model.generation_config.save_pretrained(target)
+            # as it is: `save_pretrained` refuses settings that several released models have
+            self.model.generation_config.to_json_file(target / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def open_source(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:

@@ -24,17 +24,31 @@ PARTS = ("qk", "vo", "mlp")
 
 @dataclass(frozen=True)
 class A3(Method):
-    """Uniform ranks, statistics of the uncompressed model, as in the paper. Models that normalise q and k keep them.
+    """Queries–keys, values–output and neurons, each cut where the error it makes is least; dense shapes stay.
 
-    `qk`: the order of rotary pairs, "product" (the paper's) or "energy" (½ E|q_f|² E|k_f|²).
+    Problem: each part of an attention or feed-forward is a product of two matrices between activations. Reduce the inner
+    dimension of each product so that the error of what it puts out is least: of the attention scores, of the heads'
+    output, of the feed-forward's output. Ranks are uniform, statistics are the uncompressed model's, as in the paper.
+
+    Equation: values–output (Theorem 3): min over rank r of ‖R_p^½ (W_vo − W̃)‖, by the SVD of R_p^½ W_vo. Queries–keys
+    without rotary positions (Theorem 2): min ‖R_q^½ (W_qk − W̃) R_kv^½‖; with them whole rotary pairs are kept, by
+    λ_f = E[q_a²] E[k_a²] + E[q_b²] E[k_b²]. Neurons: the largest λ_i = E[x_i²] ‖w_i‖². The roots are never formed: d × d
+    second moments of the heads' outputs give the same optimum (`planish.solvers.linalg.balance`,
+    `planish.solvers.linalg.reduce_scores`).
+
+    `qk`: the order of rotary pairs, "product" (the paper's λ_f) or "energy" (½ E|q_f|² E|k_f|²).
     `vo`: moments behind values and output, "attention" (the paper's for one query head per kv head, pooled within a
     group) or "values" (the paper's R_kv form for groups). `mlp`: score of neurons, "energy" (the paper's) or ridge
     "leverage". `refit`: least squares of o and of down on what is kept; false is the paper's plain slicing.
-    `allocation` "mixed": ranks searched by the loss of the calibration text, `probes` windows of it for each unit.
-    `parts`: which of the three are cut (all); the budget is then met by those alone.
+    `allocation`: "uniform", or "mixed": ranks searched by the loss of the calibration text. `probes`: windows of it for
+    each unit of that search. `parts`: which of the three are cut (all); the budget is then met by those alone.
+    `damping`: relative, makes a singular Gram invertible.
+
     Uniform means that each part keeps the share asked for. Where a part's steps are coarse (rotary pairs of narrow heads)
     some blocks lie a step above it and some below; rounding all of them down would cost far more than it saves.
-    Differs from the paper: refit and pooling are on; its mixed ranks come without an algorithm, see `search`.
+    Models that normalise q and k keep them.
+
+    Differs from the paper: refit and pooling are on; its mixed ranks come without an algorithm, here they are searched.
     """
 
     title: ClassVar[str] = "joint reduction of Q–K, O–V and neurons to smaller dense shapes"

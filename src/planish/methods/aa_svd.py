@@ -12,11 +12,18 @@ from planish.solvers.linear import AnchoredSVD
 
 @dataclass(frozen=True)
 class AASVD(Method):
-    """min E‖W x − W̃ x̂‖² in closed form, x dense inputs, x̂ those behind what is already compressed.
+    """Every linear truncated against the dense model's output, on the inputs that the compressed model gives it.
 
-    `anchor` < 1 mixes W x̂ into the target. `order` "role": statistics are measured again between q, k, v → o →
-    gate, up → down; "block": once per block. Differs from the repository: damping is relative and pulls towards W;
-    the optional 25 passes of gradient descent per block are left out.
+    Problem: a linear behind compressed blocks reads x̂ where the dense model reads x. Find the low-rank W̃ whose output on
+    x̂ is nearest to the dense output: min over rank r of E‖W x − W̃ x̂‖².
+
+    Equation: with G = E[x̂ x̂ᵀ], H = E[W x x̂ᵀ] and L Lᵀ = G: W̃ = [H L⁻ᵀ]_r L⁻¹ (`planish.solvers.linear.AnchoredSVD`).
+
+    `anchor`: below 1 mixes W x̂ into the target. `damping`: relative; pulls towards W. `order`: "role": statistics are
+    measured again between q, k, v → o → gate, up → down; "block": once per block. `form`: "pair" or "pivoted".
+
+    Differs from the repository: damping is relative and pulls towards W; the optional 25 passes of gradient descent per
+    block are left out.
     """
 
     title: ClassVar[str] = "low-rank linears anchored to the dense outputs, closed form"

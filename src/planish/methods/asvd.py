@@ -26,14 +26,22 @@ KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 @dataclass(frozen=True)
 class ASVD(Method):
-    """Inputs scaled by (mean |x|)^alpha, then truncated SVD.
+    """Truncated SVD of every linear with its inputs scaled by their size; ranks by measured sensitivity.
 
-    `allocation` "strs" (sensitivity-based truncation rank search): for every linear and each of the keeps 0.9 … 0.4
-    the loss of `samples` calibration sequences with that linear alone truncated; every linear then takes the least
-    keep whose loss stays under one threshold, and the budget sets the threshold. Here the threshold rises from the
-    dense loss, so that keeps far below it are never measured (the same plan where a linear's loss falls with its
-    keep), and a measurement runs from the linear's block onward. It holds the whole model and its factors in memory.
-    "uniform": one keep for all, in a fraction of the time.
+    Problem: truncating W alone ignores that some inputs are much larger than others. Scale them first, so that an error
+    at a large input counts more; give more rank to linears whose truncation raises the loss more.
+
+    Equation: S = diag((E|x_j|)^α); W ≈ [W S]_r S⁻¹ (paper Eq. 9, its diagonal form;
+    `planish.solvers.linear.LinearSVD.decompose`).
+
+    `alpha`: the power α. `allocation`: "strs" (sensitivity-based truncation rank search): for every linear and each of the
+    keeps 0.9 … 0.4 the loss with that linear alone truncated; every linear then takes the least keep whose loss stays
+    under one threshold, and the budget sets the threshold. "uniform": one keep for all, in a fraction of the time.
+    `samples`: calibration sequences on which the search measures. `form`: "pair" or "pivoted".
+
+    In the search the threshold rises from the dense loss, so that keeps far below it are never measured (the same plan
+    where a linear's loss falls with its keep), and a measurement runs from the linear's block onward. It holds the whole
+    model and its factors in memory.
 
     Differs from the repository: exact SVD instead of a randomised one; the head is not compressed; what the last step
     saves beyond the budget is given back to its linear.

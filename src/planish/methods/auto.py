@@ -92,28 +92,34 @@ class Weighing:
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """Low-rank linears in pivoted form, value dimensions, rotary pairs and neurons, ranks from one allocation.
+    """All cuts compete in predicted nats per token: low-rank linears, value dimensions, rotary pairs, neurons, bypasses.
 
-    One pass forward and back measures input moments and gradient moments (labels sampled from the model); every unit's
-    frontier is then in nats per token, and each submodule takes the alternative that is best at the budget's price.
+    Problem: for every unit of every block, how much does the loss of the language model rise at each rank it could have?
+    Which ranks have the least sum within the budget?
+
+    Equation: Δ ≈ ½ tr(G E[e eᵀ]) nats per token: e the error that a cut makes in an output, G = E[g gᵀ], g the gradient of
+    the summed NLL there, labels sampled from the model. One pass forward and back measures input moments and gradient
+    moments; every unit's frontier is then in one currency (`planish.solvers.two_sided.TwoSided`,
+    `planish.solvers.fisher_structural.FisherValues`), and each submodule takes the alternative that is best at the
+    budget's price (`planish.plan.allocate.choose`).
+
     `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. Under a budget of the KV cache keys
-    may also become latents (see `KeyLatent`), unless `units` is "structural".
-    `bypass`: whether fitted affine maps in place of whole submodules compete too; by default below keep 0.6 where
-    `units` is "any". Where more than 0.01 nats per token are predicted, the plan without them and those with several weights
-    of their predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on
-    these; below keep 0.6, where `units` is "any", also those with the loss of low-rank linears counted two and four times.
-    `anchor`: share of the uncompressed model's activations in the target of each solve (0: solve on the uncompressed
-    model's statistics alone, which a sweep can re-use). `refit_share`: with an anchor, share of the calibration windows,
-    evenly spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper and the result a little
-    worse; their moments are then blended with the uncompressed model's (see `planish.solve.blend`); `planish sweep` takes a
-    sixteenth unless told otherwise. `rounds`: gradients are
-    measured again on the model compressed so far after each equal share of the cut.
-    `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order prediction saturates, so a cut
-    that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the prediction itself. By default 0,
-    or 3 below keep 0.6.
-    `shuffled`: share of the calibration windows whose tokens, but the first, are put in another order. Statistics of such
-    windows hold more than the calibration text's own directions, and text of another kind loses less.
-    `search`: up to so many plans with other weights of all predictions (see `Weighing`) are compared in the same way.
+    may also become latents, unless it is "structural". `anchor`: share of the uncompressed model's activations in the target
+    of each solve (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `ridge`: of the refits,
+    relative. `bypass`: whether fitted affine maps in place of whole submodules compete too; by default below keep 0.6 where
+    all units may be cut, and under a budget of latency. `rounds`: gradients are measured again on the model compressed so far
+    after each equal share of the cut. `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order
+    prediction saturates, so a cut that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the
+    prediction itself. By default 0, or 3 below keep 0.6. `search`: up to so many plans with other weights of all predictions
+    are compared by measured loss. `refit_share`: with an anchor, share of the calibration windows, evenly spaced, that each
+    plan's solve runs again: less makes a further point of a sweep cheaper and the result a little worse; their moments are
+    then blended with the uncompressed model's. `planish sweep` takes a sixteenth unless told otherwise. `shuffled`: share of
+    the calibration windows whose tokens, but the first, are put in another order. Statistics of such windows hold more than
+    the calibration text's own directions, and text of another kind loses less.
+
+    Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
+    predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
+    below keep 0.6, where all units may be cut, also those with the loss of low-rank linears counted two and four times.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"

@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockPruner(Method):
-    """Greedy search over single submodules on the loss of `windows` calibration sequences.
+    """Greedy search over single attentions and feed-forwards, by the loss without them.
 
-    `sparsity`: this share of each kind goes; otherwise the numbers are free, until `keep` is reached.
+    Problem: which attentions and feed-forwards can go with the least loss of the language model?
+
+    Equation: repeat: drop the one u that remains with the least NLL(model without those dropped so far and without u)
+    (`planish.plan.removal.search_greedily`).
+
+    `sparsity`: this share of each kind goes; otherwise the numbers are free, until `keep` is reached. `windows`: calibration
+    sequences on which losses are compared.
     """
 
     title: ClassVar[str] = "drop attentions and feed-forwards greedily by measured loss"

@@ -17,12 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ErcSVD(Method):
-    """Only the last k of N blocks are compressed, each at the removed ratio N·R/k, with two-stage truncation.
+    """Only the last k of N blocks are compressed, each more, and what truncation leaves over is truncated once more.
 
-    `k` 0 = search: up to `candidates` values between the smallest feasible k and N, the one with the least error of
-    the last block's output on the calibration text wins. `beta` is the residual's share of the break-even rank.
-    The paper does not say in which metric the residual is truncated; "plain" is the one that is not provably a single
-    SVD (see `planish.solvers.linear`).
+    Problem: errors made in early blocks grow through all later ones. So leave the first N − k blocks alone, compress the
+    last k harder, and spend a part of every linear's rank on the residual of its first truncation.
+
+    Equation: α = m n / (m + n) (Eq. 5); removed share per compressed block N·R/k; r = (1 − N·R/k) α, of which r_r = β α is
+    the residual's: W ≈ [W]_{r − r_r} + [W − [W]_{r − r_r}]_{r_r}, as one pair (Alg. 2,
+    `planish.solvers.linear.TwoStageSVD`). k by the least error of the last block's output (Alg. 3).
+
+    `k`: number of compressed blocks; 0 = search: up to `candidates` values between the smallest feasible k and N, the one
+    with the least error of the last block's output on the calibration text wins. `beta`: the residual's share of the
+    break-even rank α. `residual_metric`: the paper does not say in which metric the residual is truncated; "plain" is the
+    one that is not provably a single SVD, "whitened" the other. `candidates`: how many k are tried. `form`: "pair" or
+    "pivoted".
+
+    Differs from the paper (no code is public): the metric of the residual, and the values of k that are tried, are ours.
     """
 
     title: ClassVar[str] = "two-stage (residual-compensated) SVD of the last blocks"

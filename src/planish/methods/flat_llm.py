@@ -18,10 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlatLLM(Method):
-    """Values and neurons are cut, Q and K stay dense (`qk` = "pca" cuts them too, by the repository's later option).
+    """Values and neurons are cut, more in blocks that hardly turn their input; queries and keys stay dense.
 
-    `allocation` "iprs": keep of a block ∝ t_l, the mean angle / π between its input and output, clipped at 1 (the
-    budget solves the factor); "uniform". Differs from the repository: see `planish.solvers.neurons`.
+    Problem: attention mixes tokens and never channels, so a basis of each head's values can be absorbed into W_v and W_o.
+    Find the r directions per kv head that keep most of the values; keep the neurons that matter, refit the down
+    projection; and let blocks that change the direction of the residual stream keep more.
+
+    Equation: per kv head Q = top eigenvectors of E[v vᵀ], W_v ← Qᵀ W_v, W_o ← W_o Q (§3,
+    `planish.solvers.value_pca.ValuePCA`). Neurons: ridge leverage diag(C (C + λI)⁻¹), then Nyström
+    W_down ← W_down C[:, J] (C[J, J])⁻¹ (App. C, `planish.solvers.grams.Refits`). Ranks (Alg. 1): keep of a block ∝ t_l, the
+    mean angle / π between its input and output, clipped at 1.
+
+    `allocation`: "iprs", Alg. 1 (the budget solves the factor), or "uniform". `ridge`: λ of the leverage, relative.
+    `damping`: of the refit, relative. `qk`: "pca" also cuts queries and keys, by the repository's later option.
+
+    Differs from the repository: λ is relative to the Gram's scale, and the refit is damped; the V bias is handled.
     """
 
     title: ClassVar[str] = "head-wise value PCA absorbed into V and O, Nyström MLP, importance-preserving ranks"

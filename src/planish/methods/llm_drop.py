@@ -17,9 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LLMDrop(Method):
-    """Similarity of a submodule: E cos(x, x + f(x)) over all tokens, x the residual stream; the most similar ones go.
+    """Attentions and feed-forwards that hardly turn the residual stream go, in one shot.
 
-    `submodules` "both": as many attentions as feed-forwards. `sparsity`: share of each kind; otherwise `keep` decides.
+    Problem: a layer whose output points where its input points adds little. Which are these?
+
+    Equation: similarity of an attention or feed-forward f: S = E cos(x, x + f(x)) over all tokens, x the residual stream;
+    those with the largest S go (`planish.plan.removal.lowest`, on 1 − S).
+
+    `submodules`: "both": as many attentions as feed-forwards; or one kind. `sparsity`: share of each kind; otherwise `keep`
+    decides.
     """
 
     title: ClassVar[str] = "drop attentions and feed-forwards with the highest input–output cosine"

@@ -17,11 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LLMStreamline(Method):
-    """To remove n blocks, the window of n + 1 whose input and output have the highest cosine becomes its first block,
-    refitted to the window's output.
+    """A run of blocks becomes its first block, refitted to the run's output.
 
-    The result is the stock architecture with fewer blocks. Differs from the paper: the light block is not trained; its
-    down projection is the least-squares one, λ chosen on held-out sequences (`ridge` fixes it).
+    Problem: to remove n blocks, find the n + 1 in a row that change the residual stream least, and one light block that
+    stands for them.
+
+    Equation: the window with the highest E cos(h_j, h_{j + n + 1}); then the down projection of its first block by least
+    squares towards the window's output, min over D of E‖h_mid + D x − h_end‖² + λ‖D‖², x the gated features, h_mid the
+    stream before the feed-forward is added (`planish.solvers.window.fit_map`). The result is the stock architecture with
+    fewer blocks.
+
+    `sparsity`: share of the blocks that goes; otherwise `keep` decides. `ridge`: λ, relative; 0 = chosen on held-out
+    sequences. `windows`: calibration sequences on which runs are compared.
+
+    Differs from the paper: the light block is not trained; its down projection is the least-squares one.
     """
 
     title: ClassVar[str] = "a window of blocks becomes its first block with a least-squares down projection"

@@ -21,11 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MoDeGPT(Method):
-    """Neurons by ridge leverage and Nyström, Q–K channels or rotary pairs by CR, V–O by SVD with the input's moments.
+    """Modules of two or three matrices are reduced together; blocks that change their input least give up most.
 
-    `allocation` "entropy": the share φ_l removed from block l is N φ softmax(−s/ε)_l, s_l = 1 − E cos(input, output)
-    of the block, ε = `smoothing`; no block loses more than `cap`, what that leaves over is spread over the others in
-    the same proportions. `refit`: least squares of o too. Models that normalise q and k keep them.
+    Problem: a neuron, a channel of queries and keys and a value direction each cut two matrices at once. Choose them for
+    the least error of the module's output, and choose how much each block gives up by its influence.
+
+    Equation: neurons (Type I): ridge leverage diag(C (C + λI)⁻¹), then Nyström (`planish.solvers.grams.Refits`).
+    Queries–keys (Type II): the channels or rotary pairs with the largest (E[q_j²] E[k_j²])^½. Values–output (Type III): SVD
+    with the input's moments (`planish.solvers.linalg.balance`). Share removed from block l: N φ softmax(−s/ε)_l,
+    s_l = 1 − E cos(input, output) of the block.
+
+    `allocation`: "entropy", the softmax above, or "uniform". `smoothing`: ε. `cap`: no block loses more than this share; what
+    that leaves over is spread over the others in the same proportions. `ridge`: λ of the leverage, relative. `refit`: least
+    squares of o too. `damping`: relative, makes a singular Gram invertible.
+
+    Models that normalise q and k keep them.
+
     Differs from the paper: rotary pairs of a group are scored together; ε and the cap are those of a public port (the
     paper tunes ε and gives no cap, without which a block of a deep model can lose more than it has).
     """

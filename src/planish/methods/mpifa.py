@@ -21,16 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MPIFA(Method):
-    """Inside a block q, k, v → o → gate, up → down, each on inputs measured again behind what is already compressed.
+    """Whitened low-rank linears, refitted towards the dense output, stored as pivot rows and coefficients.
 
-    `anchor`: the dense inputs' share a of the target (1 − a) W x̂ + a W x. `damping`: μ of the refit, relative.
-    `attention_keep`: keep of the attention's linears, the MLP's follows from the budget (default: the same).
-    `allocation` "outliers": keep of a block rises with its share of weights whose |w| ‖x‖ exceeds `threshold` times
-    the linear's mean, spread over ± `spread` (OWL, which the paper's "NS" variant takes as a table of constants).
-    `form`: "pivoted" (r(m + n − r) weights per linear) or "pair".
+    Problem: inside a block q, k, v → o → gate, up → down, each linear reads inputs x̂ that earlier cuts changed. Find
+    W̃ = B A of rank r with the least E‖y − B A x̂‖², y = (1 − a) W x̂ + a W x, x the dense inputs.
 
-    Differs from the repository: ranks are not padded to multiples of 16 (which exceeds the budget); any family; see
-    `planish.solvers.linear.AnchoredSVD`.
+    Equation: from SVD-LLM's factors, B ← H Aᵀ (A G Aᵀ)⁻¹, then A ← B⁺ (H + μW)(G + μI)⁻¹, with G = E[x̂ x̂ᵀ], H = E[y x̂ᵀ]
+    (the M of MPIFA, `planish.solvers.linear.Anchored`). PIFA stores r rows of B A and the coefficients of the others,
+    r(m + n − r) numbers, without loss (`planish.solvers.linalg.pivot`).
+
+    `anchor`: the dense inputs' share a. `damping`: μ, relative. `attention_keep`: keep of the attention's linears, the MLP's
+    follows from the budget (default: the same). `allocation`: "uniform", or "outliers": keep of a block rises with its share of
+    weights whose |w| ‖x‖ is far above the linear's mean (OWL, which the paper's "NS" variant takes as a table of constants).
+    `threshold`: how many times the mean counts as far above. `spread`: keeps of blocks lie within ± this. `form`: "pivoted"
+    or "pair".
+
+    Differs from the repository: ranks are not padded to multiples of 16 (which exceeds the budget); any family; μ is
+    relative and part of both steps, see `planish.solvers.linear.AnchoredSVD`.
     """
 
     title: ClassVar[str] = "whitened SVD refitted to a mixed target, pivoted linears"

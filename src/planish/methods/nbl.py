@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NBL(Method):
-    """f̂(x) = W x + b by least squares on the raw residual stream (the norm goes too), W dense; one shot.
+    """The attentions that are most nearly linear become linear maps of the residual stream.
 
-    Score: Σ (1 − ρ²) over the canonical correlations of x and x + f; the attentions with the least are replaced.
+    Problem: some attentions do hardly more than a linear map of their input. Which, and which map?
+
+    Equation: f̂(x) = W x + b by least squares on the raw residual stream, so the norm goes too, W dense; one shot
+    (`planish.solvers.bypass.fit`). Score of an attention: Σ_i (1 − ρ_i²) over the canonical correlations ρ of x and x + f;
+    those with the least are replaced (`planish.solvers.bypass.compute_correlations`).
+
+    `sparsity`: share of the attentions that goes; otherwise `keep` decides. `ridge`: of the least squares, relative.
+
     Differs from the public code: sums instead of stored activations; Cholesky with a small ridge, no explicit inverse.
     """
 

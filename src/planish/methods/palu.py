@@ -20,17 +20,26 @@ MATRICES = {"keys": "k", "vo": "v"}  # unit → the role whose weight its rank i
 
 @dataclass(frozen=True)
 class Palu(Method):
-    """K and V by the SVD of what they put out, K in groups of `group` kv heads; V's rebuilding is folded into o.
+    """The KV cache holds latents of low rank; keys are rebuilt before they are rotated.
 
-    `allocation` "fisher": the rank of each W_k and W_v is in proportion to √E[g²], g the gradient of a calibration
-    sequence's loss by that weight (the paper's, one rank for all groups of a matrix); "uniform".
-    `keys` "rebuild": latents of K are multiplied back at every step (the paper's); "frequency": channels that several
-    heads share within each rotary frequency, which need no rebuilding (see `KeyFrequency`; ours).
-    Meant for --kv-keep. Differs from the paper: labels behind the gradients are sampled from the model (the true
-    Fisher information) instead of the text's shifted twice; groups of one matrix have equal ranks, because a cache
-    has one width; ranks are not rounded to 32 (--round-to does); values per kv head, because a latent of several heads
-    would widen o by their number. The cache must grow (DynamicCache) with "rebuild", and rope types whose
-    frequencies change with the length are rebuilt at the current length.
+    Problem: keys and values of several heads are nearly of low rank. Store the latents z = Qᵀ k and rebuild k ≈ Q z.
+
+    Equation: min over rank r of E‖k − Q Qᵀ k‖², Q the top eigenvectors of E[k kᵀ] of a group's heads side by side, which
+    is the whitened SVD of the group's W_k (G-LRD, `planish.solvers.key_latent.KeyLatent`). Values likewise, one kv head at a
+    time, their rebuilding folded into o (`planish.solvers.value_pca.ValuePCA`).
+
+    `group`: kv heads that share a latent of keys. `allocation`: "fisher": the rank of each W_k and W_v is in proportion to
+    √E[g²], g the gradient of a calibration sequence's loss by that weight (the paper's, one rank for all groups of a
+    matrix); "uniform". `keys`: "rebuild": latents of K are multiplied back at every step (the paper's); "frequency": channels
+    that several heads share within each rotary frequency, which need no rebuilding
+    (`planish.solvers.key_frequency.KeyFrequency`, ours).
+
+    Meant for --kv-keep. The cache must grow (DynamicCache) with "rebuild", and rope types whose frequencies change with
+    the length are rebuilt at the current length.
+
+    Differs from the paper: labels behind the gradients are sampled from the model (the true Fisher information) instead of
+    the text's shifted twice; groups of one matrix have equal ranks, because a cache has one width; ranks are not rounded to
+    32 (--round-to does); values per kv head, because a latent of several heads would widen o by their number.
     """
 
     title: ClassVar[str] = "grouped low-rank keys and values: a cache of latents"

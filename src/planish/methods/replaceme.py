@@ -21,12 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReplaceMe(Method):
-    """Window: the least angle between input and output. Map T behind the feed-forward of the block before it:
-    M T + (h_mid) ≈ h_end, M that feed-forward's output, by least squares, or by Adam on the cosine as published.
+    """A run of blocks goes; a linear map folded into the down projection before it takes its place.
 
-    The result is the stock architecture with fewer blocks. Differs from the public code: no padding enters anything;
-    the window's output is never the normed one; λ is chosen on held-out sequences (`ridge` fixes it) and solved by
-    Cholesky; all tokens count in the choice of the window, which is made on `windows` sequences.
+    Problem: which n blocks in a row change the residual stream least, and which linear map of the feed-forward before them
+    makes up for them?
+
+    Equation: the window with the least angle between input and output; then T with the least E‖M T + h_mid − h_end‖² +
+    λ‖T‖², M the output of the feed-forward before the window, h_mid the stream it is added to, h_end the window's output;
+    W_down ← Tᵀ W_down (`planish.solvers.window.fit_map`, `planish.solvers.window.fold_edit`). The result is the stock
+    architecture with fewer blocks.
+
+    `sparsity`: share of the blocks that goes; otherwise `keep` decides. `objective`: "squares", or "cosine": E[1 − cos] by
+    Adam, as published. `ridge`: λ, relative; 0 = chosen on held-out sequences. `epochs`: passes of Adam. `rate`: its step.
+    `windows`: calibration sequences on which runs are compared.
+
+    Differs from the public code: no padding enters anything; the window's output is never the normed one; solved by
+    Cholesky; all tokens count in the choice of the window.
     """
 
     title: ClassVar[str] = "drop a window of blocks, fold a least-squares map into the down projection before it"

@@ -17,10 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShortGPT(Method):
-    """Block influence: E[1 − cos(input, output)] over all tokens; the blocks with the least go, wherever they are.
+    """The blocks that hardly turn the residual stream go, wherever they are, in one shot.
 
-    The result is the stock architecture with fewer blocks. Differs from public code: the last block's output is taken
-    before the final norm.
+    Problem: which whole blocks can go?
+
+    Equation: block influence BI = 1 − E cos(input, output) over all tokens; the blocks with the least go
+    (`planish.plan.removal.lowest`). The result is the stock architecture with fewer blocks.
+
+    `sparsity`: share of the blocks that goes; otherwise `keep` decides.
+
+    Differs from public code: the last block's output is taken before the final norm.
     """
 
     title: ClassVar[str] = "drop the blocks of least influence"

@@ -17,9 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SLEB(Method):
-    """Greedy search on the loss of `windows` calibration sequences; the first and the last block are protected.
+    """Blocks go one at a time, each time the one whose removal costs the least loss.
 
-    The result is the stock architecture with fewer blocks.
+    Problem: which whole blocks can go with the least loss of the language model?
+
+    Equation: repeat: drop the block b with the least NLL(model without those dropped so far and without b)
+    (`planish.plan.removal.search_greedily`). The result is the stock architecture with fewer blocks.
+
+    `sparsity`: share of the blocks that goes; otherwise `keep` decides. `windows`: calibration sequences on which losses are
+    compared. `protect`: the first and the last block stay.
     """
 
     title: ClassVar[str] = "drop blocks greedily by measured loss"

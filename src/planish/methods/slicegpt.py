@@ -64,13 +64,19 @@ class StreamWidth(Solver):
 
 @dataclass(frozen=True)
 class SliceGPT(Method):
-    """RMSNorm without its weight commutes with rotations: x ↦ Qᵀ x may change from sublayer to sublayer, Q being
+    """The residual stream is rotated to its principal components, and the last ones are cut off.
+
+    Problem: narrow the residual stream itself, so that every linear of every block gets smaller.
+
+    Equation: RMSNorm without its weight commutes with rotations, so x ↦ Qᵀ x may change from sublayer to sublayer, Q being
     absorbed into the linears around it, with Q_prevᵀ Q_next as a shortcut matrix on the residual path. Q holds the top
     eigenvectors of Σ x xᵀ of the stream between sublayers, measured behind what is already sliced; one width for all.
 
     Shortcuts count as weights of the block. Only for blocks x + f(norm(x)) with RMSNorm (not LayerNorm).
+
     Differs from the paper: the embedding keeps its width (the first block's first shortcut rotates), as the last
     block's output does in the paper's code, so that nothing outside the blocks changes and tied matrices stay tied.
+
     Differs from the repository: no mean is subtracted from the embedding, which RMSNorm models do not allow; no damping
     of Σ x xᵀ, which leaves its eigenvectors as they are.
     """

@@ -41,29 +41,37 @@ TRIED: tuple[Fit, ...] = ("once", "sequential", "compensated")  # by "auto"
 
 @dataclass(frozen=True)
 class SubFit(Method):
-    """Attentions first, then feed-forwards on the model whose attentions are already replaced; not contiguous.
+    """Attentions first, then feed-forwards, go wherever they matter least; a fitted affine low-rank map takes each place.
 
-    How many: `sparsity` is the paper's, this share of the attentions and of the feed-forwards; otherwise `keep`, net of
-    what the bypasses add, decides, with as many attentions as feed-forwards (one more or less where that comes closer).
-    `submodules`: both kinds, or one. `numbers` "free" is ours, not the paper's: attentions and feed-forwards compete on
-    one list, greedily by the loss that a bypass of `attention_rank` in their place costs per weight saved (scores and
-    `shared` then say nothing); the weights that the budget leaves raise the rank of all bypasses together, up to
-    `ffn_rank`. With `sparsity`, as many weights go, net, as in that share of whole blocks.
+    Problem: which attentions and feed-forwards can be replaced by a map f̂ of the same input, and which f̂? They need not
+    lie side by side.
 
-    Which: `attention_score`, `ffn_score`; the lowest go. "influence": rotation × magnitude, E[1 − cos(x, x + f)] and
-    E[|f| / |x|] (`combine` "sum": each divided by its mean over the blocks, then added). "cosine": the rotation alone,
-    the paper's choice of feed-forwards in instruct models. "error": replacement-aware, what the fit leaves over,
-    E|f − f̂|² / E|x|², x the residual stream. "loss": replacement-aware, the calibration loss with the fit in place, on
-    `windows` sequences; "greedy": the same, measured again after every choice. `swaps`: then up to so many exchanges of a
-    replaced submodule for another (of its kind, where numbers are equal) that lower the loss of those sequences.
+    Equation: f̂(x) = g ⊙ x + b + (x − μ) U, with S = E[(x − μ)(x − μ)ᵀ], C = E[(x − μ)(f − ν)ᵀ], ν = E f: gate
+    g_j = C_jj / (S_jj + λ), b = ν − g ⊙ μ, and U of low rank by ridge regression of what is left (`planish.solvers.bypass.fit`).
+    Attentions are chosen first, feed-forwards then on the model whose attentions are already replaced.
 
-    By what: f̂(x) = g ⊙ x + b + (x − μ) U. `gate`: with g. `attention_rank`, `ffn_rank`: rank of U, up to 1 relative to the
-    hidden size (1/16 and 1 are the paper's 256 and 4096 at 4096), above 1 absolute; from half the hidden size on U is one
-    matrix. `input`: x is what the submodule reads ("normed"), or the residual stream ("raw"), and the norm goes too.
-    `basis` "pca": U's input basis is the top eigenvectors of the inputs' covariance, one for all feed-forwards if
-    `shared`; "rrr": reduced-rank regression, each its own. `ridge`: relative to tr(S) / d; 0 = of 1e-7 … 1 the best for
-    every eighth sequence, held out. `tokens` "calm": massive activations (a channel above 1000 × the median one) stay
-    out of the fit.
+    `sparsity`: the paper's, this share of the attentions and of the feed-forwards; otherwise `keep`, net of what the bypasses
+    add, decides, with as many attentions as feed-forwards (one more or less where that comes closer). `submodules`: both
+    kinds, or one. `numbers`: "free" is ours, not the paper's: attentions and feed-forwards compete on one list, greedily by the
+    loss that a bypass of the attentions' rank in their place costs per weight saved (scores and a shared basis then say
+    nothing); the weights that the budget leaves raise the rank of all bypasses together, up to the feed-forwards' rank. With
+    a sparsity, as many weights go, net, as in that share of whole blocks.
+
+    `attention_score`: which attentions go; the lowest do. "influence": rotation × magnitude, E[1 − cos(x, x + f)] and
+    E[|f| / |x|]. "cosine": the rotation alone, the paper's choice of feed-forwards in instruct models. "error":
+    replacement-aware, what the fit leaves over, E|f − f̂|² / E|x|², x the residual stream. "loss": replacement-aware, the
+    calibration loss with the fit in place. "greedy": the same, measured again after every choice. `ffn_score`: the same for
+    feed-forwards. `combine`: of influence, "product", or "sum": each divided by its mean over the blocks, then added.
+    `windows`: calibration sequences on which losses are compared. `swaps`: then up to so many exchanges of a replaced
+    submodule for another (of its kind, where numbers are equal) that lower the loss of those sequences.
+
+    `gate`: with g. `attention_rank`: rank of U, up to 1 relative to the hidden size (1/16 is the paper's 256 at 4096), above 1
+    absolute; from half the hidden size on U is one matrix. `ffn_rank`: the same for feed-forwards (1 is the paper's 4096).
+    `input`: x is what the submodule reads ("normed"), or the residual stream ("raw"), and the norm goes too. `basis`: "pca":
+    U's input basis is the top eigenvectors of the inputs' covariance; "rrr": reduced-rank regression, each its own.
+    `shared`: with "pca" one basis for all feed-forwards. `ridge`: λ relative to tr(S) / d; 0 = of 1e-7 … 1 the best for every
+    eighth sequence, held out. `tokens`: "calm": massive activations (a channel above 1000 × the median one) stay out of the
+    fit.
 
     `fit`: "once" = each bypass from the statistics it was chosen by; "joint" = all refitted at once, on the inputs that
     the model with all of them in place produces; "sequential" = all refitted from the first block to the last, each on
@@ -71,7 +79,7 @@ class SubFit(Method):
     uncompressed model's residual stream, so that later bypasses repair what earlier ones broke; "auto" = "once",
     "sequential" and "compensated" are tried, the one with the least calibration loss is taken.
 
-    `repair`, ours too: the down projections of the feed-forwards that stay are refitted to what is missing to the
+    `repair`: ours too: the down projections of the feed-forwards that stay are refitted to what is missing to the
     uncompressed model's residual stream behind them, by ridge regression towards the weights they have. It adds nothing.
 
     Differs from the paper (no code is public): its score's formula, ridge and calibration are not known to us.

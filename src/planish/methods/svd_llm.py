@@ -19,10 +19,18 @@ if TYPE_CHECKING:
 class SVDLLM(Method):
     """Every linear is truncated at its least output error on the uncompressed model's inputs.
 
-    `allocation` "v2": within each matrix type the removed share is ∝ 1 / (1 + log(L / L_min)), L the truncation loss
-    at the uniform ratio (V2's 1 / log L depends on the number of tokens and breaks for L ≤ 1; this form does neither).
-    `update`: V1's sequential least squares of B on the compressed prefix's inputs.
-    `form` "pivoted" stores a rank r in r(m + n − r) weights instead of r(m + n), so the same budget buys higher ranks.
+    Problem: the W̃ of rank r with the least E‖(W − W̃) x‖².
+
+    Equation: with S Sᵀ = E[x xᵀ]: W̃ = [W S]_r S⁻¹; the error is Σ_{i>r} σ_i² of W S, exactly (truncation-aware whitening).
+    Here by the eigenproblem of the smaller side, without an inverse (`planish.solvers.linalg.whitened_svd`).
+
+    `allocation`: "uniform", or "v2": within each matrix type the removed share is ∝ 1 / (1 + log(L / L_min)), L the
+    truncation loss at the uniform ratio (V2, Alg. 1). `update`: V1's sequential least squares of B on the compressed
+    prefix's inputs. `form`: "pivoted" stores a rank r in r(m + n − r) weights instead of r(m + n), so the same budget buys
+    higher ranks; or "pair".
+
+    Differs from the papers: V2's 1 / log L depends on the number of tokens and breaks for L ≤ 1; ours does neither. V1's
+    optional fine-tuning is left out.
     """
 
     title: ClassVar[str] = "whitened truncated SVD of every linear"

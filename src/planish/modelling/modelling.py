@@ -6,12 +6,16 @@ folder for `trust_remote_code=True` where planish is not installed, with `famili
 
 from __future__ import annotations
 
-import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import functools
 
-from .attentions import needs_eager
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import output_capturing
+
+from .attentions import Attention, needs_eager
 from .blocks import copy_config, install_model, list_attentions
 from .families import FAMILIES
+from .modules import SlicedBlock
 
 FORMAT = 1  # of config.json's "planish" entry; part of the model type, so that no version loads another's files
 
@@ -60,6 +64,7 @@ def _build(family: str) -> dict[str, type]:
 
     class Model(Exact, stock_base):  # type: ignore[misc, valid-type]
         config_class = Config
+        _can_record_outputs = _list_recorded(stock_base)
 
         def __init__(self, config):
             plain = copy_config(config)
@@ -83,8 +88,31 @@ def _build(family: str) -> dict[str, type]:
     return made
 
 
+def _list_recorded(stock) -> dict | None:
+    """What `output_hidden_states` and `output_attentions` record. transformers goes by the classes of modules, so what takes the
+    place of a family's blocks and attentions is named beside these."""
+    found = dict(getattr(stock, "_can_record_outputs", None) or {})
+    for key, cls, index in (("hidden_states", SlicedBlock, 0), ("attentions", Attention, 1)):
+        if key in found:
+            found[key] = [found[key], output_capturing.OutputRecorder(cls, index=index)]
+    return found or None
+
+
+@functools.cache
+def _recording(stock) -> type:
+    """A family's class that records as `_list_recorded` says, for modules that transformers makes itself."""
+    made = type(stock.__name__, (stock,), {"_can_record_outputs": _list_recorded(stock), "__module__": __name__})
+    output_capturing._CAN_RECORD_REGISTRY[str(made)] = _list_recorded(stock)  # as PreTrainedModel.__init__ does
+    globals()[made.__name__] = made  # for pickle
+    return made
+
+
 def share_config(model, plain, config) -> None:
-    """One configuration for a model and all its modules, so that a change of the attention reaches every one of them."""
+    """One configuration for a model and all its modules, so that a change of the attention reaches every one of them; and
+    what replaces blocks and attentions is recorded as these are."""
+    for module in [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]:
+        if module._can_record_outputs:
+            module.__class__ = _recording(type(module))  # type: ignore[arg-type]
     for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
         setattr(config, name, getattr(plain, name, None))
     for module in model.modules():

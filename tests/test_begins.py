@@ -1,0 +1,98 @@
+"""Text reaches the model as it does in use: calibration and evaluation begin where the tokenizer begins."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+import planish
+import tiny
+from planish.request import read_recipe
+from test_text import byte_tokenizer
+
+SEQ = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder whose tokenizer begins every text with 256."""
+    folder = tmp_path_factory.mktemp("begins") / "model"
+    tiny.build("llama_gqa", vocab_size=258, bos_token_id=256, eos_token_id=257).save_pretrained(folder)
+    byte_tokenizer(with_bos=True, end=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i} says " + "abc " * i}) + "\n" for i in range(30)))
+    return path
+
+
+def oracle(model, text, every: bool) -> float:
+    """Perplexity by hand: the text's tokens in chunks, each with 256 in front of it or not."""
+    lm = planish.load(model, dtype="float32")
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    tokenize = byte_tokenizer()
+    losses = []
+    if every:
+        stream, windows = [i for d in documents for i in (256, *tokenize(d).input_ids)], []
+        while len(stream) >= SEQ:
+            window = stream[:SEQ] if stream[0] == 256 else [256, *stream[: SEQ - 1]]
+            windows.append(window)
+            stream = stream[SEQ if stream[0] == 256 else SEQ - 1 :]
+    else:
+        stream = [256, *tokenize("\n\n".join(documents)).input_ids]
+        windows = [stream[a:b] for a, b in pairwise(range(0, len(stream) + 1, SEQ))]
+    with torch.no_grad():
+        for window in windows:
+            ids = torch.tensor(window)
+            losses.append(torch.nn.functional.cross_entropy(lm(ids[None]).logits[0, :-1], ids[1:]))
+    return torch.stack(losses).mean().exp().item()
+
+
+def test_evaluation_begins_every_window(model, text, run):
+    every, once = (oracle(model, text, e) for e in (True, False))
+    assert abs(every - once) > 0.01 * once  # or the test could not tell them apart
+    for bos, expected, begins in (("auto", every, "every"), ("every", every, "every"), ("once", once, "once")):
+        found = planish.evaluate(model, text, seq_len=SEQ, bos=bos)
+        assert found.perplexity == pytest.approx(expected, rel=1e-4) and (found.begins, found.bos) == (begins, True)
+    assert planish.evaluate(model, text, seq_len=SEQ, bos="never").begins == "never"
+    assert planish.evaluate(model, text, seq_len=SEQ, max_windows=3).windows == 3
+    done = run("eval", model, "--text", text, "--seq-len", SEQ)
+    assert "(BOS in every window)" in done.stdout
+    assert "(begins with BOS)" in run("eval", model, "--text", text, "--seq-len", SEQ, "--bos", "once").stdout
+
+
+@pytest.mark.parametrize(("bos", "begins"), [("auto", "every"), ("once", "once")])
+def test_calibration_begins_every_window_and_says_so(model, text, tmp_path, bos, begins, monkeypatch):
+    from planish import api
+
+    seen = []
+    real = api.sample_windows
+    monkeypatch.setattr(api, "sample_windows", lambda *args: seen.append(real(*args)) or seen[-1])
+    options = {"keep": 0.8, "method": "svd-llm", "calibration": text, "n_samples": 8, "seq_len": 64, "bos": bos}
+    planish.compress(model, output=tmp_path / "out", **options)
+    record = json.loads((tmp_path / "out" / "planish.json").read_text())["calibration"]
+    assert (record["bos"], record["begins"]) == (bos, begins)
+    assert bool((seen[0][:, 0] == 256).all()) == (begins == "every")
+    recipe = read_recipe(tmp_path / "out" / "recipe.yaml")
+    assert recipe.calibration.bos == bos
+    planish.compress(**recipe.arguments, output=tmp_path / "again")
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_recipes_that_say_nothing_keep_the_papers_protocol(tmp_path):
+    (tmp_path / "r.yaml").write_text("version: 1\nmodel: m\nkeep: 0.8\ncalibration: {source: wikitext2}\n")
+    assert read_recipe(tmp_path / "r.yaml").calibration.bos == "once"
+
+
+def test_a_sweep_measures_what_eval_does(model, text, tmp_path, run):
+    done = run("sweep", model, "--methods", "svd-llm", "--keep", "0.9", "--calibration", text, "--n-samples", 8, "--seq-len", 64,
+               "--eval-text", text, "-o", tmp_path / "sweep", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    dense = next(p for p in json.loads(done.stdout)["points"] if p["name"] == "dense")
+    assert dense["perplexity"] == pytest.approx(planish.evaluate(model, text, seq_len=64).perplexity, rel=1e-4)

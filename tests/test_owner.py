@@ -1,0 +1,110 @@
+"""An output has one owner at a time, however runs end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import warnings
+from multiprocessing import get_context
+
+import pytest
+
+from planish.errors import InputError
+from planish.folder.owner import own
+
+FORK = get_context("fork")  # quick: the children need nothing that starts threads
+
+
+def start(target, *args):
+    process = FORK.Process(target=target, args=args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forks of processes with threads
+        process.start()
+    return process
+
+
+def hold(output, held, done):
+    with own(output):
+        held.set()
+        done.wait()
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """(Another process that owns tmp_path/out, what lets it go.)"""
+    held, done = FORK.Event(), FORK.Event()
+    process = start(hold, tmp_path / "out", held, done)
+    assert held.wait(60)
+    yield process, done
+    process.kill()
+    process.join()
+
+
+def test_a_live_owner_is_named(holder, tmp_path):
+    process, done = holder
+    with pytest.raises(InputError, match=rf"process {process.pid} on {socket.gethostname()} .*writing .*out") as error:
+        own(tmp_path / "out").__enter__()
+    assert len(str(error.value).splitlines()) == 1
+    with own(tmp_path / "other"):  # nobody's
+        pass
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="is writing"), own(tmp_path / "link" / "out"):  # the same place
+        pass
+    done.set()
+    process.join()
+    with own(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.glob("*.lock"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_dead_owner_owns_nothing(holder, tmp_path, how):
+    os.kill(holder[0].pid, how)
+    holder[0].join()
+    with own(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.glob("*.lock"))
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_an_owner_may_enter_again_and_leaves_nothing(tmp_path, error):
+    def run():
+        with own(tmp_path / "new" / "out"), own(tmp_path / "new" / "out"):
+            assert len(list((tmp_path / "new").iterdir())) == 1
+            if error:
+                raise error
+
+    if error:
+        with pytest.raises(error):
+            run()
+    else:
+        run()
+    assert not list(tmp_path.iterdir())
+
+
+def take_often(output):
+    done = 0
+    while done < 100:
+        try:
+            with own(output):
+                os.close(os.open(f"{output}.mark", os.O_CREAT | os.O_EXCL))
+                os.unlink(f"{output}.mark")
+                done += 1
+        except InputError:
+            pass
+
+
+def test_many_runs_at_once_never_own_together(tmp_path):
+    """Locks that are removed and taken at the same moment: at no time two owners, and nothing is left."""
+    runs = [start(take_often, tmp_path / "out") for _ in range(3)]
+    for run in runs:
+        run.join(60)
+        assert run.exitcode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot create .*file.out\.lock"), own(tmp_path / "file" / "out"):
+        pass
