@@ -107,7 +107,7 @@ def test_compress_json_and_manifest(folder, ids, tmp_path, run):
     assert {k: record[k] for k in ("n_samples", "seq_len", "seed", "sampling", "bos")} == {
         "n_samples": 8, "seq_len": 16, "seed": 3, "sampling": "random", "bos": "auto",
     }  # fmt: skip
-    assert record["source"] == str(ids) and re.fullmatch("[0-9a-f]{64}", record["fingerprint"])
+    assert record["source"] == ids.name and re.fullmatch("[0-9a-f]{64}", record["fingerprint"])
     assert manifest["settings"]["allocation"] == "uniform"
 
 

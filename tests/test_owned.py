@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import planish
 import tiny
+from planish.errors import InputError
 from planish.folder import owner
 from planish.folder.owner import own
 
@@ -64,3 +66,54 @@ def test_what_cannot_be_saved_is_found_before_the_work(tmp_path, monkeypatch):
                          calibration=tiny.windows(12, 24).flatten(), seq_len=24, n_samples=12,
                          progress=lambda phase, done, total: seen.append(phase))  # fmt: skip
     assert "blocks" not in seen and not list(tmp_path.iterdir())
+
+
+def test_no_local_path_is_published(folder, ids, tmp_path):
+    """What `push` uploads names local files by their last name alone; recipe.yaml, which stays here, says where they are."""
+    planish.compress(
+        folder, keep=0.8, method="svd-llm", calibration=ids, seq_len=24, n_samples=12, output=tmp_path / "out"
+    )
+    for name in ("planish.json", "README.md", "config.json"):
+        said = (tmp_path / "out" / name).read_text()
+        assert str(folder.parent) not in said and str(ids.parent) not in said and str(tmp_path) not in said, name
+    assert f'"source": "{folder.name}"' in (tmp_path / "out" / "planish.json").read_text()
+
+
+def test_sparsity_is_a_keyword_too(folder, ids, tmp_path):
+    result = planish.compress(folder, sparsity=0.5, method="llm-drop", calibration=ids, seq_len=24, n_samples=12,
+                              output=tmp_path / "out")  # fmt: skip
+    gone = result.submodules["attention"]
+    assert (gone["count"], gone["of"]) == (2, 3)  # a half, rounded up
+    found = planish.forecast(folder, sparsity=0.5, method="llm-drop", calibration=ids, seq_len=24, n_samples=12)
+    assert found.block_params_after == result.block_params_after
+    for more, words in (({"keep": 0.8}, "keep cannot hold beside"), ({"method": "svd-llm"}, "no setting 'sparsity'")):
+        with pytest.raises(InputError, match=words):
+            planish.compress(
+                folder, **{"sparsity": 0.5, "method": "llm-drop", "calibration": ids, "output": tmp_path / "n"} | more
+            )
+
+
+def test_loading_as_transformers_does(folder):
+    assert planish.load(folder, dtype="auto").dtype == torch.float32
+    pytest.importorskip("accelerate")
+    assert next(planish.load(folder, device_map="cpu").parameters()).device.type == "cpu"
+
+
+def test_an_export_that_cannot_be_finished_leaves_nothing(folder, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    from planish.export.onnx import save_whole
+
+    (tmp_path / "m.onnx").write_text("earlier")
+
+    def save(path):
+        path.write_text("half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=r"cannot write .*m\.onnx: No space left"):
+        save_whole(save, tmp_path / "m.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"] and (tmp_path / "m.onnx").read_text() == "earlier"
+    save_whole(
+        lambda path: [path.write_text("graph"), path.with_name("m.onnx.data").write_text("weights")],
+        tmp_path / "m.onnx",
+    )
+    assert (tmp_path / "m.onnx").read_text() == "graph" and (tmp_path / "m.onnx.data").read_text() == "weights"

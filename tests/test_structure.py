@@ -47,7 +47,6 @@ LONG_FILES = {
     "planish.solvers.linalg": 439,
 }
 LONG_FUNCTIONS = {
-    "planish.calibrate.taps.tap_sites": 61,
     "planish.cli.bench.bench": 63,
     "planish.cli.evaluate.evaluate": 73,
     "planish.cli.showcase.run_demo": 76,

@@ -35,7 +35,7 @@ from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
 from planish.methods.method import Method
-from planish.request import RECIPE, TEXT, Bos, Request, Text, check_number, name_beside, takes
+from planish.request import LIMITS, RECIPE, TEXT, Bos, Request, Text, check_number, label, name_beside, takes
 from planish.solvers.offload import offload
 
 TEXT_AND_DEVICE = ("calibration", *TEXT, "device", "dtype")  # options of what only measures
@@ -64,6 +64,7 @@ def compress(
     tokenizer: Any = None,
     *,
     output: str | Path | None = None,
+    sparsity: float | None = None,
     overwrite: bool = False,
     cache: bool = False,
     progress: Progress | None = None,
@@ -73,7 +74,8 @@ def compress(
 
     `model`: folder, hub id, or causal LM in memory (left untouched; give its `tokenizer`, unless the text is token ids).
     Budgets, one or two together (see docs/budgets.md), by default keep 0.8. `max_params`, `max_bytes`: numbers or texts
-    ("1.5B", "800MiB"). `method`: a name, or a method; by default "auto"; `settings`: its hyper-parameters by name.
+    ("1.5B", "800MiB"). `sparsity`: instead of a budget, for methods that remove submodules, the share of each kind that goes.
+    `method`: a name, or a method; by default "auto"; `settings`: its hyper-parameters by name.
     `calibration`: a SOURCE of `planish.calibrate.text.load_tokens` (name, file, or token ids) from which `n_samples` windows of
     `seq_len` tokens are taken: text at random by `seed`, ids side by side from the start, unless `sampling` says otherwise.
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
@@ -82,9 +84,9 @@ def compress(
     if output is None:
         with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as folder:
             inside = Path(folder) / "model"
-            compress(model, tokenizer, output=inside, cache=cache, progress=progress, **options)
+            compress(model, tokenizer, output=inside, sparsity=sparsity, cache=cache, progress=progress, **options)
             return load(inside)
-    request, method = read_options(options)
+    request, method = read_options(options, sparsity)
     source = open_source(model, tokenizer)
     text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache)
     files = {}
@@ -96,9 +98,15 @@ def compress(
     return result
 
 
-def read_options(options: Mapping[str, Any], device: Callable[[str], str] | None = None) -> tuple[Request, Method]:
-    """A request, its device and dtype as torch names them, and the method with its settings."""
+def read_options(
+    options: Mapping[str, Any], sparsity: float | None = None, device: Callable[[str], str] | None = None
+) -> tuple[Request, Method]:
+    """A request, its device and dtype as torch names them, and the method with its settings, `sparsity` among them."""
     method, settings = options.get("method"), options.get("settings") or {}
+    beside = [label(n) for n in LIMITS if options.get(n) is not None]
+    if sparsity is not None and beside:
+        raise InputError(f"sparsity says how much goes, {beside[0]} cannot hold beside it: give one of them")
+    settings = settings if sparsity is None else {**settings, "sparsity": sparsity}
     named = {n: v for n, v in options.items() if n not in ("method", "settings")}
     request = Request.ask(model="", **named)
     chosen = find_method(method or default_method(), settings)
@@ -125,6 +133,7 @@ def forecast(
     model: str | Path | nn.Module,
     tokenizer: Any = None,
     *,
+    sparsity: float | None = None,
     cache: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -134,7 +143,7 @@ def forecast(
     The calibration text is read only where the method needs statistics to choose its ranks; elsewhere a config.json alone
     will do for `model`, and "cuda" for `device` on a machine without. `cache`: keep its token ids on disk.
     """
-    request, method = read_options(options, lambda name: name if name == "cuda" else find_device(name))
+    request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer)
     asked = request.calibration
     seq_len, _ = fit_seq_len(source, asked.seq_len)
@@ -195,11 +204,14 @@ def eora(
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | None = None, **kwargs: Any) -> Any:
-    """A causal LM from a dense or compressed folder or a hub id, in its stored dtype unless told."""
+    """A causal LM from a dense or compressed folder or a hub id, in its stored dtype unless told.
+
+    Further keywords go to transformers' `from_pretrained`; with `device_map` it decides where the model lies, not `device`.
+    """
     kind = find_dtype(dtype)
     place = find_device(device)
     model = loading.load(folder, **({} if kind is None else {"dtype": kind}), **kwargs)
-    return model.to(place)
+    return model if kwargs.get("device_map") is not None else model.to(place)
 
 
 def evaluate(
@@ -378,6 +390,8 @@ def find_device(name: str) -> str:
 def find_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name is None or isinstance(name, torch.dtype):
         return name
+    if name == "auto":  # as stored, as transformers says it
+        return None
     if name not in DTYPES:
         raise InputError(f"unknown dtype {name!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]

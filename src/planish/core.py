@@ -12,14 +12,35 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from planish.modelling.families import ATTENTION, MLP
 from planish.stats import KINDS, Stats, Tap
 
 Weights = dict[str, Tensor]  # role → weight (out, in), "role.bias" → bias (out,)
 
 
+HELD = {  # unit of several linears → their roles
+    "qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP,
+    "stream": ATTENTION + MLP,
+}  # fmt: skip
+WHOLE = {"stream"}  # units of all blocks
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Sizes of a block's experts: `number` feed-forwards alike, of which every token reaches `top`."""
+
+    number: int
+    top: int
+    intermediate: int
+
+
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one block. `qk`, `v`: dimensions per head; `rotary`: how many of the qk channels are rotated."""
+    """Sizes of one block. `qk`, `v`: dimensions per head; `rotary`: how many of the qk channels are rotated.
+
+    A block without attention has no heads, one without a dense feed-forward `intermediate` 0. `experts` and `others` (a
+    router, a shared expert, a mixer that is no attention: role, out, in) are what it has beside or in place of these.
+    """
 
     block: int
     hidden: int
@@ -33,18 +54,35 @@ class Shape:
     qk_norm: bool = False
     parallel: bool = False
     blocks: int = 1  # of the whole model
+    experts: ExpertShape | None = None
+    others: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def groups(self) -> int:
         """Query heads per kv head."""
-        return self.heads // self.kv_heads
+        return self.heads // max(self.kv_heads, 1)
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return ("q", "k", "v", "o") + (("gate",) if self.gated else ()) + ("up", "down")
+        """Linears of attention and of the dense feed-forward: what solvers cut."""
+        mlp = (MLP if self.gated else MLP[1:]) if self.intermediate else ()
+        return (ATTENTION if self.heads else ()) + mlp
+
+    @property
+    def rest(self) -> tuple[str, ...]:
+        """Weights outside attention and the dense feed-forward: `others`, and the linears of every expert ("expert.17.up")."""
+        e = self.experts
+        experts = (f"expert.{n}.{r}" for n in range(e.number) for r in MLP) if e else ()
+        return (*(role for role, _, _ in self.others), *experts)
 
     def linear(self, role: str) -> tuple[int, int]:
         """(out, in) of a role's weight."""
+        if role.startswith("expert.") and self.experts:
+            inner = self.experts.intermediate
+            return (self.hidden, inner) if role.endswith(".down") else (inner, self.hidden)
+        for other, out, n in self.others:
+            if role == other:
+                return out, n
         return {
             "q": (self.heads * self.qk, self.hidden),
             "k": (self.kv_heads * self.qk, self.hidden),
@@ -57,15 +95,33 @@ class Shape:
 
     def width(self, site: str) -> int:
         """Channels of the tensor at a tap's site."""
-        where, end = site.rpartition(":")[2].split(".")
-        if where not in self.roles:
+        where, _, end = site.rpartition(":")[2].rpartition(".")
+        if where not in self.roles + self.rest:
             return self.hidden
         out, n = self.linear(where)
         return out if end in ("out", "product") else n
 
     def count(self, *roles: str) -> int:
-        """Weights (without biases) of the given roles, of all by default."""
-        return sum(a * b for a, b in map(self.linear, roles or self.roles))
+        """Weights (without biases) of the given roles, by default of all: those that are stored."""
+        return sum(a * b for a, b in map(self.linear, roles or self.roles + self.rest))
+
+    def held(self, name: str) -> tuple[str, ...]:
+        """Roles whose weights a unit of this name holds."""
+        return tuple(r for r in HELD.get(name, (name,)) if r in self.roles)
+
+    @property
+    def inner(self) -> int:
+        """Neurons that one token meets."""
+        return self.intermediate + (self.experts.top * self.experts.intermediate if self.experts else 0)
+
+    @property
+    def working(self) -> int:
+        """Weights that one token meets: all but those of the experts that it does not reach."""
+        return sum(self.count(r) for r in self.roles + self.rest if self.works(r))
+
+    def works(self, role: str) -> bool:
+        """Whether a token meets this weight; of experts, which are alike, the first ones stand for those that it reaches."""
+        return not (role.startswith("expert.") and self.experts) or int(role.split(".")[1]) < self.experts.top
 
 
 @dataclass(frozen=True, order=True)
@@ -104,6 +160,29 @@ class Edit:
     target: str
     form: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+def list_untouched(units: Iterable[Unit], shapes: Iterable[Shape]) -> list[tuple[int, str, int]]:
+    """What no unit holds: (block, role or "experts", weights). With what units hold it makes all of `Shape.count`."""
+    units, found = list(units), []
+    for shape in shapes:
+        held = {r for u in units if u.block == shape.block or u.name in WHOLE for r in shape.held(u.name)}
+        weights: dict[str, int] = {}
+        for role in (r for r in shape.roles + shape.rest if r not in held):
+            name = "experts" if role.startswith("expert.") else role
+            weights[name] = weights.get(name, 0) + shape.count(role)
+        found += [(shape.block, name, n) for name, n in weights.items()]
+    return found
+
+
+def describe_rest(units: Iterable[Unit], shapes: Sequence[Shape]) -> list[str]:
+    """What blocks have beside attention and a dense feed-forward, and no unit holds: a line for each kind."""
+    weights, blocks = dict[str, int](), dict[str, list[str]]()
+    for i, what, n in list_untouched(units, shapes):
+        if what not in shapes[i].roles:
+            weights[what] = weights.get(what, 0) + n
+            blocks.setdefault(what, []).append(str(i))
+    return [f"untouched: {what} of blocks {', '.join(blocks[what])}, {n:,} weights" for what, n in weights.items()]
 
 
 SUBMODULES = {"attention": "attention", "mlp": "ffn"}  # edit target → name of the unit that is the whole submodule

@@ -23,7 +23,7 @@ from planish.calibrate.reuse import BEHIND, LAST
 from planish.calibrate.stream import BATCH, Stream
 from planish.calibrate.text import shuffle_windows
 from planish.compression import check_tokens, check_windows, pick_dtype
-from planish.core import Plan, Progress, Shape, Unit, count_sums
+from planish.core import Plan, Progress, Shape, Unit, count_sums, describe_rest
 from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source
 from planish.job import Job
@@ -33,7 +33,7 @@ from planish.plan.footprint import count_cache, count_flops
 from planish.plan.latency import Latency, read_table
 from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
-from planish.rehearsal import Stopwatch, rehearse
+from planish.rehearsal import Stopwatch, rehearse_all
 from planish.request import SHARES, Limits
 from planish.solve import count_refit, find_sites_beside
 from planish.solvers.offload import offload
@@ -187,15 +187,13 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
     params = sum(p.numel() for p in model.parameters())
     head = source.count_head()
     caches, full_caches = CacheNumbers("kv_keep", 1, 0, 0), sum(map(count_cache, shapes))
+    working = [s.working for s in shapes]
     flops = Flops(
-        "flops_keep",
-        1,
-        0,
-        count_flops(shapes, [{}] * len(shapes), [s.count() for s in shapes], job.context),
-        context=job.context,
+        "flops_keep", 1, 0, count_flops(shapes, [{}] * len(shapes), working, job.context), context=job.context
     )
     stored = make_budget("max_bytes", 1, source, shapes, job.context)
-    peaks, seconds, how = estimate(job, plan, size, measured, params, head, itemsize, int(flops.total) - 2 * blocks)
+    attend = int(flops.total) - 2 * sum(working)
+    peaks, seconds, how = estimate(job, plan, size, measured, params, head, itemsize, attend)
     found = Forecast(
         method=job.method.name,
         keep_requested=job.keep,
@@ -218,7 +216,7 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         needed_statistics=measured,
         units=rows,
         how=how,
-        warnings=list(job.remarks.values()),
+        warnings=[*job.remarks.values(), *describe_rest(job.units, shapes)],
     )
     for b in job.kept_budgets:
         cost = left(job, plan, b)
@@ -280,14 +278,13 @@ def estimate(
 
     here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
     rates = measure_rates(here, torch.float32 if here != stream.device else stream.dtype, shape, size[1])
-    passes, forward = 0.0, 2 * shape.count() / rates.single + attend / 2 / len(job.shapes) / rates.attention
-    forward += (shape.intermediate + 6 * shape.hidden) * rates.element
+    passes, forward = 0.0, 2 * shape.working / rates.single + attend / 2 / len(job.shapes) / rates.attention
+    forward += (shape.inner + 6 * shape.hidden) * rates.element
     summing, solving = 0.0, 0.0
     cuts = [[u for u in job.planned(i, plan) if i not in job.edits] for i in range(len(job.shapes))]
     alike = {u.name: u for cut in cuts for u in cut}  # one unit of each kind
     with offload("cpu"):  # elsewhere small solves say nothing about large ones
-        rehearsed = rehearse({u: job.units[u] for u in alike.values()}, plan, shape)
-    took = {u.name: s for u, s in rehearsed.items()}
+        took = rehearse_all({u: job.units[u] for u in alike.values()}, plan, job.shapes)
     for i, cut in enumerate(cuts):
         through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]], size)
         passes += through
@@ -352,7 +349,7 @@ def reach(shape: Shape, taps: Iterable[Tap]) -> float:
     """Share of a block's weights that run until all these taps' sites have been seen."""
     depth = 0
     for site in (s.rpartition(":")[2] for tap in taps for s in tap.sites):
-        where, end = site.split(".")
+        where, _, end = site.rpartition(".")
         at = next((n for n, roles in enumerate(ORDER) if where in roles), len(ORDER) - 1)
         depth = max(depth, at if end == "in" and where in shape.roles else at + 1)
     return sum(shape.count(r) for roles in ORDER[:depth] for r in roles if r in shape.roles) / shape.count()
@@ -421,7 +418,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_le
             best = min(best, clock.read() if device.type == "cpu" else time.perf_counter() - start)
         return best
 
-    n, m = min(shape.hidden, 1024), min(shape.intermediate, 2048)
+    n, m = min(shape.hidden, 1024), min(shape.inner, 2048)
     sums = torch.device("cpu") if device.type == "mps" else device  # it has no fp64
     a, b = torch.ones(1024, n, device=device, dtype=dtype), torch.ones(m, n, device=device, dtype=dtype)
     single = 2 * 1024 * n * m / seconds(lambda: nn.functional.linear(a, b))

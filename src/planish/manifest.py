@@ -65,7 +65,7 @@ def read_result(output: Path) -> Result:
     """What the manifest of a complete folder says."""
     try:
         found = json.loads((output / "planish.json").read_text(encoding="utf-8"))["result"]
-        return Result(**{f.name: found[f.name] for f in fields(Result)})
+        return Result(**{f.name: found[f.name] for f in fields(Result)} | {"output": str(output)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read {output / 'planish.json'}: {error!r}; compress again with --overwrite") from None
 
@@ -76,14 +76,14 @@ def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibra
         "planish": __version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "source": job.stream.source.name,
+        "source": name_only(job.stream.source.name),
         **({"source_file": origin} if (origin := find_origin(job.stream.source)) else {}),
         "method": result.method,
         "settings": job.method.settings(),
         "round_to": job.step,
-        "calibration": calibration,
+        "calibration": calibration | {"source": name_only(str(calibration.get("source", "")))},
         "dtype": str(job.stream.dtype).removeprefix("torch."),
-        "result": result.as_dict(),
+        "result": result.as_dict() | {"output": writer.output.name},
         "plan": {str(u): r for u, r in sorted(plan.items())},
         "full": {str(u): job.full(u) for u in sorted(job.units)},
         "roles": job.shapes[0].roles,
@@ -93,6 +93,12 @@ def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibra
     }
     writer.text("planish.json", json.dumps(manifest, indent=2, default=str) + "\n")
     writer.text("README.md", make_card(manifest))
+
+
+def name_only(name: str) -> str:
+    """What to call a model or a text in files that are published: a local one by its last name alone."""
+    path = Path(name).expanduser()
+    return path.resolve().name if name and (path.is_absolute() or path.exists()) else name
 
 
 def make_card(manifest: dict[str, Any]) -> str:

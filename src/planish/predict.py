@@ -77,7 +77,7 @@ def predict(
     factorisations take what is left there, or run on the CPU. Of A what fits `near` lies there too.
     """
     shape = max(shapes, key=Shape.count)
-    block, d, m = shape.count(), shape.hidden, shape.intermediate
+    block, d, m = shape.count(), shape.hidden, shape.inner
     copy = computed if accelerator or computed != stored else 0
     limit = float("inf") if activation_limit is None else activation_limit
     one = streams * tokens * d * computed

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -66,3 +66,15 @@ def rehearse(solvers: Mapping[Unit, Solver], ranks: Mapping[Unit, int], shape: S
                 solver.truncate(solver.decompose(unit, weights, stats, small), rank, small)
             found[unit] = clock.read() * scale**3
     return found
+
+
+def rehearse_all(
+    solvers: Mapping[Unit, Solver], ranks: Mapping[Unit, int], shapes: Sequence[Shape]
+) -> dict[str, float]:
+    """Unit's name → seconds, for units of different names, whose blocks may differ."""
+    alike = {u: replace(shapes[u.block], block=0) for u in solvers}
+    took: dict[str, float] = {}
+    for shape in dict.fromkeys(alike.values()):
+        found = rehearse({u: s for u, s in solvers.items() if alike[u] == shape}, ranks, shape)
+        took |= {u.name: seconds for u, seconds in found.items()}
+    return took

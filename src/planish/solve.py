@@ -16,7 +16,7 @@ from planish.apply import apply_edits, count_block, narrow
 from planish.calibrate.reuse import Midway
 from planish.calibrate.stream import Stream
 from planish.core import SUBMODULES, Edit, Plan, Unit, Weights
-from planish.modelling.blocks import Spec, get_linear
+from planish.modelling.blocks import Spec, get_linear, read_layout
 from planish.stats import Stats, Tap
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def blend(job: Job, stats: Stats, weights: Weights) -> None:
         assert tap.twin is not None
         dense = stats.mean(tap.twin)
         if tap.site.endswith(".product"):
-            dense = weights[tap.other.partition(".")[0]].double() @ dense
+            dense = weights[tap.other.rpartition(".")[0]].double() @ dense
         stats.sums[tap]["sum"].mul_(1 - level).add_(dense, alpha=level * stats.tokens[tap])
 
 
@@ -209,7 +209,7 @@ def store(edit: Edit, weights: Weights, where: str) -> Edit:
 def read_weights(block: nn.Module, stream: Stream) -> Weights:
     """Weights and biases of a canonical block's linears, in the stored dtype, on the CPU."""
     weights: Weights = {}
-    for role in stream.family.roles:
+    for role in (r for group in read_layout(block, stream.family, stream.source.config).groups for r in group.linears):
         linear = get_linear(block, stream.family, role)
         weights[role] = linear.weight.detach()
         if linear.bias is not None:

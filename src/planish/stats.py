@@ -46,7 +46,7 @@ class Tap:
         of a cross moment with a linear's product, that of its input."""
         if self.kind == "gram" and ":" not in self.site:
             return Tap(f"dense:{self.site}", "gram")
-        role = self.other.partition(".")[0]
+        role = self.other.rpartition(".")[0]
         if self.kind == "cross" and self.site in (f"dense:{self.other}", f"dense:{role}.product"):
             return Tap(f"dense:{self.other}", "gram")
         return None

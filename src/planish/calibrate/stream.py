@@ -24,11 +24,11 @@ from planish import stats as planish_stats
 from planish.apply import apply_edits
 from planish.calibrate.activations import Activations, Room, fetch, find_near
 from planish.calibrate.reuse import LAST, Midway, Part
-from planish.calibrate.taps import AllSeen, find_gap, tap_sites
+from planish.calibrate.taps import AllSeen, Values, add_batch, choose_windows, find_gap, take_windows, tap_sites
 from planish.core import Edit, Progress, Shape
 from planish.errors import InputError
 from planish.folder.source import Source
-from planish.modelling.blocks import find_blocks, get_linear
+from planish.modelling.blocks import find_blocks, get_linear, has_linear
 from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
 from planish.stats import Stats, Tap, add_lane, is_finite
@@ -214,10 +214,10 @@ class Stream:
         """Within the context batch n runs through the block, which starts `midway` if it can; these sites are looked at."""
         if midway is None:
             return nullcontext()
-        seen, parts = {s.partition(".")[0] for s in sites}, {}
+        seen, parts = {s.rpartition(".")[0] for s in sites}, {}
         for name, role in LAST.items():
             path = getattr(self.family, name)  # a block may hold the linears of its MLP itself
-            module = block.get_submodule(path) if path else None
+            module = block.get_submodule(path) if path and has_linear(block, self.family, role) else None
             if module is not None and not isinstance(module, Bypass):
                 before = {"attention": {"q", "k", "v"}, "mlp": {"gate", "up"}}[name]
                 parts[name] = Part(module, get_linear(block, self.family, role), bool(before & seen))
@@ -250,8 +250,8 @@ class Stream:
             own_sites |= {"attention.raw", "mlp.raw", "attention.add"}
             dense_sites |= {"attention.raw", "attention.add", "mlp.raw", "mlp.add"}
 
-        def run(n: int) -> dict[str, Tensor]:
-            h, values = fetch(hidden, n, self.device), dict[str, Tensor]()
+        def run(n: int) -> Values:
+            h, values = fetch(hidden, n, self.device), Values()
             if own_sites or outputs:
                 with (
                     self.follow(midway, n, block, own_sites),
@@ -259,7 +259,7 @@ class Stream:
                     suppress(AllSeen),
                 ):
                     results.append(self.forward(i, block, h))
-                values |= seen
+                values |= seen.fold(seen, len(h))
             if dense_sites and isinstance(dense, dict):
                 values |= {f"dense:{s}": fetch(dense[s], n, self.device) for s in dense_sites}
             elif dense_sites:
@@ -270,10 +270,10 @@ class Stream:
                     suppress(AllSeen),
                 ):
                     self.forward(i, dense[0], fetch(dense[1], n, self.device))
-                values |= {f"dense:{s}": v for s, v in seen.items()}
+                values |= seen.fold({f"dense:{s}": v for s, v in seen.items()}, len(h))
             for where in gaps:
                 values[f"{where}.gap"] = find_gap(where, values, self.source.shape(i).parallel)
-            return {s: v.reshape(len(h), -1, v.shape[-1]) for s, v in values.items()}
+            return values
 
         return self.collect(taps, run, self.source.shape(i)), results
 
@@ -290,8 +290,8 @@ class Stream:
                 tensors.append(seen[site])
         return dict(found), results
 
-    def collect(self, taps: list[Tap], run: Callable[[int], dict[str, Tensor]], shape: Shape) -> Stats:
-        """Statistics over all batches of all processes. `run(n)`: every site's (batch, seq, channels) for piece n.
+    def collect(self, taps: list[Tap], run: Callable[[int], Values], shape: Shape) -> Stats:
+        """Statistics over all batches of all processes. `run(n)`: what is seen at every site for piece n.
 
         Sums are formed lane by lane and added in the order of lanes, so they depend on the batches alone. Of a wide Gram
         (`planish.stats.WIDE`) only the total exists: a lane's inputs are kept until it is complete, then added.
@@ -309,10 +309,10 @@ class Stream:
                     with self.clock("sums"):
                         if self.device.type == "mps":  # it has no fp64
                             values = {site: v.cpu() for site, v in values.items()}
-                        add_batch(mine, narrow, values, piece.first)
+                        add_batch(mine, narrow, values, piece.first, len(piece.ids))
                         for tap in wide:
-                            rows = choose_rows(tap.part, piece.first, len(piece.ids))
-                            kept[tap].append(values[tap.site][rows])
+                            chosen = choose_windows(tap.part, piece.first, len(piece.ids))
+                            kept[tap].append(take_windows(values[tap.site], chosen))
                             mine.tokens[tap] = mine.tokens.get(tap, 0) + kept[tap][-1].shape[:-1].numel()
             owners = [r for r in range(count) if first + r in used]
             with self.clock("sums"):
@@ -336,12 +336,13 @@ class Stream:
     def add_wide(self, total: Stats, tap: Tap, inputs: Hidden, tokens: int, owners: list[int], shape: Shape) -> None:
         """Add the Grams of the lanes that `owners` have just run, this process's own from its `inputs`."""
         found = [n for n, r in zip(lanes.gather(tokens), range(lanes.count()), strict=True) if r in owners]
-        if not sum(found):
-            return
         n, device = shape.width(tap.site), "cpu" if self.device.type == "mps" else self.device
         sums = total.sums.setdefault(tap, {})
         if "sum" not in sums:
             sums["sum"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+        total.tokens[tap] = total.tokens.get(tap, 0) + sum(found)
+        if not sum(found):
+            return
 
         def exchange(row: Tensor) -> Iterator[Tensor]:
             for owner, count in zip(owners, found, strict=True):
@@ -350,7 +351,6 @@ class Stream:
 
         total_device = sums["sum"].device
         add_lane(sums["sum"], lambda k: fetch(inputs, k, total_device), len(inputs), exchange)
-        total.tokens[tap] = total.tokens.get(tap, 0) + sum(found)
 
     def embedded(self, hidden: Tensor) -> Tensor:
         """Something the model takes for embeddings where its blocks are replaced: opt's may have another width."""
@@ -504,7 +504,7 @@ class Stream:
             backward = sorted(grads - set(back) | set(back.values()))
             hidden, earlier = inputs.pop(), Activations(self.room)
 
-            def run(n: int) -> dict[str, Tensor]:
+            def run(n: int) -> Values:
                 leaf = fetch(hidden, n, self.device).detach().requires_grad_(True)  # noqa: B023
                 with torch.enable_grad(), tap_sites(placed, self.family, forward | set(backward)) as seen:  # noqa: B023
                     out = self.forward(i, placed, leaf)  # noqa: B023
@@ -516,7 +516,7 @@ class Stream:
                 values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}  # noqa: B023
                 through = {s: values.get(f"grad:{at}") for s, at in back.items()}  # noqa: B023
                 values |= {f"grad:{s}": g @ weights[s] for s, g in through.items() if g is not None}  # noqa: B023
-                return {s: v.reshape(len(leaf), -1, v.shape[-1]) for s, v in values.items()}
+                return seen.fold(values, len(leaf))
 
             stats = self.collect(wanted, run, self.source.shape(i))
             gradients = earlier
@@ -538,22 +538,6 @@ def return_memory() -> None:
     """Give freed heap pages back to the system."""
     if LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
-
-
-def add_batch(stats: Stats, taps: list[Tap], values: dict[str, Tensor], first: int) -> None:
-    """Add a batch, whose first window has the number `first`; every eighth window is held out of "fit". Grams are to be
-    completed."""
-    for part in sorted({t.part for t in taps}):
-        rows = choose_rows(part, first, len(next(iter(values.values()))))
-        chosen = {s: v[rows] for s, v in values.items()}
-        if len(next(iter(chosen.values()))):
-            stats.update(chosen, [t for t in taps if t.part == part], whole=False)
-
-
-def choose_rows(part: str, first: int, n: int) -> Any:
-    """Which of a batch's n windows belong to a part."""
-    held = (torch.arange(first, first + n) % 8) == 7
-    return {"all": slice(None), "fit": ~held, "held": held}[part]
 
 
 def share_stats(stats: Stats, source: int) -> Stats:

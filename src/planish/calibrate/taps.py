@@ -2,13 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from planish.modelling.blocks import get_linear
 from planish.modelling.families import Family
+from planish.stats import Stats, Tap
+
+
+class Routed(NamedTuple):
+    """What is seen where only some tokens come by: their `rows` (n, channels), and of which `windows` (n,) of the batch each is."""
+
+    rows: Tensor
+    windows: Tensor
+
+    def cpu(self) -> Routed:
+        return Routed(self.rows.cpu(), self.windows.cpu())
+
+
+Values = dict[str, Any]  # site → Tensor (batch, seq, channels), or Routed
+
+
+class Seen(dict[str, Tensor]):
+    """Site → the tensor as the forward has it: (…, channels), an expert's (tokens that reach it, channels)."""
+
+    length = 0  # tokens of a window
+    chosen: Tensor  # (tokens, top): the experts that each token reaches
+
+    def watch(self, block: nn.Module, experts: nn.Module) -> list[Any]:
+        """Hooks that see which expert the tokens of the next forward reach."""
+
+        def see_length(module, args, kwargs) -> None:
+            self.length = first(args, kwargs).shape[1]
+
+        def see_chosen(module, args, kwargs) -> None:
+            self.chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
+
+        hooks = ((block, see_length), (experts, see_chosen))
+        return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+
+    def fold(self, values: Mapping[str, Tensor], batch: int) -> Values:
+        """What belongs to these sites, by whatever prefix, as (batch, seq, channels) or `Routed`."""
+        found: Values = {}
+        for site, value in values.items():
+            where, _, rest = site.rpartition(":")[2].partition(".")
+            if where == "expert":
+                token, _ = torch.where(self.chosen == int(rest.partition(".")[0]))
+                found[site] = Routed(value, token // self.length)
+            else:
+                found[site] = value.reshape(batch, -1, value.shape[-1])
+        return found
+
+
+def choose_windows(part: str, first: int, n: int) -> Any:
+    """Which of a batch's n windows, whose first has the number `first`, belong to a part: every eighth is held out of "fit"."""
+    held = (torch.arange(first, first + n) % 8) == 7
+    return {"all": slice(None), "fit": ~held, "held": held}[part]
+
+
+def take_windows(value: Tensor | Routed, chosen: Tensor | slice) -> Tensor:
+    """Those of some windows of the batch: a mask (batch,), or all of them."""
+    if isinstance(value, Routed):
+        return value.rows[chosen[value.windows.cpu()] if isinstance(chosen, Tensor) else chosen]
+    return value[chosen]
+
+
+def add_batch(stats: Stats, taps: list[Tap], values: Values, first: int, n: int) -> None:
+    """Add a batch of n windows, whose first has the number `first`. Grams are to be completed."""
+    for part in sorted({t.part for t in taps}):
+        chosen = choose_windows(part, first, n)
+        if part == "all" or chosen.any():
+            some = {s: take_windows(v, chosen) for s, v in values.items()}
+            stats.update(some, [t for t in taps if t.part == part], whole=False)
+
+
+def first(args, kwargs) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
@@ -30,16 +103,15 @@ class AllSeen(Exception):
 
 
 @contextmanager
-def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = False) -> Iterator[Seen]:
     """Within the context a forward of the block fills the yielded dict with the tensors at these sites.
 
     `stop`: the forward ends with `AllSeen` as soon as it has them all.
     """
-    seen: dict[str, Tensor] = {}
+    seen = Seen()
     handles = []
-
-    def first(args, kwargs) -> Tensor:
-        return args[0] if args else kwargs["hidden_states"]
+    if family.experts is not None and any(site.startswith("expert.") for site in sites):
+        handles += seen.watch(block, block.get_submodule(family.experts.path))
 
     def see(site: str, value: Tensor) -> None:
         seen[site] = value
@@ -70,7 +142,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
         )
 
     for site in sites:
-        where, end = site.split(".")
+        where, _, end = site.rpartition(".")
         if end == "back":
             tap_back(get_linear(block, family, where), site)
         elif end == "product":

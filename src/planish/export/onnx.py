@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +79,6 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
     dynamic = ({0: auto, 1: auto}, {0: auto, 1: auto}, [({0: auto, 2: auto}, {0: auto, 2: auto}) for _ in past])
     names = [f"{n}_{i}" for i in range(len(past)) for n in ("key", "value")]
     target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with quiet():
         exported = torch.export.export(step, (ids, mask, past), dynamic_shapes=dynamic, strict=False)
@@ -88,12 +89,23 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
             output_names=["logits", *(f"present_{n}" for n in names)],
         )
         assert program is not None
-        program.save(target, external_data=size > INLINE)
-    files = [f for f in (target, target.with_name(target.name + ".data")) if f.is_file()]
+        files = save_whole(lambda place: program.save(place, external_data=size > INLINE), target)
     total = sum(p.numel() for p in model.parameters())
     return Written(
         "onnx", str(target), config.model_type, dtype, total, total, sum(f.stat().st_size for f in files), "none"
     )
+
+
+def save_whole(save: Callable[[Path], Any], target: Path) -> list[Path]:
+    """The files that `save(path)` writes beside each other, put in place together once all are complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+            save(Path(folder) / target.name)
+            written = sorted(Path(folder).iterdir(), key=lambda p: len(p.name), reverse=True)  # the graph last
+            return [p.replace(target.with_name(p.name)) for p in written]
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

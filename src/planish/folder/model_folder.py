@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from planish.errors import InputError
 from planish.folder.config import is_compressed, load_config, read_layout
 from planish.folder.gguf_reader import is_gguf
-from planish.folder.weights import Stored, open_weights
+from planish.folder.weights import Stored, Weights, open_weights
 from planish.modelling.families import Family
 from planish.stats import is_finite
 
@@ -34,6 +36,7 @@ class ModelFolder:
         self.family, self.specs = read_layout(self.config)
         self.weights = open_weights(path)
         self._stored = match_names(self.weights.names, self.family, self.compressed)
+        self._rows = split_experts(self._stored, self.family, self.weights)
 
     @property
     def names(self) -> list[str]:
@@ -49,18 +52,20 @@ class ModelFolder:
 
     def entry(self, name: str) -> Stored:
         """`dtype` and `shape` of a tensor, from headers alone."""
-        return self.weights.entry(self._find(name))
+        entry = self.weights.entry(self._find(name))
+        return Rows(entry.dtype, (self._rows[name][1], entry.shape[-1])) if name in self._rows else entry
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in its stored type, on the CPU; every number is finite."""
-        tensor = self.weights.read(self._find(name))
+        stored, rows = self._find(name), self._rows.get(name)
+        tensor = self.weights.read_rows(stored, *rows) if rows else self.weights.read(stored)
         if not is_finite(tensor):
             raise InputError(f"tensor {name} of {self.path} holds NaN or infinity")
         return tensor
 
     def expect(self, names: Iterable[str]) -> None:
         """These tensors are read next: the system may fetch them ahead."""
-        self.weights.expect(self._stored[n] for n in names)
+        self.weights.expect(dict.fromkeys(self._stored[n] for n in names))
 
     def inside(self, i: int) -> list[str]:
         """Names of block i's tensors."""
@@ -71,6 +76,35 @@ class ModelFolder:
         if name not in self._stored:
             raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
         return self._stored[name]
+
+
+class Rows(NamedTuple):
+    """Part of a stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def split_experts(names: dict[str, str], family: Family, weights: Weights) -> dict[str, tuple[int, int]]:
+    """Where experts are stored stacked: name of each of their linears → which rows (first, count) it is of its stored tensor.
+    In `names` (name → stored name) these linears take the place of the whole."""
+    found: dict[str, tuple[int, int]] = {}
+    row = family.experts
+    if row is None:
+        return found
+    for name, stored in list(names.items()):
+        where, _, leaf = name.rpartition(".")
+        parts = {"gate_up_proj": row.names[:2], "down_proj": row.names[2:]}.get(leaf, ())
+        if not parts or not where.endswith(f".{row.path}"):
+            continue
+        shape = weights.entry(stored).shape
+        if len(shape) != 3 or shape[1] % len(parts):
+            raise InputError(f"tensor {stored} has shape {shape}, expected (experts, rows, columns) of stacked experts")
+        count = shape[1] // len(parts)
+        del names[name]
+        for n, part in enumerate(f"{where}.{j}.{part}.weight" for j in range(shape[0]) for part in parts):
+            names[part], found[part] = stored, (n * count, count)
+    return found
 
 
 def match_names(stored: Iterable[str], family: Family, compressed: bool = False) -> dict[str, str]:

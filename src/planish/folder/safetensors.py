@@ -42,6 +42,12 @@ class Entry(NamedTuple):
     start: int
     size: int
 
+    def rows(self, first: int, count: int) -> Entry:
+        """Some rows of the tensor as a matrix, whose width is its last axis."""
+        width = self.shape[-1]
+        size = width * self.dtype.itemsize
+        return Entry(self.dtype, (count, width), self.start + first * size, count * size)
+
 
 class Shard:
     """One file's header. `read` opens the file anew: nothing stays open or mapped."""
@@ -63,8 +69,9 @@ class Shard:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entry(name).shape
 
-    def read(self, name: str) -> Tensor:
-        entry = self.entry(name)
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor, or these of its rows (first, count; see `Entry.rows`)."""
+        entry = self.entry(name) if rows is None else self.entry(name).rows(*rows)
         data = torch.empty(entry.size, dtype=torch.uint8)
         try:
             with self.path.open("rb", buffering=0) as file:

@@ -11,22 +11,25 @@ import transformers.initialization as initialization
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from planish.core import Shape
+from planish.core import ExpertShape, Shape
 from planish.errors import InputError
 from planish.folder.config import is_compressed
 from planish.modelling.attentions import count_heads, head_width, rotary_width
-from planish.modelling.blocks import find_blocks, get_linear, split_block
+from planish.modelling.blocks import find_blocks, get_linear, read_layout, split_block, split_experts
 from planish.modelling.families import Family
 
 
 def build_skeleton(config: Any, family: Family) -> PreTrainedModel:
-    """The causal LM that a configuration describes, dense or compressed."""
+    """The causal LM that a configuration describes, dense or compressed; of stacked experts each has linears of its own."""
     try:
         if is_compressed(config):
             return AutoModelForCausalLM.from_config(config)
-        return getattr(transformers, family.classes[2])(config)
+        model = getattr(transformers, family.classes[2])(config)
     except Exception as error:  # sizes that do not fit together, or into memory
         raise InputError(f"config.json is no valid {family.model_type}: {type(error).__name__}: {error}") from None
+    for block in find_blocks(model, family):
+        split_experts(block, family)
+    return model
 
 
 @contextmanager
@@ -72,19 +75,31 @@ def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
     """Sizes of block i of a stock causal LM, with or without weights; the block is made canonical."""
     blocks, config = find_blocks(model, family), model.config
     block = split_block(blocks[i], family, config)
-    heads, kv_heads = count_heads(config)
-    attention = block.get_submodule(family.attention)
+    layout = read_layout(block, family, config)
+    heads, kv_heads = count_heads(config) if layout.has("attention") else (0, 0)
+    attention = block.get_submodule(family.attention) if heads else nn.Module()
+    others = [(r, get_linear(block, family, r).weight) for g in layout.groups for r in g.linears if r in family.others]
+    others += [(name.removesuffix(".weight"), block.get_parameter(name)) for name in layout.rest]
+    experts = sum(g.name.startswith("expert.") for g in layout.groups)
     return Shape(
         block=i,
         hidden=config.hidden_size,
         heads=heads,
         kv_heads=kv_heads,
-        qk=head_width(attention),
-        v=get_linear(block, family, "v").out_features // kv_heads,
-        intermediate=get_linear(block, family, "down").in_features,
-        rotary=rotary_width(attention, family),
+        qk=head_width(attention) if heads else 0,
+        v=get_linear(block, family, "v").out_features // kv_heads if heads else 0,
+        intermediate=get_linear(block, family, "down").in_features if layout.has("mlp") else 0,
+        rotary=rotary_width(attention, family) if heads else 0,
         gated=family.gated,
         qk_norm=family.qk_norm,
-        parallel=family.parallel and bool(getattr(config, "use_parallel_residual", True)),
+        parallel=layout.parallel,
         blocks=len(blocks),
+        experts=read_experts(block, family, config, experts) if experts else None,
+        others=tuple((role, len(w), w.numel() // len(w)) for role, w in others),
     )
+
+
+def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> ExpertShape:
+    assert family.experts is not None
+    width = get_linear(block, family, "expert.0.down").in_features
+    return ExpertShape(number, getattr(config, family.experts.top), width)

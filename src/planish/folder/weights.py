@@ -47,6 +47,10 @@ class Weights(Protocol):
         """The tensor, in memory of its own, on the CPU."""
         ...
 
+    def read_rows(self, name: str, first: int, count: int) -> Tensor:
+        """Some rows of the tensor as a matrix, whose width is its last axis: of stacked experts one's."""
+        ...
+
     def expect(self, names: Iterable[str]) -> None:
         """These are read next: the system may fetch them ahead."""
         ...
@@ -77,6 +81,9 @@ class Shards:
 
     def read(self, name: str) -> Tensor:
         return self._shard(name).read(name)
+
+    def read_rows(self, name: str, first: int, count: int) -> Tensor:
+        return self._shard(name).read(name, (first, count))
 
     def expect(self, names: Iterable[str]) -> None:
         ahead: dict[Path, list[str]] = {}

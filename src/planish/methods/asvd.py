@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from planish.core import Plan, Solver, Unit
+from planish.core import Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.blocks import get_linear
@@ -109,8 +109,11 @@ class Sensitivity:
         self.factors: dict[Unit, LowRank] = {}
         self.inputs = [self.stream.start()]
         stats: dict[int, Stats] = {}
-        taps = [Tap(s, "magnitudes") for s in sorted({input_site(r) for r in job.shapes[0].roles})]
-        job.measure(lambda shape: taps, lambda i, block, s: stats.__setitem__(i, s))
+
+        def taps(shape: Shape) -> list[Tap]:
+            return [Tap(s, "magnitudes") for s in sorted({input_site(r) for r in shape.roles})]
+
+        job.measure(taps, lambda i, block, s: stats.__setitem__(i, s))
         for i in range(len(self.stream)):
             self.blocks.append(self.stream.place(self.stream.block(i)))
             self.inputs.append(self.stream.run(i, self.blocks[i], self.inputs[i]))

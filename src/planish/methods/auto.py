@@ -16,6 +16,7 @@ from planish.calibrate.text import list_shuffled
 from planish.core import Frontier, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
+from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, BudgetError, Curve, choose
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from planish.job import Job
 
 ATTENTION_UNITS = ("q", "k", "v", "o", "qk", "keys", "vo", "attention")
-ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 WAYS = {  # alternatives for a submodule: units that go together
     "attention": (
         *(("q", "k", "v", "o"), ("qk", "vo"), ("q", "k", "vo"), ("attention",)),
@@ -35,8 +35,6 @@ WAYS = {  # alternatives for a submodule: units that go together
     ),
     "ffn": (("gate", "up", "down"), ("mlp",), ("ffn",)),
 }
-# the linears that a unit holds, where it is not one itself
-HOLDS = {"qk": ("q", "k"), "keys": ("k",), "vo": ("v", "o"), "mlp": MLP, "attention": ATTENTION, "ffn": MLP}
 SCORES = {  # kinds of units that change an attention's scores: shares of ranks at which, windows on which errors are measured
     ("q", "k"): ((0.125, 0.25, 0.5), 4),
     ("qk",): ((0.125, 0.25, 0.5, 0.75), 8),
@@ -347,11 +345,13 @@ class Auto(Method):
                     present = tuple(n for n in way if Unit(shape.block, n) in curves)
                     if "keys" in way and "keys" not in present:
                         continue
-                    held = {r for n in present for r in HOLDS.get(n, (n,))}
-                    rest = [r for r in HOLDS[name] if r in shape.roles and r not in held]
+                    held = {r for n in present for r in shape.held(n)}
+                    rest = [r for r in shape.held(name) if r not in held]
                     chosen = tuple(curves[Unit(shape.block, n)] for n in present)
                     found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in job.budgets])
                 groups.append(list(found.values()))
+            if shape.rest:  # no unit holds it
+                groups.append([Alternative((), [sum(b.uncut(shape, r) for r in shape.rest) for b in job.budgets])])
         return groups
 
 

@@ -30,6 +30,10 @@ class StreamWidth(Solver):
     name: ClassVar[str] = "stream-width"
 
     def units(self, shape: Shape) -> list[Unit]:
+        if shape.rest:
+            raise InputError(
+                f"slicegpt needs blocks of attention and dense feed-forward; block {shape.block} has others"
+            )
         return [STREAM] if shape.block == STREAM.block else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:

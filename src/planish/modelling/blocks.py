@@ -12,42 +12,96 @@ A block's `spec` is JSON; `install` builds empty modules from it, for compressin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .attentions import Attention, Frequencies, Latent, count_heads
-from .families import FAMILIES, Family
-from .modules import Bypass, Fused, HeadPair, Pair, Pivoted, SlicedBlock, Spec, set_module, split_fused
+from .attentions import Attention, Frequencies, Latent, count_heads, head_width
+from .families import ATTENTION, FAMILIES, MLP, Family, Group, Layout
+from .modules import (
+    Bypass,
+    Experts,
+    Fused,
+    HeadPair,
+    Pair,
+    Pivoted,
+    SlicedBlock,
+    Spec,
+    make_linear,
+    set_module,
+    split_fused,
+)
 
 
 def get_linear(block: nn.Module, family: Family, role: str) -> nn.Module:
     """A role's module in a canonical block, wherever an edit has moved it."""
-    attention = block.get_submodule(family.attention)
-    if role in "qkvo" and isinstance(attention, Attention):
+    if role in ATTENTION and isinstance(attention := block.get_submodule(family.attention), Attention):
         return getattr(attention, f"{role}_proj")
     return block.get_submodule(family.path(role))
 
 
+def has_linear(block: nn.Module, family: Family, role: str) -> bool:
+    try:
+        return get_linear(block, family, role) is not None
+    except (AttributeError, KeyError):
+        return False
+
+
+def read_layout(block: nn.Module, family: Family, config) -> Layout:
+    """What a canonical stock block is made of: of the groups that its family knows those that it has, in a fixed order."""
+    groups: dict[str, Sequence[str]] = {"attention": ATTENTION, "mlp": MLP}
+    for role in family.others:
+        name = role.rpartition(".")[0]
+        groups[name] = [*groups.get(name, ()), role]
+    if family.experts is not None and has_module(block, family.experts.path):
+        numbers = (n for n, _ in block.get_submodule(family.experts.path).named_children() if n.isdecimal())
+        groups |= {f"expert.{n}": [f"expert.{n}.{r}" for r in MLP] for n in numbers}
+    found = {n: {r: family.path(r) for r in roles if has_linear(block, family, r)} for n, roles in groups.items()}
+    known = {f"{path}.weight" for linears in found.values() for path in linears.values()}
+    return Layout(
+        tuple(Group(name, linears) for name, linears in found.items() if linears),
+        tuple(n for n, p in block.named_parameters() if p.ndim >= 2 and n not in known),
+        family.parallel and bool(getattr(config, "use_parallel_residual", True)),
+    )
+
+
+def has_module(block: nn.Module, path: str) -> bool:
+    try:
+        return block.get_submodule(path) is not None
+    except AttributeError:  # another kind of block, or an edit has replaced what held it
+        return False
+
+
+def split_experts(block: nn.Module, family: Family) -> nn.Module:
+    """Stacked experts of a stock block become linears, in place, named as most checkpoints store them."""
+    row = family.experts
+    if row is not None and has_module(block, row.path):
+        stock = block.get_submodule(row.path)
+        if not isinstance(stock, Experts):
+            set_module(block, row.path, Experts(stock, row.names))
+    return block
+
+
 def split_block(block: nn.Module, family: Family, config) -> nn.Module:
-    """Make a stock block canonical, in place: fused linears become `Fused`, so that every role is a linear of its own."""
+    """Make a stock block canonical, in place: fused linears become `Fused`, stacked experts `Experts`, so that every role is
+    a linear of its own."""
+    split_experts(block, family)
     heads, kv_heads = count_heads(config)
     if family.conv1d:
         swap_linears(block, family, Conv1D, lambda c: make_linear(c.weight.data.T, c.bias.data))
     for row in family.fused:
-        try:
-            stock = block.get_submodule(row.path)
-        except AttributeError:  # an edit has replaced the submodule that held it
+        if not has_module(block, row.path):
             continue
+        stock = block.get_submodule(row.path)
         if isinstance(stock, Fused):
             continue
         out = stock.out_features
         if "q" in row.roles:
-            width = out // (heads + 2 * kv_heads)
-            sizes = [heads * width, kv_heads * width, kv_heads * width]
+            width = head_width(block.get_submodule(family.attention))  # of queries and keys; values have what is left
+            sizes = [heads * width, kv_heads * width, out - (heads + kv_heads) * width]
         else:
             sizes = [out // len(row.roles)] * len(row.roles)
         weights = split_fused(stock.weight.data, row, sizes, heads)
@@ -57,22 +111,10 @@ def split_block(block: nn.Module, family: Family, config) -> nn.Module:
     return block
 
 
-def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear that holds these tensors."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=weight.requires_grad)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.contiguous(), requires_grad=bias.requires_grad)
-    return linear
-
-
 def join_block(block: nn.Module, family: Family) -> nn.Module:
     """Undo `split_block` wherever every part of a fused linear is dense and the layout allows it, in place."""
     for row in family.fused:
-        try:
-            fused = block.get_submodule(row.path)
-        except AttributeError:
-            continue
+        fused = block.get_submodule(row.path) if has_module(block, row.path) else None
         if not isinstance(fused, Fused) or not all(type(getattr(fused, r)) is nn.Linear for r in fused.roles):
             continue
         set_module(block, row.path, make_linear(*fused.join()))
@@ -84,11 +126,7 @@ def join_block(block: nn.Module, family: Family) -> nn.Module:
 def swap_linears(block: nn.Module, family: Family, kind: type, make: Callable[[Any], nn.Module]) -> None:
     """Replace every module of exactly this kind that stands where the family has a linear, in place."""
     for path in (*family.linears.values(), *(row.path for row in family.fused)):
-        try:
-            module = block.get_submodule(path)
-        except AttributeError:  # an edit has replaced the submodule that held it
-            continue
-        if type(module) is kind:
+        if has_module(block, path) and type(module := block.get_submodule(path)) is kind:
             set_module(block, path, make(module))
 
 
@@ -129,9 +167,9 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
     if not spec:
         return block
     split_block(block, family, config)
-    stock = block.get_submodule(family.attention)
     form = spec.get("attention", {})
-    linears = {r: block.get_submodule(family.path(r)) for r in family.roles}
+    stock = block.get_submodule(family.attention) if form else block
+    linears = {r: get_linear(block, family, r) for r in family.roles if has_linear(block, family, r)}
     for role, f in spec.get("linears", {}).items():
         linears[role] = build_linear(f, linears[role])
         set_module(block, family.path(role), linears[role])

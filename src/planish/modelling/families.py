@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")  # roles
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,45 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class ExpertsRow:
+    """Feed-forwards alike, of which a router chooses a few for every token. transformers stacks their weights in one module at
+    `path`; checkpoints mostly store linears at `path`.17.name one by one, and so does the canonical block."""
+
+    path: str = (
+        "mlp.experts"  # its `gate_up_proj` is (experts, 2 · width, hidden), its `down_proj` (experts, hidden, width)
+    )
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    top: str = "num_experts_per_tok"  # the config's name of how many a token reaches
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that belong together: role → path in the canonical block."""
+
+    name: str  # "attention", "mlp", "expert.17", or another that the family has: "shared", "mixer"
+    linears: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one block is made of. Blocks of one model may differ."""
+
+    groups: tuple[Group, ...]
+    rest: tuple[str, ...] = ()  # parameters of two or more axes that belong to no group: a router, a convolution
+    parallel: bool = False  # attention and MLP read the same residual
+
+    def has(self, group: str) -> bool:
+        return any(g.name == group for g in self.groups)
+
+
+@dataclass(frozen=True)
 class Family:
-    """Paths are relative to the block, except `blocks`, which is relative to the causal LM."""
+    """Paths are relative to the block, except `blocks`, which is relative to the causal LM.
+
+    `linears` and `fused` hold the roles of attention (q k v o) and of the dense feed-forward (gate up down). Those of other
+    groups have the group's name before them: "shared.up", "mixer.in", "expert.17.up". Which of all these a block has is
+    read off the block itself (`planish.modelling.blocks.read_layout`).
+    """
 
     model_type: str
     classes: tuple[str, str, str]  # config, base model, causal LM, in transformers
@@ -35,11 +75,13 @@ class Family:
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
     mixed_layers: bool = False  # masks, rotary tables or caches differ from block to block
-    parallel: bool = False  # attention and MLP may read the same residual
+    parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
     conv1d: bool = False  # linears are stored transposed
     tuples: bool = False  # blocks return a tuple, hidden states first
     intermediate: str = "intermediate_size"  # the config's name of the MLP width; empty where it has none
     head: str = "lm_head"  # what stored checkpoints call the model's `lm_head`
+    others: Mapping[str, str] = field(default_factory=dict)  # role of a further group ("shared.up") → path
+    experts: ExpertsRow | None = None
 
     @property
     def gated(self) -> bool:
@@ -48,10 +90,15 @@ class Family:
     @property
     def roles(self) -> tuple[str, ...]:
         present = set(self.linears) | {r for f in self.fused for r in f.roles}
-        return tuple(r for r in ("q", "k", "v", "o", "gate", "up", "down") if r in present)
+        return tuple(r for r in ATTENTION + MLP if r in present)
 
     def path(self, role: str) -> str:
-        """Path of a role's linear in the canonical block, in which fused linears are split."""
+        """Path of a role's linear in the canonical block, in which fused and stacked linears are split."""
+        if role.startswith("expert.") and self.experts is not None:
+            _, number, name = role.split(".")
+            return f"{self.experts.path}.{number}.{self.experts.names[MLP.index(name)]}"
+        if role in self.others:
+            return self.others[role]
         for f in self.fused:
             if role in f.roles:
                 return f"{f.path}.{role}"
@@ -84,9 +131,11 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: bool = Fa
 
 _ROWS = (
     Family("llama", _classes("Llama"), _ATTENTION | _GATED),
+    Family("arcee", _classes("Arcee"), _ATTENTION | {r: _GATED[r] for r in ("up", "down")}),
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True, mixed_layers=True),
     Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm=True, window=True, mixed_layers=True),
+    Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm=True, window=True, experts=ExpertsRow()),
     Family(
         "phi3",
         _classes("Phi3"),

@@ -113,6 +113,41 @@ def split_fused(w: Tensor, row: FusedRow, sizes: list[int], heads: int) -> list[
     return [t.flatten(0, 1) for t in w.unflatten(0, (heads, len(row.roles), -1)).unbind(1)]
 
 
+def make_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear that holds these tensors."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.contiguous(), requires_grad=bias.requires_grad)
+    return linear
+
+
+class Experts(nn.Module):
+    """Stacked experts as linears of their own, which hold the same memory: child "17" has those of expert 17.
+
+    y_t = Σ over the experts j that token t reaches: w_tj · down_j(act(gate_j x_t) ⊙ up_j x_t). Every expert is called, if on
+    no token, so that hooks see each of them once in every pass.
+    """
+
+    def __init__(self, stock: nn.Module, names: tuple[str, str, str]):
+        super().__init__()
+        self.names, self.act_fn = names, stock.act_fn
+        for number, (wide, down) in enumerate(zip(stock.gate_up_proj.data, stock.down_proj.data, strict=True)):  # type: ignore[call-overload, union-attr, arg-type]
+            parts = dict(zip(names, map(make_linear, (*wide.chunk(2), down)), strict=True))
+            self.add_module(str(number), nn.ModuleDict(parts))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """x (tokens, hidden), the experts that each reaches and their weights (tokens, top) → (tokens, hidden)."""
+        out = torch.zeros_like(hidden_states)
+        for number in range(len(self._modules) - ("act_fn" in self._modules)):
+            gate, up, down = (self.get_submodule(f"{number}.{name}") for name in self.names)
+            token, slot = torch.where(top_k_index == number)
+            x = hidden_states[token]
+            y = down(self.act_fn(gate(x)) * up(x)) * top_k_weights[token, slot, None]
+            out = out.index_add(0, token, y.to(out.dtype))
+        return out
+
+
 class Bypass(nn.Module):
     """What is added to the residual stream in place of a removed submodule: g ⊙ x + b + (x − μ) U, U = V W of low rank.
 

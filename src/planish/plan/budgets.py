@@ -148,7 +148,7 @@ class Flops(Budget):
         return 2 * self.context * {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}.get(role, 0)
 
     def uncut(self, shape: Shape, role: str) -> float:
-        return 2 * shape.count(role) + self.attention(shape, role)
+        return (2 * shape.count(role) if shape.works(role) else 0) + self.attention(shape, role)
 
 
 def make_budget(name: str, asked: float, source: Source, shapes: Sequence[Shape], context: int) -> Budget:
@@ -164,7 +164,7 @@ def make_budget(name: str, asked: float, source: Source, shapes: Sequence[Shape]
         total = sum(count_cache(s) for s in shapes)
         return CacheNumbers(name, asked, int(asked * total + 1e-6), total)
     if name == "flops_keep":
-        total = count_flops(shapes, [{}] * len(shapes), [s.count() for s in shapes], context)
+        total = count_flops(shapes, [{}] * len(shapes), [s.working for s in shapes], context)
         return Flops(name, asked, int(asked * total + 1e-6), total, context=context)
     itemsize = next(
         d.itemsize for n, (_, d) in sizes.items() if n.startswith(source.family.blocks) and d.is_floating_point

@@ -132,6 +132,8 @@ class Latency(Budget):
 
 def make_latency(asked: float, seconds: Mapping[str, float], shapes: Sequence[Shape]) -> Latency:
     """A budget of `asked` milliseconds per decoded token for the whole model."""
+    if others := next((s.rest for s in shapes if s.rest), ()):
+        raise InputError(f"--max-latency: {others[0]} is not in the latency table; use another budget")
     table = Table(seconds, tuple(shapes))
     budget = Latency("max_latency", asked, 0, 0, table.rest * 1e9, 1e6, table)
     total = sum(budget.uncut(s, r) for s in shapes for r in s.roles)
@@ -141,10 +143,7 @@ def make_latency(asked: float, seconds: Mapping[str, float], shapes: Sequence[Sh
 def find_pieces(solver: Solver, unit: Unit, shape: Shape, rank: int) -> tuple[list[Piece], list[tuple[str, int]]]:
     """What a unit at a rank consists of: linears, and halves of attention with their dimensions."""
     full = solver.ranks(unit, shape)[-1]
-    held = {"vo": "vo", "qk": "qk", "attention": "qkvo"}.get(unit.name, unit.name)
-    roles = [r for r in shape.roles if r == held or (held in ("mlp", "ffn") and r in ("gate", "up", "down"))] or list(
-        held
-    )
+    roles = shape.held(unit.name)
     halves = [("qk", shape.qk)] if "k" in roles else []
     halves += [("v", shape.v)] if "v" in roles else []
     if rank >= full:

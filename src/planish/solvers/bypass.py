@@ -15,8 +15,6 @@ from planish.solvers.linalg import eigh_descending, eigh_root, root, svd
 from planish.solvers.moments import RIDGES, Moments
 from planish.stats import Stats, Tap
 
-ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
-
 
 @dataclass(frozen=True)
 class Affine:
@@ -145,6 +143,12 @@ class Bypass(Solver):
     shared: Tensor | None = None
 
     def units(self, shape: Shape) -> list[Unit]:
+        missing = [name for name in self.submodules if not shape.held(name)]
+        if missing:
+            what = {"attention": "attention", "ffn": "dense feed-forward"}[missing[0]]
+            raise InputError(
+                f"whole submodules are removed where every block has them; block {shape.block} has no {what}"
+            )
         return [Unit(shape.block, name) for name in self.submodules]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
@@ -152,7 +156,7 @@ class Bypass(Solver):
 
     def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
         if rank:
-            return shape.count(*(r for r in shape.roles if r in (ATTENTION if unit.name == "attention" else FFN)))
+            return shape.count(*shape.held(unit.name))
         if self.kind == "zero":
             return 0
         d, inner = shape.hidden, self.inner_rank(unit, shape)

@@ -13,7 +13,7 @@ from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.solvers.linalg import damp, solve, whitened_svd
 from planish.stats import Stats, Tap
 
-PARTS = {"attention": ("attention", "q.in", ("q", "k", "v", "o")), "ffn": ("mlp", "up.in", ("gate", "up", "down"))}
+PARTS = {"attention": ("attention", "q.in"), "ffn": ("mlp", "up.in")}  # unit → edit's target, the site that it reads
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class FisherBypass(Solver):
     anchor: float = 0.0
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, name) for name in PARTS]
+        return [Unit(shape.block, name) for name in PARTS if shape.held(name)]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return [*range((shape.hidden + 1) // 2), shape.hidden, shape.hidden + 1]
 
     def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
         if rank > shape.hidden:
-            return shape.count(*(r for r in shape.roles if r in PARTS[unit.name][2]))
+            return shape.count(*shape.held(unit.name))
         return min(2 * rank, shape.hidden) * shape.hidden + shape.hidden
 
     def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
@@ -52,12 +52,12 @@ class FisherBypass(Solver):
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         if not self.anchor:
             return self.dense_taps(unit, shape)
-        target, site, _ = PARTS[unit.name]
+        target, site = PARTS[unit.name]
         add = f"{target}.add"
         return [Tap(site, "moments", add), Tap(site, "moments", f"dense:{add}"), Tap(f"grad:{add}", "gram")]
 
     def dense_taps(self, unit: Unit, shape: Shape) -> list[Tap]:
-        target, site, _ = PARTS[unit.name]
+        target, site = PARTS[unit.name]
         add = f"{target}.add"
         return [
             Tap(f"dense:{site}", "moments", f"dense:{add}"),

@@ -78,7 +78,7 @@ class FisherNeurons(Solver):
     damping: float = 1e-4
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "mlp")]
+        return [Unit(shape.block, "mlp")] if shape.intermediate else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.intermediate + 1)
@@ -122,7 +122,7 @@ class FisherValues(Solver):
     damping: float = 1e-4
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "vo")]
+        return [Unit(shape.block, "vo")] if shape.heads else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.v + 1)
@@ -185,7 +185,7 @@ class FisherPairs(Solver):
     damping: float = 0.1
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "qk")] if shape.rotary == shape.qk and not shape.qk_norm else []
+        return [Unit(shape.block, "qk")] if 0 < shape.rotary == shape.qk and not shape.qk_norm else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(2, shape.qk + 1, 2)

@@ -41,7 +41,7 @@ class KeyFrequency(Solver):
         return max(n for n in range(1, self.group + 1) if shape.kv_heads % n == 0)
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "keys")] if shape.rotary == shape.qk and not shape.qk_norm else []
+        return [Unit(shape.block, "keys")] if 0 < shape.rotary == shape.qk and not shape.qk_norm else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         heads = self.heads(shape)

@@ -35,7 +35,7 @@ class Neurons(Solver):
     damping: float = 1e-10
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "mlp")]
+        return [Unit(shape.block, "mlp")] if shape.intermediate else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.intermediate + 1)

@@ -33,7 +33,7 @@ class QKJoint(Solver):
         return {"monotone": "one more channel may undo what cancelled"} if self.form == "select" else {}
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "qk")] if shape.rotary == 0 and not shape.qk_norm else []
+        return [Unit(shape.block, "qk")] if shape.heads and shape.rotary == 0 and not shape.qk_norm else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.qk + 1)
