@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 ARCHITECTURES = {
-    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3",
+    "llama": "llama", "arcee": "arcee", "qwen2": "qwen2", "qwen3": "qwen3",
+    "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3",
     "gpt2": "gpt2", "gpt_neox": "gptneox", "mpt": "mpt",
 }  # fmt: skip
 INSIDE = {
@@ -66,7 +67,7 @@ def convert(model: Any) -> dict[str, Tensor]:
             role = ".".join(parts[numbered + 1 : -1])
             known = INSIDE | (GEMMA if "gemma" in kind else {})
             new = f"blk.{parts[numbered]}.{known[role]}.{leaf}"
-            if kind == "llama" and role in ("self_attn.q_proj", "self_attn.k_proj"):
+            if kind in ("llama", "arcee") and role in ("self_attn.q_proj", "self_attn.k_proj"):
                 p = neighbours(p, config.num_attention_heads if "q_proj" in role else config.num_key_value_heads)
             if kind == "gpt2" and leaf == "weight" and not role.startswith("ln"):
                 p = p.T

@@ -2,7 +2,7 @@
 
 | GGUF architecture | transformers | particular |
 |---|---|---|
-| llama | llama | `rope_freqs.weight`: llama3's scaling, or any other factors (as longrope) |
+| llama, arcee | llama, arcee | `rope_freqs.weight`: llama3's scaling, or any other factors (as longrope) |
 | qwen2, qwen3 | qwen2, qwen3 | |
 | gemma2, gemma3 | gemma2, gemma3_text | windows, soft caps; the score scale is 1/√head, or 1/√(hidden/heads) in the 27B models |
 | phi3 | phi3 | `rope_factors_short/long.weight`: longrope |
@@ -27,7 +27,8 @@ from planish.errors import InputError
 from planish.folder.gguf_file import GGUF
 
 FAMILIES = {  # general.architecture → model_type
-    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3",
+    "llama": "llama", "arcee": "arcee", "qwen2": "qwen2", "qwen3": "qwen3",
+    "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3",
     "gpt2": "gpt2", "gptneox": "gpt_neox", "mpt": "mpt",
 }  # fmt: skip
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B models, whose score scale follows hidden size / heads
@@ -133,7 +134,7 @@ def set_sizes(meta: Metadata) -> dict[str, Any]:
 
 
 def set_llama(meta: Metadata) -> dict[str, Any]:
-    """llama, qwen2, qwen3, gemma2, gemma3 and phi3: RMS norms, gated MLP, rotary positions."""
+    """llama, arcee, qwen2, qwen3, gemma2, gemma3 and phi3: RMS norms, gated MLP, rotary positions."""
     values = set_sizes(meta) | {"rms_norm_eps": clean(meta.need("attention.layer_norm_rms_epsilon"))}
     head, hidden, heads = values["head_dim"], values["hidden_size"], values["num_attention_heads"]
     if meta.architecture in ("qwen2", "phi3"):
@@ -142,9 +143,9 @@ def set_llama(meta: Metadata) -> dict[str, Any]:
                 f"{meta.file.path}: {heads} heads of {head} in a {meta.architecture} of hidden size {hidden}"
             )
         del values["head_dim"]
-    if meta.architecture in ("llama", "qwen3"):
+    if meta.architecture in ("llama", "arcee", "qwen3"):
         values["attention_bias"] = any(f"blk.0.attn_{n}.bias" in meta.file.tensors for n in ("q", "k", "v", "output"))
-    if meta.architecture == "llama":
+    if meta.architecture in ("llama", "arcee"):
         values["mlp_bias"] = any(f"blk.0.ffn_{n}.bias" in meta.file.tensors for n in ("gate", "up", "down"))
     values["rope_parameters"] = read_rope(meta, head, values["max_position_embeddings"])
     if meta.architecture == "phi3":

@@ -50,7 +50,8 @@ _MPT = {
     "ffn_up": "ffn.up_proj", "ffn_down": "ffn.down_proj",
 }  # fmt: skip
 NAMES: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # architecture → blocks, names outside, names in a block
-    "llama": ("model.layers", _OUTER, _LLAMA), "qwen2": ("model.layers", _OUTER, _LLAMA),
+    "llama": ("model.layers", _OUTER, _LLAMA), "arcee": ("model.layers", _OUTER, _LLAMA),
+    "qwen2": ("model.layers", _OUTER, _LLAMA),
     "qwen3": ("model.layers", _OUTER, _LLAMA), "gemma2": ("model.layers", _OUTER, _GEMMA),
     "gemma3": ("model.layers", _OUTER, _GEMMA), "phi3": ("model.layers", _OUTER, _PHI),
     "gpt2": ("transformer.h", _GPT2_OUTER, _GPT2), "gptneox": ("gpt_neox.layers", _NEOX_OUTER, _NEOX),
@@ -104,7 +105,7 @@ class GGUFWeights:
 
     def fill_biases(self, found: dict[str, Origin]) -> dict[str, Origin]:
         """Llamas have biases on all linears of a submodule or on none; GGUF files may hold some."""
-        if self.architecture not in ("llama", "qwen3"):
+        if self.architecture not in ("llama", "arcee", "qwen3"):
             return {}
         roles = [f"self_attn.{r}_proj" for r in "qkvo"] if self.config.attention_bias else []
         if getattr(self.config, "mlp_bias", False):
@@ -136,6 +137,9 @@ class GGUFWeights:
             return (self.file.read(origin.name, torch.float32) - 1).to(entry.dtype)
         return turn_back(self.file.read(origin.name), origin.turn, self.config)
 
+    def read_rows(self, name: str, first: int, count: int) -> Tensor:
+        return self.read(name).flatten(0, -2)[first : first + count].clone()
+
     def expect(self, names: Iterable[str]) -> None:
         """Dequantising takes longer than reading: nothing is read ahead."""
 
@@ -150,7 +154,7 @@ class GGUFWeights:
 
 def pick_turn(architecture: str, role: str, leaf: str) -> str:
     """What undoes the conversion of one tensor."""
-    if architecture == "llama" and role in ("attn_q", "attn_k"):
+    if architecture in ("llama", "arcee") and role in ("attn_q", "attn_k"):
         return "halves q" if role == "attn_q" else "halves k"
     if architecture.startswith("gemma") and role.endswith("norm"):
         return "minus one"
