@@ -30,11 +30,13 @@ import torch
 from random_model import write_model
 
 import planish
+from planish.calibrate.measure import Measurements, sweep_forward
 from planish.calibrate.stream import Stream
 from planish.core import Unit
 from planish.folder.source import open_source
-from planish.job import Job
-from planish.methods import find_method
+from planish.methods import find_method, pose
+from planish.plan.problem import Problem
+from planish.request import Limits
 from planish.solvers.forms import low_rank_edit
 from planish.solvers.linalg import whitened_svd
 from planish.stats import Tap
@@ -69,9 +71,9 @@ def measure_rate(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     return sum(2 * len(x) * w.numel() for x, w in pairs) / best
 
 
-def measure_rates(job: Job) -> tuple[float, float]:
+def measure_rates(problem: Problem) -> tuple[float, float]:
     """FLOP/s of a block's linears in fp32, and of the products of its Grams in fp64 (all of them, not half)."""
-    shape = job.shapes[0]
+    shape = problem.shapes[0]
     sizes = [shape.linear(role) for role in shape.roles]
     single = measure_rate([(torch.randn(4096, n), torch.randn(out, n)) for out, n in sizes])
     wide = torch.randn(shape.intermediate, 4096, dtype=torch.float64)
@@ -118,20 +120,20 @@ def show_phases(folder: Path, blocks: int, vocabulary: int, windows: torch.Tenso
     say("|---|---|---|---|---|---|---|---|---|---|---|---|")
     rates: list[float] = []
     for method in methods.split(","):
-        job = Job(Stream(open_source(model), windows), find_method(method), 0.8)
-        before = measure_rates(job)
+        problem = pose(find_method(method), open_source(model), Limits(keep=0.8), length=windows.shape[1])
+        before = measure_rates(problem)
         out = folder / method
         settings = {"allocation": "uniform"} if method == "flat-llm" else {}
         seconds = planish.compress(
             model, output=out, keep=0.8, method=method, calibration=windows.flatten(), n_samples=len(windows),
             seq_len=windows.shape[1], settings=settings, device="cpu",
         ).seconds  # fmt: skip
-        rates = [max(pair) for pair in zip(before, measure_rates(job), strict=True)]
+        rates = [max(pair) for pair in zip(before, measure_rates(problem), strict=True)]
         attend = (
-            sum(2 * s.heads * (s.qk + s.v) for s in job.shapes) * windows.shape[1] / 2
+            sum(2 * s.heads * (s.qk + s.v) for s in problem.shapes) * windows.shape[1] / 2
         )  # of what lies before a token
-        forward = windows.numel() * (2 * job.weights + attend) / rates[0]
-        sums = windows.numel() * sum(count_grams(job, i) for i in range(blocks)) / rates[1]
+        forward = windows.numel() * (2 * sum(s.count() for s in problem.shapes) + attend) / rates[0]
+        sums = windows.numel() * sum(count_grams(problem, i) for i in range(blocks)) / rates[1]
         files = measure_files(model, out, folder)
         phases = {"plan": "plan", "stream": "forward", "sums": "Grams", "solve": "solve", "write": "write"}
         cells = [seconds.get(p, 0.0) for p in phases]
@@ -145,10 +147,11 @@ def show_phases(folder: Path, blocks: int, vocabulary: int, windows: torch.Tenso
     )
 
 
-def count_grams(job: Job, i: int) -> int:
+def count_grams(problem: Problem, i: int) -> int:
     """FLOPs per token of block i's Grams, those on and above the diagonal alone."""
-    widths = [job.shapes[i].width(t.site) // max(t.heads, 1) for t in job.taps(job.block_units(i)) if "gram" in t.kind]
-    counts = [max(t.heads, 1) for t in job.taps(job.block_units(i)) if "gram" in t.kind]
+    taps = [t for t in problem.taps(problem.block_units(i)) if "gram" in t.kind]
+    widths = [problem.shapes[i].width(t.site) // max(t.heads, 1) for t in taps]
+    counts = [max(t.heads, 1) for t in taps]
     return sum(c * n * (n + 1) for c, n in zip(counts, widths, strict=True))
 
 
@@ -165,8 +168,9 @@ def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
     vocabulary = VOCABULARY // 12  # more words than channels, or the first Gram is singular
     model = write_blocks(folder / "model", args.blocks, vocabulary)
     stream = Stream(open_source(model), draw(vocabulary, 16, 256))
-    job = Job(stream, find_method("svd-llm"), 0.8)
-    plan = job.method.plan(job)
+    method = find_method("svd-llm")
+    problem = pose(method, stream.source, Limits(keep=0.8), length=256)
+    plan = method.plan(problem, Measurements(stream)).ranks
     spent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     gaps: dict[str, list[float]] = defaultdict(list)
     solvers = (
@@ -175,7 +179,8 @@ def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
         ("published, fp32", published, torch.float32),
     )
 
-    def use(i: int, block: torch.nn.Module, stats) -> None:
+    taps = sorted({Tap(site, "gram") for site in SITES.values()})
+    for i, _, stats in sweep_forward(stream, lambda shape: taps):
         for role, site in SITES.items():
             w = stream.source.block(i).get_submodule(stream.family.path(role)).weight.double()
             gram, rank = stats.mean(Tap(site, "gram")), plan[Unit(i, role)]
@@ -189,8 +194,6 @@ def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
             for name in errors:
                 gaps[name].append(errors[name] / errors["published"] - 1)
 
-    taps = sorted({Tap(site, "gram") for site in SITES.values()})
-    stream.sweep(lambda shape: taps, use)
     names = [name for name, _, _ in solvers]
     say(f"CPU seconds of {args.blocks} blocks, 4096 tokens.")
     say()
@@ -198,7 +201,7 @@ def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
     say("|---|---|---|---|---|---|")
     spent["all"] = {n: sum(s[n] for s in spent.values()) for n in names}
     for role, s in spent.items():
-        size = "" if role == "all" else " ({} × {})".format(*job.shapes[0].linear(role))
+        size = "" if role == "all" else " ({} × {})".format(*problem.shapes[0].linear(role))
         mine, exact, single = (s[n] for n in names)
         ratios = f"{exact / mine:.1f}× | {single / mine:.1f}×"
         say(f"| {role}{size} | {mine:.2f} s | {exact:.2f} s | {single:.2f} s | {ratios} |")

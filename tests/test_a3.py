@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 import tiny
 from planish.calibrate.stream import Stream
-from planish.core import Plan, Solver, Unit
+from planish.core import Solver, Unit
 from planish.errors import InputError
 from planish.folder.load import load
 from planish.folder.source import MemorySource
-from planish.job import Job
 from planish.methods.a3 import A3
 from planish.methods.method import Method
 from planish.methods.modegpt import spread_removal
@@ -27,6 +26,7 @@ from planish.methods.palu import Palu
 from planish.modelling.blocks import find_blocks, get_linear, join_block, split_block
 from planish.modelling.families import FAMILIES
 from planish.plan.footprint import count_attention
+from planish.plan.planned import Planned
 from planish.request import Limits
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
@@ -35,6 +35,7 @@ from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
 from planish.solvers.value_output import ValueOutput
+from posed import pose_on
 from tiny import compress
 
 WINDOWS = tiny.windows(12, 24)
@@ -191,8 +192,8 @@ class Cut(Method):
     def solvers(self) -> list[Solver]:
         return list(self.parts)
 
-    def plan(self, job) -> Plan:
-        return {u: dict(self.cuts)[u.name] for u in job.units}
+    def plan(self, problem, measure) -> Planned:
+        return self.decide(problem, {u: dict(self.cuts)[u.name] for u in problem.units})
 
 
 def projector(d: int, rank: int, seed: int) -> Tensor:
@@ -569,9 +570,9 @@ def test_palu_ranks_follow_the_gradients_of_the_weights(tmp_path):
     """F = √E[(∂L/∂W)²] by autograd through the whole model, labels as sampled; ranks are in its proportion."""
     model = tiny.build("llama_gqa", torch.float64)
     stream = Stream(MemorySource(model), WINDOWS, dtype=torch.float64)
-    job = Job(stream, Palu(), asked=Limits(kv_keep=0.6))
-    plan = job.plan()
-    found = job.notes["fisher"]
+    job = pose_on(stream, Palu(), asked=Limits(kv_keep=0.6))
+    planned = job.plan()
+    plan, found = planned.ranks, planned.notes["fisher"]
     sums = dict.fromkeys(found, 0.0)
     weights = {}
     for i, layer in enumerate(model.model.layers):
@@ -586,20 +587,24 @@ def test_palu_ranks_follow_the_gradients_of_the_weights(tmp_path):
     for name, f in found.items():
         assert f == pytest.approx((sums[name] / WINDOWS.numel()) ** 0.5, rel=1e-5)
     ranked = sorted(plan, key=lambda u: found[str(u)])
-    share = {u: job.cost(u, r) / job.cost(u, job.full(u)) for u, r in plan.items()}
+    share = {u: job.problem.cost(u, r) / job.problem.cost(u, job.problem.full(u)) for u, r in plan.items()}
     assert share[ranked[0]] < share[ranked[-1]]
     for a, b in itertools.pairwise(ranked):
-        assert share[a] <= share[b] + max(job.cost(u, 1) / job.cost(u, job.full(u)) for u in (a, b))
+        assert share[a] <= share[b] + max(
+            job.problem.cost(u, 1) / job.problem.cost(u, job.problem.full(u)) for u in (a, b)
+        )
 
 
 def test_a_part_with_coarse_steps_keeps_its_share_as_a_whole():
     """Narrow heads: some blocks keep all rotary pairs, others three of four, instead of all of them three."""
     model = tiny.build("llama_gqa", num_hidden_layers=5)
-    job = Job(Stream(MemorySource(model), WINDOWS), A3(), 0.9)
-    plan = job.plan()
+    job = pose_on(Stream(MemorySource(model), WINDOWS), A3(), 0.9)
+    plan = job.plan().ranks
     for part in ("qk", "vo", "mlp"):
         units = [u for u in plan if u.name == part]
-        kept = sum(job.cost(u, plan[u]) for u in units) / job.full_cost(units)
+        kept = sum(job.problem.cost(u, plan[u]) for u in units) / sum(
+            job.problem.cost(u, job.problem.full(u)) for u in units
+        )
         assert kept == pytest.approx(0.9, abs=0.03), part
     assert {plan[u] for u in plan if u.name == "qk"} == {6, 8}
 
@@ -624,14 +629,14 @@ def test_planned_work_is_what_attention_multiplies(method, tmp_path):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = tiny.build("llama_gqa")
-    job = Job(Stream(MemorySource(model), WINDOWS), method, asked=Limits(kv_keep=0.6))
-    plan, work = job.plan(), 0
+    job = pose_on(Stream(MemorySource(model), WINDOWS), method, asked=Limits(kv_keep=0.6))
+    plan, work = job.plan().ranks, 0
     for unit, rank in plan.items():
-        solver, shape = job.units[unit], job.shapes[unit.block]
+        solver, shape = job.problem.units[unit], job.problem.shapes[unit.block]
         work += solver.work(unit, shape, rank)
     compress(model, output=tmp_path / "m", kv_keep=0.6, method=method, windows=WINDOWS)
     config = load(tmp_path / "m").config
-    planned = sum(map(count_attention, job.shapes, config.planish["blocks"]))
+    planned = sum(map(count_attention, job.problem.shapes, config.planish["blocks"]))
     if getattr(method, "keys", "") == "frequency":
         assert work >= planned  # values of a set lie side by side, and may be fewer than the keys' solver can know
     else:
@@ -644,7 +649,7 @@ def test_planned_work_is_what_attention_multiplies(method, tmp_path):
             with FlopCounterMode(display=False) as counter:
                 small(WINDOWS[:1, length : length + 1], past_key_values=cache)
         counted.append(counter.get_total_flops())
-    shape = job.shapes[0]
+    shape = job.problem.shapes[0]
     rotates_again = getattr(method, "keys", "") == "rebuild"  # then every block makes the angles of all positions
     assert counted[1] - counted[0] == 2 * planned + rotates_again * shape.rotary * shape.blocks
 

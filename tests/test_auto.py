@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,23 +12,30 @@ import torch
 
 import planish
 import tiny
+from planish import solve
 from planish.apply import apply_edits
 from planish.calibrate.activations import Room
-from planish.calibrate.store import Kept
-from planish.calibrate.stream import Stream
-from planish.core import Unit
+from planish.calibrate.collect import measure_block
+from planish.calibrate.losses import nll
+from planish.calibrate.measure import sweep_back
+from planish.calibrate.store import Store
+from planish.calibrate.stream import Stream, read_weights
+from planish.core import Frontier, Unit
 from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
-from planish.job import Job
-from planish.methods import find_method
+from planish.methods import auto, find_method
+from planish.methods.auto import hold_out, solve_stored
 from planish.modelling.blocks import find_blocks
+from planish.plan.frontiers import dense_taps
+from planish.plan.scores import cut_errors
 from planish.request import Limits
 from planish.single_cuts import measure_effects
-from planish.solve import blend, read_weights
+from planish.solve import blend, run_solved
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherPairs, eliminate, pair_effects, rescale
 from planish.solvers.key_latent import KeyLatent
 from planish.stats import Stats, Tap
+from posed import Posed, pose_on
 from tiny import compress
 
 WINDOWS = tiny.windows(12, 24)
@@ -40,6 +48,11 @@ def stream(name: str = "llama_gqa", windows=WINDOWS, **more) -> Stream:
 
 def digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.glob("*.safetensors")))).hexdigest()
+
+
+def measure_back(job: Posed, whole: bool = False) -> dict[Unit, Frontier]:
+    """Frontiers from one pass forward and back; what the solve uses again is stored, or all of it."""
+    return replace(job.method, rounds=2 if whole else 1).measure(job.problem, job.measure)
 
 
 def run(output: Path, room: Room | None = None, windows=WINDOWS, keep: float = 0.6, **settings) -> dict:
@@ -58,32 +71,28 @@ def test_new_sites_are_what_they_say(name):
     wide, back = Tap("grad:up.out", "gram"), Tap("grad:up.back", "gram")
     product, x = Tap("dense:down.product", "cross", "dense:down.in"), Tap("dense:down.in", "gram")
     seen: list[int] = []
-
-    def use(i, block, stats) -> None:
+    for i, block, stats in sweep_back(s, lambda shape: [wide, back, product, x]):
         weights = {r: w.double() for r, w in read_weights(block, s).items()}
         w = weights["up"]
         torch.testing.assert_close(stats.mean(back), w.T @ stats.mean(wide) @ w, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(stats.mean(product), weights["down"] @ stats.mean(x), rtol=1e-9, atol=1e-12)
         seen.append(i)
 
-    s.sweep_back(lambda shape: [wide, back, product, x], use)
     assert seen == list(range(len(s)))[::-1]
 
 
 def test_back_of_an_edited_model_takes_the_uncompressed_weight():
     """The metric belongs to the weights that frontiers are made of, also where gradients come from the compressed model."""
     s = stream()
-    job = Job(s, find_method("auto", {}), 0.6)
-    job.gradients(lambda i, block, stats: None, whole=True)
+    job = pose_on(s, find_method("auto", {}), 0.6)
+    measure_back(job, whole=True)
     unit = Unit(1, "up")
-    edits = job.solve_stored({unit: 5})
+    edits = solve_stored(job.problem, job.measure, {unit: 5})
     wide, back = Tap("grad:up.out", "gram"), Tap("grad:up.back", "gram")
 
-    def use(i, block, stats) -> None:
+    for i, _, stats in sweep_back(s, lambda shape: [wide, back], edits):
         w = read_weights(s.block(i), s)["up"].double()
         torch.testing.assert_close(stats.mean(back), w.T @ stats.mean(wide) @ w, rtol=1e-9, atol=1e-12)
-
-    s.sweep_back(lambda shape: [wide, back], use, edits=edits)
 
 
 def test_pair_effects_are_the_derivative_of_scaling_a_pair():
@@ -131,18 +140,15 @@ def pairs_of(name: str, silence: int | None = None):
     if silence is not None:
         with torch.no_grad():
             model.model.layers[1].self_attn.v_proj.weight[silence * shape.v : (silence + 1) * shape.v] = 0
-    job = Job(
+    job = pose_on(
         Stream(MemorySource(model), WINDOWS, dtype=torch.float64), find_method("auto", {"units": "structural"}), 0.6
     )
-    found = []
-
-    def look(i, block, stats) -> None:
+    measure, unit = job.measure, Unit(1, "qk")
+    for i, block, stats in measure.backward(lambda shape: dense_taps(job.problem, shape.block)):
         if i == 1:
-            unit, weights = Unit(1, "qk"), read_weights(block, job.stream)
-            found.append((unit, weights, solver.decompose(unit, weights, stats, shape), shape))
-
-    job.gradients(look)
-    return found[0]
+            weights = {role: w.clone() for role, w in read_weights(block, measure.stream).items()}
+            return unit, weights, solver.decompose(unit, weights, stats, shape), shape
+    raise AssertionError
 
 
 def test_kept_keys_are_rescaled():
@@ -176,7 +182,7 @@ def test_parts_of_a_stream_share_what_is_in_memory(monkeypatch):
     part.release()
     assert embedding.weight.is_meta and not s.resident
     s.start()
-    s.nll(_outputs(s))
+    nll(s, s.outputs())
     part.release()
     assert embedding.weight.is_meta and s.model.get_output_embeddings().weight.is_meta
 
@@ -190,7 +196,7 @@ def test_kept_statistics_come_back_bit_by_bit(tmp_path):
     }
     stats.tokens, stats.origin = {tap: 11, pair: 12}, "gradients"
     for room in (Room(1 << 20), Room(0, tmp_path), Room(1 << 20, tmp_path, kept=0)):
-        kept = Kept(room)
+        kept = Store(room)
         assert not kept and kept.taps(3) == set()
         kept[3] = stats
         kept[1] = stats.only([tap])
@@ -216,17 +222,11 @@ def test_spilled_runs_write_the_same_bits(tmp_path, settings):
 def test_the_memory_of_what_is_kept_is_bounded():
     room = Room(1 << 30, kept=50_000)
     s = stream(room=room)
-    job = Job(s, find_method("auto", {}), 0.6)
-    most = 0
-
-    def use(i, block, stats) -> None:
-        nonlocal most
-        most = max(most, room.shelf.used)
-
-    job.gradients(use)
-    assert 0 < most <= 50_000
-    needed = {t for u in job.block_units(0) for t in job.taps([u])}
-    assert job.stored.taps(0) and job.stored.taps(0) <= needed, "only what solving asks for again stays"
+    job = pose_on(s, find_method("auto", {}), 0.6)
+    job.method.measure(job.problem, job.measure)
+    assert 0 < room.shelf.used <= 50_000
+    needed = {t for u in job.problem.block_units(0) for t in job.problem.taps([u])}
+    assert job.measure.stored.taps(0) and job.measure.stored.taps(0) <= needed, "only what solving asks for again stays"
 
 
 def test_where_the_prediction_saturates_plans_are_compared(tmp_path):
@@ -241,32 +241,25 @@ def test_where_the_prediction_saturates_plans_are_compared(tmp_path):
 
 def test_trials_are_measured_on_windows_that_they_are_not_solved_on():
     s = stream(windows=MANY)
-    few, held = Job(s, find_method("auto", {}), 0.6).trial(range(48))
+    job = pose_on(s, "auto", 0.6)
+    few, held = hold_out(job.measure, range(48))
     inside = {tuple(w.tolist()) for b in few.stream.batches for w in b}
     outside = {tuple(w.tolist()) for b in held.batches for w in b}
     assert len(inside) == 36 and len(outside) == 12 and not inside & outside
-    assert len(Job(s, find_method("auto", {}), 0.6).trial([0, 1, 3, 17, 18, 30])[1].batches[0]) == 1
-    assert held.nll(_outputs(held)) == pytest.approx(few.held_loss({}, held), abs=1e-12)
+    assert len(hold_out(job.measure, [0, 1, 3, 17, 18, 30])[1].batches[0]) == 1
+    uncut = run_solved(job.problem, few, job.method.decide(job.problem, {}), held)
+    assert nll(held, held.outputs()) == pytest.approx(nll(held, uncut), abs=1e-12)
 
 
 @pytest.mark.parametrize(("shuffled", "held"), [(0.0, 16), (0.25, 12), (0.5, 8), (0.9, 16)])
 def test_plans_are_compared_on_windows_as_they_are(tmp_path, monkeypatch, shuffled, held):
-    seen, trial = [], Job.trial
-    monkeypatch.setattr(
-        Job, "trial", lambda self, among: seen.append((self, trial(self, among)[1])) or trial(self, among)
-    )
+    seen: list = []
+    monkeypatch.setattr(auto, "hold_out", lambda *args: seen.append(hold_out(*args)) or seen[-1])
     windows = tiny.windows(64, 16)
     run(tmp_path / "out", windows=windows, keep=0.5, shuffled=shuffled)
     asked, found = {tuple(w) for w in windows.tolist()}, torch.cat(seen[0][1].batches).tolist()
     assert len(found) == held
     assert shuffled > 0.5 or all(tuple(w) in asked for w in found)
-
-
-def _outputs(s: Stream):
-    hidden = s.start()
-    for i in range(len(s)):
-        hidden = s.run(i, s.place(s.block(i)), hidden)
-    return hidden
 
 
 def test_measured_effects_are_those_of_the_cut_model():
@@ -282,8 +275,8 @@ def test_measured_effects_are_those_of_the_cut_model():
     assert set(fewer) < set(found) and {e.kind for e in fewer} == {e.kind for e in found}
 
     s = Stream(source, WINDOWS, dtype=torch.float64)
-    job = Job(s, method, 1.0)
-    job.gradients(lambda i, block, stats: None, whole=True)
+    job = pose_on(s, method, 1.0)
+    measure_back(job, whole=True)
 
     def loss(m, ids) -> float:
         with torch.no_grad():
@@ -292,7 +285,7 @@ def test_measured_effects_are_those_of_the_cut_model():
 
     for e in (found[0], found[len(found) // 2], found[-1]):
         unit = Unit.parse(e.unit)
-        edits = job.solve_stored({unit: e.rank})[unit.block]
+        edits = solve_stored(job.problem, job.measure, {unit: e.rank})[unit.block]
         cut = tiny.build("llama_gqa", torch.float64)
         blocks, shape = find_blocks(cut, s.family), source.shape(unit.block)
         blocks[unit.block] = apply_to(s, unit.block, edits, shape)
@@ -322,7 +315,7 @@ def test_a_mild_cut_costs_what_is_predicted():
 
 def test_effects_need_gradients_and_text(tmp_path):
     model = tiny.build("llama_gqa")
-    with pytest.raises(InputError, match="measures no gradients; use auto"):
+    with pytest.raises(InputError, match="measures no gradients; use a method that does"):
         measure_effects(MemorySource(model), find_method("flat-llm", {}), WINDOWS, WINDOWS)
     ids = torch.arange(1, 60) % 90 + 1
     with pytest.raises(InputError, match="fewer than one window of 24; use a longer text"):
@@ -371,8 +364,8 @@ def test_latent_keys_are_the_best_of_their_rank_in_nats(group):
     """Predicted loss = ½ tr(G E[e eᵀ]) of what `truncate` gives; no other latent of the rank does better nearby."""
     s = stream("llama_bias")
     solver, unit, shape = KeyLatent(group, nats=True), Unit(1, "keys"), s.source.shape(1)
-    taps, found = solver.taps(unit, shape), {}
-    s.sweep_back(lambda h: taps if h.block == 1 else [], lambda i, block, stats: found.setdefault(i, stats))
+    taps = solver.taps(unit, shape)
+    found = {i: stats for i, _, stats in sweep_back(s, lambda h: taps if h.block == 1 else [])}
     weights = read_weights(s.block(1), s)
     gram, metric = (found[1].mean(t) for t in taps)
     frontier = solver.decompose(unit, weights, found[1], shape)
@@ -402,11 +395,11 @@ def test_latent_keys_are_the_best_of_their_rank_in_nats(group):
 def test_a_budget_of_the_cache_takes_latent_keys(name, tmp_path):
     """Under --kv-keep keys may become latents, the real cache is as small as reported; without it, or structural, not."""
     model = tiny.build(name)
-    with_cache = Job(Stream(MemorySource(model), WINDOWS), find_method("auto"), asked=Limits(keep=0.9, kv_keep=0.5))
-    assert any(u.name == "keys" for u in with_cache.units)
+    with_cache = pose_on(Stream(MemorySource(model), WINDOWS), find_method("auto"), asked=Limits(keep=0.9, kv_keep=0.5))
+    assert any(u.name == "keys" for u in with_cache.problem.units)
     for settings, asked in (({}, Limits(keep=0.5)), ({"units": "structural"}, Limits(kv_keep=0.75))):
-        job = Job(Stream(MemorySource(model), WINDOWS), find_method("auto", settings), asked=asked)
-        assert not any(u.name == "keys" for u in job.units)
+        job = pose_on(Stream(MemorySource(model), WINDOWS), find_method("auto", settings), asked=asked)
+        assert not any(u.name == "keys" for u in job.problem.units)
     result = compress(model, output=tmp_path / "m", kv_keep=0.4, method="auto", windows=WINDOWS)
     plan = json.loads((tmp_path / "m" / "planish.json").read_text())
     cut = [u for u, r in plan["plan"].items() if u.endswith(".keys") and r < plan["full"][u]]
@@ -425,9 +418,8 @@ def test_a_bypass_of_full_rank_is_one_matrix():
     """Between half and full rank two factors would hold more; full rank is the regression itself, what is left its loss."""
     s = stream()
     solver, unit, shape = FisherBypass(damping=1e-12), Unit(1, "ffn"), s.source.shape(1)
-    found: dict[int, Stats] = {}
     taps = solver.taps(unit, shape)
-    s.sweep_back(lambda h: taps if h.block == 1 else [], lambda i, block, stats: found.setdefault(i, stats))
+    found = {i: stats for i, _, stats in sweep_back(s, lambda h: taps if h.block == 1 else [])}
     frontier, d = solver.decompose(unit, {}, found[1], shape), shape.hidden
     ranks = list(solver.ranks(unit, shape))
     costs = [solver.cost(unit, shape, r) for r in ranks]
@@ -450,8 +442,8 @@ def test_a_bypass_of_full_rank_is_one_matrix():
 
 def test_bypasses_compete_at_low_keeps_only():
     def names(settings, **asked) -> set[str]:
-        job = Job(stream(), find_method("auto", settings), asked=Limits(**asked))
-        return {u.name for u in job.units} & {"attention", "ffn"}
+        job = pose_on(stream(), find_method("auto", settings), asked=Limits(**asked))
+        return {u.name for u in job.problem.units} & {"attention", "ffn"}
 
     both = {"attention", "ffn"}
     assert names({}, keep=0.5) == names({"bypass": True}, keep=0.9) == names({}, keep=0.9, flops_keep=0.5) == both
@@ -467,18 +459,22 @@ def test_the_compared_plan_with_the_least_measured_loss_is_kept(wanted, monkeypa
     """Whatever is predicted: here whoever has bypasses is said to lose less, or more."""
     measured: list[tuple[dict[Unit, int], float]] = []
 
-    def held_loss(job: Job, plan, held) -> float:
-        bypassed = any(u.name in ("attention", "ffn") and r < job.full(u) for u, r in plan.items())
-        measured.append((plan, 1.0 if bypassed == wanted else 2.0))
+    def bypasses(ranks) -> bool:
+        return any(u.name in ("attention", "ffn") and r < job.problem.full(u) for u, r in ranks.items())
+
+    def tell(stream, ranks) -> float:
+        measured.append((ranks, 1.0 if bypasses(ranks) == wanted else 2.0))
         return measured[-1][1]
 
-    monkeypatch.setattr(Job, "held_loss", held_loss)
-    job = Job(stream(windows=MANY), find_method("auto"), 0.3)
-    plan = job.plan()
+    monkeypatch.setattr(auto, "run_solved", lambda problem, few, planned, held: planned.ranks)
+    monkeypatch.setattr(auto, "nll", tell)
+    job = pose_on(stream(windows=MANY), "auto", 0.3)
+    planned = job.plan()
+    plan = planned.ranks
     assert len({loss for _, loss in measured}) == 2, "plans with and without bypasses were compared"
-    assert any(u.name in ("attention", "ffn") and r < job.full(u) for u, r in plan.items()) == wanted
-    assert (plan, 1.0) in measured and job.notes["search"]["best"] == 1.0
-    assert sum(job.count(u, r) for u, r in plan.items()) <= job.budget
+    assert bypasses(plan) == wanted
+    assert (plan, 1.0) in measured and planned.notes["search"]["best"] == 1.0
+    assert job.left(plan) >= 0
 
 
 def test_the_solve_runs_the_share_of_the_windows_it_is_told(tmp_path, monkeypatch):
@@ -486,23 +482,17 @@ def test_the_solve_runs_the_share_of_the_windows_it_is_told(tmp_path, monkeypatc
     assert torch.equal(torch.cat(s.spread(4).batches), MANY[[0, 12, 24, 36]])
     assert s.spread(48) is s and s.spread(99) is s
     seen: list[int] = []
-    old = Stream.measure
 
-    def measure(self, i, block, taps, hidden, *more, **options):
+    def measure(stream, i, block, taps, hidden, *more, **options):
         seen.append(sum(map(len, hidden)))
-        return old(self, i, block, taps, hidden, *more, **options)
+        return measure_block(stream, i, block, taps, hidden, *more, **options)
 
-    def plan(self, old=Job.plan):
-        found = old(self)
-        seen.clear()  # errors of scores are measured on a few windows
-        return found
-
-    monkeypatch.setattr(Stream, "measure", measure)
-    monkeypatch.setattr(Job, "plan", plan)
+    monkeypatch.setattr(solve, "measure_block", measure)
     digests = []
     for share, n in ((1.0, 48), (0.25, 12), (0.01, 1)):
         run(tmp_path / "m", windows=MANY, keep=0.8, refit_share=share)
         assert set(seen) == {n}
+        seen.clear()
         digests.append(digest(tmp_path / "m"))
     assert len(set(digests)) == 3
 
@@ -514,13 +504,12 @@ def test_few_windows_are_blended_with_the_uncompressed_model():
     dense = {"o.in": Tap("dense:o.in", "gram"), "q.in": Tap("dense:q.in", "gram")}
     weights = {"o": torch.randn(32, 32)}
     for share, level in ((0.25, 0.45), (1.0, 0.0)):
-        job = Job(stream(windows=MANY), find_method("auto", {"refit_share": share}), 0.8)
         stats = Stats()
         for n, tap in enumerate([gram, cross, shared, other, *dense.values()]):
             stats.sums[tap] = {"sum": torch.randn(32, 32, dtype=torch.float64)}
             stats.tokens[tap] = 10 + n
         before = {t: stats.mean(t).clone() for t in stats.sums}
-        blend(job, stats, weights)
+        blend(stats, weights, share)
         want = before | {gram: (1 - level) * before[gram] + level * before[dense["o.in"]]}
         want[shared] = (1 - level) * before[shared] + level * before[dense["q.in"]]
         want[cross] = (1 - level) * before[cross] + level * weights["o"].double() @ before[dense["o.in"]]
@@ -532,30 +521,31 @@ def test_few_windows_are_blended_with_the_uncompressed_model():
 def test_the_uncompressed_moments_reach_the_blend():
     """What the plan keeps for the solve holds the twin of every moment that is measured on few windows only."""
     for share, kept in ((0.25, True), (1.0, False)):
-        job = Job(stream(windows=MANY), find_method("auto", {"refit_share": share}), 0.8)
+        job = pose_on(stream(windows=MANY), find_method("auto", {"refit_share": share}), 0.8)
         job.plan()
-        for i in range(len(job.shapes)):
-            twins = {t.twin for t in job.taps(job.block_units(i)) if t.twin}
-            assert twins and (twins <= job.stored.taps(i)) == kept
+        for i in range(len(job.problem.shapes)):
+            twins = {t.twin for t in job.problem.taps(job.problem.block_units(i)) if t.twin}
+            assert twins and (twins <= job.measure.stored.taps(i)) == kept
 
 
 def test_cut_errors_are_what_the_cut_model_adds():
     """E[e eᵀ] of the attention's output, the unit alone cut, beside hooks in the cut model."""
     s = stream()
-    job = Job(s, find_method("auto", {"units": "structural"}), 0.6)
-    frontiers: dict = {}
-    job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
+    job = pose_on(s, find_method("auto", {"units": "structural"}), 0.6)
+    frontiers = measure_back(job)
     unit, rank = Unit(1, "qk"), 4
-    found = job.cut_errors({(unit,): [[rank], [job.full(unit)]]}, "o.out", 3)[unit,]
+    found = cut_errors(job.problem, job.measure, {(unit,): [[rank], [job.problem.full(unit)]]}, "o.out", 3)[unit,]
     weights = read_weights(s.block(1), s)
-    edits = job.units[unit].truncate(
-        job.units[unit].decompose(unit, weights, job.stored[1], job.shapes[1]), rank, job.shapes[1]
+    edits = job.problem.units[unit].truncate(
+        job.problem.units[unit].decompose(unit, weights, job.measure.stored[1], job.problem.shapes[1]),
+        rank,
+        job.problem.shapes[1],
     )
     windows, outputs = WINDOWS[[0, 4, 8]], []
     for changes in ([], edits):
         model = tiny.build("llama_gqa", torch.float64)
         block = model.model.layers[1]
-        apply_edits(block, changes, s.family, model.config, job.shapes[1])
+        apply_edits(block, changes, s.family, model.config, job.problem.shapes[1])
         seen: list = []
         block.self_attn.o_proj.register_forward_hook(lambda m, a, out: seen.append(out.detach()))  # noqa: B023
         model(windows)
@@ -569,14 +559,16 @@ def test_cut_errors_are_what_the_cut_model_adds():
 def test_errors_of_low_rank_keys_need_no_more_than_a_few_windows():
     """The Gram of their inputs is not stored: cuts, prediction and error are those of the same few windows."""
     s = stream()
-    job = Job(s, find_method("auto"), 0.6)
-    frontiers: dict = {}
-    job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
+    job = pose_on(s, find_method("auto"), 0.6)
+    measure_back(job)
     units, ranks, tap = (Unit(1, "q"), Unit(1, "k")), (7, 5), Tap("dense:q.in", "gram")
-    assert tap in job.units[units[0]].dense_taps(units[0], job.shapes[1]) and tap not in job.stored[1].sums
-    ((predicted, found),) = job.cut_errors({units: [ranks]}, "o.out", 3)[units]
+    assert (
+        tap in job.problem.units[units[0]].dense_taps(units[0], job.problem.shapes[1])
+        and tap not in job.measure.stored[1].sums
+    )
+    ((predicted, found),) = cut_errors(job.problem, job.measure, {units: [ranks]}, "o.out", 3)[units]
     inputs, outputs, expected, stats = [], [], 0.0, Stats()
-    stats.merge(job.stored[1])
+    stats.merge(job.measure.stored[1])
     for cut in (False, True):
         model = tiny.build("llama_gqa", torch.float64)
         block = model.model.layers[1]
@@ -584,10 +576,12 @@ def test_errors_of_low_rank_keys_need_no_more_than_a_few_windows():
             x = inputs[0]
             stats.sums[tap], stats.tokens[tap] = {"sum": x.T @ x}, len(x)
             for unit, rank in zip(units, ranks, strict=True):
-                frontier = job.units[unit].decompose(unit, read_weights(s.block(1), s), stats, job.shapes[1])
+                frontier = job.problem.units[unit].decompose(
+                    unit, read_weights(s.block(1), s), stats, job.problem.shapes[1]
+                )
                 expected += float(frontier.loss[rank])
-                edits = job.units[unit].truncate(frontier, rank, job.shapes[1])
-                apply_edits(block, edits, s.family, model.config, job.shapes[1])
+                edits = job.problem.units[unit].truncate(frontier, rank, job.problem.shapes[1])
+                apply_edits(block, edits, s.family, model.config, job.problem.shapes[1])
         block.self_attn.q_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach().flatten(0, 1)))
         block.self_attn.o_proj.register_forward_hook(lambda m, a, out: outputs.append(out.detach().flatten(0, 1)))
         model(WINDOWS[[0, 4, 8]])

@@ -22,11 +22,11 @@ from planish.core import Unit
 from planish.errors import InputError
 from planish.folder.load import load
 from planish.folder.source import open_source
-from planish.job import Job
 from planish.methods import find_method, list_methods
 from planish.plan.allocate import Alternative, BudgetError, Choices, Curve, choose, spread
 from planish.plan.latency import Table, find_pieces, list_names, make_latency, measure, read_table
 from planish.request import BYTES, COUNTS, Limits, read_size
+from posed import pose_on
 from test_resume import hashes
 from tiny import compress
 
@@ -306,15 +306,15 @@ def test_low_rank_linears_lose_alike_under_flops(method, more):
     products = 2 * sum(source.shape(i).count() for i in range(3))
     scores = 2 * 3 * context * shape.heads * (shape.qk + shape.v)
     keep = (scores + 0.6 * products) / (scores + products)  # 60 % of the linears stay, all of the attention
-    job = Job(Stream(source, WINDOWS), find_method(method, more), asked=Limits(flops_keep=keep, context=context))
-    assert (scores, products) == (job.total - products, products)
-    plan, kept, whole, spent = job.plan(), {}, {}, 0
+    job = pose_on(Stream(source, WINDOWS), find_method(method, more), asked=Limits(flops_keep=keep, context=context))
+    assert (scores, products) == (job.problem.main.total - products, products)
+    plan, kept, whole, spent = job.plan().ranks, {}, {}, 0
     for unit, rank in plan.items():
         out, n = shape.linear(unit.name)
-        full = rank == job.full(unit)
+        full = rank == job.problem.full(unit)
         count = out * n if full else rank * (out + n - (rank if method == "mpifa" else 0))
         kept[unit.name], whole[unit.name], spent = count, out * n, spent + 2 * count
-    assert 0.98 * keep * job.total < spent + scores <= keep * job.total
+    assert 0.98 * keep * job.problem.main.total < spent + scores <= keep * job.problem.main.total
     share = {name: kept[name] / whole[name] for name in kept}
     attention = {share[n] for n in "qkvo"}
     mlp = {share[n] for n in ("gate", "up", "down")}
@@ -341,10 +341,10 @@ def test_latency_is_predicted_from_what_is_written(method, tmp_path):
     assert result.latency_ms_before == pytest.approx(1.0) and result.latency_ms_after <= 0.93 + 1e-6
     assert result.latency_ms_after > 0.85
     plan = json.loads((out / "planish.json").read_text())["plan"]
-    job = Job(Stream(source, WINDOWS), find_method(method), asked=Limits(max_latency=0.93), measured=table)
-    planned = job.main.total + job.main.outside
+    job = pose_on(Stream(source, WINDOWS), find_method(method), asked=Limits(max_latency=0.93), measured=table)
+    planned = job.problem.main.total + job.problem.main.outside
     for unit, rank in ((Unit.parse(u), r) for u, r in plan.items()):
-        planned += job.cost(unit, rank) - job.cost(unit, job.full(unit))
+        planned += job.problem.cost(unit, rank) - job.problem.cost(unit, job.problem.full(unit))
     if method != "auto":  # whose units overlap
         assert result.latency_ms_after == pytest.approx(planned / 1e6, abs=1e-4)  # costs are whole nanoseconds
 
@@ -365,8 +365,8 @@ def test_where_calls_take_the_time_submodules_go(tmp_path):
     model = tiny.build("llama_gqa")
     source = open_source(model)
     table = fake_table(source, per_number=1e-12, call=40e-6) | {"model": 1.2e-3}
-    job = Job(Stream(source, WINDOWS), find_method("auto"), asked=Limits(max_latency=1.1), measured=table)
-    assert job.main.share > 0.6, "bypasses would compete anyway"
+    job = pose_on(Stream(source, WINDOWS), find_method("auto"), asked=Limits(max_latency=1.1), measured=table)
+    assert job.problem.main.share > 0.6, "bypasses would compete anyway"
     result = compress(model, output=tmp_path / "m", method="auto", max_latency=1.1, windows=WINDOWS, measured=table)
     assert result.latency_ms_after <= 1.1 < result.latency_ms_before
     assert '"bypass"' in (tmp_path / "m" / "config.json").read_text()

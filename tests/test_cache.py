@@ -10,15 +10,16 @@ import pytest
 import torch
 
 import tiny
-from planish import api
+from planish import api, solve
+from planish.calibrate import measure
 from planish.calibrate.cache import LONG, Cache, open_cache, tokenize
-from planish.calibrate.stream import Stream
+from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import encode, load_tokens
 from planish.folder.source import open_source
-from planish.job import Job
 from planish.methods import find_method
-from planish.solve import read_weights
-from planish.stats import Stats
+from planish.plan import scores
+from planish.plan.frontiers import measure_frontiers
+from posed import pose_on
 from test_text import byte_tokenizer
 from tiny import compress
 
@@ -54,14 +55,16 @@ def run(folder: Path, output: Path, method: str, settings: dict, keep: float = 0
 def passes(monkeypatch) -> list[str]:
     """Names of the passes over the model that were run, as they are run."""
     seen: list[str] = []
-    for name in ("sweep", "sweep_back", "start", "measure"):
-        old = getattr(Stream, name)
+    for where, name in (
+        (measure, "sweep_forward"), (measure, "sweep_back"), (Stream, "start"), (solve, "measure_block"),
+    ):  # fmt: skip
+        old = getattr(where, name)
 
-        def spy(self, *args, _name=name, _old=old, **kwargs):
+        def spy(*args, _name=name, _old=old, **kwargs):
             seen.append(_name)
-            return _old(self, *args, **kwargs)
+            return _old(*args, **kwargs)
 
-        monkeypatch.setattr(Stream, name, spy)
+        monkeypatch.setattr(where, name, spy)
     return seen
 
 
@@ -197,23 +200,23 @@ def test_a_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatc
 def test_statistics_of_an_edited_model_are_never_kept(folder):
     cache = Cache(memory=1 << 30)
     stream = Stream(open_source(folder), WINDOWS)
-    job = Job(stream, find_method("svd-llm", {}), 0.5, cache=cache)
-    plan = job.plan()
+    job = pose_on(stream, find_method("svd-llm", {}), 0.5, cache=cache)
+    plan = job.plan().ranks
     edits: dict = {}
-    frontiers = job.frontiers()
+    frontiers = measure_frontiers(job.problem, job.measure)
     assert frontiers and cache.held
     kept = set(cache.held)
-    seen: list[Stats] = []
-    for i, shape in enumerate(job.shapes):
+    for i, shape in enumerate(job.problem.shapes):
         block = stream.block(i)
-        taps = job.taps(job.block_units(i))
+        taps = job.problem.taps(job.problem.block_units(i))
         stats = cache.stats("forward", i, taps)
-        unit = job.block_units(i)[0]
-        frontier = job.units[unit].decompose(unit, read_weights(block, stream), stats, shape)
-        edits[i] = job.units[unit].truncate(frontier, plan[unit], shape)
-    job.measure(lambda shape: job.taps(job.block_units(shape.block)), lambda i, block, stats: seen.append(stats), edits)
+        unit = job.problem.block_units(i)[0]
+        frontier = job.problem.units[unit].decompose(unit, read_weights(block, stream), stats, shape)
+        edits[i] = job.problem.units[unit].truncate(frontier, plan[unit], shape)
+    taps = lambda shape: job.problem.taps(job.problem.block_units(shape.block))  # noqa: E731
+    origins = [stats.origin for _, _, stats in job.measure.forward(taps, edits)]
     assert set(cache.held) == kept
-    assert all(s.origin == "" for s in seen)
+    assert origins == [""] * len(job.problem.shapes)
 
 
 @pytest.fixture
@@ -299,8 +302,8 @@ def test_a_method_with_windows_of_its_own_shares_no_statistics_with_others(folde
 
 def test_measured_errors_of_pairs_are_kept(folder, root, tmp_path, monkeypatch):
     calls = []
-    old = Job.cut_errors
-    monkeypatch.setattr(Job, "cut_errors", lambda self, wanted, *more: calls.append(wanted) or old(self, wanted, *more))
+    old = scores.cut_errors
+    monkeypatch.setattr(scores, "cut_errors", lambda *args: calls.append(args[2]) or old(*args))
     settings = {"units": "structural"}
     run(folder, tmp_path / "out", "auto", settings, 0.9, cache=True)
     assert len(calls) == 1 and calls[0]

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from planish.calibrate.collect import Run, measure_block
 from planish.calibrate.stream import Stream
 from planish.core import Plan
 from planish.folder.source import MemorySource
-from planish.job import Job
-from planish.methods import find_method
+from planish.methods import a3, find_method
 from planish.modelling.blocks import find_blocks
 from planish.modelling.families import FAMILIES
+from planish.plan.planned import Planned
+from planish.solve import run_solved
 from planish.solvers.bypass import shared_basis
 from planish.stats import KINDS, Tap
+from posed import pose_on
 
 WINDOWS = tiny.windows(12, 24)
 cosine = functools.partial(torch.nn.functional.cosine_similarity, dim=-1)
@@ -34,10 +37,10 @@ def build(name: str = "llama_gqa", blocks: int = 5) -> nn.Module:
     return tiny.build(name, torch.float64, num_hidden_layers=blocks)
 
 
-def plan(model: nn.Module, method: str, keep: float = 0.8, **settings: Any) -> tuple[Job, Plan]:
+def plan(model: nn.Module, method: str, keep: float = 0.8, **settings: Any) -> tuple[Planned, Plan]:
     stream = Stream(MemorySource(model), WINDOWS, dtype=torch.float64)
-    job = Job(stream, find_method(method, settings), keep)
-    return job, job.plan()
+    planned = pose_on(stream, find_method(method, settings), keep).plan()
+    return planned, planned.ranks
 
 
 def removed(made: Plan, kind: str) -> list[int]:
@@ -96,10 +99,10 @@ def test_sleb_drops_the_block_whose_model_has_the_least_loss():
         return small
 
     for protect, able in ((True, [1, 2, 3]), (False, [0, 1, 2, 3, 4])):
-        job, made = plan(model, "sleb", sparsity=0.4, protect=protect)
+        planned, made = plan(model, "sleb", sparsity=0.4, protect=protect)
         expected = search(able, drop, 2)
-        assert list(job.notes["search"]) == list(expected)
-        assert job.notes["search"] == pytest.approx(expected, abs=1e-5)
+        assert list(planned.notes["search"]) == list(expected)
+        assert planned.notes["search"] == pytest.approx(expected, abs=1e-5)
         assert removed(made, "attention") == removed(made, "ffn") == sorted(expected)
 
 
@@ -113,7 +116,7 @@ def test_blockpruner_drops_the_submodule_whose_model_has_the_least_loss():
             small.model.layers[i].get_submodule(paths[kind]).weight.data.zero_()
         return small
 
-    job, made = plan(model, "blockpruner", keep=0.75)
+    planned, made = plan(model, "blockpruner", keep=0.75)
     able = list(itertools.product(range(4), paths))
     order = list(search(able, drop, 4).items())
     size = {"attention": 32 * 32 * 2 + 32 * 16 * 2, "ffn": 3 * 32 * 44}
@@ -122,8 +125,8 @@ def test_blockpruner_drops_the_submodule_whose_model_has_the_least_loss():
         left -= size[order[gone][0][1]] / (4 * sum(size.values()))
         gone += 1
     expected = {f"{i}.{kind}": loss for (i, kind), loss in order[:gone]}
-    assert list(job.notes["search"]) == list(expected)
-    assert job.notes["search"] == pytest.approx(expected, abs=1e-5)
+    assert list(planned.notes["search"]) == list(expected)
+    assert planned.notes["search"] == pytest.approx(expected, abs=1e-5)
     assert {f"{u}" for u, rank in made.items() if rank == 0} == set(expected)
 
 
@@ -146,12 +149,12 @@ def test_subfit_greedily_replaces_the_feed_forward_whose_model_has_the_least_los
         return small
 
     how = {"submodules": "ffn", "ffn_score": "greedy", "fit": "once", "gate": False, "ridge": 1e-3}
-    job, made = plan(model, "subfit", sparsity=0.5, **how)
+    planned, made = plan(model, "subfit", sparsity=0.5, **how)
     expected = search(range(4), change, 2)
     assert removed(made, "ffn") == sorted(expected)
-    assert job.notes["ffn_scores"] == pytest.approx({f"{i}.ffn": loss for i, loss in expected.items()}, abs=1e-5)
+    assert planned.notes["ffn_scores"] == pytest.approx({f"{i}.ffn": loss for i, loss in expected.items()}, abs=1e-5)
     for i in expected:
-        (edit,) = job.edits[i]
+        (edit,) = planned.edits[i]
         assert torch.allclose(edit.tensors["V.weight"], maps[i].weight, atol=1e-6)
         assert torch.allclose(edit.tensors["shift"], maps[i].bias, atol=1e-6)
 
@@ -161,9 +164,9 @@ def test_subfit_greedily_replaces_the_feed_forward_whose_model_has_the_least_los
 
 def test_shortgpt_drops_the_blocks_of_least_influence():
     model = build()
-    job, made = plan(model, "shortgpt", sparsity=0.4)
+    planned, made = plan(model, "shortgpt", sparsity=0.4)
     influence = [float((1 - cosine(a, b)).mean()) for a, b in itertools.pairwise(residuals(model))]
-    assert [job.notes["influence"][i] for i in range(5)] == pytest.approx(influence, rel=1e-6)
+    assert [planned.notes["influence"][i] for i in range(5)] == pytest.approx(influence, rel=1e-6)
     gone = sorted(range(5), key=influence.__getitem__)[:2]
     assert removed(made, "attention") == removed(made, "ffn") == sorted(gone)
 
@@ -183,12 +186,12 @@ def test_nbl_replaces_the_attentions_of_least_canonical_residue():
         rho = torch.linalg.svdvals(roots[0] @ x.T @ y @ roots[1])
         scores.append(float((1 - rho**2).sum()))
         maps.append(torch.linalg.lstsq(x, f - f.mean(0)).solution)
-    job, made = plan(model, "nbl", sparsity=0.4)
-    assert [job.notes["scores"][f"{i}.attention"] for i in range(5)] == pytest.approx(scores, rel=1e-5)
+    planned, made = plan(model, "nbl", sparsity=0.4)
+    assert [planned.notes["scores"][f"{i}.attention"] for i in range(5)] == pytest.approx(scores, rel=1e-5)
     gone = sorted(range(5), key=scores.__getitem__)[:2]
-    assert removed(made, "attention") == sorted(gone) == sorted(job.edits)
+    assert removed(made, "attention") == sorted(gone) == sorted(planned.edits)
     for i in gone:
-        (edit,) = job.edits[i]
+        (edit,) = planned.edits[i]
         assert edit.form["raw"] and torch.allclose(edit.tensors["V.weight"], maps[i].T, atol=1e-5)
 
 
@@ -196,11 +199,11 @@ def test_replaceme_removes_the_window_of_least_angle():
     model = build()
     h = residuals(model)
     angles = {a: float(cosine(h[a], h[a + 2]).clamp(0, 1).arccos().mean() / torch.pi) for a in (1, 2, 3)}
-    job, made = plan(model, "replaceme", sparsity=0.4)
+    planned, made = plan(model, "replaceme", sparsity=0.4)
     first = sorted(angles, key=angles.__getitem__)[0]  # the first block cannot go: nothing would hold the map
     assert removed(made, "attention") == removed(made, "ffn") == [first, first + 1]
-    assert {a: job.notes["window"]["angles"][a] for a in angles} == pytest.approx(angles, rel=1e-5)
-    assert list(job.edits) == [first - 1]
+    assert {a: planned.notes["window"]["angles"][a] for a in angles} == pytest.approx(angles, rel=1e-5)
+    assert list(planned.edits) == [first - 1]
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "opt"])
@@ -210,16 +213,16 @@ def test_streamline_keeps_the_first_block_of_the_most_parallel_window_refitted(n
     h = residuals(model)
     cosines = {a: float(cosine(h[a], h[a + 3]).mean()) for a in (0, 1, 2)}
     first = sorted(cosines, key=cosines.__getitem__)[-1]
-    job, made = plan(model, "llm-streamline", sparsity=0.4, ridge=1e-12)
-    assert job.notes["window"]["cosines"] == pytest.approx(cosines, rel=1e-6)
+    planned, made = plan(model, "llm-streamline", sparsity=0.4, ridge=1e-12)
+    assert planned.notes["window"]["cosines"] == pytest.approx(cosines, rel=1e-6)
     assert removed(made, "attention") == removed(made, "ffn") == [first + 1, first + 2]
     block = find_blocks(model, family)[first]
     down = block.get_submodule(family.path("down"))
     (x, _), (mid, _) = watch(model, [down, block.get_submodule(family.mlp_norm)])
     f = h[first + 3] - mid - (0 if down.bias is None else down.bias.detach())
     expected = torch.linalg.lstsq(x, f).solution.T
-    assert list(job.edits) == [first]
-    (edit,) = job.edits[first]
+    assert list(planned.edits) == [first]
+    (edit,) = planned.edits[first]
     assert torch.allclose(edit.tensors["weight"], expected, atol=1e-5 * float(expected.abs().max()))
     assert down.bias is None or torch.equal(edit.tensors["bias"], down.bias)
 
@@ -227,7 +230,7 @@ def test_streamline_keeps_the_first_block_of_the_most_parallel_window_refitted(n
 def test_replaceme_turns_the_feed_forward_towards_the_end_of_the_window():
     """`objective` cosine: Adam from the identity, with the gradient of the mean cosine written out."""
     model = build()
-    job, made = plan(model, "replaceme", sparsity=0.4, objective="cosine", epochs=10, rate=1e-2)
+    planned, made = plan(model, "replaceme", sparsity=0.4, objective="cosine", epochs=10, rate=1e-2)
     first = removed(made, "ffn")[0]
     h, block = residuals(model), model.model.layers[first - 1]
     (_, m), (mid, _) = watch(model, [block.mlp, block.post_attention_layernorm])
@@ -242,7 +245,7 @@ def test_replaceme_turns_the_feed_forward_towards_the_end_of_the_window():
         mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
         t = t - 1e-2 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
     assert float(cosine(m @ t, f).mean()) > before + 0.01
-    (edit,) = job.edits[first - 1]
+    (edit,) = planned.edits[first - 1]
     assert torch.allclose(edit.tensors["weight"], t.T @ block.mlp.down_proj.weight, atol=1e-4)
 
 
@@ -250,7 +253,7 @@ def test_bypasses_share_the_eigenvectors_of_the_mean_of_covariances_of_trace_one
     """On the raw stream, which grows from block to block: without the scaling the last block would decide alone."""
     model = build(blocks=4)
     how = {"submodules": "ffn", "ffn_score": "influence", "input": "raw", "fit": "once", "ffn_rank": 0.25}
-    job, made = plan(model, "subfit", sparsity=0.75, basis="pca", **how)
+    planned, made = plan(model, "subfit", sparsity=0.75, basis="pca", **how)
     gone = removed(made, "ffn")
     inputs = [x for x, _ in watch(model, (model.model.layers[i].post_attention_layernorm for i in gone))]
     covariances = [torch.cov(x.T, correction=0) for x in inputs]
@@ -263,7 +266,7 @@ def test_bypasses_share_the_eigenvectors_of_the_mean_of_covariances_of_trace_one
     plain = project([torch.tensor(1.0)] * len(gone))
     assert len(gone) == 3 and float((expected - plain).norm()) > 0.2  # it matters here
     for i in gone:
-        (edit,) = job.edits[i]
+        (edit,) = planned.edits[i]
         v = edit.tensors["V.weight"]
         assert torch.allclose(v.T @ v, expected, atol=1e-6)
     loud = [covariances[0], 1e6 * covariances[1]]
@@ -277,17 +280,17 @@ def test_bypasses_share_the_eigenvectors_of_the_mean_of_covariances_of_trace_one
 def test_modegpt_removes_most_where_the_input_hardly_turns():
     """φ_l = L φ softmax(−s / ε)_l with s_l = 1 − E cos(input, output); L φ = cap here, so no block reaches the cap."""
     model = build(blocks=4)
-    job, made = plan(model, "modegpt", keep=0.8, smoothing=0.15)
+    planned, made = plan(model, "modegpt", keep=0.8, smoothing=0.15)
     influence = [float((1 - cosine(a, b)).mean()) for a, b in itertools.pairwise(residuals(model))]
     weights = [exp(-s / 0.15) for s in influence]
     shares = [4 * 0.2 * w / sum(weights) for w in weights]
-    assert job.notes["removed_shares"] == pytest.approx(shares, rel=1e-6)
+    assert planned.notes["removed_shares"] == pytest.approx(shares, rel=1e-6)
     assert max(shares) - min(shares) > 0.2
     kept = {u.block: rank / 44 for u, rank in made.items() if u.name == "mlp"}
     assert [kept[i] for i in range(4)] == pytest.approx([1 - s for s in shares], abs=0.06)
 
 
-def test_a3_mixed_ranks_minimise_the_probed_loss():
+def test_a3_mixed_ranks_minimise_the_probed_loss(monkeypatch):
     """Neurons of three blocks. Probes: KL of models with masked neurons. Of all plans within the budget the one of least
     Σ rise_u · error_u(rank) / error_u(uniform); then the plan whose model has the least loss."""
     model = build(blocks=3)
@@ -308,16 +311,15 @@ def test_a3_mixed_ranks_minimise_the_probed_loss():
 
     stream = Stream(MemorySource(model), WINDOWS, dtype=torch.float64)
     how = {"allocation": "mixed", "probes": 4, "refit": False, "parts": ("mlp",)}
-    job = Job(stream, find_method("a3", how), 0.8)
     plans: list[Plan] = []
-    measure = job.nll
 
-    def record(made: Plan) -> float:
-        plans.append(made)
-        return measure(made)
+    def record(problem, measure, planned, stream):
+        plans.append(planned.ranks)
+        return run_solved(problem, measure, planned, stream)
 
-    job.nll = record  # type: ignore[method-assign]
-    chosen = job.plan()
+    monkeypatch.setattr(a3, "run_solved", record)
+    planned = pose_on(stream, find_method("a3", how), 0.8).plan()
+    chosen = planned.ranks
     uniform, mixed, tempered = ([made[u] for u in sorted(made)] for made in plans)
     budget = sum(uniform)  # neurons: all cost the same
     total = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 44)
@@ -329,7 +331,7 @@ def test_a3_mixed_ranks_minimise_the_probed_loss():
         for i in range(3):
             own = cut({i: uniform[i]})(WINDOWS[:4], use_cache=False).logits.log_softmax(-1)
             rises.append(float((reference.exp() * (reference - own)).sum(-1).mean()))
-    assert [job.notes["rises"][f"{i}.mlp"] for i in range(3)] == pytest.approx(rises, rel=1e-4)
+    assert [planned.notes["rises"][f"{i}.mlp"] for i in range(3)] == pytest.approx(rises, rel=1e-4)
     assert min(rises) > 0.02 * sum(rises) / 3  # above the floor of the scales
 
     every = torch.tensor(list(itertools.product(range(1, 45), repeat=3)))
@@ -341,7 +343,7 @@ def test_a3_mixed_ranks_minimise_the_probed_loss():
         assert own <= float(loss[every.sum(1) <= budget - 1].min()) * (1 + 1e-9)  # optimal to one step
 
     losses = [measure_loss(cut(dict(enumerate(ranks)))) for ranks in (uniform, mixed, tempered)]
-    assert [job.notes["searched"][n] for n in ("uniform", "mixed", "tempered")] == pytest.approx(losses, abs=1e-5)
+    assert [planned.notes["searched"][n] for n in ("uniform", "mixed", "tempered")] == pytest.approx(losses, abs=1e-5)
     best = sorted(range(3), key=losses.__getitem__)[0]
     assert [chosen[u] for u in sorted(chosen)] == (uniform, mixed, tempered)[best]
 
@@ -364,7 +366,7 @@ def test_parallel_submodules_aim_at_the_dense_sum_together():
     taps = {w: Tap("q.in" if w == "attention" else "up.in", "moments", f"{w}.gap") for w in expected}
     with torch.no_grad():
         hidden, outer = own.run(0, own.block(0), own.start()), dense.run(0, dense.block(0), dense.start())
-        stats, _ = own.measure(1, own.block(1), list(taps.values()), hidden, (dense.block(1), outer))
+        stats, _ = measure_block(own, 1, own.block(1), list(taps.values()), hidden, Run(dense.block(1), outer))
     for where, tap in taps.items():
         for name, value in KINDS["moments"](*expected[where]).items():
             assert torch.allclose(stats.sums[tap][name], value, rtol=1e-4, atol=1e-3), (where, name)

@@ -485,13 +485,12 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_demo_writes_chart_table_and_model(stories_dir, tmp_path, run):
-    pytest.importorskip("matplotlib")
     for _ in range(2):  # an existing folder is no obstacle
         result = run("demo", "--model", stories_dir, "-o", tmp_path / "demo", "--quick", "--limit", "1e-9", "--json")
         assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert all(r["skipped"] for r in found["rows"]) and found["completions"]["dense"]
-    assert (tmp_path / "demo" / "demo.html").is_file()
+    assert all((tmp_path / "demo" / f"demo.{kind}").is_file() for kind in ("html", "svg", "json"))
 
 
 def test_demo_without_its_model_says_so(tmp_path, run, monkeypatch):

@@ -20,6 +20,7 @@ import tiny
 from planish import methods
 from planish.cli import app
 from planish.errors import InputError
+from test_structure import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -166,3 +167,14 @@ def test_every_method_states_problem_equation_and_settings(name, maker):
     assert sections["Problem"] and sections["Equation"] and set(settings) == set(names)
     for found in maker.NAME.findall(doc):
         assert maker.locate(found), f"{name}: no {found}"
+
+
+def test_the_drawing_of_the_rooms_is_of_this_house():
+    """From top to bottom, as `test_structure` holds imports to it."""
+    drawing = (DOCS / "drawings" / "rooms.svg").read_text(encoding="utf-8")
+    boxes = [text.split(" · ") for text in re.findall(r'font-weight="600"[^>]*>([^<]*)<', drawing)]
+    floors = [next(i for i, floor in enumerate(FLOORS) if floor & set(box)) for box in boxes]
+    assert floors == sorted(floors, reverse=True)
+    assert all(set(box) <= FLOORS[floor] for box, floor in zip(boxes, floors, strict=True))
+    folders = {p.name for p in (ROOT / "src" / "planish").iterdir() if (p / "__init__.py").exists()}
+    assert folders <= {name for box in boxes for name in box}

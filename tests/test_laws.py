@@ -21,21 +21,26 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from planish import solve as planish_solve
 from planish.apply import apply_edits, count_block
-from planish.calibrate.stream import Stream
+from planish.calibrate.collect import Run, measure_block
+from planish.calibrate.losses import compute_logits
+from planish.calibrate.measure import sweep_back
+from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.taps import tap_sites
 from planish.core import Edit, Frontier, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.folder.load import load
 from planish.folder.source import MemorySource, open_source
-from planish.job import Job
 from planish.methods import find_method, list_methods
-from planish.methods.method import Method
+from planish.methods.erc_svd import compare
 from planish.modelling.blocks import find_blocks, get_linear
-from planish.solve import read_weights
+from planish.plan.frontiers import measure_frontiers
+from planish.solve import run_solved
 from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
 from planish.stats import Stats, Tap
+from posed import Posed, pose_on
 from tiny import compress
 
 METHODS = list(list_methods())
@@ -70,7 +75,9 @@ class Bench:
         shape = self.stream.source.shape(i)
         taps = solver.taps(unit, shape)
         forward = [t for t in taps if not any(s.startswith("grad:") for s in t.sites)]
-        stats, _ = self.stream.measure(i, self.blocks[i], forward, self.inputs[i], (self.blocks[i], self.inputs[i]))
+        stats, _ = measure_block(
+            self.stream, i, self.blocks[i], forward, self.inputs[i], Run(self.blocks[i], self.inputs[i])
+        )
         if len(forward) < len(taps):
             stats.merge(self.gradients(tuple(t for t in taps if t not in forward), i))
         weights = read_weights(self.blocks[i], self.stream)
@@ -78,9 +85,7 @@ class Bench:
 
     @functools.cache  # noqa: B019
     def gradients(self, taps: tuple[Tap, ...], i: int) -> Stats:
-        found: dict[int, Stats] = {}
-        self.stream.sweep_back(lambda shape: list(taps), lambda j, block, stats: found.setdefault(j, stats))
-        return found[i]
+        return next(stats for j, _, stats in sweep_back(self.stream, lambda shape: list(taps)) if j == i)
 
     def edited(self, edits: list[Edit], shape: Shape) -> nn.Module:
         block = copy.deepcopy(self.blocks[shape.block])
@@ -387,13 +392,13 @@ def test_compress(method, family, tmp_path):
     source = MemorySource(model)
     manifest = json.loads((tmp_path / "a" / "planish.json").read_text())
     stream = Stream(source, WINDOWS)
-    job = Job(stream, find_method(method), 0.72)
+    job = pose_on(stream, find_method(method), 0.72)
     plan = {Unit.parse(u): r for u, r in manifest["plan"].items()}
-    planned = sum(job.cost(u, plan.get(u, job.full(u))) for u in job.units) + job.total - job.full_cost()
+    planned = int(0.72 * job.problem.main.total + 1e-6) - job.left(plan)
     compressed = load(tmp_path / "a")
     blocks = find_blocks(compressed, stream.family)
-    assert result.block_params_after == sum(count_block(x) for x in blocks) == planned <= 0.72 * job.total
-    assert result.block_params_before == job.total
+    assert result.block_params_after == sum(count_block(x) for x in blocks) == planned <= 0.72 * job.problem.main.total
+    assert result.block_params_before == job.problem.main.total
     outside = sum(p.numel() for p in compressed.parameters())
     assert result.params_after == outside
     assert result.params_before == sum(p.numel() for p in model.parameters())
@@ -435,24 +440,24 @@ def test_keep_lands_within_one_step_below_the_budget(method, keep, round_to):
     """Planned on a model whose sizes divide nothing evenly; `test_compress` counts. Whole submodules and blocks are
     one step each."""
     stream = Stream(MemorySource(tiny.build("llama_head_dim", num_hidden_layers=4)), WINDOWS[:4])
-    job = Job(stream, find_method(method), keep, step=round_to)
+    job = pose_on(stream, find_method(method), keep, step=round_to)
     try:
-        plan = job.method.plan(job)
+        plan = job.method.plan(job.problem, job.measure).ranks
     except InputError as refusal:
         check_line(refusal)
         pytest.skip(str(refusal))
-    costs = {u: job.cost(u, plan.get(u, job.full(u))) for u in job.units}
-    left = job.budget - sum(costs.values())
+    costs = {u: job.problem.cost(u, plan.get(u, job.problem.full(u))) for u in job.problem.units}
+    left = job.left(plan)
     assert left >= 0, f"over the budget by {-left}"
     steps = []
-    for u, solver in job.units.items():
-        rank, ranks = plan.get(u, job.full(u)), list(solver.ranks(u, job.shapes[u.block]))
+    for u, solver in job.problem.units.items():
+        rank, ranks = plan.get(u, job.problem.full(u)), list(solver.ranks(u, job.problem.shapes[u.block]))
         assert rank in ranks, f"{u}: rank {rank} is not admissible"
         assert rank in (ranks[-1], ranks[0]) or rank % round_to == 0, f"{u}: rank {rank} is no multiple of {round_to}"
         higher = [r for r in ranks if r > rank and (r % round_to == 0 or r == ranks[-1])]
-        steps += [job.cost(u, higher[0]) - costs[u]] if higher else []
-    if all(list(s.ranks(u, job.shapes[u.block])) == [0, 1] for u, s in job.units.items()):
-        steps = [max(s.count() for s in job.shapes)] if steps else []
+        steps += [job.problem.cost(u, higher[0]) - costs[u]] if higher else []
+    if all(list(s.ranks(u, job.problem.shapes[u.block])) == [0, 1] for u, s in job.problem.units.items()):
+        steps = [max(s.count() for s in job.problem.shapes)] if steps else []
     assert not steps or left < max(steps), f"{left} weights left over, the largest step is {max(steps)}"
 
 
@@ -460,13 +465,14 @@ def solve(name: str, method: str, batches: list[Tensor], keep: float = 0.72) -> 
     """Weights of the compressed blocks, solved in fp64."""
     stream = Stream(MemorySource(tiny.build(name, torch.float64)), WINDOWS, dtype=torch.float64)
     stream.batches = batches
-    job = Job(stream, find_method(method), keep)
-    plan = job.method.plan(job)
-    job.method.finish(job, plan)
+    job = pose_on(stream, find_method(method), keep)
+    planned = job.method.plan(job.problem, job.measure)
     found: dict[str, Tensor] = {}
-    job.method.solve(
-        job, plan, lambda i, block, spec: found.update({f"{i}.{n}": t for n, t in block.state_dict().items()})
-    )
+
+    def emit(i: int, block: nn.Module, *_: object) -> None:
+        found.update({f"{i}.{n}": t for n, t in block.state_dict().items()})
+
+    planish_solve.solve(job.problem, job.measure, planned, emit)
     return found
 
 
@@ -477,10 +483,9 @@ def test_batches_do_not_matter(method, family):
         whole = solve(family, method, [WINDOWS])
     except InputError:
         pytest.skip(f"{method} refuses {family}")
-    job = Job(Stream(MemorySource(tiny.build(family)), WINDOWS[:1]), find_method(method), 1.0)
-    own = type(job.method).solve is not Method.solve  # measures by itself, all sequences alike
-    taps = (
-        [] if own else job.taps(list(job.units))
+    job = pose_on(Stream(MemorySource(tiny.build(family)), WINDOWS[:1]), find_method(method), 1.0)
+    taps = job.problem.taps(
+        job.problem.units
     )  # held-out parts, sampled labels and first samples go by the sequence's number
     ordered = any(t.part != "all" or "grad:" in t.site + t.other for t in taps) or hasattr(job.method, "samples")
     ordered |= hasattr(job.method, "windows")  # so do measurements on the first few sequences
@@ -525,17 +530,17 @@ def test_loaded_model_computes_what_was_solved(method, family, tmp_path):
     """Logits of the loaded folder = blocks as they were emitted, run by the stream, bit for bit; from fp32 weights."""
     source = open_source(tiny.save(tiny.build(family), tmp_path / "model"))
     stream = Stream(source, WINDOWS)
-    job = Job(stream, find_method(method), 0.7)
+    job = pose_on(stream, find_method(method), 0.7)
     hidden = stream.start()
 
-    def emit(i: int, block: nn.Module, spec: dict) -> None:
+    def emit(i: int, block: nn.Module, *_: object) -> None:
         nonlocal hidden
         hidden = stream.run(i, block, hidden)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        job.solve(job.method.plan(job), emit)
-        solved = stream.logits(hidden[0])
+        planish_solve.solve(job.problem, job.measure, job.method.plan(job.problem, job.measure), emit)
+        solved = compute_logits(stream, hidden[0])
         run(tmp_path / "model", tmp_path / "out", method, 0.7)
     compressed = load(tmp_path / "out")
     assert torch.equal(compressed(input_ids=WINDOWS).logits, solved)
@@ -574,19 +579,21 @@ def test_flat_llm_leaves_queries_and_keys_and_biases_alone(tmp_path):
             assert torch.equal(mine[name], t), name
 
 
-def spend(name: str, method: str, **more: str) -> tuple[Job, dict[Unit, int]]:
-    job = Job(Stream(MemorySource(tiny.build(name)), WINDOWS), find_method(method, more), 0.6)
-    return job, job.method.plan(job)
+def spend(name: str, method: str, **more: str) -> tuple[Posed, dict[Unit, int]]:
+    job = pose_on(Stream(MemorySource(tiny.build(name)), WINDOWS), find_method(method, more), 0.6)
+    return job, job.method.plan(job.problem, job.measure).ranks
 
 
 def test_svd_llm_v2_keeps_more_where_more_is_lost():
     """Within a matrix type, a larger truncation loss at the uniform rank means a larger rank; the budget is the same."""
     uniform_job, uniform = spend("llama_gqa", "svd-llm")
     job, plan = spend("llama_gqa", "svd-llm", allocation="v2")
-    assert sum(job.cost(u, r) for u, r in plan.items()) <= job.budget == uniform_job.budget
-    losses = {u: float(f.loss[uniform[u]]) for u, f in uniform_job.frontiers().items()}
+    assert job.left(plan) >= 0 <= uniform_job.left(uniform)
+    losses = {
+        u: float(f.loss[uniform[u]]) for u, f in measure_frontiers(uniform_job.problem, uniform_job.measure).items()
+    }
     assert plan != uniform
-    for role in job.shapes[0].roles:
+    for role in job.problem.shapes[0].roles:
         units = sorted((u for u in plan if u.name == role), key=losses.__getitem__)
         ranks = [plan[u] for u in units]
         assert all(b >= a - 1 for a, b in pairwise(ranks)), f"{role}: {ranks}"  # one step is what rounding may do
@@ -597,13 +604,15 @@ def test_svd_llm_update_repairs_what_the_prefix_lost():
     errors = {}
     for update in ("false", "true"):
         job, plan = spend("llama_gqa", "svd-llm", update=update)
-        errors[update] = job.output_errors([plan])[0]
+        stream, planned = job.measure.stream, job.method.decide(job.problem, plan)
+        outputs = run_solved(job.problem, job.measure, planned, stream)
+        errors[update] = compare(stream, outputs, stream.outputs())
     assert errors["true"] < errors["false"]
 
 
 def test_erc_svd_compresses_the_last_blocks_only():
     job, plan = spend("llama_gqa", "erc-svd", k="2")
-    cut = {u.block for u, r in plan.items() if r < job.full(u)}
+    cut = {u.block for u, r in plan.items() if r < job.problem.full(u)}
     assert cut == {1, 2}
     with pytest.raises(InputError, match="k must lie in"):
         spend("llama_gqa", "erc-svd", k="1")

@@ -14,7 +14,9 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 import planish
 import tiny
 from planish.apply import count_block
-from planish.calibrate.stream import Stream
+from planish.calibrate.losses import compute_logits, output_gradient
+from planish.calibrate.measure import sweep_back, sweep_forward
+from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.taps import Routed, take_windows
 from planish.core import list_untouched
 from planish.errors import InputError
@@ -23,7 +25,6 @@ from planish.methods import list_methods
 from planish.modelling.blocks import get_linear, read_layout, split_block
 from planish.modelling.families import ATTENTION, FAMILIES, MLP, Family
 from planish.modelling.modules import Experts
-from planish.solve import read_weights
 from planish.stats import Stats, Tap
 
 EXPERTS = 8
@@ -55,12 +56,9 @@ def watch(model: nn.Module, block: int, windows: Tensor = WINDOWS) -> list[tuple
 
 def measure(source, taps: list[Tap], windows: Tensor = WINDOWS) -> tuple[dict[int, Stats], Stream, list[Tensor]]:
     """Statistics of these taps in every block with experts, the stream and its last outputs."""
-    stream, found = Stream(source, windows, dtype=torch.float64), dict[int, Stats]()
-    out = stream.sweep(
-        lambda shape: taps if shape.experts else [],
-        lambda i, block, stats: found.update({i: stats} if stats.sums else {}),
-    )
-    return found, stream, list(out)
+    stream = Stream(source, windows, dtype=torch.float64)
+    every = sweep_forward(stream, lambda shape: taps if shape.experts else [])
+    return {i: stats for i, _, stats in every if stats.sums}, stream, list(stream.outputs())
 
 
 def test_blocks_of_one_model_differ(sparse):
@@ -185,12 +183,11 @@ def test_gradients_at_an_expert(sparse):
     source, windows = MemorySource(sparse), WINDOWS[:9]
     taps = [Tap(f"grad:expert.{j}.down.out", "gram") for j in range(EXPERTS)]
     taps += [Tap(f"grad:expert.{j}.up.back", "gram", part="fit") for j in range(EXPERTS)]
-    found: dict[int, Stats] = {}
     stream = Stream(source, windows, dtype=torch.float64)
-    stream.sweep_back(lambda shape: taps if shape.block == 2 else [], lambda i, block, stats: found.update({i: stats}))
+    found = {i: s for i, _, s in sweep_back(stream, lambda shape: taps if shape.block == 2 else [])}
     with torch.no_grad():
         last = sparse.model(windows, output_hidden_states=True).hidden_states
-    into = stream.output_gradient(stream_outputs(sparse, windows), 0, 0)
+    into = output_gradient(stream, stream_outputs(sparse, windows), 0, 0)
     block, inputs = source.block(2), last[2]
     outputs: dict[str, Tensor] = {}
     handles = [
@@ -248,7 +245,7 @@ def test_folders_are_read_expert_by_expert(sparse, stacked, tmp_path):
     _, stream, out = measure(source, [])
     with torch.no_grad():
         expected = sparse(WINDOWS).logits
-    torch.testing.assert_close(torch.cat([stream.logits(h) for h in out]), expected)
+    torch.testing.assert_close(torch.cat([compute_logits(stream, h) for h in out]), expected)
 
 
 def test_stacked_experts_of_another_shape_are_refused(sparse, tmp_path):
@@ -362,17 +359,15 @@ def test_a_mixer_in_place_of_attention(monkeypatch):
     assert shapes[0].linear("mixer.in") == (96, 32) and shapes[0].heads == 0
     assert [s.count() for s in shapes] == [count_block(source.block(i)) for i in range(3)]
     tap = Tap("mixer.out.in", "gram")
-    stream, found = Stream(source, WINDOWS, dtype=torch.float64), {}
-    out = stream.sweep(
-        lambda shape: [Tap("down.in", "gram"), *([] if shape.heads else [tap])],
-        lambda i, block, stats: found.update({i: stats}),
-    )
+    stream = Stream(source, WINDOWS, dtype=torch.float64)
+    every = sweep_forward(stream, lambda shape: [Tap("down.in", "gram"), *([] if shape.heads else [tap])])
+    found, out = {i: stats for i, _, stats in every}, stream.outputs()
     rows = []
     model.model.layers[2].conv.out_proj.register_forward_pre_hook(lambda m, a: rows.append(a[0].flatten(0, 1)))
     with torch.no_grad():
         logits = model(WINDOWS).logits
     torch.testing.assert_close(found[2].sums[tap]["sum"], rows[0].T @ rows[0])
-    torch.testing.assert_close(torch.cat([stream.logits(h) for h in out]), logits)
+    torch.testing.assert_close(torch.cat([compute_logits(stream, h) for h in out]), logits)
     plan = planish.forecast(model.float(), keep=0.8, method="svd-llm", calibration=IDS, n_samples=4, seq_len=12)
     assert plan.block_params_before == sum(s.count() for s in shapes)
     assert [n.partition(", ")[0] for n in plan.warnings[-3:]] == [

@@ -12,10 +12,10 @@ from planish.core import Unit
 from planish.errors import InputError
 from planish.folder.load import load
 from planish.folder.source import open_source
-from planish.job import Job
 from planish.methods import find_method
 from planish.methods.asvd import KEEPS, Sensitivity
 from planish.solvers.linear import Anchored
+from posed import Posed, pose_on
 from tiny import compress
 
 WINDOWS = tiny.windows(6, 20)
@@ -73,8 +73,8 @@ def test_without_disturbance_the_optimum_is_the_whitened_svd():
             assert torch.allclose(b @ a, expected, atol=1e-6)
 
 
-def job(method: str, keep: float, **settings) -> Job:
-    return Job(Stream(open_source(tiny.build("llama_gqa")), WINDOWS), find_method(method, settings), keep)
+def job(method: str, keep: float, **settings) -> Posed:
+    return pose_on(Stream(open_source(tiny.build("llama_gqa")), WINDOWS), find_method(method, settings), keep)
 
 
 def test_inside_a_block_linears_follow_the_order_of_the_activations():
@@ -87,30 +87,33 @@ def test_inside_a_block_linears_follow_the_order_of_the_activations():
 @pytest.mark.parametrize("keep", [0.9, 0.55])
 def test_mpifa_plan_uses_the_whole_budget_and_no_more(keep):
     j = job("mpifa", keep)
-    plan = j.method.plan(j)
-    spent = sum(j.cost(u, r) for u, r in plan.items())
-    largest = max(j.cost(u, min(r + 1, j.full(u))) - j.cost(u, r) for u, r in plan.items())
-    assert j.budget - largest < spent <= j.budget
+    plan = j.method.plan(j.problem, j.measure).ranks
+    largest = max(j.problem.cost(u, min(r + 1, j.problem.full(u))) - j.problem.cost(u, r) for u, r in plan.items())
+    assert 0 <= j.left(plan) < largest
 
 
 def test_mpifa_splits_the_budget_between_attention_and_mlp():
     j = job("mpifa", 0.7, attention_keep="0.5")
-    plan = j.method.plan(j)
+    plan = j.method.plan(j.problem, j.measure).ranks
 
     def kept(roles) -> float:
-        spent = sum(j.cost(u, r) for u, r in plan.items() if u.name in roles)
-        return spent / sum(j.cost(u, j.full(u)) for u in plan if u.name in roles)
+        spent = sum(j.problem.cost(u, r) for u, r in plan.items() if u.name in roles)
+        return spent / sum(j.problem.cost(u, j.problem.full(u)) for u in plan if u.name in roles)
 
     assert kept("qkvo") == pytest.approx(0.5, abs=0.05) and kept(("gate", "up", "down")) > 0.72
     with pytest.raises(InputError, match="attention_keep"):
-        (other := job("mpifa", 0.95, attention_keep="0.1")).method.plan(other)
+        job("mpifa", 0.95, attention_keep="0.1").plan()
 
 
 def test_mpifa_outliers_raise_a_blocks_keep():
     j = job("mpifa", 0.6, allocation="outliers", threshold="2")
-    plan = j.method.plan(j)
-    kept = [sum(j.cost(u, r) for u, r in plan.items() if u.block == i) / j.shapes[i].count() for i in range(3)]
-    found = j.notes["outliers"]
+    planned = j.plan()
+    plan = planned.ranks
+    kept = [
+        sum(j.problem.cost(u, r) for u, r in plan.items() if u.block == i) / j.problem.shapes[i].count()
+        for i in range(3)
+    ]
+    found = planned.notes["outliers"]
     assert max(kept) - min(kept) == pytest.approx(0.16, abs=0.05)
     assert kept.index(max(kept)) == max(found, key=found.get) and kept.index(min(kept)) == min(found, key=found.get)
 
@@ -133,7 +136,7 @@ def test_first_block_solves_its_own_statement(method, tmp_path):
 
 def test_sensitivity_is_the_loss_of_the_model_with_that_linear_truncated():
     j = job("asvd", 0.8)
-    s = Sensitivity(j, 3)
+    s = Sensitivity(j.problem, j.measure, 3)
     unit, rank = Unit(1, "o"), 5
     model = tiny.build("llama_gqa")
     low = s.factors[unit]
@@ -142,7 +145,9 @@ def test_sensitivity_is_the_loss_of_the_model_with_that_linear_truncated():
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids).loss.item()
     assert s.loss(unit, rank) == pytest.approx(expected, rel=1e-5)
-    assert s.loss(Unit(2, "up"), j.full(Unit(2, "up"))) == pytest.approx(s.loss(unit, j.full(unit)), rel=1e-6)
+    assert s.loss(Unit(2, "up"), j.problem.full(Unit(2, "up"))) == pytest.approx(
+        s.loss(unit, j.problem.full(unit)), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.7, 0.3])
@@ -157,21 +162,24 @@ def test_lazy_search_finds_the_plan_of_the_full_table(keep):
         def loss(self, unit: Unit, rank: int) -> float:
             g = torch.Generator().manual_seed(unit.block * 100 + sum(map(ord, unit.name)))
             slope = float(torch.rand(1, generator=g))
-            table[unit, rank] = slope * (j.full(unit) - rank) / j.full(unit)  # falls with the rank
+            table[unit, rank] = slope * (j.problem.full(unit) - rank) / j.problem.full(unit)  # falls with the rank
             return table[unit, rank]
 
-    plan = j.method.search(j, Table())
-    assert sum(j.cost(u, r) for u, r in plan.items()) <= j.budget
+    plan = j.method.search(j.problem, Table())
+    assert j.left(plan) >= 0
     if keep < 0.4:
         return  # beyond the table all go down together
     lazily = len(table)
-    rank_at = {(u, k): j.units[u].rank_at(u, j.shapes[u.block], k) for u in j.units for k in KEEPS}
+    rank_at = {
+        (u, k): j.problem.units[u].rank_at(u, j.problem.shapes[u.block], k) for u in j.problem.units for k in KEEPS
+    }
     losses = {(u, k): Table().loss(u, r) for (u, k), r in rank_at.items()}
     for threshold in sorted(losses.values()):
         naive = {
-            u: min([rank_at[u, k] for k in KEEPS if losses[u, k] <= threshold], default=j.full(u)) for u in j.units
+            u: min([rank_at[u, k] for k in KEEPS if losses[u, k] <= threshold], default=j.problem.full(u))
+            for u in j.problem.units
         }
-        if sum(j.cost(u, r) for u, r in naive.items()) <= j.budget:
+        if j.left(naive) >= 0:
             break
     differing = [u for u in naive if naive[u] != plan[u]]
     assert len(differing) <= 1 and all(plan[u] >= naive[u] for u in differing)  # the last step's change is given back

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 import planish
 import tiny
-from planish import rehearsal
+from planish import dry_run, rehearsal
 from planish.calibrate import stream
 from planish.calibrate.activations import Activations, Room
 from planish.calibrate.stream import Stream
@@ -19,12 +19,13 @@ from planish.core import Shape
 from planish.dry_run import count_between, count_kept, count_passes, reach
 from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
-from planish.job import Job
 from planish.methods import find_method, list_methods
 from planish.predict import predict
 from planish.rehearsal import rehearse, shrink
 from planish.request import Limits
+from planish.solve import solve
 from planish.stats import Tap
+from posed import pose_on
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2"])
@@ -96,11 +97,12 @@ def test_passes_of_a_method(tmp_path):
     found = {}
     for method, settings in (("svd-llm", {}), ("flat-llm", {"allocation": "uniform"}), ("mpifa", {})):
         stream = Stream(MemorySource(tiny.build("llama_gqa")), tiny.windows(40, 24))
-        job = Job(stream, find_method(method, settings), 0.7)
-        plan = job.plan()
-        stages = job.method.stages(job.planned(0, plan))
-        found[method] = [count_passes(job, 0, stages, (windows, 24))[0] for windows in (40, 340)]  # 1 and 4 batches
-    shape = job.shapes[0]
+        job = pose_on(stream, find_method(method, settings), 0.7)
+        planned = job.plan()
+        stages = planned.stages(job.problem.cut(planned.ranks, 0))
+        told = dry_run.Job(job.problem, job.measure, planned)
+        found[method] = [count_passes(told, 0, stages, (windows, 24))[0] for windows in (40, 340)]  # 1 and 4 batches
+    shape = job.problem.shapes[0]
     down = 1 - shape.count("down") / shape.count()
     up, o = (shape.count(*roles) / shape.count() for roles in ("qkvo", "qkv"))
     assert found["svd-llm"] == [1, 1] and found["flat-llm"] == pytest.approx([1 + down] * 2)
@@ -108,7 +110,7 @@ def test_passes_of_a_method(tmp_path):
     neurons = shape.count("gate", "up") / shape.count()
     assert found["mpifa"] == pytest.approx([2 * once, 2 * (once - 3 * 3 / 4 * o - 3 / 4 * neurons)])
     stream.room.limit = 2 * 340 * 24 * 4 * shape.intermediate  # what down reads fits twice, but nothing beside it
-    assert count_passes(job, 0, stages, (340, 24))[0] == pytest.approx(2 * (once - 3 * 3 / 4 * o))
+    assert count_passes(told, 0, stages, (340, 24))[0] == pytest.approx(2 * (once - 3 * 3 / 4 * o))
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2"])
@@ -140,12 +142,13 @@ def test_what_is_kept_of_all_blocks_is_predicted_to_the_byte(monkeypatch, tmp_pa
     monkeypatch.setattr(Activations, "append", watch)
     windows = tiny.windows(40, 16)
     stream = Stream(open_source(tiny.build("llama_gqa")), windows, room=Room(folder=tmp_path, kept=0))
-    job = Job(stream, find_method("auto", settings), asked=Limits(keep=0.8))
-    expected = count_kept(job, windows.numel())
+    job = pose_on(stream, find_method("auto", settings), asked=Limits(keep=0.8))
+    told = dry_run.Job(job.problem, job.measure, job.method.decide(job.problem, {}))
+    expected = count_kept(told, windows.numel())
     job.plan()
     assert expected == (0, sum(spilled)) and spilled
     stream.room.shelf.limit = 100_000
-    assert count_kept(job, windows.numel()) == (100_000, sum(spilled) - 100_000)
+    assert count_kept(told, windows.numel()) == (100_000, sum(spilled) - 100_000)
 
 
 def test_a_plan_that_cuts_nothing_needs_no_text(tmp_path):
@@ -183,12 +186,15 @@ def test_what_lies_between_is_what_is_kept_while_a_block_is_solved(
         append(self, tensor)
         peak = max(peak, stream.room.used)
 
-    job = Job(stream, find_method(method, settings), asked=Limits(keep=0.8))
-    plan = job.plan()
+    job = pose_on(stream, find_method(method, settings), asked=Limits(keep=0.8))
+    planned = job.plan()
     monkeypatch.setattr(Activations, "append", watch)
-    job.solve(plan, lambda *args: None)
-    shape, streams = job.shapes[0], 2 if job.method.prefix == "both" else 1
-    channels = 2 * streams * shape.hidden + max(count_between(job, s, plan, tuple(windows.shape)) for s in job.shapes)
+    solve(job.problem, job.measure, planned, lambda *args: None)
+    shape, streams = job.problem.shapes[0], 2 if planned.prefix == "both" else 1
+    channels = 2 * streams * shape.hidden + max(
+        count_between(dry_run.Job(job.problem, job.measure, planned), s, tuple(windows.shape))
+        for s in job.problem.shapes
+    )
     assert peak == channels * windows.numel() * 4
 
 

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 
 import tiny
+from planish.calibrate.text import Text
 from planish.cli.methods import reflow
 from planish.cli.run import format_seconds
-from planish.cli.showcase import Bench
+from planish.compression import Calibration
+from planish.folder.source import open_source
+from planish.request import Request
+from planish.sweep import Runner
 from planish.version import __version__
 
 
@@ -90,9 +94,15 @@ def test_demo_says_what_the_dense_cache_holds(tmp_path):
     """Also where no method had time to run."""
     folder = tiny.save(tiny.build("llama_gqa"), tmp_path / "model")
     windows = tiny.windows(2, 16)
-    assert (
-        Bench(folder, windows, windows.flatten()).cache_bytes() == 3 * 2 * 2 * 8 * 4
-    )  # blocks, K and V, heads, width, fp32
+    asked = Request(model=str(folder), device="cpu")
+    runner = Runner(
+        open_source(folder),
+        Calibration(windows),
+        Text(windows.flatten(), "ids", bos=False, is_ids=True),
+        asked,
+        tmp_path,
+    )
+    assert runner.cache_bytes() == 3 * 2 * 2 * 8 * 4  # blocks, K and V, heads, width, fp32
 
 
 def test_readme_repeats_the_tables(monkeypatch):

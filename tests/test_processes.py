@@ -56,13 +56,14 @@ def test_same_weights_for_any_number_of_processes(method, tmp_path):
 
 def test_lanes_add_up_to_plain_sums(tiny_llama):
     """Statistics by lanes = one Gram over all tokens."""
+    from planish.calibrate.collect import measure_block
     from planish.calibrate.stream import Stream
     from planish.folder.source import MemorySource
 
     stream = Stream(MemorySource(tiny_llama(max_position_embeddings=64)), WINDOWS)
     assert len(stream.batches) == 22  # of 2048 tokens, over eight lanes
     hidden, tap = stream.start(), Tap("block.in", "gram")
-    stats, _ = stream.measure(0, stream.place(stream.block(0)), [tap], hidden)
+    stats, _ = measure_block(stream, 0, stream.place(stream.block(0)), [tap], hidden)
     x = torch.cat([h.flatten(0, 1) for h in hidden]).double()
     torch.testing.assert_close(stats.sums[tap]["sum"], x.T @ x, rtol=1e-12, atol=1e-9)
     assert stats.tokens[tap] == len(x)

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import planish  # noqa: F401  (registers compressed models)
 import tiny
 from planish.apply import apply_edits
+from planish.calibrate.collect import Run, measure_block
+from planish.calibrate.losses import compute_logits, nll
 from planish.calibrate.stream import Stream
 from planish.calibrate.taps import tap_sites
 from planish.core import Shape, Unit
@@ -192,7 +194,7 @@ def test_bypass_of_zeros_adds_nothing(tmp_path):
             gone = [t for t, k in (("attention", "attention"), ("mlp", "ffn")) if i in removed[k]["blocks"]]
             edits = [bypass_edit(t, zero, gate=True, raw=False) for t in gone]
             hidden = stream.run(i, stream.block(i, edits), hidden)
-        assert torch.allclose(stream.logits(hidden[0]), logits(dropped), atol=1e-6)
+        assert torch.allclose(compute_logits(stream, hidden[0]), logits(dropped), atol=1e-6)
 
 
 def test_cosine_scores_choose_what_llm_drop_chooses(tmp_path):
@@ -309,7 +311,7 @@ def test_compensated_fit_sees_the_replaced_model_and_aims_at_the_dense_one():
     with torch.no_grad():
         hidden = stream.start()
         block, dense = stream.block(0, edit), stream.block(0)
-        stats, _ = stream.measure(0, block, [tap], hidden, (dense, hidden))
+        stats, _ = measure_block(stream, 0, block, [tap], hidden, Run(dense, hidden))
         with tap_sites(block, stream.family, {"up.in", "mlp.raw"}) as seen:
             stream.forward(0, block, hidden[0])
         target = stream.forward(0, dense, hidden[0]) - seen["mlp.raw"]
@@ -501,11 +503,11 @@ def test_free_numbers_spend_the_budget(tmp_path):
     for i in range(3):
         shape = stream.source.shape(i)
         for unit in solver.units(shape):
-            stats, out = stream.measure(i, stream.block(i), solver.taps(unit, shape), hidden)
+            stats, out = measure_block(stream, i, stream.block(i), solver.taps(unit, shape), hidden)
             fits[unit] = solver.truncate(solver.decompose(unit, {}, stats, shape), 0, shape)
             saved[unit] = solver.cost(unit, shape, 1) - solver.cost(unit, shape, 0)
         hidden = out
-    loss, need = stream.nll(hidden), result.block_params_before - int(0.7 * result.block_params_before)
+    loss, need = nll(stream, hidden), result.block_params_before - int(0.7 * result.block_params_before)
     made: list[Unit] = []
     while sum(saved[u] for u in made) < need:
         found = {}
@@ -515,7 +517,7 @@ def test_free_numbers_spend_the_budget(tmp_path):
             h = stream.start()
             for i in range(3):
                 h = stream.run(i, stream.block(i, [e for u in [*made, unit] if u.block == i for e in fits[u]]), h)
-            found[unit] = stream.nll(h)
+            found[unit] = nll(stream, h)
         missing = need - sum(saved[u] for u in made)
         made.append(min(found, key=lambda u: (found[u] - loss) / min(saved[u], missing)))
         loss = found[made[-1]]
@@ -676,7 +678,7 @@ def test_nothing_but_the_windows_enters():
         stream = Stream(open_source(model), WINDOWS)
         stream.batches = list(WINDOWS.split(size))
         with torch.no_grad():
-            found.append(stream.measure(0, stream.block(0), taps, stream.start())[0])
+            found.append(measure_block(stream, 0, stream.block(0), taps, stream.start())[0])
     assert sum(found[0].tokens.values()) == WINDOWS.numel()
     for other in found[1:]:
         for tap in taps:

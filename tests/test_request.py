@@ -52,7 +52,7 @@ def test_flags_say_what_the_fields_say(command):
 def test_keywords_are_the_fields(function):
     found = inspect.signature(function).parameters
     assert {n: p.default for n, p in found.items() if n in OPTIONS} == {n: f.default for n, f in OPTIONS.items()}
-    more = {"model", "tokenizer", "cache", "progress"} | (
+    more = {"model", "tokenizer", "sparsity", "cache", "progress"} | (
         {"output", "overwrite"} if function is planish.compress else set()
     )
     assert set(found) - set(OPTIONS) == more

@@ -11,25 +11,25 @@ from planish.calibrate.stream import Stream
 from planish.errors import InputError
 from planish.folder.load import load
 from planish.folder.source import open_source
-from planish.job import Job
 from planish.methods import find_method
 from planish.methods.slicegpt import STREAM, slice_block
 from planish.modelling.modules import SlicedBlock
+from posed import Posed, pose_on
 from tiny import compress
 
 WINDOWS = tiny.windows(6, 20)
 FAMILIES = ["llama_gqa", "llama_bias", "llama_tied", "qwen2", "qwen3", "phi3"]
 
 
-def job(name: str, keep: float = 0.8, dtype: torch.dtype = torch.float64) -> Job:
+def job(name: str, keep: float = 0.8, dtype: torch.dtype = torch.float64) -> Posed:
     stream = Stream(open_source(tiny.build(name, dtype)), WINDOWS, dtype=dtype)
-    return Job(stream, find_method("slicegpt"), keep)
+    return pose_on(stream, find_method("slicegpt"), keep)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotations_alone_change_nothing(family):
     """Three random orthogonal bases, none cut: every block gives its own output in another basis."""
-    stream = job(family).stream
+    stream = job(family).measure.stream
     hidden, d = stream.start(), stream.source.config.hidden_size
     g = torch.Generator().manual_seed(0)
     bases = [torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q for _ in range(3)]
@@ -49,9 +49,9 @@ def test_written_weights_meet_the_budget_and_load_again(family, tmp_path):
     loaded = load(tmp_path / "a")
     blocks = [m for m in loaded.modules() if isinstance(m, SlicedBlock)]
     j = job(family, 0.7, torch.float32)
-    width = j.plan()[STREAM]
-    assert sum(map(count_block, blocks)) == result.block_params_after == j.cost(STREAM, width)
-    assert result.block_params_after <= 0.7 * result.block_params_before < j.cost(STREAM, width + 1)
+    width = j.plan().ranks[STREAM]
+    assert sum(map(count_block, blocks)) == result.block_params_after == j.problem.cost(STREAM, width)
+    assert result.block_params_after <= 0.7 * result.block_params_before < j.problem.cost(STREAM, width + 1)
     ids = tiny.windows(2, 9)
     assert torch.equal(loaded(input_ids=ids).logits, load(tmp_path / "a")(input_ids=ids).logits)
     greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -87,10 +87,10 @@ def test_keep_one_leaves_the_model_as_it_is(tmp_path):
 def test_other_norms_are_refused(family):
     j = job(family)
     with pytest.raises(InputError, match=r"slicegpt needs blocks of the form"):
-        j.method.plan(j)
+        j.plan()
 
 
 def test_a_keep_out_of_reach_names_the_smallest():
     j = job("llama_gqa", 0.01)
     with pytest.raises(InputError, match="smallest keep is"):
-        j.method.plan(j)
+        j.plan()

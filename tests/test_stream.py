@@ -11,16 +11,19 @@ from torch import nn
 import tiny
 from planish import solve
 from planish.apply import apply_edits
+from planish.calibrate import losses
 from planish.calibrate.activations import Room
-from planish.calibrate.reuse import Midway
-from planish.calibrate.stream import Stream
+from planish.calibrate.collect import measure_block
+from planish.calibrate.losses import compute_logits, nll
+from planish.calibrate.measure import sweep_forward
+from planish.calibrate.reuse import Reuse
+from planish.calibrate.stream import Stream, read_weights
 from planish.folder.source import MemorySource, open_source
-from planish.job import Job
 from planish.methods import find_method
 from planish.modelling.blocks import find_blocks, get_linear
-from planish.solve import read_weights
 from planish.solvers.forms import neuron_edits
 from planish.stats import Tap
+from posed import pose_on
 from test_resume import hashes
 from tiny import compress
 
@@ -41,15 +44,15 @@ def test_hidden_states_are_the_models_own(family, stored, tmp_path):
     for i in range(len(stream)):
         torch.testing.assert_close(torch.cat(list(hidden)), expected.hidden_states[i], rtol=1e-5, atol=1e-5)
         hidden = stream.run(i, stream.block(i), hidden)
-    ours = torch.cat([stream.logits(h) for h in hidden])
+    ours = torch.cat([compute_logits(stream, h) for h in hidden])
     torch.testing.assert_close(ours, expected.logits, rtol=1e-4, atol=1e-4)
     loss = nn.functional.cross_entropy(expected.logits[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten())
-    assert stream.nll(hidden) == pytest.approx(float(loss), rel=1e-5)
+    assert nll(stream, hidden) == pytest.approx(float(loss), rel=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiny.NAMES)
-def test_runs_start_midway(family):
+def test_runs_start_reuse(family):
     """A second run with the same q, k, v computes them for the first batch only, with the same o and MLP also gate and up;
     outputs and statistics are the same bits."""
     stream = Stream(MemorySource(tiny.build(family)), WINDOWS)
@@ -66,15 +69,15 @@ def test_runs_start_midway(family):
     for role in runs:
         get_linear(block, stream.family, role).register_forward_hook(count(role))
     taps = [Tap("o.in", "gram"), Tap("o.out", "gram"), Tap("down.in", "gram"), Tap("attention.add", "gram")]
-    midway = Midway(stream.room, len(hidden))
+    reuse = Reuse(stream.room, len(hidden))
     holds = stream.family.mlp is not None  # a submodule of its own
     for change in (None, None, "o", "down", "up", "q", None):
         if change:
             get_linear(block, stream.family, change).weight.mul_(1.5)
-        plain, expected = stream.measure(0, block, taps, hidden)
+        plain, expected = measure_block(stream, 0, block, taps, hidden)
         runs |= dict.fromkeys(runs, 0)
-        stats, outputs = stream.measure(0, block, taps, hidden, midway=midway)
-        led = {n: s.result is not None for n, s in midway.starts.items()}
+        stats, outputs = measure_block(stream, 0, block, taps, hidden, reuse=reuse)
+        led = {n: s.result is not None for n, s in reuse.starts.items()}
         assert runs == {"q": 1 if led["attention"] else 3, "up": 1 if led["mlp"] else 3}
         assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
         assert all(torch.equal(stats.sums[t]["sum"], plain.sums[t]["sum"]) for t in taps)
@@ -84,16 +87,18 @@ def test_runs_start_midway(family):
             assert runs["up"] == 3
     assert runs["q"] == 1 and runs["up"] == (1 if holds else 3), "the last run skips again"
     runs |= dict.fromkeys(runs, 0)
-    stream.measure(0, block, [Tap("k.out", "gram"), Tap("up.out", "gram")], hidden, midway=midway)  # somebody looks
+    measure_block(
+        stream, 0, block, [Tap("k.out", "gram"), Tap("up.out", "gram")], hidden, reuse=reuse
+    )  # somebody looks
     assert runs == {"q": 3, "up": 3}
     cases = ((["down"], {"attention", "mlp"}), (["o", "down"], {"attention"}), (["mlp"], {"attention"}), (["q"], set()))
     for solved, led in cases:
-        again = Midway(stream.room, len(hidden))
+        again = Reuse(stream.room, len(hidden))
         again.enter(["down"])
-        stream.run(0, block, hidden, midway=again)
+        stream.run(0, block, hidden, reuse=again)
         again.enter(solved)
         runs |= dict.fromkeys(runs, 0)
-        stream.run(0, block, hidden, midway=again)
+        stream.run(0, block, hidden, reuse=again)
         assert runs == {"q": 1 if "attention" in led else 3, "up": 1 if "mlp" in led and holds else 3}
 
 
@@ -104,16 +109,18 @@ def test_no_run_starts_where_neurons_were_taken_away(family):
     stream = Stream(MemorySource(tiny.build(family)), WINDOWS)
     stream.batches = list(WINDOWS.split(4))
     hidden, shape, runs = stream.start(), stream.source.shape(0), []
-    midway = Midway(stream.room, len(hidden))
-    stream.run(0, stream.block(0), hidden, midway=midway.enter(["down"]))
-    stream.measure(0, stream.block(0), [Tap("down.in", "gram")], hidden, outputs=False, midway=midway.enter(["mlp"]))
+    reuse = Reuse(stream.room, len(hidden))
+    stream.run(0, stream.block(0), hidden, reuse=reuse.enter(["down"]))
+    measure_block(
+        stream, 0, stream.block(0), [Tap("down.in", "gram")], hidden, outputs=False, reuse=reuse.enter(["mlp"])
+    )
     kept = torch.arange(1, shape.intermediate, 2)
     block = stream.block(0)
     edits = neuron_edits(read_weights(block, stream), kept, torch.randn(shape.hidden, len(kept)))
     apply_edits(block, edits, stream.family, stream.source.config, shape)
     expected = stream.run(0, block, hidden)
     get_linear(block, stream.family, "up").register_forward_hook(lambda m, args, out: runs.append(len(out)))
-    outputs = stream.run(0, block, hidden, midway=midway.enter())
+    outputs = stream.run(0, block, hidden, reuse=reuse.enter())
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     assert len(runs) == 3
 
@@ -125,13 +132,13 @@ def test_what_down_reads_is_kept_where_it_fits_twice():
     hidden, block = stream.start(), stream.block(0)
     size = 4 * WINDOWS.numel() * stream.source.shape(0).width("down.in")  # the last batch is smaller than counted
     for limit, kept in ((4 * size, True), (size, False)):
-        midway = Midway(Room(limit), len(hidden))
+        reuse = Reuse(Room(limit), len(hidden))
         expected = stream.run(0, block, hidden)
         for _ in range(2):
-            outputs = stream.run(0, block, hidden, midway=midway)
+            outputs = stream.run(0, block, hidden, reuse=reuse)
             assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
-        assert (midway.starts["mlp"].kept is not None) == kept
-        assert midway.starts["attention"].kept is not None
+        assert (reuse.starts["mlp"].kept is not None) == kept
+        assert reuse.starts["attention"].kept is not None
 
 
 @torch.no_grad()
@@ -163,9 +170,8 @@ def test_taps_measure_what_hooks_see(family):
         "q.in": seen["norm.out"], "up.in": seen["mlp_norm.out"], "attention.raw": seen["norm.in"],
         "mlp.raw": seen["mlp_norm.in"], "attention.add": seen["post.out"], "down.out": seen["down.out"],
     }  # fmt: skip
-    found = {}
     taps = [Tap(s, "gram") for s in sites]
-    stream.sweep(lambda shape: taps if shape.block == i else [], lambda j, b, stats: found.setdefault(j, stats))
+    found = {j: s for j, _, s in sweep_forward(stream, lambda shape: taps if shape.block == i else [])}
     for site, x in sites.items():
         x = x.flatten(0, -2).double()
         torch.testing.assert_close(found[i].sums[Tap(site, "gram")]["sum"], x.T @ x, rtol=1e-4, atol=1e-4, msg=site)
@@ -177,7 +183,7 @@ def test_parts_split_the_windows():
     stream = Stream(MemorySource(tiny.build("llama_gqa")), tiny.windows(17, 24))
     stream.batches = list(tiny.windows(17, 24).split(5))
     taps = [Tap("block.in", "gram", part=p) for p in ("all", "fit", "held")]
-    stats, _ = stream.measure(0, stream.block(0), taps, stream.start())
+    stats, _ = measure_block(stream, 0, stream.block(0), taps, stream.start())
     assert [stats.tokens[t] // 24 for t in taps] == [17, 15, 2]
     all_, fit, held = (stats.sums[t]["sum"] for t in taps)
     torch.testing.assert_close(fit + held, all_)
@@ -203,8 +209,8 @@ def test_few_blocks_are_alive_at_once(method, tmp_path):
         return module
 
     source.block = block
-    job = Job(stream, find_method(method), 0.7)
-    job.solve(job.method.plan(job), lambda i, b, spec: None)
+    job = pose_on(stream, find_method(method), 0.7)
+    solve.solve(job.problem, job.measure, job.plan(), lambda *block: None)
     assert len(alive) >= 7 and peak <= 2
     assert all(p.is_meta for b in stream.blocks for p in b.parameters())
 
@@ -214,7 +220,7 @@ def test_nothing_is_left_behind():
     before = {n: sorted(vars(m)) for n, m in model.named_modules()}
     stream = Stream(MemorySource(model), WINDOWS)
     hidden = stream.start()
-    stream.measure(0, stream.block(0), [Tap("o.in", "gram"), Tap("attention.add", "squares")], hidden)
+    measure_block(stream, 0, stream.block(0), [Tap("o.in", "gram"), Tap("attention.add", "squares")], hidden)
     assert {n: sorted(vars(m)) for n, m in model.named_modules()} == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not any("forward" in vars(b) for b in stream.blocks)
@@ -225,21 +231,21 @@ def test_the_head_in_pieces(name, monkeypatch):
     """A vocabulary too large for a batch's logits changes neither losses nor gradients, and no more is asked of the head."""
     windows = tiny.windows(5, 24)
     s = Stream(MemorySource(tiny.build(name, torch.float64)), windows, dtype=torch.float64)
-    outputs = s.sweep(lambda shape: [], lambda i, block, stats: None)
+    outputs = s.outputs()
     inputs = s.start()
-    whole = s.nll(outputs), s.divergence(inputs, outputs), s.output_gradient(outputs[0], 0, 0)
+    whole = losses.nll(s, outputs), losses.divergence(s, inputs, outputs), losses.output_gradient(s, outputs[0], 0, 0)
     sizes = []
-    old = Stream.embedded
+    old = losses.as_embeddings
 
-    def embedded(self, hidden):
+    def embedded(stream, hidden):
         sizes.append(hidden.shape[:-1].numel())
-        return old(self, hidden)
+        return old(stream, hidden)
 
-    monkeypatch.setattr(Stream, "embedded", embedded)
-    monkeypatch.setattr("planish.calibrate.stream.LOGITS", 7 * s.source.config.vocab_size + 1)
-    assert s.nll(outputs) == pytest.approx(whole[0], rel=1e-13)
-    assert s.divergence(inputs, outputs) == pytest.approx(whole[1], rel=1e-12)
-    torch.testing.assert_close(s.output_gradient(outputs[0], 0, 0), whole[2], rtol=1e-10, atol=1e-13)
+    monkeypatch.setattr(losses, "as_embeddings", embedded)
+    monkeypatch.setattr(losses, "LOGITS", 7 * s.source.config.vocab_size + 1)
+    assert losses.nll(s, outputs) == pytest.approx(whole[0], rel=1e-13)
+    assert losses.divergence(s, inputs, outputs) == pytest.approx(whole[1], rel=1e-12)
+    torch.testing.assert_close(losses.output_gradient(s, outputs[0], 0, 0), whole[2], rtol=1e-10, atol=1e-13)
     assert max(sizes) == 7
 
 
@@ -248,13 +254,13 @@ def test_uncompressed_block_may_run_again(units, tmp_path, monkeypatch):
     """What accelerators do instead of keeping what it showed: the same bytes are written."""
     model, kept = tiny.build("llama_gqa"), list[set[str]]()
 
-    def look(job, ours, sites=solve.find_sites_beside):
-        kept.append(sites(job, ours))
+    def look(*args, sites=solve.find_dense_sites):
+        kept.append(sites(*args))
         return kept[-1]
 
-    monkeypatch.setattr("planish.solve.find_sites_beside", look)
+    monkeypatch.setattr("planish.solve.find_dense_sites", look)
     compress(model, output=tmp_path / "kept", method="auto", keep=0.7, windows=WINDOWS, settings={"units": units})
     assert all(kept[-3:])
-    monkeypatch.setattr("planish.solve.find_sites_beside", lambda job, ours: set())
+    monkeypatch.setattr("planish.solve.find_dense_sites", lambda *args: set())
     compress(model, output=tmp_path / "again", method="auto", keep=0.7, windows=WINDOWS, settings={"units": units})
     assert hashes(tmp_path / "kept") == hashes(tmp_path / "again")

@@ -23,7 +23,7 @@ from planish.evaluate import drift
 from planish.evaluate.report import page
 from planish.evaluate.report.page import find_shares, write_report
 from planish.evaluate.report.points import Point, read_points
-from planish.evaluate.report.svg import Axis, Mark, Series, chart, heat_map
+from planish.evaluate.report.svg import Axis, Mark, Quantity, Series, chart, heat_map
 from planish.sweep import parse_method, sweep
 
 METHODS = ["flat-llm", "svd-llm", "auto:anchor=0:units=linear"]
@@ -244,19 +244,19 @@ def test_speeds_are_plotted_as_quotients_of_the_same_turns(monkeypatch):
         for i, (n, (a, b)) in enumerate(rates.items())
     ]  # fmt: skip
     seen = {}
-    monkeypatch.setattr(page, "chart", lambda series, x, *more, **kw: seen.setdefault(x[0], series) and "")
-    page.make_charts(page.Results(Path(), points), {"calm": 0, "busy": 1})
+    monkeypatch.setattr(page, "chart", lambda series, x, *more, **kw: seen.setdefault(x.label, series) and "")
+    page.find_charts(page.Results(Path(), points), {"calm": 0, "busy": 1})
     (series,) = (s for name, s in seen.items() if "per second" in name)
     assert {s.label: [m.x for m in s.marks] for s in series} == {"calm": [1.1], "busy": [1.2]}
 
 
 def test_charts_hold_what_they_are_given():
     series = [Series("a", 0, [Mark(1, 2, "x"), Mark(2, 900, "far")]), Series("b", 1, [Mark(3, float("nan"), "lost")])]
-    text = chart(series, ("x", str), ("y", str), top=10, level=(1, "dense"))
+    text = chart(series, Quantity("x"), Quantity("y"), top=10, level=(1, "dense"))
     assert text.count("<circle") == 1 and "↑" in text and "lost" not in text
-    assert "nothing measured" in chart([], ("x", str), ("y", str))
+    assert "nothing measured" in chart([], Quantity("x"), Quantity("y"))
     assert heat_map(["q"], [[(0.25, "<t>"), None]]).count('class="cell"') == 1
-    axis = Axis("", 1, 1000, 0, 3, logarithmic=True)
+    axis = Axis(1, 1000, 0, 3, log=True)
     assert axis.at(10) == pytest.approx(1) and axis.ticks() and all(1 <= t <= 1000 for t in axis.ticks())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from planish.core import Unit
 from planish.errors import InputError
 from planish.export.gguf import export_gguf
 from planish.folder.source import open_source
-from planish.job import Job
 from planish.methods import find_method
+from planish.plan import uniform
 from planish.plan.allocate import BudgetError, Curve
 from planish.plan.targets import (
     TARGETS,
@@ -28,6 +29,7 @@ from planish.plan.targets import (
     make_uniform,
     needs_uniform,
 )
+from posed import pose_on
 from tiny import build, compress
 
 SIZES = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
@@ -119,31 +121,32 @@ def test_equal_ranks_spend_the_budget(method):
     """No kind could have one step more, and the predicted loss is not above that of the least rank of each kind."""
     source = open_source(build("llama_gqa", **SIZES))
     settings = {"units": "structural"} if method == "auto" else {"damping": 0.01}
-    job = Job(Stream(source, tiny.windows(16, 24)), find_method(method, settings), 0.7, target="gguf")
-    plan = job.plan()
+    job = pose_on(Stream(source, tiny.windows(16, 24)), find_method(method, settings), 0.7, target="gguf")
+    planned = job.plan()
+    plan = planned.ranks
     cut = {n: {r for u, r in plan.items() if u.name == n} for n in ("vo", "mlp")}
     assert all(len(ranks) == 1 for ranks in cut.values())
-    spent = lambda p: job.total - sum(job.cost(u, job.full(u)) - job.cost(u, r) for u, r in p.items())  # noqa: E731
-    assert spent(plan) <= 0.7 * job.total
+    assert job.left(plan) >= 0
     for name, (rank,) in ((n, tuple(r)) for n, r in cut.items()):
         unit = Unit(0, name)
-        higher = [r for r in job.units[unit].ranks(unit, job.shapes[0]) if r > rank]
+        higher = [r for r in job.problem.units[unit].ranks(unit, job.problem.shapes[0]) if r > rank]
         if higher:
-            assert spent({u: higher[0] if u.name == name else r for u, r in plan.items()}) > 0.7 * job.total
-    least = job.method.plan(job)
+            assert job.left({u: higher[0] if u.name == name else r for u, r in plan.items()}) < 0
+    least = job.method.plan(job.problem, job.measure).ranks
     least = {u: min(r for w, r in least.items() if w.name == u.name) for u in least}
-    assert job.predicted(plan) <= job.predicted(least) * (1 + 1e-12)
+    loss = [sum(float(planned.frontiers[u].loss[r]) for u, r in p.items()) for p in (plan, least)]
+    assert loss[0] <= loss[1] * (1 + 1e-12)
 
 
 def test_blocks_that_a_plan_leaves_whole_come_along():
     """`auto` may leave a block's values alone, or remove its attention: equal ranks are asked of all that is left."""
     source = open_source(build("llama_gqa", **SIZES))
     settings = {"units": "structural", "bypass": True}
-    job = Job(Stream(source, tiny.windows(16, 24)), find_method("auto", settings), 0.7, target="gguf")
-    job.plan()
-    vo, mlp, attention = ([u for u in sorted(job.units) if u.name == n] for n in ("vo", "mlp", "attention"))
+    job = pose_on(Stream(source, tiny.windows(16, 24)), find_method("auto", settings), 0.7, target="gguf")
+    planned = job.plan()
+    vo, mlp, attention = ([u for u in sorted(job.problem.units) if u.name == n] for n in ("vo", "mlp", "attention"))
     left = {vo[0]: 8, attention[2]: 0} | dict.fromkeys(mlp, 64)
-    plan = job.make_uniform(left)
+    plan = uniform.make_uniform(job.problem, job.measure, replace(planned, ranks=left)).ranks
     assert set(plan) == {*left, vo[1]} and plan[vo[0]] == plan[vo[1]] and plan[attention[2]] == 0
     assert len({plan[u] for u in mlp}) == 1
 
@@ -210,7 +213,7 @@ def test_blocks_without_a_part_are_refused_where_one_graph_is_all_there_is():
     with pytest.raises(InputError, match="llm-drop removes only the MLP of block 1"):
         check_plan(target, "llm-drop", whole | {Unit(1, "attention"): 1})
     check_plan(find_target("gguf"), "llm-drop", whole | {Unit(1, "attention"): 1})
-    job = Job(Stream(source, tiny.windows(8, 24)), find_method("llm-drop", {"sparsity": 0.4}), target="gguf")
+    job = pose_on(Stream(source, tiny.windows(8, 24)), find_method("llm-drop", {"sparsity": 0.4}), target="gguf")
     with pytest.raises(InputError, match="llm-drop removes only the"):
         job.plan()
 

@@ -233,19 +233,19 @@ def make_failures_page() -> str:
     for page in sorted((DOCS / "log").glob("20*.md"), reverse=True):
         if found := find_failures(page.read_text(encoding="utf-8")):
             lines += [f"## {page.stem}", ""]
-            lines += [f"- [{title}]({page.name}#{slug(title)}): {outcome}" for title, outcome in found] + [""]
+            lines += [f"- [{title}]({page.name}#{slug(title)}): {text}" for title, text in found] + [""]
     return "\n".join(lines)
 
 
 def find_failures(text: str) -> list[tuple[str, str]]:
-    """(title, outcome) of the entries marked as failed."""
-    entries = re.split(r"^### ", text, flags=re.M)[1:]
+    """(title, question and outcome) of the entries marked as failed."""
     found = []
-    for entry in entries:
+    for entry in re.split(r"^### ", text, flags=re.M)[1:]:
         title = entry.partition("\n")[0].strip()
-        for line in entry.splitlines():
-            if FAILED in line:
-                found.append((title, line.partition(FAILED)[2].strip()))
+        question = re.search(r"^- \*\*Question\.\*\* (.*)$", entry, re.M)
+        outcome = re.search(rf"^- {re.escape(FAILED)} (.*)$", entry, re.M)
+        if question and outcome:
+            found.append((title, f"{question[1]} {outcome[1]}"))
     return found
 
 

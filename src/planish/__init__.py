@@ -20,8 +20,19 @@ def _is_command() -> bool:
 
 
 if not _is_command():
-    from planish.api import compress, eora, evaluate, evaluate_tasks, forecast, load, measure_effects
+    from planish.api import (
+        answer_both,
+        compare,
+        compress,
+        eora,
+        evaluate,
+        evaluate_tasks,
+        forecast,
+        load,
+        measure_effects,
+    )
 
 __all__ = [
-    "__version__", "compress", "eora", "evaluate", "evaluate_tasks", "forecast", "load", "measure_effects",
+    "__version__", "answer_both", "compare", "compress", "eora", "evaluate", "evaluate_tasks", "forecast", "load",
+    "measure_effects",
 ]  # fmt: skip

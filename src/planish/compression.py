@@ -20,24 +20,27 @@ from planish import lanes
 from planish.apply import count_block, is_empty
 from planish.calibrate.activations import Room
 from planish.calibrate.cache import Cache, open_cache
+from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream, reuse_memory
 from planish.calibrate.text import shuffle_windows
-from planish.core import Plan, Progress, Shape, Unit
+from planish.core import Progress, Shape
 from planish.errors import InputError
 from planish.folder.config import name_head, write_config
 from planish.folder.owner import owning
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
-from planish.job import Job
 from planish.manifest import Result, note_origin, read_result, write_manifest
-from planish.methods import find_method
+from planish.methods import find_method, make_plan, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
 from planish.plan.footprint import count_flops, count_headers, kv_bytes
 from planish.plan.latency import read_table
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.plan.targets import find_target
 from planish.request import Request
+from planish.solve import solve
 from planish.solvers.offload import offload
 
 
@@ -119,28 +122,25 @@ def compress(
                 stream = stream.part(calibrated)
             if calibrated is not windows and isinstance(cache, Cache):
                 cache = cache.beside(stream)
-            job = Job(
-                stream,
-                method,
-                asked=request,
-                step=request.round_to,
-                progress=progress,
-                cache=open_cache(stream) if cache is True else cache or None,
-                target=request.target,
-                measured=measured,
-            )
-            job.caught = caught
+            opened = open_cache(stream) if cache is True else cache or None
+            problem = pose(
+                method, source, request, step=request.round_to, target=request.target, measured=measured,
+                length=windows.shape[1] if windows.numel() else 0,
+            )  # fmt: skip
+            measure = Measurements(stream, opened, progress)
             if text.seconds:
-                job.seconds["text"] = text.seconds
-            check_tokens(job, windows, dict(request.settings))
+                measure.seconds["text"] = text.seconds
+            check_tokens(method, problem, windows, dict(request.settings))
             with offload(stream.device):
-                with job.phase("plan"):
-                    plan = job.plan()
-                result = write(job, plan, writer)
+                with measure.phase("plan"):
+                    planned = make_plan(method, problem, measure)
+                done = write(problem, measure, planned, writer, caught)
+        result = report(problem, planned, source, writer, done)
+        result.seconds = measure.seconds
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        result.warnings = sorted({*read_warnings(caught), *job.remarks.values(), *earlier, *note_origin(source)})
+        result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier, *note_origin(source)})
         result.seconds["total"] = time.perf_counter() - start + text.seconds
-        write_manifest(writer, job, plan, result, text.record)
+        write_manifest(writer, method, problem, planned, stream, result, done.errors, text.record)
         for name, content in place.files.items():
             writer.text(name, content)
         writer.close()
@@ -199,69 +199,85 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
     return compress(request, method, source, text, place, shared=Shared(measured=measured), progress=progress)
 
 
-def write(job: Job, plan: Plan, writer: Writer) -> Result:
+@dataclass
+class Written:
+    """The blocks that are left, as they were written: spec, shape before, weights; `itemsize` of a weight, `kind` of the
+    configuration, `outer` weights outside the blocks; predicted loss per cut unit."""
+
+    specs: list[Spec] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)
+    itemsize: int = 2
+    kind: str = ""
+    outer: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def write(
+    problem: Problem, measure: Measurements, planned: Planned, writer: Writer, caught: list[warnings.WarningMessage]
+) -> Written:
     """Solve and write every block, then what is outside the blocks and the configuration."""
-    source = job.stream.source
-    specs: list[Spec] = []
-    shapes: list[Shape] = []  # of the blocks that are left
-    counted: list[int] = []
-    itemsize = 2
+    source, done = measure.stream.source, Written()
+    for entry in writer.finished.values():
+        done.errors |= entry["errors"]
 
-    def emit(i: int, block: nn.Module, spec: Spec) -> None:
-        nonlocal itemsize
-        spec = writer.finished[i]["spec"] if i in writer.finished else spec
-        errors = {u: e for u, e in job.errors.items() if Unit.parse(u).block == i}
-        entry = {"spec": spec, "errors": errors, "warnings": read_warnings(job.caught)}
+    def emit(i: int, block: nn.Module, spec: Spec, errors: dict[str, float]) -> None:
+        done.errors |= errors
+        if i in writer.finished:
+            spec, errors = writer.finished[i]["spec"], writer.finished[i]["errors"]
+        entry = {"spec": spec, "errors": errors, "warnings": read_warnings(caught)}
         if is_empty(spec):
-            writer.block(i, None, source.family, len(specs), entry)
+            writer.block(i, None, source.family, len(done.specs), entry)
             return
-        counted.append(count_block(block))
-        specs.append(spec)
-        shapes.append(job.shapes[i])
-        itemsize = next(block.parameters()).element_size()
-        with job.phase("write"):
-            writer.block(i, block, source.family, len(specs) - 1, entry)
+        done.counted.append(count_block(block))
+        done.specs.append(spec)
+        done.shapes.append(problem.shapes[i])
+        done.itemsize = next(block.parameters()).element_size()
+        with measure.phase("write"):
+            writer.block(i, block, source.family, len(done.specs) - 1, entry)
 
-    for i, entry in writer.finished.items():
-        job.errors |= entry["errors"]
-        job.finished[i] = partial(writer.restore, i, source=source)
+    finished = {i: partial(writer.restore, i, source=source) for i in writer.finished}
     if writer.active:  # first: what cannot be copied or saved is found before the work
         source.copy_files(writer.partial)
-    job.method.solve(job, plan, emit)
-    kind = write_config(writer.text, source.config, source.family, specs, shapes)
+    solve(problem, measure, planned, emit, finished=finished)
+    done.kind = write_config(writer.text, source.config, source.family, done.specs, done.shapes)
     outside = source.outside()
-    outer = sum(t.numel() for t in outside.values())
-    writer.shard(0, name_head(outside, source.family, kind))
+    done.outer = sum(t.numel() for t in outside.values())
+    writer.shard(0, name_head(outside, source.family, done.kind))
+    return done
+
+
+def report(problem: Problem, planned: Planned, source: Source, writer: Writer, done: Written) -> Result:
+    """What was asked and what came out, counted from what was written."""
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
-    before, dense = job.weights, [dict[str, Any]()] * len(job.shapes)
+    uncut, dense = [s.count() for s in problem.shapes], [dict[str, Any]()] * len(problem.shapes)
     flops = [
-        count_flops(job.shapes, dense, [s.count() for s in job.shapes], job.context),
-        count_flops(shapes, specs, counted, job.context),
+        count_flops(problem.shapes, dense, uncut, problem.context),
+        count_flops(done.shapes, done.specs, done.counted, problem.context),
     ]
     result = Result(
-        job.method.name,
-        job.keep,
-        sum(counted) / before,
-        outer + blocks,
-        writer.parameters,
-        before,
-        sum(counted),
-        kv_bytes(dense, job.shapes, itemsize),
-        kv_bytes(specs, shapes, itemsize),
-        kind,
-        str(writer.output),
-        job.seconds,
-        peak_rss(),
+        method=problem.name,
+        keep_requested=problem.keep if planned.keep is None else planned.keep,
+        keep=sum(done.counted) / sum(uncut),
+        params_before=done.outer + blocks,
+        params_after=writer.parameters,
+        block_params_before=sum(uncut),
+        block_params_after=sum(done.counted),
+        kv_bytes_per_token_before=kv_bytes(dense, list(problem.shapes), done.itemsize),
+        kv_bytes_per_token_after=kv_bytes(done.specs, done.shapes, done.itemsize),
+        format=done.kind,
+        output=str(writer.output),
+        peak_rss_bytes=peak_rss(),
         bytes_before=sum(n * dtype.itemsize for n, dtype in source.sizes().values()) + count_headers(source),
         bytes_after=writer.bytes + writer.headers,
         flops_per_token_before=flops[0] + 2 * source.count_head(),
         flops_per_token_after=flops[1] + 2 * source.count_head(),
-        context=job.context,
-        submodules=job.notes.get("removed", {}),
+        context=problem.context,
+        submodules={name: dict(gone) for name, gone in planned.removed.items()},
     )
-    if job.table is not None:
-        result.latency_ms_before = job.table.predict(dense, job.shapes) * 1e3
-        result.latency_ms_after = job.table.predict(specs, shapes) * 1e3
+    if problem.table is not None:
+        result.latency_ms_before = problem.table.predict(dense, problem.shapes) * 1e3
+        result.latency_ms_after = problem.table.predict(done.specs, done.shapes) * 1e3
     achieved = {
         "keep": result.keep,
         "max_params": result.params_after,
@@ -270,17 +286,18 @@ def write(job: Job, plan: Plan, writer: Writer) -> Result:
         "flops_keep": flops[1] / flops[0],
         "max_latency": result.latency_ms_after,
     }
-    result.budgets = {b.name: {"asked": b.asked, "achieved": achieved[b.name]} for b in job.kept_budgets}
+    budgets = problem.budgets if planned.keep is None else ()
+    result.budgets = {b.name: {"asked": b.asked, "achieved": achieved[b.name]} for b in budgets}
     return result
 
 
-def check_tokens(job: Job, windows: Tensor, settings: dict[str, Any]) -> None:
+def check_tokens(method: Method, problem: Problem, windows: Tensor, settings: dict[str, Any]) -> None:
     """Fewer calibration tokens than a Gram's dimension make it singular: an error unless damping is asked for."""
-    own = job.method.dampings
+    own = method.dampings
     if set(own) & set(settings):
         return
-    grams = [t for t in job.taps(job.block_units(0)) if t.kind in ("gram", "moments")]
-    need = max((job.shapes[0].width(t.site) for t in grams), default=0)
+    grams = [t for t in problem.taps(problem.block_units(0)) if t.kind in ("gram", "moments")]
+    need = max((problem.shapes[0].width(t.site) for t in grams), default=0)
     if 0 < windows.numel() < need:
         hint = f", or ask for damping (--set {own[0]}=0.01)" if own else ""
         raise InputError(

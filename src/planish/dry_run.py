@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from planish import stats as stats_file
 from planish.calibrate.cache import Cache
+from planish.calibrate.measure import Measurements
 from planish.calibrate.reuse import BEHIND, LAST
 from planish.calibrate.stream import BATCH, Stream
 from planish.calibrate.text import shuffle_windows
@@ -26,16 +27,19 @@ from planish.compression import check_tokens, check_windows, pick_dtype
 from planish.core import Plan, Progress, Shape, Unit, count_sums, describe_rest
 from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source
-from planish.job import Job
+from planish.methods import make_plan, pose
 from planish.methods.method import Method
 from planish.plan.budgets import Budget, CacheNumbers, Flops, make_budget
 from planish.plan.footprint import count_cache, count_flops
+from planish.plan.frontiers import dense_taps, measure_frontiers, stored_taps
 from planish.plan.latency import Latency, read_table
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse_all
 from planish.request import SHARES, Limits
-from planish.solve import count_refit, find_sites_beside
+from planish.solve import find_dense_sites
 from planish.solvers.offload import offload
 from planish.stats import Tap, add_gram
 
@@ -88,7 +92,7 @@ class TextNeeded(Exception):
 class Unread(Stream):
     """A stream before its text is read: whoever asks for a batch learns that it is needed. Nothing of the model is read."""
 
-    def bring_outside(self) -> None:
+    def _bring_outside(self) -> None:
         pass
 
     @property  # type: ignore[override]
@@ -122,11 +126,12 @@ def forecast(
     unread = Unread(source, torch.empty(0, 0, dtype=torch.long), device=device, dtype=dtype)
     asked = asked.model_copy(update={"context": asked.context or size[1]})
     table = read_table(source, asked.context or 0, device, dtype, progress) if asked.max_latency is not None else None
-    job = Job(unread, method, asked=asked, step=round_to, target=target, measured=table)
-    shared = Cache(memory=STATISTICS)
+    given: dict[str, Any] = {"step": round_to, "measured": table}
+    problem = pose(method, source, asked, target=target, **given)
+    measure = Measurements(unread, Cache(memory=STATISTICS), progress)
     start = time.perf_counter()
     try:
-        plan, measured = job.plan(), False
+        planned, measured = make_plan(method, problem, measure), False
     except TextNeeded:
         if isinstance(source, ConfigSource):
             raise InputError(
@@ -137,51 +142,54 @@ def forecast(
         check_windows(windows, source)
         size = (windows.shape[0], windows.shape[1])
         stream = Stream(source, shuffle_windows(windows, method.shuffled), device=device, dtype=dtype)
-        arguments: dict[str, Any] = {
-            "asked": asked,
-            "step": round_to,
-            "measured": table,
-            "progress": progress,
-            "cache": shared,
-        }
-        job = Job(stream, method, **arguments, target=target)
-        check_tokens(job, windows, settings or {})
-        plan, measured = job.plan(), True
-    found = describe(job, plan, size, measured, time.perf_counter() - start)
-    found.target, found.predicted = target, add_losses(job, plan)
-    found.nats = bool(job.known) and all(f.nats for f in job.known.values())
-    free = Job(unread, method, asked=asked, step=round_to, measured=table)
-    found.limits = describe_limits(job.stack, free.units)
+        measure = Measurements(stream, measure.cache, progress)
+        check_tokens(method, problem, windows, settings or {})
+        planned, measured = make_plan(method, problem, measure), True
+    job = Job(replace(problem, units=planned.solvers), measure, planned)
+    found = describe(job, size, measured, time.perf_counter() - start)
+    found.target, found.predicted = target, add_losses(job.problem, planned)
+    found.nats = bool(planned.frontiers) and all(f.nats for f in planned.frontiers.values())
+    free = pose(method, source, asked, **given)
+    found.limits = describe_limits(problem.target, free.units)
     if found.limits and found.predicted:
-        free = Job(job.stream, method, **arguments)
-        loose = free.plan()
-        free.known = free.known or free.frontiers()
-        found.predicted_any = add_losses(free, loose)
+        again = Measurements(measure.stream, measure.cache, progress)
+        loose = make_plan(method, free, again)
+        free = replace(free, units=loose.solvers)
+        known = loose.frontiers or measure_frontiers(free, again)
+        found.predicted_any = add_losses(free, replace(loose, frontiers=known))
     return found
 
 
-def add_losses(job: Job, plan: Plan) -> dict[str, float]:
+class Job(NamedTuple):
+    """What is to be described: a plan and what it was made of."""
+
+    problem: Problem
+    measure: Measurements
+    planned: Planned
+
+
+def add_losses(problem: Problem, planned: Planned) -> dict[str, float]:
     """Predicted loss of a plan for every kind of unit that it cuts; empty where no frontier is known."""
     losses: dict[str, float] = {}
-    for unit, rank in sorted(plan.items()):
-        if unit in job.known and rank < job.full(unit):
-            losses[unit.name] = losses.get(unit.name, 0.0) + float(job.known[unit].loss[rank])
+    for unit, rank in sorted(planned.ranks.items()):
+        if unit in planned.frontiers and rank < problem.full(unit):
+            losses[unit.name] = losses.get(unit.name, 0.0) + float(planned.frontiers[unit].loss[rank])
     return losses
 
 
-def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planning: float) -> Forecast:
+def describe(job: Job, size: tuple[int, int], measured: bool, planning: float) -> Forecast:
     """Everything that follows from a plan. `planning`: seconds it took."""
-    source, shapes = job.stream.source, job.shapes
+    problem, measure, planned = job
+    source, shapes, plan = measure.stream.source, problem.shapes, planned.ranks
     itemsize = source.stored.itemsize
     rows: list[dict[str, Any]] = []
-    for unit in sorted(job.units):
-        full = job.full(unit)
-        rank = plan.get(unit, full)
-        before, after = job.count(unit, full), job.count(unit, rank)
+    for unit in sorted(problem.units):
+        rank = plan.get(unit, full := problem.full(unit))
+        before, after = problem.count(unit, full), problem.count(unit, rank)
         rows.append(
             {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, "before": before, "after": after}
         )
-    blocks = job.weights
+    blocks = sum(s.count() for s in shapes)
     blocks_after = blocks - sum(r["before"] - r["after"] for r in rows)
     model = source.empty
     params = sum(p.numel() for p in model.parameters())
@@ -189,26 +197,26 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
     caches, full_caches = CacheNumbers("kv_keep", 1, 0, 0), sum(map(count_cache, shapes))
     working = [s.working for s in shapes]
     flops = Flops(
-        "flops_keep", 1, 0, count_flops(shapes, [{}] * len(shapes), working, job.context), context=job.context
+        "flops_keep", 1, 0, count_flops(shapes, [{}] * len(shapes), working, problem.context), context=problem.context
     )
-    stored = make_budget("max_bytes", 1, source, shapes, job.context)
+    stored = make_budget("max_bytes", 1, source, shapes, problem.context)
     attend = int(flops.total) - 2 * sum(working)
-    peaks, seconds, how = estimate(job, plan, size, measured, params, head, itemsize, attend)
+    peaks, seconds, how = estimate(job, size, measured, params, head, itemsize, attend)
     found = Forecast(
-        method=job.method.name,
-        keep_requested=job.keep,
+        method=problem.name,
+        keep_requested=problem.keep if planned.keep is None else planned.keep,
         keep=blocks_after / blocks,
         params_before=params,
         params_after=params - blocks + blocks_after,
         block_params_before=blocks,
         block_params_after=blocks_after,
         bytes_before=int(stored.total + stored.outside),
-        bytes_after=int(left(job, plan, stored) + stored.outside),
+        bytes_after=int(left(problem, plan, stored) + stored.outside),
         flops_per_token_before=int(flops.total) + 2 * head,
-        flops_per_token_after=int(left(job, plan, flops)) + 2 * head,
+        flops_per_token_after=int(left(problem, plan, flops)) + 2 * head,
         kv_bytes_per_token_before=full_caches * itemsize,
-        kv_bytes_per_token_after=int(left(job, plan, replace(caches, total=full_caches))) * itemsize,
-        context=job.context,
+        kv_bytes_per_token_after=int(left(problem, plan, replace(caches, total=full_caches))) * itemsize,
+        context=problem.context,
         peak_ram_bytes=peaks.ram,
         peak_vram_bytes=peaks.vram,
         disk_bytes=peaks.disk + peaks.spill,
@@ -216,10 +224,10 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
         needed_statistics=measured,
         units=rows,
         how=how,
-        warnings=[*job.remarks.values(), *describe_rest(job.units, shapes)],
+        warnings=[*planned.remarks.values(), *describe_rest(problem.units, shapes)],
     )
-    for b in job.kept_budgets:
-        cost = left(job, plan, b)
+    for b in problem.budgets if planned.keep is None else ():
+        cost = left(problem, plan, b)
         if isinstance(b, Latency):
             found.latency_ms_before, found.latency_ms_after = (
                 c / b.scale for c in (b.total + b.outside, cost + b.outside)
@@ -229,33 +237,36 @@ def describe(job: Job, plan: Plan, size: tuple[int, int], measured: bool, planni
     return found
 
 
-def left(job: Job, plan: Plan, budget: Budget) -> float:
+def left(problem: Problem, plan: Plan, budget: Budget) -> float:
     """What all blocks cost of a budget under a plan."""
-    cut = ((u, r, job.full(u)) for u, r in plan.items())
-    return budget.total - sum(job.cost(u, full, budget) - job.cost(u, r, budget) for u, r, full in cut if r != full)
+    cut = ((u, r, problem.full(u)) for u, r in plan.items())
+    return budget.total - sum(
+        problem.cost(u, full, budget) - problem.cost(u, r, budget) for u, r, full in cut if r != full
+    )
 
 
 def estimate(
-    job: Job, plan: Plan, size: tuple[int, int], measured: bool, params: int, head: int, itemsize: int, attend: int
+    job: Job, size: tuple[int, int], measured: bool, params: int, head: int, itemsize: int, attend: int
 ) -> tuple[Prediction, float, dict[str, str]]:
     """Peak bytes, seconds, and how they were found. `measured`: the plan ran text, gradients where it wants them."""
     tokens = prod(size)
-    stream = job.stream
-    shape = max(job.shapes, key=Shape.count)
-    parts = [job.taps(stage) for stage in job.method.stages(job.block_units(shape.block))]  # measured one after another
-    parts.append(job.stored_taps(shape.block))  # and once more for what the plan needs
+    problem, planned, stream, plan = job.problem, job.planned, job.measure.stream, job.planned.ranks
+    shape = max(problem.shapes, key=Shape.count)
+    units = problem.block_units(shape.block)
+    parts = [problem.taps(stage) for stage in planned.stages(units)]  # measured one after another
+    parts.append(dense_taps(problem, shape.block))  # and once more for what the plan needs
     taps = max(parts, key=lambda part: count_sums(shape, part), default=[])
     statistics = count_sums(shape, taps)
     wide = sum(n for t in taps if t.kind == "gram" and 8 * (n := count_sums(shape, [t])) >= stats_file.WIDE)
     found = [[shape.width(s) for s in {s for t in part for s in t.sites}] for part in parts]
     sites = max(found, key=sum, default=[])
-    work = max((job.units[u].memory(u, shape) for u in job.block_units(shape.block)), default=0)
-    both = 2 if job.method.prefix == "both" else 1
-    written = params - sum(job.count(u, job.full(u)) - job.count(u, plan.get(u, job.full(u))) for u in job.units)
+    work = max((problem.units[u].memory(u, shape) for u in units), default=0)
+    both = 2 if planned.prefix == "both" else 1
+    written = params - sum(problem.count(u, problem.full(u)) - problem.count(u, r) for u, r in plan.items())
     kept, shelved = count_kept(job, tokens) if measured else (0, 0)
     peaks = predict(
-        job.shapes,
-        outside=params - job.weights,
+        list(problem.shapes),
+        outside=params - sum(s.count() for s in problem.shapes),
         largest=head,
         statistics=statistics,
         wide=wide,
@@ -266,63 +277,63 @@ def estimate(
         stored=itemsize,
         computed=stream.dtype.itemsize,
         streams=both,
-        sequential=job.method.prefix != "dense",
-        between=max(count_between(job, s, plan, size) for s in job.shapes),
+        sequential=planned.prefix != "dense",
+        between=max(count_between(job, s, size) for s in problem.shapes),
         kept=kept,
         shelved=shelved,
-        backward=measured and any(t.site.startswith("grad:") for t in job.stored_taps(shape.block)),
+        backward=measured and any(t.site.startswith("grad:") for t in dense_taps(problem, shape.block)),
         accelerator=stream.device.type != "cpu",
         activation_limit=stream.room.limit,
         near=stream.room.near,
     )
-
     here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
     rates = measure_rates(here, torch.float32 if here != stream.device else stream.dtype, shape, size[1])
-    passes, forward = 0.0, 2 * shape.working / rates.single + attend / 2 / len(job.shapes) / rates.attention
+    passes, forward = 0.0, 2 * shape.working / rates.single + attend / 2 / len(problem.shapes) / rates.attention
     forward += (shape.inner + 6 * shape.hidden) * rates.element
     summing, solving = 0.0, 0.0
-    cuts = [[u for u in job.planned(i, plan) if i not in job.edits] for i in range(len(job.shapes))]
+    cuts = [[u for u in problem.cut(plan, i) if i not in planned.edits] for i in range(len(problem.shapes))]
     alike = {u.name: u for cut in cuts for u in cut}  # one unit of each kind
     with offload("cpu"):  # elsewhere small solves say nothing about large ones
-        took = rehearse_all({u: job.units[u] for u in alike.values()}, plan, job.shapes)
+        took = rehearse_all({u: problem.units[u] for u in alike.values()}, plan, problem.shapes)
     for i, cut in enumerate(cuts):
-        through, taps = count_passes(job, i, job.method.stages(cut) if cut else [[]], size)
+        through, taps = count_passes(job, i, planned.stages(cut) if cut else [[]], size)
         passes += through
-        summing += tokens * sum(time_sums(job.shapes[i], tap, rates) for tap in taps)
+        summing += tokens * sum(time_sums(problem.shapes[i], tap, rates) for tap in taps)
         solving += sum(took[u.name] for u in cut)
     seconds = passes * tokens * forward + summing + solving + (params + written) * rates.file
     how = {
         "peak_ram": f"libraries + one block as stored and as computed + activations of {size[0]} × {size[1]} tokens + one "
         "block's statistics in fp64 + the largest decomposition's working space (planish.predict)",
-        "seconds": f"{passes / len(job.shapes):.2f} forward passes over {tokens} tokens at this machine's "
+        "seconds": f"{passes / len(problem.shapes):.2f} forward passes over {tokens} tokens at this machine's "
         f"{rates.single / 1e9:.0f} GFLOP/s, the blocks' statistics in fp64, one block's solves rehearsed on random numbers "
         f"(planish.rehearsal), reading and writing from memory: {passes * tokens * forward:.3g}, {summing:.3g}, {solving:.3g}, "
         f"{(params + written) * rates.file:.3g} s"
         + ("; this machine has no such device: its CPU's rates" if here != stream.device else "")
         + ("; large factorisations run on the device, which is faster" if stream.device.type == "cuda" else ""),
-        "flops": f"two per weight of the blocks and the head and token, and attention over {job.context} tokens of context",
+        "flops": f"two per weight of the blocks and the head and token, and attention over {problem.context} tokens of context",
     }
     return peaks, seconds, how
 
 
-def count_between(job: Job, shape: Shape, plan: Plan, size: tuple[int, int]) -> int:
+def count_between(job: Job, shape: Shape, size: tuple[int, int]) -> int:
     """Channels per token of these windows that solving this block keeps from within it: what runs of it start from (see
     `planish.calibrate.reuse`), and of the uncompressed block beside the same, or every site that the stages look at."""
-    units = job.planned(shape.block, plan)
-    beside = find_sites_beside(job, units) if job.method.prefix == "both" else set()
+    planned = job.planned
+    units = job.problem.cut(planned.ranks, shape.block)
+    beside = find_dense_sites(job.problem, job.measure, units) if planned.prefix == "both" else set()
     width = {"attention": shape.heads * shape.v, "mlp": shape.intermediate}
-    starts = [set[str]().union(*(list_starts(job, shape, size, stage) for stage in job.method.stages(units)))]
-    if job.method.prefix == "both" and not beside:
+    starts = [set[str]().union(*(list_starts(job, shape, size, stage) for stage in planned.stages(units)))]
+    if planned.prefix == "both" and not beside:
         starts.append(list_starts(job, shape, size))
     channels = sum(width[n] for names in starts for n in names) + sum(map(shape.width, beside))
-    return ceil(channels * count_refit(size[0], job.method.refit_share) / size[0])
+    return ceil(channels * planned.refit(size[0]) / size[0])
 
 
 def list_starts(job: Job, shape: Shape, size: tuple[int, int], stage: Sequence[Unit] = ()) -> set[str]:
     """Submodules whose last linear's inputs are kept where this stage of a block is solved (none: nothing is)."""
-    windows, stream = count_refit(size[0], job.method.refit_share), job.stream
+    windows, stream = job.planned.refit(size[0]), job.measure.stream
     one_batch = windows <= max(1, BATCH // size[1])
-    if job.method.prefix == "dense" or stream.device.type != "cpu" or one_batch:
+    if job.planned.prefix == "dense" or stream.device.type != "cpu" or one_batch:
         return set()
     number = stream.dtype.itemsize * size[1] * windows
     fits = number * (2 * shape.intermediate + shape.hidden) <= stream.room.limit  # about: what else is held then varies
@@ -333,12 +344,16 @@ def list_starts(job: Job, shape: Shape, size: tuple[int, int], stage: Sequence[U
 def count_kept(job: Job, tokens: int) -> tuple[int, int]:
     """Bytes that are kept of all blocks at once, in memory and on disk: their inputs and their statistics, where gradients are
     measured."""
-    taps = [t for s in job.shapes for t in job.stored_taps(s.block)]
+    problem, planned, stream = job.problem, job.planned, job.measure.stream
+    taps = [t for s in problem.shapes for t in dense_taps(problem, s.block)]
     if not any(t.site.startswith("grad:") for t in taps):
         return 0, 0
-    inputs = sum(s.hidden for s in job.shapes) * tokens * job.stream.dtype.itemsize
-    statistics = sum(8 * count_sums(s, set(job.stored_taps(s.block)) & job.kept_taps(s.block)) for s in job.shapes)
-    kept = min(inputs + statistics, job.stream.room.shelf.limit)
+    inputs = sum(s.hidden for s in problem.shapes) * tokens * stream.dtype.itemsize
+    windows = sum(map(len, stream.batches))
+    refit = planned.refit(windows) < windows
+    stored = [set(dense_taps(problem, s.block)) & stored_taps(problem, s.block, refit) for s in problem.shapes]
+    statistics = sum(8 * count_sums(s, own) for s, own in zip(problem.shapes, stored, strict=True))
+    kept = min(inputs + statistics, stream.room.shelf.limit)
     return kept, inputs + statistics - kept
 
 
@@ -357,17 +372,18 @@ def reach(shape: Shape, taps: Iterable[Tap]) -> float:
 
 def count_passes(job: Job, i: int, stages: list[list[Unit]], size: tuple[int, int]) -> tuple[float, list[Tap]]:
     """Forward passes through block i, in shares of its weights, and the taps measured on them, when it is solved."""
-    shape, known = job.shapes[i], job.stored.taps(i)
-    taps = [[t for t in job.taps(stage) if t not in known] for stage in stages]
+    problem, planned, stored = job.problem, job.planned, job.measure.stored
+    shape, known = problem.shapes[i], stored.taps(i)
+    taps = [[t for t in problem.taps(stage) if t not in known] for stage in stages]
     everything = [t for stage in taps for t in stage]
-    if job.method.prefix == "dense":
-        return 1.0 if everything or not job.stored else 0.0, everything
+    if planned.prefix == "dense":
+        return 1.0 if everything or not stored else 0.0, everything
     skips = 1 - 1 / ceil(size[0] / max(1, BATCH // size[1]))
     own = [reach(shape, [t for t in stage if any(":" not in s for s in t.sites)]) for stage in taps]
     starts = [list_starts(job, shape, size, stage) for stage in stages]
     passes = count_runs(shape, own, starts, skips)
-    if job.method.prefix == "both":
-        kept = find_sites_beside(job, [u for stage in stages for u in stage])
+    if planned.prefix == "both":
+        kept = find_dense_sites(job.problem, job.measure, [u for stage in stages for u in stage])
         seen = [reach(shape, [t for t in s if len(t.sites[0].split(":")) > 1]) for s in taps]
         passes += 1.0 if kept else count_runs(shape, seen, [list_starts(job, shape, size) for _ in stages], skips)
     return passes, everything

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from planish.core import Plan
+from planish.calibrate.stream import Stream
 from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.source import Source
 from planish.folder.writer import Writer
-from planish.job import Job
+from planish.methods.method import Method
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.request import label, show
 from planish.version import __version__
 
@@ -70,26 +72,36 @@ def read_result(output: Path) -> Result:
         raise InputError(f"cannot read {output / 'planish.json'}: {error!r}; compress again with --overwrite") from None
 
 
-def write_manifest(writer: Writer, job: Job, plan: Plan, result: Result, calibration: dict[str, Any]) -> None:
+def write_manifest(
+    writer: Writer,
+    method: Method,
+    problem: Problem,
+    planned: Planned,
+    stream: Stream,
+    result: Result,
+    errors: dict[str, float],
+    calibration: dict[str, Any],
+) -> None:
     """planish.json: everything needed to understand and to repeat the run."""
+    problem, plan = replace(problem, units=planned.solvers), planned.ranks
     manifest = {
         "planish": __version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "source": name_only(job.stream.source.name),
-        **({"source_file": origin} if (origin := find_origin(job.stream.source)) else {}),
+        "source": name_only(stream.source.name),
+        **({"source_file": origin} if (origin := find_origin(stream.source)) else {}),
         "method": result.method,
-        "settings": job.method.settings(),
-        "round_to": job.step,
+        "settings": method.settings() | dict(planned.settings),
+        "round_to": problem.step,
         "calibration": calibration | {"source": name_only(str(calibration.get("source", "")))},
-        "dtype": str(job.stream.dtype).removeprefix("torch."),
+        "dtype": str(stream.dtype).removeprefix("torch."),
         "result": result.as_dict() | {"output": writer.output.name},
         "plan": {str(u): r for u, r in sorted(plan.items())},
-        "full": {str(u): job.full(u) for u in sorted(job.units)},
-        "roles": job.shapes[0].roles,
-        "weights": {str(u): [job.count(u, job.full(u)), job.count(u, r)] for u, r in sorted(plan.items())},
-        "errors": job.errors,
-        "notes": job.notes | job.remarks,
+        "full": {str(u): problem.full(u) for u in sorted(problem.units)},
+        "roles": problem.shapes[0].roles,
+        "weights": {str(u): [problem.count(u, problem.full(u)), problem.count(u, r)] for u, r in sorted(plan.items())},
+        "errors": errors,
+        "notes": dict(planned.notes) | dict(planned.remarks),
     }
     writer.text("planish.json", json.dumps(manifest, indent=2, default=str) + "\n")
     writer.text("README.md", make_card(manifest))

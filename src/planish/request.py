@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -33,10 +34,8 @@ from planish.errors import InputError
 VERSION = 1  # of recipes
 TOGETHER = 2  # budgets that can hold at the same time
 SHARES = {
-    "keep": "of the blocks' weights",
-    "kv_keep": "of the KV cache",
-    "flops_keep": "of the blocks' FLOPs per token",
-}
+    "keep": "of the blocks' weights", "kv_keep": "of the KV cache", "flops_keep": "of the blocks' FLOPs per token",
+}  # fmt: skip
 LIMITS = ("keep", "kv_keep", "flops_keep", "max_params", "max_bytes", "max_latency")
 NAMED_TEXTS = ("builtin", "wikitext2", "c4")
 SOURCE_HELP = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field text), .parquet, .npy (token ids)"
@@ -65,6 +64,11 @@ def option(
     return Field(default, description=text, json_schema_extra={"refusal": refusal, "flag": flag}, **(bounds or {}))  # type: ignore[call-overload]
 
 
+def find_default(field: FieldInfo) -> Any:
+    """As in a function's signature."""
+    return inspect.Parameter.empty if field.is_required() else field.default
+
+
 def read_extra(field: FieldInfo, name: str) -> Any:
     """ "refusal" or "flag" of a field that `option` made."""
     return field.json_schema_extra[name] if isinstance(field.json_schema_extra, dict) else {}
@@ -75,6 +79,11 @@ def share(name: str, text: str) -> Any:
     return option(None, text, refusal=refusal, bounds={"gt": 0, "le": 1}, shown=False)
 
 
+def listed(metavar: str, text: str, default: Any = (), **flag: Any) -> Any:
+    """Several values, on the command line between commas."""
+    return option(default, text, metavar=metavar, shown=False, type=str, **flag)
+
+
 def label(name: str) -> str:
     """kv_keep → kv-keep"""
     return name.replace("_", "-")
@@ -82,9 +91,8 @@ def label(name: str) -> str:
 
 def show(name: str, value: float) -> str:
     """A limit as people write it."""
-    return (
-        f"{value:,.0f}" if name in ("max_params", "max_bytes") else f"{value:g}{' ms' if name == 'max_latency' else ''}"
-    )
+    unit = " ms" if name == "max_latency" else ""
+    return f"{value:,.0f}" if name in ("max_params", "max_bytes") else f"{value:g}{unit}"
 
 
 def check_number(value: Any, name: str, whole: bool = False) -> None:
@@ -99,9 +107,8 @@ def read_size(value: int | float | str, name: str, scale: dict[str, int]) -> int
     match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)", text)
     units = {u.lower(): n for u, n in scale.items()}
     if match is None or match[2].lower() not in units:
-        raise InputError(
-            f"{name} {value}: expected a number, with one of {', '.join(u for u in scale if u)} behind it or none"
-        )
+        known = ", ".join(u for u in scale if u)
+        raise InputError(f"{name} {value}: expected a number, with one of {known} behind it or none")
     factor = units[match[2].lower()]
     whole = "." not in match[1] and "e" not in match[1].lower()
     size = int(match[1]) * factor if whole else int(float(match[1]) * factor + 1e-6)
@@ -125,7 +132,7 @@ class Strict(BaseModel):
         given = {name: value for name, value in values.items() if value is not None}
         for name, value in given.items():
             field = cls.model_fields[name]
-            kinds = {field.annotation, *get_args(field.annotation)}
+            kinds = set(get_args(field.annotation)) if isinstance(field.annotation, UnionType) else {field.annotation}
             if kinds & {int, float} and not any(isinstance(m, BeforeValidator) for m in field.metadata):
                 check_number(value, label(name), whole=float not in kinds)
         try:
@@ -176,8 +183,7 @@ class Limits(Strict):
     @property
     def given(self) -> dict[str, float]:
         """Name → value of the limits, keep 0.8 where there is none."""
-        values = {n: v for n in LIMITS if (v := getattr(self, n)) is not None}
-        return values or {"keep": 0.8}
+        return {n: v for n in LIMITS if (v := getattr(self, n)) is not None} or {"keep": 0.8}
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -238,13 +244,8 @@ class Request(Limits):
     model: str = option(..., "Hugging Face folder, GGUF file or hub id", metavar="MODEL")
     method: str | None = option(None, "see `planish methods`", shown="auto")
     settings: Mapping[str, str | float | int | bool | list[str] | None] = option(
-        {},
-        "a hyper-parameter of the method (repeatable)",
-        name="--set",
-        metavar="NAME=VALUE",
-        type=list[str],
-        shown=False,
-    )
+        {}, "a hyper-parameter of the method (repeatable)", name="--set", metavar="NAME=VALUE", type=list[str], shown=False
+    )  # fmt: skip
     calibration: Text = Text()
     device: str = option("auto", "auto: CUDA where there is one, else the CPU", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = option(
@@ -293,16 +294,30 @@ class Request(Limits):
     def moved(self, change: Callable[[str], str]) -> Request:
         """The same with other names of the model's and the text's files."""
         text = self.calibration.source
-        text = text if text in NAMED_TEXTS else change(text)
-        calibration = self.calibration.model_copy(update={"source": text})
+        calibration = self.calibration.model_copy(update={"source": text if text in NAMED_TEXTS else change(text)})
         return self.model_copy(update={"model": change(self.model), "calibration": calibration})
+
+
+class Grid(Strict):
+    """What a sweep varies and measures, besides the options of a request that hold for all its points."""
+
+    methods: tuple[str, ...] = listed("NAME,…", "methods, with settings as in auto:anchor=0", default=...)
+    keeps: tuple[float, ...] = listed(
+        "SHARE,…", "shares of the blocks' weights that stay  [default: 0.9,0.8,0.7 where no other is given]", name="--keep"
+    )  # fmt: skip
+    kv_keeps: tuple[float, ...] = listed("SHARE,…", "shares of the KV cache that stay", name="--kv-keep")
+    flops_keeps: tuple[float, ...] = listed("SHARE,…", "shares of the blocks' FLOPs that stay", name="--flops-keep")
+    eval_text: Any = option("builtin", SOURCE_HELP, metavar="SOURCE", type=str)
+    eval_tokens: int | None = option(None, "measure on so many tokens", shown="all", least=2)
+    keep_models: Literal["best", "all", "none"] = option(
+        "best", "whose weights stay on disk; best: of the best method at every keep", choices=("best", "all", "none")
+    )
+    bench: bool = option(False, "measure tokens per second too", name="--bench")
 
 
 TEXT = tuple(Text.model_fields)[1:]  # options of the text besides its source
 RECIPE = ("version", "model", *Limits.model_fields, "method", "settings", "calibration", "device", "dtype", "round_to",
           "target", "published")  # fmt: skip
-
-
 OPTIONS: dict[str, FieldInfo] = {  # by the name of their keyword or flag, in the order in which they are shown
     **Limits.model_fields,
     "method": Request.model_fields["method"],
@@ -310,6 +325,7 @@ OPTIONS: dict[str, FieldInfo] = {  # by the name of their keyword or flag, in th
     **{n: Text.model_fields[n] for n in TEXT},
     **{n: Request.model_fields[n] for n in ("device", "dtype", "round_to", "target", "settings")},
 }
+FIELDS = OPTIONS | Grid.model_fields
 
 
 def takes(*names: str) -> Callable[[F], F]:
@@ -318,9 +334,9 @@ def takes(*names: str) -> Callable[[F], F]:
     def wrap(function: F) -> F:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        chosen = {n: OPTIONS[n] for n in names or OPTIONS}
+        chosen = {n: FIELDS[n] for n in names or OPTIONS}
         more = [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.annotation)
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=find_default(f), annotation=f.annotation)
             for n, f in chosen.items()
         ]
         whole = signature.replace(parameters=[*own, *more])
@@ -359,8 +375,7 @@ def read_recipe(path: Path) -> Request:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the recipe"
-        got = repr(first["input"])[:60]
-        raise InputError(f"recipe {path}: {where}: {first['msg']}, got {got}") from None
+        raise InputError(f"recipe {path}: {where}: {first['msg']}, got {repr(first['input'])[:60]}") from None
 
 
 def find_beside(folder: Path, name: str) -> str:

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planish.apply import apply_edits
-from planish.calibrate.stream import Hidden, Stream
+from planish.calibrate.losses import nll
+from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import Hidden, Stream, read_weights
 from planish.compression import check_windows
 from planish.core import Unit
 from planish.errors import InputError
 from planish.folder.source import Source
-from planish.job import Job
+from planish.methods import pose
 from planish.methods.method import Method
-from planish.solve import read_weights
+from planish.plan.frontiers import dense_taps
+from planish.plan.problem import Problem
+from planish.request import Limits
 
 KINDS = {"vo": "value dimensions", "qk": "rotary pairs", "mlp": "neurons", "attention": "bypass", "ffn": "bypass"}
 
@@ -61,11 +64,12 @@ def measure_effects(
     """
     check_windows(held, source)
     stream = Stream(source, windows, device=device, dtype=dtype)
-    job = Job(stream, method, 1.0)
-    if not any(s.startswith("grad:") for u in job.block_units(0) for t in job.taps([u]) for s in t.sites):
-        raise InputError(f"{type(method).__name__} predicts no nats per token: it measures no gradients; use auto")
-    points = draw(job, keeps, share, seed)
-    job.gradients(lambda i, block, stats: None, whole=True)
+    problem, measure = pose(method, source, Limits(keep=1.0), length=windows.shape[1]), Measurements(stream)
+    if not any(s.startswith("grad:") for t in problem.taps(problem.block_units(0)) for s in t.sites):
+        raise InputError(f"{method.name} predicts no nats per token: it measures no gradients; use a method that does")
+    points = draw(problem, keeps, share, seed)
+    for i, _, stats in measure.backward(lambda shape: dense_taps(problem, shape.block)):
+        measure.stored[i] = stats
     texts = [stream.part(windows[:measured_windows]), stream.part(held)]
     hidden = [t.start() for t in texts]
     found: list[tuple[Unit, int, float, list[float]]] = []
@@ -75,19 +79,16 @@ def measure_effects(
         for j in range(i, len(stream)):
             placed = stream.place(stream.block(j))
             outputs = [t.run(j, placed, h) for t, h in zip(texts, outputs, strict=True)]
-        return [t.nll(h) for t, h in zip(texts, outputs, strict=True)]
+        return [nll(t, h) for t, h in zip(texts, outputs, strict=True)]
 
     dense = finish(0, hidden)
-    for i, shape in enumerate(job.shapes):
-        block, stats = stream.block(i), job.stored[i]
+    for i, shape in enumerate(problem.shapes):
+        block, stats = stream.block(i), measure.stored[i]
         weights = read_weights(block, stream)
         for unit in sorted({u for u, _ in points if u.block == i}):
-            frontier = job.units[unit].decompose(unit, weights, stats, shape)
+            frontier = problem.units[unit].decompose(unit, weights, stats, shape)
             for rank in sorted(r for u, r in points if u == unit):
-                cut = stream.block(i)
-                edits = job.units[unit].truncate(frontier, rank, shape)
-                apply_edits(cut, edits, stream.family, source.config, shape)
-                placed = stream.place(cut)
+                placed = stream.place(stream.block(i, problem.units[unit].truncate(frontier, rank, shape)))
                 losses = finish(i + 1, [t.run(i, placed, h) for t, h in zip(texts, hidden, strict=True)])
                 added = [a - b for a, b in zip(losses, dense, strict=True)]
                 found.append((unit, rank, float(frontier.loss[rank]), added))
@@ -98,7 +99,7 @@ def measure_effects(
             str(u),
             KINDS.get(u.name, "low-rank linear"),
             r,
-            job.count(u, r) / job.count(u, job.full(u)),
+            problem.count(u, r) / problem.count(u, problem.full(u)),
             predicted,
             *added,
         )
@@ -106,13 +107,13 @@ def measure_effects(
     ]
 
 
-def draw(job: Job, keeps: Sequence[float], share: float, seed: int) -> list[tuple[Unit, int]]:
+def draw(problem: Problem, keeps: Sequence[float], share: float, seed: int) -> list[tuple[Unit, int]]:
     """A sample of (unit, rank) with ranks below full, the same share of every kind of unit."""
     kinds: dict[str, set[tuple[Unit, int]]] = {}
-    for unit, solver in job.units.items():
+    for unit, solver in problem.units.items():
         for keep in keeps:
-            rank = solver.rank_at(unit, job.shapes[unit.block], keep)
-            if rank < job.full(unit):
+            rank = solver.rank_at(unit, problem.shapes[unit.block], keep)
+            if rank < problem.full(unit):
                 kinds.setdefault(KINDS.get(unit.name, "low-rank linear"), set()).add((unit, rank))
     chosen: list[tuple[Unit, int]] = []
     for kind in sorted(kinds):

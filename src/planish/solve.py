@@ -1,149 +1,227 @@
-"""One walk over the blocks: statistics, solve, apply, run."""
+"""One walk over the blocks: measure, solve, apply, run."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil, isnan
-from typing import TYPE_CHECKING, Any
+from math import isnan
 
-from torch import Tensor, nn
+from torch import nn
 
 from planish import lanes
 from planish.apply import apply_edits, count_block, narrow
-from planish.calibrate.reuse import Midway
-from planish.calibrate.stream import Stream
-from planish.core import SUBMODULES, Edit, Plan, Unit, Weights
-from planish.modelling.blocks import Spec, get_linear, read_layout
+from planish.calibrate.collect import Run, capture, measure_block
+from planish.calibrate.measure import Measurements
+from planish.calibrate.reuse import Reuse
+from planish.calibrate.stream import Hidden, Stream, read_weights
+from planish.core import SUBMODULES, Edit, Unit, Weights
+from planish.modelling.blocks import Spec
+from planish.plan.planned import Emit, Planned
+from planish.plan.problem import Problem
 from planish.stats import Stats, Tap
 
-if TYPE_CHECKING:
-    from planish.job import Job
+BLEND = 0.6  # weight of the uncompressed model's moments where hardly any window is run again
 
-BLEND = 0.6  # share of the uncompressed model's moments where hardly any window is run again
+Finish = Callable[[nn.Module], object]  # turns an uncompressed block into the one that an interrupted run has written
 
 
 def solve(
-    job: Job, plan: Plan, emit: Callable[[int, nn.Module, Spec], None], phase: str = "blocks"
-) -> Sequence[Tensor]:
-    """Walk the blocks, solve every planned unit, hand each finished block to `emit`; last block's outputs."""
-    method, stream = job.method, job.solve_stream()
-    sequential = method.prefix != "dense"
-    pristine = not sequential and not job.edits  # then all statistics are the uncompressed model's
-    missing = any(find_missing(job, s.block, job.planned(s.block, plan))[1] for s in job.shapes)
-    ready = phase == "blocks" and pristine and not missing
-    hidden = stream.start() if stream.batches and not ready and (sequential or not job.stored) else []
-    dense_hidden = hidden if method.prefix == "both" else None
-    for i, shape in enumerate(job.shapes):
-        if i in job.finished:
-            block = stream.block(i)
-            with job.phase("stream"):
-                job.finished[i](block)
-                if dense_hidden is not None:
-                    dense_hidden = stream.run(i, stream.place(stream.block(i)), dense_hidden)
-                seen = block if sequential else stream.block(i, job.edits.get(i, ()))
-                hidden = stream.run(i, stream.place(seen), hidden)
-            emit(i, block, {})
-            continue
-        block = stream.block(i)
-        before = count_block(block)
-        assert before == shape.count(), f"block {i} has {before} weights, its shape says {shape.count()}"
-        edits = list(job.edits.get(i, []))
+    problem: Problem,
+    measure: Measurements,
+    planned: Planned,
+    emit: Emit,
+    *,
+    finished: Mapping[int, Finish] | None = None,
+    trial: str = "",
+) -> Hidden:
+    """Walk the blocks, solve every planned unit, hand each finished block to `emit`; what the last block put out.
+
+    `finished`: blocks that are only run. `trial`: a name where this plan is one of several to compare, whose outputs are
+    wanted whatever is known already. Behind an uncompressed prefix outputs are those of the uncompressed model, with
+    the edits that the plan has worked out.
+    """
+    if planned.make is not None:
+        planned.make(emit)
+        return []
+    walk = Walk(replace(problem, units=planned.solvers), measure, planned, bool(trial))
+    for i in range(len(problem.shapes)):
+        finish = (finished or {}).get(i)
+        block, spec, errors = walk.restore(i, finish) if finish else walk.solve(i)
+        emit(i, block, spec, errors)
+        del block  # or it lies beside the next one
+        if measure.progress and not finish:
+            measure.progress(trial or "blocks", i + 1, len(problem.shapes))
+    return walk.hidden
+
+
+def run_solved(
+    problem: Problem, measure: Measurements, planned: Planned, stream: Stream, trial: str = "search"
+) -> Hidden:
+    """What the last block puts out, on the windows of `stream`, of the model that a plan makes."""
+    hidden = stream.start()
+
+    def emit(i: int, block: nn.Module, spec: Spec, errors: dict[str, float]) -> None:
+        nonlocal hidden
+        hidden = stream.run(i, stream.place(block), hidden)
+
+    solve(problem, measure, planned, emit, trial=trial)
+    return hidden
+
+
+@dataclass
+class Beside:
+    """The uncompressed block beside the one being solved: its own inputs, what runs of it reuse, what was captured in one."""
+
+    block: nn.Module
+    hidden: Hidden
+    reuse: Reuse | None
+    seen: dict[str, Hidden] | None = None
+    outputs: Hidden | None = None
+
+
+class Walk:
+    """Where a solve is: `hidden`, the inputs of the next block behind the prefix that the method measures on, and `dense`,
+    those of the uncompressed model beside it, if it runs along."""
+
+    def __init__(self, problem: Problem, measure: Measurements, planned: Planned, trial: bool):
+        self.problem, self.measure, self.planned = problem, measure, planned
+        windows = sum(map(len, measure.stream.batches))
+        self.stream = stream = measure.stream.spread(planned.refit(windows))
+        self.share = planned.refit(windows) / windows if windows else 1.0
+        self.sequential = planned.prefix != "dense"
+        self.pristine = not self.sequential and not planned.edits  # all statistics are the uncompressed model's
+        cuts = [problem.cut(planned.ranks, i) for i in range(len(problem.shapes))]
+        missing = any(find_missing(problem, measure, i, cut)[1] for i, cut in enumerate(cuts))
+        known = not self.sequential and bool(measure.stored)
+        known |= self.pristine and not missing and not trial
+        self.hidden: Hidden = stream.start() if stream.batches and not known else []
+        self.dense: Hidden | None = self.hidden if planned.prefix == "both" else None
+
+    def restore(self, i: int, finish: Finish) -> tuple[nn.Module, Spec, dict[str, float]]:
+        """Block i as an interrupted run has written it."""
+        block = self.stream.block(i)
+        with self.measure.phase("stream"):
+            finish(block)
+            if self.dense is not None:
+                self.dense = self.stream.run(i, self.stream.place(self.stream.block(i)), self.dense)
+            self.hidden = self.run_prefix(i, block)
+        return block, {}, {}
+
+    def solve(self, i: int) -> tuple[nn.Module, Spec, dict[str, float]]:
+        """Block i with its planned units cut, its spec, and the predicted loss of every cut unit."""
+        stream, shape, phase = self.stream, self.problem.shapes[i], self.measure.phase
+        block, errors = stream.block(i), dict[str, float]()
+        assert count_block(block) == shape.count(), f"block {i} has {count_block(block)} weights, not {shape.count()}"
+        edits = list(self.planned.edits.get(i, ()))
         done = {SUBMODULES.get(e.target) for e in edits}
-        units = [u for u in job.planned(i, plan) if u.name not in done]
-        outputs = None
+        units = [u for u in self.problem.cut(self.planned.ranks, i) if u.name not in done]
         weights = read_weights(block, stream)
-        dense = copy.deepcopy(block) if method.prefix == "both" else None
+        beside = None if self.dense is None else self.run_beside(i, copy.deepcopy(block), self.dense, units)
         spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
-        n = len(stream.pieces)
-        midway, beside = (
-            Midway(stream.room, n) if sequential and n > 1 and stream.device.type == "cpu" else None for _ in range(2)
-        )  # copies to another device would take longer than what they save
-        captured, dense_outputs = None, None
-        sites = find_sites_beside(job, units)
-        if dense is not None and dense_hidden is not None and sites:
-            with job.phase("stream"):
-                captured, dense_outputs = stream.capture(i, stream.place(dense), sites, dense_hidden)
-        for stage in method.stages(units):
-            with job.phase("stream"):
-                pair: Any = captured
-                if captured is None and dense is not None and dense_hidden is not None:
-                    pair = (stream.place(dense), dense_hidden)
-                starts = midway and midway.enter([u.name for u in stage])
-                stats, outputs, origin = measure_stage(
-                    job, stream, i, block, stage, hidden, pair, pristine and not edits, starts, beside
-                )
-                del pair, starts
-            with job.phase("solve"):
-                blend(job, stats, weights)
-                new = solve_units(job, stage, plan, weights, stats, origin)
+        reuse = self.start_reuse()
+        outputs: Hidden | None = None
+        for stage in self.planned.stages(units):
+            with phase("stream"):
+                pristine = self.pristine and not edits
+                stats, outputs, origin = self.measure_stage(i, block, stage, beside, pristine, reuse)
+            with phase("solve"):
+                blend(stats, weights, self.share)
+                new, predicted = self.solve_units(stage, weights, stats, origin)
+                del stats
+                errors |= predicted
                 if edits:  # edits of a block are applied together, to a block as it was
                     block = stream.block(i)
                 edits += new
                 spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
-                del stats
-        with job.phase("stream"):
-            if sequential or outputs is None:
-                outputs = stream.run(i, stream.place(block), hidden, midway=midway and midway.enter())
-            if dense is not None and dense_hidden is not None:
-                dense_hidden = dense_outputs or stream.run(
-                    i, stream.place(dense), dense_hidden, midway=beside and beside.enter()
-                )
-            del midway, beside
-            hidden = outputs
-        emit(i, block, spec)
-        if job.progress:
-            job.progress(phase, i + 1, len(job.shapes))
-    return hidden
+        with phase("stream"):
+            if self.sequential or outputs is None:
+                outputs = self.run_prefix(i, block, reuse and reuse.enter())
+            if beside is not None:
+                again = beside.reuse and beside.reuse.enter()
+                self.dense = beside.outputs or stream.run(i, stream.place(beside.block), beside.hidden, reuse=again)
+            self.hidden = outputs
+        return block, spec, errors
+
+    def run_prefix(self, i: int, block: nn.Module, reuse: Reuse | None = None) -> Hidden:
+        """What block i of the prefix puts out; `block` is the solved one."""
+        if not self.sequential and len(self.hidden):
+            block = self.stream.block(i, self.planned.edits.get(i, ()))
+        return self.stream.run(i, self.stream.place(block), self.hidden, reuse=reuse)
+
+    def start_reuse(self) -> Reuse | None:
+        """None where runs of a block reuse nothing: copies to another device would take longer than what they save."""
+        n = len(self.stream.pieces)
+        saves = self.sequential and n > 1 and self.stream.device.type == "cpu"
+        return Reuse(self.stream.room, n) if saves else None
+
+    def run_beside(self, i: int, block: nn.Module, hidden: Hidden, units: list[Unit]) -> Beside:
+        """The uncompressed block i and its inputs; run already where all that solving these units sees of it can be kept."""
+        beside = Beside(block, hidden, self.start_reuse())
+        if sites := find_dense_sites(self.problem, self.measure, units):
+            with self.measure.phase("stream"):
+                placed = self.stream.place(block)
+                beside.seen, beside.outputs = capture(self.stream, i, placed, sites, hidden)
+        return beside
+
+    def measure_stage(
+        self, i: int, block: nn.Module, stage: list[Unit], beside: Beside | None, pristine: bool, reuse: Reuse | None
+    ) -> tuple[Stats, Hidden | None, str]:
+        """(Statistics that these units of block i need, the block's outputs if they came along, passes the statistics are from).
+
+        `pristine`: they are the uncompressed model's, which the plan or the cache may know; else nothing is known but what
+        the plan stored.
+        """
+        problem, cache, stored, stream = self.problem, self.measure.cache, self.measure.stored, self.stream
+        dense: Run | dict[str, Hidden] | None = None
+        if beside is not None:
+            dense = beside.seen or Run(stream.place(beside.block), beside.hidden, beside.reuse)
+        reuse = reuse and reuse.enter([u.name for u in stage])
+        taps, origin, known = problem.taps(stage), "", Stats()
+        known.merge(stored.get(i, Stats()))
+        if pristine:
+            origin, taps = find_missing(problem, self.measure, i, stage)
+            if taps and cache.keeps:  # a smaller budget may cut what this one leaves whole
+                taps = sorted({*taps, *find_missing(problem, self.measure, i, problem.block_units(i))[1]})
+            known.merge(cache.stats("forward", i, set(problem.taps(stage)) - set(taps) - set(known.sums)))
+        taps = [t for t in taps if t not in known.sums]
+        stats, outputs = Stats(), None
+        if taps or self.sequential:
+            placed = stream.place(block)
+            stats, outputs = measure_block(
+                stream, i, placed, taps, self.hidden, dense, outputs=not self.sequential, reuse=reuse
+            )
+        if origin:
+            cache.keep_stats("forward", i, stats)
+        stats.merge(known)
+        return stats, outputs, origin
+
+    def solve_units(
+        self, units: list[Unit], weights: Weights, stats: Stats, origin: str
+    ) -> tuple[list[Edit], dict[str, float]]:
+        """Edits of units of one block, in the order of units, and predicted losses; several processes share the units out."""
+        problem, found = self.problem, dict[int, tuple[float, list[Edit]]]()
+        for n in lanes.own_work([problem.count(u, problem.full(u)) for u in units]):
+            unit, shape, rank = units[n], problem.shapes[units[n].block], self.planned.ranks[units[n]]
+            solver = problem.units[unit]
+            make = partial(solver.decompose, unit, weights, stats, shape)
+            frontier = self.measure.cache.frontier(origin, solver, unit, make) if origin else make()
+            edits = solver.truncate(frontier, rank, shape)
+            stored = [store(e, weights, f"block {unit.block}, {unit.name}") for e in edits]
+            found[n] = (float(frontier.loss[rank]), stored)
+            del frontier, make, edits  # before the next one is made
+        found = {n: f for part in lanes.gather(found) for n, f in part.items()}
+        errors = {
+            str(unit): found[n][0] for n, unit in enumerate(units) if not isnan(found[n][0])
+        }  # nan: not predicted
+        return [edit for n in range(len(units)) for edit in found[n][1]], errors
 
 
-def count_refit(n: int, share: float) -> int:
-    """How many of n calibration windows a solve runs that takes this share of them."""
-    return min(n, max(1, ceil(share * n)))
-
-
-def measure_stage(
-    job: Job,
-    stream: Stream,
-    i: int,
-    block: nn.Module,
-    stage: list[Unit],
-    hidden: Any,
-    pair: Any,
-    pristine: bool,
-    midway: Midway | None = None,
-    beside: Midway | None = None,
-) -> tuple[Stats, Any, str]:
-    """(Statistics that these units of block i need, the block's outputs if they came along, passes the statistics are from).
-
-    `pristine`: they are the uncompressed model's, which the plan or the cache may know; else nothing is known but what the
-    plan stored. `pair`: what is captured of the uncompressed block, or that block and its inputs.
-    """
-    sequential = job.method.prefix != "dense"
-    taps, origin, known = job.taps(stage), "", Stats()
-    known.merge(job.stored.get(i, Stats()))
-    if pristine:
-        origin, taps = find_missing(job, i, stage)
-        if taps and job.cache.keeps:  # a smaller budget may cut what this one leaves whole
-            taps = sorted({*taps, *find_missing(job, i, job.block_units(i))[1]})
-        known.merge(job.cache.stats("forward", i, set(job.taps(stage)) - set(taps) - set(known.sums)))
-    taps = [t for t in taps if t not in known.sums]
-    stats, outputs = Stats(), None
-    if taps or sequential:
-        stats, outputs = stream.measure(i, stream.place(block), taps, hidden, pair, not sequential, midway, beside)
-    if origin:
-        job.cache.keep_stats("forward", i, stats)
-    stats.merge(known)
-    return stats, outputs, origin
-
-
-def blend(job: Job, stats: Stats, weights: Weights) -> None:
+def blend(stats: Stats, weights: Weights, share: float) -> None:
     """Where a solve runs a share s of the windows only: moments M behind the compressed prefix → (1 − λ) M + λ D, λ = (1 − s) ·
     `BLEND`, D the same moment of the uncompressed model over all windows. Few tokens make M noisy, and D is near it.
     """
-    share = job.solve_share()
     if share >= 1:
         return
     level = (1 - share) * BLEND
@@ -155,63 +233,32 @@ def blend(job: Job, stats: Stats, weights: Weights) -> None:
         stats.sums[tap]["sum"].mul_(1 - level).add_(dense, alpha=level * stats.tokens[tap])
 
 
-def solve_units(job: Job, units: list[Unit], plan: Plan, weights: Weights, stats: Stats, origin: str) -> list[Edit]:
-    """Edits of units of one block, in the order of units; several processes share the units out by cost."""
-    found: dict[int, tuple[float, list[Edit]]] = {}
-    for n in lanes.own_work([job.count(u, job.full(u)) for u in units]):
-        unit, shape = units[n], job.shapes[units[n].block]
-        solver = job.units[unit]
-        make = partial(solver.decompose, unit, weights, stats, shape)
-        frontier = job.cache.frontier(origin, solver, unit, make) if origin else make()
-        edits = [
-            store(e, weights, f"block {unit.block}, {unit.name}") for e in solver.truncate(frontier, plan[unit], shape)
-        ]
-        found[n] = (float(frontier.loss[plan[unit]]), edits)
-        del frontier, make  # before the next one is made
-    found = {n: f for part in lanes.gather(found) for n, f in part.items()}
-    for n, unit in enumerate(units):
-        if not isnan(found[n][0]):  # nothing is predicted
-            job.errors[str(unit)] = found[n][0]
-    return [edit for n in range(len(units)) for edit in found[n][1]]
-
-
-def find_sites_beside(job: Job, units: list[Unit]) -> set[str]:
+def find_dense_sites(problem: Problem, measure: Measurements, units: Sequence[Unit]) -> set[str]:
     """Sites of the uncompressed block that solving these units of one block looks at, if one run beside the stages can
     keep them all: none wider than what flows between submodules. On an accelerator nothing is kept, where running the
     block again takes less time than the copies."""
-    if job.stream.device.type != "cpu":
+    if measure.stream.device.type != "cpu":
         return set()
-    known = job.stored.taps(units[0].block) if units else set()
-    seen = {s for t in job.taps(units) if t not in known for s in t.sites}
+    known = measure.stored.taps(units[0].block) if units else set()
+    seen = {s for t in problem.taps(units) if t not in known for s in t.sites}
     sites = {s.removeprefix("dense:") for s in seen if s.startswith("dense:")}
-    shape = job.shapes[units[0].block] if units else job.shapes[0]
+    shape = problem.shapes[units[0].block if units else 0]
     narrow = all(shape.width(s) <= max(shape.hidden, shape.heads * shape.v) for s in sites)
     return sites if narrow and not any(s.endswith(".gap") for s in seen) else set()
 
 
-def find_missing(job: Job, i: int, units: list[Unit]) -> tuple[str, list[Tap]]:
+def find_missing(problem: Problem, measure: Measurements, i: int, units: Sequence[Unit]) -> tuple[str, list[Tap]]:
     """For solving block i's units on the uncompressed model's statistics: (the passes they come from, taps to measure).
 
     The passes' name is empty where something else has been stored.
     """
-    stored = job.stored.get(i, Stats())
-    origin = "forward" if i not in job.stored else f"{stored.origin}+forward" if stored.origin else ""
-    taps = job.taps([u for u in units if not job.cache.holds(origin, job.units[u], u)])
-    return origin, job.cache.missing("forward", i, [t for t in taps if t not in stored.sums])
+    stored, cache = measure.stored.get(i, Stats()), measure.cache
+    origin = "forward" if i not in measure.stored else f"{stored.origin}+forward" if stored.origin else ""
+    taps = problem.taps([u for u in units if not cache.holds(origin, problem.units[u], u)])
+    return origin, cache.missing("forward", i, [t for t in taps if t not in stored.sums])
 
 
 def store(edit: Edit, weights: Weights, where: str) -> Edit:
     """The edit in the weights' own dtype, in which it will be applied."""
     kind = next(iter(weights.values())).dtype
     return replace(edit, tensors={n: narrow(t, kind, where) for n, t in edit.tensors.items()})
-
-
-def read_weights(block: nn.Module, stream: Stream) -> Weights:
-    """Weights and biases of a canonical block's linears, in the stored dtype, on the CPU."""
-    weights: Weights = {}
-    for role in (r for group in read_layout(block, stream.family, stream.source.config).groups for r in group.linears):
-        linear = get_linear(block, stream.family, role)
-        weights[role] = linear.weight.detach()
-        if linear.bias is not None:
-            weights[f"{role}.bias"] = linear.bias.detach()
-    return weights

@@ -6,13 +6,13 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from itertools import product
 from math import inf, isfinite, log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from planish import api
 from planish.calibrate.activations import Room
@@ -20,19 +20,20 @@ from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import Text as Tokens
 from planish.calibrate.text import fingerprint, load_tokens
-from planish.compression import Destination, Shared, check_windows, compress, pick_dtype
+from planish.compression import Calibration, Destination, Shared, check_windows, compress, pick_dtype
+from planish.core import Progress
 from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed
 from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import NAN, Point, read_points, write_points
 from planish.folder.owner import owning
 from planish.folder.safetensors import write_text
-from planish.folder.source import FolderSource, open_source
+from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.tokenizer import load_tokenizer
-from planish.manifest import Result
 from planish.methods import find_method
 from planish.methods.method import Method
-from planish.request import Bos, Limits, Request, Sampling, Text
+from planish.plan.footprint import kv_bytes
+from planish.request import TEXT, Grid, Limits, Request, label, takes
 
 Watch = Callable[[str, int, int], None]
 
@@ -51,136 +52,104 @@ class Sweep:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One method at one budget. `text`: the method and its settings as they were given, as in "auto:anchor=0"."""
+
+    text: str
+    method: Method
+    request: Request
+
+    @property
+    def name(self) -> str:
+        """Of its folder below points/."""
+        limits = [f"{v:g}" if k == "keep" else f"{label(k)}{v:g}" for k, v in self.request.given.items()]
+        return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", "-".join([self.text, *limits]))
+
+    def point(self) -> Point:
+        """Its row, before anything is measured."""
+        given = self.request.given
+        return Point(
+            self.name, self.method.name, json.dumps(dict(self.request.settings)), next(iter(given.values())),
+            budgets=json.dumps(given),
+        )  # fmt: skip
+
+
+@takes(*Grid.model_fields, "calibration", *TEXT, "device", "dtype", "round_to")
 @owning
 def sweep(
     model: str | Path,
     *,
-    methods: Sequence[str],
-    keeps: Sequence[float] = (),
-    kv_keeps: Sequence[float] = (),
-    flops_keeps: Sequence[float] = (),
     output: str | Path,
-    calibration: Any = "builtin",
-    n_samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    sampling: Sampling | None = None,
-    bos: Bos = "auto",
-    eval_text: Any = "builtin",
-    eval_tokens: int | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    round_to: int = 1,
-    keep_models: Literal["best", "all", "none"] = "best",
-    bench: bool = False,
     cache: bool = False,
     overwrite: bool = False,
     progress: Watch | None = None,
+    **options: Any,
 ) -> Sweep:
     """Compress `model` by every method at every keep into output/points, measure, write results.csv and report.html.
 
-    `keeps` (by default 0.9, 0.8, 0.7), `kv_keeps`, `flops_keeps`: budgets; of two lists every pair holds together.
-    `methods`: names, with settings as in "auto:anchor=0". All points share one calibration, and every statistic of the
-    uncompressed model with the others that see the same windows (auto shuffles some). Points that results.csv already has
-    are not run again; one that fails is recorded with its reason. `keep_models`: whose weights stay on disk, "best" = the
-    best method's at every keep. A method's `sweeping` settings hold where `methods` says nothing else. `bench`: measure
-    tokens per second too.
-    `cache`: see `planish.api.compress`.
+    `keeps`, `kv_keeps`, `flops_keeps`: budgets; of two lists every pair holds together. All points share one calibration,
+    and every statistic of the uncompressed model with the others that see the same windows (auto shuffles some). Points
+    that results.csv already has are not run again; one that fails is recorded with its reason. A method's `sweeping`
+    settings hold where `methods` says nothing else. `cache`: see `planish.api.compress`.
     """
-    start = time.perf_counter()
-    chosen = [parse_method(text) for text in methods]
-    budgets = list_budgets(keeps, kv_keeps, flops_keeps)
-    if not chosen:
-        raise InputError("a sweep needs at least one method")
-    place, output = api.find_device(device), Path(output)
-    source = open_source(model)
-    tokenizer = load_tokenizer(source.folder) if isinstance(source, FolderSource) else None
-    wanted = Text.ask(n_samples=n_samples, seq_len=seq_len, seed=seed, sampling=sampling, bos=bos)
-    text = api.read_calibration(source, tokenizer, wanted, calibration, cache)
-    check_windows(text.windows, source)
-    length = text.windows.shape[1]
-    held = load_tokens(
-        eval_text,
-        tokenizer,
-        split="evaluation",
-        vocab_size=source.config.vocab_size,
-        tokenize=tokenize if cache else None,
-        bos=bos,
-    )
-    tokens = held.tokens
-    if eval_tokens is not None:
-        tokens = tokens[: max(eval_tokens, length)]
-    if held.begin is None:
-        tokens = tokens[: len(tokens) // length * length]
-    recorded = {
-        "model": str(model),
-        "calibration": text.record,
-        "evaluation": {"source": str(eval_text) if isinstance(eval_text, str | Path) else "ids", "tokens": len(tokens),
-                       "seq_len": length, "begins": held.policy, "fingerprint": fingerprint(tokens)},
-        "device": place, "dtype": dtype, "round_to": round_to,
-    }  # fmt: skip
-    book = Book(output, recorded, overwrite)
-    # the smallest budget first: it measures whatever the others need
-    order = sorted(budgets, key=lambda asked: list(asked.given.values()))
-    names = [(label, settings, method, asked) for label, settings, method in chosen for asked in order]
-    runner = Runner(source.name, replace(held, tokens=tokens), length, place, dtype, bench)
+    start, output = time.perf_counter(), Path(output)
+    grid = Grid.ask(**{n: v for n, v in options.items() if n in Grid.model_fields})
+    asked = Request.ask(model=str(model), **{n: v for n, v in options.items() if n not in Grid.model_fields})
+    asked = asked.model_copy(update={"device": api.find_device(asked.device)})
+    trials = list_trials(grid, asked)
+    runner, record = open_runner(asked, grid, options.get("calibration"), cache, output)
+    book = Book(output, record, overwrite)
     if not book.finished("dense"):
         book.record(runner.measure_dense())
-    kind = api.find_dtype(dtype) or pick_dtype(source, place)
-    stream: Stream | None = None
-    shared: Cache | None = None
     found, ran = Sweep(str(output)), set[str]()
-    for n, (label, settings, method, asked) in enumerate(names):
-        limits = [f"{v:g}" if k == "keep" else f"{k.replace('_', '-')}{v:g}" for k, v in asked.given.items()]
-        name = re.sub(r"[^A-Za-z0-9.=_+-]+", "-", "-".join([label, *limits]))
-        if book.finished(name) and json.loads(book.points[name].settings or "{}") == settings:
+    for n, trial in enumerate(trials):
+        settings = dict(trial.request.settings)
+        if book.finished(trial.name) and json.loads(book.points[trial.name].settings or "{}") == settings:
             found.skipped += 1
         else:
-            if stream is None or shared is None:
-                room = Room(folder=output)
-                stream = Stream(source, text.windows, device=place, dtype=kind, room=room)
-                memory = room.limit // 2
-                shared = (open_cache(stream, memory) if cache else None) or Cache(memory=memory)
-            ran.add(label)
-            point = Point(name, method.name, json.dumps(settings), next(iter(asked.given.values())))
-            point.budgets = json.dumps(asked.given)
-
-            request = Request(
-                **asked.limits, model=str(model), method=point.method, settings=settings, device=place,
-                dtype=str(kind)[6:], round_to=round_to,
-            )  # fmt: skip
-            run = partial(
-                compress, request, method, source, replace(text, seconds=0.0), Destination(book.folder(name), overwrite=True),
-                shared=Shared(stream, shared),
-            )  # fmt: skip
-            runner.measure(point, run, book)
-            book.record(point)
-            book.thin(keep_models)
+            ran.add(trial.text)
+            book.record(runner.measure(trial, book.folder(trial.name)))
+            book.thin(grid.keep_models)
         if progress:
-            progress(f"{label} {asked.tell()}", n + 1, len(names))
+            progress(f"{trial.text} {trial.request.tell()}", n + 1, len(trials))
     found.points = list(book.points.values())
-    found.warnings = text.notes + [
-        f"{label} ran with {name}={value}, so that further points cost little; "
-        f"{label}:{name}={show(getattr(type(method), name))} gives what compress does"
-        for (label, settings, method), text in zip(chosen, methods, strict=True)
-        for name, value in method.sweeping.items()
-        if label in ran and settings[name] == value and f"{name}=" not in text.replace("-", "_").replace(" ", "")
-    ]
+    found.warnings = runner.text.notes + list(
+        dict.fromkeys(w for t in trials if t.text in ran for w in tell_sweeping(t))
+    )
     found.seconds = time.perf_counter() - start
     write_report(output)
     return found
 
 
-def show(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def tell_sweeping(trial: Trial) -> Iterable[str]:
+    """Settings that the sweep chose, which `compress` would not."""
+    for name, value in trial.method.sweeping.items():
+        given = f"{name}=" in trial.text.replace("-", "_").replace(" ", "")
+        if trial.request.settings[name] == value and not given:
+            default = getattr(type(trial.method), name)
+            shown = f"{default:g}" if isinstance(default, float) else str(default)
+            yield (
+                f"{trial.text} ran with {name}={value}, so that further points cost little; "
+                f"{trial.text}:{name}={shown} gives what compress does"
+            )
 
 
-def list_budgets(keeps: Sequence[float], kv_keeps: Sequence[float], flops_keeps: Sequence[float]) -> list[Limits]:
-    """Every combination of the lists that are not empty."""
-    if not (keeps or kv_keeps or flops_keeps):
-        keeps = (0.9, 0.8, 0.7)
-    lists = [values or (None,) for values in (keeps, kv_keeps, flops_keeps)]
-    return [Limits.ask(keep=k, kv_keep=v, flops_keep=f) for k, v, f in product(*lists)]
+def list_trials(grid: Grid, asked: Request) -> list[Trial]:
+    """Every method at every combination of the lists of budgets; the smallest budget first: it measures what the others need."""
+    chosen = [parse_method(text) for text in grid.methods]
+    if not chosen:
+        raise InputError("a sweep needs at least one method")
+    lists = [grid.keeps, grid.kv_keeps, grid.flops_keeps]
+    lists = lists if any(lists) else [(0.9, 0.8, 0.7), (), ()]
+    pairs = product(*(values or (None,) for values in lists))
+    budgets = [Limits.ask(keep=k, kv_keep=v, flops_keep=f) for k, v, f in pairs]
+    budgets.sort(key=lambda b: list(b.given.values()))
+    return [
+        Trial(text, method, asked.model_copy(update={**b.limits, "method": method.name, "settings": settings}))
+        for text, settings, method in chosen
+        for b in budgets
+    ]
 
 
 def parse_method(text: str) -> tuple[str, dict[str, str], Method]:
@@ -192,9 +161,35 @@ def parse_method(text: str) -> tuple[str, dict[str, str], Method]:
         if not equals or not key.strip():
             raise InputError(f"--methods {text}: {pair!r} has no value; write {name}:name=value")
         settings[key.strip().replace("-", "_")] = value.strip()
-    more = find_method(name, settings).sweeping
-    settings = more | settings
+    settings = find_method(name, settings).sweeping | settings
     return text.strip(), settings, find_method(name, settings)
+
+
+def open_runner(asked: Request, grid: Grid, ids: Any, cache: bool, output: Path) -> tuple[Runner, dict[str, Any]]:
+    """What measures the points, and what sweep.json records: points of another model or text do not belong beside them."""
+    source = open_source(asked.model)
+    tokenizer = load_tokenizer(source.folder) if isinstance(source, FolderSource) else None
+    text = api.read_calibration(source, tokenizer, asked.calibration, ids, cache)
+    check_windows(text.windows, source)
+    length = text.windows.shape[1]
+    vocabulary, remember = source.config.vocab_size, tokenize if cache else None
+    held = load_tokens(
+        grid.eval_text, tokenizer, split="evaluation", vocab_size=vocabulary, tokenize=remember, bos=asked.calibration.bos
+    )  # fmt: skip
+    tokens = held.tokens
+    if grid.eval_tokens is not None:
+        tokens = tokens[: max(grid.eval_tokens, length)]
+    if held.begin is None:
+        tokens = tokens[: len(tokens) // length * length]
+    record = {
+        "model": asked.model,
+        "calibration": text.record,
+        "evaluation": {"source": str(grid.eval_text) if isinstance(grid.eval_text, str | Path) else "ids", "tokens": len(tokens),
+                       "seq_len": length, "begins": held.policy, "fingerprint": fingerprint(tokens)},
+        "device": asked.device, "dtype": asked.dtype, "round_to": asked.round_to,
+    }  # fmt: skip
+    held = replace(held, tokens=tokens)
+    return Runner(source, text, held, asked, output, cached=cache, speed=grid.bench), record
 
 
 class Book:
@@ -262,41 +257,65 @@ class Book:
 
 
 class Runner:
-    """Measures points on one evaluation text (n · length tokens), beside the dense model `name`."""
+    """Compresses, loads and measures points on one calibration text and one that is held out."""
 
-    def __init__(self, name: str, text: Tokens, length: int, device: str, dtype: str | None, bench: bool):
-        self.name, self.text, self.length, self.device, self.bench = name, text, length, device, bench
-        self.dtype = dtype or ("float32" if device == "cpu" else None)
+    def __init__(
+        self, source: Source, text: Calibration, held: Tokens, asked: Request, folder: Path,
+        *, cached: bool = False, speed: bool = False, progress: Progress | None = None,
+    ):  # fmt: skip
+        self.source, self.text, self.held, self.asked, self.folder = source, text, held, asked, folder
+        self.cached, self.speed, self.progress = cached, speed, progress
+        self.length = text.windows.shape[1]
+        self.dtype = asked.dtype or ("float32" if asked.device == "cpu" else None)
         self.model: Any = None  # the dense one, where it is needed beside others
         self.traced: drift.Trace | None = None
 
-    def dense(self) -> Any:
-        if self.model is None:
-            model = api.load(self.name, device=self.device, dtype=self.dtype)
-            if not self.bench:
-                return model
-            self.model = model
-        return self.model
+    @cached_property
+    def shared(self) -> Shared:
+        """The model's stream over the calibration windows and what it found: points use it again."""
+        kind = api.find_dtype(self.asked.dtype) or pick_dtype(self.source, self.asked.device)
+        room = Room(folder=self.folder)
+        stream = Stream(self.source, self.text.windows, device=self.asked.device, dtype=kind, room=room)
+        memory = room.limit // 2
+        return Shared(stream, (open_cache(stream, memory) if self.cached else None) or Cache(memory=memory))
 
-    def measure_dense(self) -> Point:
+    def load(self, folder: str | Path) -> Any:
+        return api.load(folder, device=self.asked.device, dtype=self.dtype)
+
+    def dense(self) -> Any:
+        model = self.model or self.load(self.source.name)
+        if self.speed:
+            self.model = model
+        return model
+
+    def cache_bytes(self) -> int:
+        """Bytes that the dense model's KV cache holds per token."""
+        shapes = [self.source.shape(i) for i in range(self.source.n_blocks)]
+        itemsize = next(self.source.block(0).parameters()).element_size()
+        return kv_bytes([{}] * len(shapes), shapes, itemsize)
+
+    def measure_dense(self, trace: bool = True) -> Point:
         model = self.dense()
         point = Point("dense", "dense", keep=1.0, params=sum(p.numel() for p in model.parameters()), format="native")
         self.evaluate(point, model)
         point.excess = 0.0
-        if self.bench:
+        if self.speed:
             self.time(point, {"dense": model})
-        self.trace(model)
+        if trace:
+            self.trace(model)
         return point
 
     def evaluate(self, point: Point, model: Any) -> None:
+        progress = self.progress and (lambda done, total: self.progress("windows", done, total))  # type: ignore[misc]
+        batch = max(1, 2048 // self.length)
         measured = perplexity.evaluate(
-            model, self.text.tokens, self.length, begin=self.text.begin, batch_size=max(1, 2048 // self.length)
+            model, self.held.tokens, self.length, begin=self.held.begin, batch_size=batch, progress=progress
         )
         point.perplexity, point.nll = measured.perplexity, measured.nll
 
     def trace(self, model: Any) -> None:
         vocabulary = model.config.get_text_config().vocab_size
-        self.windows = drift.choose_windows(self.text.tokens, self.length, vocabulary, self.text.begin)
+        self.windows = drift.choose_windows(self.held.tokens, self.length, vocabulary, self.held.begin)
         self.traced = drift.trace(model, self.windows)
 
     def time(self, point: Point, models: dict[str, Any]) -> None:
@@ -310,31 +329,37 @@ class Runner:
         point.decode_tokens_per_s = row.decode_tokens_per_s.median
         point.prefill_tokens_per_s = row.prefill_tokens_per_s.median
 
-    def measure(self, point: Point, run: Callable[[], Result], book: Book) -> None:
+    def measure(self, trial: Trial, folder: Path, trace: bool = True) -> Point:
         """Compress and measure one point; what goes wrong becomes its `error`."""
-        folder = book.folder(point.name)
+        point = trial.point()
         try:
-            result = run()
+            stream = self.shared.stream
+            request = trial.request.model_copy(update={"dtype": str(stream.dtype)[6:] if stream else None})
+            result = compress(
+                request, trial.method, self.source, replace(self.text, seconds=0.0), Destination(folder, overwrite=True),
+                shared=self.shared, progress=self.progress,
+            )  # fmt: skip
             point.keep, point.params, point.block_params = result.keep, result.params_after, result.block_params_after
             point.kv_bytes_per_token, point.format = result.kv_bytes_per_token_after, result.format
             point.bytes, point.flops_per_token = result.bytes_after, result.flops_per_token_after
             point.seconds, point.peak_rss_bytes, point.kept = result.seconds["total"], result.peak_rss_bytes, "yes"
             notes = json.loads((folder / "planish.json").read_text(encoding="utf-8"))["notes"]
             point.predicted = float(notes.get("predicted_loss", NAN))
-            small = api.load(folder, device=self.device, dtype=self.dtype)
+            small = self.load(folder)
             self.evaluate(point, small)
-            if self.traced is None:
-                self.trace(self.dense())
-            self.compare(point, small, notes, folder)
-            if self.bench:
+            if trace:
+                self.compare(point, small, notes, folder)
+            if self.speed:
                 self.time(point, {"dense": self.dense(), point.name: small})
         except (PlanishError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError, MemoryError) as error:
-            point.error = " ".join(
-                f"{'' if isinstance(error, PlanishError) else type(error).__name__ + ': '}{error}".split()
-            )
+            kind = "" if isinstance(error, PlanishError) else type(error).__name__ + ": "
+            point.error = " ".join(f"{kind}{error}".split())
             shutil.rmtree(folder, ignore_errors=True)
+        return point
 
     def compare(self, point: Point, small: Any, notes: dict[str, Any], folder: Path) -> None:
+        if self.traced is None:
+            self.trace(self.dense())
         assert self.traced is not None
         gone = [set(r["blocks"]) for r in notes.get("removed", {}).values()]
         traced = drift.trace(small, self.windows)

@@ -1,16 +1,19 @@
-"""Runs of one block that start midway: what the last linear of a submodule read is kept, and where only what comes behind it
-has changed, later runs need not compute it again."""
+"""What the last linear of a submodule read in one run of a block, reused by later runs where only what comes behind it has
+changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from planish.calibrate.activations import Activations, Room
+from planish.modelling.blocks import get_linear, has_linear
+from planish.modelling.families import Family
+from planish.modelling.modules import Bypass
 
 LAST = {"attention": "o", "mlp": "down"}  # the last linear of a submodule
 BEHIND = {
@@ -27,7 +30,7 @@ class Part(NamedTuple):
     seen: bool
 
 
-class Midway:
+class Reuse:
     """What `o` and `down` read in all `batches` of one block, kept from run to run.
 
     Inputs of `o` go to disk where they do not fit the room; those of `down`, which are wider and can be had from those of
@@ -38,11 +41,11 @@ class Midway:
         self.starts = {name: Start(room, batches, spill=name == "attention") for name in LAST}
         self.active: set[str] = set(LAST)
 
-    def enter(self, solved: Sequence[str] = ()) -> Midway | None:
+    def enter(self, solved: Sequence[str] = ()) -> Reuse | None:
         """Before a run for solving these units, or the last run of the block: itself, if this one has a use for it.
 
-        One batch is a check and no proof, so what the units change is forgotten, and what the last run would be the first to
-        see is not kept.
+        A match on the first batch is no proof, so what comes behind the units is always dropped; and what the last run would
+        be the first to see is not kept.
         """
         names = set(solved)
         self.active = {n for n, s in self.starts.items() if (names <= BEHIND[n] if names else s.kept is not None)}
@@ -66,7 +69,7 @@ class Start:
     the submodule returns what the linear makes of that, the other batches are led from what was kept through the linear
     alone. Else the whole block runs, and what is seen in this run is kept from then on.
 
-    The other batches give the same bits too, whatever the kernels: no linear before this one changed (`Midway.enter` forgets
+    The other batches give the same bits too, whatever the kernels: no linear before this one changed (`Reuse.enter` forgets
     what a solved unit may change), so the same operations on numbers of the same shapes made what was kept, and this linear
     gets a contiguous tensor of the same shape either way. The first batch proves nothing about batches of other linears:
     that slices of a product have the bits of the product of slices, kernels do not promise, and a vectorised activation
@@ -130,3 +133,19 @@ class Start:
             if torch.equal(last.forward(self.kept[0]), out[0] if several else out):
                 rest = (None,) * (len(out) - 1) if several else ()
                 self.result = (lambda y: (y, *rest)) if several else (lambda y: y)
+
+
+def lead(
+    reuse: Reuse | None, n: int, block: nn.Module, family: Family, sites: Iterable[str] = ()
+) -> AbstractContextManager:
+    """Within the context batch n runs through the block, led by `reuse` as far as it can; these sites are looked at."""
+    if reuse is None:
+        return nullcontext()
+    seen, parts = {s.rpartition(".")[0] for s in sites}, {}
+    for name, role in LAST.items():
+        path = getattr(family, name)  # a block may hold the linears of its MLP itself
+        module = block.get_submodule(path) if path and has_linear(block, family, role) else None
+        if module is not None and not isinstance(module, Bypass):
+            before = {"attention": {"q", "k", "v"}, "mlp": {"gate", "up"}}[name]
+            parts[name] = Part(module, get_linear(block, family, role), bool(before & seen))
+    return reuse.batch(n, parts)

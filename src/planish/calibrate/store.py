@@ -1,4 +1,4 @@
-"""Statistics of many blocks, kept for later: in memory up to a limit, beyond it in an unnamed file."""
+"""Statistics of many blocks, stored for later: in memory up to a limit, beyond it in an unnamed file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from planish.calibrate.activations import Activations, Room
 from planish.stats import Stats, Tap
 
 
-class Kept(MutableMapping[int, Stats]):
+class Store(MutableMapping[int, Stats]):
     """Block → its statistics; what is read is not to be changed.
 
-    Shares the memory that `room` allows what is kept for all blocks with the stream's block inputs. The same bits come
+    Shares the memory that `room` allows what is stored of all blocks with the stream's block inputs. The same bits come
     back from memory and from the file.
     """
 
@@ -36,7 +36,7 @@ class Kept(MutableMapping[int, Stats]):
         return stats
 
     def taps(self, i: int) -> set[Tap]:
-        """Which taps of a block are kept; nothing is read."""
+        """Which taps of a block are stored; nothing is read."""
         return set(self.places[i][0]) if i in self.places else set()
 
     def __delitem__(self, i: int) -> None:

@@ -42,11 +42,6 @@ def demo(
             found.as_dict(),
             *make_views(found),
             f"wrote {escape(', '.join(found.files))} · {format_seconds(found.seconds)}",
-            *(
-                ()
-                if any(f.endswith(".png") for f in found.files)
-                else (escape("for the chart: pip install 'planish[report]'"),)
-            ),
         )
 
 

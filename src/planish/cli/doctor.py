@@ -23,7 +23,7 @@ EXTRAS = {  # extra → what it is for, modules that show it is there
     "eval": ("zero-shot tasks by name", ("lm_eval",)),
     "gguf": ("GGUF in and out", ("gguf", "xllamacpp")),
     "onnx": ("export --to onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "report": ("charts and reports", ("matplotlib", "jinja2")),
+    "report": ("pictures of the benchmarks", ("matplotlib",)),
     "tune": ("LoRA on compressed models", ("peft",)),
     "quant": ("integer weights", ("torchao",)),
 }

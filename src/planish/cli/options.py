@@ -7,12 +7,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from planish.errors import InputError
-from planish.request import LIMITS, OPTIONS, Limits, label, read_extra
+from planish.request import FIELDS, LIMITS, Limits, find_default, label, read_extra
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -64,7 +64,7 @@ def asks(*names: str) -> Callable[[F], F]:
 
         @functools.wraps(command)
         def call(**values: Any) -> None:
-            command(**{n: v.value if n in OPTIONS and isinstance(v, StrEnum) else v for n, v in values.items()})
+            command(**{n: v.value if n in FIELDS and isinstance(v, StrEnum) else v for n, v in values.items()})
 
         call.__signature__ = inspect.Signature([*first, *given.values(), *last])  # type: ignore[attr-defined]
         call.__annotations__ = {}
@@ -75,15 +75,15 @@ def asks(*names: str) -> Callable[[F], F]:
 
 def make_flag(name: str) -> inspect.Parameter:
     """The parameter from which typer makes an option's flag."""
-    field = OPTIONS[name]
+    field = FIELDS[name]
     flag: dict[str, Any] = read_extra(field, "flag")
     kind: Any = flag.get("type", field.annotation)
-    default: Any = field.default
-    literals = [v for t in get_args(kind) for v in get_args(t)]
+    default: Any = find_default(field)
+    literals = [v for t in (kind, *get_args(kind)) if get_origin(t) is Literal for v in get_args(t)]
     if choices := flag.get("choices", literals):
         kind = cast(Any, StrEnum)(name, {c: c for c in choices})
         default = None if default is None else kind(default)
-    if default is None or name == "settings":
+    if not default and default is not False and default != 0:  # nothing: none was given
         kind, default = kind | None, None
     shown: dict[str, Any] = {"show_default": flag["shown"]} if "shown" in flag else {}
     declared = [flag["name"]] if "name" in flag else []

@@ -101,12 +101,12 @@ def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
         F.cross_entropy(
             logits.float().flatten(0, 1), ids[:, a : a + logits.shape[1]].flatten().to(logits.device), reduction="none"
         ).view(len(ids), -1)
-        for a, logits in _logits(model, ids, step)
+        for a, logits in pieces_of_logits(model, ids, step)
     ]
     return torch.cat(losses, dim=1)
 
 
-def _logits(model: nn.Module, ids: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
+def pieces_of_logits(model: nn.Module, ids: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
     """Yield (t, logits that predict ids[:, t], ids[:, t+1], …) in order, ``step`` positions at a time."""
     last = ids.shape[1] - 1
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model

@@ -7,7 +7,6 @@ import ctypes
 import dataclasses
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planish.compression import peak_rss
 from planish.errors import InputError
 
 
@@ -178,25 +178,14 @@ def _memory(call: Callable[..., Any], prompt: Tensor, new_tokens: int) -> tuple[
         ctypes.CDLL(None).malloc_trim(0)  # or freed memory of earlier runs hides this one's
     before = _forget_peak()
     cache = _run(call, prompt, new_tokens)[2]
-    return max(0, _peak_resident() - before), kv_bytes(cache)
+    return max(0, peak_rss() - before), kv_bytes(cache)
 
 
 def _forget_peak() -> int:
     """Resident bytes now; on Linux, later peaks count from here. Elsewhere the peak is the process's own."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return _peak_resident()
-
-
-def _peak_resident() -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource  # absent on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_rss()
 
 
 def _weight_bytes(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,21 @@ class Score:
     acc_stderr: float
     acc_norm: float | None = None
     acc_norm_stderr: float | None = None
+    answers: tuple[int, ...] = field(default=(), repr=False)  # chosen by `acc`, per example; of local files
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if k != "answers"}
+
+
+def count_flips(one: Score, other: Score) -> tuple[float, float] | None:
+    """(Share of a task's examples that two models answer differently, its standard error); None where answers are not known.
+
+    An unchanged accuracy can hide many changed answers (Dutta et al. 2024, arXiv 2407.09141).
+    """
+    if not one.answers or len(one.answers) != len(other.answers):
+        return None
+    share = sum(a != b for a, b in zip(one.answers, other.answers)) / len(one.answers)
+    return share, stderr(share, len(one.answers))
 
 
 @dataclass(frozen=True)
@@ -173,21 +185,24 @@ def evaluate_file(
                 progress(min(a + step, len(encoded)), len(encoded))
     finally:
         model.train(training)
+    answers: list[int] = []
     right, right_norm, first = 0, 0, 0
     for e in examples:
         own = scored[first : first + len(e.pairs)]
         first += len(e.pairs)
         if e.gold is None:
-            right += own[0][1]
+            answers.append(int(own[0][1]))
+            right += answers[-1]
             continue
         logps = [logp for logp, _ in own]
-        right += max(range(len(own)), key=logps.__getitem__) == e.gold
+        answers.append(max(range(len(own)), key=logps.__getitem__))
+        right += answers[-1] == e.gold
         right_norm += max(range(len(own)), key=[p / s for p, s in zip(logps, e.sizes)].__getitem__) == e.gold
     n = len(examples)
     acc, norm = right / n, right_norm / n
     if examples[0].gold is None:
-        return Score(path.stem, n, acc, stderr(acc, n))
-    return Score(path.stem, n, acc, stderr(acc, n), norm, stderr(norm, n))
+        return Score(path.stem, n, acc, stderr(acc, n), answers=tuple(answers))
+    return Score(path.stem, n, acc, stderr(acc, n), norm, stderr(norm, n), tuple(answers))
 
 
 def stderr(p: float, n: int) -> float:

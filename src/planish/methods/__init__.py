@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from math import inf
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from planish.calibrate.measure import Measurements
+from planish.core import Shape
 from planish.errors import InputError
+from planish.folder.source import Source
 from planish.methods.method import Method
+from planish.plan.budgets import CacheNumbers
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem, make_problem
+from planish.plan.targets import check_plan, needs_uniform
+from planish.plan.uniform import make_uniform
+from planish.request import Limits, label
 
 
 def list_methods() -> dict[str, type[Method]]:
@@ -39,6 +49,56 @@ def find_method(name: str | Method, settings: dict[str, Any] | None = None) -> M
         return name
     canonical, cls = find_class(name)
     return cls(**{k: parse(cls, canonical, k, v) for k, v in (settings or {}).items()})
+
+
+def pose(
+    method: Method,
+    source: Source,
+    asked: Limits,
+    *,
+    step: int = 1,
+    target: str = "any",
+    measured: Mapping[str, float] | None = None,
+    length: int = 0,
+) -> Problem:
+    """What these budgets ask of a method on a model; see `make_problem`. `length`: of a calibration window, the context
+    that is counted where none was asked for. Raises InputError where the method cannot do it.
+    """
+    beside = sorted(set(asked.given) - {"keep"})
+    if beside and method.sparsity is not None:
+        raise InputError(f"sparsity says how much goes; {label(beside[0])} cannot hold beside it: give one of them")
+    asked = asked.model_copy(update={"context": asked.context or length})
+    solvers = method.solvers()
+    problem = make_problem(
+        source, method.name, solvers, asked, step=step, target=target, measured=measured, takes=method.takes
+    )
+    for n, b in enumerate(problem.budgets):
+        bites = isinstance(b, CacheNumbers) and (problem.cache_only or b.share < 1)
+        if bites and not any(problem.choices(u).prices(n) for u in problem.units):
+            where = f" for {target}" if problem.target.refuses else ""
+            normed = any(s.qk_norm for s in problem.shapes)
+            model = " of this model, which normalises queries and keys" if normed else ""
+            others = ", ".join(list_cutting_cache(problem.shapes[0]))
+            raise InputError(
+                f"--kv-keep: {method.name} cuts neither keys nor values{where}{model}; use one of {others}"
+            )
+    return problem
+
+
+def list_cutting_cache(shape: Shape) -> list[str]:
+    """Methods with which the KV cache of such blocks shrinks."""
+    return [
+        name
+        for name, cls in list_methods().items()
+        if any(s.cache(u, shape, s.ranks(u, shape)[-1]) for s in cls().solvers() for u in s.units(shape))
+    ]
+
+
+def make_plan(method: Method, problem: Problem, measure: Measurements) -> Planned:
+    """The method's plan within the problem's budgets, with equal ranks in all blocks where the target needs that."""
+    planned = (method.plan_cache if problem.cache_only else method.plan)(problem, measure)
+    check_plan(problem.target, method.name, planned.ranks)
+    return make_uniform(problem, measure, planned) if needs_uniform(problem.target, planned.ranks) else planned
 
 
 def find_class(name: str) -> tuple[str, type[Method]]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from planish.core import Plan, Solver, Unit
+from planish.calibrate.losses import divergence, nll
+from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import Stream, read_weights
+from planish.core import Frontier, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.plan.allocate import Alternative, choose
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
+from planish.solve import run_solved
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs
 from planish.solvers.value_output import ValueOutput
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 PARTS = ("qk", "vo", "mlp")
 
@@ -74,16 +77,19 @@ class A3(Method):
         }
         return [solver for part in PARTS if part in self.parts for solver in cut[part]]
 
-    def plan(self, job: Job) -> Plan:
-        if "qk" in self.parts and any(s.qk_norm for s in job.shapes):
-            job.remarks["qk"] = NORMALISED
-        uniform = job.spread(lambda unit: 1.0, by_kind=True)
-        return uniform if self.allocation == "uniform" or job.keep == 1 else self.search(job, uniform)
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        normed = "qk" in self.parts and any(s.qk_norm for s in problem.shapes)
+        remarks = {"qk": NORMALISED} if normed else {}
+        uniform = problem.spread(lambda unit: 1.0, True, remarks)
+        if self.allocation == "uniform" or problem.keep == 1:
+            return self.decide(problem, uniform, remarks=remarks)
+        ranks, notes = self.search(problem, measure, uniform)
+        return self.decide(problem, ranks, notes=notes, remarks=remarks)
 
-    def plan_cache(self, job: Job) -> Plan:
-        return self.plan(job)
+    def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
+        return self.plan(problem, measure)
 
-    def search(self, job: Job, uniform: Plan) -> Plan:
+    def search(self, problem: Problem, measure: Measurements, uniform: Plan) -> tuple[Plan, dict[str, Any]]:
         """Ranks that differ from unit to unit, chosen by the loss of the calibration text.
 
         One probe per unit measures how far cutting it alone to its uniform rank, or the next lower one where that leaves it
@@ -91,27 +97,62 @@ class A3(Method):
         scales the unit's frontier to nats, and the sum is minimised under the budget. Of the uniform plan, this one, and
         the one whose scales are the probes' square roots, the one with the least loss of the whole compressed model wins.
         """
-        probed = {u: r if r < job.full(u) else self.next_lower(job, u) for u, r in uniform.items()}
-        frontiers, rises = job.probe(probed, self.probes)
+        probed = {u: r if r < problem.full(u) else next_lower(problem, u) for u, r in uniform.items()}
+        frontiers, rises = probe(problem, measure, probed, self.probes)
         least = max(1e-6, 0.01 * sum(max(r, 0.0) for r in rises.values()) / len(rises))
         plans = {"uniform": uniform}
         for name, power in (("mixed", 1.0), ("tempered", 0.5)):
             groups = []
             for unit, f in frontiers.items():
-                curve = job.curve(f)
+                curve = problem.curve(f)
                 at = max(float(f.loss[probed[unit]]), 1e-12 * max(map(float, f.loss)), 1e-300)
                 loss = (
-                    torch.where(curve.ranks < job.full(unit), curve.loss, 0.0) / at * max(rises[unit], least) ** power
+                    torch.where(curve.ranks < problem.full(unit), curve.loss, 0.0)
+                    / at
+                    * max(rises[unit], least) ** power
                 )
                 groups.append([Alternative((replace(curve, loss=loss),))])
-            plans[name] = choose(groups, job.limits)[0]
-        losses = {name: job.nll(plan) for name, plan in plans.items()}
+            plans[name] = choose(groups, problem.limits)[0]
+        stream = measure.stream
+        losses = {
+            name: nll(stream, run_solved(problem, measure, self.decide(problem, plan), stream))
+            for name, plan in plans.items()
+        }
         best = min(losses, key=lambda name: losses[name])
-        job.notes |= {"searched": losses, "chosen": best, "rises": {str(u): r for u, r in rises.items()}}
-        return plans[best]
+        notes = {"searched": losses, "chosen": best, "rises": {str(u): r for u, r in rises.items()}}
+        return plans[best], notes
 
-    def next_lower(self, job: Job, unit: Unit) -> int:
-        """The largest admissible rank that cuts the unit; its full one if there is none."""
-        choices = job.choices(unit)
-        ranks = [int(r) for r in choices.ranks[choices.allowed(job.step)]]
-        return max((r for r in ranks if r < job.full(unit)), default=job.full(unit))
+
+def next_lower(problem: Problem, unit: Unit) -> int:
+    """The largest admissible rank that cuts the unit; its full one if there is none."""
+    choices = problem.choices(unit)
+    ranks = [int(r) for r in choices.ranks[choices.allowed(problem.step)]]
+    return max((r for r in ranks if r < problem.full(unit)), default=problem.full(unit))
+
+
+def probe(
+    problem: Problem, measure: Measurements, plan: Plan, windows: int
+) -> tuple[dict[Unit, Frontier], dict[Unit, float]]:
+    """Frontiers without factors, and how far each unit alone, at its rank in `plan`, moves the model's predictions.
+
+    KL(uncompressed ‖ cut) in nats per token over the first `windows` windows: the expected rise of the loss without
+    the noise of the text's own labels, which for small cuts is larger than the rise. Costs, per unit, those windows
+    through the blocks behind it and the head twice.
+    """
+    stream = measure.stream
+    small = Stream(stream.source, torch.cat(stream.batches)[:windows], device=str(stream.device), dtype=stream.dtype)
+    hidden, reference = small.start(), small.outputs()
+    frontiers: dict[Unit, Frontier] = {}
+    moved: dict[Unit, float] = {}
+    for i, block, stats in measure.forward(lambda shape: problem.taps(problem.block_units(shape.block))):
+        weights, shape = read_weights(block, stream), problem.shapes[i]
+        for unit in problem.block_units(i):
+            solver = problem.units[unit]
+            f = solver.decompose(unit, weights, stats, shape)
+            frontiers[unit] = Frontier(unit, f.loss, {}, f.nats)
+            out = small.run(i, small.place(stream.block(i, solver.truncate(f, plan[unit], shape))), hidden)
+            for j in range(i + 1, len(problem.shapes)):
+                out = small.run(j, small.place(stream.block(j)), out)
+            moved[unit] = divergence(small, out, reference)
+        hidden = small.run(i, small.place(block), hidden)
+    return frontiers, moved

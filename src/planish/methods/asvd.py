@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from planish.calibrate.losses import nll
+from planish.calibrate.measure import Measurements
 from planish.core import Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.blocks import get_linear
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.solvers.forms import input_site
 from planish.solvers.linalg import LowRank
 from planish.solvers.linear import LinearSVD
-from planish.stats import Stats, Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
+from planish.stats import Tap
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
@@ -58,67 +59,68 @@ class ASVD(Method):
     def solvers(self) -> list[Solver]:
         return [LinearSVD(metric="diagonal", power=self.alpha, form=self.form)]
 
-    def plan(self, job: Job) -> Plan:
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
         if not self.alpha <= 4 or self.samples < 1:
             raise InputError(
                 f"asvd: alpha must lie in [0, 4] and samples be 1 or more, got {self.alpha:g} and {self.samples}"
             )
-        uniform = job.spread(lambda unit: 1.0)  # also says whether the budget can be reached at all
-        if self.allocation == "uniform" or job.keep == 1 or not job.stream.batches:
-            return uniform
-        if len(job.budgets) > 1:
+        uniform = problem.spread(lambda unit: 1.0)  # also says whether the budget can be reached at all
+        if self.allocation == "uniform" or problem.keep == 1 or not measure.stream.batches:
+            return self.decide(problem, uniform)
+        if len(problem.budgets) > 1:
             raise InputError("asvd: allocation=strs keeps to one budget; use --set allocation=uniform for two")
-        with job.phase("sensitivity"):
-            return self.search(job, Sensitivity(job, self.samples))
+        with measure.phase("sensitivity"):
+            sensitivity = Sensitivity(problem, measure, self.samples)
+            ranks = self.search(problem, sensitivity)
+        return self.decide(problem, ranks, notes={"sensitivity": {"measured": sensitivity.count}})
 
-    def search(self, job: Job, sensitivity: Sensitivity) -> Plan:
+    def search(self, problem: Problem, sensitivity: Sensitivity) -> Plan:
         """Lower the keep of the linear whose next step down costs least, until the budget is met."""
-        plan = {u: job.full(u) for u in job.units}
-        spent = job.full_cost()
+        plan = {u: problem.full(u) for u in problem.units}
+        spent = sum(problem.cost(u, r) for u, r in plan.items())
+        budget = problem.main.limit - (problem.main.total - spent)
         queue: list[tuple[float, Unit, int, int]] = []
 
         def push(unit: Unit, level: int) -> None:
             if level < len(KEEPS):
-                rank = job.units[unit].rank_at(unit, job.shapes[unit.block], KEEPS[level], job.step)
+                rank = problem.units[unit].rank_at(unit, problem.shapes[unit.block], KEEPS[level], problem.step)
                 heapq.heappush(queue, (sensitivity.loss(unit, rank), unit, level, rank))
 
         for unit in sorted(plan):
             push(unit, 0)
-        while queue and spent > job.budget:
+        while queue and spent > budget:
             _, unit, level, rank = heapq.heappop(queue)
-            others = spent - job.cost(unit, plan[unit])
-            fits = [r for r in job.units[unit].ranks(unit, job.shapes[unit.block]) if rank <= r < plan[unit]]
-            fits = [r for r in fits if r % job.step == 0 and others + job.cost(unit, r) <= job.budget]
+            others = spent - problem.cost(unit, plan[unit])
+            fits = [r for r in problem.units[unit].ranks(unit, problem.shapes[unit.block]) if rank <= r < plan[unit]]
+            fits = [r for r in fits if r % problem.step == 0 and others + problem.cost(unit, r) <= budget]
             plan[unit] = max(fits, default=rank)
-            spent = others + job.cost(unit, plan[unit])
-            if spent > job.budget:
+            spent = others + problem.cost(unit, plan[unit])
+            if spent > budget:
                 push(unit, level + 1)
-        job.notes["sensitivity"] = {"measured": sensitivity.count}
-        if spent > job.budget:  # below the lowest keep: all go further down together
-            main = job.budgets.index(job.main)
-            return job.spread(lambda u: job.choices(u).share(job.choices(u).at(plan[u]), main))
+        if spent > budget:  # below the lowest keep: all go further down together
+            main = problem.budgets.index(problem.main)
+            return problem.spread(lambda u: problem.choices(u).share(problem.choices(u).at(plan[u]), main))
         return plan
 
 
 class Sensitivity:
     """Loss of the first calibration sequences with one linear truncated and everything else dense."""
 
-    def __init__(self, job: Job, samples: int):
-        self.stream, self.count = job.stream.subset(samples), 0
+    def __init__(self, problem: Problem, measure: Measurements, samples: int):
+        self.stream, self.count = measure.stream.subset(samples), 0
         self.blocks: list[nn.Module] = []
         self.factors: dict[Unit, LowRank] = {}
         self.inputs = [self.stream.start()]
-        stats: dict[int, Stats] = {}
 
         def taps(shape: Shape) -> list[Tap]:
             return [Tap(s, "magnitudes") for s in sorted({input_site(r) for r in shape.roles})]
 
-        job.measure(taps, lambda i, block, s: stats.__setitem__(i, s))
+        stats = {i: s.only(taps(problem.shapes[i])) for i, _, s in measure.forward(taps)}
         for i in range(len(self.stream)):
             self.blocks.append(self.stream.place(self.stream.block(i)))
             self.inputs.append(self.stream.run(i, self.blocks[i], self.inputs[i]))
-            for unit in job.block_units(i):
-                solver = job.units[unit]
+            for unit in problem.block_units(i):
+                solver = problem.units[unit]
                 assert isinstance(solver, LinearSVD)
                 low = solver.factorise(unit, self.linear(unit).weight.detach().cpu(), stats[i])
                 self.factors[unit] = LowRank(low.B.to(self.stream.dtype), low.A.to(self.stream.dtype), low.s)
@@ -139,4 +141,4 @@ class Sensitivity:
         finally:
             linear.weight = dense
         self.count += 1
-        return self.stream.nll(hidden)
+        return nll(self.stream, hidden)

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import exp
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
 
-from planish.calibrate.cache import describe
+from planish.calibrate.losses import nll
+from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import list_shuffled
-from planish.core import Frontier, Plan, Shape, Solver, Unit
+from planish.core import Edit, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, BudgetError, Curve, choose
+from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, stored_taps
+from planish.plan.planned import Planned, count_refit
+from planish.plan.problem import Problem
+from planish.plan.scores import SCORES, correct_scores
+from planish.solve import run_solved
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.two_sided import TwoSided
-from planish.stats import Stats, Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
+from planish.stats import Tap
 
 ATTENTION_UNITS = ("q", "k", "v", "o", "qk", "keys", "vo", "attention")
 WAYS = {  # alternatives for a submodule: units that go together
@@ -35,16 +38,10 @@ WAYS = {  # alternatives for a submodule: units that go together
     ),
     "ffn": (("gate", "up", "down"), ("mlp",), ("ffn",)),
 }
-SCORES = {  # kinds of units that change an attention's scores: shares of ranks at which, windows on which errors are measured
-    ("q", "k"): ((0.125, 0.25, 0.5), 4),
-    ("qk",): ((0.125, 0.25, 0.5, 0.75), 8),
-    ("keys",): ((0.125, 0.25, 0.5, 0.75), 8),
-}
 LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
-TINY = 1e-300
 SATURATES = 0.01  # predicted nats per token above which plans are compared by measured loss
 HELD = 8  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
@@ -167,198 +164,193 @@ class Auto(Method):
                 f"refit_share of auto must lie in (0, 1], got {self.refit_share:g} (a share of the windows)"
             )
 
-    def plan(self, job: Job) -> Plan:
-        if all(b.share >= 1 for b in job.budgets):  # nothing is to go, not even a direction that no input has
-            job.notes |= {"predicted_loss": 0.0, "units cut": {}}
-            return {}
-        frontiers: dict[Unit, Frontier] = {}
-        rounds = max(self.rounds, 1)
-        job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)), whole=rounds > 1)
-        plan: Plan = {}
-        for n in range(1, rounds + 1):
-            if n > 1:
-                frontiers = self.measure_again(job, plan)
-            plan = self.allocate(job, frontiers, n / rounds)
-        return self.settle(job, frontiers, plan)
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        if all(b.share >= 1 for b in problem.budgets):  # nothing is to go, not even a direction that no input has
+            return self.decide(problem, {}, notes={"predicted_loss": 0.0, "units cut": {}})
+        frontiers = self.measure(problem, measure)
+        picked = self.allocate(problem, frontiers, 1 / max(self.rounds, 1))
+        for n in range(2, self.rounds + 1):
+            frontiers = measure_again(problem, measure, picked.ranks)
+            picked = self.allocate(problem, frontiers, n / self.rounds)
+        return self.settle(problem, measure, frontiers, picked)
 
-    def plan_cache(self, job: Job) -> Plan:
-        frontiers: dict[Unit, Frontier] = {}
-        job.gradients(lambda i, block, stats: frontiers.update(job.decompose(i, block, stats)))
-        return self.settle(job, frontiers, self.allocate(job, frontiers))
+    def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
+        frontiers = self.measure(problem, measure)
+        return self.settle(problem, measure, frontiers, self.allocate(problem, frontiers))
 
-    def settle(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
+    def measure(self, problem: Problem, measure: Measurements) -> Frontiers:
+        """Every unit's frontier in nats, by one pass forward and back; what the solve uses again is stored, with `rounds` all."""
+        windows = sum(map(len, measure.stream.batches))
+        refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
+        frontiers: Frontiers = {}
+        for i, block, stats in measure.backward(lambda shape: dense_taps(problem, shape.block)):
+            frontiers |= decompose_block(problem, measure, block, stats, i)
+            measure.stored[i] = stats if self.rounds > 1 else stats.only(stored_taps(problem, i, refit))
+        return frontiers
+
+    def settle(self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick) -> Planned:
         """The plan with what is measured instead of predicted: errors of scores where it changes any, whole plans' losses."""
-        if job.cache.keeps and self.rounds <= 1:  # a smaller budget may change them
-            with job.phase("statistics"):
-                self.measure_scores(job, frontiers, {*SCORES})
+        keep = self.rounds <= 1
+        if measure.cache.keeps and keep:  # a smaller budget may change them
+            with measure.phase("statistics"):
+                correct_scores(problem, measure, frontiers, {*SCORES})
         known: set[tuple[str, ...]] = set()
         while True:
-            cut = {u.name for u, r in plan.items() if r < job.full(u)}
+            cut = {u.name for u, r in picked.ranks.items() if r < problem.full(u)}
             changed = {kind for kind in SCORES if cut & {*kind}}
-            changed |= {*SCORES} if changed and job.keep < LOW else set()  # plans of other kinds are compared then
+            changed |= {*SCORES} if changed and problem.keep < LOW else set()  # plans of other kinds are compared then
             if changed <= known:
                 break
-            with job.phase("statistics"):
-                frontiers |= self.measure_scores(job, frontiers, changed - known)
+            with measure.phase("statistics"):
+                frontiers = frontiers | correct_scores(problem, measure, frontiers, changed - known, keep)
             known |= changed
-            plan = self.allocate(job, frontiers)
-        with job.phase("search"):
-            return self.compare(job, frontiers, plan)
-
-    def measure_scores(
-        self, job: Job, frontiers: dict[Unit, Frontier], kinds: Set[tuple[str, ...]]
-    ) -> dict[Unit, Frontier]:
-        """What cuts of queries and keys are predicted to cost, corrected by the error that they make in the attention's output.
-
-        What scores do to the loss is a first derivative: where the softmax is sharp it is nearly zero, however much what
-        is cut decides. At a few ranks ½ tr(G E[e eᵀ]) is measured instead, with the true error e of o's output and the moment G
-        of the gradient there; other ranks' predictions change by the factor between the two, log-linear in the rank.
-        Low-rank queries and keys are cut together and have one factor, at least 1.
-        """
-        wanted: dict[tuple[Unit, ...], list[tuple[int, ...]]] = {}
-        for kind in (k for k in SCORES if k in kinds):
-            for block in range(len(job.shapes)):
-                group = tuple(u for n in kind if (u := Unit(block, n)) in frontiers)
-                ranks = [job.choices(u).ranks[:-1].tolist() for u in group]
-                if group and all(ranks):
-                    wanted[group] = sorted({tuple(r[round(s * (len(r) - 1))] for r in ranks) for s in SCORES[kind][0]})
-        # after more rounds the gradients are those of the model under a plan, and nothing of them is known or kept
-        names = {
-            g: "scores|" + "|".join(f"{describe(job.units[u])}|{u}|{[r[n] for r in ranks]}" for n, u in enumerate(g))
-            for g, ranks in wanted.items()
-            if self.rounds <= 1
-        }
-        known = {g: job.cache.get(n)["factor"] for g, n in names.items() if job.cache.has([n])}
-        for kind, (_, windows) in SCORES.items():
-            rest = {g: r for g, r in wanted.items() if g not in known and g[0].name in kind}
-            for group, pairs in job.cut_errors(rest, "o.out", windows).items() if rest else ():
-                metric = job.stored[group[0].block].mean(Tap("grad:o.out", "gram"))
-                measured = torch.stack([(metric * e).sum() / 2 for _, e in pairs])
-                predicted = torch.tensor([loss for loss, _ in pairs], dtype=torch.float64)
-                factor = (measured.clamp(min=TINY) / predicted.clamp(min=TINY)).log()
-                known[group] = factor if len(kind) == 1 else factor.clamp(min=0)  # their errors meet in one product
-            job.cache.keep({names[g]: {"factor": known[g]} for g in rest if g in names})
-        found = {}
-        for group, factor in known.items():
-            for n, unit in enumerate(group):
-                loss = torch.as_tensor(frontiers[unit].loss, dtype=torch.float64)
-                at = torch.tensor([ranks[n] for ranks in wanted[group]])
-                between = interpolate(torch.arange(len(loss)), at, factor)
-                found[unit] = replace(frontiers[unit], loss=loss * between.exp())
-        return found
+            picked = self.allocate(problem, frontiers)
+        with measure.phase("search"):
+            picked, search = self.compare(problem, measure, frontiers, picked)
+        notes = {"predicted_loss": picked.loss, "units cut": picked.cut} | ({"search": search} if search else {})
+        return self.decide(problem, picked.ranks, frontiers=frontiers, notes=notes)
 
     @property
     def sweeping(self) -> dict[str, str]:
         return {"refit_share": "0.0625"} if self.anchor else {}
 
-    def start(self, job: Job) -> Weighing:
-        steep = self.steep if self.steep is not None else 0.0 if job.keep >= LOW else 3.0
-        timed = self.bypass is None and job.table is not None
+    def start(self, problem: Problem) -> Weighing:
+        """The weights that the search starts from."""
+        steep = self.steep if self.steep is not None else 0.0 if problem.keep >= LOW else 3.0
+        timed = self.bypass is None and problem.table is not None
         return Weighing(steep, bypass=1.0 if self.bypass or timed else NEVER)
 
-    def compare(self, job: Job, frontiers: dict[Unit, Frontier], plan: Plan) -> Plan:
-        """The plan with the least measured loss: this one, those with bypasses, those that a short search finds from there."""
-        windows, length = sum(map(len, job.stream.batches)), job.stream.batches[0].shape[1]
+    def compare(
+        self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick
+    ) -> tuple[Pick, dict[str, Any]]:
+        """The plan with the least measured loss: this one, those with bypasses, those that a short search finds from there;
+        and what the search found."""
+        windows, length = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
         plain = sorted({*range(windows)} - {*list_shuffled(windows, self.shuffled)})
         among = plain if 2 * len(plain) >= windows else [*range(windows)]
-        if job.notes["predicted_loss"] < SATURATES or len(among) < 4 * HELD or length < 2:
-            return plan
-        best, tried = self.start(job), dict[tuple[tuple[Unit, int], ...], float]()
-        weights: dict[str, tuple[float, ...]] = {"bypass": BYPASSES if self.bypass is not False else ()}
-        weights["linear"] = LINEARS if self.units == "any" and job.keep < LOW else ()
-        others = [replace(best, **{name: w}) for name, tries in weights.items() for w in tries]
-        make = cache(lambda weighing: self.allocate(job, frontiers, weighing=weighing))
-        if self.search < 2 and all(make(w) == plan for w in others):
-            return self.allocate(job, frontiers, weighing=best)
-        trial, held = job.trial(among)
+        if picked.loss < SATURATES or len(among) < 4 * HELD or length < 2:
+            return picked, {}
+        best = self.start(problem)
+        make = cache(lambda weighing: self.allocate(problem, frontiers, weighing=weighing))
+        tries: dict[str, tuple[float, ...]] = {"bypass": BYPASSES if self.bypass is not False else ()}
+        tries["linear"] = LINEARS if self.units == "any" and problem.keep < LOW else ()
+        others = [replace(best, **{name: w}) for name, weights in tries.items() for w in weights]
+        if self.search < 2 and all(make(w).ranks == picked.ranks for w in others):
+            return make(best), {}
+        few, held = hold_out(measure, among)
+        tried: dict[tuple[tuple[Unit, int], ...], float] = {}
 
-        def measure(weighing: Weighing) -> float:
-            other = make(weighing)
-            key = tuple(sorted(other.items()))
+        def loss(weighing: Weighing) -> float:
+            ranks = make(weighing).ranks
+            key = tuple(sorted(ranks.items()))
             if key not in tried:
-                tried[key] = trial.held_loss(other, held)
+                tried[key] = nll(held, run_solved(problem, few, self.decide(problem, ranks), held))
             return tried[key]
 
-        first = measure(best)
-        for name, tries in weights.items():
-            best = min([best, *(replace(best, **{name: w}) for w in tries)], key=measure)
+        first = loss(best)
+        for name, weights in tries.items():
+            best = min([best, *(replace(best, **{name: w}) for w in weights)], key=loss)
         if best.linear == LINEARS[-1]:  # then perhaps none at all
-            best = min([best, replace(best, linear=NEVER)], key=measure)
-        least = measure(best)
-        for name, steps in MOVES.items() if self.search > 1 else ():
-            for step in steps:
-                better = best
-                while len(tried) < self.search and (loss := measure(best.moved(name, step))) < least:
-                    least, best = loss, best.moved(name, step)
-                if best != better:  # the other way leads back
-                    break
-        plan = self.allocate(job, frontiers, weighing=best)
-        job.notes["search"] = {"plans": len(tried), "first": first, "best": least, "weighing": asdict(best)}
-        return plan
+            best = min([best, replace(best, linear=NEVER)], key=loss)
+        if self.search > 1:
+            best = descend(best, loss, lambda: len(tried) < self.search)
+        return make(best), {"plans": len(tried), "first": first, "best": loss(best), "weighing": asdict(best)}
 
     def allocate(
-        self, job: Job, frontiers: dict[Unit, Frontier], part: float = 1.0, weighing: Weighing | None = None
-    ) -> Plan:
-        """The cheapest plan in weighed predicted nats within the job's budgets, after this part of the cut."""
-        job.known = frontiers
-        weighing = weighing or self.start(job)
-        curves = {u: weighing.apply(job.curve(f), len(job.shapes)) for u, f in frontiers.items()}
+        self, problem: Problem, frontiers: Frontiers, part: float = 1.0, weighing: Weighing | None = None
+    ) -> Pick:
+        """The cheapest plan in weighed predicted nats within the budgets, after this part of the cut."""
+        weighing = weighing or self.start(problem)
+        curves = {u: weighing.apply(problem.curve(f), len(problem.shapes)) for u, f in frontiers.items()}
         try:
-            plan, _ = choose(self.groups(job, curves), [b.part(part) for b in job.budgets])
+            ranks, _ = choose(list_ways(problem, curves), [b.part(part) for b in problem.budgets])
         except BudgetError as error:
-            raise job.budgets[error.which].refuse("auto", error.smallest) from None
-        loss = sum(float(frontiers[u].loss[r]) for u, r in plan.items())
-        names = sorted({u.name for u in plan})
-        cut = {n: sum(u.name == n and r < job.full(u) for u, r in plan.items()) for n in names}
-        job.notes |= {"predicted_loss": loss, "units cut": {n: c for n, c in cut.items() if c}}
-        return plan
-
-    def measure_again(self, job: Job, plan: Plan) -> dict[Unit, Frontier]:
-        """Frontiers of the uncompressed weights with gradients of the model under `plan`, wherever they still exist."""
-        gone = {"qk": "qk", "keys": "k", "vo": "v", "mlp": ("gate", "up"), "attention": ATTENTION, "ffn": MLP}
-        edits = job.solve_stored(plan)
-        frontiers: dict[Unit, Frontier] = {}
-
-        def taps(shape: Shape) -> list[Tap]:
-            cut = [u.name for u, r in plan.items() if u.block == shape.block and r < job.full(u)]
-            missing = {f"grad:{r}.{end}" for name in cut for r in gone.get(name, ()) for end in ("out", "back")}
-            missing |= {"grad:attention.add"} if "attention" in cut else set()
-            missing |= {"grad:mlp.add"} if "ffn" in cut else set()
-            return [t for t in job.stored_taps(shape.block) if t.site.startswith("grad:") and t.site not in missing]
-
-        def use(i: int, block: nn.Module, stats: Stats) -> None:
-            known = job.stored[i]
-            known.replace(stats)
-            job.stored[i] = known
-            frontiers.update(job.decompose(i, job.stream.block(i), known))
-
-        job.gradients(use, taps, edits)
-        return frontiers
-
-    def groups(self, job: Job, curves: dict[Unit, Curve]) -> list[list[Alternative]]:
-        """Per submodule the ways to treat it with the units at hand; what no unit holds costs what it costs."""
-        groups = []
-        for shape in job.shapes:
-            for name, ways in WAYS.items():
-                found = {}
-                for way in ways:
-                    present = tuple(n for n in way if Unit(shape.block, n) in curves)
-                    if "keys" in way and "keys" not in present:
-                        continue
-                    held = {r for n in present for r in shape.held(n)}
-                    rest = [r for r in shape.held(name) if r not in held]
-                    chosen = tuple(curves[Unit(shape.block, n)] for n in present)
-                    found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in job.budgets])
-                groups.append(list(found.values()))
-            if shape.rest:  # no unit holds it
-                groups.append([Alternative((), [sum(b.uncut(shape, r) for r in shape.rest) for b in job.budgets])])
-        return groups
+            raise problem.budgets[error.which].refuse("auto", error.smallest) from None
+        loss = sum(float(frontiers[u].loss[r]) for u, r in ranks.items())
+        names = sorted({u.name for u in ranks})
+        cut = {n: sum(u.name == n and r < problem.full(u) for u, r in ranks.items()) for n in names}
+        return Pick(ranks, loss, {n: c for n, c in cut.items() if c})
 
 
-def interpolate(at: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """Piecewise linear through (known, values), constant beyond the ends. `known` rises."""
-    right = torch.searchsorted(known, at).clamp(1, max(len(known) - 1, 1))
-    left = right - 1
-    right = right.clamp(max=len(known) - 1)
-    share = ((at - known[left]) / (known[right] - known[left]).clamp(min=1)).clamp(0, 1)
-    return values[left] + share * (values[right] - values[left])
+@dataclass(frozen=True)
+class Pick:
+    """Ranks, their predicted loss in nats per token, how many units of each name they cut."""
+
+    ranks: Plan
+    loss: float
+    cut: dict[str, int]
+
+
+def descend(best: Weighing, loss: Callable[[Weighing], float], more: Callable[[], bool]) -> Weighing:
+    """One weight after the other is moved while that lowers the loss and there may be `more` trials."""
+    least = loss(best)
+    for name, steps in MOVES.items():
+        for step in steps:
+            better = best
+            while more() and (found := loss(best.moved(name, step))) < least:
+                least, best = found, best.moved(name, step)
+            if best != better:  # the other way leads back
+                break
+    return best
+
+
+def hold_out(measure: Measurements, among: Sequence[int]) -> tuple[Measurements, Stream]:
+    """(Everything without every fourth of these calibration windows, that fourth): for the loss of plans on text that they
+    are not solved on."""
+    windows = torch.cat(measure.stream.batches)
+    held = torch.zeros(len(windows), dtype=torch.bool)
+    held[list(among)[3::4]] = True
+    return measure.part(windows[~held]), measure.stream.part(windows[held])
+
+
+def measure_again(problem: Problem, measure: Measurements, plan: Plan) -> Frontiers:
+    """Frontiers of the uncompressed weights with gradients of the model under `plan`, wherever they still exist."""
+    gone = {"qk": "qk", "keys": "k", "vo": "v", "mlp": ("gate", "up"), "attention": ATTENTION, "ffn": MLP}
+
+    def taps(shape: Shape) -> list[Tap]:
+        cut = [u.name for u, r in plan.items() if u.block == shape.block and r < problem.full(u)]
+        missing = {f"grad:{r}.{end}" for name in cut for r in gone.get(name, ()) for end in ("out", "back")}
+        missing |= {"grad:attention.add"} if "attention" in cut else set()
+        missing |= {"grad:mlp.add"} if "ffn" in cut else set()
+        known = dense_taps(problem, shape.block)
+        return [t for t in known if t.site.startswith("grad:") and t.site not in missing]
+
+    frontiers: Frontiers = {}
+    for i, _, stats in measure.backward(taps, solve_stored(problem, measure, plan)):
+        known = measure.stored[i]
+        known.replace(stats)
+        measure.stored[i] = known
+        frontiers |= decompose_block(problem, measure, measure.stream.block(i), known, i)
+    return frontiers
+
+
+def solve_stored(problem: Problem, measure: Measurements, plan: Plan) -> dict[int, list[Edit]]:
+    """Edits of every block under a plan, from the stored statistics alone."""
+    edits: dict[int, list[Edit]] = {}
+    with measure.phase("solve"):
+        for i, shape in enumerate(problem.shapes):
+            weights = read_weights(measure.stream.block(i), measure.stream)
+            for unit in problem.cut(plan, i):
+                frontier = problem.units[unit].decompose(unit, weights, measure.stored[i], shape)
+                edits.setdefault(i, []).extend(problem.units[unit].truncate(frontier, plan[unit], shape))
+    return edits
+
+
+def list_ways(problem: Problem, curves: dict[Unit, Curve]) -> list[list[Alternative]]:
+    """Per submodule the ways to treat it with the units at hand; what no unit holds costs what it costs."""
+    groups = []
+    for shape in problem.shapes:
+        for name, ways in WAYS.items():
+            found = {}
+            for way in ways:
+                present = tuple(n for n in way if Unit(shape.block, n) in curves)
+                if "keys" in way and "keys" not in present:
+                    continue
+                held = {r for n in present for r in shape.held(n)}
+                rest = [r for r in shape.held(name) if r not in held]
+                chosen = tuple(curves[Unit(shape.block, n)] for n in present)
+                found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])
+            groups.append(list(found.values()))
+        if shape.rest:  # no unit holds it
+            groups.append([Alternative((), [sum(b.uncut(shape, r) for r in shape.rest) for b in problem.budgets])])
+    return groups

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from planish.core import Plan, Solver, Unit
+from planish.calibrate.measure import Measurements
+from planish.core import Solver, Unit
 from planish.methods.method import Method
-from planish.plan.removal import count_removed, make_plan, saving, search_greedily
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
+from planish.plan.removal import count_removed, remove, saving, search_greedily
 from planish.solvers.bypass import Bypass, drop_edit
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,29 @@ class BlockPruner(Method):
     def solvers(self) -> list[Solver]:
         return [Bypass(kind="zero")]
 
-    def plan(self, job: Job) -> Plan:
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
         kinds = ("attention", "ffn")
         targets = {"attention": "attention", "ffn": "mlp"}
-        trials = {u: {u.block: [drop_edit(targets[u.name])]} for u in job.units}
+        trials = {u: {u.block: [drop_edit(targets[u.name])]} for u in problem.units}
         if self.sparsity is None:
-            limits = {"attention": len(job.shapes) - 1, "ffn": len(job.shapes)}
+            limits, remarks = {"attention": len(problem.shapes) - 1, "ffn": len(problem.shapes)}, dict[str, str]()
             whole = [Unit(i, k) for k in kinds for i in range(limits[k])]
-            for b in job.budgets:
-                if (least := b.total - saving(job, whole, b)) > b.limit:
+            for b in problem.budgets:
+                if (least := b.total - saving(problem, whole, b)) > b.limit:
                     raise b.refuse("blockpruner", least)
         else:
-            limits = count_removed(job, kinds, self.sparsity)
+            limits, remarks = count_removed(problem, kinds, self.sparsity)
 
         def enough(made: list[Unit]) -> bool:
             full = {k for k in kinds if sum(u.name == k for u in made) == limits[k]}
             for u in [u for u in trials if u.name in full and u not in made]:
                 del trials[u]
-            within = self.sparsity is None and all(b.total - saving(job, made, b) <= b.limit for b in job.budgets)
+            within = self.sparsity is None and all(
+                b.total - saving(problem, made, b) <= b.limit for b in problem.budgets
+            )
             return within or full == set(kinds)
 
-        with job.phase("search"):
-            gone, losses = search_greedily(job.stream.subset(self.windows), trials, enough)
-        job.notes["search"] = {str(u): loss for u, loss in zip(gone, losses, strict=True)}
-        return make_plan(job, gone, self.sparsity)
+        with measure.phase("search"):
+            gone, losses = search_greedily(measure.stream.subset(self.windows), trials, enough)
+        notes = {"search": {str(u): loss for u, loss in zip(gone, losses, strict=True)}}
+        return remove(self.decide(problem, {}, notes=notes, remarks=remarks), problem, gone, self.sparsity)

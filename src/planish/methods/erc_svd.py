@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from planish.core import Plan, Solver
+from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import Hidden, Stream, in_order
+from planish.core import Solver
 from planish.errors import InputError
 from planish.methods.method import Method
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
+from planish.solve import run_solved
 from planish.solvers.linear import TwoStageSVD
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -49,43 +51,57 @@ class ErcSVD(Method):
     def solvers(self) -> list[Solver]:
         return [TwoStageSVD(beta=self.beta, residual_metric=self.residual_metric, form=self.form)]
 
-    def plan(self, job: Job) -> Plan:
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
         if not self.beta < 1 or self.candidates < 1:
             raise InputError(
                 f"erc-svd: beta must lie in [0, 1) and candidates be 1 or more, got {self.beta:g} and {self.candidates}"
             )
-        n, removed = len(job.shapes), 1 - job.keep
+        n, removed = len(problem.shapes), 1 - problem.keep
         least = floor(n * removed / (1 - self.beta) + 1e-9) + 1  # every compressed block must keep more than beta
         if self.k and not least <= self.k <= n:
             block_keep = 1 - n * removed / self.k
             raise InputError(
-                f"erc-svd: k={self.k} of {n} blocks at keep {job.keep:g} would keep {block_keep:.3f} of each, "
+                f"erc-svd: k={self.k} of {n} blocks at keep {problem.keep:g} would keep {block_keep:.3f} of each, "
                 f"which must be more than beta={self.beta:g}: k must lie in {least} … {n}"
             )
         if least > n:
-            ranks = {u: solver.rank_at(u, job.shapes[u.block], 0.0, job.step) for u, solver in job.units.items()}
-            smallest = max(sum(job.cost(u, r) for u, r in ranks.items()) / job.total, self.beta + 1e-6)
+            ranks = {
+                u: solver.rank_at(u, problem.shapes[u.block], 0.0, problem.step) for u, solver in problem.units.items()
+            }
+            smallest = max(sum(problem.cost(u, r) for u, r in ranks.items()) / problem.main.total, self.beta + 1e-6)
             raise InputError(
-                f"keep {job.keep:g} cannot be reached by erc-svd: even with all {n} blocks each must keep more than "
+                f"keep {problem.keep:g} cannot be reached by erc-svd: even with all {n} blocks each must keep more than "
                 f"beta={self.beta:g}; the smallest keep is {ceil(smallest * 10_000) / 10_000:g}"
             )
-        if self.k or job.keep == 1:
-            return self.last(job, self.k or n)
+        if self.k or problem.keep == 1:
+            return self.last(problem, self.k or n)
         count = min(self.candidates, n - least + 1)
         tried = sorted({least + round(i * (n - least) / max(count - 1, 1)) for i in range(count)})
-        plans: dict[int, Plan] = {}
+        plans: dict[int, Planned] = {}
         for k in tried:
             try:
-                plans[k] = self.last(job, k)
+                plans[k] = self.last(problem, k)
             except InputError as error:  # rounding of ranks leaves no room for so few blocks
                 refusal = error
         if not plans:
             raise refusal
-        errors = dict(zip(plans, job.output_errors(list(plans.values())), strict=True))
+        with measure.phase("statistics"):
+            dense = measure.stream.outputs()
+        errors: dict[int, float] = {}
+        for k, planned in plans.items():
+            trial = f"search {len(errors) + 1}/{len(plans)}"
+            errors[k] = compare(measure.stream, run_solved(problem, measure, planned, measure.stream, trial), dense)
         best = min(errors, key=lambda k: errors[k])
-        job.notes |= {"k": best, "searched": errors}
-        return plans[best]
+        return replace(plans[best], notes={"k": best, "searched": errors})
 
-    def last(self, job: Job, k: int) -> Plan:
-        first = len(job.shapes) - k
-        return job.spread(lambda unit: 1.0 if unit.block >= first else float("inf"))
+    def last(self, problem: Problem, k: int) -> Planned:
+        """Uniform ranks in the last k blocks, all others whole."""
+        first = len(problem.shapes) - k
+        return self.decide(problem, problem.spread(lambda unit: 1.0 if unit.block >= first else float("inf")))
+
+
+def compare(stream: Stream, outputs: Hidden, dense: Hidden) -> float:
+    """Eq. 5: E‖y − ŷ‖² per token, y and ŷ (batch, seq, hidden) the last block's outputs before and after."""
+    squares = [(a.double() - b.double()).square().sum(-1) for a, b in zip(outputs, dense, strict=True)]
+    sums = in_order(stream, [(float(x.sum()), x.numel()) for x in squares])
+    return sum(s for s, _ in sums) / sum(n for _, n in sums)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from planish.core import Plan, Solver
+from planish.calibrate.measure import Measurements
+from planish.core import Solver
 from planish.methods.method import Method
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.solvers.head_pca import HeadPCA
 from planish.solvers.neurons import Neurons
 from planish.solvers.value_pca import ValuePCA
 from planish.stats import Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,10 @@ class FlatLLM(Method):
         cut: list[Solver] = [ValuePCA(), Neurons("leverage", self.ridge, True, self.damping)]
         return cut + ([HeadPCA()] if self.qk == "pca" else [])
 
-    def plan(self, job: Job) -> Plan:
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
         if self.allocation == "uniform":
-            return job.spread(lambda unit: 1.0)
+            return self.decide(problem, problem.spread(lambda unit: 1.0))
         tap = Tap("block.in", "angle", "block.out")
-        importance: dict[int, float] = {}
-        job.measure(
-            lambda shape: [tap], lambda i, block, stats: importance.__setitem__(i, float(stats.mean(tap, "angle")))
-        )
-        job.notes["importance"] = importance
-        return job.spread(lambda unit: max(importance[unit.block], 1e-6))
+        importance = {i: float(stats.mean(tap, "angle")) for i, _, stats in measure.forward(lambda shape: [tap])}
+        ranks = problem.spread(lambda unit: max(importance[unit.block], 1e-6))
+        return self.decide(problem, ranks, notes={"importance": importance})

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from planish.core import Plan, Solver, Unit
+from planish.calibrate.measure import Measurements
+from planish.core import Solver, Unit
 from planish.methods.method import Method
-from planish.plan.removal import count_removed, lowest, make_plan
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
+from planish.plan.removal import count_removed, lowest, remove
 from planish.solvers.bypass import Bypass
 from planish.stats import Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,12 @@ class LLMDrop(Method):
     def solvers(self) -> list[Solver]:
         return [Bypass(self.kinds, kind="zero")]
 
-    def plan(self, job: Job) -> Plan:
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
         taps = {k: Tap(f"{w}.raw", "influence", f"{w}.add") for k, w in (("attention", "attention"), ("ffn", "mlp"))}
         turned: dict[Unit, float] = {}
-
-        def use(i, block, stats) -> None:
-            for kind in self.kinds:
-                turned[Unit(i, kind)] = float(stats.mean(taps[kind], "rotation"))
-
-        job.measure(lambda shape: [taps[k] for k in self.kinds], use)
-        counts = count_removed(job, self.kinds, self.sparsity)
-        job.notes["rotation"] = {str(u): s for u, s in turned.items()}
+        for i, _, stats in measure.forward(lambda shape: [taps[k] for k in self.kinds]):
+            turned |= {Unit(i, k): float(stats.mean(taps[k], "rotation")) for k in self.kinds}
+        counts, remarks = count_removed(problem, self.kinds, self.sparsity)
         gone = [u for k in self.kinds for u in lowest({u: s for u, s in turned.items() if u.name == k}, counts[k])]
-        return make_plan(job, gone, self.sparsity)
+        notes = {"rotation": {str(u): s for u, s in turned.items()}}
+        return remove(self.decide(problem, {}, notes=notes, remarks=remarks), problem, gone, self.sparsity)

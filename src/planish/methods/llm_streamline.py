@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
-from planish.core import Plan, Solver, Unit
+from planish.calibrate.measure import Measurements
+from planish.core import Solver, Unit
 from planish.methods.method import Method
-from planish.plan.removal import check_foldable, compare_windows, fit_window, make_plan, remove_blocks
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
+from planish.plan.removal import check_foldable, compare_windows, fit_window, remove, remove_blocks
 from planish.solvers.bypass import Bypass
 from planish.solvers.window import down_edit, fit_map_held_out
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,20 @@ class LLMStreamline(Method):
     def solvers(self) -> list[Solver]:
         return [Bypass(kind="zero")]
 
-    def plan(self, job: Job) -> Plan:
-        check_foldable(job, "llm-streamline")
-        n = remove_blocks(job, self.sparsity)
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        check_foldable(measure.stream.family, self.name)
+        n, remarks = remove_blocks(problem, self.sparsity)
         if n == 0:
-            return make_plan(job, [], self.sparsity)
-        cosines = compare_windows(job, n + 1, self.windows, "cosine")
+            return remove(self.decide(problem, {}, remarks=remarks), problem, [], self.sparsity)
+        cosines = compare_windows(measure, n + 1, self.windows, "cosine")
         start = max(cosines, key=lambda a: (cosines[a], -a))
-        job.notes["window"] = {"first": start, "last": start + n, "cosines": cosines}
-        window = fit_window(job, start, start + n, "down.in")
+        notes: dict[str, Any] = {"window": {"first": start, "last": start + n, "cosines": cosines}}
+        window = fit_window(measure, start, start + n, "down.in")
         bias = window.weights.get("down.bias")
         train, held = window.train, window.held
         if bias is not None:  # it stays
             train, held = train.shift(bias.double()), held and held.shift(bias.double())
-        w, job.notes["ridge"] = fit_map_held_out(train, held, self.ridge)
-        job.edits = {start: [down_edit(window.weights, w.T, bias)]}
-        gone = range(start + 1, start + n + 1)
-        return make_plan(job, [Unit(i, name) for i in gone for name in ("attention", "ffn")], self.sparsity)
+        w, notes["ridge"] = fit_map_held_out(train, held, self.ridge)
+        edits = {start: [down_edit(window.weights, w.T, bias)]}
+        gone = [Unit(i, name) for i in range(start + 1, start + n + 1) for name in ("attention", "ffn")]
+        return remove(self.decide(problem, {}, edits=edits, notes=notes, remarks=remarks), problem, gone, self.sparsity)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from planish.calibrate.measure import Measurements
 from planish.core import Plan, Solver, Unit
-
-if TYPE_CHECKING:
-    from planish.job import Job
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,20 @@ class Method(ABC):
         """Whether it cuts this unit under these budgets (see `planish.plan.budgets`): name → share that stays."""
         return True
 
-    def plan(self, job: Job) -> Plan:
-        """Ranks within the budget; uniform unless the recipe says otherwise."""
-        return job.spread(lambda unit: 1.0)
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        """Ranks within the budgets; uniform unless the recipe says otherwise."""
+        return self.decide(problem, problem.spread(lambda unit: 1.0))
 
-    def plan_cache(self, job: Job) -> Plan:
-        """Ranks within a budget of the KV cache; `job` then has only the units that the cache holds, at their cost in it."""
-        return job.spread(lambda unit: 1.0)
+    def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
+        """Ranks within a budget of the KV cache; the problem then has only the units that the cache holds, at their cost in it."""
+        return self.decide(problem, problem.spread(lambda unit: 1.0))
+
+    def decide(self, problem: Problem, ranks: Plan, **more: Any) -> Planned:
+        """Ranks for the problem's units, solved as this recipe does; `more`: further fields of `Planned`."""
+        return Planned(ranks, problem.units, self.prefix, self.stages, self.refit_share, **more)
 
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         return [units]
-
-    def solve(self, job: Job, plan: Plan, emit: Callable[[int, Any, dict[str, Any]], None]) -> None:
-        """Solve every block and hand it with its spec to `emit`; recipes that are not made of units have their own."""
-        job.solve(plan, emit)
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from planish.core import Plan, Solver
+from planish.calibrate.measure import Measurements
+from planish.core import Solver
 from planish.errors import InputError
 from planish.methods.method import Method
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs
 from planish.solvers.value_output import ValueOutput
 from planish.stats import Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,18 @@ class MoDeGPT(Method):
             Neurons("leverage", self.ridge, True, self.damping),
         ]
 
-    def plan(self, job: Job) -> Plan:
-        if any(s.qk_norm for s in job.shapes):
-            job.remarks["qk"] = NORMALISED
-        if self.allocation == "uniform" or job.keep == 1:
-            return job.spread(lambda unit: 1.0, by_kind=True)
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        remarks = {"qk": NORMALISED} if any(s.qk_norm for s in problem.shapes) else {}
+        if self.allocation == "uniform" or problem.keep == 1:
+            return self.decide(problem, problem.spread(lambda unit: 1.0, True, remarks), remarks=remarks)
         tap = Tap("block.in", "angle", "block.out")
-        influence: dict[int, float] = {}
+        influence = {i: 1 - float(stats.mean(tap, "cosine")) for i, _, stats in measure.forward(lambda shape: [tap])}
+        removed = spread_removal(list(influence.values()), 1 - problem.keep, self.smoothing, self.cap)
+        ranks = problem.spread(lambda unit: 1 - removed[unit.block], True, remarks)
+        return self.decide(problem, ranks, notes={"influence": influence, "removed_shares": removed}, remarks=remarks)
 
-        def use(i: int, block: object, stats) -> None:
-            influence[i] = 1 - float(stats.mean(tap, "cosine"))
-
-        job.measure(lambda shape: [tap], use)
-        removed = spread_removal([influence[i] for i in range(len(influence))], 1 - job.keep, self.smoothing, self.cap)
-        job.notes |= {"influence": influence, "removed_shares": removed}
-        return job.spread(lambda unit: 1 - removed[unit.block], by_kind=True)
-
-    def plan_cache(self, job: Job) -> Plan:
-        return self.plan(job)
+    def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
+        return self.plan(problem, measure)
 
 
 def spread_removal(influence: list[float], removed: float, smoothing: float, cap: float) -> list[float]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from torch import nn
-
-from planish.core import Plan, Solver, Unit
+from planish.calibrate.measure import Measurements
+from planish.core import Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method, stage_roles
 from planish.modelling.blocks import get_linear
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.solvers.forms import input_site
 from planish.solvers.linear import AnchoredSVD
-from planish.stats import Stats, Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
+from planish.stats import Tap
 
 
 @dataclass(frozen=True)
@@ -60,38 +58,42 @@ class MPIFA(Method):
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         return stage_roles(units)
 
-    def plan(self, job: Job) -> Plan:
-        attention = mlp = job.keep
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        attention = mlp = problem.keep
         if self.attention_keep is not None:
-            of_attention = sum(job.main.uncut(s, r) for s in job.shapes for r in "qkvo")
-            scores = sum(job.main.fixed(s, u, job.shapes[u.block]) for u, s in job.units.items())
+            of_attention = sum(problem.main.uncut(s, r) for s in problem.shapes for r in "qkvo")
+            scores = sum(problem.main.fixed(s, u, problem.shapes[u.block]) for u, s in problem.units.items())
             attention = self.attention_keep
             kept = scores + attention * (of_attention - scores)
-            mlp = (job.keep * job.total - kept) / (job.total - of_attention)
+            mlp = (problem.keep * problem.main.total - kept) / (problem.main.total - of_attention)
             if not (0 < attention <= 1 and 0 < mlp <= 1):
                 raise InputError(
-                    f"attention_keep={attention:g} at keep {job.keep:g} leaves {mlp:.3f} of the MLP; "
+                    f"attention_keep={attention:g} at keep {problem.keep:g} leaves {mlp:.3f} of the MLP; "
                     f"both must lie in (0, 1]"
                 )
-        extra = self.outliers(job) if self.allocation == "outliers" else {}
+        found = self.outliers(problem, measure) if self.allocation == "outliers" else {}
+        extra = self.raise_keeps(found) if found else {}
         share = {True: attention, False: mlp}
-        return job.spread(lambda u: min(1.0, max(0.01, share[u.name in "qkvo"] + extra.get(u.block, 0.0))))
+        ranks = problem.spread(lambda u: min(1.0, max(0.01, share[u.name in "qkvo"] + extra.get(u.block, 0.0))))
+        return self.decide(problem, ranks, notes={"outliers": found} if found else {})
 
-    def outliers(self, job: Job) -> dict[int, float]:
-        """What each block's keep is raised by: its share of outliers, scaled to ± `spread` around the mean."""
+    def outliers(self, problem: Problem, measure: Measurements) -> dict[int, float]:
+        """Each block's share of weights that count as outliers."""
         found: dict[int, float] = {}
-
-        def use(i: int, block: nn.Module, stats: Stats) -> None:
+        for i, block, stats in measure.forward(
+            lambda shape: sorted({Tap(input_site(r), "squares") for r in shape.roles})
+        ):
             large = total = 0
-            for role in job.shapes[i].roles:
-                w = get_linear(block, job.stream.family, role).weight.detach().double().abs()
+            for role in problem.shapes[i].roles:
+                w = get_linear(block, measure.stream.family, role).weight.detach().double().abs()
                 size = w * stats.mean(Tap(input_site(role), "squares")).sqrt()
                 large += int((size > self.threshold * size.mean()).sum())
                 total += size.numel()
             found[i] = large / total
+        return found
 
-        job.measure(lambda shape: sorted({Tap(input_site(r), "squares") for r in shape.roles}), use)
-        job.notes["outliers"] = found
+    def raise_keeps(self, found: dict[int, float]) -> dict[int, float]:
+        """What each block's keep is raised by: its share of outliers, scaled to ± `spread` around the mean."""
         width = max(found.values()) - min(found.values())
         scaled = {i: 2 * self.spread * (x - min(found.values())) / width if width else 0.0 for i, x in found.items()}
         mean = sum(scaled.values()) / len(scaled)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from planish.core import Edit, Plan, Solver, Unit
+from planish.calibrate.measure import Measurements
+from planish.core import Edit, Solver, Unit
 from planish.methods.method import Method
-from planish.plan.removal import count_removed, lowest, make_plan
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
+from planish.plan.removal import count_removed, lowest, remove
 from planish.solvers.bypass import Bypass, compute_correlations
 from planish.stats import Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,20 @@ class NBL(Method):
     def solvers(self) -> list[Solver]:
         return [Bypass(("attention",), attention_rank=1.0, input="raw", gate=False, basis="pca", ridge=self.ridge)]
 
-    def plan(self, job: Job) -> Plan:
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
         solver = self.solvers()[0]
         assert isinstance(solver, Bypass)
         gram = Tap("attention.add", "gram")
         scores: dict[Unit, float] = {}
         edits: dict[Unit, list[Edit]] = {}
-
-        def use(i, block, stats) -> None:
-            unit = Unit(i, "attention")
+        for i, _, stats in measure.forward(lambda shape: [gram, *solver.taps(Unit(shape.block, "attention"), shape)]):
+            unit, shape = Unit(i, "attention"), problem.shapes[i]
             train, held = solver.moments(unit, stats)
             rho = compute_correlations(train + held, stats.sums[gram]["sum"])
             scores[unit] = float((1 - rho.square()).sum())
-            edits[unit] = solver.truncate(solver.decompose(unit, {}, stats, job.shapes[i]), 0, job.shapes[i])
-
-        job.measure(lambda shape: [gram, *solver.taps(Unit(shape.block, "attention"), shape)], use)
-        gone = lowest(scores, count_removed(job, ("attention",), self.sparsity)["attention"])
-        job.notes["scores"] = {str(u): s for u, s in scores.items()}
-        job.edits = {u.block: edits[u] for u in gone}
-        return make_plan(job, gone, self.sparsity)
+            edits[unit] = solver.truncate(solver.decompose(unit, {}, stats, shape), 0, shape)
+        counts, remarks = count_removed(problem, ("attention",), self.sparsity)
+        gone = lowest(scores, counts["attention"])
+        notes = {"scores": {str(u): s for u, s in scores.items()}}
+        planned = self.decide(problem, {}, edits={u.block: edits[u] for u in gone}, notes=notes, remarks=remarks)
+        return remove(planned, problem, gone, self.sparsity)

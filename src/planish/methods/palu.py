@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from planish.core import Plan, Shape, Solver, Unit
+from planish.calibrate.measure import Measurements
+from planish.core import Solver, Unit
 from planish.methods.method import Method
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.value_pca import ValuePCA
-from planish.stats import Stats, Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
+from planish.stats import Tap
 
 MATRICES = {"keys": "k", "vo": "v"}  # unit → the role whose weight its rank is a share of
 
@@ -52,28 +52,24 @@ class Palu(Method):
     def solvers(self) -> list[Solver]:
         return [KeyLatent(self.group) if self.keys == "rebuild" else KeyFrequency(self.group), ValuePCA()]
 
-    def plan(self, job: Job) -> Plan:
-        if self.keys == "frequency" and any(Unit(s.block, "keys") not in job.units for s in job.shapes):
-            why = "normalises keys" if job.shapes[0].qk_norm else "does not rotate every channel of its keys"
-            job.remarks["keys"] = f"keys are left as they are: this family {why}; keys=rebuild cuts them"
-        if self.allocation == "uniform" or job.keep == 1:
-            return job.spread(lambda unit: 1.0)
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        remarks: dict[str, str] = {}
+        if self.keys == "frequency" and any(Unit(s.block, "keys") not in problem.units for s in problem.shapes):
+            why = "normalises keys" if problem.shapes[0].qk_norm else "does not rotate every channel of its keys"
+            remarks["keys"] = f"keys are left as they are: this family {why}; keys=rebuild cuts them"
+        if self.allocation == "uniform" or problem.keep == 1:
+            return self.decide(problem, problem.spread(lambda unit: 1.0, remarks=remarks), remarks=remarks)
         fisher: dict[Unit, float] = {}
+        for i, _, stats in measure.backward(lambda shape: [self.tap(u) for u in problem.block_units(shape.block)]):
+            for unit in problem.block_units(i):
+                weights = problem.shapes[i].count(MATRICES[unit.name])
+                fisher[unit] = float(stats.mean(self.tap(unit)).sum() / weights) ** 0.5
+        notes = {"fisher": {str(u): f for u, f in sorted(fisher.items())}}
+        ranks = problem.spread(fisher.__getitem__, remarks=remarks)
+        return self.decide(problem, ranks, notes=notes, remarks=remarks)
 
-        def taps(shape: Shape) -> list[Tap]:
-            return [self.tap(unit) for unit in job.block_units(shape.block)]
-
-        def use(i: int, block: object, stats: Stats) -> None:
-            for unit in job.block_units(i):
-                role = MATRICES[unit.name]
-                fisher[unit] = float(stats.mean(self.tap(unit)).sum() / job.shapes[i].count(role)) ** 0.5
-
-        job.gradients(use, taps)
-        job.notes["fisher"] = {str(u): f for u, f in sorted(fisher.items())}
-        return job.spread(fisher.__getitem__)
-
-    def plan_cache(self, job: Job) -> Plan:
-        return self.plan(job)
+    def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
+        return self.plan(problem, measure)
 
     def tap(self, unit: Unit) -> Tap:
         return Tap(f"grad:{MATRICES[unit.name]}.out", "weight_gradients", "q.in", heads=1)

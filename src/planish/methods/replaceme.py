@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from planish import lanes
-from planish.core import Plan, Solver, Unit
+from planish.calibrate.measure import Measurements
+from planish.core import Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
-from planish.plan.removal import check_foldable, compare_windows, fit_window, make_plan, remove_blocks
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
+from planish.plan.removal import check_foldable, compare_windows, fit_window, remove, remove_blocks
 from planish.solvers.bypass import Bypass
 from planish.solvers.window import fit_cosine, fit_map_held_out, fold_edit
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,21 @@ class ReplaceMe(Method):
     def solvers(self) -> list[Solver]:
         return [Bypass(kind="zero")]
 
-    def plan(self, job: Job) -> Plan:
-        check_foldable(job, "replaceme")
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        check_foldable(measure.stream.family, self.name)
         if self.objective == "cosine" and lanes.count() > 1:
             raise InputError("replaceme: objective=cosine runs in one process only")
-        n = remove_blocks(job, self.sparsity)
+        n, remarks = remove_blocks(problem, self.sparsity)
         if n == 0:
-            return make_plan(job, [], self.sparsity)
-        angles = compare_windows(job, n, self.windows, "angle")
+            return remove(self.decide(problem, {}, remarks=remarks), problem, [], self.sparsity)
+        angles = compare_windows(measure, n, self.windows, "angle")
         start = min((a for a in angles if a > 0), key=lambda a: angles[a])
-        job.notes["window"] = {"first": start, "last": start + n - 1, "angles": angles}
-        window = fit_window(job, start - 1, start + n - 1, "mlp.add", store=self.objective == "cosine")
+        notes: dict[str, Any] = {"window": {"first": start, "last": start + n - 1, "angles": angles}}
+        window = fit_window(measure, start - 1, start + n - 1, "mlp.add", store=self.objective == "cosine")
         if self.objective == "cosine":
             t = fit_cosine(torch.cat(window.x), torch.cat(window.f), self.epochs, self.rate)
         else:
-            t, job.notes["ridge"] = fit_map_held_out(window.train, window.held, self.ridge)
-        job.edits = {start - 1: [fold_edit(window.weights, t)]}
-        gone = range(start, start + n)
-        return make_plan(job, [Unit(i, name) for i in gone for name in ("attention", "ffn")], self.sparsity)
+            t, notes["ridge"] = fit_map_held_out(window.train, window.held, self.ridge)
+        edits = {start - 1: [fold_edit(window.weights, t)]}
+        gone = [Unit(i, name) for i in range(start, start + n) for name in ("attention", "ffn")]
+        return remove(self.decide(problem, {}, edits=edits, notes=notes, remarks=remarks), problem, gone, self.sparsity)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from planish.core import Plan, Solver, Unit
+from planish.calibrate.measure import Measurements
+from planish.core import Solver, Unit
 from planish.methods.method import Method
-from planish.plan.removal import make_plan, remove_blocks
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
+from planish.plan.removal import remove, remove_blocks
 from planish.solvers.bypass import Bypass
 from planish.stats import Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,11 @@ class ShortGPT(Method):
     def solvers(self) -> list[Solver]:
         return [Bypass(kind="zero")]
 
-    def plan(self, job: Job) -> Plan:
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
         tap = Tap("block.in", "angle", "block.out")
-        influence: dict[int, float] = {}
-        job.measure(
-            lambda shape: [tap], lambda i, block, stats: influence.update({i: 1 - float(stats.mean(tap, "cosine"))})
-        )
-        job.notes["influence"] = influence
-        n = remove_blocks(job, self.sparsity)
+        influence = {i: 1 - float(stats.mean(tap, "cosine")) for i, _, stats in measure.forward(lambda shape: [tap])}
+        n, remarks = remove_blocks(problem, self.sparsity)
         gone = sorted(influence, key=lambda i: (influence[i], i))[:n]
-        return make_plan(job, [Unit(i, name) for i in gone for name in ("attention", "ffn")], self.sparsity)
+        units = [Unit(i, name) for i in gone for name in ("attention", "ffn")]
+        planned = self.decide(problem, {}, notes={"influence": influence}, remarks=remarks)
+        return remove(planned, problem, units, self.sparsity)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from planish.core import Plan, Solver, Unit
+from planish.calibrate.measure import Measurements
+from planish.core import Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
-from planish.plan.removal import make_plan, remove_blocks, saving, search_greedily
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
+from planish.plan.removal import remove, remove_blocks, saving, search_greedily
 from planish.solvers.bypass import Bypass, drop_edit
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,22 @@ class SLEB(Method):
     def solvers(self) -> list[Solver]:
         return [Bypass(kind="zero")]
 
-    def plan(self, job: Job) -> Plan:
-        able = range(1, len(job.shapes) - 1) if self.protect else range(len(job.shapes))
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        able = range(1, len(problem.shapes) - 1) if self.protect else range(len(problem.shapes))
         if self.protect and self.sparsity is None:
             every = [Unit(i, name) for i in able for name in ("attention", "ffn")]
-            for b in job.budgets:
-                if (least := b.total - saving(job, every, b)) > b.limit:
+            for b in problem.budgets:
+                if (least := b.total - saving(problem, every, b)) > b.limit:
                     who = "sleb, which protects the first and the last block (--set protect=false)"
                     raise b.refuse(who, least)
-        n = remove_blocks(job, self.sparsity)
+        n, remarks = remove_blocks(problem, self.sparsity)
         if n > len(able):
             raise InputError(
-                f"sleb: {n} of {len(job.shapes)} blocks would have to go, {len(able)} may (--set protect=false)"
+                f"sleb: {n} of {len(problem.shapes)} blocks would have to go, {len(able)} may (--set protect=false)"
             )
         trials = {i: {i: [drop_edit("attention"), drop_edit("mlp")]} for i in able}
-        with job.phase("search"):
-            gone, losses = search_greedily(job.stream.subset(self.windows), trials, lambda made: len(made) >= n)
-        job.notes["search"] = dict(zip(gone, losses, strict=True))
-        return make_plan(job, [Unit(i, name) for i in gone for name in ("attention", "ffn")], self.sparsity)
+        with measure.phase("search"):
+            gone, losses = search_greedily(measure.stream.subset(self.windows), trials, lambda made: len(made) >= n)
+        units = [Unit(i, name) for i in gone for name in ("attention", "ffn")]
+        notes = {"search": dict(zip(gone, losses, strict=True))}
+        return remove(self.decide(problem, {}, notes=notes, remarks=remarks), problem, units, self.sparsity)

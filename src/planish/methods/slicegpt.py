@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from planish.calibrate.collect import measure_block
+from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream
-from planish.core import Edit, Frontier, Plan, Shape, Solver, Unit, Weights
+from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.blocks import get_linear, install, split_block
+from planish.plan.planned import Emit, Planned
+from planish.plan.problem import Problem
 from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 STREAM = Unit(0, "stream")
 
 
 @dataclass(frozen=True)
 class StreamWidth(Solver):
-    """The width of the residual stream: one rank for the whole model, which `SliceGPT.solve` cuts block by block."""
+    """The width of the residual stream: one rank for the whole model, which `slice_model` cuts block by block."""
 
     name: ClassVar[str] = "stream-width"
 
@@ -60,7 +62,7 @@ class StreamWidth(Solver):
         return Frontier(unit, [float("nan")] * shape.hidden + [0.0])
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
-        """A stream's width is no edit of one block: see `SliceGPT.solve`."""
+        """A stream's width is no edit of one block: see `slice_model`."""
         if rank < shape.hidden:
             raise TypeError("slicegpt cuts all blocks together and cannot be mixed with other solvers")
         return []
@@ -92,41 +94,44 @@ class SliceGPT(Method):
     def solvers(self) -> list[Solver]:
         return [StreamWidth()]
 
-    def plan(self, job: Job) -> Plan:
-        if job.target not in ("any", "hf"):
-            raise InputError(f"slicegpt changes the width of the residual stream, which {job.target} cannot hold")
-        check_family(job.stream)
-        return job.spread(lambda unit: 1.0)
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        if problem.target.name not in ("any", "hf"):
+            raise InputError(
+                f"slicegpt changes the width of the residual stream, which {problem.target.name} cannot hold"
+            )
+        check_family(measure.stream)
+        ranks = problem.spread(lambda unit: 1.0)
+        return self.decide(problem, ranks, make=partial(slice_model, measure, ranks[STREAM]))
 
-    def plan_cache(self, job: Job) -> Plan:
+    def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
         raise InputError("slicegpt leaves the KV cache as it is: give --keep instead of --kv-keep")
 
-    def solve(self, job: Job, plan: Plan, emit: Callable[[int, Any, dict[str, Any]], None]) -> None:
-        stream, width = job.stream, plan.get(STREAM, job.full(STREAM))
-        hidden = stream.start()
-        basis: Tensor | None = None  # (hidden, width) of the block's input; None: as it is
-        for i, shape in enumerate(job.shapes):
-            if width == shape.hidden:
-                emit(i, stream.block(i), {})
-                continue
-            with job.phase("stream"):
-                block, _ = slice_block(stream, shape, basis, None, None)
-                if i == 0:
-                    check_block(stream, block, hidden)
-                mid = principal(stream, i, block, "mlp.raw", hidden, width)
-                after = None
-                if i < len(job.shapes) - 1:
-                    block, _ = slice_block(stream, shape, basis, mid, None)
-                    after, hidden = (
-                        principal(stream, i, block, "block.out", hidden, width),
-                        run(stream, i, block, hidden),
-                    )
-                    hidden = [(h.double() @ after.to(h.device)).to(h.dtype) for h in hidden]
-            block, spec = slice_block(stream, shape, basis, mid, after)
-            emit(i, block, spec)
-            basis = after
-            if job.progress:
-                job.progress("blocks", i + 1, len(job.shapes))
+
+def slice_model(measure: Measurements, width: int, emit: Emit) -> None:
+    """Cut the residual stream to `width` and hand every block with its spec to `emit`."""
+    stream = measure.stream
+    hidden = stream.start()
+    basis: Tensor | None = None  # (hidden, width) of the block's input; None: as it is
+    for i, shape in enumerate(measure.shapes):
+        if width == shape.hidden:
+            emit(i, stream.block(i), {}, {})
+            continue
+        with measure.phase("stream"):
+            block, _ = slice_block(stream, shape, basis, None, None)
+            if i == 0:
+                check_block(stream, block, hidden)
+            mid = principal(stream, i, block, "mlp.raw", hidden, width)
+            after = None
+            if i < len(measure.shapes) - 1:
+                block, _ = slice_block(stream, shape, basis, mid, None)
+                after = principal(stream, i, block, "block.out", hidden, width)
+                hidden = stream.run(i, stream.place(block), hidden)
+                hidden = [(h.double() @ after.to(h.device)).to(h.dtype) for h in hidden]
+        block, spec = slice_block(stream, shape, basis, mid, after)
+        emit(i, block, spec, {})
+        basis = after
+        if measure.progress:
+            measure.progress("blocks", i + 1, len(measure.shapes))
 
 
 def check_family(stream: Stream) -> None:
@@ -155,12 +160,8 @@ def check_block(stream: Stream, block: nn.Module, hidden: Hidden) -> None:
 def principal(stream: Stream, i: int, block: nn.Module, site: str, hidden: Hidden, width: int) -> Tensor:
     """Top eigenvectors (channels, width) of Σ x xᵀ at a site."""
     tap = Tap(site, "gram")
-    stats, _ = stream.measure(i, stream.place(block), [tap], hidden, outputs=False)
+    stats, _ = measure_block(stream, i, stream.place(block), [tap], hidden, outputs=False)
     return eigh_descending(stats.mean(tap))[1][:, :width].cpu()
-
-
-def run(stream: Stream, i: int, block: nn.Module, hidden: Hidden) -> Hidden:
-    return stream.run(i, stream.place(block), hidden)
 
 
 def slice_block(

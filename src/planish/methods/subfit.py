@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from planish.core import SUBMODULES, Edit, Plan, Solver, Unit
+from planish.calibrate.losses import nll
+from planish.calibrate.measure import Measurements
+from planish.core import Edit, Shape, Solver, Unit
 from planish.methods.method import Method
-from planish.modelling.blocks import get_linear
 from planish.plan.budgets import Budget, make_budget
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
+from planish.plan.refit import fit_unit, refit_and_repair, refit_jointly
 from planish.plan.removal import (
     check_foldable,
     count_removed,
     lowest,
-    make_plan,
     merge,
+    remove,
     round_half_up,
     saving,
     search_by_weight,
     search_greedily,
     trial_losses,
 )
+from planish.solve import solve
 from planish.solvers.bypass import Bypass, is_factored, shared_basis
-from planish.solvers.moments import Moments
-from planish.solvers.window import down_edit, fit_correction
-from planish.stats import Stats, Tap
-
-if TYPE_CHECKING:
-    from planish.job import Job
+from planish.stats import Tap
 
 Fits = dict[Unit, list[Edit]]
 Fit = Literal["auto", "once", "joint", "sequential", "compensated"]
+SMALLER = "choose smaller ranks (--set attention_rank=…, ffn_rank=…)"
 TRIED: tuple[Fit, ...] = ("once", "sequential", "compensated")  # by "auto"
 
 
@@ -134,57 +135,66 @@ class SubFit(Method):
         """The feed-forward is fitted on what the replaced attention of its block puts out."""
         return [stage for k in self.kinds if (stage := [u for u in units if u.name == k])]
 
-    def plan(self, job: Job) -> Plan:
-        removed, edits = self.choose_freely(job) if self.numbers == "free" else self.choose(job)
-        plan = make_plan(job, removed, self.sparsity)
-        fit = self.fit
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        found = (self.choose_freely if self.numbers == "free" else self.choose)(problem, measure)
+        problem = replace(problem, units=found.units)
+        planned = self.decide(problem, {}, notes=found.notes, remarks=found.remarks)
+        planned = remove(planned, problem, found.removed, self.sparsity)
+        fit, edits = self.fit, found.edits
         if fit == "auto":
-            fit = self.pick_fit(job, plan, edits) if removed else "once"
-            job.method = replace(self, fit=fit)
+            losses = self.try_fits(problem, measure, planned, edits) if found.removed else {}
+            fit = min(TRIED, key=lambda fit: losses[fit]) if losses else "once"
+            if losses:
+                problem = replace(problem, units=self.aim(problem.units, fit))
+                planned = replace(planned, solvers=problem.units, notes={**planned.notes, "fit_losses": losses})
+            planned = replace(planned, prefix=replace(self, fit=fit).prefix, settings={"fit": fit})
         if fit == "joint":
-            edits = self.refit_jointly(job, edits)
+            edits = refit_jointly(problem, measure, edits)
         if self.repair:
-            check_foldable(job, "subfit with repair=true")
-            job.edits = self.refit_and_repair(job, edits, again=fit in ("sequential", "compensated"))
-        elif fit in ("once", "joint"):
-            job.edits = edits
-        return plan
+            check_foldable(measure.stream.family, "subfit with repair=true")
+            again = fit in ("sequential", "compensated")
+            return replace(planned, edits=refit_and_repair(problem, measure, edits, again, self.ridge))
+        return replace(planned, edits=edits) if fit in ("once", "joint") else planned
 
-    def choose(self, job: Job) -> tuple[list[Unit], dict[int, list[Edit]]]:
+    def choose(self, problem: Problem, measure: Measurements) -> Choice:
         """One kind after the other, as many of each; which go, and their bypasses."""
-        counts = count_removed(job, self.kinds, self.sparsity)
+        counts, remarks = count_removed(problem, self.kinds, self.sparsity, advice=SMALLER)
         removed: list[Unit] = []
         edits: dict[int, list[Edit]] = {}
         fits: Fits = {}
+        notes: dict[str, Any] = {}
         for kind in self.kinds:
-            scores, found = self.score(job, kind, edits, counts[kind])
+            scores, found = self.score(measure, kind, edits, counts[kind])
             chosen = lowest(scores, counts[kind])
-            job.notes[f"{kind}_scores"] = {str(u): s for u, s in sorted(scores.items()) if isfinite(s)}
+            notes[f"{kind}_scores"] = {str(u): s for u, s in sorted(scores.items()) if isfinite(s)}
             edits = merge(edits, {u.block: found[u] for u in chosen})
             fits |= found
             removed += chosen
-        removed = self.swap(job, removed, fits, lambda others, gone: [u for u in fits if u.name == gone.name])
+        removed, swaps = self.swap(
+            measure, removed, fits, lambda others, gone: [u for u in fits if u.name == gone.name]
+        )
+        units = dict(problem.units)
         if self.shared and self.basis == "pca":
             attentions = merge(*({u.block: fits[u]} for u in removed if u.name == "attention"))
-            fits |= self.share(job, [u for u in removed if u.name == "ffn"], attentions)
-        return removed, merge(*({u.block: fits[u]} for u in removed))
+            again, shared = self.share(measure, [u for u in removed if u.name == "ffn"], attentions)
+            fits, units = fits | again, units | shared
+        return Choice(removed, merge(*({u.block: fits[u]} for u in removed)), units, notes | swaps, remarks)
 
-    def choose_freely(self, job: Job) -> tuple[list[Unit], dict[int, list[Edit]]]:
+    def choose_freely(self, problem: Problem, measure: Measurements) -> Choice:
         """The submodules that cost the least loss per weight saved, until the budget is met, and their bypasses."""
-        n = len(job.shapes)
-        full = self.solver()
-        small = replace(full, ffn_rank=full.attention_rank)
-        job.units = dict.fromkeys(job.units, small)
-        for u in job.units:
-            saving(job, [u])  # refuses a bypass that saves nothing
-        need = torch.tensor([b.total - b.limit for b in self.budgets(job)], dtype=torch.float64)
-        saved = {u: self.saved(job, [u]) for u in job.units}
+        n, full = len(problem.shapes), self.solver()
+        problem = replace(problem, units=dict.fromkeys(problem.units, replace(full, ffn_rank=full.attention_rank)))
+        for u in problem.units:
+            saving(problem, [u], advice=SMALLER)  # refuses a bypass that saves nothing
+        budgets = self.budgets(problem, measure)
+        need = torch.tensor([b.total - b.limit for b in budgets], dtype=torch.float64)
+        saved = {u: count_saved(problem, budgets, [u]) for u in problem.units}
         spared = max((u for u in saved if u.name == "attention"), key=lambda u: float(saved[u][0]), default=None)
-        most = self.saved(job, [u for u in saved if u != spared])
-        for b, most_of in zip(self.budgets(job), most.tolist(), strict=True):
+        most = count_saved(problem, budgets, [u for u in saved if u != spared])
+        for b, most_of in zip(budgets, most.tolist(), strict=True):
             if most_of < b.total - b.limit:
                 raise b.refuse("subfit", b.total - most_of)
-        fits = self.fit_all(job, list(job.units))
+        fits = self.fit_all(problem, measure, list(problem.units))
 
         def able(others: list[Unit], gone: Unit | None = None) -> list[Unit]:
             """What may go besides `others`; instead of `gone`, if given: then the budget must be met."""
@@ -193,50 +203,47 @@ class SubFit(Method):
             rest = [u for u in fits if u not in others and bool((saved[u] >= short).all())]
             return [u for u in rest if not (last and u.name == "attention")]
 
-        with job.phase("search"):
-            few = job.stream.subset(self.windows)
+        with measure.phase("search"):
+            few = measure.stream.subset(self.windows)
             trials = {u: {u.block: f} for u, f in fits.items()}
             removed, losses = search_by_weight(few, trials, saved, need, able)
-        job.notes["search"] = {str(u): loss for u, loss in zip(removed, losses, strict=True)}
-        removed = self.swap(job, removed, fits, able)
-        self.raise_ranks(job, removed, need)
-        fits = self.fit_all(job, removed)
-        target = self.refit_solver().target
-        job.units = {u: replace(s, target=target) if isinstance(s, Bypass) else s for u, s in job.units.items()}
-        return removed, merge(*({u.block: f} for u, f in fits.items()))
+        notes = {"search": {str(u): loss for u, loss in zip(removed, losses, strict=True)}}
+        removed, swaps = self.swap(measure, removed, fits, able)
+        problem = self.raise_ranks(problem, budgets, removed, need)
+        fits = self.fit_all(problem, measure, removed)
+        units = self.aim(problem.units, self.fit)
+        return Choice(removed, merge(*({u.block: f} for u, f in fits.items())), units, notes | swaps)
 
-    def budgets(self, job: Job) -> list[Budget]:
+    def budgets(self, problem: Problem, measure: Measurements) -> Sequence[Budget]:
         """What the free choice has to meet: of a sparsity, as many weights as that share of whole blocks."""
         if self.sparsity is None:
-            return job.budgets
-        share = round_half_up(self.sparsity * len(job.shapes)) / len(job.shapes)
-        return [make_budget("keep", 1 - share, job.stream.source, job.shapes, job.context)]
+            return problem.budgets
+        share = round_half_up(self.sparsity * len(problem.shapes)) / len(problem.shapes)
+        return [make_budget("keep", 1 - share, measure.stream.source, problem.shapes, problem.context)]
 
-    def saved(self, job: Job, units: list[Unit]) -> Tensor:
-        """What goes of every budget with these units, net of their bypasses."""
-        return torch.tensor([saving(job, units, b) for b in self.budgets(job)], dtype=torch.float64)
+    def raise_ranks(self, problem: Problem, budgets: Sequence[Budget], removed: list[Unit], need: Tensor) -> Problem:
+        """The replaced units at the largest common rank at which what they save still meets the budgets."""
+        width = problem.shapes[0].hidden
 
-    def raise_ranks(self, job: Job, removed: list[Unit], need: Tensor) -> None:
-        """Give the replaced units the largest common rank at which what they save still meets the budget."""
-        start, width = job.units, job.shapes[0].hidden
-
-        def use(rank: int) -> bool:
-            job.units = dict(start)
+        def at(rank: int) -> Problem:
+            units = dict(problem.units)
             for u in removed:
-                share = max(rank, self.solver().inner_rank(Unit(u.block, "attention"), job.shapes[u.block])) / width
-                job.units[u] = replace(self.solver(), attention_rank=share, ffn_rank=share)
-            return bool((self.saved(job, removed) >= need).all())
+                least = self.solver().inner_rank(Unit(u.block, "attention"), problem.shapes[u.block])
+                share = max(rank, least) / width
+                units[u] = replace(self.solver(), attention_rank=share, ffn_rank=share)
+            return replace(problem, units=units)
 
-        limit = self.solver().inner_rank(Unit(0, "ffn"), job.shapes[0])
-        use(next((r for r in range(limit, 0, -1) if use(r)), 0))
+        limit = self.solver().inner_rank(Unit(0, "ffn"), problem.shapes[0])
+        falling = (p for r in range(limit, 0, -1) if (count_saved(p := at(r), budgets, removed) >= need).all())
+        return next(falling, at(0))
 
     def swap(
-        self, job: Job, removed: list[Unit], fits: Fits, able: Callable[[list[Unit], Unit], list[Unit]]
-    ) -> list[Unit]:
-        """Exchange replaced units for others while that lowers the loss, at most `swaps` times."""
-        few, made = job.stream.subset(self.windows), list(removed)
+        self, measure: Measurements, removed: list[Unit], fits: Fits, able: Callable[[list[Unit], Unit], list[Unit]]
+    ) -> tuple[list[Unit], dict[str, Any]]:
+        """Exchange replaced units for others while that lowers the loss, at most `swaps` times; notes on it."""
+        few, made = measure.stream.subset(self.windows), list(removed)
         trace: list[tuple[str, str, float]] = []
-        with job.phase("search"):
+        with measure.phase("search"):
             for _ in range(self.swaps if made else 0):
                 losses: dict[tuple[Unit, Unit], float] = {}
                 for gone in made:
@@ -249,92 +256,40 @@ class SubFit(Method):
                     break
                 made[made.index(gone)] = new
                 trace.append((str(gone), str(new), losses[gone, new]))
-        if trace:
-            job.notes["swaps"] = trace
-        return made
+        return made, {"swaps": trace} if trace else {}
 
-    def fit_all(self, job: Job, units: list[Unit]) -> Fits:
+    def fit_all(self, problem: Problem, measure: Measurements, units: list[Unit]) -> Fits:
         """The units' bypasses, each by its own solver, from the uncompressed model's statistics."""
         fits: Fits = {}
-
-        def taps(shape) -> list[Tap]:
-            return [t for u in units if u.block == shape.block for t in self.solver().taps(u, shape)]
-
-        def use(i, block, stats) -> None:
-            fits.update({u: fit_unit(job, u, stats) for u in units if u.block == i})
-
-        job.measure(taps, use)
+        taps = {
+            s.block: [t for u in units if u.block == s.block for t in self.solver().taps(u, s)] for s in measure.shapes
+        }
+        for i, _, stats in measure.forward(lambda shape: taps[shape.block]):
+            fits |= {u: fit_unit(problem.units[u], u, stats, problem.shapes[i]) for u in units if u.block == i}
         return fits
 
-    def refit_jointly(self, job: Job, edits: Mapping[int, list[Edit]]) -> dict[int, list[Edit]]:
-        """All bypasses fitted again, to what each submodule would add to the stream that the model with `edits` has."""
-        found: dict[int, list[Edit]] = {}
-        stream = job.stream
-        with job.phase("statistics"):
-            hidden = stream.start()
-            for i, shape in enumerate(job.shapes):
-                before: list[Edit] = []
-                for edit in sorted(edits.get(i, ()), key=lambda e: e.target):  # attention, then mlp
-                    unit = Unit(i, SUBMODULES[edit.target])
-                    block = stream.place(stream.block(i, before))
-                    stats, _ = stream.measure(i, block, job.units[unit].taps(unit, shape), hidden, outputs=False)
-                    found.setdefault(i, []).extend(fit_unit(job, unit, stats))
-                    before.append(edit)
-                hidden = stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), hidden)
-        return found
+    def aim(self, units: Mapping[Unit, Solver], fit: Fit) -> dict[Unit, Solver]:
+        """The same bypasses with the target that this way of fitting has."""
+        target = replace(self, fit=fit).refit_solver().target
+        return {u: replace(s, target=target) if isinstance(s, Bypass) else s for u, s in units.items()}
 
-    def refit_and_repair(self, job: Job, edits: Mapping[int, list[Edit]], again: bool) -> dict[int, list[Edit]]:
-        """From the first block to the last: bypasses fitted again, if asked for, and down projections that stay."""
-        found: dict[int, list[Edit]] = {}
-        stream = job.stream
-        taps = [Tap("down.in", "moments", "mlp.gap", part=part) for part in ("fit", "held")]
-        with job.phase("statistics"):
-            hidden = dense_hidden = stream.start()
-            for i, shape in enumerate(job.shapes):
-                dense, new = stream.place(stream.block(i)), list[Edit]()
-                for edit in sorted(edits.get(i, ()), key=lambda e: e.target):
-                    if again:
-                        unit = Unit(i, SUBMODULES[edit.target])
-                        block, wanted = stream.place(stream.block(i, new)), job.units[unit].taps(unit, shape)
-                        stats, _ = stream.measure(i, block, wanted, hidden, (dense, dense_hidden), outputs=False)
-                        new += fit_unit(job, unit, stats)
-                    else:
-                        new.append(edit)
-                if (found or new) and not any(e.target == "mlp" for e in new):
-                    block = stream.block(i, new)
-                    stats, _ = stream.measure(
-                        i, stream.place(block), taps, hidden, (dense, dense_hidden), outputs=False
-                    )
-                    train, held = (Moments.read(stats, tap) for tap in taps)
-                    new.append(repair_edit(get_linear(block, stream.family, "down"), train, held, self.ridge))
-                if new:
-                    found[i] = new
-                hidden = stream.run(i, stream.place(stream.block(i, new)), hidden)
-                dense_hidden = stream.run(i, dense, dense_hidden)
-        return found
-
-    def pick_fit(self, job: Job, plan: Plan, edits: dict[int, list[Edit]]) -> Fit:
-        """The way of fitting that leaves the least loss on the calibration windows; the job's units fit that way."""
+    def try_fits(
+        self, problem: Problem, measure: Measurements, planned: Planned, edits: dict[int, list[Edit]]
+    ) -> dict[Fit, float]:
+        """Loss on the calibration windows by each way of fitting."""
         losses: dict[Fit, float] = {}
-        units = job.units
-
-        def use(fit: Fit) -> None:
-            job.method = method = replace(self, fit=fit, repair=False)
-            target = method.refit_solver().target
-            job.units = {u: replace(s, target=target) if isinstance(s, Bypass) else s for u, s in units.items()}
-            job.edits = edits if fit == "once" else {}
-
         for n, fit in enumerate(TRIED):
-            use(fit)
-            hidden = job.solve(plan, lambda i, block, spec: None, phase=f"fit {n + 1}/{len(TRIED)}")
-            losses[fit] = job.stream.nll(hidden)
-        job.notes["fit_losses"] = losses
-        job.errors = {}
-        best = min(TRIED, key=lambda fit: losses[fit])
-        use(best)
-        return best
+            prefix = replace(self, fit=fit, repair=False).prefix
+            own = replace(
+                planned, solvers=self.aim(problem.units, fit), prefix=prefix, edits=edits if fit == "once" else {}
+            )
+            hidden = solve(problem, measure, own, lambda *block: None, trial=f"fit {n + 1}/{len(TRIED)}")
+            losses[fit] = nll(measure.stream, hidden)
+        return losses
 
-    def score(self, job: Job, kind: str, edits: Mapping[int, list[Edit]], n: int) -> tuple[dict[Unit, float], Fits]:
+    def score(
+        self, measure: Measurements, kind: str, edits: Mapping[int, list[Edit]], n: int
+    ) -> tuple[dict[Unit, float], Fits]:
         """Scores of all submodules of one kind in the model with `edits`, and their fits; the n lowest will go."""
         how = self.attention_score if kind == "attention" else self.ffn_score
         where = "attention" if kind == "attention" else "mlp"
@@ -343,22 +298,23 @@ class SubFit(Method):
         scores: dict[Unit, float] = {}
         fits: Fits = {}
 
-        def use(i, block, stats) -> None:
+        def taps(shape: Shape) -> list[Tap]:
+            return [turn, power, *self.solver().taps(Unit(shape.block, kind), shape)]
+
+        for i, _, stats in measure.forward(taps, edits):
             unit = Unit(i, kind)
             parts[unit] = float(stats.mean(turn, "rotation")), float(stats.mean(turn, "magnitude"))
-            frontier = self.solver().decompose(unit, {}, stats, job.shapes[i])
-            fits[unit] = self.solver().truncate(frontier, 0, job.shapes[i])
+            frontier = self.solver().decompose(unit, {}, stats, measure.shapes[i])
+            fits[unit] = self.solver().truncate(frontier, 0, measure.shapes[i])
             scores[unit] = float(frontier.loss[0] / stats.mean(power).sum())
-
-        job.measure(lambda shape: [turn, power, *self.solver().taps(Unit(shape.block, kind), shape)], use, merge(edits))
         if how == "cosine":
             scores = {u: rotation for u, (rotation, _) in parts.items()}
         elif how == "influence":
             scores = combine(parts, self.combine)
         elif how in ("loss", "greedy"):
-            with job.phase("search"):
+            with measure.phase("search"):
                 trials = {u: {u.block: f} for u, f in fits.items()}
-                few = job.stream.subset(self.windows)
+                few = measure.stream.subset(self.windows)
                 if how == "loss":
                     scores = trial_losses(few, edits, trials)
                 else:
@@ -366,54 +322,48 @@ class SubFit(Method):
                     scores = dict.fromkeys(fits, float("inf")) | dict(zip(made, losses, strict=True))
         return scores, fits
 
-    def share(self, job: Job, chosen: list[Unit], edits: Mapping[int, list[Edit]]) -> Fits:
-        """Give the chosen feed-forwards one basis, the top eigenvectors of their mean covariance; their fits in it."""
-        rank, width = self.solver().inner_rank(Unit(0, "ffn"), job.shapes[0]), job.shapes[0].hidden
+    def share(
+        self, measure: Measurements, chosen: list[Unit], edits: Mapping[int, list[Edit]]
+    ) -> tuple[Fits, dict[Unit, Solver]]:
+        """One basis for the chosen feed-forwards, the top eigenvectors of their mean covariance; (their fits in it, as far
+        as they are made now, their solvers)."""
+        shapes = measure.shapes
+        rank, width = self.solver().inner_rank(Unit(0, "ffn"), shapes[0]), shapes[0].hidden
         if not chosen or not rank or not is_factored(rank, width):
-            return {}
-        covariances: list[Tensor] = []
-        fits: Fits = {}
+            return {}, {}
 
-        def collect(i, block, stats) -> None:
-            unit = Unit(i, "ffn")
-            if unit in chosen:
-                train, held = self.solver().moments(unit, stats)
-                covariances.append((train + held).covariance)
-
-        def refit(i, block, stats) -> None:
-            unit = Unit(i, "ffn")
-            if unit in chosen:
-                frontier = solver.decompose(unit, {}, stats, job.shapes[i])
-                fits[unit] = solver.truncate(frontier, 0, job.shapes[i])
-
-        def taps(shape) -> list[Tap]:
+        def taps(shape: Shape) -> list[Tap]:
             unit = Unit(shape.block, "ffn")
             return self.solver().taps(unit, shape) if unit in chosen else []
 
-        job.measure(taps, collect, merge(edits))
-        basis = shared_basis(covariances, rank)
-        shared = replace(self.refit_solver(), shared=basis)
-        job.units |= dict.fromkeys(chosen, shared)
+        covariances: list[Tensor] = []
+        for i, _, stats in measure.forward(taps, edits):
+            if (unit := Unit(i, "ffn")) in chosen:
+                train, held = self.solver().moments(unit, stats)
+                covariances.append((train + held).covariance)
+        basis, fits = shared_basis(covariances, rank), Fits()
         if self.fit in ("auto", "once", "joint"):
             solver = replace(self.solver(), shared=basis)
-            job.measure(taps, refit, merge(edits))
-        return fits
+            for i, _, stats in measure.forward(taps, edits):
+                if (unit := Unit(i, "ffn")) in chosen:
+                    fits[unit] = fit_unit(solver, unit, stats, shapes[i])
+        return fits, dict.fromkeys(chosen, replace(self.refit_solver(), shared=basis))
 
 
-def repair_edit(down: nn.Linear, train: Moments | None, held: Moments | None, ridge: float) -> Edit:
-    """The down projection nearest to the one it was that gives what the moments' f asks for."""
-    assert train is not None
-    bias = None if down.bias is None else down.bias.detach()
-    if bias is not None:  # it stays
-        train, held = train.shift(bias.double()), held and held.shift(bias.double())
-    w = fit_correction(train, held, down.weight.detach().double().T, ridge)
-    return down_edit({"down": down.weight.detach()}, w.T, bias)
+@dataclass(frozen=True)
+class Choice:
+    """Which units go, the bypasses that they were chosen with, and with what they are to be fitted."""
+
+    removed: list[Unit]
+    edits: dict[int, list[Edit]]
+    units: Mapping[Unit, Solver]
+    notes: dict[str, Any]
+    remarks: dict[str, str] = field(default_factory=dict)
 
 
-def fit_unit(job: Job, unit: Unit, stats: Stats) -> list[Edit]:
-    """A unit's bypass from its block's statistics."""
-    shape = job.shapes[unit.block]
-    return job.units[unit].truncate(job.units[unit].decompose(unit, {}, stats, shape), 0, shape)
+def count_saved(problem: Problem, budgets: Sequence[Budget], units: list[Unit]) -> Tensor:
+    """What goes of every budget with these units, net of their bypasses."""
+    return torch.tensor([saving(problem, units, b) for b in budgets], dtype=torch.float64)
 
 
 def combine(parts: Mapping[Unit, tuple[float, float]], how: str) -> dict[Unit, float]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from planish.core import Plan, Solver, Unit
+from planish.calibrate.measure import Measurements
+from planish.core import Solver, Unit
 from planish.methods.method import Method
+from planish.plan.frontiers import measure_frontiers
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.solvers.linear import LinearSVD
-
-if TYPE_CHECKING:
-    from planish.job import Job
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class SVDLLM(Method):
     def solvers(self) -> list[Solver]:
         return [LinearSVD(metric="whitened", update=self.update, form=self.form)]
 
-    def plan(self, job: Job) -> Plan:
-        uniform = job.spread(lambda unit: 1.0)
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        uniform = problem.spread(lambda unit: 1.0)
         if self.allocation == "uniform":
-            return uniform
-        solver = LinearSVD(metric="whitened", form=self.form)
+            return self.decide(problem, uniform)
+        predict: Solver = LinearSVD(metric="whitened", form=self.form)  # whatever the solve updates
+        frontiers = measure_frontiers(replace(problem, units=dict.fromkeys(problem.units, predict)), measure)
         groups: dict[str, dict[Unit, float]] = defaultdict(dict)
-        for unit, frontier in job.frontiers(solver).items():
+        for unit, frontier in frontiers.items():
             loss = float(frontier.loss[uniform[unit]]) ** 0.5
             if loss > 0:
                 groups[unit.name][unit] = loss
@@ -62,5 +64,5 @@ class SVDLLM(Method):
             least = min(losses.values())
             weight = {u: 1 / (1 + log(loss / least)) for u, loss in losses.items()}
             mean = sum(weight.values()) / len(weight)
-            keep |= {u: max(0.05, 1 - (1 - job.keep) * w / mean) for u, w in weight.items()}
-        return job.spread(lambda unit: keep.get(unit, 1.0))
+            keep |= {u: max(0.05, 1 - (1 - problem.keep) * w / mean) for u, w in weight.items()}
+        return self.decide(problem, problem.spread(lambda unit: keep.get(unit, 1.0)))

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from planish.calibrate.activations import Activations, fetch
+from planish.calibrate.collect import collect
+from planish.calibrate.losses import nll
+from planish.calibrate.measure import Edits, Measurements
 from planish.calibrate.stream import Hidden, Stream
 from planish.calibrate.taps import tap_sites
-from planish.core import Edit, Plan, Unit, Weights
+from planish.core import Edit, Unit, Weights
 from planish.errors import InputError
 from planish.modelling.blocks import get_linear
+from planish.modelling.families import Family
 from planish.plan.budgets import Budget
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem
 from planish.solvers.moments import Moments
 from planish.stats import Tap
 
-if TYPE_CHECKING:
-    from planish.job import Job
-
-Edits = Mapping[int, Sequence[Edit]]
 Key = TypeVar("Key")
+NARROW = "the model is too narrow for it"
 
 
 def round_half_up(x: float) -> int:
@@ -33,14 +36,20 @@ def round_half_up(x: float) -> int:
     return floor(x + 0.5 + 1e-9)
 
 
-def count_removed(job: Job, kinds: Sequence[str], sparsity: float | None, together: bool = False) -> dict[str, int]:
-    """How many units of each kind go.
+def count_removed(
+    problem: Problem,
+    kinds: Sequence[str],
+    sparsity: float | None,
+    together: bool = False,
+    advice: str = NARROW,
+) -> tuple[dict[str, int], dict[str, str]]:
+    """(How many units of each kind go, remarks on it).
 
     `sparsity`: this share of each kind, rounded half up. Otherwise the fewest that bring what the blocks cost, with what
-    the replacements add, within the job's budgets; numbers of two kinds differ by at most one, by none if `together`.
-    At least one attention stays.
+    the replacements add, within the budgets; numbers of two kinds differ by at most one, by none if `together`.
+    At least one attention stays. `advice`: see `saving`.
     """
-    n = len(job.shapes)
+    n = len(problem.shapes)
     limit = {k: n - 1 if k == "attention" or together else n for k in kinds}
     if sparsity is not None:
         if not 0 <= sparsity < 1:
@@ -50,14 +59,15 @@ def count_removed(job: Job, kinds: Sequence[str], sparsity: float | None, togeth
         wanted = round_half_up(sparsity * n)
         found = {k: min(wanted, limit[k]) for k in kinds}
         for kind in (k for k in kinds if found[k]):
-            saving(job, [Unit(0, kind)])  # or the model would grow
+            saving(problem, [Unit(0, kind)], advice=advice)  # or the model would grow
+        remark = ""
         if wanted == 0 < sparsity:
-            job.remarks["sparsity"] = f"sparsity {sparsity:g} of {n} blocks is less than half a submodule: nothing goes"
+            remark = f"sparsity {sparsity:g} of {n} blocks is less than half a submodule: nothing goes"
         elif capped := [k for k in kinds if found[k] < wanted]:
             what = "block" if together else capped[0]
-            job.remarks["sparsity"] = f"sparsity {sparsity:g} of {n} blocks: {n - 1} go, one {what} has to stay"
-        return found
-    saved = {k: saving(job, [Unit(0, k)]) for k in kinds}
+            remark = f"sparsity {sparsity:g} of {n} blocks: {n - 1} go, one {what} has to stay"
+        return found, {"sparsity": remark} if remark else {}
+    saved = {k: saving(problem, [Unit(0, k)], advice=advice) for k in kinds}
     first, last = kinds[0], kinds[-1]
     choices = [
         {first: a} | {last: b if first != last else a}
@@ -66,52 +76,55 @@ def count_removed(job: Job, kinds: Sequence[str], sparsity: float | None, togeth
         if first == last or (a == b if together else abs(a - b) <= 1)
     ]
     able = choices
-    for b in job.budgets:
-        each = {k: saving(job, [Unit(0, k)], b) for k in kinds}
+    for b in problem.budgets:
+        each = {k: saving(problem, [Unit(0, k)], b) for k in kinds}
         left = {id(c): b.total - sum(c[k] * each[k] for k in kinds) for c in able}
         within = [c for c in able if left[id(c)] <= b.limit]
         if not within:
             raise b.refuse(f"removing {' and '.join(kinds)} of {n} blocks", min(left.values()))
         able = within
-    return min(able, key=lambda c: (sum(c[k] * saved[k] for k in kinds), c[first]))
+    return min(able, key=lambda c: (sum(c[k] * saved[k] for k in kinds), c[first])), {}
 
 
-def saving(job: Job, units: Sequence[Unit], budget: Budget | None = None) -> float:
-    """Weights, or what a budget counts, that go when these units do, net of what their replacements add."""
+def saving(problem: Problem, units: Sequence[Unit], budget: Budget | None = None, advice: str = NARROW) -> float:
+    """Weights, or what a budget counts, that go when these units do, net of what their replacements add.
+
+    `advice`: what an error says where no weights would go.
+    """
     if budget is not None:
-        return sum(job.cost(u, 1, budget) - job.cost(u, 0, budget) for u in units)
-    saved = sum(job.count(u, 1) - job.count(u, 0) for u in units)
-    ranks = [f"{n}=…" for n in ("attention_rank", "ffn_rank") if hasattr(job.method, n)]
+        return sum(problem.cost(u, 1, budget) - problem.cost(u, 0, budget) for u in units)
+    saved = sum(problem.count(u, 1) - problem.count(u, 0) for u in units)
     if saved <= 0:
-        raise InputError(
-            f"the bypass of {units[0]} would hold as many parameters as what it replaces: "
-            + (f"choose smaller ranks (--set {', '.join(ranks)})" if ranks else "the model is too narrow for it")
-        )
+        raise InputError(f"the bypass of {units[0]} would hold as many parameters as what it replaces: {advice}")
     return saved
 
 
-def make_plan(job: Job, removed: Sequence[Unit], sparsity: float | None) -> Plan:
-    """Rank 0 for the removed units, 1 for the others; records what it amounts to."""
-    gone = set(removed)
-    plan = {u: 0 if u in gone else 1 for u in job.units}
-    before = sum(job.count(u, 1) for u in gone)
-    added = sum(job.count(u, 0) for u in gone)
-    kept = 1 - (before - added) / job.weights
-    if sparsity is not None:
-        job.keep = kept
-    n = len(job.shapes)
-    job.notes |= {
-        "removed": {
-            name: {"count": len(blocks), "of": n, "sparsity": len(blocks) / n, "blocks": blocks}
-            for name in ("attention", "ffn")
-            if (blocks := sorted(u.block for u in gone if u.name == name)) or any(u.name == name for u in job.units)
-        },
+def remove(planned: Planned, problem: Problem, gone: Sequence[Unit], sparsity: float | None) -> Planned:
+    """The plan in which these units go (rank 0) and the others stay (rank 1), with what it amounts to."""
+    units, n = planned.solvers, len(problem.shapes)
+    problem = replace(problem, units=units)
+    before = sum(problem.count(u, 1) for u in set(gone))
+    added = sum(problem.count(u, 0) for u in set(gone))
+    kept = 1 - (before - added) / sum(s.count() for s in problem.shapes)
+    removed = {
+        name: {"count": len(blocks), "of": n, "sparsity": len(blocks) / n, "blocks": blocks}
+        for name in ("attention", "ffn")
+        if (blocks := sorted(u.block for u in set(gone) if u.name == name)) or any(u.name == name for u in units)
+    }
+    amounts = {
+        "removed": removed,
         "sparsity_requested": sparsity,
         "parameters_removed": before,
         "parameters_added": added,
         "keep_net": kept,
     }
-    return plan
+    return replace(
+        planned,
+        ranks={u: 0 if u in set(gone) else 1 for u in units},
+        removed=removed,
+        keep=None if sparsity is None else kept,
+        notes={**planned.notes, **amounts},
+    )
 
 
 def lowest(scores: Mapping[Unit, float], n: int) -> list[Unit]:
@@ -146,7 +159,7 @@ def trial_losses(stream: Stream, edits: Edits, trials: Mapping[Key, Edits]) -> d
             elif key in flows:
                 flows[key] = stream.run(i, plain, flows[key])
         main = stream.run(i, plain, main)
-    return {key: stream.nll(flows.get(key, main)) for key in trials}
+    return {key: nll(stream, flows.get(key, main)) for key in trials}
 
 
 def search_greedily(
@@ -184,7 +197,7 @@ def search_by_weight(
     """
     made: list[Key] = []
     losses: list[float] = []
-    loss = stream.nll(stream.sweep(lambda shape: [], lambda i, block, stats: None))
+    loss = nll(stream, stream.outputs())
     while ((missing := (need - sum(saved[k] for k in made)).clamp(min=0)) > 0).any():
 
         def gain(k: Key, missing: Tensor = missing) -> float:
@@ -199,31 +212,31 @@ def search_by_weight(
     return made, losses
 
 
-def remove_blocks(job: Job, sparsity: float | None) -> int:
-    """How many whole blocks go; at least one stays."""
-    return count_removed(job, ("attention", "ffn"), sparsity, together=True)["attention"]
+def remove_blocks(problem: Problem, sparsity: float | None) -> tuple[int, dict[str, str]]:
+    """(How many whole blocks go, remarks on it); at least one stays."""
+    counts, remarks = count_removed(problem, ("attention", "ffn"), sparsity, together=True)
+    return counts["attention"], remarks
 
 
-def check_foldable(job: Job, name: str) -> None:
+def check_foldable(family: Family, name: str) -> None:
     """A map behind the feed-forward can only be folded where nothing stands between it and the residual stream."""
-    family = job.stream.family
     if family.mlp_post_norm is not None:
         raise InputError(
             f"{name} cannot be used with {family.model_type}: a norm follows the down projection, so no map can be "
-            "folded into it; use subfit, shortgpt or sleb"
+            "folded into it; use a method that folds none"
         )
 
 
 @torch.no_grad()
-def compare_windows(job: Job, n: int, windows: int, name: Literal["angle", "cosine"]) -> dict[int, float]:
+def compare_windows(measure: Measurements, n: int, windows: int, name: Literal["angle", "cosine"]) -> dict[int, float]:
     """First block → mean angle / π, or cosine, between input and output of the n blocks from there, over all tokens.
 
     Both are residual streams, never the normed last one. n + 1 sets of activations are kept.
     """
-    stream = job.stream.subset(windows)
+    stream = measure.stream.subset(windows)
     found: dict[int, float] = {}
     tap = Tap("in", "angle", "out")
-    with job.phase("search"):
+    with measure.phase("search"):
         hidden = stream.start()
         recent = deque([hidden], maxlen=n + 1)
         for i in range(len(stream)):
@@ -234,7 +247,7 @@ def compare_windows(job: Job, n: int, windows: int, name: Literal["angle", "cosi
                 def pair(m: int, before: Hidden = recent[0], after: Hidden = hidden) -> dict[str, Tensor]:
                     return {"in": before[m], "out": after[m]}
 
-                stats = stream.collect([tap], pair, job.shapes[i])
+                stats = collect(stream, [tap], pair, measure.shapes[i])
                 found[i + 1 - n] = float(stats.mean(tap, name))
     return found
 
@@ -251,11 +264,11 @@ class Window:
 
 
 @torch.no_grad()
-def fit_window(job: Job, first: int, last: int, site: str, store: bool = False) -> Window:
+def fit_window(measure: Measurements, first: int, last: int, site: str, store: bool = False) -> Window:
     """Moments of x = `site` in block `first` and f = output of block `last` − what block `first` puts out but for its
     feed-forward."""
-    stream = job.stream
-    with job.phase("statistics"):
+    stream = measure.stream
+    with measure.phase("statistics"):
         hidden = stream.start()
         for i in range(first):
             hidden = stream.run(i, stream.place(stream.block(i)), hidden)
@@ -279,7 +292,7 @@ def fit_window(job: Job, first: int, last: int, site: str, store: bool = False) 
             x, out, before = (fetch(t, m, stream.device) for t in (xs, outputs, rest))
             return {"x": x, "f": out - before}
 
-        stats = stream.collect(taps, pair, job.shapes[first])
+        stats = collect(stream, taps, pair, measure.shapes[first])
         train, held = (Moments.read(stats, tap) for tap in taps)
         assert train is not None
     if not store:

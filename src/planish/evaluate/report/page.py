@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from html import escape
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
 from planish.errors import InputError
 from planish.evaluate.report.points import NAN, Point, read_points
-from planish.evaluate.report.svg import COLOURS, Mark, Series, chart, heat_map, shape
+from planish.evaluate.report.svg import Mark, Quantity, Series, chart, heat_map, shape
 from planish.folder.safetensors import write_text
+from planish.request import TEXT, label
 
 HOLDS = {  # unit that spans several linears → those whose weights it holds
     "qk": ("q", "k"), "vo": ("v", "o"), "mlp": ("gate", "up", "down"),
     "attention": ("q", "k", "v", "o"), "ffn": ("gate", "up", "down"),
 }  # fmt: skip
-STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -114,23 +117,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def make_page(r: Results) -> str:
     model = str(r.request.get("model", "")).rstrip("/")
-    title = f"planish · {model.rsplit('/', 1)[-1] or r.folder.name}"
     colours = number_series(r)
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(describe_setup(r))}</p>',
-        make_tiles(r),
-        make_charts(r, colours),
-        make_heat_maps(r),
-        make_drifts(r, colours),
-        make_table(r, colours),
-        make_commands(r),
-    ]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<style>{STYLE}</style></head><body><main>\n" + "\n".join(p for p in parts if p) + "\n</main></body></html>\n"
+    charts, note = find_charts(r, colours)
+    columns, rows = find_rows(r)
+    return render(
+        "report.html", title=f"planish · {model.rsplit('/', 1)[-1] or r.folder.name}", lead=describe_setup(r), colours=colours,
+        tiles=[find_tile(r, b) for b in r.budgets], charts=charts, charts_note=note, maps=find_maps(r),
+        drifts=find_drifts(r, colours), columns=columns, rows=rows, failed=[p for p in r.points if p.error],
+        commands=[f"# {p.label}, {p.asked_text}\n{make_command(r, p)}" for p in r.done],
+    )  # fmt: skip
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of its own: style and pictures lie in it. Strings are escaped, `Markup` is not."""
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, keep_trailing_newline=True
     )
+    return pages.get_template(template).render(values, shape=lambda *a: Markup(shape(*a)))
 
 
 def number_series(r: Results) -> dict[str, int]:
@@ -154,84 +157,63 @@ def describe_setup(r: Results) -> str:
     return " · ".join(text)
 
 
-def make_tiles(r: Results) -> str:
-    """The best method within every budget."""
-    tiles = []
-    for budget in r.budgets:
-        best = r.at(budget)[0]
-        manifest = r.manifests.get(best.name, {}).get("result", {})
-        lines = [f"{count(best.params)} parameters", f"{number(best.kv_bytes_per_token)} KV bytes per token"]
-        if best.perplexity == best.perplexity:
-            main = f"{best.perplexity:.2f}"
-            lines.insert(
-                0,
-                f"perplexity, {100 * (best.perplexity / r.dense.perplexity - 1):+z.1f} % on dense"
-                if r.dense
-                else "perplexity",
-            )
-        else:
-            main = f"{best.keep:.3f}"
-            lines.insert(0, f"of the blocks' weights, asked {best.keep_requested:g}")
-            before = manifest.get("kv_bytes_per_token_before")
-            lines[-1] += f" (dense {number(before)})" if before else ""
-        small = "".join(f"<span>{escape(line)}</span>" for line in lines)
-        head = f"{budget} · {best.label}"
-        tiles.append(f'<div class="tile"><b>{escape(head)}</b><strong>{main}</strong>{small}</div>')
-    return f'<section class="tiles">{"".join(tiles)}</section>' if tiles else ""
+def find_tile(r: Results, budget: str) -> tuple[str, str, list[str]]:
+    """The best method within a budget: heading, figure, lines."""
+    best = r.at(budget)[0]
+    lines = [f"{count(best.params)} parameters", f"{number(best.kv_bytes_per_token)} KV bytes per token"]
+    head = f"{budget} · {best.label}"
+    if best.perplexity == best.perplexity:
+        change = f", {100 * (best.perplexity / r.dense.perplexity - 1):+z.1f} % on dense" if r.dense else ""
+        return head, f"{best.perplexity:.2f}", [f"perplexity{change}", *lines]
+    before = r.manifests.get(best.name, {}).get("result", {}).get("kv_bytes_per_token_before")
+    lines[-1] += f" (dense {number(before)})" if before else ""
+    return head, f"{best.keep:.3f}", [f"of the blocks' weights, asked {best.keep_requested:g}", *lines]
 
 
-def make_charts(r: Results, colours: dict[str, int]) -> str:
-    """Perplexity against everything that a smaller model saves; predictions against measurements."""
+def find_charts(r: Results, colours: dict[str, int]) -> tuple[list[tuple[str, Markup]], str]:
+    """Perplexity against everything that a smaller model saves, predictions against measurements; a note on all."""
     measured = [p for p in r.done if p.perplexity == p.perplexity]
     if not measured or not r.dense:
-        return ""
+        return [], ""
     dense = r.dense
     most = sorted(p.perplexity for p in measured)[int(0.8 * (len(measured) - 1))]
     limit = max(dense.perplexity * 1.02, min(most, 5 * dense.perplexity) * 1.01)
 
     def series(x: Any, y: Any, more: bool = False) -> list[Series]:
         front = find_front([dense, *measured], x, more)
-        found = {label: Series(label, n) for label, n in colours.items()}
-        for p in measured:
-            if isfinite(x(p)):
-                found[p.label].marks.append(Mark(x(p), y(p), hover(p), p.name in front))
-        return list(found.values())
+        marks = {m: [p for p in measured if p.label == m and isfinite(x(p))] for m in colours}
+        return [
+            Series(m, n, [Mark(x(p), y(p), hover(p), p.name in front) for p in marks[m]]) for m, n in colours.items()
+        ]
 
     def plot(x: Any, name: str, show: Any, more: bool = False) -> str:
-        return chart(
-            series(x, lambda p: p.perplexity, more), (name, show), ("perplexity", lambda v: f"{v:g}"),
-            level=(dense.perplexity, f"dense {dense.perplexity:.2f}"), log_x=False, top=limit,
-        )  # fmt: skip
+        level = (dense.perplexity, f"dense {dense.perplexity:.2f}")
+        found = series(x, lambda p: p.perplexity, more)
+        return chart(found, Quantity(name, show, log=False), Quantity("perplexity"), level=level, top=limit)
 
-    size = "parameters of the whole model"
+    size = Quantity("parameters of the whole model", count, log=False)
     excess = series(lambda p: p.params, lambda p: p.excess if p.excess > 0 else NAN)
     cards = [
-        ("Perplexity and size", plot(lambda p: p.params, size, count)),
-        (
-            "Loss over dense and size",
-            chart(excess, (size, count), ("log(perplexity / dense), nats", short), log_x=False, log_y=True),
-        ),
+        ("Perplexity and size", plot(lambda p: p.params, size.label, count)),
+        ("Loss over dense and size", chart(excess, size, Quantity("log(perplexity / dense), nats", short, log=True))),
         ("Perplexity and KV cache", plot(lambda p: p.kv_bytes_per_token, "KV cache, bytes per token", number)),
     ]
     if any(isfinite(p.decode_tokens_per_s) for p in measured):
         name = "decoded tokens per second, × dense in turns with it"
-        cards.append(("Perplexity and speed", plot(lambda p: p.speedup, name, lambda v: f"{v:g}", more=True)))
-    known = [p for p in measured if p.predicted > 0 and p.excess > 0]
-    if known:
+        cards.append(("Perplexity and speed", plot(lambda p: p.speedup, name, "{:g}".format, more=True)))
+    if known := [p for p in measured if p.predicted > 0 and p.excess > 0]:
         pairs = [
-            Series(label, n, [Mark(p.predicted, p.excess, hover(p)) for p in known if p.label == label], joined=False)
-            for label, n in colours.items()
+            Series(m, n, [Mark(p.predicted, p.excess, hover(p)) for p in known if p.label == m], joined=False)
+            for m, n in colours.items()
         ]
-        names = (("predicted loss, nats per token", short), ("measured, log(perplexity / dense)", short))
+        names = Quantity("predicted loss, nats per token", short), Quantity("measured, log(perplexity / dense)", short)
         cards.append(("Predicted and measured", chart(pairs, *names, diagonal=True)))
-    body = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{plot}</figure>" for name, plot in cards)
-    off = sum(p.perplexity > limit for p in measured)
     note = "Filled: nothing else is both smaller (or faster) and better. Hover for values."
-    note += f" ↑: perplexity above the picture ({count_points(off)})." if off else ""
-    below = sum(p.excess <= 0 for p in measured)
-    note += f" No worse than dense, so not on logarithmic axes: {count_points(below)}." if below else ""
-    body = f'{make_legend(colours)}<div class="grid2">{body}</div><p class="note">{note}</p>'
-    return f"<section><h2>What it costs</h2>{body}</section>"
+    if off := sum(p.perplexity > limit for p in measured):
+        note += f" ↑: perplexity above the picture ({count_points(off)})."
+    if below := sum(p.excess <= 0 for p in measured):
+        note += f" No worse than dense, so not on logarithmic axes: {count_points(below)}."
+    return [(name, Markup(plot)) for name, plot in cards], note
 
 
 def find_front(points: list[Point], value: Any, more: bool) -> set[str]:
@@ -244,29 +226,14 @@ def find_front(points: list[Point], value: Any, more: bool) -> set[str]:
     return {p.name for p in points if not any(beats(q, p) for q in points)}
 
 
-def make_legend(colours: dict[str, int]) -> str:
-    chips = []
-    for label, n in colours.items():
-        mark = f'<svg viewBox="0 0 16 12" width="16" height="12">{shape(8, 6, n)} class="mark"/></svg>'
-        chips.append(f'<span style="--c:var(--c{n % COLOURS})">{mark}{escape(label)}</span>')
-    return f'<p class="legend">{"".join(chips)}</p>'
-
-
-def make_heat_maps(r: Results) -> str:
-    """Block × linear: the share of its weights that stays."""
+def find_maps(r: Results) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    """By budget, for every method: block × linear, the share of its weights that stays."""
     groups = []
     for budget in r.budgets:
-        figures = []
-        for p in r.at(budget):
-            rows, cells = find_shares(r.manifests.get(p.name, {}))
-            if rows:
-                figures.append(f"<figure><figcaption>{escape(p.label)}</figcaption>{heat_map(rows, cells)}</figure>")
-        if figures:
-            groups.append((budget, f'<div class="grid2">{"".join(figures)}</div>'))
-    if not groups:
-        return ""
-    note = "Per cent of the weights that stay, per block (across) and linear (down); the darker, the more is gone."
-    return f'<section><h2>Where the budget went</h2><p class="note">{note}</p>{fold(groups)}</section>'
+        shares = [(p.label, *find_shares(r.manifests.get(p.name, {}))) for p in r.at(budget)]
+        if found := [(label, Markup(heat_map(rows, cells))) for label, rows, cells in shares if rows]:
+            groups.append((budget, found))
+    return groups
 
 
 def find_shares(manifest: dict[str, Any]) -> tuple[list[str], list[list[tuple[float, str] | None]]]:
@@ -291,99 +258,49 @@ def find_shares(manifest: dict[str, Any]) -> tuple[list[str], list[list[tuple[fl
     return roles, cells
 
 
-def make_drifts(r: Results, colours: dict[str, int]) -> str:
-    """Relative squared difference of every block's output."""
+def find_drifts(r: Results, colours: dict[str, int]) -> list[tuple[str, Markup, list[Point]]]:
+    """By budget: the relative squared difference of every block's output, and points whose predictions were compared."""
     groups = []
     for budget in r.budgets:
-        series = [
-            Series(
-                p.label,
-                colours[p.label],
-                [Mark(i, v, f"{p.label}, block {i}: {v:.3g}") for i, v in enumerate(r.drifts[p.name]) if v > 0],
-            )
-            for p in r.at(budget)
-            if r.drifts.get(p.name)
-        ]
-        if any(s.marks for s in series):
-            plot = chart(
-                series,
-                ("block", lambda v: f"{v:.0f}" if v == int(v) else ""),
-                ("relative squared difference", short),
-                log_x=False,
-            )
-            rows = "".join(
-                f'<tr><td><i style="--c:var(--c{colours[p.label] % COLOURS})"></i>{escape(p.label)}<td>{p.kl:.4f}<td>{p.excess:.4f}'
-                for p in r.at(budget)
-                if isfinite(p.kl)
-            )
-            table = f"<table><tr><th>method<th>KL to dense, nats<th>log(ppl / dense)</tr>{rows}</table>"
-            figures = (("Outputs of the blocks", plot), ("Predictions", table))
-            body = "".join(f"<figure><figcaption>{name}</figcaption>{inner}</figure>" for name, inner in figures)
-            groups.append((budget, f'<div class="grid2">{body}</div>'))
-    if not groups:
-        return ""
-    note = (
-        "|x − x_dense|² / |x_dense|² of every block's output and KL(dense ‖ compressed) of the next token, "
-        "on a few windows of the evaluation text."
-    )
-    return f'<section><h2>Drift</h2><p class="note">{escape(note)}</p>{fold(groups)}</section>'
+        series = []
+        for p in r.at(budget):
+            marks = [
+                Mark(i, v, f"{p.label}, block {i}: {v:.3g}") for i, v in enumerate(r.drifts.get(p.name, [])) if v > 0
+            ]
+            series += [Series(p.label, colours[p.label], marks)] if marks else []
+        if series:
+            block = Quantity("block", lambda v: f"{v:.0f}" if v == int(v) else "", log=False)
+            plot = Markup(chart(series, block, Quantity("relative squared difference", short)))
+            groups.append((budget, plot, [p for p in r.at(budget) if isfinite(p.kl)]))
+    return groups
 
 
-def fold(groups: list[tuple[str, str]]) -> str:
-    """One part per budget; only the middle one is open."""
-    opened = len(groups) // 2
-    return "".join(
-        f"<details{' open' if n == opened else ''}><summary>{escape(budget)}</summary>{body}</details>"
-        for n, (budget, body) in enumerate(groups)
-    )
-
-
-def make_table(r: Results, colours: dict[str, int]) -> str:
+def find_rows(r: Results) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """Headings, and for every point the row's classes, the label and the cells; the best first within every budget."""
     speed = any(isfinite(p.decode_tokens_per_s) for p in r.points)
     predicted = any(isfinite(p.predicted) for p in r.done)
-    heads = ["method", "keep", "parameters", "KV bytes", "perplexity", "log(ppl / dense)"]
-    heads += ["predicted"] if predicted else []
-    heads += ["KL", *(["tokens/s", "× dense"] if speed else []), "seconds", "weights"]
-    rows = []
+    columns: dict[str, Callable[[Point], str]] = {
+        "keep": lambda p: f"{p.keep:.4f}",
+        "parameters": lambda p: f"{p.params:,}",
+        "KV bytes": lambda p: f"{p.kv_bytes_per_token:,}",
+        "perplexity": lambda p: digits(p.perplexity, 3),
+        "log(ppl / dense)": lambda p: digits(p.excess, 4),
+        "predicted": lambda p: short(p.predicted) if isfinite(p.predicted) else "",
+        "KL": lambda p: digits(p.kl, 4),
+        "tokens/s": lambda p: digits(p.decode_tokens_per_s, 0),
+        "× dense": lambda p: digits(p.speedup, 2),
+        "seconds": lambda p: digits(p.seconds, 1),
+        "weights": lambda p: "" if p.name == "dense" else p.kept or "no",
+    }
+    idle = ({"predicted"} if not predicted else set()) | (set() if speed else {"tokens/s", "× dense"})
+    shown = {n: c for n, c in columns.items() if n not in idle}
     groups = ([[r.dense]] if r.dense else []) + [r.at(b) for b in r.budgets]
+    rows = []
     for group in groups:
         for n, p in enumerate(group):
-            chip = f'<i style="--c:var(--c{colours[p.label] % COLOURS})"></i>' if p.label in colours else "<i></i>"
-            cells = [
-                f"{p.keep:.4f}",
-                f"{p.params:,}",
-                f"{p.kv_bytes_per_token:,}",
-                digits(p.perplexity, 3),
-                digits(p.excess, 4),
-            ]
-            cells += [short(p.predicted) if isfinite(p.predicted) else ""] if predicted else []
-            cells += [digits(p.kl, 4)]
-            if speed:
-                cells += [
-                    digits(p.decode_tokens_per_s, 0),
-                    digits(p.speedup, 2),
-                ]
-            cells += [digits(p.seconds, 1), "" if p.name == "dense" else p.kept or "no"]
-            kind = " ".join((["new"] if n == 0 else []) + (["best"] if n == 0 and len(group) > 1 else []))
-            rows.append(
-                f'<tr class="{kind}"><td>{chip}{escape(p.label)}' + "".join(f"<td>{escape(c)}" for c in cells) + "</tr>"
-            )
-    for p in r.points:
-        if p.error:
-            start = f'<tr class="failed new"><td><i></i>{escape(p.label)}<td>{p.asked_text}'
-            rows.append(f'{start}<td colspan="{len(heads) - 2}">{escape(p.error)}</tr>')
-    head = "".join(f"<th>{escape(h)}" for h in heads)
-    note = "Seconds count compressing alone, with the statistics that earlier points had left."
-    table = f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-    return f'<section><h2>All points</h2>{table}<p class="note">{note}</p></section>'
-
-
-def make_commands(r: Results) -> str:
-    lines = [f"# {p.label}, {p.asked_text}\n{make_command(r, p)}" for p in r.done]
-    if not lines:
-        return ""
-    body = f"<summary>commands, one point at a time</summary><pre>{escape(chr(10).join(lines))}</pre>"
-    return f"<section><h2>The same again</h2><details>{body}</details></section>"
+            kind = "" if n else "new best" if len(group) > 1 else "new"
+            rows.append((kind, p.label, [cell(p) for cell in shown.values()]))
+    return ["method", *shown], rows
 
 
 def make_command(r: Results, p: Point) -> str:
@@ -392,52 +309,21 @@ def make_command(r: Results, p: Point) -> str:
     e = r.request.get("evaluation") or {}
     manifest = r.manifests.get(p.name, {})
     settings = json.loads(p.settings or "{}") if r.request.get("evaluation") else manifest.get("settings", {})
-    words: list[Any] = [
-        "planish",
-        "compress",
-        r.request.get("model", "MODEL"),
-        "--method",
-        p.method,
-    ]
+    words: list[Any] = ["planish", "compress", r.request.get("model", "MODEL"), "--method", p.method]
     for n, v in p.asked.items():
-        words += [f"--{n.replace('_', '-')}", f"{v:g}" if abs(v) < 1e6 else f"{v:.0f}"]
+        words += [f"--{label(n)}", f"{v:g}" if abs(v) < 1e6 else f"{v:.0f}"]
     for k, v in settings.items():
         words += ["--set", f"{k}={v}"]
-    for key, option in (
-        ("source", "--calibration"),
-        ("n_samples", "--n-samples"),
-        ("seq_len", "--seq-len"),
-        ("seed", "--seed"),
-        ("sampling", "--sampling"),
-    ):
-        if c.get(key) is not None:
-            words += [option, c[key]]
-    for key, option in (("device", "--device"), ("dtype", "--dtype")):
-        if r.request.get(key):
-            words += [option, r.request[key]]
-    if r.request.get("round_to", manifest.get("round_to", 1)) != 1:
-        words += ["--round-to", r.request.get("round_to", manifest.get("round_to"))]
+    step = r.request.get("round_to", manifest.get("round_to", 1))
+    flags = {"calibration": c.get("source")} | {n: c.get(n) for n in TEXT}
+    flags |= {n: r.request.get(n) or None for n in ("device", "dtype")} | {"round_to": None if step == 1 else step}
+    for name, value in flags.items():
+        words += [] if value is None else [f"--{label(name)}", value]
     lines = [shlex.join(map(str, [*words, "-o", p.name]))]
     if e:
         n = e.get("tokens", 0) // max(e.get("seq_len", 1), 1)
-        lines.append(
-            shlex.join(
-                map(
-                    str,
-                    [
-                        "planish",
-                        "eval",
-                        p.name,
-                        "--text",
-                        e.get("source"),
-                        "--seq-len",
-                        e.get("seq_len"),
-                        "--max-windows",
-                        n,
-                    ],
-                )
-            )
-        )
+        words = ["eval", p.name, "--text", e.get("source"), "--seq-len", e.get("seq_len"), "--max-windows", n]
+        lines.append(shlex.join(map(str, ["planish", *words])))
     return "\n".join(lines)
 
 

@@ -1,0 +1,181 @@
+"""Statistics of one block: what its taps see in all calibration batches, summed in an order that depends on the batches alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from planish import lanes
+from planish import stats as planish_stats
+from planish.calibrate.activations import Activations, fetch
+from planish.calibrate.reuse import Reuse, lead
+from planish.calibrate.stream import Hidden, Stream, return_memory
+from planish.calibrate.taps import AllSeen, Values, add_batch, choose_windows, find_gap, take_windows, tap_sites
+from planish.core import Shape
+from planish.errors import InputError
+from planish.stats import Stats, Tap, add_lane, is_finite
+
+
+class Run(NamedTuple):
+    """A placed block, its inputs, and where its runs may start."""
+
+    block: nn.Module
+    hidden: Hidden
+    reuse: Reuse | None = None
+
+
+@torch.no_grad()
+def measure_block(
+    stream: Stream,
+    i: int,
+    block: nn.Module,
+    taps: list[Tap],
+    hidden: Hidden,
+    dense: Run | dict[str, Hidden] | None = None,
+    outputs: bool = True,
+    reuse: Reuse | None = None,
+) -> tuple[Stats, Hidden]:
+    """Statistics of block i over all batches, and its outputs (none without `outputs`: then only as much of the
+    block runs as the sites need, led by `reuse` where what comes before has already run with these inputs).
+
+    `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:", or what `capture` saw there.
+    """
+    results = Activations(stream.room)
+    own_sites = {s for t in taps for s in t.sites if ":" not in s}
+    dense_sites = {s.removeprefix("dense:") for t in taps for s in t.sites if s.startswith("dense:")}
+    gaps = {s.removesuffix(".gap") for s in own_sites if s.endswith(".gap")}
+    own_sites = {s for s in own_sites if not s.endswith(".gap")}
+    if gaps:
+        own_sites |= {"attention.raw", "mlp.raw", "attention.add"}
+        dense_sites |= {"attention.raw", "attention.add", "mlp.raw", "mlp.add"}
+
+    def run(n: int) -> Values:
+        h, values = fetch(hidden, n, stream.device), Values()
+        if own_sites or outputs:
+            with (
+                lead(reuse, n, block, stream.family, own_sites),
+                tap_sites(block, stream.family, own_sites, not outputs) as seen,
+                suppress(AllSeen),
+            ):
+                results.append(stream.forward(i, block, h))
+            values |= seen.fold(seen, len(h))
+        if dense_sites and isinstance(dense, dict):
+            values |= {f"dense:{s}": fetch(dense[s], n, stream.device) for s in dense_sites}
+        elif dense_sites:
+            assert isinstance(dense, Run)
+            with (
+                lead(dense.reuse, n, dense.block, stream.family, dense_sites),
+                tap_sites(dense.block, stream.family, dense_sites, True) as seen,
+                suppress(AllSeen),
+            ):
+                stream.forward(i, dense.block, fetch(dense.hidden, n, stream.device))
+            values |= seen.fold({f"dense:{s}": v for s, v in seen.items()}, len(h))
+        for where in gaps:
+            values[f"{where}.gap"] = find_gap(where, values, stream.source.shape(i).parallel)
+        return values
+
+    return collect(stream, taps, run, stream.source.shape(i)), results
+
+
+@torch.no_grad()
+def capture(
+    stream: Stream, i: int, block: nn.Module, sites: set[str], hidden: Hidden, outputs: bool = True
+) -> tuple[dict[str, Hidden], Hidden]:
+    """What is seen at these sites of block i in one run over all batches, and its outputs (none without `outputs`)."""
+    found, results = {s: Activations(stream.room) for s in sorted(sites)}, Activations(stream.room)
+    for n in range(len(hidden)):
+        with tap_sites(block, stream.family, sites, not outputs) as seen, suppress(AllSeen):
+            results.append(stream.forward(i, block, fetch(hidden, n, stream.device)))
+        for site, tensors in found.items():
+            tensors.append(seen[site])
+    return dict(found), results
+
+
+def collect(stream: Stream, taps: list[Tap], run: Callable[[int], Values], shape: Shape) -> Stats:
+    """Statistics over all batches of all processes. `run(n)`: what is seen at every site for piece n.
+
+    total = ((lane 0 + lane 1) + lane 2) + …, each lane the sum of its batches in their order: so sums depend on the batches
+    alone. Of a wide Gram (`planish.stats.WIDE`) only the total exists: a lane's inputs are kept until it is complete.
+    """
+    total, count = Stats(), lanes.count()
+    used = {i * lanes.LANES // len(stream.batches) for i in range(len(stream.batches))}
+    wide = [t for t in taps if t.kind == "gram" and 8 * shape.width(t.site) ** 2 >= planish_stats.WIDE]
+    narrow = [t for t in taps if t not in wide]
+    for first in range(0, lanes.LANES, count):  # every process runs one of these lanes
+        mine, inputs = sum_lane(stream, first + lanes.rank(), narrow, wide, run)
+        owners = [r for r in range(count) if first + r in used]
+        with stream.clock("sums"):
+            for owner in owners:
+                total.merge(share_stats(mine, owner))
+            for tap in wide:
+                add_wide(stream, total, tap, inputs[tap], mine.tokens.get(tap, 0), owners, shape)
+    with stream.clock("sums"):
+        total.complete(narrow)
+    for tap, sums in total.sums.items():  # solved beside the weights, on the CPU
+        sums.update({name: t.cpu() for name, t in sums.items()})
+        if not all(is_finite(t) for t in sums.values()):
+            raise InputError(
+                f"activations of block {shape.block} ({tap.site}) are infinite or no numbers in {str(stream.dtype)[6:]}: "
+                f"{'use --dtype float32' if stream.dtype != torch.float32 else 'the model overflows'}"
+            )
+    return_memory(shape)  # solving has other sizes
+    return total
+
+
+def sum_lane(
+    stream: Stream, lane: int, narrow: list[Tap], wide: list[Tap], run: Callable[[int], Values]
+) -> tuple[Stats, dict[Tap, Activations]]:
+    """(Sums of one lane's batches for the narrow taps, their inputs for the wide Grams)."""
+    sums = Stats()
+    inputs = {t: Activations(stream.room) for t in wide}
+    for n, piece in enumerate(stream.pieces):
+        if piece.lane != lane:
+            continue
+        values = run(n)
+        with stream.clock("sums"):
+            if stream.device.type == "mps":  # it has no fp64
+                values = {site: v.cpu() for site, v in values.items()}
+            add_batch(sums, narrow, values, piece.first, len(piece.ids))
+            for tap in wide:
+                x = take_windows(values[tap.site], choose_windows(tap.part, piece.first, len(piece.ids)))
+                inputs[tap].append(x)
+                sums.tokens[tap] = sums.tokens.get(tap, 0) + x.shape[:-1].numel()
+    return sums, inputs
+
+
+def add_wide(
+    stream: Stream, total: Stats, tap: Tap, inputs: Hidden, tokens: int, owners: list[int], shape: Shape
+) -> None:
+    """Add the wide Grams of the lanes that `owners` have just run, this process's own from its `inputs`."""
+    found = [n for n, r in zip(lanes.gather(tokens), range(lanes.count()), strict=True) if r in owners]
+    n, device = shape.width(tap.site), "cpu" if stream.device.type == "mps" else stream.device
+    sums = total.sums.setdefault(tap, {})
+    if "sum" not in sums:
+        sums["sum"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+    total.tokens[tap] = total.tokens.get(tap, 0) + sum(found)
+    if not sum(found):
+        return
+
+    def exchange(row: Tensor) -> Iterator[Tensor]:
+        for owner, count in zip(owners, found, strict=True):
+            if count:
+                yield lanes.share_tensors({"": row}, owner)[""]
+
+    total_device = sums["sum"].device
+    add_lane(sums["sum"], lambda k: fetch(inputs, k, total_device), len(inputs), exchange)
+
+
+def share_stats(stats: Stats, source: int) -> Stats:
+    """One process's sums on every process."""
+    if lanes.count() == 1:
+        return stats
+    tensors = {(tap, name): t for tap, sums in stats.sums.items() for name, t in sums.items()}
+    out = Stats()
+    out.tokens = lanes.share(stats.tokens, source)
+    for (tap, name), t in lanes.share_tensors(tensors, source).items():
+        out.sums.setdefault(tap, {})[name] = t
+    return out

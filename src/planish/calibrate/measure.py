@@ -1,0 +1,175 @@
+"""Measuring a model on its calibration text, block by block, with what is remembered from earlier passes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from planish.calibrate.activations import Activations, fetch
+from planish.calibrate.cache import Cache
+from planish.calibrate.collect import collect, measure_block
+from planish.calibrate.losses import output_gradient
+from planish.calibrate.store import Store
+from planish.calibrate.stream import Hidden, Stream
+from planish.calibrate.taps import Values, tap_sites
+from planish.core import Edit, Progress, Shape
+from planish.modelling.blocks import get_linear
+from planish.stats import Stats, Tap
+
+Taps = Callable[[Shape], list[Tap]]  # what to measure in a block
+Edits = Mapping[int, Sequence[Edit]]  # per block
+Measured = Iterator[tuple[int, nn.Module, Stats]]
+
+
+class Measurements:
+    """What can be measured of one model on one calibration text, and what has been.
+
+        for i, block, stats in measure.forward(taps): ...
+
+    Block and statistics belong to the loop's body: both are emptied when the loop asks for the next ones, so that those of
+    one block at a time are in memory. What is to stay is copied out (`Stats.only`) or put into `stored`.
+    """
+
+    def __init__(self, stream: Stream, cache: Cache | None = None, progress: Progress | None = None):
+        self.stream, self.progress = stream, progress
+        self.cache = cache or Cache()  # of the uncompressed model's statistics and predictions, across runs
+        self.stored = Store(stream.room)  # per block, what a plan has measured and the solve uses again
+        self.shapes: list[Shape] = [stream.source.shape(i) for i in range(len(stream))]
+        self.seconds: dict[str, float] = {}
+        self._inner: list[float] = []  # per running phase: seconds of the phases inside it
+        stream.clock = self.phase
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds of a with-block, less those of phases inside it, to `seconds`."""
+        start = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += took
+
+    def part(self, windows: Tensor) -> Measurements:
+        """The same model on other windows (n, seq): what is stored stays, nothing is taken from the cache."""
+        other = Measurements(self.stream.part(windows))
+        other.stored = self.stored
+        return other
+
+    def forward(self, taps: Taps, edits: Edits | None = None) -> Measured:
+        """(i, block, statistics) of every block of the uncompressed model, or the one that `edits` make, first to last."""
+        with self.phase("statistics"):
+            yield from self._walk("forward", taps, edits)
+
+    def backward(self, taps: Taps, edits: Edits | None = None) -> Measured:
+        """The same from the last block to the first, gradients included (see `sweep_back`)."""
+        with self.phase("gradients"):
+            yield from self._walk("gradients", taps, edits)
+
+    def _walk(self, origin: str, taps: Taps, edits: Edits | None) -> Measured:
+        """One sweep for what the cache lacks, none where it lacks nothing; all of it is kept there, unless of `edits`."""
+        sweep = {"forward": sweep_forward, "gradients": sweep_back}[origin]
+        label = {"forward": "statistics", "gradients": "gradients"}[origin]
+        wanted = {s.block: taps(s) for s in self.shapes}
+        missing = wanted if edits else {i: self.cache.missing(origin, i, t) for i, t in wanted.items()}
+        if any(missing.values()) or not any(wanted.values()):
+            found = sweep(self.stream, lambda shape: missing[shape.block], edits)
+        else:
+            order = range(len(self.shapes)) if origin == "forward" else reversed(range(len(self.shapes)))
+            found, label = ((i, self.stream.block(i), Stats()) for i in order), "cached statistics"
+        for n, (i, block, stats) in enumerate(found):
+            if not edits:
+                self.cache.keep_stats(origin, i, stats)
+                stats.merge(self.cache.stats(origin, i, set(wanted[i]) - set(missing[i])))
+                stats.origin = origin
+            yield i, block, stats
+            empty(block, stats)
+            del block, stats
+            if self.progress:
+                self.progress(label, n + 1, len(self.shapes))
+
+
+def empty(block: nn.Module, stats: Stats) -> None:
+    """Let go of what somebody may still hold: a block's parameters, its statistics."""
+    stats.sums = {}
+    for module in block.modules():
+        module._parameters.clear()
+
+
+def sweep_forward(stream: Stream, taps: Taps, edits: Edits | None = None) -> Measured:
+    """Every block of the uncompressed model, or the one that `edits` make, with the statistics of its taps."""
+    hidden = stream.start()
+    for i in range(len(stream)):
+        block = stream.block(i, (edits or {}).get(i, ()))
+        stats, hidden = measure_block(stream, i, stream.place(block), taps(stream.source.shape(i)), hidden)
+        yield i, block, stats
+        del block, stats  # or they lie beside the next block's
+
+
+def sweep_back(stream: Stream, taps: Taps, edits: Edits | None = None, seed: int = 0) -> Measured:
+    """Forwards keeping every block's inputs, then backwards from sampled labels: the last block comes first.
+
+    Each block is recomputed from its kept inputs (in memory up to the room's `kept`, then on disk); forward sites and
+    "grad:" sites are measured together. `edits`: of the model that these edits make.
+    """
+    edits = edits or {}
+    inputs = [stream.start()]
+    for i in range(len(stream)):
+        inputs.append(stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), inputs[-1], stream.room.shelf))
+    last = zip(stream.pieces, inputs.pop(), strict=True)
+    gradients: Hidden = Activations(stream.room, (output_gradient(stream, h, seed, p.first) for p, h in last))
+    stream.release()
+    for i in reversed(range(len(stream))):
+        block, uncut = stream.block(i, edits.get(i, ())), stream.place(stream.block(i)) if edits.get(i) else None
+        stats, gradients = measure_back(
+            stream, i, block, taps(stream.source.shape(i)), (inputs.pop(), gradients), uncut
+        )
+        del uncut
+        yield i, block, stats
+        del block, stats
+
+
+def measure_back(
+    stream: Stream,
+    i: int,
+    block: nn.Module,
+    taps: list[Tap],
+    ends: tuple[Hidden, Hidden],
+    uncut: nn.Module | None = None,
+) -> tuple[Stats, Hidden]:
+    """Statistics of block i from its inputs and the gradients at its outputs (`ends`); the gradients at its inputs.
+
+    `uncut`: the uncompressed block, where `block` is a cut one: sites "grad:<role>.back" are gradients at the role's output
+    times *its* weight all the same.
+    """
+    hidden, into = ends
+    placed, earlier = stream.place(block).requires_grad_(False), Activations(stream.room)
+    forward = {s.removeprefix("dense:") for t in taps for s in t.sites if not s.startswith("grad:")}
+    wanted = {s.removeprefix("grad:") for t in taps for s in t.sites if s.startswith("grad:")}
+    weights: dict[str, Tensor] = {}  # "<role>.back" → the weight that its gradient goes through
+    if uncut is not None:
+        back = [s for s in sorted(wanted) if s.endswith(".back")]
+        weights = {s: get_linear(uncut, stream.family, s.removesuffix(".back")).weight.detach() for s in back}
+    behind = {s: s.replace(".back", ".out") for s in weights}
+    backward = sorted(wanted - set(behind) | set(behind.values()))
+
+    def run(n: int) -> Values:
+        leaf = fetch(hidden, n, stream.device).detach().requires_grad_(True)
+        with torch.enable_grad(), tap_sites(placed, stream.family, forward | set(backward)) as seen:
+            out = stream.forward(i, placed, leaf)
+            leaves = [leaf, *(seen[s] for s in backward)]
+            found = torch.autograd.grad(out, leaves, fetch(into, n, stream.device), allow_unused=True)
+        earlier.append(found[0])
+        values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}
+        values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}
+        through = {s: values.get(f"grad:{at}") for s, at in behind.items()}
+        values |= {f"grad:{s}": g @ weights[s] for s, g in through.items() if g is not None}
+        return seen.fold(values, len(leaf))
+
+    return collect(stream, taps, run, stream.source.shape(i)), earlier

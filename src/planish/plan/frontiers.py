@@ -1,0 +1,56 @@
+"""What cutting each unit is predicted to cost at every rank, from statistics of the uncompressed model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from planish import lanes
+from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import read_weights
+from planish.core import Frontier, Solver, Unit
+from planish.plan.problem import Problem
+from planish.stats import Stats, Tap
+
+Frontiers = dict[Unit, Frontier]
+
+
+def measure_frontiers(problem: Problem, measure: Measurements) -> Frontiers:
+    """Every unit's frontier, without the factors."""
+    found: Frontiers = {}
+    for i, block, stats in measure.forward(lambda shape: problem.taps(problem.block_units(shape.block))):
+        found |= decompose_block(problem, measure, block, stats, i)
+    return found
+
+
+def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, stats: Stats, i: int) -> Frontiers:
+    """Frontiers of block i's units, without the factors; several processes share them out."""
+    weights, cache = read_weights(block, measure.stream), measure.cache
+    found: Frontiers = {}
+    new: list[tuple[Solver, Frontier]] = []
+    units = problem.block_units(i)
+    for n in lanes.own_work([problem.cost(u, problem.full(u)) for u in units]):
+        unit, solver = units[n], problem.units[units[n]]
+        if f := cache.losses(stats.origin, solver, unit):
+            found[unit] = f
+            continue
+        with measure.phase("frontiers"):
+            f = solver.decompose(unit, weights, stats, problem.shapes[i])
+        found[unit] = Frontier(unit, f.loss, {}, f.nats)
+        new.append((solver, found[unit]))
+    cache.keep_losses(stats.origin, new)
+    found = {u: f for part in lanes.gather(found) for u, f in part.items()}
+    return {u: found[u] for u in units}
+
+
+def dense_taps(problem: Problem, i: int) -> list[Tap]:
+    """Taps of block i's units that the uncompressed model alone answers: those of their frontiers to plan by."""
+    return sorted({t for u in problem.block_units(i) for t in problem.units[u].dense_taps(u, problem.shapes[i])})
+
+
+def stored_taps(problem: Problem, i: int, refit: bool) -> set[Tap]:
+    """Taps of block i's units that the solve uses of what the plan measured.
+
+    `refit`: it runs some of the windows only, and blends what it sees with the uncompressed model's moments.
+    """
+    taps = set(problem.taps(problem.block_units(i)))
+    return taps | ({t.twin for t in taps if t.twin} if refit else set())

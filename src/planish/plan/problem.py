@@ -1,0 +1,153 @@
+"""What is asked of a method: which units may be cut, to which ranks, and what all of them together may cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from planish.core import Frontier, Plan, Shape, Solver, Unit
+from planish.errors import InputError
+from planish.folder.source import Source
+from planish.plan.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
+from planish.plan.budgets import Budget, CacheNumbers, make_budget
+from planish.plan.latency import Latency, Table, make_latency
+from planish.plan.targets import Target, constrain, fit_target
+from planish.request import Limits
+from planish.stats import Tap
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One model, the units that one method cuts with their solvers, and the budgets.
+
+    `main`: what a method's own rule asks for, of two budgets the one that prices every linear, and of these the tighter.
+    `step`: ranks are multiples of it. `cache_only`: only what the KV cache holds is cut. `context`: tokens that FLOPs and
+    latency are counted behind.
+    """
+
+    name: str  # the method's
+    shapes: tuple[Shape, ...]
+    units: Mapping[Unit, Solver]
+    budgets: tuple[Budget, ...]
+    main: Budget
+    step: int
+    target: Target
+    cache_only: bool
+    context: int
+    _choices: dict[tuple[int, str, Shape], tuple[Solver, Choices]] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # the same in blocks of the same shape
+
+    @property
+    def keep(self) -> float:
+        """Share of the main budget that may stay."""
+        return self.main.share
+
+    @property
+    def table(self) -> Table | None:
+        """Measured latencies, where they were asked for."""
+        return next((b.table for b in self.budgets if isinstance(b, Latency)), None)
+
+    @property
+    def limits(self) -> list[float]:
+        """What all units together may cost of every budget."""
+        full = [sum(float(self.choices(u).full[n]) for u in self.units) for n in range(len(self.budgets))]
+        return [b.limit - (b.total - f) for b, f in zip(self.budgets, full, strict=True)]
+
+    def block_units(self, i: int) -> list[Unit]:
+        return [u for u in self.units if u.block == i]
+
+    def cut(self, plan: Plan, i: int) -> list[Unit]:
+        """Block i's units that a plan cuts."""
+        return [u for u in self.block_units(i) if plan.get(u, self.full(u)) < self.full(u)]
+
+    def taps(self, units: Iterable[Unit]) -> list[Tap]:
+        """What solving these units needs to know."""
+        return sorted({t for u in units for t in self.units[u].taps(u, self.shapes[u.block])})
+
+    def full(self, unit: Unit) -> int:
+        """The rank that leaves a unit whole."""
+        return self.units[unit].ranks(unit, self.shapes[unit.block])[-1]
+
+    def cost(self, unit: Unit, rank: int, budget: Budget | None = None) -> float:
+        """Of the main budget, or another one."""
+        return (budget or self.main).cost(self.units[unit], unit, self.shapes[unit.block], rank)
+
+    def count(self, unit: Unit, rank: int) -> int:
+        """Weights left in the unit at this rank, whatever the budgets count."""
+        return self.units[unit].cost(unit, self.shapes[unit.block], rank)
+
+    def choices(self, unit: Unit) -> Choices:
+        """Admissible ranks of a unit, and what they cost of every budget."""
+        solver, shape = self.units[unit], self.shapes[unit.block]
+        key = (id(solver), unit.name, replace(shape, block=0))
+        if key not in self._choices:
+            ranks = list(solver.ranks(unit, shape))
+            cost = torch.tensor([[b.cost(solver, unit, shape, r) for r in ranks] for b in self.budgets])
+            fixed = torch.tensor([b.fixed(solver, unit, shape) for b in self.budgets])
+            self._choices[key] = solver, Choices(torch.tensor(ranks), cost.double(), fixed.double())
+        return self._choices[key][1]
+
+    def curve(self, frontier: Frontier) -> Curve:
+        """Admissible ranks of a unit with their costs and predicted losses; leaving it whole loses nothing."""
+        choices = self.choices(frontier.unit)
+        kept = choices.allowed(self.step)
+        loss = torch.as_tensor(frontier.loss, dtype=torch.float64)[choices.ranks[kept]]
+        return Curve(frontier.unit, choices.ranks[kept], choices.cost[:, kept], loss)
+
+    def spread(
+        self, share: Callable[[Unit], float], by_kind: bool = False, remarks: Mapping[str, str] | None = None
+    ) -> Plan:
+        """Ranks in proportion to `share`, within the budgets (see `spread`, `spread_by_kind` of `planish.plan.allocate`).
+
+        `remarks`: said beside a refusal.
+        """
+        try:
+            rule = spread_by_kind if by_kind else spread
+            return rule({u: self.choices(u) for u in self.units}, share, self.limits, self.step)
+        except BudgetError as error:
+            b = self.budgets[error.which]
+            refusal = b.refuse(self.name, error.smallest + b.limit - self.limits[error.which])
+            coarse = [f"ranks are multiples of {self.step}, see --round-to"] if self.step > 1 else []
+            why = "; ".join([*coarse, *(remarks or {}).values()])
+            raise InputError(f"{refusal} ({why})" if why else str(refusal)) from None
+
+
+def make_problem(
+    source: Source,
+    name: str,
+    solvers: Sequence[Solver],
+    asked: Limits,
+    *,
+    step: int = 1,
+    target: str = "any",
+    measured: Mapping[str, float] | None = None,
+    takes: Callable[[Unit, Mapping[str, float]], bool] = lambda unit, shares: True,
+) -> Problem:
+    """The problem that limits and a target amount to for the method `name` with these solvers.
+
+    `measured`: latencies, for a limit on them. `takes`: whether the method cuts a unit under budgets, name → share that stays.
+    """
+    shapes = tuple(source.shape(i) for i in range(source.n_blocks))
+    context = asked.context or 0
+    budgets = tuple(
+        make_latency(value, measured or {}, list(shapes))
+        if which == "max_latency"
+        else make_budget(which, value, source, shapes, context)
+        for which, value in asked.given.items()
+    )
+    cache_only = set(asked.given) == {"kv_keep"}
+    shares = {b.name: b.share for b in budgets}
+    units: dict[Unit, Solver] = {}
+    for solver in solvers:
+        for shape in shapes:
+            own = [u for u in solver.units(shape) if takes(u, shares)]
+            if cache_only:
+                own = [u for u in own if solver.cache(u, shape, solver.ranks(u, shape)[-1]) > 0]
+            units |= dict.fromkeys(own, solver)
+    stack = fit_target(target, source, shapes)
+    units = constrain(stack, name, units, list(shapes))
+    main = min(budgets, key=lambda b: (isinstance(b, CacheNumbers), b.share))
+    return Problem(name, shapes, units, budgets, main, step, stack, cache_only, context)
