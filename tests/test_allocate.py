@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from planish.core import Frontier, Shape, Solver, Unit
 from planish.errors import InputError
-from planish.plan.allocate import BudgetError, Choices
-from planish.plan.allocate import spread as spread_choices
-from planish.plan.allocate import spread_by_kind as spread_choices_by_kind
+from planish.plan.spread import BudgetError, Choices
+from planish.plan.spread import spread as spread_choices
+from planish.plan.spread import spread_by_kind as spread_choices_by_kind
 from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
 from planish.solvers.rotary_pairs import RotaryPairs

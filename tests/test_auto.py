@@ -14,7 +14,7 @@ import planish
 import tiny
 from planish import solve
 from planish.apply import apply_edits
-from planish.calibrate.activations import Room
+from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.collect import measure_block
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import sweep_back
@@ -55,11 +55,11 @@ def measure_back(job: Posed, whole: bool = False) -> dict[Unit, Frontier]:
     return replace(job.method, rounds=2 if whole else 1).measure(job.problem, job.measure)
 
 
-def run(output: Path, room: Room | None = None, windows=WINDOWS, keep: float = 0.6, **settings) -> dict:
+def run(output: Path, limits: MemoryLimits | None = None, windows=WINDOWS, keep: float = 0.6, **settings) -> dict:
     source = open_source(tiny.build("llama_gqa"))
     compress(
         source, output=output, keep=keep, method="auto", settings=settings, windows=windows, overwrite=True,
-        stream=Stream(source, windows, room=room),
+        stream=Stream(source, windows, limits=limits),
     )  # fmt: skip
     return json.loads((output / "planish.json").read_text())
 
@@ -195,8 +195,8 @@ def test_kept_statistics_come_back_bit_by_bit(tmp_path):
         pair: {"sum": torch.rand(3, 3), "n": torch.tensor(7.0)},
     }
     stats.tokens, stats.origin = {tap: 11, pair: 12}, "gradients"
-    for room in (Room(1 << 20), Room(0, tmp_path), Room(1 << 20, tmp_path, kept=0)):
-        kept = Store(room)
+    for limits in (MemoryLimits(1 << 20), MemoryLimits(0, tmp_path), MemoryLimits(1 << 20, tmp_path, stored=0)):
+        kept = Store(limits)
         assert not kept and kept.taps(3) == set()
         kept[3] = stats
         kept[1] = stats.only([tap])
@@ -214,17 +214,17 @@ def test_spilled_runs_write_the_same_bits(tmp_path, settings):
     folder = tmp_path / "spill"
     folder.mkdir()
     run(tmp_path / "memory", **settings)
-    run(tmp_path / "disk", Room(folder=folder, kept=0), **settings)
+    run(tmp_path / "disk", MemoryLimits(folder=folder, stored=0), **settings)
     assert digest(tmp_path / "memory") == digest(tmp_path / "disk")
     assert not list(folder.iterdir())
 
 
 def test_the_memory_of_what_is_kept_is_bounded():
-    room = Room(1 << 30, kept=50_000)
-    s = stream(room=room)
+    limits = MemoryLimits(1 << 30, stored=50_000)
+    s = stream(limits=limits)
     job = pose_on(s, find_method("auto", {}), 0.6)
     job.method.measure(job.problem, job.measure)
-    assert 0 < room.shelf.used <= 50_000
+    assert 0 < limits.stored.used <= 50_000
     needed = {t for u in job.problem.block_units(0) for t in job.problem.taps([u])}
     assert job.measure.stored.taps(0) and job.measure.stored.taps(0) <= needed, "only what solving asks for again stays"
 

@@ -84,6 +84,7 @@ def test_only_what_is_read_is_downloaded(monkeypatch, tmp_path):
     from huggingface_hub.utils import filter_repo_objects
 
     asked = {}
+    tiny.save(tiny.build("llama_mha"), tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(kw) or str(tmp_path))
     find_folder("owner/model")
     files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "consolidated.safetensors",

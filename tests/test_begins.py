@@ -96,3 +96,32 @@ def test_a_sweep_measures_what_eval_does(model, text, tmp_path, run):
     assert done.exit_code == 0, done.output
     dense = next(p for p in json.loads(done.stdout)["points"] if p["name"] == "dense")
     assert dense["perplexity"] == pytest.approx(planish.evaluate(model, text, seq_len=64).perplexity, rel=1e-4)
+
+
+def test_statistics_of_a_mixture_are_the_sum_over_its_texts(model, text, tmp_path):
+    """Windows by weight from every text, each as it would be alone; recorded, and repeated by the recipe."""
+    from planish import api
+    from planish.folder.source import open_source
+    from planish.folder.tokenizer import load_tokenizer
+    from planish.request import Text
+
+    other = tmp_path / "other.txt"
+    other.write_text("0123456789 " * 200)
+    source, tokenizer = open_source(model), load_tokenizer(model)
+
+    def windows(name, n):
+        return api.read_calibration(source, tokenizer, Text(source=str(name), n_samples=n, seq_len=32, seed=3)).windows
+
+    mixed = windows(f"{text}:3,{other}:1", 8)
+    alone = torch.cat([windows(text, 6), windows(other, 2)])
+    assert sorted(map(tuple, mixed.tolist())) == sorted(map(tuple, alone.tolist()))
+    options = {"keep": 0.9, "method": "svd-llm", "calibration": f"{text}:3,{other}:1", "n_samples": 8, "seq_len": 64}
+    planish.compress(model, output=tmp_path / "out", **options)
+    record = json.loads((tmp_path / "out" / "planish.json").read_text())["calibration"]
+    assert record["source"] == f"{text.name}:3,{other.name}:1" and record["n_samples"] == 8
+    recipe = read_recipe(tmp_path / "out" / "recipe.yaml")
+    planish.compress(**recipe.arguments, output=tmp_path / "again")
+    assert (
+        json.loads((tmp_path / "again" / "planish.json").read_text())["calibration"]["fingerprint"]
+        == record["fingerprint"]
+    )

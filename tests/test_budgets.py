@@ -23,8 +23,9 @@ from planish.errors import InputError
 from planish.folder.load import load
 from planish.folder.source import open_source
 from planish.methods import find_method, list_methods
-from planish.plan.allocate import Alternative, BudgetError, Choices, Curve, choose, spread
+from planish.plan.allocate import Alternative, Curve, choose
 from planish.plan.latency import Table, find_pieces, list_names, make_latency, measure, read_table
+from planish.plan.spread import BudgetError, Choices, spread
 from planish.request import BYTES, COUNTS, Limits, read_size
 from posed import pose_on
 from test_resume import hashes

@@ -83,6 +83,20 @@ def test_python_blocks_compile(pages):
                 compile(code, f"{path}, block {number}", "exec")
 
 
+def test_names_of_the_source_exist(pages, maker):
+    """`planish.…` in a page is a module, or something in one; the log keeps the names of its days."""
+    wrong = []
+    for path, text in pages.items():
+        if path.startswith(("docs/log/2", "docs/source/")):
+            continue
+        for name in maker.NAME.findall(text):
+            place = ROOT / "src" / name.replace(".", "/")
+            known = place.is_dir() or place.with_suffix(".py").exists() or maker.locate(name)
+            if not known and name.removeprefix("planish.") not in [*planish.__all__, "json"]:  # planish.json: a file
+                wrong.append(f"{path}: {name}")
+    assert not wrong
+
+
 def find_commands(text: str) -> list[str]:
     """Lines of a page that call planish, without comments."""
     shown = [line for language, code in BLOCK.findall(text) if language in ("", "bash") for line in joined(code)]

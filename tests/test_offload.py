@@ -11,7 +11,7 @@ import torch
 import tiny
 from planish import stats
 from planish.calibrate import stream
-from planish.calibrate.activations import Activations, Room, fetch
+from planish.calibrate.activations import Activations, MemoryLimits, fetch
 from planish.folder.safetensors import hash_file
 from planish.methods import list_methods
 from planish.solvers import linalg, offload
@@ -126,18 +126,18 @@ def test_results_on_cuda_are_close(method, tmp_path, monkeypatch):
 
 def test_activations_stay_near_up_to_a_limit():
     """On an accelerator up to `near` bytes, a slice without what it was cut from; the rest of them goes on."""
-    room = Room(limit=1 << 20)
-    room.near = 100
-    kept = Activations(room, (torch.empty(5, device="meta") for _ in range(4)))
+    limits = MemoryLimits(limit=1 << 20)
+    limits.device_limit = 100
+    kept = Activations(limits, (torch.empty(5, device="meta") for _ in range(4)))
     kept.append(torch.empty(100, device="meta")[:5])
-    assert room.near_used == 100 and room.used == 0 and all(kept.read(n).is_meta for n in range(5))
+    assert limits.device_used == 100 and limits.used == 0 and all(kept.read(n).is_meta for n in range(5))
     assert kept.read(4).untyped_storage().nbytes() == 20
     kept.append(torch.ones(5))  # the CPU's stay where they are
-    assert room.used == 20 and fetch(kept, 5, torch.device("cpu")).sum() == 5
+    assert limits.used == 20 and fetch(kept, 5, torch.device("cpu")).sum() == 5
     with pytest.raises(NotImplementedError, match="meta"):  # no room left there, and this one has nothing to copy
         kept.append(torch.empty(1, device="meta"))
     del kept
-    assert room.near_used == room.used == 0
+    assert limits.device_used == limits.used == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -149,7 +149,10 @@ def test_where_activations_lie_changes_nothing(method, tmp_path, monkeypatch):
     model, found = tiny.build("llama_gqa"), []
     for near in (1 << 30, 20_000, 0):
         monkeypatch.setattr(
-            Room, "near", property(lambda room, near=near: near, lambda room, value: None), raising=False
+            MemoryLimits,
+            "device_limit",
+            property(lambda limits, near=near: near, lambda limits, value: None),
+            raising=False,
         )
         out = tmp_path / str(near)
         compress(

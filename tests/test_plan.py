@@ -13,7 +13,7 @@ import planish
 import tiny
 from planish import dry_run, rehearsal
 from planish.calibrate import stream
-from planish.calibrate.activations import Activations, Room
+from planish.calibrate.activations import Activations, MemoryLimits
 from planish.calibrate.stream import Stream
 from planish.core import Shape
 from planish.dry_run import count_between, count_kept, count_passes, reach
@@ -56,7 +56,7 @@ def test_statistics_need_weights(tmp_path):
 def test_70b_fits_24_gb_and_64_gb(method, settings, tmp_path, monkeypatch):
     """Activations that stay on such a device included."""
     monkeypatch.setattr(rehearsal, "WIDTH", 128)
-    monkeypatch.setattr(stream, "find_near", lambda device: 6_000_000_000)
+    monkeypatch.setattr(stream, "find_device_limit", lambda device: 6_000_000_000)
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128_256}
     config = LlamaConfig(**sizes, num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=4096)
     config.dtype = "bfloat16"
@@ -109,7 +109,7 @@ def test_passes_of_a_method(tmp_path):
     once = 1 + 0 + o + up + down  # of four batches three start at o in the last three of these, in the last one at down
     neurons = shape.count("gate", "up") / shape.count()
     assert found["mpifa"] == pytest.approx([2 * once, 2 * (once - 3 * 3 / 4 * o - 3 / 4 * neurons)])
-    stream.room.limit = 2 * 340 * 24 * 4 * shape.intermediate  # what down reads fits twice, but nothing beside it
+    stream.limits.limit = 2 * 340 * 24 * 4 * shape.intermediate  # what down reads fits twice, but nothing beside it
     assert count_passes(told, 0, stages, (340, 24))[0] == pytest.approx(2 * (once - 3 * 3 / 4 * o))
 
 
@@ -141,13 +141,13 @@ def test_what_is_kept_of_all_blocks_is_predicted_to_the_byte(monkeypatch, tmp_pa
 
     monkeypatch.setattr(Activations, "append", watch)
     windows = tiny.windows(40, 16)
-    stream = Stream(open_source(tiny.build("llama_gqa")), windows, room=Room(folder=tmp_path, kept=0))
+    stream = Stream(open_source(tiny.build("llama_gqa")), windows, limits=MemoryLimits(folder=tmp_path, stored=0))
     job = pose_on(stream, find_method("auto", settings), asked=Limits(keep=0.8))
     told = dry_run.Job(job.problem, job.measure, job.method.decide(job.problem, {}))
     expected = count_kept(told, windows.numel())
     job.plan()
     assert expected == (0, sum(spilled)) and spilled
-    stream.room.shelf.limit = 100_000
+    stream.limits.stored.limit = 100_000
     assert count_kept(told, windows.numel()) == (100_000, sum(spilled) - 100_000)
 
 
@@ -184,7 +184,7 @@ def test_what_lies_between_is_what_is_kept_while_a_block_is_solved(
     def watch(self: Activations, tensor: torch.Tensor) -> None:
         nonlocal peak
         append(self, tensor)
-        peak = max(peak, stream.room.used)
+        peak = max(peak, stream.limits.used)
 
     job = pose_on(stream, find_method(method, settings), asked=Limits(keep=0.8))
     planned = job.plan()

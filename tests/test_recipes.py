@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import planish
 import tiny
+from planish.cli.reproduce import find_papers
 from planish.errors import InputError
 from planish.methods import find_method
-from planish.request import Request, find_papers, read_recipe
+from planish.request import Request, read_recipe
 from test_fuzz import VALUES, fuzz, survives
 from test_resume import hashes
 

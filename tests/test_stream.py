@@ -12,7 +12,7 @@ import tiny
 from planish import solve
 from planish.apply import apply_edits
 from planish.calibrate import losses
-from planish.calibrate.activations import Room
+from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.collect import measure_block
 from planish.calibrate.losses import compute_logits, nll
 from planish.calibrate.measure import sweep_forward
@@ -69,7 +69,7 @@ def test_runs_start_reuse(family):
     for role in runs:
         get_linear(block, stream.family, role).register_forward_hook(count(role))
     taps = [Tap("o.in", "gram"), Tap("o.out", "gram"), Tap("down.in", "gram"), Tap("attention.add", "gram")]
-    reuse = Reuse(stream.room, len(hidden))
+    reuse = Reuse(stream.limits, len(hidden))
     holds = stream.family.mlp is not None  # a submodule of its own
     for change in (None, None, "o", "down", "up", "q", None):
         if change:
@@ -93,7 +93,7 @@ def test_runs_start_reuse(family):
     assert runs == {"q": 3, "up": 3}
     cases = ((["down"], {"attention", "mlp"}), (["o", "down"], {"attention"}), (["mlp"], {"attention"}), (["q"], set()))
     for solved, led in cases:
-        again = Reuse(stream.room, len(hidden))
+        again = Reuse(stream.limits, len(hidden))
         again.enter(["down"])
         stream.run(0, block, hidden, reuse=again)
         again.enter(solved)
@@ -109,7 +109,7 @@ def test_no_run_starts_where_neurons_were_taken_away(family):
     stream = Stream(MemorySource(tiny.build(family)), WINDOWS)
     stream.batches = list(WINDOWS.split(4))
     hidden, shape, runs = stream.start(), stream.source.shape(0), []
-    reuse = Reuse(stream.room, len(hidden))
+    reuse = Reuse(stream.limits, len(hidden))
     stream.run(0, stream.block(0), hidden, reuse=reuse.enter(["down"]))
     measure_block(
         stream, 0, stream.block(0), [Tap("down.in", "gram")], hidden, outputs=False, reuse=reuse.enter(["mlp"])
@@ -132,7 +132,7 @@ def test_what_down_reads_is_kept_where_it_fits_twice():
     hidden, block = stream.start(), stream.block(0)
     size = 4 * WINDOWS.numel() * stream.source.shape(0).width("down.in")  # the last batch is smaller than counted
     for limit, kept in ((4 * size, True), (size, False)):
-        reuse = Reuse(Room(limit), len(hidden))
+        reuse = Reuse(MemoryLimits(limit), len(hidden))
         expected = stream.run(0, block, hidden)
         for _ in range(2):
             outputs = stream.run(0, block, hidden, reuse=reuse)

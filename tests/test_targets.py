@@ -17,7 +17,8 @@ from planish.export.gguf import export_gguf
 from planish.folder.source import open_source
 from planish.methods import find_method
 from planish.plan import uniform
-from planish.plan.allocate import BudgetError, Curve
+from planish.plan.allocate import Curve
+from planish.plan.spread import BudgetError
 from planish.plan.targets import (
     TARGETS,
     check,

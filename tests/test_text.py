@@ -19,11 +19,14 @@ from planish.calibrate.text import (
     cut_window,
     eval_windows,
     fingerprint,
+    interleave,
     load_tokens,
     sample_windows,
+    share_out,
     shuffle_windows,
 )
 from planish.errors import InputError
+from planish.mixture import join_mixture, split_mixture
 
 
 @pytest.fixture(scope="module")
@@ -416,6 +419,39 @@ def test_fingerprint_depends_on_everything():
 
 def test_text_says_how_to_sample():
     assert Text(torch.arange(3), "x", bos=False, is_ids=True).sampling == "contiguous"
+
+
+# --- several texts
+
+
+@given(shares=st.lists(st.floats(0.05, 5), min_size=1, max_size=5), n=st.integers(1, 200))
+def test_windows_are_shared_out_by_weight(shares, n):
+    exact = [s / sum(shares) * n for s in shares]
+    try:
+        found = share_out(shares, n)
+    except InputError:
+        assert min(exact) < 1  # some text would have got none
+        return
+    assert sum(found) == n and min(found) >= 1
+    assert all(f <= max(1, e + 1) for f, e in zip(found, exact))
+    if min(exact) >= 1:
+        assert all(abs(f - e) < 1 for f, e in zip(found, exact))
+
+
+def test_windows_of_several_texts_are_spread_evenly():
+    parts = [torch.full((6, 2), 0), torch.full((3, 2), 1), torch.full((1, 2), 2)]
+    found = interleave(parts)[:, 0].tolist()
+    assert sorted(found) == [0] * 6 + [1] * 3 + [2] and found[:5].count(0) == 3
+    assert torch.equal(interleave(parts[:1]), parts[0])
+
+
+def test_mixtures_are_read():
+    assert split_mixture("c4:0.5,code.jsonl:.3, b:2") == {"c4": 0.5, "code.jsonl": 0.3, "b": 2.0}
+    assert split_mixture("builtin") == {"builtin": 1.0} and split_mixture("a:b.txt") == {"a:b.txt": 1.0}
+    assert join_mixture(split_mixture("c4:0.5,code.jsonl:0.3")) == "c4:0.5,code.jsonl:0.3"
+    for wrong in ("a:1,a:2", "a:0,b:1"):
+        with fails("every source once"):
+            split_mixture(wrong)
 
 
 # --- shuffled windows

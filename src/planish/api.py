@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from planish import single_cuts
 from planish.calibrate.cache import tokenize
-from planish.calibrate.text import eval_windows, fingerprint, load_tokens, sample_windows
+from planish.calibrate.text import eval_windows, fingerprint, interleave, load_tokens, sample_windows, share_out
 from planish.compression import Calibration, Destination, Shared, pick_dtype
 from planish.compression import compress as run
 from planish.core import Progress
@@ -39,7 +40,18 @@ from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
 from planish.methods.method import Method
-from planish.request import LIMITS, RECIPE, TEXT, Request, Text, check_number, label, name_beside, takes
+from planish.mixture import join_mixture, split_mixture
+from planish.request import (
+    LIMITS,
+    RECIPE,
+    TEXT,
+    Request,
+    Text,
+    check_number,
+    label,
+    name_beside,
+    takes,
+)
 from planish.solvers.offload import offload
 
 __all__ = [
@@ -49,6 +61,7 @@ TEXT_AND_DEVICE = ("calibration", *TEXT, "device", "dtype")  # options of what o
 N_SAMPLES = 128  # unless told; fewer where the text has fewer
 
 
+@torch.inference_mode(mode=False)  # some methods differentiate
 @takes()
 @owning
 def compress(
@@ -120,6 +133,7 @@ def write_recipe(request: Request, method: Method, source: FolderSource, text: C
     return Request(**({n: getattr(request, n) for n in RECIPE} | filled)).moved(partial(name_beside, output)).text()
 
 
+@torch.inference_mode(mode=False)  # some methods differentiate
 @takes()
 def forecast(
     model: str | Path | nn.Module,
@@ -195,6 +209,7 @@ def eora(
     )  # fmt: skip
 
 
+@torch.inference_mode(mode=False)  # some methods differentiate
 @takes("method", "settings", *TEXT_AND_DEVICE)
 def measure_effects(
     model: str | Path | nn.Module,
@@ -235,34 +250,40 @@ def default_method() -> str:
 
 
 def read_calibration(source: Source, tokenizer: Any, asked: Text, ids: Any = None, cache: bool = False) -> Calibration:
-    """Windows of a SOURCE (or of `ids`, a SOURCE in memory) for a model: tokens checked against its vocabulary, lengths
-    against its positions."""
+    """Windows of a SOURCE, of several with weights, or of `ids` (a SOURCE in memory) for a model: tokens checked against its
+    vocabulary, lengths against its positions."""
     start = time.perf_counter()
     seq_len, notes = fit_seq_len(source, asked.seq_len)
-    if tokenizer is None and isinstance(source, FolderSource):
+    if tokenizer is None and source.folder is not None:
         tokenizer = load_tokenizer(source.folder)
-    text = load_tokens(
-        asked.source if ids is None else ids, tokenizer, vocab_size=source.config.vocab_size,
-        tokenize=tokenize if cache else None, bos=asked.bos,
-    )  # fmt: skip
-    how, n_samples = asked.sampling or text.sampling, asked.n_samples
-    if n_samples is None:
-        held = len(text.tokens) // seq_len if how == "contiguous" else len(text.tokens) - seq_len + 1
-        n_samples = min(N_SAMPLES, max(held, 1))
-        if n_samples < N_SAMPLES:
-            notes.append(f"n_samples {n_samples}: the text holds no more {how} windows of {seq_len} tokens")
-    windows = sample_windows(text.tokens, n_samples, seq_len, asked.seed, how, text.begin)
-    record = {
-        "source": text.source,
-        "n_samples": n_samples,
+    read = partial(load_tokens, tokenizer=tokenizer, vocab_size=source.config.vocab_size, bos=asked.bos,
+                   tokenize=tokenize if cache else None)  # fmt: skip
+    parts = split_mixture(str(ids if isinstance(ids, str | Path) else asked.source))
+    counts: list[int | None] = [asked.n_samples]
+    if len(parts) > 1:
+        counts = [*share_out([*parts.values()], asked.n_samples or N_SAMPLES)]
+    windows, record = list[Tensor](), dict[str, Any]()
+    for name, count in zip(parts, counts, strict=True):
+        text = read(name if ids is None or isinstance(ids, str | Path) else ids)
+        how = asked.sampling or text.sampling
+        if count is None:
+            held = len(text.tokens) // seq_len if how == "contiguous" else len(text.tokens) - seq_len + 1
+            count = min(N_SAMPLES, max(held, 1))
+            if count < N_SAMPLES:
+                notes.append(f"n_samples {count}: the text holds no more {how} windows of {seq_len} tokens")
+        windows.append(sample_windows(text.tokens, count, seq_len, asked.seed, how, text.begin))
+        record = {"source": text.source, "sampling": how, "begins": text.policy}
+    mixed = interleave(windows)
+    if len(parts) > 1:
+        record["source"] = join_mixture(parts)
+    record |= {
+        "n_samples": len(mixed),
         "seq_len": seq_len,
         "seed": asked.seed,
-        "sampling": how,
         "bos": asked.bos,
-        "begins": text.policy,
-        "fingerprint": fingerprint(windows),
+        "fingerprint": fingerprint(mixed),
     }
-    return Calibration(windows, record, notes, time.perf_counter() - start)
+    return Calibration(mixed, record, notes, time.perf_counter() - start)
 
 
 def fit_seq_len(source: Source, seq_len: int | None) -> tuple[int, list[str]]:

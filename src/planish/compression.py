@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from planish import lanes
 from planish.apply import count_block, is_empty
-from planish.calibrate.activations import Room
+from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream, reuse_memory
@@ -116,12 +116,12 @@ def compress(
             warnings.simplefilter("always")
             stream, cache = shared.stream, shared.cache
             if stream is None:
-                room = Room(folder=writer.partial)
-                stream = Stream(source, calibrated, device=device, dtype=kind, room=room)
+                limits = MemoryLimits(folder=writer.partial)
+                stream = Stream(source, calibrated, device=device, dtype=kind, limits=limits)
             elif calibrated is not windows:
                 stream = stream.part(calibrated)
             if calibrated is not windows and isinstance(cache, Cache):
-                cache = cache.beside(stream)
+                cache = cache.sibling(stream)
             opened = open_cache(stream) if cache is True else cache or None
             problem = pose(
                 method, source, request, step=request.round_to, target=request.target, measured=measured,

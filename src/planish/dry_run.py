@@ -133,15 +133,15 @@ def forecast(
     try:
         planned, measured = make_plan(method, problem, measure), False
     except TextNeeded:
-        if isinstance(source, ConfigSource):
+        if (whole := source.whole if isinstance(source, ConfigSource) else source) is None:
             raise InputError(
                 f"{method.name} chooses its ranks by statistics, and {source.name} holds no weights to measure them with: "
                 "plan from the whole model, or with ranks from shapes alone (--set allocation=uniform, where the method has it)"
             ) from None
         windows = read()
-        check_windows(windows, source)
+        check_windows(windows, whole)
         size = (windows.shape[0], windows.shape[1])
-        stream = Stream(source, shuffle_windows(windows, method.shuffled), device=device, dtype=dtype)
+        stream = Stream(whole, shuffle_windows(windows, method.shuffled), device=device, dtype=dtype)
         measure = Measurements(stream, measure.cache, progress)
         check_tokens(method, problem, windows, settings or {})
         planned, measured = make_plan(method, problem, measure), True
@@ -283,8 +283,8 @@ def estimate(
         shelved=shelved,
         backward=measured and any(t.site.startswith("grad:") for t in dense_taps(problem, shape.block)),
         accelerator=stream.device.type != "cpu",
-        activation_limit=stream.room.limit,
-        near=stream.room.near,
+        activation_limit=stream.limits.limit,
+        near=stream.limits.device_limit,
     )
     here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
     rates = measure_rates(here, torch.float32 if here != stream.device else stream.dtype, shape, size[1])
@@ -336,7 +336,9 @@ def list_starts(job: Job, shape: Shape, size: tuple[int, int], stage: Sequence[U
     if job.planned.prefix == "dense" or stream.device.type != "cpu" or one_batch:
         return set()
     number = stream.dtype.itemsize * size[1] * windows
-    fits = number * (2 * shape.intermediate + shape.hidden) <= stream.room.limit  # about: what else is held then varies
+    fits = (
+        number * (2 * shape.intermediate + shape.hidden) <= stream.limits.limit
+    )  # about: what else is held then varies
     kept = {"attention"} | ({"mlp"} if fits and stream.family.mlp else set())
     return {n for n in kept if {u.name for u in stage} <= BEHIND[n]}
 
@@ -353,7 +355,7 @@ def count_kept(job: Job, tokens: int) -> tuple[int, int]:
     refit = planned.refit(windows) < windows
     stored = [set(dense_taps(problem, s.block)) & stored_taps(problem, s.block, refit) for s in problem.shapes]
     statistics = sum(8 * count_sums(s, own) for s, own in zip(problem.shapes, stored, strict=True))
-    kept = min(inputs + statistics, stream.room.shelf.limit)
+    kept = min(inputs + statistics, stream.limits.stored.limit)
     return kept, inputs + statistics - kept
 
 

@@ -78,7 +78,7 @@ def evaluate(
         place = None if device is None else find_device(device)
     else:
         place = find_device(device or "auto")
-        folder = find_folder(model)
+        folder = find_folder(model, weights=False)
         config = load_config(folder)  # before the weights: wrong text is found at once
         tokenizer = tokenizer or load_tokenizer(folder)
         found = read(tokenizer, vocab_size=config.vocab_size)
@@ -120,7 +120,9 @@ def compare(
 
     Both are in memory at once. Arguments as in `evaluate`; the text is split by the first model's tokenizer.
     """
-    tokenizer = tokenizer or (None if isinstance(model, nn.Module) else load_tokenizer(find_folder(model)))
+    tokenizer = tokenizer or (
+        None if isinstance(model, nn.Module) else load_tokenizer(find_folder(model, weights=False))
+    )
     lm, other = (m if isinstance(m, nn.Module) else load_to_measure(m, device, dtype) for m in (model, dense))
 
     def watch(phase: str) -> Callable[[int, int], None] | None:
@@ -154,7 +156,7 @@ def evaluate_tasks(
 ) -> list[Score]:
     """Zero-shot accuracies on local .jsonl files and lm_eval's tasks (see `planish.evaluate.tasks`)."""
     if not isinstance(model, nn.Module):
-        tokenizer = tokenizer or load_tokenizer(find_folder(model))
+        tokenizer = tokenizer or load_tokenizer(find_folder(model, weights=False))
         model = load_to_measure(model, device, dtype)
     show = None if progress is None else lambda done, total: progress("examples", done, total)
     return tasks_file.evaluate_tasks(model, tokenizer, tasks, limit=limit, progress=show)
@@ -172,7 +174,9 @@ def answer_both(
 ) -> list[agreement.Answer]:
     """What both models write greedily to prompts (texts, or a .txt or .jsonl file of them), side by side."""
     asked = agreement.read_prompts(Path(prompts)) if isinstance(prompts, str | Path) else [*prompts]
-    tokenizer = tokenizer or (None if isinstance(model, nn.Module) else load_tokenizer(find_folder(model)))
+    tokenizer = tokenizer or (
+        None if isinstance(model, nn.Module) else load_tokenizer(find_folder(model, weights=False))
+    )
     if tokenizer is None:
         raise InputError("answers need a tokenizer, and the model has none beside it")
     lm, other = (m if isinstance(m, nn.Module) else load_to_measure(m, device, dtype) for m in (model, dense))
@@ -184,7 +188,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | 
 
     Further keywords go to transformers' `from_pretrained`; with `device_map` it decides where the model lies, not `device`.
     """
-    kind = find_dtype(dtype)
+    kind = dtype if dtype == "auto" else find_dtype(dtype)
     place = find_device(device)
     model = loading.load(folder, **({} if kind is None else {"dtype": kind}), **kwargs)
     return model if kwargs.get("device_map") is not None else model.to(place)

@@ -16,6 +16,7 @@ from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.source import Source
 from planish.folder.writer import Writer
 from planish.methods.method import Method
+from planish.mixture import join_mixture, split_mixture
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.request import label, show
@@ -109,8 +110,10 @@ def write_manifest(
 
 def name_only(name: str) -> str:
     """What to call a model or a text in files that are published: a local one by its last name alone."""
-    path = Path(name).expanduser()
-    return path.resolve().name if name and (path.is_absolute() or path.exists()) else name
+    shares = split_mixture(name)
+    paths = {s: Path(s).expanduser() for s in shares if s}
+    short = {s: p.resolve().name if p.is_absolute() or p.exists() else s for s, p in paths.items()}
+    return join_mixture({short.get(s, s): w for s, w in shares.items()})
 
 
 def make_card(manifest: dict[str, Any]) -> str:

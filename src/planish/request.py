@@ -30,6 +30,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from planish.errors import InputError
+from planish.mixture import join_mixture, split_mixture
 
 VERSION = 1  # of recipes
 TOGETHER = 2  # budgets that can hold at the same time
@@ -38,7 +39,8 @@ SHARES = {
 }  # fmt: skip
 LIMITS = ("keep", "kv_keep", "flops_keep", "max_params", "max_bytes", "max_latency")
 NAMED_TEXTS = ("builtin", "wikitext2", "c4")
-SOURCE_HELP = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field text), .parquet, .npy (token ids)"
+SOURCE_HELP = "builtin, wikitext2, c4, or a file: .txt, .jsonl (text or messages), .parquet, .npy (token ids)"
+MIXTURE_HELP = f"{SOURCE_HELP}; several with weights: c4:0.5,chat.jsonl:0.5"
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 BYTES = {"": 1, "B": 1} | {
     p + s: b**n for n, p in enumerate("KMGT", 1) for s, b in (("", 1000), ("B", 1000), ("iB", 1024))
@@ -200,7 +202,7 @@ class Limits(Strict):
 class Text(Strict):
     """Where calibration windows come from: `n_samples` of `seq_len` tokens."""
 
-    source: str = option("builtin", SOURCE_HELP, metavar="SOURCE")
+    source: str = option("builtin", MIXTURE_HELP, metavar="SOURCE")
     n_samples: int | None = option(
         None, "calibration windows", shown="128", least=1, bounds={"ge": 1},
         refusal="cannot sample windows · got n_samples {value} · expected 1 or more",
@@ -293,8 +295,9 @@ class Request(Limits):
 
     def moved(self, change: Callable[[str], str]) -> Request:
         """The same with other names of the model's and the text's files."""
-        text = self.calibration.source
-        calibration = self.calibration.model_copy(update={"source": text if text in NAMED_TEXTS else change(text)})
+        shares = split_mixture(self.calibration.source)
+        text = join_mixture({s if s in NAMED_TEXTS else change(s): w for s, w in shares.items()})
+        calibration = self.calibration.model_copy(update={"source": text})
         return self.model_copy(update={"model": change(self.model), "calibration": calibration})
 
 
@@ -390,11 +393,3 @@ def name_beside(folder: Path, name: str) -> str:
         return name
     found = os.path.relpath(path, folder)  # as written; through links the way back may be another
     return found if os.path.realpath(folder / found) == os.path.realpath(path) else str(path.resolve())
-
-
-def find_papers() -> dict[str, Path]:
-    """Name → file of the papers' recipes."""
-    for folder in (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes"):
-        if (folder / "papers").is_dir():
-            return {p.stem: p for p in sorted((folder / "papers").glob("*.yaml"))}
-    return {}

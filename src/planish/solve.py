@@ -154,7 +154,7 @@ class Walk:
         """None where runs of a block reuse nothing: copies to another device would take longer than what they save."""
         n = len(self.stream.pieces)
         saves = self.sequential and n > 1 and self.stream.device.type == "cpu"
-        return Reuse(self.stream.room, n) if saves else None
+        return Reuse(self.stream.limits, n) if saves else None
 
     def run_beside(self, i: int, block: nn.Module, hidden: Hidden, units: list[Unit]) -> Beside:
         """The uncompressed block i and its inputs; run already where all that solving these units sees of it can be kept."""

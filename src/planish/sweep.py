@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from planish import api
-from planish.calibrate.activations import Room
+from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import Text as Tokens
@@ -274,9 +274,9 @@ class Runner:
     def shared(self) -> Shared:
         """The model's stream over the calibration windows and what it found: points use it again."""
         kind = api.find_dtype(self.asked.dtype) or pick_dtype(self.source, self.asked.device)
-        room = Room(folder=self.folder)
-        stream = Stream(self.source, self.text.windows, device=self.asked.device, dtype=kind, room=room)
-        memory = room.limit // 2
+        limits = MemoryLimits(folder=self.folder)
+        stream = Stream(self.source, self.text.windows, device=self.asked.device, dtype=kind, limits=limits)
+        memory = limits.limit // 2
         return Shared(stream, (open_cache(stream, memory) if self.cached else None) or Cache(memory=memory))
 
     def load(self, folder: str | Path) -> Any:

@@ -15,27 +15,27 @@ from torch import Tensor
 
 from planish import lanes
 
-KEPT = 64 << 20  # bytes
+STORED = 64 << 20  # bytes
 
 
-class Room:
+class MemoryLimits:
     """How many bytes all activations of one stream may hold in memory, and where the rest goes.
 
     Default: a quarter of the machine's memory, shared with the other processes on it; files in `folder` (the system's
-    temporary one by default) have no name and vanish with the process, however it ends. `kept`: the limit of what is
-    kept for all blocks at once. `near`: bytes that may stay on an accelerator, see `find_near`.
+    temporary one by default) have no name and vanish with the process, however it ends. `stored`: the limit of what is
+    stored of all blocks at once. `device_limit`: bytes that may stay on an accelerator, see `find_device_limit`.
     """
 
-    def __init__(self, limit: int | None = None, folder: Path | None = None, kept: int = KEPT):
+    def __init__(self, limit: int | None = None, folder: Path | None = None, stored: int = STORED):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.limit = memory // 4 // lanes.neighbours() if limit is None else limit
-        self.folder, self.used, self.kept = folder, 0, kept
-        self.near, self.near_used = 0, 0
+        self.folder, self.used, self.stored_limit = folder, 0, stored
+        self.device_limit, self.device_used = 0, 0
 
     @cached_property
-    def shelf(self) -> Room:
-        """The room of what is kept for all blocks at once: their inputs, their statistics."""
-        return Room(min(self.limit, self.kept), self.folder)
+    def stored(self) -> MemoryLimits:
+        """The limits of what is stored of all blocks at once: their inputs, their statistics."""
+        return MemoryLimits(min(self.limit, self.stored_limit), self.folder)
 
 
 class Activations(Sequence[Tensor]):
@@ -45,11 +45,11 @@ class Activations(Sequence[Tensor]):
     Plain reads and writes, no memory map: mapped pages would count as resident.
     """
 
-    def __init__(self, room: Room, tensors: Iterable[Tensor] = ()):
-        self.room, self.held = room, [0, 0]
+    def __init__(self, limits: MemoryLimits, tensors: Iterable[Tensor] = ()):
+        self.limits, self.held = limits, [0, 0]
         self.items: list[Tensor | tuple[int, torch.dtype, torch.Size]] = []
         self.file: Any = None
-        weakref.finalize(self, release, room, self.held)
+        weakref.finalize(self, release, limits, self.held)
         for t in tensors:
             self.append(t)
 
@@ -59,19 +59,19 @@ class Activations(Sequence[Tensor]):
     def append(self, tensor: Tensor) -> None:
         tensor = tensor.detach()
         size = tensor.numel() * tensor.element_size()
-        if not tensor.is_cpu and self.room.near_used + size <= self.room.near:
-            self.room.near_used += size
+        if not tensor.is_cpu and self.limits.device_used + size <= self.limits.device_limit:
+            self.limits.device_used += size
             self.held[1] += size
             self.items.append(tensor if tensor.untyped_storage().nbytes() == size else tensor.clone())
             return
         tensor = tensor.to("cpu")
-        if self.room.used + size <= self.room.limit:
-            self.room.used += size
+        if self.limits.used + size <= self.limits.limit:
+            self.limits.used += size
             self.held[0] += size
             self.items.append(tensor)
             return
         if self.file is None:
-            self.file = tempfile.TemporaryFile(dir=self.room.folder)  # noqa: SIM115
+            self.file = tempfile.TemporaryFile(dir=self.limits.folder)  # noqa: SIM115
         start = self.file.seek(0, os.SEEK_END)
         self.file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self.items.append((start, tensor.dtype, tensor.shape))
@@ -92,12 +92,12 @@ class Activations(Sequence[Tensor]):
         return tensor
 
 
-def release(room: Room, held: list[int]) -> None:
-    room.used -= held[0]
-    room.near_used -= held[1]
+def release(limits: MemoryLimits, held: list[int]) -> None:
+    limits.used -= held[0]
+    limits.device_used -= held[1]
 
 
-def find_near(device: torch.device) -> int:
+def find_device_limit(device: torch.device) -> int:
     """Bytes of activations that may stay on this device: a quarter of its memory; none on what is not here."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 0

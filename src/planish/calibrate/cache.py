@@ -56,13 +56,13 @@ class Cache:
         self.files: dict[str, tuple[Path, list[str]]] = {}  # record → its file and the names of its tensors
         self.checked: set[Path] = set()
         self.others: dict[str, Cache] = {}
-        self.family = [self]  # all that were opened beside one another; none makes room by another's files
+        self.family = [self]  # all that were opened as siblings; none makes room by another's files
         if lanes.count() > 1:  # several writers; every process would have to find the same
             self.folder, self.memory = None, 0
         if self.folder is not None:
             self.open(self.folder)
 
-    def beside(self, stream: Stream) -> Cache:
+    def sibling(self, stream: Stream) -> Cache:
         """The cache of the same kind for other windows, always the same one for the same; it takes half of the memory left."""
         key = fingerprint(torch.cat(stream.batches))
         if key not in self.others:

@@ -44,7 +44,7 @@ def measure_block(
 
     `dense`: the uncompressed block and its own inputs, for sites with the prefix "dense:", or what `capture` saw there.
     """
-    results = Activations(stream.room)
+    results = Activations(stream.limits)
     own_sites = {s for t in taps for s in t.sites if ":" not in s}
     dense_sites = {s.removeprefix("dense:") for t in taps for s in t.sites if s.startswith("dense:")}
     gaps = {s.removesuffix(".gap") for s in own_sites if s.endswith(".gap")}
@@ -86,7 +86,7 @@ def capture(
     stream: Stream, i: int, block: nn.Module, sites: set[str], hidden: Hidden, outputs: bool = True
 ) -> tuple[dict[str, Hidden], Hidden]:
     """What is seen at these sites of block i in one run over all batches, and its outputs (none without `outputs`)."""
-    found, results = {s: Activations(stream.room) for s in sorted(sites)}, Activations(stream.room)
+    found, results = {s: Activations(stream.limits) for s in sorted(sites)}, Activations(stream.limits)
     for n in range(len(hidden)):
         with tap_sites(block, stream.family, sites, not outputs) as seen, suppress(AllSeen):
             results.append(stream.forward(i, block, fetch(hidden, n, stream.device)))
@@ -131,7 +131,7 @@ def sum_lane(
 ) -> tuple[Stats, dict[Tap, Activations]]:
     """(Sums of one lane's batches for the narrow taps, their inputs for the wide Grams)."""
     sums = Stats()
-    inputs = {t: Activations(stream.room) for t in wide}
+    inputs = {t: Activations(stream.limits) for t in wide}
     for n, piece in enumerate(stream.pieces):
         if piece.lane != lane:
             continue

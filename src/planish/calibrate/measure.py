@@ -37,7 +37,7 @@ class Measurements:
     def __init__(self, stream: Stream, cache: Cache | None = None, progress: Progress | None = None):
         self.stream, self.progress = stream, progress
         self.cache = cache or Cache()  # of the uncompressed model's statistics and predictions, across runs
-        self.stored = Store(stream.room)  # per block, what a plan has measured and the solve uses again
+        self.stored = Store(stream.limits)  # per block, what a plan has measured and the solve uses again
         self.shapes: list[Shape] = [stream.source.shape(i) for i in range(len(stream))]
         self.seconds: dict[str, float] = {}
         self._inner: list[float] = []  # per running phase: seconds of the phases inside it
@@ -115,15 +115,15 @@ def sweep_forward(stream: Stream, taps: Taps, edits: Edits | None = None) -> Mea
 def sweep_back(stream: Stream, taps: Taps, edits: Edits | None = None, seed: int = 0) -> Measured:
     """Forwards keeping every block's inputs, then backwards from sampled labels: the last block comes first.
 
-    Each block is recomputed from its kept inputs (in memory up to the room's `kept`, then on disk); forward sites and
+    Each block is recomputed from its kept inputs (in memory up to the limit of what is stored, then on disk); forward sites and
     "grad:" sites are measured together. `edits`: of the model that these edits make.
     """
     edits = edits or {}
     inputs = [stream.start()]
     for i in range(len(stream)):
-        inputs.append(stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), inputs[-1], stream.room.shelf))
+        inputs.append(stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), inputs[-1], stream.limits.stored))
     last = zip(stream.pieces, inputs.pop(), strict=True)
-    gradients: Hidden = Activations(stream.room, (output_gradient(stream, h, seed, p.first) for p, h in last))
+    gradients: Hidden = Activations(stream.limits, (output_gradient(stream, h, seed, p.first) for p, h in last))
     stream.release()
     for i in reversed(range(len(stream))):
         block, uncut = stream.block(i, edits.get(i, ())), stream.place(stream.block(i)) if edits.get(i) else None
@@ -149,7 +149,7 @@ def measure_back(
     times *its* weight all the same.
     """
     hidden, into = ends
-    placed, earlier = stream.place(block).requires_grad_(False), Activations(stream.room)
+    placed, earlier = stream.place(block).requires_grad_(False), Activations(stream.limits)
     forward = {s.removeprefix("dense:") for t in taps for s in t.sites if not s.startswith("grad:")}
     wanted = {s.removeprefix("grad:") for t in taps for s in t.sites if s.startswith("grad:")}
     weights: dict[str, Tensor] = {}  # "<role>.back" → the weight that its gradient goes through

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planish.calibrate.activations import Activations, Room
+from planish.calibrate.activations import Activations, MemoryLimits
 from planish.modelling.blocks import get_linear, has_linear
 from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
@@ -33,12 +33,12 @@ class Part(NamedTuple):
 class Reuse:
     """What `o` and `down` read in all `batches` of one block, kept from run to run.
 
-    Inputs of `o` go to disk where they do not fit the room; those of `down`, which are wider and can be had from those of
+    Inputs of `o` go to disk where they do not fit into memory; those of `down`, which are wider and can be had from those of
     `o`, are kept where they fit twice.
     """
 
-    def __init__(self, room: Room, batches: int):
-        self.starts = {name: Start(room, batches, spill=name == "attention") for name in LAST}
+    def __init__(self, limits: MemoryLimits, batches: int):
+        self.starts = {name: Start(limits, batches, spill=name == "attention") for name in LAST}
         self.active: set[str] = set(LAST)
 
     def enter(self, solved: Sequence[str] = ()) -> Reuse | None:
@@ -76,8 +76,8 @@ class Start:
     rounds the last few numbers of a tensor in another way than the rest. So nothing is kept where neurons are taken away.
     """
 
-    def __init__(self, room: Room, batches: int, spill: bool = True):
-        self.room, self.batches, self.spill = room, batches, spill
+    def __init__(self, limits: MemoryLimits, batches: int, spill: bool = True):
+        self.limits, self.batches, self.spill = limits, batches, spill
         self.forget()
 
     def forget(self) -> None:
@@ -85,7 +85,7 @@ class Start:
         self.start()
 
     def start(self) -> None:
-        self.fresh = Activations(self.room)
+        self.fresh = Activations(self.limits)
         self.same = False
         self.fits = True
         self.result: Callable[[Tensor], Any] | None = None  # the linear's output → what the submodule returns
@@ -119,7 +119,7 @@ class Start:
             self.same = self.kept is not None and torch.equal(self.kept[0], x)
             if not self.same:
                 self.kept = None
-                free = self.room.limit - self.room.used
+                free = self.limits.limit - self.limits.used
                 self.fits = x.is_contiguous() and (self.spill or 2 * self.batches * x.nbytes <= free)
         if not self.same and self.fits:
             self.fresh.append(x)

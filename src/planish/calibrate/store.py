@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 
-from planish.calibrate.activations import Activations, Room
+from planish.calibrate.activations import Activations, MemoryLimits
 from planish.stats import Stats, Tap
 
 
 class Store(MutableMapping[int, Stats]):
     """Block → its statistics; what is read is not to be changed.
 
-    Shares the memory that `room` allows what is stored of all blocks with the stream's block inputs. The same bits come
+    Shares the memory that `limits` allow what is stored of all blocks with the stream's block inputs. The same bits come
     back from memory and from the file.
     """
 
-    def __init__(self, room: Room):
-        self.tensors = Activations(room.shelf)
+    def __init__(self, limits: MemoryLimits):
+        self.tensors = Activations(limits.stored)
         self.places: dict[int, tuple[dict[Tap, dict[str, int]], dict[Tap, int], str]] = {}
 
     def __setitem__(self, i: int, stats: Stats) -> None:

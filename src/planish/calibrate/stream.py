@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from planish import lanes
 from planish.apply import apply_edits
-from planish.calibrate.activations import Activations, Room, fetch, find_near
+from planish.calibrate.activations import Activations, MemoryLimits, fetch, find_device_limit
 from planish.calibrate.reuse import Reuse, lead
 from planish.core import Edit, Shape, Weights
 from planish.folder.source import Source
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
 
 class Stream:
-    """Blocks and calibration activations of one model. `windows` (n, seq) token ids; `room` for activations."""
+    """Blocks and calibration activations of one model. `windows` (n, seq) token ids; `limits` of its activations."""
 
     def __init__(
         self,
@@ -53,10 +53,15 @@ class Stream:
         *,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-        room: Room | None = None,
+        limits: MemoryLimits | None = None,
     ):
-        self.source, self.device, self.dtype, self.room = source, torch.device(device), dtype, room or Room()
-        self.room.near = find_near(self.device)
+        self.source, self.device, self.dtype, self.limits = (
+            source,
+            torch.device(device),
+            dtype,
+            limits or MemoryLimits(),
+        )
+        self.limits.device_limit = find_device_limit(self.device)
         self.family: Family = source.family
         self.model = source.skeleton()
         for p in self.model.parameters():  # not buffers: rotary frequencies stay fp32
@@ -133,7 +138,7 @@ class Stream:
     @torch.no_grad()
     def start(self) -> Hidden:
         """Inputs of block 0 for every batch; remembers each block's call arguments per batch size."""
-        inputs = Activations(self.room)
+        inputs = Activations(self.limits)
         names = list(inspect.signature(type(self.blocks[0]).forward).parameters)[2:]  # after self and hidden states
 
         def record(i: int, hidden: Tensor, *args, **kwargs) -> Tensor:
@@ -187,10 +192,10 @@ class Stream:
 
     @torch.no_grad()
     def run(
-        self, i: int, block: nn.Module, hidden: Hidden, room: Room | None = None, reuse: Reuse | None = None
+        self, i: int, block: nn.Module, hidden: Hidden, limits: MemoryLimits | None = None, reuse: Reuse | None = None
     ) -> Hidden:
-        """All batches through block i; the outputs lie in `room`, unless told the stream's."""
-        outputs = Activations(room or self.room)
+        """All batches through block i; the outputs count against `limits`, unless told the stream's."""
+        outputs = Activations(limits or self.limits)
         for n in range(len(hidden)):
             with lead(reuse, n, block, self.family):
                 outputs.append(self.forward(i, block, fetch(hidden, n, self.device)))

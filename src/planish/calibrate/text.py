@@ -233,6 +233,25 @@ def shuffle_windows(windows: Tensor, share: float) -> Tensor:
     return windows
 
 
+def share_out(shares: Sequence[float], n: int) -> list[int]:
+    """n as whole numbers in proportion to the shares, by largest remainders; each at least 1 (InputError where n is too small)."""
+    exact = [s / sum(shares) * n for s in shares]
+    found = [max(1, int(e)) for e in exact]
+    for i in sorted(range(len(shares)), key=lambda i: int(exact[i]) - exact[i])[: max(0, n - sum(found))]:
+        found[i] += 1
+    if sum(found) != n:
+        raise InputError(
+            f"{n} windows are too few for weights {', '.join(f'{s:g}' for s in shares)}: use more --n-samples"
+        )
+    return found
+
+
+def interleave(parts: Sequence[Tensor]) -> Tensor:
+    """Windows (n_i, seq) of several texts as one sequence (Σ n_i, seq), each text's spread evenly over all of it."""
+    places = [(i + 0.5) / len(p) for p in parts for i in range(len(p))]
+    return torch.cat([*parts])[sorted(range(len(places)), key=places.__getitem__)]
+
+
 def eval_windows(tokens: Tensor, seq_len: int, begin: int | None = None) -> Tensor:
     """``tokens`` (n,) as windows side by side (about n / seq_len, seq_len); the tail is dropped. ``begin``: see `cut_window`."""
     _check_length(tokens, seq_len)

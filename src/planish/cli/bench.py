@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from planish.cli import options as o
 from planish.cli.run import format_bytes, make_table, session
+
+if TYPE_CHECKING:
+    from planish.evaluate.speed import Speed
 
 
 @o.asks(*o.COMPUTE)
@@ -49,29 +54,29 @@ def bench(
             compile=compiled,
             progress=lambda done, total: run.progress("runs", done, total),
         )
-        table = make_table(
-            "model", "batch", "prefill tok/s", "decode tok/s", "first token", "weights", "KV cache", "peak"
+        run.give(
+            {"runs": [asdict(r) for r in rows]},
+            make_speeds(rows, against),
+            "median (lowest–highest); models run in turns",
         )
-        dense = {r.batch_size: r for r in rows if r.model == against}
-        short = {name: Path(name).resolve().name for name in models}
-        short = short if len(set(short.values())) == len(short) else {name: name for name in models}
-        for r in rows:
-            base = dense.get(r.batch_size)
-            compared = base is not None and r.model != against
 
-            def rate(name: str, r=r, base=base, compared=compared) -> str:
-                s = getattr(r, name)
-                times = f" ×{s.median / getattr(base, name).median:.2f}" if compared else ""
-                return f"{s.median:,.0f} ({s.low:,.0f}–{s.high:,.0f}){times}"
 
-            table.add_row(
-                escape(short[r.model]),
-                str(r.batch_size),
-                rate("prefill_tokens_per_s"),
-                rate("decode_tokens_per_s"),
-                f"{r.time_to_first_token_s.median * 1000:.1f} ms",
-                format_bytes(r.weight_bytes),
-                format_bytes(r.kv_bytes),
-                format_bytes(r.peak_bytes),
-            )
-        run.give({"runs": [asdict(r) for r in rows]}, table, "median (lowest–highest); models run in turns")
+def make_speeds(rows: Sequence[Speed], against: str | None) -> Table:
+    """A row per model and batch size; rates also as multiples of the dense model's."""
+    columns = ("batch", "prefill tok/s", "decode tok/s", "first token", "weights", "KV cache", "peak")
+    table = make_table("model", *columns)
+    dense = {r.batch_size: r for r in rows if r.model == against}
+    short = {r.model: Path(r.model).resolve().name for r in rows}
+    short = short if len(set(short.values())) == len(short) else {name: name for name in short}
+
+    def rate(r: Speed, name: str) -> str:
+        s, base = getattr(r, name), dense.get(r.batch_size)
+        times = f" ×{s.median / getattr(base, name).median:.2f}" if base and r.model != against else ""
+        return f"{s.median:,.0f} ({s.low:,.0f}–{s.high:,.0f}){times}"
+
+    for r in rows:
+        rates = [rate(r, name) for name in ("prefill_tokens_per_s", "decode_tokens_per_s")]
+        first = f"{r.time_to_first_token_s.median * 1000:.1f} ms"
+        sizes = [format_bytes(n) for n in (r.weight_bytes, r.kv_bytes, r.peak_bytes)]
+        table.add_row(escape(short[r.model]), str(r.batch_size), *rates, first, *sizes)
+    return table

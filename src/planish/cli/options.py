@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin,
 
 import typer
 
+from planish import request
 from planish.errors import InputError
 from planish.request import FIELDS, LIMITS, Limits, find_default, label, read_extra
 
@@ -18,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 BUDGETS = tuple(Limits.model_fields)
-TEXT = ("calibration", "n_samples", "seq_len", "seed", "sampling", "bos")
+TEXT = ("calibration", *request.TEXT)
 COMPUTE = ("device", "dtype")
 
 ModelArgument = Annotated[

@@ -21,7 +21,7 @@ def reproduce(
     """Run a paper's recipe and print what is measured beside what was published."""
     with session(as_json) as run:
         from planish.errors import InputError
-        from planish.request import find_papers, read_recipe
+        from planish.request import read_recipe
 
         papers = find_papers()
         if name is None:
@@ -70,3 +70,11 @@ def reproduce(
 def find_factor(value: float | None, dense: float | None, factor: float | None) -> float | None:
     """How many times the dense perplexity was published, given or worked out."""
     return factor if value is None else None if dense is None else value / dense
+
+
+def find_papers() -> dict[str, Path]:
+    """Name → file of the papers' recipes."""
+    for folder in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes"):
+        if (folder / "papers").is_dir():
+            return {p.stem: p for p in sorted((folder / "papers").glob("*.yaml"))}
+    return {}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planish.calibrate.text import eval_windows
+from planish.folder.config import is_compressed
 from planish.modelling.blocks import find_blocks
 from planish.modelling.families import FAMILIES
 
@@ -46,7 +47,7 @@ def choose_windows(tokens: Tensor, seq_len: int, vocabulary: int, begin: int | N
 def trace(model: nn.Module, windows: Tensor) -> Trace:
     """Run a dense or compressed causal LM and keep what its blocks put out."""
     config = model.config.get_text_config()
-    family = FAMILIES[config.planish["family"] if getattr(config, "planish", None) else config.model_type]
+    family = FAMILIES[config.planish["family"] if is_compressed(config) else config.model_type]
     seen: list[Tensor] = []
 
     def see(module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:

@@ -9,7 +9,7 @@ from planish.errors import InputError
 from planish.folder.config import load_config
 from planish.folder.weights import index_tensors
 
-PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py", "*.gguf"]
+PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py", "*.gguf", "*.tiktoken"]
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str | None = None) -> str:

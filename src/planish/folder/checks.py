@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Mapping
 
 import torch
+import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from planish.errors import InputError
+from planish.folder.config import find_family
 from planish.folder.safetensors import NAMES
 from planish.folder.weights import Stored
+from planish.modelling.blocks import find_blocks
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = re.compile(  # what GPTQ, AWQ, bitsandbytes, AQLM, compressed-tensors and ModelOpt store beside or for weights
@@ -35,7 +39,7 @@ def check_tensors(
     for name in strange:
         refuse_strange(name, model, where)
     for name, tensor in asked.items():
-        entry = stored.get(name) or stored.get(tied.get(name, ""))
+        entry = stored.get(name, stored.get(tied.get(name, "")))
         if entry is None:
             raise InputError(f"tensor {name} is missing in {where}: the checkpoint is incomplete or another model's")
         if tensor.is_floating_point() and entry.dtype not in FLOATS:
@@ -80,3 +84,38 @@ def refuse_strange(name: str, model: PreTrainedModel, where: str) -> None:
 
 def name_dtype(dtype: torch.dtype) -> str:
     return NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def check_model(model: nn.Module) -> None:
+    """InputError, with what to do, for a model in memory that is no plain causal LM of a supported family."""
+    kind, wrapped = type(model).__name__, {"module": "its .module", "_orig_mod": "the model before torch.compile"}
+    for name, instead in wrapped.items():
+        if isinstance(getattr(model, name, None), nn.Module) and not isinstance(model, PreTrainedModel):
+            raise InputError(f"the model is wrapped ({kind}): give {instead}")
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"the model ({kind}) carries an adapter: merge it (merge_and_unload of peft's model) and give the result"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"the model in memory is a {kind}, not a causal language model of transformers")
+    family = find_family(model.config)
+    if not isinstance(model, getattr(transformers, family.classes[2])):
+        raise InputError(
+            f"the model in memory is a {kind}, not a causal language model: load it as {family.classes[2]} (AutoModelForCausalLM)"
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise InputError(
+                f"tensor {name} of the model in memory is not there (meta device: offloaded, or never loaded): load it without "
+                "offload, or give the folder, which is read block by block"
+            )
+        if type(tensor) not in (nn.Parameter, nn.Buffer, torch.Tensor):
+            raise InputError(
+                f"tensor {name} of the model in memory is a {type(tensor).__name__}: quantised or sharded ones are not read, give "
+                "the original model"
+            )
+    told, held = model.config.num_hidden_layers, len(find_blocks(model, family))
+    if told != held:
+        raise InputError(
+            f"the model in memory has {held} blocks, its configuration says {told}: set model.config.num_hidden_layers = {held}"
+        )

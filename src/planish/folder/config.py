@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf, open_gguf
+from planish.folder.recognise import refuse_file, refuse_unlike
 from planish.modelling import attentions as attentions_file
 from planish.modelling import blocks as blocks_file
 from planish.modelling import families as families_file
@@ -42,7 +43,8 @@ def load_config(folder: Path) -> Any:
 def read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} has no config.json: not a Hugging Face model folder")
+        refuse_file(folder)
+        refuse_unlike(folder)
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError, OSError) as error:
@@ -73,16 +75,21 @@ def find_family(config) -> Family:
             "compress the original weights, then quantise the result"
         )
     family = FAMILIES[kind]
-    if getattr(config, "add_cross_attention", False):
+    if read_declared(config, "add_cross_attention"):
         raise InputError(f"{kind} with add_cross_attention=true is not supported: only decoder-only models are")
-    if getattr(getattr(config, "attn_config", None), "clip_qkv", None):
+    if getattr(read_declared(config, "attn_config"), "clip_qkv", None):
         raise InputError(
             f"{kind} with attn_config.clip_qkv={config.attn_config.clip_qkv:g} is not supported: "
             "clipped queries, keys and values cannot be reduced linearly"
         )
-    if getattr(config, "do_layer_norm_before", True) is False:
+    if read_declared(config, "do_layer_norm_before") is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
     return family
+
+
+def read_declared(config: Any, name: str) -> Any:
+    """A field of a configuration; None where its class does not know it, whatever config.json says."""
+    return getattr(config, name) if hasattr(type(config), name) else None
 
 
 def is_compressed(config: Any) -> bool:
@@ -133,7 +140,7 @@ def write_config(
     `dense`: the uncompressed model's configuration. Returns "native" or "planish".
     """
     config = dense.to_dict()
-    for name in ("_name_or_path", "auto_map"):  # code of the source's own is not carried
+    for name in ("_name_or_path", "auto_map", "transformers_weights"):  # neither code nor files of the source's own
         config.pop(name, None)
     if len(specs) < dense.num_hidden_layers:
         config["num_hidden_layers"] = len(specs)

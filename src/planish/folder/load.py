@@ -14,10 +14,9 @@ from planish.folder.config import NO_SOFT_CAP, load_config
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.gguf_tokenizer import read_generation_config
 from planish.folder.hub import find_folder
-from planish.folder.safetensors import Shard
 from planish.folder.skeleton import set_parameter
 from planish.folder.source import open_folder
-from planish.folder.weights import index_tensors
+from planish.folder.weights import open_weights
 from planish.modelling.attentions import needs_eager
 
 
@@ -41,7 +40,8 @@ def silence() -> None:
 def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     """A causal LM from a dense or compressed folder; runs no code but planish's own and transformers'.
 
-    Its attention computes all that the configuration says, unless `attn_implementation` asks for another.
+    Its attention computes all that the configuration says, unless `attn_implementation` asks for another. `kwargs` are
+    `from_pretrained`'s.
     """
     path = find_folder(folder)
     config = load_config(path)
@@ -50,10 +50,10 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
         warnings.warn(NO_SOFT_CAP.format(f"{folder} is loaded"), stacklevel=2)
     if is_gguf(path):
         return load_gguf(path, **kwargs)
-    files = index_tensors(path)  # says what is missing, and that pickles are not read
-    if not getattr(config, "quantization_config", None):
-        for file in sorted(set(files.values())):
-            Shard(file)
+    if getattr(config, "quantization_config", None):  # transformers' own matter
+        open_weights(path)
+    else:
+        open_folder(path)  # says what is missing or not what the configuration asks for
     try:
         kwargs |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
         model, found = AutoModelForCausalLM.from_pretrained(path, **kwargs)

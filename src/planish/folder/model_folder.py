@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from planish.errors import InputError
 from planish.folder.config import is_compressed, load_config, read_layout
-from planish.folder.gguf_reader import is_gguf
+from planish.folder.hub import find_folder
 from planish.folder.weights import Stored, Weights, open_weights
 from planish.modelling.families import Family
 from planish.stats import is_finite
@@ -22,28 +23,35 @@ class ModelFolder:
 
     `names` are the tensors' names in the causal LM, whatever they are stored as; of each `dtype` and `shape` are known from
     headers, and `tensor` reads it. `config`, `family` and `specs` say what the tensors are: one spec per block, empty where
-    the block is a stock one. `path` is the folder or the GGUF file, `name` what the user called it.
+    the block is a stock one. `path` is the folder or the GGUF file, `name` what the user called
+    it. A hub id is read as far as it is needed: its configuration at once, its weights with the first question about them.
 
     Formats of weights plug in below this class, at `planish.folder.weights.open_weights`.
     """
 
-    def __init__(self, path: Path, name: str | None = None):
-        self.path, self.name = path, name or str(path)
-        if not path.is_dir() and not is_gguf(path):
-            raise InputError(f"no such model: {path} is not a folder")
-        self.config = load_config(path)
+    def __init__(self, model: str | Path):
+        self.path, self.name = find_folder(model, weights=False), str(model)
+        self.remote = not Path(model).exists()  # weights on the hub are fetched when the first is asked for
+        self.config = load_config(self.path)
         self.compressed = is_compressed(self.config)
         self.family, self.specs = read_layout(self.config)
-        self.weights = open_weights(path)
-        self._stored = match_names(self.weights.names, self.family, self.compressed)
-        self._rows = split_experts(self._stored, self.family, self.weights)
+
+    @cached_property
+    def weights(self) -> Weights:
+        return open_weights(find_folder(self.name) if self.remote else self.path)
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+        """Name → stored name; name → rows of the stored tensor, where it is a part of one."""
+        names = match_names(self.weights.names, self.family, self.compressed)
+        return names, split_experts(names, self.family, self.weights)
 
     @property
     def names(self) -> list[str]:
-        return list(self._stored)
+        return list(self._places[0])
 
     def __contains__(self, name: str) -> bool:
-        return name in self._stored
+        return name in self._places[0]
 
     @property
     def paths(self) -> list[Path]:
@@ -53,11 +61,11 @@ class ModelFolder:
     def entry(self, name: str) -> Stored:
         """`dtype` and `shape` of a tensor, from headers alone."""
         entry = self.weights.entry(self._find(name))
-        return Rows(entry.dtype, (self._rows[name][1], entry.shape[-1])) if name in self._rows else entry
+        return Rows(entry.dtype, (self._places[1][name][1], entry.shape[-1])) if name in self._places[1] else entry
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in its stored type, on the CPU; every number is finite."""
-        stored, rows = self._find(name), self._rows.get(name)
+        stored, rows = self._find(name), self._places[1].get(name)
         tensor = self.weights.read_rows(stored, *rows) if rows else self.weights.read(stored)
         if not is_finite(tensor):
             raise InputError(f"tensor {name} of {self.path} holds NaN or infinity")
@@ -65,17 +73,17 @@ class ModelFolder:
 
     def expect(self, names: Iterable[str]) -> None:
         """These tensors are read next: the system may fetch them ahead."""
-        self.weights.expect(dict.fromkeys(self._stored[n] for n in names))
+        self.weights.expect(dict.fromkeys(self._places[0][n] for n in names))
 
     def inside(self, i: int) -> list[str]:
         """Names of block i's tensors."""
         prefix = f"{self.family.blocks}.{i}."
-        return [n for n in self._stored if n.startswith(prefix)]
+        return [n for n in self._places[0] if n.startswith(prefix)]
 
     def _find(self, name: str) -> str:
-        if name not in self._stored:
+        if name not in self._places[0]:
             raise InputError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
-        return self._stored[name]
+        return self._places[0][name]
 
 
 class Rows(NamedTuple):

@@ -19,16 +19,22 @@ from planish.modelling.blocks import find_blocks, get_linear, read_layout, split
 from planish.modelling.families import Family
 
 
-def build_skeleton(config: Any, family: Family) -> PreTrainedModel:
-    """The causal LM that a configuration describes, dense or compressed; of stacked experts each has linears of its own."""
+def build_stock(config: Any, family: Family) -> PreTrainedModel:
+    """The causal LM that a configuration describes, dense or compressed, as transformers builds it."""
     try:
         if is_compressed(config):
             return AutoModelForCausalLM.from_config(config)
-        model = getattr(transformers, family.classes[2])(config)
+        return getattr(transformers, family.classes[2])(config)
     except Exception as error:  # sizes that do not fit together, or into memory
         raise InputError(f"config.json is no valid {family.model_type}: {type(error).__name__}: {error}") from None
-    for block in find_blocks(model, family):
-        split_experts(block, family)
+
+
+def build_skeleton(config: Any, family: Family) -> PreTrainedModel:
+    """The causal LM that a configuration describes; of stacked experts each has linears of its own."""
+    model = build_stock(config, family)
+    if not is_compressed(config):
+        for block in find_blocks(model, family):
+            split_experts(block, family)
     return model
 
 

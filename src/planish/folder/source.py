@@ -15,12 +15,11 @@ from transformers import PreTrainedModel
 
 from planish.core import Shape
 from planish.errors import InputError
-from planish.folder.checks import check_tensors
+from planish.folder.checks import check_model, check_tensors
 from planish.folder.config import NO_SOFT_CAP, find_family, find_stock_config, load_config
-from planish.folder.hub import find_folder
 from planish.folder.model_folder import ModelFolder
-from planish.folder.skeleton import build_empty, build_skeleton, find_embedding, read_shape, set_parameter
-from planish.folder.tokenizer import copy_files
+from planish.folder.skeleton import build_empty, build_skeleton, build_stock, find_embedding, read_shape, set_parameter
+from planish.folder.tokenizer import check_links, copy_files
 from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import find_blocks, split_block
 from planish.modelling.families import Family
@@ -35,6 +34,7 @@ class Source:
 
     config: Any
     stock_config: Any
+    folder: Path | None = None
     family: Family
     name: str
 
@@ -103,31 +103,33 @@ class Source:
 class FolderSource(Source):
     """A model folder's blocks, dense or compressed."""
 
-    def __init__(self, reader: ModelFolder):
-        self.reader, self.folder, self.name = reader, reader.path, reader.name
-        self.config, self.family, self.specs = reader.config, reader.family, reader.specs
+    folder: Path
+
+    def __init__(self, opened: ModelFolder):
+        self._opened, self.folder, self.name, self.remote = opened, opened.path, opened.name, opened.remote
+        self.config, self.family, self.specs = opened.config, opened.family, opened.specs
         self.stock_config = find_stock_config(self.config, self.family)
         self._last = -1  # block that was read last
-        prefix = f"{self.family.blocks}."
+        if not self.remote:
+            _ = self.reader
+
+    @cached_property
+    def reader(self) -> ModelFolder:
+        """The folder's tensors, which are those that its configuration asks for."""
+        prefix, reader = f"{self.family.blocks}.", self._opened
         inside = {n.removeprefix(prefix).partition(".")[0] for n in reader.names if n.startswith(prefix)}
         if self.n_blocks != len(inside):
             raise InputError(
                 f"{self.folder}/config.json says {self.n_blocks} blocks, the checkpoint holds {len(inside)}: "
                 "it is incomplete or another model's"
             )
-        entries = {n: reader.entry(n) for n in reader.names}
-        strange = check_tensors(entries, self.model, self._tied, str(self.folder))
-        self.known = [n for n in reader.names if n not in strange]
-        self._untie_if_different()
-
-    def _untie_if_different(self) -> None:
-        """A checkpoint whose configuration ties matrices that it stores with different numbers is not tied, as transformers
-        sees it."""
-        if self.config.tie_word_embeddings and HEAD in self.reader and self._embedding_name() in self.reader:
-            embedding = self.reader.tensor(self._embedding_name())
-            if not torch.equal(embedding, self.reader.tensor(HEAD)):
-                self.config.tie_word_embeddings = self.stock_config.tie_word_embeddings = False
-                del self.empty, self.model, self._tied
+        check_tensors({n: reader.entry(n) for n in reader.names}, self.model, self._tied, str(self.folder))
+        pair = (self._embedding_name(), HEAD)
+        both = self.config.tie_word_embeddings and all(n in reader for n in pair)
+        if both and not is_same(*map(reader.tensor, pair)):  # then transformers does not tie them either
+            self.config.tie_word_embeddings = self.stock_config.tie_word_embeddings = False
+            del self.empty, self.model, self._tied
+        return reader
 
     @property
     def stored(self) -> torch.dtype:
@@ -140,6 +142,7 @@ class FolderSource(Source):
         return build_empty(self.config, self.family)
 
     def skeleton(self) -> PreTrainedModel:
+        _ = self.reader
         return copy.deepcopy(self.model)
 
     def block(self, i: int) -> nn.Module:
@@ -164,13 +167,18 @@ class FolderSource(Source):
         names = (self._embedding_name(), HEAD)
         return dict(zip(names, reversed(names))) if self.config.tie_word_embeddings else {}
 
+    def _known(self) -> list[str]:
+        """Names of the stored tensors that are the model's."""
+        known = self.model.state_dict().keys()
+        return [n for n in self.reader.names if n in known]
+
     def outside(self) -> dict[str, Tensor]:
         inside = f"{self.family.blocks}."
-        tied = self._once({n: n for n in self.known if not n.startswith(inside)})
+        tied = self._once({n: n for n in self._known() if not n.startswith(inside)})
         return {name: self.reader.tensor(stored) for name, stored in tied.items()}
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
-        entries = {n: self.reader.entry(n) for n in self.known}
+        entries = {n: self.reader.entry(n) for n in self._known()}
         return self._once({n: (math.prod(e.shape), e.dtype) for n, e in entries.items()})
 
     def count(self) -> int:
@@ -188,11 +196,11 @@ class FolderSource(Source):
 
 
 class ConfigSource(Source):
-    """A config.json without weights: enough to plan with."""
+    """A config.json without weights: enough to plan with. `whole`: the model that it is of, where its weights can be had."""
 
-    def __init__(self, folder: Path):
-        self.config, self.name = load_config(folder), str(folder)
-        self.stock_config = self.config
+    def __init__(self, folder: Path, name: str | None = None, whole: FolderSource | None = None):
+        self.config, self.name, self.whole = load_config(folder), name or str(folder), whole
+        self.stock_config, self.folder = self.config, folder
         self.family = find_family(self.config)
 
     @property
@@ -215,6 +223,7 @@ class MemorySource(Source):
     """A causal LM in memory; never changed."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
+        check_model(model)
         self.model, self.tokenizer = model, tokenizer
         self.config = self.stock_config = copy.deepcopy(model.config)
         if needs_eager(self.config) and self.config._attn_implementation == "sdpa":
@@ -222,9 +231,16 @@ class MemorySource(Source):
             warnings.warn(NO_SOFT_CAP.format("the model is calibrated"), stacklevel=4)
         self.family = find_family(self.config)
         self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        for name, p in model.named_parameters():
-            if not is_finite(p):
+        self._tensors = {n: t.detach() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+        with torch.device("meta"):
+            check_tensors(self._tensors, build_stock(self.config, self.family), {}, "the model in memory")
+        for name, tensor in self._tensors.items():
+            if not is_finite(tensor):
                 raise InputError(f"tensor {name} of the model in memory holds NaN or infinity")
+        pair = (self._embedding_name(), HEAD)
+        if self.config.tie_word_embeddings and not is_same(*(self._tensors[n] for n in pair)):
+            self.config.tie_word_embeddings = False
+            del self.empty
 
     def block(self, i: int) -> nn.Module:
         memo = {id(self.model.config): self.config}
@@ -233,17 +249,19 @@ class MemorySource(Source):
 
     def outside(self) -> dict[str, Tensor]:
         inside = f"{self.family.blocks}."
-        tensors = self.model.state_dict().items()
-        return self._once({n: t.detach().cpu() for n, t in tensors if not n.startswith(inside)})
+        return self._once({n: t.cpu() for n, t in self._tensors.items() if not n.startswith(inside)})
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
-        return self._once({n: (t.numel(), t.dtype) for n, t in self.model.state_dict().items()})
+        return self._once({n: (t.numel(), t.dtype) for n, t in self._tensors.items()})
 
     def skeleton(self) -> PreTrainedModel:
         return build_empty(self.config, self.family)
 
     def weight(self, name: str) -> Tensor:
-        return self.model.get_parameter(name).detach()
+        weight = self._tensors[name]
+        return (
+            weight.clone() if weight.is_inference() else weight
+        )  # loaded in inference mode, which nothing differentiates
 
     def copy_files(self, target: Path) -> None:
         if self.tokenizer is not None:
@@ -253,20 +271,26 @@ class MemorySource(Source):
             self.model.generation_config.to_json_file(target / "generation_config.json", keys_to_pop=["compile_config"])
 
 
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices hold the same numbers in the same type."""
+    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+
+
 def open_source(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
     """A dense model: a folder, a hub id, or a causal LM in memory."""
     if isinstance(model, Source):
         return model
     if isinstance(model, nn.Module):
         return MemorySource(model, tokenizer)
-    reader = ModelFolder(find_folder(model), str(model))
-    find_family(reader.config)  # refuses compressed ones
-    return FolderSource(reader)
+    opened = ModelFolder(model)
+    find_family(opened.config)  # refuses compressed ones
+    check_links(opened.path)
+    return FolderSource(opened)
 
 
 def open_folder(model: str | Path) -> FolderSource:
     """A dense or compressed folder or hub id."""
-    return FolderSource(ModelFolder(find_folder(model), str(model)))
+    return FolderSource(ModelFolder(model))
 
 
 def open_shapes(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
@@ -278,4 +302,7 @@ def open_shapes(model: str | Path | PreTrainedModel | Source, tokenizer: Any = N
         weights = ("*.safetensors*", "*.bin", "*.gguf")
         if (path / "config.json").is_file() and not any(f for pattern in weights for f in path.glob(pattern)):
             return ConfigSource(path)
-    return open_source(model, tokenizer)
+    source = open_source(model, tokenizer)
+    if isinstance(source, FolderSource) and source.remote:
+        return ConfigSource(source.folder, source.name, source)
+    return source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf, open_gguf
+from planish.folder.recognise import describe_files, refuse_adapter
 from planish.folder.safetensors import Shard
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Stored(Protocol):
@@ -100,35 +104,79 @@ class Shards:
 
 
 def index_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name → shard. Shard names must be plain file names inside the folder."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    """Tensor name → file, by the rules of `from_pretrained`: the file that config.json names as `transformers_weights`, else
+    model.safetensors, else the shards of model.safetensors.index.json.
+
+    Shards must be plain file names inside the folder; the files themselves may be links to anywhere.
+    """
+    refuse_adapter(folder)
+    single, index = folder / SINGLE, folder / INDEX
+    if named := read_named(folder):
+        return read_index(named) if named.name.endswith(".index.json") else list_single(named)
+    if single.is_file():
+        if index.is_file() and is_complete(index):
+            warnings.warn(
+                f"{folder} holds two sets of weights: {SINGLE}, which is read (as transformers does), and the shards of "
+                f"{INDEX}, which are not",
+                stacklevel=2,
+            )
+        return list_single(single)
+    for path in (single, index):
+        if path.is_symlink() and not path.is_file():
+            raise InputError(f"{path} is a link to {path.readlink()}, which is not there")
     if index.is_file():
-        try:
-            mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            items = {str(k): str(v) for k, v in mapping.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"cannot read {index}: {error!r}") from None
-        for shard in sorted(set(items.values())):
-            if Path(shard).name != shard or not shard.endswith(".safetensors") or "\0" in shard:
-                raise InputError(f"{index} names the shard {shard!r}: not a plain .safetensors file name")
-            check_inside(folder, folder / shard)
-            if not (folder / shard).is_file():
-                raise InputError(f"shard {shard} is missing in {folder}: download it again")
-        return {name: folder / shard for name, shard in items.items()}
-    if not single.is_file():
-        others = [p.name for p in folder.glob("*.bin")]
-        hint = f" (found {others[0]}: only safetensors are read, never pickles; convert it first)" if others else ""
-        raise InputError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{hint}")
-    check_inside(folder, single)
-    return dict.fromkeys(Shard(single).entries, single)
+        return read_index(index)
+    what = describe_files([p.name for p in folder.iterdir()])
+    raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}" + (f": it holds {what}" if what else ""))
 
 
-def check_inside(folder: Path, file: Path) -> None:
-    """A model's files lie in its folder, or in the hub cache's own store beside it."""
+def list_single(path: Path) -> dict[str, Path]:
+    return dict.fromkeys(Shard(path).entries, path)
+
+
+def read_index(index: Path) -> dict[str, Path]:
+    """Tensor name → shard."""
+    folder, items = index.parent, read_names(index)
+    for shard in sorted(set(items.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors") or "\0" in shard:
+            raise InputError(f"{index} names the shard {shard!r}: not a plain .safetensors file name")
+        path = folder / shard
+        if not path.is_file():
+            where = f": it is a link to {path.readlink()}" if path.is_symlink() else ""
+            raise InputError(f"shard {shard} is missing in {folder}{where}: download it again")
+    return {name: folder / shard for name, shard in items.items()}
+
+
+def read_names(index: Path) -> dict[str, str]:
     try:
-        target, home = file.resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot follow {file}: {error}") from None
-    if not target.is_relative_to(home) and not target.is_relative_to(home.parent.parent / "blobs"):
-        raise InputError(f"{file} is a link to {target}, outside the model's folder: copy the file there")
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(k): str(v) for k, v in mapping.items()}
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise InputError(f"cannot read {index}: {error!r}") from None
+
+
+def is_complete(index: Path) -> bool:
+    """Whether an index and all its shards are there."""
+    try:
+        return bool(read_index(index))
+    except InputError:
+        return False
+
+
+def read_named(folder: Path) -> Path | None:
+    """The file of weights that config.json names, if it does."""
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    except (ValueError, AttributeError, OSError):
+        return None
+    if name is None:
+        return None
+    if (
+        not isinstance(name, str)
+        or Path(name).name != name
+        or not name.endswith((".safetensors", ".safetensors.index.json"))
+    ):
+        raise InputError(f"{folder}/config.json names the weights {name!r}: not a plain .safetensors file name")
+    if not (folder / name).is_file():
+        raise InputError(f"{folder}/config.json names the weights {name}, which are not there")
+    return folder / name

@@ -16,6 +16,7 @@ from planish.errors import InputError
 from planish.folder.safetensors import Shard, hash_file, make_header, sync_folder, write_shard, write_text
 from planish.folder.skeleton import set_parameter
 from planish.folder.source import Source
+from planish.folder.tokenizer import TEMPLATES
 from planish.modelling.blocks import install, join_block, split_block
 from planish.modelling.families import Family
 
@@ -211,7 +212,7 @@ def list_foreign(folder: Path) -> list[Path]:
     """What is in a folder and was put there by no saver of models."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        own_folder = path.is_dir() and not path.is_symlink() and path.name in ("resume", ".cache")
+        own_folder = path.is_dir() and not path.is_symlink() and path.name in ("resume", ".cache", TEMPLATES)
         own_file = not path.is_dir() and (path.suffix in SAVED or path.name in SAVED_NAMES)
         if not (own_folder or own_file):
             found.append(path)

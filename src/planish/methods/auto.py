@@ -18,11 +18,12 @@ from planish.core import Edit, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.families import ATTENTION, MLP
-from planish.plan.allocate import Alternative, BudgetError, Curve, choose
+from planish.plan.allocate import Alternative, Curve, choose
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, stored_taps
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.scores import SCORES, correct_scores
+from planish.plan.spread import BudgetError
 from planish.solve import run_solved
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues

@@ -101,7 +101,7 @@ class ErcSVD(Method):
 
 
 def compare(stream: Stream, outputs: Hidden, dense: Hidden) -> float:
-    """Eq. 5: E‖y − ŷ‖² per token, y and ŷ (batch, seq, hidden) the last block's outputs before and after."""
+    """Alg. 3: E‖y − ŷ‖² per token, y and ŷ (batch, seq, hidden) the last block's outputs before and after."""
     squares = [(a.double() - b.double()).square().sum(-1) for a, b in zip(outputs, dense, strict=True)]
     sums = in_order(stream, [(float(x.sum()), x.numel()) for x in squares])
     return sum(s for s, _ in sums) / sum(n for _, n in sums)

@@ -305,7 +305,8 @@ def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, softc
 
 def needs_eager(config) -> bool:
     """Whether attention scores have a soft cap (gemma2): transformers' default, PyTorch's attention, leaves it out silently."""
-    return getattr(config, "attn_logit_softcapping", None) is not None
+    declared = hasattr(type(config), "attn_logit_softcapping")  # elsewhere it is a field that nobody reads
+    return declared and config.attn_logit_softcapping is not None
 
 
 def head_width(stock: nn.Module) -> int:

@@ -10,9 +10,10 @@ import torch
 from planish.core import Frontier, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.folder.source import Source
-from planish.plan.allocate import BudgetError, Choices, Curve, spread, spread_by_kind
+from planish.plan.allocate import Curve
 from planish.plan.budgets import Budget, CacheNumbers, make_budget
 from planish.plan.latency import Latency, Table, make_latency
+from planish.plan.spread import BudgetError, Choices, spread, spread_by_kind
 from planish.plan.targets import Target, constrain, fit_target
 from planish.request import Limits
 from planish.stats import Tap
@@ -100,7 +101,7 @@ class Problem:
     def spread(
         self, share: Callable[[Unit], float], by_kind: bool = False, remarks: Mapping[str, str] | None = None
     ) -> Plan:
-        """Ranks in proportion to `share`, within the budgets (see `spread`, `spread_by_kind` of `planish.plan.allocate`).
+        """Ranks in proportion to `share`, within the budgets (see `spread`, `spread_by_kind` of `planish.plan.spread`).
 
         `remarks`: said beside a refusal.
         """

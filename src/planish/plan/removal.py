@@ -276,7 +276,7 @@ def fit_window(measure: Measurements, first: int, last: int, site: str, store: b
         down = get_linear(block, stream.family, "down")
         weights = {"down": down.weight.detach()} | ({} if down.bias is None else {"down.bias": down.bias.detach()})
         placed = stream.place(block)
-        xs, rest, after = (Activations(stream.room) for _ in range(3))
+        xs, rest, after = (Activations(stream.limits) for _ in range(3))
         for h in hidden:
             with tap_sites(placed, stream.family, {site, "mlp.add"}) as seen:
                 out = stream.forward(first, placed, h)

@@ -27,7 +27,8 @@ from planish.core import Edit, Frontier, Plan, Shape, Solver, Unit, Weights
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.modelling.blocks import get_linear
-from planish.plan.allocate import BudgetError, Curve
+from planish.plan.allocate import Curve
+from planish.plan.spread import BudgetError
 from planish.stats import Stats, Tap
 
 Spec = dict[str, Any]
@@ -240,7 +241,7 @@ def constrain(target: Target, method: str, units: dict[Unit, Solver], shapes: li
         cuts = "neurons" if HELD["vo"] in target.refuses else "value dimensions or neurons"
         raise InputError(
             f"--target {target.name}: {method} gives {what} and nothing else; {why} · choose a method that cuts "
-            f"{cuts} (flat-llm, a3), or --target hf"
+            f"{cuts} (`planish methods` says which do), or --target hf"
         )
     return kept
 
@@ -255,7 +256,7 @@ def check_plan(target: Target, method: str, plan: Plan) -> None:
         raise InputError(
             f"--target {target.name}: {method} removes only the {part} of block {alone[0]}; llama.cpp's graph of this "
             "family has that only whole, and filled up again it saves nothing · choose a method that removes blocks "
-            "(shortgpt, sleb) or cuts neurons (flat-llm, a3), or --target hf"
+            "or cuts neurons (`planish methods` says which do), or --target hf"
         )
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from planish.calibrate.measure import Measurements
 from planish.plan import targets
-from planish.plan.allocate import BudgetError
 from planish.plan.frontiers import measure_frontiers
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
+from planish.plan.spread import BudgetError
 
 HELD_BY = {"attention": "vo", "ffn": "mlp"}  # a whole submodule that went → the unit of it that must be equal elsewhere
 

@@ -132,7 +132,7 @@ class TwoStageSVD(LinearSVD):
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         w = weights[unit.name].double()
         gram = stats.mean(self.gram_tap(unit))
-        losses = _Losses(self, w, gram, shape.linear(unit.name))
+        losses = TwoStages(self, w, gram, shape.linear(unit.name))
         return Frontier(unit, losses, {"losses": losses})
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
@@ -158,27 +158,31 @@ class LastRank:
         return self.last[1]
 
 
-class _Losses(LastRank, Sequence[float]):
+class TwoStages(LastRank, Sequence[float]):
     """Output error of every rank, computed when asked for: each rank has a residual of its own."""
 
     def __init__(self, solver: TwoStageSVD, w: Tensor, gram: Tensor, size: tuple[int, int]):
         self.solver, self.w, self.gram = solver, w, gram
         self.full = min(size)
-        self.residual_rank = round(solver.beta * size[0] * size[1] / sum(size))
+        alpha = (
+            size[0] * size[1] / sum(size)
+        )  # Eq. 5: the rank at which a pair holds as much as the weight, m n / (m + n)
+        self.residual_rank = round(solver.beta * alpha)
         self.low: LowRank = whitened_svd(w, gram)
 
     def __len__(self) -> int:
         return self.full + 1
 
     def find(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Alg. 2: B A = W₁ + W₂ with W₁ = [W]_{r − r_r}, W₂ = [W − W₁]_{r_r}."""
         second = min(self.residual_rank, rank - 1) if rank > 0 else 0
         b, a = self.low.at(rank - second)
         if not second:
             return b, a
         rest = self.w - b @ a
         whitened = self.solver.residual_metric == "whitened"
-        more = whitened_svd(rest, self.gram).at(second) if whitened else truncate(rest, second)
-        return torch.cat([b, more[0]], 1), torch.cat([a, more[1]])
+        more_b, more_a = whitened_svd(rest, self.gram).at(second) if whitened else truncate(rest, second)
+        return torch.cat([b, more_b], 1), torch.cat([a, more_a])
 
     def __getitem__(self, rank):  # type: ignore[override]
         if not 0 <= rank <= self.full:
