@@ -25,7 +25,7 @@ from planish.methods.modegpt import spread_removal
 from planish.methods.palu import Palu
 from planish.modelling.blocks import find_blocks, get_linear, join_block, split_block
 from planish.modelling.families import FAMILIES
-from planish.plan.footprint import count_attention
+from planish.plan.footprint import footprint, footprints
 from planish.plan.planned import Planned
 from planish.request import Limits
 from planish.solvers.key_frequency import KeyFrequency
@@ -633,10 +633,11 @@ def test_planned_work_is_what_attention_multiplies(method, tmp_path):
     plan, work = job.plan().ranks, 0
     for unit, rank in plan.items():
         solver, shape = job.problem.units[unit], job.problem.shapes[unit.block]
-        work += solver.work(unit, shape, rank)
+        work += sum(found.scores for _, found in footprints(solver, unit, shape, rank))
     compress(model, output=tmp_path / "m", kv_keep=0.6, method=method, windows=WINDOWS)
     config = load(tmp_path / "m").config
-    planned = sum(map(count_attention, job.problem.shapes, config.planish["blocks"]))
+    specs = config.planish["blocks"]
+    planned = sum(footprint(spec, shape).scores for spec, shape in zip(specs, job.problem.shapes, strict=True))
     if getattr(method, "keys", "") == "frequency":
         assert work >= planned  # values of a set lie side by side, and may be fewer than the keys' solver can know
     else:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from planish.core import Frontier, Shape, Solver, Unit
 from planish.errors import InputError
+from planish.plan.footprint import count_weights, find_rank
 from planish.plan.spread import BudgetError, Choices
 from planish.plan.spread import spread as spread_choices
 from planish.plan.spread import spread_by_kind as spread_choices_by_kind
@@ -33,7 +34,7 @@ def cover(solvers: list[Solver], blocks: list[Shape]) -> dict[Unit, Solver]:
 
 
 def spent(units: dict[Unit, Solver], blocks: list[Shape], plan: dict[Unit, int]) -> int:
-    return sum(s.cost(u, blocks[u.block], plan[u]) for u, s in units.items())
+    return sum(count_weights(s, u, blocks[u.block], plan[u]) for u, s in units.items())
 
 
 def spread(units, blocks, share, budget, step=1, rule=spread_choices):
@@ -41,7 +42,7 @@ def spread(units, blocks, share, budget, step=1, rule=spread_choices):
     choices = {}
     for u, s in units.items():
         ranks = list(s.ranks(u, blocks[u.block]))
-        cost = torch.tensor([[float(s.cost(u, blocks[u.block], r)) for r in ranks]], dtype=torch.float64)
+        cost = torch.tensor([[float(count_weights(s, u, blocks[u.block], r)) for r in ranks]], dtype=torch.float64)
         choices[u] = Choices(torch.tensor(ranks), cost)
     return rule(choices, share, [budget], step)
 
@@ -55,9 +56,11 @@ def test_every_kind_keeps_its_own_share(importance, keep, step):
     """What a kind of unit spends is what its shares ask for, within one of its own steps and what others hand on."""
     blocks = shapes(len(importance))
     units = cover([ValuePCA(), Neurons(), RotaryPairs()], blocks)
-    full = {u: s.cost(u, blocks[u.block], s.ranks(u, blocks[u.block])[-1]) for u, s in units.items()}
+    full = {u: count_weights(s, u, blocks[u.block], s.ranks(u, blocks[u.block])[-1]) for u, s in units.items()}
     budget = int(keep * sum(full.values()))
-    smallest = {u: s.cost(u, blocks[u.block], s.rank_at(u, blocks[u.block], 0.0, step)) for u, s in units.items()}
+    smallest = {
+        u: count_weights(s, u, blocks[u.block], find_rank(s, u, blocks[u.block], 0.0, step)) for u, s in units.items()
+    }
     if sum(smallest.values()) > budget:
         with pytest.raises(BudgetError):
             spread_by_kind(units, blocks, lambda u: importance[u.block], budget, step)
@@ -70,7 +73,7 @@ def test_every_kind_keeps_its_own_share(importance, keep, step):
         for name in ("qk", "vo", "mlp"):
             kind = [u for u in units if u.name == name]
             asked = sum(wanted[u.block] * full[u] for u in kind)
-            got = sum(units[u].cost(u, blocks[u.block], plan[u]) for u in kind)
+            got = sum(count_weights(units[u], u, blocks[u.block], plan[u]) for u in kind)
             assert abs(got - asked) <= 2 * coarse + 1e-3 * sum(full.values())
 
 
@@ -78,7 +81,7 @@ def u_step(solver: Solver, unit: Unit, blocks: list[Shape], step: int) -> int:
     """The largest difference in cost of two neighbouring admissible ranks."""
     shape = blocks[unit.block]
     ranks = [r for r in solver.ranks(unit, shape) if r % step == 0 or r == solver.ranks(unit, shape)[-1]]
-    costs = [solver.cost(unit, shape, r) for r in ranks]
+    costs = [count_weights(solver, unit, shape, r) for r in ranks]
     return max((b - a for a, b in pairwise(costs)), default=0)
 
 
@@ -146,7 +149,9 @@ def test_budget_is_met_and_never_exceeded(solvers, shares, keep, step):
     for u, s in units.items():
         higher = [r for r in s.ranks(u, blocks[u.block]) if r > plan[u] and (r % step == 0 or r == full[u])]
         if higher and shares[u.block] > 0:
-            steps.append(s.cost(u, blocks[u.block], higher[0]) - s.cost(u, blocks[u.block], plan[u]))
+            steps.append(
+                count_weights(s, u, blocks[u.block], higher[0]) - count_weights(s, u, blocks[u.block], plan[u])
+            )
     assert not steps or left < max(steps)
 
 
@@ -183,9 +188,9 @@ def test_rank_at_is_the_largest_that_fits(solver, step, keep):
     for unit in solver.units(shape):
         ranks = list(solver.ranks(unit, shape))
         allowed = [r for r in ranks if r % step == 0 or r == ranks[-1]]
-        full = solver.cost(unit, shape, ranks[-1])
-        fits = [r for r in allowed if solver.cost(unit, shape, r) <= keep * full * (1 + 1e-9)]
-        assert solver.rank_at(unit, shape, keep, step) == (max(fits) if fits else allowed[0])
+        full = count_weights(solver, unit, shape, ranks[-1])
+        fits = [r for r in allowed if count_weights(solver, unit, shape, r) <= keep * full * (1 + 1e-9)]
+        assert find_rank(solver, unit, shape, keep, step) == (max(fits) if fits else allowed[0])
 
 
 def test_frontiers_end_whole():
@@ -194,5 +199,7 @@ def test_frontiers_end_whole():
         for solver in (Neurons(), ValuePCA(), LinearSVD(), LinearSVD(form="pivoted")):
             for unit in solver.units(blocks[0]):
                 roles = {"mlp": ("gate", "up", "down"), "vo": ("v", "o")}.get(unit.name, (unit.name,))
-                assert solver.cost(unit, blocks[0], solver.ranks(unit, blocks[0])[-1]) == blocks[0].count(*roles)
+                assert count_weights(solver, unit, blocks[0], solver.ranks(unit, blocks[0])[-1]) == blocks[0].count(
+                    *roles
+                )
     assert float(torch.as_tensor(Frontier(Unit(0, "q"), [1.0, 0.0]).loss)[-1]) == 0

@@ -24,7 +24,9 @@ from planish.folder.load import load
 from planish.folder.source import open_source
 from planish.methods import find_method, list_methods
 from planish.plan.allocate import Alternative, Curve, choose
-from planish.plan.latency import Table, find_pieces, list_names, make_latency, measure, read_table
+from planish.plan.budgets import make_budget
+from planish.plan.footprint import footprints
+from planish.plan.latency import Table, list_names, measure, read_table
 from planish.plan.spread import BudgetError, Choices, spread
 from planish.request import BYTES, COUNTS, Limits, read_size
 from posed import pose_on
@@ -416,11 +418,10 @@ def test_pieces_hold_the_unit_s_weights():
         recipe = find_method(method)
         for solver in recipe.solvers():
             for unit in [u for u in solver.units(shape) if recipe.takes(u, {"max_latency": 1.0})]:
-                pieces, _ = find_pieces(solver, unit, shape, solver.ranks(unit, shape)[-1])
-                held = sum(out * n for _, out, n, _ in pieces)
-                assert held == solver.cost(unit, shape, solver.ranks(unit, shape)[-1])
-                assert all(table.time(p) > 0 for p in pieces)
-    budget = make_latency(1.0, table.seconds, [shape])
+                ((_, found),) = footprints(solver, unit, shape, solver.ranks(unit, shape)[-1])
+                assert sum(p.out * p.n for p in found.pieces) == found.weights == shape.count(*shape.held(unit.name))
+                assert all(table.run(p) > 0 for p in found.pieces)
+    budget = make_budget("max_latency", 1.0, source, [shape], seconds=table.seconds)
     assert budget.total / 1e9 + table.rest == pytest.approx(1e-3, abs=1e-7)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tiny
 from planish import solve as planish_solve
-from planish.apply import apply_edits, count_block
+from planish.apply import apply_edits, count_block, merge_forms, merge_specs
 from planish.calibrate.collect import Run, measure_block
 from planish.calibrate.losses import compute_logits
 from planish.calibrate.measure import sweep_back
@@ -35,6 +35,8 @@ from planish.folder.source import MemorySource, open_source
 from planish.methods import find_method, list_methods
 from planish.methods.erc_svd import compare
 from planish.modelling.blocks import find_blocks, get_linear
+from planish.modelling.modules import Bypass
+from planish.plan.footprint import Footprint, count_weights, footprint, footprints
 from planish.plan.frontiers import measure_frontiers
 from planish.solve import run_solved
 from planish.solvers.linear import LinearSVD
@@ -276,7 +278,7 @@ def test_more_rank_is_not_more_loss_and_costs_more(solver, family):
     solver = SOLVERS[solver]
     for unit, frontier, shape in cases(family, solver):
         ranks = list(solver.ranks(unit, shape))
-        costs = [solver.cost(unit, shape, r) for r in ranks]
+        costs = [count_weights(solver, unit, shape, r) for r in ranks]
         assert ranks == sorted(set(ranks)) and costs == sorted(set(costs))
         assert solver.truncate(frontier, ranks[-1], shape) == []
         losses = torch.tensor([float(frontier.loss[r]) for r in ranks], dtype=torch.float64)
@@ -289,16 +291,43 @@ def test_more_rank_is_not_more_loss_and_costs_more(solver, family):
 
 
 @pytest.mark.parametrize(("solver", "family"), SOLVER_CASES)
-def test_cost_is_what_the_edits_hold(solver, family):
-    """Counted weights of the edited block = the unit's cost + everything else; every block is finite."""
+def test_the_footprint_is_what_the_edits_hold(solver, family):
+    """Weights, bytes and cache of a unit's spec at a rank, and all the rest of the block, are counted in the modules that
+    `truncate` makes; the spec is the one that they are made from."""
     solver, b = SOLVERS[solver], bench(family)
     for unit, frontier, shape in cases(family, solver):
         ranks = solver.ranks(unit, shape)
-        rest = shape.count() - solver.cost(unit, shape, ranks[-1])
+        dense = footprint({}, shape, itemsize=8)
         for rank in some(ranks, 3):
-            block = b.edited(solver.truncate(frontier, rank, shape), shape)
-            assert count_block(block) == rest + solver.cost(unit, shape, rank), f"{unit} at rank {rank}"
+            edits = solver.truncate(frontier, rank, shape)
+            block = b.edited(edits, shape)
+            own, full = (find(solver, unit, shape, r) for r in (rank, ranks[-1]))
+            changed = {n: getattr(own, n) - getattr(full, n) + getattr(dense, n) for n in ("weights", "bytes", "cache")}
+            assert changed["weights"] == count_block(block), f"{unit} at rank {rank}"
+            assert changed["cache"] == count_cached(b, block), f"{unit} at rank {rank}"
+            tables = sum(
+                t.numel() for t in block.buffers() if t.dtype in (torch.int32, torch.int64)
+            )  # written as int32
+            made, planned = merge_forms(shape, edits), merge_specs(shape, [solver.spec(unit, shape, rank)])
+            if made == planned:
+                assert changed["bytes"] == 8 * count_block(block) + 4 * tables
+            else:  # how many rotary pairs are kept beside channels that are not rotated, statistics decide
+                assert 0 < shape.rotary < shape.qk
+                assert made | {"attention": made["attention"] | {"pairs": planned["attention"]["pairs"]}} == planned
+                assert changed["bytes"] >= 8 * count_block(block) + 4 * tables
             assert all(torch.isfinite(p).all() for p in block.parameters())
+
+
+def find(solver: Solver, unit: Unit, shape: Shape, rank: int) -> Footprint:
+    ((_, found),) = footprints(solver, unit, shape, rank, itemsize=8)
+    return found
+
+
+def count_cached(b: Bench, block: nn.Module) -> int:
+    """Numbers that a block caches per token: what its k and v put out."""
+    if isinstance(block.get_submodule(b.family.attention), Bypass):
+        return 0
+    return sum(get_linear(block, b.family, role).out_features for role in "kv")
 
 
 OPTIMAL = {

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
+)
 
 import planish
 import tiny
 from planish.apply import count_block
+from planish.calibrate.collect import capture
 from planish.calibrate.losses import compute_logits, output_gradient
 from planish.calibrate.measure import sweep_back, sweep_forward
 from planish.calibrate.stream import Stream, read_weights
@@ -22,9 +31,11 @@ from planish.core import list_untouched
 from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
 from planish.methods import list_methods
+from planish.modelling import families, modelling
 from planish.modelling.blocks import get_linear, read_layout, split_block
 from planish.modelling.families import ATTENTION, FAMILIES, MLP, Family
 from planish.modelling.modules import Experts
+from planish.plan.footprint import count_weights
 from planish.stats import Stats, Tap
 
 EXPERTS = 8
@@ -112,7 +123,9 @@ def test_every_weight_is_a_units_or_untouched(name):
             held = set(shape.held(unit.name))
             assert held <= left[unit.block][1], f"{name_of}: {unit} holds what is called untouched"
             if unit.name != "stream":
-                assert solver.cost(unit, shape, solver.ranks(unit, shape)[-1]) == sum(shape.count(r) for r in held)
+                assert count_weights(solver, unit, shape, solver.ranks(unit, shape)[-1]) == sum(
+                    shape.count(r) for r in held
+                )
     assert planned > 5
 
 
@@ -374,6 +387,71 @@ def test_a_mixer_in_place_of_attention(monkeypatch):
         f"untouched: {w} of blocks 0" for w in ("mixer.in", "mixer.out", "conv.conv")
     ]
     assert plan.kv_bytes_per_token_before == 4 * 2 * 2 * 8  # of the one block with attention
+
+
+POST_NORM = Family(
+    "olmo2",
+    ("Olmo2Config", "Olmo2Model", "Olmo2ForCausalLM"),
+    FAMILIES["llama"].linears,
+    attention_norm=None,
+    mlp_norm=None,
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    qk_norm=True,
+)
+
+
+@pytest.mark.parametrize("name", ["olmo2", "granite", "gemma2", "gpt_neox"])
+def test_what_is_added_is_what_the_residual_stream_gains(name, monkeypatch):
+    """Norms before or behind a submodule, a factor, submodules side by side: by what the block itself gives."""
+    if name == "olmo2":
+        monkeypatch.setitem(FAMILIES, name, POST_NORM)
+        torch.manual_seed(0)
+        config = Olmo2Config(**tiny.configure("llama_gqa").to_diff_dict() | {"model_type": "olmo2"})
+        model = Olmo2ForCausalLM(config).double().eval()
+    else:
+        model = tiny.build(name, torch.float64)
+    source = MemorySource(model)
+    stream = Stream(source, WINDOWS, dtype=torch.float64)
+    sites = {"block.in", "block.out", "attention.raw", "attention.add", "mlp.raw", "mlp.add"}
+    found, _ = capture(stream, 0, source.block(0), sites, stream.start())
+    seen = {site: next(iter(tensors)) for site, tensors in found.items()}
+    middle = seen["attention.raw"] + seen["attention.add"]
+    torch.testing.assert_close(seen["attention.raw"], seen["block.in"])
+    torch.testing.assert_close(seen["mlp.raw"], seen["block.in"] if source.shape(0).parallel else middle)
+    torch.testing.assert_close(seen["block.out"], middle + seen["mlp.add"])
+
+
+def test_gradients_of_what_is_added_behind_a_factor():
+    """The last block's output is residual + contribution: both have the gradient of the output."""
+    source = MemorySource(tiny.build("granite", torch.float64))
+    stream = Stream(source, WINDOWS, dtype=torch.float64)
+    taps = [Tap(f"grad:{site}", "gram") for site in ("mlp.add", "block.out")]
+    found = {i: stats for i, _, stats in sweep_back(stream, lambda shape: taps if shape.block == 1 else [])}
+    torch.testing.assert_close(*(found[1].sums[tap]["sum"] for tap in taps))
+
+
+def test_the_page_on_families_is_true(monkeypatch, tmp_path):
+    """Its row, and a tiny configuration: read, compressed, loaded by transformers."""
+    page = (Path(__file__).parent.parent / "docs" / "extend" / "family.md").read_text(encoding="utf-8")
+    row = eval(page.partition("```python")[2].partition("```")[0], vars(families))
+    monkeypatch.setitem(FAMILIES, row.model_type, row)
+    torch.manual_seed(0)
+    model = SeedOssForCausalLM(
+        SeedOssConfig(**tiny.configure("llama_gqa").to_diff_dict() | {"model_type": row.model_type})
+    ).eval()
+    source = MemorySource(model)
+    assert [source.shape(i).count() for i in range(3)] == [count_block(source.block(i)) for i in range(3)]
+    for name, made in modelling._build(row.model_type).items():  # a row of the table has its classes from the start
+        monkeypatch.setattr(modelling, name, made, raising=False)
+    modelling.register()
+    out = tmp_path / "out"
+    result = planish.compress(model, keep=0.8, method="svd-llm", calibration=IDS, n_samples=8, seq_len=12, output=out)
+    small = planish.load(out)
+    assert 0.75 < result.keep <= 0.8 and small.config.model_type == "planish1_seed_oss"
+    assert sum(map(count_block, small.model.layers)) == result.block_params_after
+    assert small(WINDOWS).logits.isfinite().all()
+    assert not [f.name for f in fields(Family) if f"`{f.name}`" not in page]
 
 
 def test_take_windows():

@@ -14,6 +14,7 @@ from planish.folder.load import load
 from planish.folder.source import open_source
 from planish.methods import find_method
 from planish.methods.asvd import KEEPS, Sensitivity
+from planish.plan.footprint import find_rank
 from planish.solvers.linear import Anchored
 from posed import Posed, pose_on
 from tiny import compress
@@ -171,7 +172,7 @@ def test_lazy_search_finds_the_plan_of_the_full_table(keep):
         return  # beyond the table all go down together
     lazily = len(table)
     rank_at = {
-        (u, k): j.problem.units[u].rank_at(u, j.problem.shapes[u.block], k) for u in j.problem.units for k in KEEPS
+        (u, k): find_rank(j.problem.units[u], u, j.problem.shapes[u.block], k) for u in j.problem.units for k in KEEPS
     }
     losses = {(u, k): Table().loss(u, r) for (u, k), r in rank_at.items()}
     for threshold in sorted(losses.values()):

@@ -51,7 +51,7 @@ def test_help_shows_the_defaults(command, run):
 def test_paragraphs_of_a_method_are_not_broken_twice(run):
     assert reflow("One\nline.\n\nTwo\n   lines.") == "One line.\n\nTwo lines."
     done = run("methods", "asvd")
-    assert "for every linear and each of the keeps 0.9 … 0.4 the loss of" in done.stdout
+    assert "for every linear and each of the keeps 0.9 … 0.4 the loss with" in done.stdout
 
 
 def test_paths_are_printed_as_they_are(run, tmp_path):

@@ -39,7 +39,6 @@ FORBIDDEN_FILES = {"utils", "util", "helpers", "helper", "common", "misc"}
 UPWARDS: set[tuple[str, str]] = set()
 LONG_FILES = {
     "planish.dry_run": 459,
-    "planish.plan.latency": 429,
     "planish.solvers.linalg": 439,
 }
 LONG_FUNCTIONS = {
@@ -66,11 +65,7 @@ MANY_METHODS = {
     "planish.calibrate.cache.Cache": 19,
     "planish.methods.subfit.SubFit": 19,
 }
-SOLVERS_ASKED = {
-    "planish.plan.budgets": 2,
-    "planish.plan.latency": 2,
-    "planish.plan.targets": 2,
-}
+SOLVERS_ASKED: dict[str, int] = {}
 NOTES_READ = {}
 
 

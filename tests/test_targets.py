@@ -18,10 +18,10 @@ from planish.folder.source import open_source
 from planish.methods import find_method
 from planish.plan import uniform
 from planish.plan.allocate import Curve
+from planish.plan.footprint import footprint
 from planish.plan.spread import BudgetError
 from planish.plan.targets import (
     TARGETS,
-    check,
     check_plan,
     constrain,
     describe_limits,
@@ -173,13 +173,16 @@ def test_what_is_compressed_for_gguf_needs_no_filling(family, method, tmp_path):
     assert 0.5 < result.keep <= 0.7
     specs = json.loads((tmp_path / "m" / "config.json").read_text()).get("planish", {}).get("blocks", [])
     source = open_source(model)
-    assert check("gguf", specs, [source.shape(i) for i in range(source.n_blocks)]) == []
+    shapes = [source.shape(i) for i in range(source.n_blocks)]
+    assert not {n for f in map(footprint, specs, shapes) for n in f.needs} & set(
+        fit_target("gguf", source, shapes).refuses
+    )
     written = export_gguf(tmp_path / "m", tmp_path / "m.gguf", dtype="f32")
     table = SIZES["head_dim"] // 2 if family == "llama_rope3" else 0  # frequency factors, which are no weights
     assert written.parameters == written.stored_parameters + table
     architecture, why = GRAPHS[family]
     assert written.architecture in (architecture, "llama" if architecture == "deci" else architecture)
-    limits = describe_limits(fit_target("gguf", source, [source.shape(i) for i in range(source.n_blocks)]))
+    limits = describe_limits(fit_target("gguf", source, shapes))
     assert any(why in line for line in limits)
     assert (architecture == "mimo2") == any(line.startswith("value dimensions in multiples of 8") for line in limits)
     assert (architecture == "deci") == ("neurons in multiples of 32 (64 from 2048 on)" in limits)
@@ -219,22 +222,19 @@ def test_blocks_without_a_part_are_refused_where_one_graph_is_all_there_is():
         job.plan()
 
 
-def test_finished_models_say_why_they_do_not_fit(tmp_path):
+def test_finished_models_say_what_a_stack_must_hold(tmp_path):
     source = open_source(build("llama_gqa"))
-    shapes = [source.shape(i) for i in range(source.n_blocks)]
 
-    def reasons(target: str, form: str) -> list[str]:
-        folder = tmp_path / form
-        if not folder.exists():
-            compressed.make_folder(source.model, folder, compressed.FORMS[form])
-        return check(target, json.loads((folder / "config.json").read_text())["planish"]["blocks"], shapes)
+    def needs(form: str) -> set[str]:
+        compressed.make_folder(source.model, tmp_path / form, compressed.FORMS[form])
+        specs = json.loads((tmp_path / form / "config.json").read_text())["planish"]["blocks"]
+        return {need for i, spec in enumerate(specs) for need in footprint(spec, source.shape(i)).needs}
 
-    assert reasons("vllm", "attention removed") == [] == reasons("vllm", "low-rank pairs")
-    assert "block 0's q is a pair: multiplied back" in reasons("gguf", "low-rank pairs")[0]
-    assert "fewer query/key dimensions" in reasons("gguf", "fewer rotary pairs")[0]
-    assert "no graph has that" in reasons("gguf", "submodules → linear before the norm")[0]
-    assert "value dimensions differ" in reasons("gguf", "value dimensions and MLP widths per block")[0]
-    assert reasons("gguf", "attention removed") == [] == reasons("hf", "low-rank pairs")
+    assert needs("attention removed") == {"removed attention"}
+    assert needs("low-rank pairs") == {"low-rank linear"}
+    assert "fewer query/key dimensions" in needs("fewer rotary pairs")
+    assert "raw linear attention" in needs("submodules → linear before the norm")
+    assert needs("value dimensions and MLP widths per block") == {"fewer value dimensions", "fewer neurons"}
 
 
 def test_a_plan_says_what_the_target_asks_and_costs(tmp_path):

@@ -76,6 +76,13 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHead", {"n_inner": 44, "tie_word_embeddings": True}),
     "mpt": ("Mpt", {"max_seq_len": POSITIONS, "num_hidden_layers": 2}),
     "arcee": ("Arcee", {**_GQA, "num_hidden_layers": 2}),  # rotary, and no gate
+    "granite": (
+        "Granite",
+        {
+            **_GQA, "num_hidden_layers": 2, "residual_multiplier": 0.6, "attention_multiplier": 0.4,
+            "embedding_multiplier": 1.5, "logits_scaling": 1.3,
+        },
+    ),
     "qwen3_moe": (
         "Qwen3Moe",
         {

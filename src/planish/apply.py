@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from planish.core import Edit, Shape
 from planish.errors import InputError
-from planish.modelling.blocks import Spec, get_linear, install, split_block
+from planish.modelling.blocks import Spec, get_linear, install, read_factor, split_block
 from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
 from planish.stats import is_finite
 
 
 def merge_forms(shape: Shape, edits: list[Edit]) -> Spec:
-    """The block's spec from all its edits; edits of the attention's q–k and v parts become one module."""
+    """The block's spec from all its edits."""
+    parts = ("attention", "mlp")
+    return merge_specs(
+        shape, [{e.target: e.form} if e.target in parts else {"linears": {e.target: e.form}} for e in edits]
+    )
+
+
+def merge_specs(shape: Shape, several: Iterable[Spec]) -> Spec:
+    """One spec from several of one block (`Solver.spec`); the attention's q–k and v parts become one module."""
     spec: Spec = {}
-    for edit in edits:
-        if edit.target in ("attention", "mlp"):
-            form = spec.setdefault(edit.target, {})
-            if edit.form["kind"] == "own" and not form:
-                form |= {"kind": "own", "qk": shape.qk, "v": shape.v}
-            form |= edit.form
-        else:
-            spec.setdefault("linears", {})[edit.target] = dict(edit.form)
+    for part in several:
+        for target, form in part.items():
+            if target == "attention" and form["kind"] == "own" and target not in spec:
+                spec[target] = {"kind": "own", "qk": shape.qk, "v": shape.v}
+            spec.setdefault(target, {}).update(form)
     return spec
 
 
@@ -32,6 +39,7 @@ def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, sha
     spec = merge_forms(shape, edits)
     if not spec:
         return spec
+    factor = read_factor(block, family)
     install(block, spec, family, config)
     split_block(block, family, config)
     for edit in edits:
@@ -43,7 +51,7 @@ def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, sha
             module = block.get_submodule(family.mlp or family.path("up"))
         else:
             module = get_linear(block, family, edit.target)
-        for name, tensor in edit.tensors.items():
+        for name, tensor in share_factor(edit, factor).items():
             parent, _, leaf = name.rpartition(".")
             owner = module.get_submodule(parent)
             old = owner._parameters.get(leaf, owner._buffers.get(leaf))
@@ -55,6 +63,14 @@ def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, sha
             else:
                 owner._buffers[leaf] = value
     return spec
+
+
+def share_factor(edit: Edit, factor: float) -> dict[str, Tensor]:
+    """An edit's tensors; those of a bypass so that what it gives times the block's factor is what it was fitted to."""
+    if factor == 1 or edit.form["kind"] != "bypass":
+        return edit.tensors
+    last = {"gate", "shift", "W.weight" if "W.weight" in edit.tensors else "V.weight"}
+    return {name: t / factor if name in last else t for name, t in edit.tensors.items()}
 
 
 def narrow(tensor: Tensor, kind: torch.dtype, where: str) -> Tensor:

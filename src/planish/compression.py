@@ -34,7 +34,7 @@ from planish.manifest import Result, read_result, write_manifest
 from planish.methods import find_method, make_plan, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
-from planish.plan.footprint import count_flops, count_headers, kv_bytes
+from planish.plan.footprint import count_headers, footprint
 from planish.plan.latency import read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
@@ -251,10 +251,12 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
     """What was asked and what came out, counted from what was written."""
     blocks = sum(p.numel() for i in range(source.n_blocks) for p in source.empty_block(i).parameters())
     uncut, dense = [s.count() for s in problem.shapes], [dict[str, Any]()] * len(problem.shapes)
-    flops = [
-        count_flops(problem.shapes, dense, uncut, problem.context),
-        count_flops(done.shapes, done.specs, done.counted, problem.context),
+    models = [
+        [footprint(spec, shape, problem.context) for spec, shape in zip(*model, strict=True)]
+        for model in ((dense, problem.shapes), (done.specs, done.shapes))
     ]
+    flops = [sum(f.flops for f in found) for found in models]
+    caches = [sum(f.cache for f in found) for found in models]
     result = Result(
         method=problem.name,
         keep_requested=problem.keep if planned.keep is None else planned.keep,
@@ -263,8 +265,8 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         params_after=writer.parameters,
         block_params_before=sum(uncut),
         block_params_after=sum(done.counted),
-        kv_bytes_per_token_before=kv_bytes(dense, list(problem.shapes), done.itemsize),
-        kv_bytes_per_token_after=kv_bytes(done.specs, done.shapes, done.itemsize),
+        kv_bytes_per_token_before=caches[0] * done.itemsize,
+        kv_bytes_per_token_after=caches[1] * done.itemsize,
         format=done.kind,
         output=str(writer.output),
         peak_rss_bytes=peak_rss(),
@@ -278,16 +280,15 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
     if problem.table is not None:
         result.latency_ms_before = problem.table.predict(dense, problem.shapes) * 1e3
         result.latency_ms_after = problem.table.predict(done.specs, done.shapes) * 1e3
-    achieved = {
+    written: dict[str, float | None] = {
         "keep": result.keep,
         "max_params": result.params_after,
         "max_bytes": result.bytes_after,
-        "kv_keep": result.kv_bytes_per_token_after / result.kv_bytes_per_token_before,
-        "flops_keep": flops[1] / flops[0],
         "max_latency": result.latency_ms_after,
     }
-    budgets = problem.budgets if planned.keep is None else ()
-    result.budgets = {b.name: {"asked": b.asked, "achieved": achieved[b.name]} for b in budgets}
+    for b in problem.budgets if planned.keep is None else ():  # counted in the files, or by the account of the plan
+        told = b.achieved(sum(map(b.measure, models[1])))
+        result.budgets[b.name] = {"asked": b.asked, "achieved": written.get(b.name, told)}
     return result
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from planish.modelling.families import ATTENTION, MLP
+from planish.modelling.modules import Spec
 from planish.stats import KINDS, Stats, Tap
 
 Weights = dict[str, Tensor]  # role → weight (out, in), "role.bias" → bias (out,)
@@ -214,16 +213,13 @@ class Solver(ABC):
         """Admissible ranks, rising; the last one leaves the unit as it is."""
 
     @abstractmethod
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        """Weights left in the unit at this rank."""
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        """What `truncate` makes of the block at this rank: the part of its spec that changes (see `merge_forms`), without
+        tensors. At full rank: {}. What it costs: `planish.plan.footprint`."""
 
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        """Numbers that the KV cache holds per token for the unit at this rank; 0 where the cache does not shrink."""
-        return 0
-
-    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
-        """Multiplications of attention per cached token at this rank: each number of the cache meets its query heads."""
-        return shape.groups * self.cache(unit, shape, rank)
+    def blocks(self, unit: Unit, shape: Shape) -> list[tuple[Shape, int]]:
+        """Shapes of the blocks that the unit's rank changes, and how many there are of each: its own, unless told."""
+        return [(shape, 1)]
 
     @abstractmethod
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
@@ -245,16 +241,7 @@ class Solver(ABC):
         """fp64 numbers alive at the peak of `decompose` and `truncate`, statistics and weights themselves not counted: what
         `planish plan` predicts memory from. By default two copies of what the unit's taps measure, three of its weights.
         """
-        return 2 * count_sums(shape, self.taps(unit, shape)) + 3 * self.cost(unit, shape, self.ranks(unit, shape)[-1])
-
-    def rank_at(self, unit: Unit, shape: Shape, keep: float, step: int = 1) -> int:
-        """Largest admissible rank (a multiple of `step`, or full) that costs at most `keep` of the full cost."""
-        ranks = self.ranks(unit, shape)
-        full = ranks[-1]
-        budget = keep * self.cost(unit, shape, full) * (1 + 1e-12)
-        fits = bisect_right(ranks, budget, key=lambda r: self.cost(unit, shape, r))  # costs rise with the rank
-        falling = (ranks[i] for i in reversed(range(fits)))
-        return next(r for r in chain(falling, ranks) if r == full or r % step == 0)  # the smallest, where none fits
+        return 2 * count_sums(shape, self.taps(unit, shape)) + 3 * shape.count(*shape.held(unit.name))
 
 
 def compute_loss_tails(squares: Tensor) -> Tensor:

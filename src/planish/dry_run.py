@@ -29,16 +29,15 @@ from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source
 from planish.methods import make_plan, pose
 from planish.methods.method import Method
-from planish.plan.budgets import Budget, CacheNumbers, Flops, make_budget
-from planish.plan.footprint import count_cache, count_flops
+from planish.plan.budgets import Budget, Latency, make_budget
 from planish.plan.frontiers import dense_taps, measure_frontiers, stored_taps
-from planish.plan.latency import Latency, read_table
+from planish.plan.latency import read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.plan.targets import describe_limits
 from planish.predict import Prediction, predict
 from planish.rehearsal import Stopwatch, rehearse_all
-from planish.request import SHARES, Limits
+from planish.request import Limits
 from planish.solve import find_dense_sites
 from planish.solvers.offload import offload
 from planish.stats import Tap, add_gram
@@ -150,7 +149,7 @@ def forecast(
     found.target, found.predicted = target, add_losses(job.problem, planned)
     found.nats = bool(planned.frontiers) and all(f.nats for f in planned.frontiers.values())
     free = pose(method, source, asked, **given)
-    found.limits = describe_limits(problem.target, free.units)
+    found.limits = describe_limits(problem.target, free.units, free.shapes)
     if found.limits and found.predicted:
         again = Measurements(measure.stream, measure.cache, progress)
         loose = make_plan(method, free, again)
@@ -194,13 +193,10 @@ def describe(job: Job, size: tuple[int, int], measured: bool, planning: float) -
     model = source.empty
     params = sum(p.numel() for p in model.parameters())
     head = source.count_head()
-    caches, full_caches = CacheNumbers("kv_keep", 1, 0, 0), sum(map(count_cache, shapes))
-    working = [s.working for s in shapes]
-    flops = Flops(
-        "flops_keep", 1, 0, count_flops(shapes, [{}] * len(shapes), working, problem.context), context=problem.context
+    caches, flops, stored = (
+        make_budget(name, 1, source, shapes, problem.context) for name in ("kv_keep", "flops_keep", "max_bytes")
     )
-    stored = make_budget("max_bytes", 1, source, shapes, problem.context)
-    attend = int(flops.total) - 2 * sum(working)
+    attend = int(flops.total) - 2 * sum(s.working for s in shapes)
     peaks, seconds, how = estimate(job, size, measured, params, head, itemsize, attend)
     found = Forecast(
         method=problem.name,
@@ -214,8 +210,8 @@ def describe(job: Job, size: tuple[int, int], measured: bool, planning: float) -
         bytes_after=int(left(problem, plan, stored) + stored.outside),
         flops_per_token_before=int(flops.total) + 2 * head,
         flops_per_token_after=int(left(problem, plan, flops)) + 2 * head,
-        kv_bytes_per_token_before=full_caches * itemsize,
-        kv_bytes_per_token_after=int(left(problem, plan, replace(caches, total=full_caches))) * itemsize,
+        kv_bytes_per_token_before=int(caches.total) * itemsize,
+        kv_bytes_per_token_after=int(left(problem, plan, caches)) * itemsize,
         context=problem.context,
         peak_ram_bytes=peaks.ram,
         peak_vram_bytes=peaks.vram,
@@ -232,8 +228,7 @@ def describe(job: Job, size: tuple[int, int], measured: bool, planning: float) -
             found.latency_ms_before, found.latency_ms_after = (
                 c / b.scale for c in (b.total + b.outside, cost + b.outside)
             )
-        value = (cost + b.outside) / b.scale if b.name not in SHARES else cost / b.total
-        found.budgets[b.name] = {"asked": b.asked, "achieved": value}
+        found.budgets[b.name] = {"asked": b.asked, "achieved": b.achieved(cost)}
     return found
 
 

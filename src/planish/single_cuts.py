@@ -18,6 +18,7 @@ from planish.errors import InputError
 from planish.folder.source import Source
 from planish.methods import pose
 from planish.methods.method import Method
+from planish.plan.footprint import find_rank
 from planish.plan.frontiers import dense_taps
 from planish.plan.problem import Problem
 from planish.request import Limits
@@ -112,7 +113,7 @@ def draw(problem: Problem, keeps: Sequence[float], share: float, seed: int) -> l
     kinds: dict[str, set[tuple[Unit, int]]] = {}
     for unit, solver in problem.units.items():
         for keep in keeps:
-            rank = solver.rank_at(unit, problem.shapes[unit.block], keep)
+            rank = find_rank(solver, unit, problem.shapes[unit.block], keep)
             if rank < problem.full(unit):
                 kinds.setdefault(KINDS.get(unit.name, "low-rank linear"), set()).add((unit, rank))
     chosen: list[tuple[Unit, int]] = []

@@ -32,7 +32,7 @@ from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.methods import find_method
 from planish.methods.method import Method
-from planish.plan.footprint import kv_bytes
+from planish.plan.footprint import footprint
 from planish.request import TEXT, Grid, Limits, Request, label, takes
 
 Watch = Callable[[str, int, int], None]
@@ -292,7 +292,7 @@ class Runner:
         """Bytes that the dense model's KV cache holds per token."""
         shapes = [self.source.shape(i) for i in range(self.source.n_blocks)]
         itemsize = next(self.source.block(0).parameters()).element_size()
-        return kv_bytes([{}] * len(shapes), shapes, itemsize)
+        return itemsize * sum(footprint({}, shape).cache for shape in shapes)
 
     def measure_dense(self, trace: bool = True) -> Point:
         model = self.dense()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from planish.modelling.blocks import get_linear
+from planish.modelling.blocks import get_linear, read_factor
 from planish.modelling.families import Family
 from planish.stats import Stats, Tap
 
@@ -98,6 +99,29 @@ def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
     return v[f"dense:{where}.raw"] + v[f"dense:{where}.add"] - v[f"{where}.raw"]
 
 
+def find_end(block: nn.Module, family: Family, where: str, end: str) -> nn.Module:
+    """The module that reads the residual stream for a submodule ("raw"), or gives what is added to it ("add")."""
+    if where == "attention":
+        first, own, last = family.attention_norm, family.attention, family.attention_post_norm
+    else:
+        first, own, last = family.mlp_norm, family.mlp or "", family.mlp_post_norm
+    return block.get_submodule(first or own if end == "raw" else last or own or family.path("down"))
+
+
+def tap_added(module: nn.Module, factor: float, see: Callable[[Tensor], None]) -> Any:
+    """A hook that sees what is added to the residual stream; gradients reach it through what the block goes on with."""
+
+    def look(module, args, out):
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        added = first if factor == 1 else first * factor
+        see(added)
+        if factor == 1:
+            return None
+        return (added / factor, *rest) if isinstance(out, tuple) else added / factor
+
+    return module.register_forward_hook(look)
+
+
 class AllSeen(Exception):
     """Ends a forward pass whose sites have all been seen."""
 
@@ -150,12 +174,11 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
         elif where == "block":
             (tap_input if end == "in" else tap_output)(block, site)
         elif end == "raw":
-            norm = family.attention_norm if where == "attention" else family.mlp_norm
-            tap_input(block.get_submodule(norm), site)
+            tap_input(find_end(block, family, where, end), site)
         elif end == "add":
-            post = family.attention_post_norm if where == "attention" else family.mlp_post_norm
-            path = post or (family.attention if where == "attention" else family.mlp) or family.path("down")
-            tap_output(block.get_submodule(path), site)
+            handles.append(
+                tap_added(find_end(block, family, where, end), read_factor(block, family), partial(see, site))
+            )
         else:
             (tap_input if end == "in" else tap_output)(get_linear(block, family, where), site)
     try:

@@ -17,6 +17,7 @@ from planish.errors import InputError
 from planish.folder.source import Source
 from planish.methods.method import Method
 from planish.plan.budgets import CacheNumbers
+from planish.plan.footprint import cuts_cache
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem, make_problem
 from planish.plan.targets import check_plan, needs_uniform
@@ -90,7 +91,7 @@ def list_cutting_cache(shape: Shape) -> list[str]:
     return [
         name
         for name, cls in list_methods().items()
-        if any(s.cache(u, shape, s.ranks(u, shape)[-1]) for s in cls().solvers() for u in s.units(shape))
+        if any(cuts_cache(s, u, shape) for s in cls().solvers() for u in s.units(shape))
     ]
 
 

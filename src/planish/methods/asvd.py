@@ -15,6 +15,7 @@ from planish.core import Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.blocks import get_linear
+from planish.plan.footprint import find_rank
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solvers.forms import input_site
@@ -83,7 +84,8 @@ class ASVD(Method):
 
         def push(unit: Unit, level: int) -> None:
             if level < len(KEEPS):
-                rank = problem.units[unit].rank_at(unit, problem.shapes[unit.block], KEEPS[level], problem.step)
+                solver, shape = problem.units[unit], problem.shapes[unit.block]
+                rank = find_rank(solver, unit, shape, KEEPS[level], problem.step)
                 heapq.heappush(queue, (sensitivity.loss(unit, rank), unit, level, rank))
 
         for unit in sorted(plan):

@@ -11,6 +11,7 @@ from planish.calibrate.stream import Hidden, Stream, in_order
 from planish.core import Solver
 from planish.errors import InputError
 from planish.methods.method import Method
+from planish.plan.footprint import find_rank
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solve import run_solved
@@ -65,9 +66,8 @@ class ErcSVD(Method):
                 f"which must be more than beta={self.beta:g}: k must lie in {least} … {n}"
             )
         if least > n:
-            ranks = {
-                u: solver.rank_at(u, problem.shapes[u.block], 0.0, problem.step) for u, solver in problem.units.items()
-            }
+            shapes, step = problem.shapes, problem.step
+            ranks = {u: find_rank(s, u, shapes[u.block], 0.0, step) for u, s in problem.units.items()}
             smallest = max(sum(problem.cost(u, r) for u, r in ranks.items()) / problem.main.total, self.beta + 1e-6)
             raise InputError(
                 f"keep {problem.keep:g} cannot be reached by erc-svd: even with all {n} blocks each must keep more than "

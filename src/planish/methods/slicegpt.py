@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 from planish.calibrate.collect import measure_block
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.blocks import get_linear, install, split_block
+from planish.modelling.families import ATTENTION
+from planish.plan.footprint import count_weights
 from planish.plan.planned import Emit, Planned
 from planish.plan.problem import Problem
+from planish.solvers.forms import dense
 from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
 
@@ -39,20 +43,27 @@ class StreamWidth(Solver):
         return [STREAM] if shape.block == STREAM.block else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        whole = self.cost(unit, shape, shape.hidden)
-        return [w for w in range(1, shape.hidden) if self.cost(unit, shape, w) < whole] + [shape.hidden]
+        whole = count_weights(self, unit, shape, shape.hidden)
+        cut = range(1, shape.hidden)
+        return [*cut[: bisect_left(cut, whole, key=lambda w: count_weights(self, unit, shape, w))], shape.hidden]
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        """Weights of all blocks, shortcuts included; at full width there are none."""
+    def blocks(self, unit: Unit, shape: Shape) -> list[tuple[Shape, int]]:
+        first, last = replace(shape, block=0), replace(shape, block=shape.blocks - 1)
+        between = [(replace(shape, block=1), shape.blocks - 2)] if shape.blocks > 2 else []
+        return [(first, 1), *between, (last, 1)] if shape.blocks > 1 else [(first, 1)]
+
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        """The first block's input and the last block's output keep their width. At full width there are no shortcuts."""
         if rank == shape.hidden:
-            return shape.blocks * shape.count()
-        readers = sum(shape.linear(r)[0] for r in shape.roles if r not in ("o", "down"))  # rows that read the stream
-        written = rank * shape.linear("o")[1] + rank * shape.linear("down")[1]
-        every = rank * readers + written + 2 * rank * rank
-        wider = shape.hidden - rank  # the first block's input and the last block's output keep their width
-        first = wider * (sum(shape.linear(r)[0] for r in "qkv") + rank)
-        last = wider * (shape.linear("down")[1] + rank)
-        return shape.blocks * every + first + last
+            return {}
+        before = shape.hidden if shape.block == 0 else rank
+        after = shape.hidden if shape.block == shape.blocks - 1 else rank
+        linears = {r: dense(shape.linear(r)[0], before if r in ATTENTION else rank) for r in shape.roles}
+        linears |= {"o": dense(rank, shape.linear("o")[1]), "down": dense(after, shape.linear("down")[1])}
+        return {"linears": linears, "slice": {"in": before, "mid": rank, "out": after}}
+
+    def memory(self, unit: Unit, shape: Shape) -> int:
+        return 3 * shape.blocks * shape.count()
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return []
@@ -138,9 +149,11 @@ def check_family(stream: Stream) -> None:
     """Only blocks x + f(norm(x)) with RMSNorm can be rotated."""
     family = stream.family
     block = stream.source.block(0)
-    norms = [n for n in (family.attention_norm, family.mlp_norm) if hasattr(block.get_submodule(n), "variance_epsilon")]
+    norms = [
+        n for n in (family.attention_norm, family.mlp_norm) if n and hasattr(block.get_submodule(n), "variance_epsilon")
+    ]
     sandwich = family.attention_post_norm or family.mlp_post_norm
-    if len(norms) < 2 or sandwich or family.parallel or family.mlp is None or family.tuples:
+    if len(norms) < 2 or sandwich or family.factor or family.parallel or family.mlp is None or family.tuples:
         raise InputError(f"slicegpt needs blocks of the form x + f(RMSNorm(x)); {family.model_type} has others")
 
 
@@ -191,10 +204,7 @@ def slice_block(
     eye = torch.eye(shape.hidden, dtype=torch.float64)
     first, second, third = (eye if q is None else q for q in (before, mid, after))
     spec = {
-        "linears": {
-            r: {"kind": "dense", "out": tensors[f"{r}.weight"].shape[0], "in": tensors[f"{r}.weight"].shape[1]}
-            for r in shape.roles
-        },
+        "linears": {r: dense(*tensors[f"{r}.weight"].shape) for r in shape.roles},
         "slice": {"in": first.shape[1], "mid": second.shape[1], "out": third.shape[1]},
     }
     sliced = split_block(install(block, spec, family, config), family, config)

@@ -65,7 +65,13 @@ def read_layout(block: nn.Module, family: Family, config) -> Layout:
         tuple(Group(name, linears) for name, linears in found.items() if linears),
         tuple(n for n, p in block.named_parameters() if p.ndim >= 2 and n not in known),
         family.parallel and bool(getattr(config, "use_parallel_residual", True)),
+        read_factor(block, family),
     )
+
+
+def read_factor(block: nn.Module, family: Family) -> float:
+    """What attention and MLP give is multiplied by this before it is added to the residual stream."""
+    return float(getattr(block, family.factor)) if family.factor else 1.0
 
 
 def has_module(block: nn.Module, path: str) -> bool:

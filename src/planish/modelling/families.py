@@ -44,6 +44,7 @@ class Layout:
     groups: tuple[Group, ...]
     rest: tuple[str, ...] = ()  # parameters of two or more axes that belong to no group: a router, a convolution
     parallel: bool = False  # attention and MLP read the same residual
+    factor: float = 1.0  # what a submodule gives is multiplied by this before it is added
 
     def has(self, group: str) -> bool:
         return any(g.name == group for g in self.groups)
@@ -66,15 +67,17 @@ class Family:
     attention: str = "self_attn"
     mlp: str | None = "mlp"  # None: the block itself holds the linears and `activation`
     activation: str = ""
-    attention_norm: str = "input_layernorm"  # its input is the residual stream
-    mlp_norm: str = "post_attention_layernorm"
+    attention_norm: str | None = (
+        "input_layernorm"  # its input is the residual stream; None: the submodule reads that itself
+    )
+    mlp_norm: str | None = "post_attention_layernorm"
     attention_post_norm: str | None = None  # applied to the contribution before it is added
     mlp_post_norm: str | None = None
+    factor: str = ""  # the block's own name of what a contribution is multiplied by before it is added
     qk_norm: bool = False
     rotary: bool = True
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
-    mixed_layers: bool = False  # masks, rotary tables or caches differ from block to block
     parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
     conv1d: bool = False  # linears are stored transposed
     tuples: bool = False  # blocks return a tuple, hidden states first
@@ -125,16 +128,16 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: bool = Fa
         mlp_post_norm="post_feedforward_layernorm",
         window=True,
         softcap=True,
-        mixed_layers=True,
     )
 
 
 _ROWS = (
     Family("llama", _classes("Llama"), _ATTENTION | _GATED),
     Family("arcee", _classes("Arcee"), _ATTENTION | {r: _GATED[r] for r in ("up", "down")}),
+    Family("granite", _classes("Granite"), _ATTENTION | _GATED, factor="residual_multiplier"),
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
-    Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True, mixed_layers=True),
-    Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm=True, window=True, mixed_layers=True),
+    Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
+    Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm=True, window=True),
     Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm=True, window=True, experts=ExpertsRow()),
     Family(
         "phi3",

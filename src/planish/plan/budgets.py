@@ -14,22 +14,35 @@ Limits on the whole model are turned into limits on the blocks by counting every
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any, ClassVar
 
-from planish.core import SUBMODULES, Shape, Solver, Unit
+from planish.core import Shape, Solver, Unit
 from planish.errors import InputError
 from planish.folder.source import Source
-from planish.plan.footprint import count_attention, count_cache, count_flops, count_headers
+from planish.plan.footprint import Footprint, count_headers, footprints
+from planish.plan.latency import Table, UnmeasuredError
 from planish.request import SHARES, label, show
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """The model that a budget limits; `seconds`: its measured latencies, where they are asked for."""
+
+    source: Source
+    shapes: Sequence[Shape]
+    context: int
+    seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Budget(ABC):
     """`limit`: what all blocks may cost; `total`: what they cost uncut, what no unit holds included.
 
-    `outside`: what the rest of the model costs, for limits on the whole model; `scale`: from the asked unit to the cost's.
+    `outside`: what the rest of the model costs, for limits on the whole model; `scale`: from the asked unit to the cost's;
+    `context`: tokens of attention; `itemsize`: bytes of a stored weight.
     """
 
     name: str
@@ -38,7 +51,22 @@ class Budget(ABC):
     total: float
     outside: float = 0.0
     scale: float = 1.0
+    context: int = 0
+    itemsize: int = 2
     unit: ClassVar[str]
+
+    @classmethod
+    def make(cls, name: str, asked: float, model: Uncut) -> Budget:
+        """The budget that an asked limit, of one of the names in `BUDGETS`, amounts to for the blocks."""
+        budget = cls(name, asked, 0, 0, context=model.context, **cls.read(model))
+        total = sum(budget.uncut(s, r) for s in model.shapes for r in s.roles + s.rest)
+        limit = int(asked * total + 1e-6) if name in SHARES else asked * budget.scale - budget.outside
+        return replace(budget, total=total, limit=limit)
+
+    @classmethod
+    def read(cls, model: Uncut) -> dict[str, Any]:
+        """Fields that say what a cost means for this model."""
+        return {}
 
     @property
     def share(self) -> float:
@@ -46,31 +74,43 @@ class Budget(ABC):
         return min(1.0, self.asked if self.name in SHARES else self.limit / self.total)
 
     @abstractmethod
+    def measure(self, found: Footprint) -> float:
+        """Cost of a block, or of a part of it."""
+
+    def attend(self, found: Footprint) -> float:
+        """The part of `measure` that is attention's own, whatever its linears cost."""
+        return 0.0
+
     def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
         """Of a unit at a rank."""
+        held = footprints(solver, unit, shape, rank, self.context, self.itemsize)
+        return sum(count * self.measure(found) for count, found in held)
 
     def fixed(self, solver: Solver, unit: Unit, shape: Shape) -> float:
         """Of a unit at every rank: what cutting it cannot save, such as an attention's scores of low-rank keys."""
-        return 0.0
+        held = footprints(solver, unit, shape, solver.ranks(unit, shape)[0], self.context, self.itemsize)
+        return sum(count * self.attend(found) for count, found in held if "attention" not in found.spec)
 
-    @abstractmethod
     def uncut(self, shape: Shape, role: str) -> float:
         """Of a linear that is left alone, with what attention does for its outputs."""
+        return self.measure(Footprint({}, shape, (role,), self.context, self.itemsize))
 
     def part(self, share: float) -> float:
         """The limit after this share of the cut."""
         return self.limit if share == 1 else int((1 - (1 - self.share) * share) * self.total + 1e-6)
 
+    def achieved(self, cost: float) -> float:
+        """What a cost of all blocks is in the unit of the request."""
+        return cost / self.total if self.name in SHARES else (cost + self.outside) / self.scale
+
     def tell(self, cost: float) -> str:
         """What a cost of all blocks is in the words of the request, rounded up: the least that can be asked."""
+        least = self.achieved(cost)
         if self.name in SHARES:
-            return f"the smallest {label(self.name)} is {-(-cost / self.total * 10_000 // 1) / 10_000}"
-        whole = (cost + self.outside) / self.scale
-        return (
-            f"the smallest is {-(-whole * 1000 // 1) / 1000:g} ms"
-            if self.name == "max_latency"
-            else f"the smallest is {-(-whole // 1):,.0f}"
-        )
+            return f"the smallest {label(self.name)} is {ceil(least * 10_000) / 10_000}"
+        if self.name == "max_latency":
+            return f"the smallest is {ceil(least * 1000) / 1000:g} ms"
+        return f"the smallest is {ceil(least):,}"
 
     def refuse(self, who: str, cost: float) -> InputError:
         return InputError(
@@ -82,48 +122,46 @@ class Budget(ABC):
 class Weights(Budget):
     unit: ClassVar[str] = "weights"
 
-    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
-        return solver.cost(unit, shape, rank)
+    @classmethod
+    def read(cls, model: Uncut) -> dict[str, Any]:
+        numbers = sum(n for n, dtype in model.source.sizes().values() if dtype.is_floating_point)
+        return {"outside": numbers - sum(s.count() for s in model.shapes)}
 
-    def uncut(self, shape: Shape, role: str) -> float:
-        return shape.count(role)
+    def measure(self, found: Footprint) -> float:
+        return found.weights
 
 
 @dataclass(frozen=True)
 class Bytes(Budget):
-    """`itemsize`: of the stored weights; row orders of pivoted linears and kept rotary pairs are stored as int32.
-    `entry`: at most so many bytes does one more tensor take in a file's header; a cut adds up to four."""
+    """`entry`: at most so many bytes does one more tensor take in a file's header; a cut adds up to four."""
 
     unit: ClassVar[str] = "bytes"
-    itemsize: int = 2
     entry: int = 0
 
-    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
-        tables = 0
-        if rank < solver.ranks(unit, shape)[-1]:
-            tables = self.entry
-            if read_form(solver, unit) == "pivoted":
-                tables += shape.linear(unit.name)[0]
-            elif unit.name == "qk" and shape.rotary:
-                tables += shape.kv_heads * (rank // 2)
-        return solver.cost(unit, shape, rank) * self.itemsize + 4 * tables
+    @classmethod
+    def read(cls, model: Uncut) -> dict[str, Any]:
+        sizes, blocks = model.source.sizes(), model.source.family.blocks
+        itemsize = next(d.itemsize for n, (_, d) in sizes.items() if n.startswith(blocks) and d.is_floating_point)
+        whole = sum(n * dtype.itemsize for n, dtype in sizes.values()) + count_headers(model.source)
+        return {
+            "itemsize": itemsize,
+            "outside": whole - itemsize * sum(s.count() for s in model.shapes),
+            "entry": 100 + max(map(len, sizes)),  # dtype, shape, offsets; names of factors are longer by two
+        }
 
-    def uncut(self, shape: Shape, role: str) -> float:
-        return shape.count(role) * self.itemsize
+    def measure(self, found: Footprint) -> float:
+        return found.bytes
+
+    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
+        return super().cost(solver, unit, shape, rank) + 4 * self.entry * bool(solver.spec(unit, shape, rank))
 
 
 @dataclass(frozen=True)
 class CacheNumbers(Budget):
     unit: ClassVar[str] = "numbers per token"
 
-    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
-        if unit.name == SUBMODULES["attention"]:
-            return count_cache(shape) if rank == solver.ranks(unit, shape)[-1] else 0
-        cached = solver.cache(unit, shape, solver.ranks(unit, shape)[-1])
-        return solver.cache(unit, shape, rank) if cached else self.uncut(shape, unit.name)
-
-    def uncut(self, shape: Shape, role: str) -> float:
-        return {"k": shape.kv_heads * shape.qk, "v": shape.kv_heads * shape.v}.get(role, 0)
+    def measure(self, found: Footprint) -> float:
+        return found.cache
 
 
 @dataclass(frozen=True)
@@ -131,53 +169,59 @@ class Flops(Budget):
     """Multiplications and additions of the blocks' linears and of attention for one token behind `context` others."""
 
     unit: ClassVar[str] = "FLOPs per token"
-    context: int = 0
+
+    def measure(self, found: Footprint) -> float:
+        return found.flops
+
+    def attend(self, found: Footprint) -> float:
+        return 2 * self.context * found.scores
+
+
+@dataclass(frozen=True)
+class Latency(Budget):
+    """Nanoseconds, rounded up, that the blocks take per decoded token."""
+
+    unit: ClassVar[str] = "nanoseconds per token"
+    table: Table = field(default_factory=lambda: Table({}, ()))
+
+    @classmethod
+    def read(cls, model: Uncut) -> dict[str, Any]:
+        if others := next((s.rest for s in model.shapes if s.rest), ()):
+            raise InputError(f"--max-latency: {others[0]} is not in the latency table; use another budget")
+        table = Table(model.seconds, tuple(model.shapes))
+        return {"table": table, "outside": table.rest * 1e9, "scale": 1e6}
+
+    def measure(self, found: Footprint) -> float:
+        return ceil(self.table.time(found) * 1e9)
+
+    def attend(self, found: Footprint) -> float:
+        return 1e9 * self.table.attend(found)
 
     def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
-        full = solver.ranks(unit, shape)[-1]
-        products = 2 * solver.cost(unit, shape, rank)
-        if unit.name == SUBMODULES["attention"]:
-            return products + (2 * self.context * count_attention(shape) if rank == full else 0)
-        return products + self.fixed(solver, unit, shape) + 2 * self.context * solver.work(unit, shape, rank)
-
-    def fixed(self, solver: Solver, unit: Unit, shape: Shape) -> float:
-        return self.attention(shape, unit.name)
-
-    def attention(self, shape: Shape, role: str) -> float:
-        """What attention does with the outputs of a linear of full width: scores for k, sums of values for v."""
-        return 2 * self.context * {"k": shape.heads * shape.qk, "v": shape.heads * shape.v}.get(role, 0)
-
-    def uncut(self, shape: Shape, role: str) -> float:
-        return (2 * shape.count(role) if shape.works(role) else 0) + self.attention(shape, role)
+        try:
+            return super().cost(solver, unit, shape, rank)
+        except UnmeasuredError as error:
+            what = f"what {solver.name} makes of {unit.name} is not in the latency table"
+            raise InputError(f"--max-latency: {what}; use another budget") from error
 
 
-def make_budget(name: str, asked: float, source: Source, shapes: Sequence[Shape], context: int) -> Budget:
+BUDGETS: dict[str, type[Budget]] = {
+    "keep": Weights,
+    "max_params": Weights,
+    "max_bytes": Bytes,
+    "kv_keep": CacheNumbers,
+    "flops_keep": Flops,
+    "max_latency": Latency,
+}
+
+
+def make_budget(
+    name: str,
+    asked: float,
+    source: Source,
+    shapes: Sequence[Shape],
+    context: int = 0,
+    seconds: Mapping[str, float] | None = None,
+) -> Budget:
     """The budget that an asked limit amounts to for the blocks."""
-    weights = sum(s.count() for s in shapes)
-    sizes = source.sizes()
-    if name == "keep":
-        return Weights(name, asked, int(asked * weights + 1e-6), weights)
-    if name == "max_params":
-        outside = sum(n for n, dtype in sizes.values() if dtype.is_floating_point) - weights
-        return Weights(name, asked, asked - outside, weights, outside)
-    if name == "kv_keep":
-        total = sum(count_cache(s) for s in shapes)
-        return CacheNumbers(name, asked, int(asked * total + 1e-6), total)
-    if name == "flops_keep":
-        total = count_flops(shapes, [{}] * len(shapes), [s.working for s in shapes], context)
-        return Flops(name, asked, int(asked * total + 1e-6), total, context=context)
-    itemsize = next(
-        d.itemsize for n, (_, d) in sizes.items() if n.startswith(source.family.blocks) and d.is_floating_point
-    )
-    outside = sum(n * dtype.itemsize for n, dtype in sizes.values()) - weights * itemsize + count_headers(source)
-    entry = 100 + max(len(n) for n in sizes)  # dtype, shape, offsets; names of factors are longer by two
-    return Bytes(name, asked, asked - outside, weights * itemsize, outside, itemsize=itemsize, entry=entry)
-
-
-def read_form(solver: Solver, unit: Unit) -> str:
-    """ "pivoted", "pair" or "head_pair" for a solver that makes a linear low-rank, else ""."""
-    while hasattr(solver, "solver"):
-        solver = solver.solver
-    if unit.name not in ("q", "k", "v", "o", "gate", "up", "down"):
-        return ""
-    return getattr(solver, "form", "head_pair")
+    return BUDGETS[name].make(name, asked, Uncut(source, shapes, context, seconds or {}))

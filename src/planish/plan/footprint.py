@@ -1,16 +1,263 @@
-"""What a model costs: bytes of headers, numbers and bytes in the cache, FLOPs per token."""
+"""What a block with a spec costs: weights, bytes, cache, FLOPs, the pieces that take time, what a stack must hold.
+
+Plans ask it for the spec of a unit at a rank (`Solver.spec`), results for the specs that were written: one account for both. The
+tests hold it to what the installed modules really contain. A new form of a linear is a row of `KINDS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from planish.core import Shape
+from planish.core import SUBMODULES, Shape, Solver, Spec, Unit
 from planish.folder.safetensors import make_header
 from planish.folder.source import Source
-from planish.modelling.blocks import Spec
+from planish.modelling.families import ATTENTION, MLP
+
+Matrix = tuple[int, int]  # (out, in)
+INDEX = 4  # bytes of an entry in an order of rows or a table of pairs
+
+
+class Need(StrEnum):
+    """What a stack must be able to hold."""
+
+    LOW_RANK = "low-rank linear"
+    VALUES = "fewer value dimensions"
+    QK = "fewer query/key dimensions"
+    KEYS = "keys"
+    NEURONS = "fewer neurons"
+    STREAM = "narrower residual stream"
+    NO_ATTENTION = "removed attention"
+    NO_MLP = "removed MLP"
+    LINEAR_ATTENTION = "linear attention"
+    LINEAR_MLP = "linear MLP"
+    RAW_ATTENTION = "raw linear attention"
+    RAW_MLP = "raw linear MLP"
+
+
+PARTS = dict.fromkeys(ATTENTION, "attention") | dict.fromkeys(MLP, "mlp")  # role → the submodule that a bypass replaces
+BYPASSES = {  # submodule → nothing in its place, a map of the stream before the norm, a map of what the norm gives
+    "attention": (Need.NO_ATTENTION, Need.RAW_ATTENTION, Need.LINEAR_ATTENTION),
+    "mlp": (Need.NO_MLP, Need.RAW_MLP, Need.LINEAR_MLP),
+}
+
+
+class Kind(NamedTuple):
+    """A form of a linear: its matrices, from its spec and the stock size (out, in); `ordered`: with a table of its rows."""
+
+    matrices: Callable[[Spec, int, int], list[Matrix]]
+    need: Need | None = Need.LOW_RANK
+    ordered: bool = False
+
+
+KINDS = {
+    "dense": Kind(lambda f, out, n: [(f.get("out", out), f.get("in", n))], None),
+    "pair": Kind(lambda f, out, n: [(f["rank"], n), (out, f["rank"])]),
+    "pivoted": Kind(lambda f, out, n: [(f["rank"], n), (out - f["rank"], f["rank"])], ordered=True),
+    "head_pair": Kind(lambda f, out, n: [(f["heads"] * f["rank"], n), (out, f["rank"])]),
+}
+DENSE: Spec = {"kind": "dense"}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a type stores a matrix: row by row, every `group` weights in `size` bytes, scales included."""
+
+    group: int
+    size: int
+
+    def count(self, out: int, n: int) -> int:
+        """Bytes of a matrix (out, in)."""
+        return out * -(-n // self.group) * self.size
+
+
+STORAGE: dict[str, Storage] = {}  # types that a linear's spec may name as "stored"; others are in the model's own dtype
+
+
+class Piece(NamedTuple):
+    """A linear in some form, in the place of a dense one of size (out, in)."""
+
+    form: Spec
+    out: int
+    n: int
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.form["kind"]]
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        return self.kind.matrices(self.form, self.out, self.n)
+
+    def bytes(self, itemsize: int) -> int:
+        stored = STORAGE[self.form["stored"]] if "stored" in self.form else Storage(1, itemsize)
+        return sum(stored.count(*m) for m in self.matrices) + INDEX * self.out * self.kind.ordered
+
+
+@dataclass(eq=False)
+class Footprint:
+    """Of a block with this spec, or of its linears `roles` with what attention does for k (keys, scores) and v (values, sums).
+
+    `context`: tokens of attention that FLOPs count; `itemsize`: bytes of a number in the model's own dtype.
+    """
+
+    spec: Spec
+    shape: Shape
+    roles: tuple[str, ...]
+    context: int = 0
+    itemsize: int = 2
+
+    def __post_init__(self) -> None:
+        forms = {part: self.spec[part] for part in SUBMODULES if part in self.spec}
+        self.bypasses = {part: form for part, form in forms.items() if form["kind"] == "bypass"}
+        self.attention: Spec | None = forms.get("attention", {})  # None where there is none
+        if "attention" in self.bypasses:
+            self.attention = None
+
+    @property
+    def linears(self) -> list[Piece]:
+        forms, gone = self.spec.get("linears", {}), self.bypasses
+        roles = [r for r in self.roles if PARTS.get(r) not in gone] if gone else self.roles
+        return [Piece(forms.get(r, DENSE), *self.shape.linear(r)) for r in roles]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All linears that run for every token, those of bypasses included."""
+        width, maps = self.shape.hidden, []
+        for form in self.bypasses.values():
+            if form["rank"]:
+                pair = form.get("factored", True)
+                maps.append(Piece({"kind": "pair", "rank": form["rank"]} if pair else DENSE, width, width))
+        return maps + self.linears
+
+    @property
+    def others(self) -> list[Matrix]:
+        """Matrices beside the linears: what rebuilds keys, the shortcuts of a sliced stream, gates and shifts."""
+        form, shape = self.attention or {}, self.shape
+        found = [(form["gate"] + form["shift"], shape.hidden) for form in self.bypasses.values()]
+        if "k_rank" in form and "k" in self.roles:
+            per_head = 1 if form.get("k_form") == "frequency" else shape.qk
+            found.append((shape.kv_heads * per_head, form["k_rank"]))
+        if slices := self.spec.get("slice"):
+            found += [(slices["mid"], slices["in"]), (slices["out"], slices["mid"])]
+        return found
+
+    @property
+    def weights(self) -> int:
+        """Weights that are stored: matrices, gates and shifts; no norms, no biases."""
+        matrices = chain(self.others, *(KINDS[form["kind"]].matrices(form, out, n) for form, out, n in self.pieces))
+        return sum(out * n for out, n in matrices)
+
+    @property
+    def working(self) -> int:
+        """Weights that one token meets: all of them, but for those of experts that it does not reach."""
+        if self.shape.experts is None:
+            return self.weights
+        return replace(self, roles=tuple(filter(self.shape.works, self.roles))).weights
+
+    @property
+    def bytes(self) -> int:
+        """Of stored weights and index tables (orders of rows, kept rotary pairs, frequencies); no headers, no biases."""
+        form, tables = self.attention or {}, 0
+        if "k" in self.roles:
+            tables += self.shape.kv_heads * form.get("pairs", 0)
+            tables += form["k_groups"] * (form["k_rank"] // 2) if form.get("k_form") == "frequency" else 0
+        linears = sum(piece.bytes(self.itemsize) for piece in self.pieces)
+        return linears + self.itemsize * sum(out * n for out, n in self.others) + INDEX * tables
+
+    @property
+    def cache(self) -> int:
+        """Numbers that the KV cache holds per token."""
+        form, shape = self.attention, self.shape
+        if form is None:
+            return 0
+        keys = form["k_rank"] * form["k_groups"] if "k_rank" in form else shape.kv_heads * form.get("qk", shape.qk)
+        return keys * ("k" in self.roles) + shape.kv_heads * form.get("v", shape.v) * ("v" in self.roles)
+
+    @property
+    def scores(self) -> int:
+        """Multiplications of attention per query token and cached token: scores, keys that are rebuilt, sums of values."""
+        form, shape = self.attention, self.shape
+        if form is None:
+            return 0
+        qk, v = form.get("qk", shape.qk), form.get("v", shape.v)
+        keys = shape.heads * qk
+        if form.get("k_form") == "frequency":  # every head meets its set's keys, and the set's values beside its own
+            keys = shape.heads * (form["k_rank"] + (shape.kv_heads // form["k_groups"] - 1) * v)
+        elif "k_rank" in form:
+            keys += shape.kv_heads * qk * form["k_rank"]
+        return keys * ("k" in self.roles) + shape.heads * v * ("v" in self.roles)
+
+    @property
+    def flops(self) -> int:
+        """Per token behind `context` others: two per weight that it meets, and attention."""
+        return 2 * (self.working + self.context * self.scores)
+
+    @property
+    def halves(self) -> list[tuple[str, int]]:
+        """Halves of attention, "qk" and "v", and their dimensions per head."""
+        form, shape = self.attention, self.shape
+        if form is None:
+            return []
+        found = {"k": ("qk", form.get("qk", shape.qk)), "v": ("v", form.get("v", shape.v))}
+        return [half for role, half in found.items() if role in self.roles]
+
+    @property
+    def needs(self) -> set[Need]:
+        """What a stack must be able to hold."""
+        form, shape = self.attention or {}, self.shape
+        found = {need for piece in self.linears if (need := piece.kind.need)}
+        found |= {Need.VALUES} if form.get("v", shape.v) < shape.v else set()
+        found |= {Need.QK} if form.get("qk", shape.qk) < shape.qk else set()
+        found |= {Need.KEYS} if "k_rank" in form else set()
+        found |= {Need.STREAM} if "slice" in self.spec else set()
+        neurons = self.spec.get("linears", {}).get("down", DENSE).get("in", shape.intermediate)
+        found |= {Need.NEURONS} if neurons < shape.intermediate else set()
+        for part, form in self.bypasses.items():
+            nothing, raw, normed = BYPASSES[part]
+            adds = form["rank"] or form["gate"] or form["shift"]
+            found.add(nothing if not adds else raw if form["raw"] else normed)
+        return found
+
+
+def footprint(spec: Spec, shape: Shape, context: int = 0, itemsize: int = 2) -> Footprint:
+    """Of a whole block."""
+    return Footprint(spec, shape, shape.roles + shape.rest, context, itemsize)
+
+
+def footprints(
+    solver: Solver, unit: Unit, shape: Shape, rank: int, context: int = 0, itemsize: int = 2
+) -> Iterator[tuple[int, Footprint]]:
+    """Of what a unit holds, at a rank: one for each kind of block that it cuts, with how many of these there are."""
+    for block, count in solver.blocks(unit, shape):
+        yield count, Footprint(solver.spec(unit, block, rank), block, block.held(unit.name), context, itemsize)
+
+
+def count_weights(solver: Solver, unit: Unit, shape: Shape, rank: int) -> int:
+    """Weights left in a unit at a rank."""
+    return sum(count * found.weights for count, found in footprints(solver, unit, shape, rank))
+
+
+def cuts_cache(solver: Solver, unit: Unit, shape: Shape) -> bool:
+    """Whether an attention stays when the unit is cut, with fewer numbers in its cache."""
+    return solver.spec(unit, shape, solver.ranks(unit, shape)[0]).get("attention", {}).get("kind") == "own"
+
+
+def find_rank(solver: Solver, unit: Unit, shape: Shape, keep: float, step: int = 1) -> int:
+    """Largest admissible rank (a multiple of `step`, or full) that leaves at most `keep` of the unit's weights."""
+    ranks = solver.ranks(unit, shape)
+    full = ranks[-1]
+    budget = keep * count_weights(solver, unit, shape, full) * (1 + 1e-12)
+    fits = bisect_right(ranks, budget, key=lambda r: count_weights(solver, unit, shape, r))  # they rise with the rank
+    falling = (ranks[i] for i in reversed(range(fits)))
+    return next(r for r in chain(falling, ranks) if r == full or r % step == 0)  # the smallest, where none fits
 
 
 def count_headers(source: Source) -> int:
@@ -23,37 +270,3 @@ def count_headers(source: Source) -> int:
             count, 1, dtype=dtype, device="meta"
         )  # as many digits as any shape
     return sum(8 + len(make_header(tensors)[0]) for tensors in files.values())
-
-
-def count_cache(shape: Shape) -> int:
-    """Numbers that an uncut block caches per token."""
-    return shape.kv_heads * (shape.qk + shape.v)
-
-
-def count_attention(shape: Shape, spec: Spec | None = None) -> int:
-    """Multiplications of attention per query token and cached token: scores and sums of values, keys that
-    are rebuilt."""
-    form = (spec or {}).get("attention", {})
-    if form.get("kind") == "bypass":
-        return 0
-    qk, v = form.get("qk", shape.qk), form.get("v", shape.v)
-    if form.get("k_form") == "frequency":  # every head meets its set's keys and values
-        return shape.heads * (form["k_rank"] + shape.kv_heads // form["k_groups"] * v)
-    return shape.heads * (qk + v) + (shape.kv_heads * qk * form["k_rank"] if "k_rank" in form else 0)
-
-
-def count_flops(shapes: Sequence[Shape], specs: Sequence[Spec], weights: Sequence[int], context: int) -> int:
-    """Of blocks with these specs and weights, per token behind `context` others."""
-    return sum(2 * (n + context * count_attention(h, s)) for h, s, n in zip(shapes, specs, weights, strict=True))
-
-
-def kv_bytes(specs: list[Spec], shapes: list[Shape], itemsize: int) -> int:
-    """Bytes the KV cache grows by per token and sequence."""
-    total = 0
-    for spec, shape in zip(specs, shapes, strict=True):
-        form = spec.get("attention", {})
-        if form.get("kind") == "bypass":
-            continue
-        keys = form["k_rank"] * form["k_groups"] if "k_rank" in form else shape.kv_heads * form.get("qk", shape.qk)
-        total += (keys + shape.kv_heads * form.get("v", shape.v)) * itemsize
-    return total

@@ -21,19 +21,18 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from planish.calibrate.cache import find_root
-from planish.core import Progress, Shape, Solver, Unit
-from planish.errors import InputError
+from planish.core import Progress, Shape
 from planish.folder.safetensors import write_text
 from planish.folder.source import Source
 from planish.modelling.blocks import Spec, find_blocks, get_linear, install, split_block
 from planish.modelling.modules import Pair, Pivoted, set_module
-from planish.plan.budgets import Budget, read_form
+from planish.plan.footprint import Footprint, Piece, footprint
 
 GRID = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)  # of a full rank or width
 HEADS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # of a head's dimensions
@@ -41,7 +40,12 @@ POOL = 96 << 20  # bytes that copies of a module take turns in: more than proces
 SAMPLES = 9
 TOKENS = 8  # decoded per sample
 
-Piece = tuple[str, int, int, int]  # form, rows and columns of the stock linear, rank or width
+Measured = tuple[str, int, int, int]  # form, rows and columns of the stock linear, rank or width
+TIMED = {"pair": Pair, "pivoted": Pivoted}
+
+
+class UnmeasuredError(Exception):
+    """Something takes time that is not in the table."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,26 @@ class Table:
     shapes: Sequence[Shape]
     curves: dict[tuple[str, int, int], tuple[list[int], list[float]]] = field(default_factory=dict, compare=False)
 
-    def time(self, piece: Piece) -> float:
+    def time(self, found: Footprint) -> float:
+        """Seconds per token of a block, or of a part of it."""
+        if "slice" in found.spec or "k_rank" in (found.attention or {}):
+            raise UnmeasuredError
+        return sum(map(self.run, found.pieces)) + self.attend(found)
+
+    def run(self, piece: Piece) -> float:
         """Seconds of a linear in a form, interpolated over its size."""
-        form, out, n, size = piece
+        form, out, n, size = measured(piece)
         if (form, out, n) not in self.curves:
             sizes = list_sizes(form, out, n)
             self.curves[form, out, n] = sizes, [self.seconds[name(form, out, n, s)] for s in sizes]
         return interpolate(*self.curves[form, out, n], size)
 
-    def attention(self, shape: Shape, which: str, size: int) -> float:
-        """Seconds of half an attention: of its queries and keys (which = "qk") or values ("v"), with `size` dimensions
-        per head; both halves at full size are the whole."""
+    def attend(self, found: Footprint) -> float:
+        """Seconds of attention beside its linears: of its queries and keys, of its values; together they are the whole."""
+        return sum(self.attend_half(found.shape, which, size) for which, size in found.halves)
+
+    def attend_half(self, shape: Shape, which: str, size: int) -> float:
+        """Of queries and keys ("qk") or values ("v") with `size` dimensions per head."""
         sizes = [s for w, s in list_halves(shape) if w == which]
         times = [self.seconds[f"attention {which} {s}"] for s in sizes]
         return interpolate(sizes, times, size) - times[-1] / 2
@@ -70,113 +83,26 @@ class Table:
     @property
     def rest(self) -> float:
         """Seconds of everything that no plan changes."""
+        dense = [footprint({}, s) for s in self.shapes]
+        linears = sum(self.run(piece) for f in dense for piece in f.pieces)
         return (
-            self.seconds["model"]
-            - sum(self.time(p) for s in self.shapes for p in stock_pieces(s))
-            - sum(self.attention(s, which, size) for s in self.shapes for which, size in (("qk", s.qk), ("v", s.v)))
+            self.seconds["model"] - linears - sum(self.attend_half(f.shape, *half) for f in dense for half in f.halves)
         )
 
     def predict(self, specs: Sequence[Spec], shapes: Sequence[Shape]) -> float:
         """Seconds per token of a model whose blocks have these specs."""
-        return self.rest + sum(self.block(spec, shape) for spec, shape in zip(specs, shapes, strict=True))
-
-    def block(self, spec: Spec, shape: Shape) -> float:
-        attention, mlp = spec.get("attention", {}), spec.get("mlp", {})
-        total = 0.0
-        for form in (attention, mlp):
-            if form.get("kind") == "bypass":
-                total += sum(
-                    self.time(p) for p in bypass_pieces(shape.hidden, form["rank"], form.get("factored", True))
-                )
-        if attention.get("kind") != "bypass":
-            total += self.attention(shape, "qk", attention.get("qk", shape.qk))
-            total += self.attention(shape, "v", attention.get("v", shape.v))
-        for role in shape.roles:
-            if (attention if role in "qkvo" else mlp).get("kind") == "bypass":
-                continue
-            out, n = shape.linear(role)
-            form = spec.get("linears", {}).get(role, {"kind": "dense"})
-            if form["kind"] == "dense":
-                rows, columns = form.get("out", out), form.get("in", n)
-                total += self.time(("rows", out, n, rows) if columns == n else ("columns", out, n, columns))
-            else:
-                total += self.time((form["kind"], out, n, form["rank"]))
-        return total
+        return self.rest + sum(self.time(footprint(spec, shape)) for spec, shape in zip(specs, shapes, strict=True))
 
 
-@dataclass(frozen=True)
-class Latency(Budget):
-    """Nanoseconds, rounded up, that the blocks take per decoded token."""
-
-    unit: ClassVar[str] = "nanoseconds per token"
-    table: Table = field(default_factory=lambda: Table({}, ()))
-
-    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
-        pieces, halves = find_pieces(solver, unit, shape, rank)
-        seconds = sum(map(self.table.time, pieces)) + sum(self.table.attention(shape, *half) for half in halves)
-        return -(-seconds * 1e9 // 1)
-
-    def fixed(self, solver: Solver, unit: Unit, shape: Shape) -> float:
-        return 1e9 * self.attention(shape, unit.name)
-
-    def attention(self, shape: Shape, role: str) -> float:
-        """Seconds of what attention does with the outputs of a linear of full width."""
-        if role not in ("k", "v"):
-            return 0.0
-        return self.table.attention(shape, *(("qk", shape.qk) if role == "k" else ("v", shape.v)))
-
-    def uncut(self, shape: Shape, role: str) -> float:
-        seconds = self.table.time(("rows", *shape.linear(role), shape.linear(role)[0])) + self.attention(shape, role)
-        return -(-seconds * 1e9 // 1)
-
-
-def make_latency(asked: float, seconds: Mapping[str, float], shapes: Sequence[Shape]) -> Latency:
-    """A budget of `asked` milliseconds per decoded token for the whole model."""
-    if others := next((s.rest for s in shapes if s.rest), ()):
-        raise InputError(f"--max-latency: {others[0]} is not in the latency table; use another budget")
-    table = Table(seconds, tuple(shapes))
-    budget = Latency("max_latency", asked, 0, 0, table.rest * 1e9, 1e6, table)
-    total = sum(budget.uncut(s, r) for s in shapes for r in s.roles)
-    return replace(budget, total=total, limit=asked * 1e6 - table.rest * 1e9)
-
-
-def find_pieces(solver: Solver, unit: Unit, shape: Shape, rank: int) -> tuple[list[Piece], list[tuple[str, int]]]:
-    """What a unit at a rank consists of: linears, and halves of attention with their dimensions."""
-    full = solver.ranks(unit, shape)[-1]
-    roles = shape.held(unit.name)
-    halves = [("qk", shape.qk)] if "k" in roles else []
-    halves += [("v", shape.v)] if "v" in roles else []
-    if rank >= full:
-        return [("rows", *shape.linear(r), shape.linear(r)[0]) for r in roles], halves
-    form = read_form(solver, unit)
-    if form in ("pivoted", "pair"):
-        return [(form, *shape.linear(unit.name), rank)], halves
-    if unit.name == "vo":
-        v, o = shape.linear("v"), shape.linear("o")
-        return [("rows", *v, shape.kv_heads * rank), ("columns", *o, shape.heads * rank)], [("v", rank)]
-    if unit.name == "qk":
-        q, k = shape.linear("q"), shape.linear("k")
-        return [("rows", *q, shape.heads * rank), ("rows", *k, shape.kv_heads * rank)], [("qk", rank)]
-    if unit.name == "mlp":
-        wide = [("rows", *shape.linear(r), rank) for r in roles if r != "down"]
-        return [*wide, ("columns", *shape.linear("down"), rank)], []
-    if unit.name in ("attention", "ffn"):
-        inner = solver.inner_rank(unit, shape) if hasattr(solver, "inner_rank") else rank
-        inner = 0 if getattr(solver, "kind", "") == "zero" else inner
-        return bypass_pieces(shape.hidden, inner, 2 * inner < shape.hidden), []
-    raise InputError(
-        f"--max-latency: what {solver.name} makes of {unit.name} is not in the latency table; use another budget"
-    )
-
-
-def bypass_pieces(width: int, rank: int, factored: bool) -> list[Piece]:
-    if not rank:
-        return []
-    return [("pair", width, width, rank)] if factored else [("rows", width, width, width)]
-
-
-def stock_pieces(shape: Shape) -> list[Piece]:
-    return [("rows", *shape.linear(r), shape.linear(r)[0]) for r in shape.roles]
+def measured(piece: Piece) -> Measured:
+    """What the time of a linear is read from."""
+    form, out, n = piece
+    if form["kind"] == "dense":
+        rows, columns = form.get("out", out), form.get("in", n)
+        return ("rows", out, n, rows) if columns == n else ("columns", out, n, columns)
+    if form["kind"] not in TIMED:
+        raise UnmeasuredError
+    return form["kind"], out, n, form["rank"]
 
 
 def name(form: str, out: int, n: int, size: int) -> str:
@@ -242,11 +168,11 @@ def read_table(
     return found
 
 
-def list_pieces(source: Source) -> list[Piece]:
+def list_pieces(source: Source) -> list[Measured]:
     """Every linear that a plan for this model can hold, at the sizes between which times are interpolated."""
     shapes = {replace(source.shape(i), block=0) for i in range(source.n_blocks)}
     wanted = {(f, *s.linear(r)) for s in shapes for r in s.roles for f in (
-        "columns" if r in ("o", "down") else "rows", "rows", "pivoted", "pair")}  # fmt: skip
+        "columns" if r in ("o", "down") else "rows", "rows", *TIMED)}  # fmt: skip
     wanted |= {(f, s.hidden, s.hidden) for s in shapes for f in ("pair", "rows")}  # bypasses
     return [(form, out, n, size) for form, out, n in sorted(wanted) for size in list_sizes(form, out, n)]
 
@@ -338,7 +264,7 @@ def build(form: str, out: int, n: int, size: int) -> nn.Module:
     with torch.device("meta"):
         if form in ("rows", "columns"):
             return nn.Linear(*((n, size) if form == "rows" else (size, out)), bias=False)
-        return (Pivoted if form == "pivoted" else Pair)(n, out, size, False)
+        return TIMED[form](n, out, size, False)
 
 
 def sample(run: Callable[[], Any], device: torch.device, least: float = 1e-3) -> float:

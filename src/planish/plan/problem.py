@@ -11,8 +11,9 @@ from planish.core import Frontier, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.plan.allocate import Curve
-from planish.plan.budgets import Budget, CacheNumbers, make_budget
-from planish.plan.latency import Latency, Table, make_latency
+from planish.plan.budgets import Budget, CacheNumbers, Latency, make_budget
+from planish.plan.footprint import count_weights, cuts_cache
+from planish.plan.latency import Table
 from planish.plan.spread import BudgetError, Choices, spread, spread_by_kind
 from planish.plan.targets import Target, constrain, fit_target
 from planish.request import Limits
@@ -78,7 +79,7 @@ class Problem:
 
     def count(self, unit: Unit, rank: int) -> int:
         """Weights left in the unit at this rank, whatever the budgets count."""
-        return self.units[unit].cost(unit, self.shapes[unit.block], rank)
+        return count_weights(self.units[unit], unit, self.shapes[unit.block], rank)
 
     def choices(self, unit: Unit) -> Choices:
         """Admissible ranks of a unit, and what they cost of every budget."""
@@ -133,12 +134,7 @@ def make_problem(
     """
     shapes = tuple(source.shape(i) for i in range(source.n_blocks))
     context = asked.context or 0
-    budgets = tuple(
-        make_latency(value, measured or {}, list(shapes))
-        if which == "max_latency"
-        else make_budget(which, value, source, shapes, context)
-        for which, value in asked.given.items()
-    )
+    budgets = tuple(make_budget(n, value, source, shapes, context, measured) for n, value in asked.given.items())
     cache_only = set(asked.given) == {"kv_keep"}
     shares = {b.name: b.share for b in budgets}
     units: dict[Unit, Solver] = {}
@@ -146,7 +142,7 @@ def make_problem(
         for shape in shapes:
             own = [u for u in solver.units(shape) if takes(u, shares)]
             if cache_only:
-                own = [u for u in own if solver.cache(u, shape, solver.ranks(u, shape)[-1]) > 0]
+                own = [u for u in own if cuts_cache(solver, u, shape)]
             units |= dict.fromkeys(own, solver)
     stack = fit_target(target, source, shapes)
     units = constrain(stack, name, units, list(shapes))

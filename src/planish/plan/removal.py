@@ -220,9 +220,10 @@ def remove_blocks(problem: Problem, sparsity: float | None) -> tuple[int, dict[s
 
 def check_foldable(family: Family, name: str) -> None:
     """A map behind the feed-forward can only be folded where nothing stands between it and the residual stream."""
-    if family.mlp_post_norm is not None:
+    if family.mlp_post_norm is not None or family.factor:
+        what = "norm" if family.mlp_post_norm else "factor"
         raise InputError(
-            f"{name} cannot be used with {family.model_type}: a norm follows the down projection, so no map can be "
+            f"{name} cannot be used with {family.model_type}: a {what} follows the down projection, so no map can be "
             "folded into it; use a method that folds none"
         )
 

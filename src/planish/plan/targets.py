@@ -23,29 +23,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Plan, Shape, Solver, Unit, Weights
+from planish.core import Edit, Frontier, Plan, Shape, Solver, Spec, Unit, Weights
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.modelling.blocks import get_linear
 from planish.plan.allocate import Curve
+from planish.plan.footprint import Need, footprints
 from planish.plan.spread import BudgetError
 from planish.stats import Stats, Tap
-
-Spec = dict[str, Any]
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-LOW_RANK = ("pair", "pivoted", "head_pair")
 
 
 @dataclass(frozen=True)
 class Target:
-    """`refuses`: what a unit would become (`describe_unit`) → why that cannot, or need not, be cut for this target.
+    """`refuses`: what a cut unit would need of the stack → why that cannot, or need not, be cut for this target.
     `steps`: unit name → ranks are multiples of it; `wide`: of this instead, where the full rank is at least 32 of them.
     `uniform`: units that must have the same rank in every block as soon
     as the first of them is cut. `whole`: a removed attention or MLP saves something only where both of a block go."""
 
     name: str
     title: str
-    refuses: Mapping[str, str] = field(default_factory=dict)
+    refuses: Mapping[Need, str] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
     wide: Mapping[str, int] = field(default_factory=dict)
     uniform: tuple[str, ...] = ()
@@ -62,18 +59,18 @@ TARGETS: dict[str, Target] = {
     "vllm": Target(
         "vllm",
         "vLLM, through its Transformers backend",
-        refuses={"keys": _NO_LATENT},
+        refuses={Need.KEYS: _NO_LATENT},
         steps={"vo": 8, "qk": 8, "mlp": 8},
     ),
     "gguf": Target(
         "gguf",
         "llama.cpp",
         refuses={
-            "low-rank linear": _NO_GRAPH,
-            "keys": _NO_GRAPH,
-            "fewer query/key dimensions": _NO_GRAPH,
-            "raw linear attention": "llama.cpp has no linear map of the residual stream before the norm",
-            "raw linear MLP": "llama.cpp has no linear map of the residual stream before the norm",
+            Need.LOW_RANK: _NO_GRAPH,
+            Need.KEYS: _NO_GRAPH,
+            Need.QK: _NO_GRAPH,
+            Need.RAW_ATTENTION: "llama.cpp has no linear map of the residual stream before the norm",
+            Need.RAW_MLP: "llama.cpp has no linear map of the residual stream before the norm",
         },
         steps={"vo": 8, "mlp": 32},
         wide={"mlp": 64},  # AVX-512 multiplies f16 rows 64 at a time, the rest one by one
@@ -139,25 +136,27 @@ def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
     elif config.tie_word_embeddings:
         mimo = "stores a tied embedding twice"
     if mimo:
-        refuses["fewer value dimensions"] = f"llama.cpp's graph for it {mimo}, and filled up again it saves nothing"
+        refuses[Need.VALUES] = f"llama.cpp's graph for it {mimo}, and filled up again it saves nothing"
     uniform = () if mimo else target.uniform
     if family.qk_norm:  # deci, the one graph with blocks of several shapes, has none either
-        refuses |= dict.fromkeys(("linear attention", "linear MLP"), _NO_GRAPH)
+        refuses |= dict.fromkeys((Need.LINEAR_ATTENTION, Need.LINEAR_MLP), _NO_GRAPH)
         uniform = ("mlp",)
     return replace(target, refuses=refuses, uniform=uniform, whole=family.qk_norm)
 
 
 NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons"}
-HELD = {"vo": "fewer value dimensions", "qk": "fewer query/key dimensions", "mlp": "fewer neurons"}
+FEWER = {"vo": Need.VALUES, "qk": Need.QK, "mlp": Need.NEURONS}
 
 
-def describe_limits(target: Target, units: Mapping[Unit, Solver] | None = None) -> list[str]:
+def describe_limits(
+    target: Target, units: Mapping[Unit, Solver] | None = None, shapes: Sequence[Shape] = ()
+) -> list[str]:
     """What a target asks of a compressed model, one line each; with a method's `units` only what concerns them."""
-    forms = None if units is None else {describe_unit(u, s) for u, s in units.items()}
+    needs = set(target.refuses) if units is None else find_needs(units, shapes)
     cut = None if units is None else {u.name for u in units}
-    lines = [f"no {what}: {why}" for what, why in target.refuses.items() if forms is None or what in forms]
+    lines = [f"no {what}: {why}" for what, why in target.refuses.items() if what in needs]
     for unit, step in target.steps.items():
-        if (cut is None or unit in cut) and HELD.get(unit) not in target.refuses:
+        if (cut is None or unit in cut) and FEWER.get(unit) not in target.refuses:
             wide = f" ({w} from {32 * w} on)" if (w := target.wide.get(unit)) else ""
             equal = ", equal in all blocks" if unit in target.uniform else ""
             lines.append(f"{NAMES[unit]} in multiples of {step}{wide}{equal}")
@@ -166,17 +165,10 @@ def describe_limits(target: Target, units: Mapping[Unit, Solver] | None = None) 
     return lines
 
 
-def describe_unit(unit: Unit, solver: Solver) -> str:
-    """What a solver makes of a unit when it cuts it."""
-    if unit.name in ROLES:
-        return "low-rank linear"
-    if unit.name in ("attention", "ffn"):
-        part = "attention" if unit.name == "attention" else "MLP"
-        if getattr(solver, "kind", None) == "zero":
-            return f"removed {part}"
-        raw = getattr(solver, "input", None) == "raw"
-        return f"raw linear {part}" if raw else f"linear {part}"
-    return HELD.get(unit.name, unit.name)
+def find_needs(units: Mapping[Unit, Solver], shapes: Sequence[Shape]) -> set[Need]:
+    """What a stack must hold where these units are cut."""
+    least = ((s, u, shapes[u.block], s.ranks(u, shapes[u.block])[0]) for u, s in units.items())
+    return {need for at in least for _, found in footprints(*at) for need in found.needs}
 
 
 @dataclass(frozen=True)
@@ -194,14 +186,11 @@ class Rounded(Solver):
         ranks = self.solver.ranks(unit, shape)
         return [r for r in ranks if r % self.step == 0 or r == ranks[-1]]
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return self.solver.cost(unit, shape, rank)
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return self.solver.spec(unit, shape, rank)
 
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return self.solver.cache(unit, shape, rank)
-
-    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return self.solver.work(unit, shape, rank)
+    def blocks(self, unit: Unit, shape: Shape) -> list[tuple[Shape, int]]:
+        return self.solver.blocks(unit, shape)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return self.solver.taps(unit, shape)
@@ -224,11 +213,10 @@ def constrain(target: Target, method: str, units: dict[Unit, Solver], shapes: li
     if not target.refuses and not target.steps:
         return units
     kept: dict[Unit, Solver] = {}
-    refused: dict[str, str] = {}
+    refused: list[Need] = []
     for unit, solver in units.items():
-        what = describe_unit(unit, solver)
-        if what in target.refuses:
-            refused[what] = target.refuses[what]
+        if needs := find_needs({unit: solver}, shapes) & set(target.refuses):
+            refused += needs
             continue
         full = solver.ranks(unit, shapes[unit.block])[-1]
         step, wide = target.steps.get(unit.name, 1), target.wide.get(unit.name)
@@ -236,9 +224,9 @@ def constrain(target: Target, method: str, units: dict[Unit, Solver], shapes: li
         small = step >= full  # tiny models: rounding would leave nothing to cut
         kept[unit] = solver if step == 1 or small else Rounded(solver, step)
     if units and not kept:
-        what, why = next(iter(refused.items()))
-        what = what if what in HELD.values() or what == "keys" else f"a {what}"
-        cuts = "neurons" if HELD["vo"] in target.refuses else "value dimensions or neurons"
+        several = {*FEWER.values(), Need.KEYS}
+        what, why = refused[0] if refused[0] in several else f"a {refused[0]}", target.refuses[refused[0]]
+        cuts = "neurons" if Need.VALUES in target.refuses else "value dimensions or neurons"
         raise InputError(
             f"--target {target.name}: {method} gives {what} and nothing else; {why} · choose a method that cuts "
             f"{cuts} (`planish methods` says which do), or --target hf"
@@ -300,36 +288,3 @@ def add_curves(curves: list[Curve]) -> tuple[Tensor, Tensor, Tensor]:
     rows = [c.cost.reshape(-1, len(c.ranks))[:, i] for c, i in zip(curves, at, strict=True)]
     cost = sum(rows, torch.zeros_like(rows[0]))
     return ranks, cost, sum((c.loss[i] for c, i in zip(curves, at, strict=True)), torch.zeros(len(ranks)))
-
-
-def check(name: str, specs: list[Spec], shapes: list[Shape]) -> list[str]:
-    """Why a finished model (its blocks' specs) does not fit a target at the size it has; empty if it does."""
-    find_target(name)
-    reasons: list[str] = []
-    if name == "vllm":
-        latent = [i for i, s in enumerate(specs) if "k_rank" in s.get("attention", {})]
-        if latent:
-            reasons.append(f"block {latent[0]} caches its keys at low rank: {_NO_LATENT}")
-    if name == "gguf":
-        for i, spec in enumerate(specs):
-            for role, form in spec.get("linears", {}).items():
-                if form["kind"] in LOW_RANK:
-                    reasons.append(f"block {i}'s {role} is a {form['kind']}: multiplied back to dense")
-            for part in ("attention", "mlp"):
-                form = spec.get(part, {})
-                adds = form.get("rank") or form.get("gate") or form.get("shift")
-                if form.get("kind") == "bypass" and form["raw"] and adds:
-                    reasons.append(f"block {i}'s {part} is a linear map of the residual stream: no graph has that")
-            form = spec.get("attention", {})
-            if form.get("kind") == "own" and form["qk"] < shapes[i].qk:
-                reasons.append(f"block {i} has fewer query/key dimensions: filled up again")
-        values = {
-            s.get("attention", {}).get("v", h.v)
-            for s, h in zip(specs, shapes)
-            if s.get("attention", {}).get("kind") != "bypass"
-        }
-        if len(values) > 1:
-            reasons.append(
-                f"value dimensions differ from block to block ({min(values)} to {max(values)}): filled up to the largest"
-            )
-    return reasons

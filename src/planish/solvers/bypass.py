@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.errors import InputError
+from planish.solvers.forms import NOTHING, bypass_form, is_factored
 from planish.solvers.linalg import eigh_descending, eigh_root, root, svd
 from planish.solvers.moments import RIDGES, Moments
 from planish.stats import Stats, Tap
@@ -102,19 +103,14 @@ def compute_correlations(m: Moments, ff: Tensor) -> Tensor:
 def bypass_edit(target: str, a: Affine, *, gate: bool, raw: bool) -> Edit:
     """Edit that puts f̂ in place of a submodule: factored, or as one d × d matrix (gate included) where that is smaller."""
     d, rank = a.V.shape
-    form = {"kind": "bypass", "rank": rank, "gate": gate, "shift": True, "raw": raw, "factored": is_factored(rank, d)}
-    tensors = {"shift": a.shift}
-    if rank and not form["factored"]:
-        return Edit(target, form | {"gate": False}, tensors | {"V.weight": a.dense().T})
-    if gate:
+    form, tensors = bypass_form(rank, d, gate, raw), {"shift": a.shift}
+    if form["gate"]:
         tensors["gate"] = a.gate
-    if rank:
+    if rank and not form["factored"]:
+        tensors["V.weight"] = a.dense().T
+    elif rank:
         tensors |= {"V.weight": a.V.T, "W.weight": a.W.T}
     return Edit(target, form, tensors)
-
-
-def is_factored(rank: int, width: int) -> bool:
-    return 2 * rank < width
 
 
 @dataclass(frozen=True)
@@ -154,15 +150,13 @@ class Bypass(Solver):
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return (0, 1)
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
         if rank:
-            return shape.count(*shape.held(unit.name))
+            return {}
+        target = "attention" if unit.name == "attention" else "mlp"
         if self.kind == "zero":
-            return 0
-        d, inner = shape.hidden, self.inner_rank(unit, shape)
-        if inner and not is_factored(inner, d):
-            return d * d + d
-        return 2 * inner * d + d * (1 + self.gate)
+            return {target: dict(NOTHING)}
+        return {target: bypass_form(self.inner_rank(unit, shape), shape.hidden, self.gate, self.input == "raw")}
 
     def inner_rank(self, unit: Unit, shape: Shape) -> int:
         """Rank of U."""
@@ -216,4 +210,4 @@ class Bypass(Solver):
 
 def drop_edit(target: str) -> Edit:
     """Edit that removes a submodule, its norm included: it contributes nothing."""
-    return Edit(target, {"kind": "bypass", "rank": 0, "gate": False, "shift": False, "raw": True}, {})
+    return Edit(target, dict(NOTHING), {})

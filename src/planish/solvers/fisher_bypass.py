@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.solvers.forms import bypass_form
 from planish.solvers.linalg import damp, solve, whitened_svd
 from planish.stats import Stats, Tap
 
@@ -39,15 +40,10 @@ class FisherBypass(Solver):
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return [*range((shape.hidden + 1) // 2), shape.hidden, shape.hidden + 1]
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
         if rank > shape.hidden:
-            return shape.count(*shape.held(unit.name))
-        return min(2 * rank, shape.hidden) * shape.hidden + shape.hidden
-
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        """Channels cached per token for keys and values."""
-        kept = unit.name == "attention" and rank > shape.hidden
-        return shape.kv_heads * (shape.qk + shape.v) if kept else 0
+            return {}
+        return {PARTS[unit.name][0]: bypass_form(rank, shape.hidden, gate=False, raw=False)}
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         if not self.anchor:
@@ -94,10 +90,10 @@ class FisherBypass(Solver):
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank > shape.hidden:
             return []
-        f, factored = frontier.factors, rank < shape.hidden
+        f = frontier.factors
         b, a = f["B"][:, :rank], f["A"][:rank]
-        form = {"kind": "bypass", "rank": rank, "gate": False, "shift": True, "raw": False, "factored": factored}
+        target, form = PARTS[frontier.unit.name][0], bypass_form(rank, shape.hidden, gate=False, raw=False)
         tensors = {"shift": f["nu"] - b @ (a @ f["mu"])}
         if rank:
-            tensors |= {"V.weight": a, "W.weight": b} if factored else {"V.weight": b @ a}
-        return [Edit(PARTS[frontier.unit.name][0], form, tensors)]
+            tensors |= {"V.weight": a, "W.weight": b} if form["factored"] else {"V.weight": b @ a}
+        return [Edit(target, form, tensors)]

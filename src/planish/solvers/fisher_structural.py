@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.solvers.forms import neuron_edits, qk_edits, value_edits
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.solvers.forms import neuron_edits, neuron_spec, qk_edits, qk_spec, value_edits, value_spec
 from planish.solvers.linalg import (
     balance,
     compute_tails,
@@ -83,8 +83,8 @@ class FisherNeurons(Solver):
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.intermediate + 1)
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.hidden * (3 if shape.gated else 2)
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return neuron_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("down", self.anchor), Tap("grad:down.out", "gram")]
@@ -127,11 +127,8 @@ class FisherValues(Solver):
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.v + 1)
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.hidden * (shape.kv_heads + shape.heads)
-
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.kv_heads
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return value_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("o", self.anchor), Tap("grad:o.out", "gram")]
@@ -190,11 +187,8 @@ class FisherPairs(Solver):
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(2, shape.qk + 1, 2)
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.hidden * (shape.heads + shape.kv_heads)
-
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.kv_heads
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return qk_spec(shape, rank, rank // 2)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("dense:q.out", "pair_effects", "grad:q.out", heads=shape.heads)]

@@ -1,17 +1,87 @@
-"""Edits that several solvers make: low-rank linears, fewer value dimensions, fewer neurons."""
+"""What several solvers make: low-rank linears, fewer value or query/key dimensions, latent keys, fewer neurons, bypasses; as
+specs (see `planish.modelling.blocks`), and as edits with their tensors."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Weights
+from planish.core import Edit, Shape, Spec, Weights
 from planish.solvers.linalg import pivot
 
 
 def input_site(role: str) -> str:
     """Linears that read the same input share its statistics."""
     return {"q": "q.in", "k": "q.in", "v": "q.in", "gate": "up.in", "up": "up.in"}.get(role, f"{role}.in")
+
+
+def list_ranks(size: tuple[int, int], form: str) -> Sequence[int]:
+    """Ranks at which a linear (out, in) in a form holds fewer weights than the dense one, and the full rank, which is dense.
+
+    A pair holds r (out + in), a pivoted linear r (out + in − r).
+    """
+    out, n = size
+    full = min(size)
+    if form == "pivoted":
+        return range(1, full + 1)
+    return [*range(1, min((out * n - 1) // (out + n), full - 1) + 1), full]
+
+
+def low_rank_spec(role: str, shape: Shape, form: str, rank: int) -> Spec:
+    return {"linears": {role: {"kind": form, "rank": rank}}} if rank < min(shape.linear(role)) else {}
+
+
+def dense(out: int, n: int) -> Spec:
+    return {"kind": "dense", "out": out, "in": n}
+
+
+def value_spec(shape: Shape, rank: int) -> Spec:
+    """`rank` value dimensions per head."""
+    if rank >= shape.v:
+        return {}
+    linears = {"v": dense(shape.kv_heads * rank, shape.hidden), "o": dense(shape.hidden, shape.heads * rank)}
+    return {"linears": linears, "attention": {"kind": "own", "v": rank}}
+
+
+def qk_spec(shape: Shape, rank: int, pairs: int = 0) -> Spec:
+    """`rank` query/key dimensions per head, the first 2 · `pairs` of them rotary pairs of each kv group's own choice."""
+    if rank >= shape.qk:
+        return {}
+    linears = {r: dense(heads * rank, shape.hidden) for r, heads in (("q", shape.heads), ("k", shape.kv_heads))}
+    return {"linears": linears, "attention": {"kind": "own", "qk": rank} | ({"pairs": pairs} if pairs else {})}
+
+
+def key_spec(shape: Shape, rank: int, heads: int, **more: Any) -> Spec:
+    """`rank` numbers cached in place of the keys of every `heads` kv heads."""
+    if rank >= heads * shape.qk:
+        return {}
+    groups = shape.kv_heads // heads
+    attention = {"kind": "own", "k_rank": rank, "k_groups": groups} | more
+    return {"linears": {"k": dense(groups * rank, shape.hidden)}, "attention": attention}
+
+
+def neuron_spec(shape: Shape, rank: int) -> Spec:
+    if rank >= shape.intermediate:
+        return {}
+    wide = {r: dense(rank, shape.hidden) for r in ("gate", "up") if r in shape.roles}
+    return {"linears": wide | {"down": dense(shape.hidden, rank)}}
+
+
+NOTHING: Spec = {"kind": "bypass", "rank": 0, "gate": False, "shift": False, "raw": True}  # in place of a submodule
+
+
+def is_factored(rank: int, width: int) -> bool:
+    """Whether two factors of this rank are smaller than one (width, width) matrix, which holds the gate as well."""
+    return 2 * rank < width
+
+
+def bypass_form(rank: int, width: int, gate: bool, raw: bool) -> Spec:
+    """Of an affine map in place of a submodule: g ⊙ x + b + x U, U of this rank."""
+    factored = is_factored(rank, width)
+    return {"kind": "bypass", "rank": rank, "gate": gate and factored, "shift": True, "raw": raw, "factored": factored}
 
 
 def low_rank_edit(role: str, b: Tensor, a: Tensor, form: str, orthogonal: bool = False) -> Edit:
@@ -37,8 +107,8 @@ def value_edits(v: Tensor, o: Tensor, bias: Tensor | None, rank: int) -> list[Ed
     """Edits that give an attention `rank` value dimensions per head: v (kv·rank, hidden), o (hidden, heads·rank)."""
     tensors = {"weight": v} | ({} if bias is None else {"bias": bias})
     return [
-        Edit("v", {"kind": "dense", "out": v.shape[0], "in": v.shape[1]}, tensors),
-        Edit("o", {"kind": "dense", "out": o.shape[0], "in": o.shape[1]}, {"weight": o}),
+        Edit("v", dense(*v.shape), tensors),
+        Edit("o", dense(*o.shape), {"weight": o}),
         Edit("attention", {"kind": "own", "v": rank}, {}),
     ]
 
@@ -54,7 +124,7 @@ def qk_edits(weights: Weights, q: Tensor, k: Tensor, rank: int, pairs: Tensor | 
         tensors = {"weight": w}
         if f"{role}.bias" in weights:
             tensors["bias"] = (maps.mT @ weights[f"{role}.bias"].double().view(len(maps), -1, 1)).flatten()
-        edits.append(Edit(role, {"kind": "dense", "out": w.shape[0], "in": w.shape[1]}, tensors))
+        edits.append(Edit(role, dense(*w.shape), tensors))
     form: dict = {"kind": "own", "qk": rank}
     if pairs is None:
         return [*edits, Edit("attention", form, {})]
@@ -68,7 +138,7 @@ def neuron_edits(weights: Weights, kept: Tensor, down: Tensor) -> list[Edit]:
         if role in weights:
             w, bias = weights[role][kept], weights.get(f"{role}.bias")
             tensors = {"weight": w} | ({} if bias is None else {"bias": bias[kept]})
-            edits.append(Edit(role, {"kind": "dense", "out": w.shape[0], "in": w.shape[1]}, tensors))
+            edits.append(Edit(role, dense(*w.shape), tensors))
     bias = weights.get("down.bias")
     tensors = {"weight": down} | ({} if bias is None else {"bias": bias})
-    return [*edits, Edit("down", {"kind": "dense", "out": down.shape[0], "in": down.shape[1]}, tensors)]
+    return [*edits, Edit("down", dense(*down.shape), tensors)]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
 
@@ -33,9 +33,10 @@ class HeadPCA(Solver):
         below = (shape.qk * shape.hidden - 1) // (shape.hidden + shape.qk)
         return [*range(1, min(below, shape.qk - 1) + 1), shape.qk]
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        heads = self.heads(unit, shape)
-        return heads * shape.qk * shape.hidden if rank >= shape.qk else rank * heads * (shape.hidden + shape.qk)
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        if rank >= shape.qk:
+            return {}
+        return {"linears": {unit.name: {"kind": "head_pair", "rank": rank, "heads": self.heads(unit, shape)}}}
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap(f"{unit.name}.out", "head_gram", heads=self.heads(unit, shape))]
@@ -56,4 +57,4 @@ class HeadPCA(Solver):
         if f"{role}.bias" in frontier.factors:
             bias = frontier.factors[f"{role}.bias"].double().view(heads, -1, 1)
             tensors["bias"] = (q @ (q.transpose(1, 2) @ bias)).flatten()
-        return [Edit(role, {"kind": "head_pair", "rank": rank, "heads": heads}, tensors)]
+        return [Edit(role, self.spec(frontier.unit, shape, rank)["linears"][role], tensors)]

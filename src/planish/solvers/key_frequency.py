@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights, compute_loss_tails
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights, compute_loss_tails
+from planish.solvers.forms import key_spec
 from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
 
@@ -49,19 +50,8 @@ class KeyFrequency(Solver):
         below = (full * shape.hidden - 1) // (shape.hidden + heads)  # U costs `heads` complex numbers per pair
         return [*range(2, min(below, full - 1) + 1, 2), full]
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        heads = self.heads(shape)
-        full, groups = heads * shape.qk, shape.kv_heads // heads
-        return groups * (full * shape.hidden if rank >= full else rank * (shape.hidden + heads))
-
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * (shape.kv_heads // self.heads(shape))
-
-    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
-        heads = self.heads(shape)
-        if rank >= heads * shape.qk:
-            return shape.heads * shape.qk
-        return shape.heads * (rank + (heads - 1) * shape.v)  # values of a set side by side; fewer where they are cut
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return key_spec(shape, rank, self.heads(shape), k_form="frequency")
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("k.out", "head_gram", heads=shape.kv_heads // self.heads(shape)), Tap("q.out", "squares")]
@@ -88,18 +78,18 @@ class KeyFrequency(Solver):
         if rank >= heads * shape.qk:
             return []
         kept = f["order"][:, : rank // 2].sort(1).values  # (groups, pairs)
-        groups, at = len(kept), kept[..., None].expand(-1, -1, heads)
+        at = kept[..., None].expand(-1, -1, heads)
         frequencies = kept // heads
         u, v = (f[n].gather(1, at) for n in "uv")
         w = encode(f["k"].double(), v, frequencies)
         tensors = {"weight": w.flatten(0, 1)}
         if "k.bias" in f:
             tensors["bias"] = encode(f["k.bias"].double()[:, None], v, frequencies).flatten()
-        form = {"kind": "own", "k_rank": rank, "k_groups": groups, "k_form": "frequency"}
+        form = self.spec(frontier.unit, shape, rank)
         table = torch.stack([u.real, u.imag]).transpose(2, 3).flatten(1, 2)  # (2, kv_heads, pairs)
         return [
-            Edit("k", {"kind": "dense", "out": groups * rank, "in": f["k"].shape[1]}, tensors),
-            Edit("attention", form, {"U": table, "frequencies": frequencies}),
+            Edit("k", form["linears"]["k"], tensors),
+            Edit("attention", form["attention"], {"U": table, "frequencies": frequencies}),
         ]
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights, compute_loss_tails
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights, compute_loss_tails
+from planish.solvers.forms import key_spec
 from planish.solvers.linalg import eigh_descending, metric_svd
 from planish.stats import Stats, Tap
 
@@ -42,16 +43,8 @@ class KeyLatent(Solver):
         below = (full * shape.hidden - 1) // (shape.hidden + full)
         return [*range(1, min(below, full - 1) + 1), full]
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        full, groups = self.heads(shape) * shape.qk, shape.kv_heads // self.heads(shape)
-        return groups * (full * shape.hidden if rank >= full else rank * (shape.hidden + full))
-
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * (shape.kv_heads // self.heads(shape))
-
-    def work(self, unit: Unit, shape: Shape, rank: int) -> int:
-        full = self.heads(shape) * shape.qk
-        return shape.heads * shape.qk + (0 if rank >= full else shape.kv_heads * shape.qk * rank)  # scores, and U z
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return key_spec(shape, rank, self.heads(shape))
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         groups = shape.kv_heads // self.heads(shape)
@@ -83,7 +76,5 @@ class KeyLatent(Solver):
         tensors: dict[str, torch.Tensor] = {"weight": w}
         if "k.bias" in f:
             tensors["bias"] = (down @ f["k.bias"].double().view(len(up), -1, 1)).flatten()
-        return [
-            Edit("k", {"kind": "dense", "out": w.shape[0], "in": w.shape[1]}, tensors),
-            Edit("attention", {"kind": "own", "k_rank": rank, "k_groups": len(up)}, {"U": up}),
-        ]
+        form = self.spec(frontier.unit, shape, rank)
+        return [Edit("k", form["linears"]["k"], tensors), Edit("attention", form["attention"], {"U": up})]

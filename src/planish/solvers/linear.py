@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.solvers.forms import input_site, low_rank_edit
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.solvers.forms import input_site, list_ranks, low_rank_edit, low_rank_spec
 from planish.solvers.linalg import LowRank, damp, least_squares, root, solve, svd, truncate, whitened_svd
 from planish.stats import Stats, Tap
 
@@ -40,18 +40,10 @@ class LinearSVD(Solver):
         return [Unit(shape.block, r) for r in shape.roles if not self.roles or r in self.roles]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        out, n = shape.linear(unit.name)
-        full = min(out, n)
-        if self.form == "pivoted":
-            return range(1, full + 1)
-        below = (out * n - 1) // (out + n)  # largest rank whose pair is smaller than the dense weight
-        return [*range(1, min(below, full - 1) + 1), full]
+        return list_ranks(shape.linear(unit.name), self.form)
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        out, n = shape.linear(unit.name)
-        if rank >= min(out, n):
-            return out * n
-        return rank * (out + n - rank) if self.form == "pivoted" else rank * (out + n)
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return low_rank_spec(unit.name, shape, self.form, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         site = input_site(unit.name)

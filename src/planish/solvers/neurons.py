@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 
 from planish import stats as stats_file
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.solvers.forms import neuron_edits
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.solvers.forms import neuron_edits, neuron_spec
 from planish.solvers.grams import TILE, Refits, ridge_leverage, slicing_losses
 from planish.stats import Stats, Tap
 
@@ -40,8 +40,8 @@ class Neurons(Solver):
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.intermediate + 1)
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.hidden * (3 if shape.gated else 2)
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return neuron_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("down.in", "gram")]

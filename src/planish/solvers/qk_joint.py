@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.solvers.forms import qk_edits
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.solvers.forms import qk_edits, qk_spec
 from planish.solvers.linalg import reduce_scores
 from planish.stats import Stats, Tap
 
@@ -38,11 +38,8 @@ class QKJoint(Solver):
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.qk + 1)
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.hidden * (shape.heads + shape.kv_heads)
-
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.kv_heads
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return qk_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("q.out", "head_gram", heads=shape.heads), Tap("k.out", "head_gram", heads=shape.kv_heads)]

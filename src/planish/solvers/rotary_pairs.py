@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.solvers.forms import qk_edits
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.solvers.forms import qk_edits, qk_spec
 from planish.solvers.linalg import reduce_scores
 from planish.stats import Stats, Tap
 
@@ -47,11 +47,9 @@ class RotaryPairs(Solver):
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return [*range(2, shape.qk, 2), shape.qk]
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.hidden * (shape.heads + shape.kv_heads)
-
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.kv_heads
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        """Where only some channels are rotated, statistics decide how many `pairs` are kept: at most so many."""
+        return qk_spec(shape, rank, rank // 2)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("q.out", "head_gram", heads=shape.heads), Tap("k.out", "head_gram", heads=shape.kv_heads)]

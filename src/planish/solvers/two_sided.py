@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.solvers.forms import input_site, low_rank_edit
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.solvers.forms import input_site, list_ranks, low_rank_edit, low_rank_spec
 from planish.solvers.linalg import metric_svd, multiply, solve
 from planish.stats import Stats, Tap
 
@@ -35,16 +35,10 @@ class TwoSided(Solver):
         return [Unit(shape.block, r) for r in shape.roles]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        out, n = shape.linear(unit.name)
-        if self.form == "pivoted":
-            return range(1, min(out, n) + 1)
-        return [*range(1, min((out * n - 1) // (out + n), min(out, n) - 1) + 1), min(out, n)]
+        return list_ranks(shape.linear(unit.name), self.form)
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        out, n = shape.linear(unit.name)
-        if rank >= min(out, n):
-            return out * n
-        return rank * (out + n - rank) if self.form == "pivoted" else rank * (out + n)
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return low_rank_spec(unit.name, shape, self.form, rank)
 
     def metric_tap(self, unit: Unit, shape: Shape) -> Tap:
         """G (out, out), or of a tall W the same seen from its input."""

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.solvers.forms import value_edits
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.solvers.forms import value_edits, value_spec
 from planish.solvers.linalg import balance, nystrom, selection_losses
 from planish.stats import Stats, Tap
 
@@ -49,11 +49,8 @@ class ValueOutput(Solver):
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.v + 1)
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.hidden * (shape.kv_heads + shape.heads)
-
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.kv_heads
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return value_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         values = [Tap("v.out", "head_gram", heads=shape.kv_heads)] if self.moments == "values" else []

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from planish.core import Edit, Frontier, Shape, Solver, Unit, Weights
-from planish.solvers.forms import value_edits
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.solvers.forms import value_edits, value_spec
 from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
 
@@ -31,11 +31,8 @@ class ValuePCA(Solver):
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.v + 1)
 
-    def cost(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.hidden * (shape.kv_heads + shape.heads)
-
-    def cache(self, unit: Unit, shape: Shape, rank: int) -> int:
-        return rank * shape.kv_heads
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return value_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("v.out", "head_gram", heads=shape.kv_heads)]
