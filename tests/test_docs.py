@@ -156,7 +156,7 @@ def add(tmp_path, monkeypatch):
 
 def test_the_example_of_a_method_runs(add, tmp_path):
     page = (ROOT / "docs" / "extend" / "method.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (example,) = re.findall(r"```python[^\n]*\n(.*?)```", page, re.DOTALL)
     add("my_method", example)
     assert "my-method" in methods.list_methods()
     ids = tiny.windows(16, 24).flatten()
