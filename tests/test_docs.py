@@ -111,6 +111,14 @@ def joined(code: str) -> list[str]:
     return re.sub(r"\\\n\s*", " ", code).splitlines()
 
 
+def test_tests_that_pages_name_exist(pages):
+    """`tests/test_x.py::test_y` in a page is a test of that file."""
+    named = {m for text in pages.values() for m in re.findall(r"`tests/(test_\w+\.py)::(test_\w+)`", text)}
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+
+
 def test_commands_parse(pages):
     """Every line that calls planish is one that the program accepts: commands, options and their values."""
     commands, wrong, seen = typer.main.get_command(app).commands, [], 0
@@ -148,7 +156,7 @@ def add(tmp_path, monkeypatch):
 
 def test_the_example_of_a_method_runs(add, tmp_path):
     page = (ROOT / "docs" / "extend" / "method.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (example,) = re.findall(r"```python[^\n]*\n(.*?)```", page, re.DOTALL)
     add("my_method", example)
     assert "my-method" in methods.list_methods()
     ids = tiny.windows(16, 24).flatten()
