@@ -1,7 +1,6 @@
 # planish: `make demo` runs everything offline; `make test` and `make lint` are what a change has to pass.
 # `make docs` writes the documentation to site/ (open site/index.html).
-# `make test-all` also runs what is slow, what holds for sums as an old processor forms them, and what needs llama.cpp, where
-# PLANISH_WHEELS is a folder with wheels of llama-cpp-python and diskcache.
+# `make test-all` also runs what is slow, and the numeric tests once more with sums as an old processor forms them.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

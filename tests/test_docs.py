@@ -111,6 +111,14 @@ def joined(code: str) -> list[str]:
     return re.sub(r"\\\n\s*", " ", code).splitlines()
 
 
+def test_tests_that_pages_name_exist(pages):
+    """`tests/test_x.py::test_y` in a page is a test of that file."""
+    named = {m for text in pages.values() for m in re.findall(r"`tests/(test_\w+\.py)::(test_\w+)`", text)}
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+
+
 def test_commands_parse(pages):
     """Every line that calls planish is one that the program accepts: commands, options and their values."""
     commands, wrong, seen = typer.main.get_command(app).commands, [], 0

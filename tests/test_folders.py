@@ -19,8 +19,10 @@ from planish.export.dense import export_dense
 from planish.export.plain import open_plain
 from planish.folder.hub import find_folder
 from planish.folder.model_folder import ModelFolder
+from planish.folder.skeleton import build_empty
 from planish.folder.source import open_folder, open_source
 from planish.folder.tokenizer import COPIED, TEMPLATES
+from planish.modelling.families import FAMILIES
 from tiny import compress
 
 WINDOWS = tiny.windows(16, 24)
@@ -208,7 +210,7 @@ def test_what_was_given_is_recognised(tmp_path):
     write("pickles/pytorch_model.bin"), write("meta/consolidated.00.pth"), write("training/checkpoint-5/config.json")
     write("hub/snapshots/1/config.json"), write("hub/refs/main", "1"), (tmp_path / "empty").mkdir()
     for given, words in {
-        "adapter": "is a LORA adapter of tiny: merge it", "quantised": "only GGUF", "onnx": "only ONNX",
+        "adapter": "is a LORA adapter of tiny: merge it", "quantised": "a GGUF file with b'GGUF'", "onnx": "only ONNX",
         "diffusion": "diffusers", "pickles": "never pickles: save it once", "meta": "maker's own format",
         "training": "checkpoint-5 has one", "hub": "snapshots/1 has one", "empty": "not a Hugging Face model folder",
         "onnx/model.onnx": "ONNX file: give the folder", "pickles/pytorch_model.bin": "a pickle, which is never read",
@@ -228,7 +230,11 @@ def test_what_was_given_is_recognised(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("pytorch_model.bin", "only pickles"), ("model.gguf", "only GGUF"), ("model.fp16.safetensors", "variant='fp16'")],
+    [
+        ("pytorch_model.bin", "only pickles"),
+        ("model.gguf", "a GGUF file with b'GGUF'"),
+        ("model.fp16.safetensors", "variant='fp16'"),
+    ],
 )
 def test_a_configuration_beside_other_weights(name, words, tmp_path):
     folder = make(tmp_path / "m")
@@ -549,3 +555,15 @@ def test_load_with_a_device_map(tmp_path):
         planish.load(tiny.save(tiny.build("llama_mha", torch.bfloat16), tmp_path / "b"), dtype="auto").dtype
         == torch.bfloat16
     )
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_models_without_weights_have_the_buffers_of_whole_ones(name):
+    """Rotary tables, masks, scales of embeddings: bit for bit; parameters are there in shape alone."""
+    config = tiny.configure(name)
+    empty, whole = build_empty(config, FAMILIES[config.model_type]), tiny.build(name)
+    assert empty.state_dict().keys() == whole.state_dict().keys()
+    assert all(p.is_meta and p.shape == whole.get_parameter(n).shape for n, p in empty.named_parameters())
+    expected = dict(whole.named_buffers())
+    assert expected.keys() == dict(empty.named_buffers()).keys()
+    assert all(torch.equal(b, expected[n]) for n, b in empty.named_buffers())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
-import transformers.initialization as initialization
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -38,28 +36,21 @@ def build_skeleton(config: Any, family: Family) -> PreTrainedModel:
     return model
 
 
-@contextmanager
-def no_parameters() -> Iterator[None]:
-    """Within the context modules are built with parameters on the meta device and buffers in memory."""
-    register = nn.Module.register_parameter
-
-    def register_meta(self, name, param):
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.data.to("meta"), requires_grad=False)
-        register(self, name, param)
-
-    nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
-    try:
-        with initialization.no_init_weights():
-            yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
+@torch.no_grad()
 def build_empty(config: Any, family: Family) -> PreTrainedModel:
-    """The causal LM in evaluation mode: parameters on the meta device, buffers with their values."""
-    with no_parameters():
-        return build_skeleton(config, family).eval()
+    """The causal LM in evaluation mode: parameters on the meta device, buffers with the values that transformers gives them.
+
+    As `from_pretrained` does it: built on the meta device, then buffers are filled by the class's own initialisation.
+    """
+    with torch.device("meta"):
+        model = build_skeleton(config, family).eval().requires_grad_(False)
+    for module in model.modules():
+        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
+        for name, buffer in buffers.items():
+            setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+        if buffers:
+            model._init_weights(module)
+    return model
 
 
 def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
