@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +263,7 @@ def find_rounding(bits: int, quantiser: str) -> Quantise:
         raise InputError(f"eora rounds weights to {' or '.join(map(str, BITS))} bits, got {bits}")
     if quantiser not in QUANTISE:
         raise InputError(f"unknown quantiser {quantiser!r}; expected one of {', '.join(QUANTISE)}")
-    return partial(QUANTISE[quantiser], bits=bits)
+    return lambda weight: QUANTISE[quantiser](weight, bits)
 
 
 # ------------------------------------------------------------------ writing
