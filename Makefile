@@ -1,6 +1,5 @@
 # planish: `make demo` runs everything offline; `make test` and `make lint` are what a change has to pass.
 # `make docs` writes the documentation to site/ (open site/index.html).
-# `make test-all` also runs what needs llama.cpp, where PLANISH_WHEELS is a folder with wheels of llama-cpp-python and diskcache.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

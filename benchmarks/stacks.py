@@ -45,7 +45,7 @@ from random_model import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "stacks.md"
-NEEDS = {"gguf": "llama_cpp", "onnx": "onnxruntime"}
+NEEDS = {"gguf": "xllamacpp", "onnx": "onnxruntime"}
 IN_VLLM = ("vllm", "deci")  # the folder itself through planish's plugin; exported to an architecture of vLLM's own
 ROWS = (
     "dense",
@@ -231,7 +231,7 @@ FORMS: dict[str, tuple[int, list[int]]] = {  # value dimensions, MLP width per b
 
 def measure_speed(args: argparse.Namespace, scratch: Path, new_tokens: int = 48, prompt: int = 64) -> None:
     """Decode and prefill tokens/s of random weights at batch 1, all files in turns."""
-    from llama_cpp import Llama
+    from planish.export.llama_cpp import LlamaCpp
 
     clock = (
         time.thread_time if args.threads == 1 else time.perf_counter
@@ -253,18 +253,17 @@ def measure_speed(args: argparse.Namespace, scratch: Path, new_tokens: int = 48,
         "|" + "---|" * 10,
     ]
     for dtype in args.dtypes.split(","):
-        engines = {n: Llama(files[n, dtype].output, n_ctx=256, n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
-                   for n in FORMS}  # fmt: skip
+        engines = {n: LlamaCpp(Path(files[n, dtype].output), 256, args.threads) for n in FORMS}
         prefill: dict[str, list[float]] = {n: [] for n in engines}
         decode: dict[str, list[float]] = {n: [] for n in engines}
         for turn in range(args.repeats + 1):
             for name, engine in engines.items():
                 engine.reset()
                 start = clock()
-                engine.eval(list(range(prompt)))
+                engine.decode(list(range(prompt)), 0, last=True)
                 first = clock()
                 for token in range(new_tokens):
-                    engine.eval([token])
+                    engine.decode([token], prompt + token)
                 if turn:
                     prefill[name].append(prompt / (first - start))
                     decode[name].append(new_tokens / (clock() - first))

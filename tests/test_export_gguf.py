@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-import zipfile
+import importlib.util
 from itertools import pairwise
 from pathlib import Path
 
@@ -381,30 +378,14 @@ def test_ids_beyond_the_embedding_are_left_out(byte_level, size, tmp_path):
 # ------------------------------------------------------------------ in llama.cpp itself
 
 
-@pytest.fixture(scope="session")
-def llama_cpp(tmp_path_factory):
-    """llama-cpp-python, installed or from wheels built before: PLANISH_WHEELS (default ~/.cache/planish-wheels)."""
-    try:
-        return importlib.import_module("llama_cpp")
-    except ImportError:
-        pass
-    wheels = Path(os.environ.get("PLANISH_WHEELS") or Path.home() / ".cache" / "planish-wheels")
-    found = [*wheels.glob("llama_cpp_python-*.whl"), *wheels.glob("diskcache-*.whl")]
-    if len({f.name.split("-")[0] for f in found}) < 2:
-        pytest.skip(
-            f"llama-cpp-python is neither installed nor in {wheels} (PLANISH_WHEELS): "
-            "pip wheel llama-cpp-python diskcache -w FOLDER (about 15 minutes)"
-        )
-    place = tmp_path_factory.mktemp("llama_cpp")
-    for wheel in found:
-        zipfile.ZipFile(wheel).extractall(place)
-    sys.path.insert(0, str(place))
-    return importlib.import_module("llama_cpp")
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp is absent: pip install 'planish[gguf]'"
+)
 
 
-@pytest.mark.slow
+@needs_llama_cpp
 @pytest.mark.parametrize("form", EXACT)
-def test_llama_cpp_computes_the_same(form, llama_cpp, tmp_path):
+def test_llama_cpp_computes_the_same(form, tmp_path):
     from planish.export.verify import verify
 
     model = build("llama_gqa", hidden_size=64, head_dim=32, intermediate_size=96)
@@ -415,12 +396,12 @@ def test_llama_cpp_computes_the_same(form, llama_cpp, tmp_path):
     assert result.max_logit_difference < 1e-4 * result.max_logit
 
 
-@pytest.mark.slow
+@needs_llama_cpp
 @pytest.mark.parametrize(
     "family", ["llama_bias", "llama_rope3", "llama_tied", "mistral", "qwen2", "qwen3", "phi3_partial"]
 )
 @pytest.mark.parametrize("form", ["dense", "value dimensions and MLP widths per block"])
-def test_llama_cpp_computes_the_same_for_every_family(family, form, llama_cpp, tmp_path):
+def test_llama_cpp_computes_the_same_for_every_family(family, form, tmp_path):
     from planish.export.verify import verify
 
     model = build(family, **({"use_sliding_window": False} if family == "qwen2" else {}))
@@ -429,8 +410,8 @@ def test_llama_cpp_computes_the_same_for_every_family(family, form, llama_cpp, t
     assert result.passed and result.greedy_equal == result.greedy_tokens
 
 
-@pytest.mark.slow
-def test_llama_cpp_reads_both_tokenizers(llama_cpp, stories_dir, tmp_path):
+@needs_llama_cpp
+def test_llama_cpp_reads_both_tokenizers(stories_dir, tmp_path):
     from planish.export.verify import verify
 
     result = verify(stories_dir, "gguf", prompt_len=24, new_tokens=8)

@@ -210,7 +210,7 @@ def test_what_was_given_is_recognised(tmp_path):
     write("pickles/pytorch_model.bin"), write("meta/consolidated.00.pth"), write("training/checkpoint-5/config.json")
     write("hub/snapshots/1/config.json"), write("hub/refs/main", "1"), (tmp_path / "empty").mkdir()
     for given, words in {
-        "adapter": "is a LORA adapter of tiny: merge it", "quantised": "only GGUF", "onnx": "only ONNX",
+        "adapter": "is a LORA adapter of tiny: merge it", "quantised": "a GGUF file with b'GGUF'", "onnx": "only ONNX",
         "diffusion": "diffusers", "pickles": "never pickles: save it once", "meta": "maker's own format",
         "training": "checkpoint-5 has one", "hub": "snapshots/1 has one", "empty": "not a Hugging Face model folder",
         "onnx/model.onnx": "ONNX file: give the folder", "pickles/pytorch_model.bin": "a pickle, which is never read",
@@ -230,7 +230,11 @@ def test_what_was_given_is_recognised(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("pytorch_model.bin", "only pickles"), ("model.gguf", "only GGUF"), ("model.fp16.safetensors", "variant='fp16'")],
+    [
+        ("pytorch_model.bin", "only pickles"),
+        ("model.gguf", "a GGUF file with b'GGUF'"),
+        ("model.fp16.safetensors", "variant='fp16'"),
+    ],
 )
 def test_a_configuration_beside_other_weights(name, words, tmp_path):
     folder = make(tmp_path / "m")

@@ -77,7 +77,9 @@ def split_doc(doc: str, names: list[str]) -> tuple[dict[str, str], dict[str, str
         label = next((x for x in LABELS if flat.startswith(x)), None)
         if label:
             text = flat.partition(":")[2].strip()
-            sections[label] += ("\n\n" if sections[label] else "") + text[:1].upper() + text[1:]
+            sections[label] += ("\n\n" if sections[label] else "") + (
+                text[:1].upper() + text[1:] if re.match("[a-z]{4}", text) else text
+            )
         elif start.match(flat):
             found = list(start.finditer(flat))
             for this, after in zip(found, [*found[1:], None]):

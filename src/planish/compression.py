@@ -30,7 +30,7 @@ from planish.folder.owner import owning
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
-from planish.manifest import Result, read_result, write_manifest
+from planish.manifest import Result, note_origin, read_result, write_manifest
 from planish.methods import find_method, make_plan, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import Spec
@@ -138,7 +138,7 @@ def compress(
         result = report(problem, planned, source, writer, done)
         result.seconds = measure.seconds
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier})
+        result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier, *note_origin(source)})
         result.seconds["total"] = time.perf_counter() - start + text.seconds
         write_manifest(writer, method, problem, planned, stream, result, done.errors, text.record)
         for name, content in place.files.items():
@@ -155,7 +155,7 @@ def write_journal(
 ) -> dict[str, Any]:
     """What `resume` needs besides the windows: the request, as it was understood."""
     return {
-        "model": str(source.folder.resolve()), "name": source.name, "asked": request.limits,
+        "model": str(source.folder.absolute()), "name": source.name, "asked": request.limits,
         "method": method.name, "settings": method.settings(), "given": sorted(request.settings),
         "calibration": text.record, "device": request.device.partition(":")[0], "dtype": request.dtype,
         "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "files": place.files,

@@ -12,6 +12,8 @@ import torch
 
 from planish.calibrate.stream import Stream
 from planish.errors import InputError
+from planish.folder.gguf_reader import is_gguf, open_gguf
+from planish.folder.source import Source
 from planish.folder.writer import Writer
 from planish.methods.method import Method
 from planish.mixture import join_mixture, split_mixture
@@ -88,6 +90,7 @@ def write_manifest(
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "source": name_only(stream.source.name),
+        **({"source_file": origin} if (origin := find_origin(stream.source)) else {}),
         "method": result.method,
         "settings": method.settings() | dict(planned.settings),
         "round_to": problem.step,
@@ -124,6 +127,8 @@ def make_card(manifest: dict[str, Any]) -> str:
         load = "import planish  # or trust_remote_code=True: the folder carries the modelling files\n" + load
     kv = (r["kv_bytes_per_token_before"], r["kv_bytes_per_token_after"])
     asked = " and ".join(f"{label(n)} {show(n, b['asked'])}" for n, b in r["budgets"].items()) or "a sparsity"
+    origin = "".join(f"{note}\n" for note in describe_origin(manifest.get("source_file")))
+    calibration, settings = (json.dumps(manifest[n], default=str) for n in ("calibration", "settings"))
     latency = ""
     if r["latency_ms_after"] is not None:
         times = (r["latency_ms_before"], r["latency_ms_after"])
@@ -149,6 +154,24 @@ Asked: {asked}.
 {load}model = AutoModelForCausalLM.from_pretrained("this folder")
 ```
 
-Calibration: {json.dumps(manifest["calibration"], default=str)}. Hyper-parameters: {json.dumps(manifest["settings"], default=str)}.
+{origin}Calibration: {calibration}. Hyper-parameters: {settings}.
 The plan, per-unit errors and versions are in `planish.json`.
 """
+
+
+def find_origin(source: Source) -> dict[str, Any] | None:
+    """What there is to say about the file that the model was dequantised from; None where it was stored as it is."""
+    folder = getattr(source, "folder", None)
+    return open_gguf(folder).origin() if folder is not None and is_gguf(folder) else None
+
+
+def note_origin(source: Source) -> list[str]:
+    return describe_origin(find_origin(source))
+
+
+def describe_origin(origin: dict[str, Any] | None) -> list[str]:
+    """A line about the file that the dense model was dequantised from."""
+    if origin is None:
+        return []
+    types = ", ".join(f"{n} {kind}" for kind, n in origin["tensor_types"].items())
+    return [f"Made from the {origin['format']} file `{origin['file']}` (tensors: {types}): {origin['note']}."]

@@ -243,7 +243,7 @@ class Request(Limits):
     """Everything that `compress` can be told. `settings`: the method's hyper-parameters."""
 
     version: Literal[1] = 1
-    model: str = option(..., "Hugging Face folder or hub id", metavar="MODEL")
+    model: str = option(..., "Hugging Face folder, GGUF file or hub id", metavar="MODEL")
     method: str | None = option(None, "see `planish methods`", shown="auto")
     settings: Mapping[str, str | float | int | bool | list[str] | None] = option(
         {}, "a hyper-parameter of the method (repeatable)", name="--set", metavar="NAME=VALUE", type=list[str], shown=False

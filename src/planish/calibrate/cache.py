@@ -30,7 +30,7 @@ from planish.calibrate.stream import Stream
 from planish.calibrate.text import encode, fingerprint
 from planish.core import Frontier, Solver, Unit
 from planish.errors import InputError
-from planish.folder.safetensors import Shard, hash_file, write_shard
+from planish.folder.safetensors import HEADER_LIMIT, Shard, hash_file, write_shard
 from planish.folder.source import FolderSource, Source
 from planish.stats import Stats, Tap
 from planish.version import __version__
@@ -344,7 +344,8 @@ def hash_source(source: Source) -> str:
     """Of a checkpoint's configuration and weights: whole files up to a limit; of larger ones name, size, time of change,
     header and a sample of every sixteenth mebibyte."""
     assert isinstance(source, FolderSource)
-    digest = hashlib.sha256((source.folder / "config.json").read_bytes())
+    config = source.folder / "config.json"
+    digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
     paths = source.reader.paths
     whole = sum(p.stat().st_size for p in paths) <= WHOLE
     for path in paths:
@@ -354,7 +355,7 @@ def hash_source(source: Source) -> str:
         status = path.resolve().stat()
         digest.update(json.dumps([path.name, status.st_size, status.st_mtime_ns]).encode())
         with path.open("rb") as file:
-            digest.update(file.read(int.from_bytes(file.read(8), "little")))
+            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), HEADER_LIMIT)))
             for at in range(0, status.st_size, 16 << 20):
                 file.seek(at)
                 digest.update(file.read(1 << 16))

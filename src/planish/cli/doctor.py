@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numpy", 
 EXTRAS = {  # extra → what it is for, modules that show it is there
     "data": ("wikitext2, c4, .parquet", ("datasets", "pyarrow")),
     "eval": ("zero-shot tasks by name", ("lm_eval",)),
-    "gguf": ("export --to gguf", ("gguf",)),
+    "gguf": ("GGUF in and out", ("gguf", "xllamacpp")),
     "onnx": ("export --to onnx", ("onnx", "onnxscript", "onnxruntime")),
     "report": ("pictures of the benchmarks", ("matplotlib",)),
     "tune": ("LoRA on compressed models", ("peft",)),

@@ -20,7 +20,10 @@ from planish.request import SOURCE_HELP
 @o.asks("text", "seq_len", "bos", "batch_size", "max_windows", "tasks", "against", "generate", "limit", *o.COMPUTE)
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="DIR", help="Hugging Face or compressed folder, or hub id", show_default=False)
+        str,
+        typer.Argument(
+            metavar="DIR", help="Hugging Face or compressed folder, GGUF file or hub id", show_default=False
+        ),
     ],
     *,
     text: Annotated[

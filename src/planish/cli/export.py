@@ -37,7 +37,8 @@ class FileType(StrEnum):
 
 
 FolderArgument = Annotated[
-    str, typer.Argument(metavar="DIR", help="compressed or Hugging Face folder, or hub id", show_default=False)
+    str,
+    typer.Argument(metavar="DIR", help="compressed or Hugging Face folder, GGUF file or hub id", show_default=False),
 ]
 
 

@@ -23,10 +23,11 @@ TEXT = ("calibration", *request.TEXT)
 COMPUTE = ("device", "dtype")
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub id", show_default=False)
+    str, typer.Argument(metavar="MODEL", help="Hugging Face folder, GGUF file or hub id", show_default=False)
 ]
 FolderArgument = Annotated[
-    str, typer.Argument(metavar="DIR", help="compressed or Hugging Face folder, or hub id", show_default=False)
+    str,
+    typer.Argument(metavar="DIR", help="compressed or Hugging Face folder, GGUF file or hub id", show_default=False),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)]
 SparsityOption = Annotated[

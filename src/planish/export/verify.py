@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from planish.errors import InputError
 from planish.export import configuration_decilm
+from planish.export.llama_cpp import LlamaCpp
 from planish.folder.config import load_config
 from planish.folder.hub import find_folder
 from planish.folder.load import load
@@ -26,7 +27,8 @@ from planish.folder.tokenizer import load_tokenizer
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
 TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit
-GGUF_TOLERANCES = {"1": 5e-3, "32": 2e-2, "7": 5e-2}  # by general.file_type: f16, bf16, q8_0
+GGUF_TOLERANCES = {"0": 1e-4, "1": 5e-3, "32": 2e-2, "7": 5e-2}  # by general.file_type: f32, f16, bf16, q8_0
+QUANTISED = 1e-1  # other types: llama.cpp rounds activations to 8 bits as well
 ONNX_TOLERANCES = {"tensor(float16)": 5e-3}  # by the type that the graph computes in
 PROBE = "def main(argv):\n    return 0  # It costs 12.50, isn't it? Über 1000 Ω\n"
 
@@ -92,49 +94,6 @@ class Transformers:
 
     def encode(self, text: str) -> list[int] | None:
         return None if self.tokenizer is None else self.tokenizer(text, add_special_tokens=False).input_ids
-
-
-class LlamaCpp:
-    """A GGUF file through llama-cpp-python, with an fp32 cache."""
-
-    def __init__(self, file: Path, context: int):
-        try:
-            import llama_cpp
-        except ImportError:
-            raise InputError(
-                "verify --target gguf needs llama-cpp-python · pip install llama-cpp-python (builds llama.cpp)"
-            ) from None
-        settings = {
-            "n_ctx": context,
-            "n_batch": context,
-            "logits_all": True,
-            "type_k": 0,
-            "type_v": 0,
-            "flash_attn": False,
-        }
-        try:
-            self.llama = llama_cpp.Llama(str(file), verbose=False, n_threads=1, n_threads_batch=1, **settings)
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"llama.cpp cannot load {file}: {error}") from None
-        self.tolerance = GGUF_TOLERANCES.get(self.llama.metadata.get("general.file_type", "0"), TOLERANCES["gguf"])
-        self.has_vocabulary = self.llama.metadata.get("tokenizer.ggml.model") not in (None, "none")
-
-    def logits(self, ids: Tensor) -> Tensor:
-        self.llama.reset()
-        self.llama.eval(ids.tolist())
-        return torch.from_numpy(np.array(self.llama.scores[: len(ids)], dtype=np.float32))
-
-    def greedy(self, ids: Tensor, new_tokens: int) -> list[int]:
-        self.llama.reset()
-        self.llama.eval(ids.tolist())
-        tokens = []
-        for n in range(new_tokens):
-            tokens.append(int(np.argmax(self.llama.scores[len(ids) + n - 1])))
-            self.llama.eval([tokens[-1]])
-        return tokens
-
-    def encode(self, text: str) -> list[int] | None:
-        return self.llama.tokenize(text.encode(), add_bos=False, special=False) if self.has_vocabulary else None
 
 
 class OnnxRuntime:
@@ -353,4 +312,8 @@ def open_target(path: Path, target: str, file: str | Path | None, context: int, 
         (export_gguf if target == "gguf" else export_onnx)(path, file, dtype="f32")
     elif not Path(file).is_file():
         raise InputError(f"no such file: {file}")
-    return (LlamaCpp(Path(file), context) if target == "gguf" else OnnxRuntime(Path(file))), str(file)
+    if target == "onnx":
+        return OnnxRuntime(Path(file)), str(file)
+    runner = LlamaCpp(Path(file), context)
+    runner.tolerance = GGUF_TOLERANCES.get(runner.metadata("general.file_type") or "0", QUANTISED)
+    return runner, str(file)

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from planish.errors import InputError
-from planish.folder.tokenizer import load_tokenizer
+from planish.folder.gguf_reader import is_gguf
+from planish.folder.splits import SPLITS, name_split
+from planish.folder.tokenizer import copy_files, load_tokenizer
 
-# Pre-tokenizer of tokenizer.json → llama.cpp's name of the same splitting.
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {
-    _LLAMA3: "llama-bpe",
-    _QWEN2: "qwen2",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt-2",
-}
 # gguf.TokenType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -28,6 +21,10 @@ def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True
 
     Ids that the embedding has no row for are left out, as are merges that would make them.
     """
+    if wanted and is_gguf(folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            copy_files(folder, Path(scratch))
+            return write_vocabulary(writer, Path(scratch), config)
     file = folder / "tokenizer.json"
     if not wanted or not file.is_file():
         if wanted and (folder / "tokenizer.model").is_file():
@@ -112,17 +109,26 @@ def find_split(data: dict[str, Any], file: Path) -> str:
     """llama.cpp's name of a byte-level tokenizer's splitting."""
     pre = data.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers", [pre])
-    regexes = [p["pattern"].get("Regex", "") for p in parts if p.get("type") == "Split"]
-    regexes += [r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-                for p in parts if p.get("type") == "ByteLevel" and p.get("use_regex", True)]  # fmt: skip
-    others = [p["type"] for p in parts if p.get("type") not in ("Split", "ByteLevel")]
-    prefix = any(p.get("add_prefix_space") for p in parts if p.get("type") == "ByteLevel")
-    if len(regexes) == 1 and not others and not prefix and regexes[0] in SPLITS:
-        return SPLITS[regexes[0]]
+    steps = [read_split(p) for p in parts]
+    name = name_split(tuple(filter(None, steps)), bool(data["model"].get("ignore_merges")))
+    if name is not None and None not in steps:
+        return name
     raise InputError(
         f"{file} splits text in a way that GGUF export does not know (pre-tokenizer {json.dumps(pre)[:200]}); a wrong one "
         "would change the tokens. Pass --no-vocabulary to leave the tokenizer out"
     )
+
+
+def read_split(part: dict[str, Any]) -> str | None:
+    """The regular expression that one step of a pre-tokenizer splits by, empty if it does not split, None if it is unlike
+    any of llama.cpp's."""
+    if part.get("type") == "Digits":
+        return r"\p{N}" if part.get("individual_digits") else r"\p{N}+"
+    if part.get("type") == "ByteLevel" and not part.get("add_prefix_space"):
+        return SPLITS["gpt-2"][0] if part.get("use_regex", True) else ""
+    if part.get("type") == "Split" and part.get("behavior", "Isolated") == "Isolated" and not part.get("invert"):
+        return part["pattern"].get("Regex")
+    return None
 
 
 def write_special(writer: Any, folder: Path, size: int) -> list[str]:

@@ -64,8 +64,8 @@ def check_file(output: Path, folder: Path, suffix: str) -> None:
     if output.is_dir():
         raise InputError(f"output {output} is a folder; give the file to write")
     same_place = output.parent.resolve() / output.name
-    for file in model.iterdir():
-        if (place in (file, file.resolve()) or same_place == file) and file.suffix != suffix:
+    for file in model.iterdir() if model.is_dir() else [model]:
+        if (place in (file, file.resolve()) or same_place == file) and (file.suffix != suffix or file == model):
             raise InputError(f"output {output} would replace a file of the model {folder}; choose another name")
 
 

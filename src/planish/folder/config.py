@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from transformers import AutoConfig
 
 from planish.core import Shape
 from planish.errors import InputError
+from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.recognise import refuse_file, refuse_unlike
 from planish.modelling import attentions as attentions_file
 from planish.modelling import blocks as blocks_file
@@ -32,6 +34,13 @@ NO_SOFT_CAP = "{} with eager attention: transformers' sdpa leaves out the soft c
 
 def load_config(folder: Path) -> Any:
     """A folder's configuration; models built from it have an attention that computes all that it says."""
+    config = copy.deepcopy(open_gguf(folder).config) if is_gguf(folder) else read_config(folder)
+    if needs_eager(config):
+        config._attn_implementation = "eager"
+    return config
+
+
+def read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         refuse_file(folder)
@@ -45,12 +54,9 @@ def load_config(folder: Path) -> Any:
     if not kind.startswith("planish"):
         find_family(type("config", (), {"model_type": kind})())
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{path} is not a valid {kind} configuration: {error}") from None
-    if needs_eager(config):
-        config._attn_implementation = "eager"
-    return config
 
 
 def find_family(config) -> Family:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from planish.errors import InputError
 from planish.folder.config import load_config
+from planish.folder.gguf_reader import find_gguf
 from planish.folder.recognise import CONVERT, describe_files
 
 SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -20,11 +21,11 @@ UNWANTED = [
 
 
 def find_folder(model: str | Path, weights: bool = True) -> Path:
-    """The folder itself, or the snapshot of a hub id: `weights` after its configuration and its list of files were looked
-    at, or all but them."""
+    """The folder itself, the GGUF file that it is or holds, or the snapshot of a hub id: `weights` after its configuration and
+    its list of files were looked at, or all but them."""
     path, text = Path(model), str(model)
     if path.exists():
-        return path
+        return find_gguf(path) or path
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise say_neither(text)
     folder = fetch(text, SMALL)

@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from planish.errors import InputError
 from planish.folder.config import NO_SOFT_CAP, load_config
+from planish.folder.gguf_reader import is_gguf, open_gguf
+from planish.folder.gguf_tokenizer import read_generation_config
 from planish.folder.hub import find_folder
+from planish.folder.skeleton import set_parameter
 from planish.folder.source import open_folder
 from planish.folder.weights import open_weights
 from planish.modelling.attentions import needs_eager
@@ -45,6 +48,8 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     if needs_eager(config) and "attn_implementation" not in kwargs:
         kwargs["attn_implementation"] = "eager"
         warnings.warn(NO_SOFT_CAP.format(f"{folder} is loaded"), stacklevel=2)
+    if is_gguf(path):
+        return load_gguf(path, **kwargs)
     if getattr(config, "quantization_config", None):  # transformers' own matter
         open_weights(path)
     else:
@@ -56,4 +61,20 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
         raise InputError(f"cannot load {folder}: {type(error).__name__}: {error}") from None
     for name in sorted(found["missing_keys"]):  # transformers would go on with random numbers
         raise InputError(f"tensor {name} is missing in {folder}: the checkpoint is incomplete")
+    return model.eval()
+
+
+def load_gguf(
+    path: Path, *, dtype: torch.dtype | None = None, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """A causal LM from a GGUF file, dequantised tensor by tensor into `dtype` (fp32 unless the file holds less)."""
+    source = open_folder(path)
+    model = source.model
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    model.config.dtype = dtype or model.config.dtype
+    for name, _ in list(model.named_parameters()):
+        set_parameter(model, name, source.weight(name).to(model.config.dtype))
+    model.tie_weights()
+    model.generation_config = read_generation_config(open_gguf(path).file)
     return model.eval()

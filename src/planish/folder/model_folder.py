@@ -23,8 +23,8 @@ class ModelFolder:
 
     `names` are the tensors' names in the causal LM, whatever they are stored as; of each `dtype` and `shape` are known from
     headers, and `tensor` reads it. `config`, `family` and `specs` say what the tensors are: one spec per block, empty where
-    the block is a stock one. `path` is the folder, `name` what the user called it. A hub id is read as far as it is needed: its
-    configuration at once, its weights with the first question about them.
+    the block is a stock one. `path` is the folder or the GGUF file, `name` what the user called
+    it. A hub id is read as far as it is needed: its configuration at once, its weights with the first question about them.
 
     Formats of weights plug in below this class, at `planish.folder.weights.open_weights`.
     """

@@ -16,7 +16,6 @@ def refuse_file(path: Path) -> None:
     if not path.is_file():
         return
     known = {
-        ".gguf": "is a GGUF file: give the folder of safetensors that it was made from",
         ".onnx": "is an ONNX file: give the folder of safetensors that it was made from",
         ".safetensors": "is one file of a model: give the folder that holds it and its config.json",
         ".json": "is a file: give the folder that it is in",
@@ -59,9 +58,10 @@ def describe_files(names: list[str]) -> str:
         return f"shards ({sharded[0]}) without their model.safetensors.index.json: download it again"
     if pickles:
         return f"only pickles ({pickles[0]}), and only safetensors are read, never pickles: {CONVERT}"
-    for end, name in ((".gguf", "GGUF"), (".onnx", "ONNX")):
-        if ends[end]:
-            return f"only {name} ({ends[end][0]}): give the safetensors that it was made from"
+    if ends[".gguf"]:
+        return f"only GGUF ({ends['.gguf'][0]}): download that file and give it"
+    if ends[".onnx"]:
+        return f"only ONNX ({ends['.onnx'][0]}): give the safetensors that it was made from"
     return ""
 
 

@@ -299,7 +299,8 @@ def open_shapes(model: str | Path | PreTrainedModel | Source, tokenizer: Any = N
         path = Path(model)
         if path.name == "config.json" and path.is_file():
             return ConfigSource(path.parent)
-        if (path / "config.json").is_file() and not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin")):
+        weights = ("*.safetensors*", "*.bin", "*.gguf")
+        if (path / "config.json").is_file() and not any(f for pattern in weights for f in path.glob(pattern)):
             return ConfigSource(path)
     source = open_source(model, tokenizer)
     if isinstance(source, FolderSource) and source.remote:

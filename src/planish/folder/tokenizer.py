@@ -9,6 +9,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from planish.errors import InputError
+from planish.folder.gguf_reader import is_gguf, open_gguf
+from planish.folder.gguf_tokenizer import load_gguf_tokenizer, read_generation_config
 
 COPIED = (  # whatever tokenizers and processors of transformers save, and how to generate
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -21,6 +23,8 @@ TEMPLATES = "additional_chat_templates"  # a folder
 
 def load_tokenizer(folder: Path) -> Any | None:
     """The folder's tokenizer, or None where it has none."""
+    if is_gguf(folder):
+        return load_gguf_tokenizer(open_gguf(folder).file)
     if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     try:
@@ -31,7 +35,12 @@ def load_tokenizer(folder: Path) -> Any | None:
 
 
 def copy_files(folder: Path, target: Path) -> None:
-    """Copy tokenizer and generation files, whichever there are."""
+    """Copy tokenizer and generation files, whichever there are; those of a GGUF file are written from its metadata."""
+    if is_gguf(folder):
+        if tokenizer := load_tokenizer(folder):
+            tokenizer.save_pretrained(target)
+        read_generation_config(open_gguf(folder).file).save_pretrained(target)
+        return
     check_links(folder)
     for path in list_copied(folder):
         (target / path.relative_to(folder)).parent.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from planish.errors import InputError
+from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.recognise import describe_files, refuse_adapter
 from planish.folder.safetensors import Shard
 
@@ -30,7 +31,8 @@ class Stored(Protocol):
 class Weights(Protocol):
     """What a weight format offers: tensors by the names they are stored under. Nothing stays open or mapped.
 
-    `Shards` is safetensors; another format is another such class, chosen in `open_weights`. Errors are InputErrors.
+    `Shards` is safetensors, `planish.folder.gguf_reader.GGUFWeights` is GGUF; another format is another such class, chosen
+    in `open_weights`. Errors are InputErrors.
     """
 
     @property
@@ -59,8 +61,8 @@ class Weights(Protocol):
 
 
 def open_weights(folder: Path) -> Weights:
-    """The weights of a model's folder, whatever they are stored as. A further format is recognised here."""
-    return Shards(folder)
+    """The weights of a model's folder or file, whatever they are stored as. A further format is recognised here."""
+    return open_gguf(folder) if is_gguf(folder) else Shards(folder)
 
 
 class Shards:
