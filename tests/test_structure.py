@@ -25,7 +25,7 @@ FLOORS = [
     {"plan"},
     {"solve"},
     {"methods"},
-    {"manifest", "compression", "dry_run", "single_cuts", "predict", "rehearsal"},
+    {"manifest", "compression", "dry_run", "single_cuts"},
     {"export", "evaluate"},
     {"evaluation"},
     {"api", "sweep"},
@@ -38,27 +38,22 @@ FORBIDDEN_FILES = {"utils", "util", "helpers", "helper", "common", "misc"}
 # What does not keep to a rule yet. An entry that is no longer needed, or has become larger, fails: lists only get shorter.
 UPWARDS: set[tuple[str, str]] = set()
 LONG_FILES = {
-    "planish.dry_run": 459,
     "planish.solvers.linalg": 439,
 }
 LONG_FUNCTIONS = {
     "planish.compression.compress": 102,
-    "planish.dry_run.estimate": 69,
     "planish.evaluate.speed.bench": 96,
     "planish.export.eora.compensate": 62,
     "planish.export.gguf.export_gguf": 82,
     "planish.export.verify.verify": 69,
-    "planish.predict.predict": 77,
     "planish.single_cuts.measure_effects": 65,
 }
 MANY_PARAMETERS = {
     "planish.cli.evaluate.evaluate": 9,
     "planish.evaluation.evaluate": 11,
     "planish.cli.export.export": 9,
-    "planish.dry_run.forecast": 11,
     "planish.evaluate.speed.bench": 9,
     "planish.export.eora.compensate": 12,
-    "planish.predict.predict": 21,
     "planish.single_cuts.measure_effects": 10,
 }
 MANY_METHODS = {
