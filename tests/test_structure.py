@@ -51,26 +51,15 @@ FORBIDDEN_FILES = {"utils", "util", "helpers", "helper", "common", "misc"}
 # What does not keep to a rule yet. An entry that is no longer needed, or has become larger, fails: lists only get shorter.
 UPWARDS: set[tuple[str, str]] = set()
 LONG_FILES: dict[str, int] = {}
-LONG_FUNCTIONS = {
-    "planish.compression.compress": 102,
-    "planish.evaluate.speed.bench": 96,
-    "planish.export.eora.compensate": 62,
-    "planish.export.gguf.export_gguf": 82,
-    "planish.export.verify.verify": 69,
-    "planish.single_cuts.measure_effects": 65,
-}
+LONG_FUNCTIONS: dict[str, int] = {}
 MANY_PARAMETERS = {
-    "planish.cli.evaluate.evaluate": 9,
-    "planish.evaluation.evaluate": 11,
+    "planish.cli.evaluate.evaluate": 9,  # one per flag
     "planish.cli.export.export": 9,
+    "planish.evaluation.evaluate": 11,  # one per keyword that users write: `planish.evaluate`, and the next two
     "planish.evaluate.speed.bench": 9,
     "planish.export.eora.compensate": 12,
-    "planish.single_cuts.measure_effects": 10,
 }
-MANY_METHODS = {
-    "planish.calibrate.cache.Cache": 19,
-    "planish.methods.subfit.SubFit": 19,
-}
+MANY_METHODS: dict[str, int] = {}
 SOLVERS_ASKED: dict[str, int] = {}
 NOTES_READ = {}
 
