@@ -133,8 +133,8 @@ def test_damaged_files_are_measured_again(folder, root, tmp_path, damage):
 def test_another_model_or_text_is_another_fingerprint(folder, root, tmp_path):
     def key(path: Path, windows=WINDOWS, **more) -> str:
         cache = open_cache(Stream(open_source(path), windows, **more))
-        assert cache is not None and cache.folder is not None
-        return cache.folder.name
+        assert cache is not None and cache.files.folder is not None
+        return cache.files.folder.name
 
     other = tiny.build("llama_gqa")
     with torch.no_grad():
@@ -179,8 +179,7 @@ def test_caches_beside_one_another_leave_each_other_alone(tmp_path):
         return {f"r{n}": {"x": torch.full((1000,), float(n))}}
 
     one, two = Cache(tmp_path / "one", disk=10_000), Cache(tmp_path / "two", disk=10_000)
-    one.family.append(two)
-    two.family = one.family
+    one.files.join(two.files)
     for n, cache in enumerate([one, two, two, one]):  # the last two find no room
         cache.keep(record(n))
     assert one.has(["r0"]) and two.has(["r1"]) and not two.has(["r2"]) and not one.has(["r3"])
@@ -296,7 +295,7 @@ def test_a_method_with_windows_of_its_own_shares_no_statistics_with_others(folde
         found.append(run(folder, tmp_path / "out", method, settings, cache=shared, stream=stream))
         assert found[-1] == run(folder, tmp_path / "out", method, settings), settings
     assert len(set(found)) == 3 and len(shared.others) == 2
-    folders = [cache.folder for cache in (shared, *shared.others.values())]
+    folders = [cache.files.folder for cache in (shared, *shared.others.values())]
     assert len(set(folders)) == (3 if on_disk else 1), "one each on disk, none else"
 
 
