@@ -97,10 +97,10 @@ def test_methods_that_share_taps_share_measurements(folder, tmp_path):
     shared, stream = Cache(memory=1 << 30), Stream(open_source(folder), WINDOWS)
     for method, settings in [("svd-llm", {}), ("a3", {}), ("flat-llm", {})]:
         alone = run(folder, tmp_path / "out", method, settings)
-        sums = {n: {p: t.clone() for p, t in r.items()} for n, r in shared.held.items()}
+        sums = {n: {p: t.clone() for p, t in r.items()} for n, r in shared.in_memory.items()}
         assert run(folder, tmp_path / "out", method, settings, cache=shared, stream=stream) == alone, method
         for name, record in sums.items():
-            assert all(torch.equal(t, shared.held[name][p]) for p, t in record.items()), f"{method} changed {name}"
+            assert all(torch.equal(t, shared.in_memory[name][p]) for p, t in record.items()), f"{method} changed {name}"
 
 
 def flip(path: Path) -> None:
@@ -203,8 +203,8 @@ def test_statistics_of_an_edited_model_are_never_kept(folder):
     plan = job.plan().ranks
     edits: dict = {}
     frontiers = measure_frontiers(job.problem, job.measure)
-    assert frontiers and cache.held
-    kept = set(cache.held)
+    assert frontiers and cache.in_memory
+    kept = set(cache.in_memory)
     for i, shape in enumerate(job.problem.shapes):
         block = stream.block(i)
         taps = job.problem.taps(job.problem.block_units(i))
@@ -214,7 +214,7 @@ def test_statistics_of_an_edited_model_are_never_kept(folder):
         edits[i] = job.problem.units[unit].truncate(frontier, plan[unit], shape)
     taps = lambda shape: job.problem.taps(job.problem.block_units(shape.block))  # noqa: E731
     origins = [stats.origin for _, _, stats in job.measure.forward(taps, edits)]
-    assert set(cache.held) == kept
+    assert set(cache.in_memory) == kept
     assert origins == [""] * len(job.problem.shapes)
 
 

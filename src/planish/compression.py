@@ -295,9 +295,9 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         "max_bytes": result.bytes_after,
         "max_latency": result.latency_ms_after,
     }
-    for b in problem.budgets if planned.keep is None else ():  # counted in the files, or by the account of the plan
-        told = b.achieved(sum(map(b.measure, models[1])))
-        result.budgets[b.name] = {"asked": b.asked, "achieved": written.get(b.name, told)}
+    for b in problem.budgets if planned.keep is None else ():  # counted in the files, or as the plan counts
+        by_plan = b.achieved(sum(map(b.measure, models[1])))
+        result.budgets[b.name] = {"asked": b.asked, "achieved": written.get(b.name, by_plan)}
     return result
 
 

@@ -1,4 +1,4 @@
-"""What single cuts really cost, beside what was predicted: the check of a method's currency."""
+"""Measured loss of single cuts next to the predicted one: whether a method's predictions can be compared across units."""
 
 from __future__ import annotations
 

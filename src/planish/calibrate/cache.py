@@ -47,7 +47,7 @@ class Cache:
     def __init__(self, folder: Path | None = None, memory: int = 0, disk: int = DISK):
         several = lanes.count() > 1  # several writers; every process would have to find the same
         self.files, self.memory = RecordFiles(None if several else folder, disk), 0 if several else memory
-        self.held: dict[str, Record] = {}
+        self.in_memory: dict[str, Record] = {}
         self.frontiers: dict[tuple[str, Solver, Unit], Frontier] = {}
         self.others: dict[str, Cache] = {}
 
@@ -68,26 +68,26 @@ class Cache:
 
     def has(self, records: Iterable[str]) -> bool:
         """Whether all of these can be had; files are checked here, once."""
-        return all(r in self.held or self.files.check(r) for r in records)
+        return all(r in self.in_memory or self.files.check(r) for r in records)
 
     def get(self, record: str) -> Record:
         """A record that `has` said is there; not to be changed."""
-        if record in self.held:
-            return self.held[record]
+        if record in self.in_memory:
+            return self.in_memory[record]
         found = self.files.read(record)
-        self._hold({record: found})
+        self._put({record: found})
         return found
 
     def keep(self, records: dict[str, Record]) -> None:
-        new = {name: r for name, r in records.items() if name not in self.held and name not in self.files.found}
-        self._hold(new)
+        new = {name: r for name, r in records.items() if name not in self.in_memory and name not in self.files.found}
+        self._put(new)
         self.files.write(new)
 
-    def _hold(self, records: dict[str, Record]) -> None:
+    def _put(self, records: dict[str, Record]) -> None:
         for name, record in records.items():
             size = measure(record)
             if size <= self.memory and all(t.nbytes < stats.WIDE for t in record.values()):  # those are used up
-                self.held[name] = record
+                self.in_memory[name] = record
                 self.memory -= size
 
     def missing(self, origin: str, i: int, taps: Iterable[Tap]) -> list[Tap]:
@@ -128,13 +128,13 @@ class Cache:
                 records[name] = {"loss": f.loss.detach().clone(), "nats": torch.tensor(f.nats)}
         self.keep(records)
 
-    def holds(self, origin: str, solver: Solver, unit: Unit) -> bool:
-        """Whether `frontier` has it in memory."""
+    def has_frontier(self, origin: str, solver: Solver, unit: Unit) -> bool:
+        """Whether a unit's frontier is in memory, with its factors."""
         return bool(self.frontiers) and (origin, solver, unit) in self.frontiers
 
     def frontier(self, origin: str, solver: Solver, unit: Unit, make: Callable[[], Frontier]) -> Frontier:
-        """A unit's frontier with its factors: held, or made (and held where there is room)."""
-        if self.holds(origin, solver, unit):
+        """A unit's frontier with its factors: from memory, or made by `make` and then put there if it fits."""
+        if self.has_frontier(origin, solver, unit):
             return self.frontiers[origin, solver, unit]
         made = make()
         size = measure(made) if self.memory and origin else 0
@@ -189,7 +189,7 @@ def measure(value: Any, seen: set[int] | None = None) -> int:
 
 
 def open_cache(calibrated: Stream, memory: int = 0) -> Cache | None:
-    """The cache on disk for this model, text and arithmetic; None where the model cannot be told apart (in memory)."""
+    """The cache on disk for this model, text and arithmetic; None for a model in memory, which has no fingerprint."""
     source = calibrated.source
     if not isinstance(source, FolderSource) or not calibrated.batches:
         return None

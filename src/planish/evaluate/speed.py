@@ -64,7 +64,7 @@ def bench(
 ) -> list[Speed]:
     """Measure models in turns (A B A B …), so that a machine that slows down slows all of them.
 
-    One run is: the model reads (batch, prompt_len) random ids into an empty cache and names the first token (prefill;
+    One run is: the model reads (batch, prompt_len) random ids into an empty cache and chooses the first token (prefill;
     its duration is the time to first token), then new_tokens single-token forward passes, greedy, with that cache
     (decode). A loop over ``model(...)``, not ``generate()``. For every batch size each model first runs twice
     unmeasured: once to warm up (and to compile, with ``compile=True``), once for its memory.

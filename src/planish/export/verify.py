@@ -165,7 +165,7 @@ class Vllm:
             max_model_len=context,
             enforce_eager=True,
             max_logprobs=-1,
-            kv_cache_memory_bytes=2**30 * -(-context // 256),  # not nine tenths of the machine, as it takes unless told
+            kv_cache_memory_bytes=2**30 * -(-context // 256),  # its default is nine tenths of the memory
             seed=0,
         )
 
