@@ -1,11 +1,16 @@
 # planish: `make demo` runs everything offline; `make test` and `make lint` are what a change has to pass.
 # `make docs` writes the documentation to site/ (open site/index.html).
+# `make test-all` also runs what is slow, and the numeric tests once more with sums as an old processor forms them.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 EXTRAS ?= dev,gguf,onnx,report
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
+WORKERS ?= 2
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,a3 auto cache checkpoint grams laws linalg numerics pivoted processes \
+	replace resume slicegpt stats stream))
+OLD := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
 .PHONY: demo demo-llm test test-all lint docs clean
 
@@ -18,10 +23,11 @@ demo-llm: .venv/.stamp
 	$(BIN)/planish demo --model smollm2
 
 test: .venv/.stamp
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile --durations=10
 
 test-all: .venv/.stamp
-	$(BIN)/python -m pytest -q
+	PLANISH_FUZZ=40 $(BIN)/python -m pytest -q
+	$(OLD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) $(NUMERIC)
 
 lint: .venv/.stamp
 	$(BIN)/ruff check .

@@ -19,11 +19,10 @@ import warnings
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 import planish
-from planish.api import read_calibration
-from planish.folder.source import open_source
-from planish.folder.tokenizer import load_tokenizer
+from planish.calibrate.text import load_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "calibration.md"
@@ -51,8 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    source, tokenizer = open_source(args.model), load_tokenizer(args.model)
-    windows = read_calibration(source, tokenizer, args.text, args.n_samples, args.seq_len, 0, None).windows
+    tokens = load_tokens(args.text, AutoTokenizer.from_pretrained(args.model)).tokens.numpy()
     names = args.methods.split(",")
     turns: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -63,7 +61,7 @@ def main() -> None:
                 start = time.process_time()
                 turn[name] = planish.compress(
                     args.model, method=method, settings=dict(s.split("=") for s in settings), keep=args.keep,
-                    calibration=windows.flatten().numpy(), n_samples=args.n_samples, seq_len=args.seq_len,
+                    calibration=tokens, sampling="random", n_samples=args.n_samples, seq_len=args.seq_len,
                     output=Path(scratch) / "out", overwrite=True,
                 ).seconds  # fmt: skip
                 turn[name]["cpu"] = time.process_time() - start

@@ -24,25 +24,22 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from random_model import write_model
 
 import planish
-from planish.calibrate.measure import Measurements, sweep_forward
-from planish.calibrate.stream import Stream
-from planish.core import Unit
-from planish.folder.source import open_source
-from planish.methods import find_method, pose
-from planish.plan.problem import Problem
-from planish.request import Limits
 from planish.solvers.forms import low_rank_edit
 from planish.solvers.linalg import whitened_svd
-from planish.stats import Tap
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "speed.md"
-SITES = {"q": "q.in", "k": "q.in", "v": "q.in", "o": "o.in", "gate": "up.in", "up": "up.in", "down": "down.in"}
+LINEARS = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+READ = {"k": "q", "v": "q", "gate": "up"}  # reads what that one reads
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 2816, 100_000
 Say = Callable[..., None]
 
@@ -71,12 +68,17 @@ def measure_rate(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     return sum(2 * len(x) * w.numel() for x, w in pairs) / best
 
 
-def measure_rates(problem: Problem) -> tuple[float, float]:
+def find_sizes() -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear of a block."""
+    kv = HIDDEN // 2
+    attention = {"q": (HIDDEN, HIDDEN), "k": (kv, HIDDEN), "v": (kv, HIDDEN), "o": (HIDDEN, HIDDEN)}
+    return attention | {"gate": (INTERMEDIATE, HIDDEN), "up": (INTERMEDIATE, HIDDEN), "down": (HIDDEN, INTERMEDIATE)}
+
+
+def measure_rates() -> tuple[float, float]:
     """FLOP/s of a block's linears in fp32, and of the products of its Grams in fp64 (all of them, not half)."""
-    shape = problem.shapes[0]
-    sizes = [shape.linear(role) for role in shape.roles]
-    single = measure_rate([(torch.randn(4096, n), torch.randn(out, n)) for out, n in sizes])
-    wide = torch.randn(shape.intermediate, 4096, dtype=torch.float64)
+    single = measure_rate([(torch.randn(4096, n), torch.randn(out, n)) for out, n in find_sizes().values()])
+    wide = torch.randn(INTERMEDIATE, 4096, dtype=torch.float64)
     return single, measure_rate([(wide, wide)])
 
 
@@ -114,45 +116,32 @@ def show_phases(folder: Path, blocks: int, vocabulary: int, windows: torch.Tenso
         f"{len(windows)} × {windows.shape[1]} tokens, {torch.get_num_threads()} thread(s)."
     )
     say()
-    say(
-        "| method | plan | forward | Grams | solve | write | rest | total | floor: forward | files | total / floor | Grams' floor |"
-    )
-    say("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    say("| method | plan | forward | Grams | solve | write | rest | total | floor: forward | files | total / floor |")
+    say("|---|---|---|---|---|---|---|---|---|---|---|")
     rates: list[float] = []
     for method in methods.split(","):
-        problem = pose(find_method(method), open_source(model), Limits(keep=0.8), length=windows.shape[1])
-        before = measure_rates(problem)
+        before = measure_rates()
         out = folder / method
         settings = {"allocation": "uniform"} if method == "flat-llm" else {}
         seconds = planish.compress(
             model, output=out, keep=0.8, method=method, calibration=windows.flatten(), n_samples=len(windows),
             seq_len=windows.shape[1], settings=settings, device="cpu",
         ).seconds  # fmt: skip
-        rates = [max(pair) for pair in zip(before, measure_rates(problem), strict=True)]
-        attend = (
-            sum(2 * s.heads * (s.qk + s.v) for s in problem.shapes) * windows.shape[1] / 2
-        )  # of what lies before a token
-        forward = windows.numel() * (2 * sum(s.count() for s in problem.shapes) + attend) / rates[0]
-        sums = windows.numel() * sum(count_grams(problem, i) for i in range(blocks)) / rates[1]
+        rates = [max(pair) for pair in zip(before, measure_rates(), strict=True)]
+        attend = 4 * HIDDEN * windows.shape[1] / 2  # scores and values, of what lies before a token
+        weights = sum(out * n for out, n in find_sizes().values())
+        forward = windows.numel() * blocks * (2 * weights + attend) / rates[0]
         files = measure_files(model, out, folder)
         phases = {"plan": "plan", "stream": "forward", "sums": "Grams", "solve": "solve", "write": "write"}
         cells = [seconds.get(p, 0.0) for p in phases]
         total = seconds["total"]
         cells = [*cells, total - sum(cells), total, forward, files]
         ratio = total / (forward + files)
-        say(f"| {method} | " + " | ".join(f"{s:.1f} s" for s in cells) + f" | **{ratio:.2f}** | {sums:.1f} s |")
+        say(f"| {method} | " + " | ".join(f"{s:.1f} s" for s in cells) + f" | **{ratio:.2f}** |")
     say()
     say(
         f"fp32 products of a block's own linears: {rates[0] / 1e9:.0f} GFLOP/s; fp64 products: {rates[1] / 1e9:.0f} GFLOP/s."
     )
-
-
-def count_grams(problem: Problem, i: int) -> int:
-    """FLOPs per token of block i's Grams, those on and above the diagonal alone."""
-    taps = [t for t in problem.taps(problem.block_units(i)) if "gram" in t.kind]
-    widths = [problem.shapes[i].width(t.site) // max(t.heads, 1) for t in taps]
-    counts = [max(t.heads, 1) for t in taps]
-    return sum(c * n * (n + 1) for c, n in zip(counts, widths, strict=True))
 
 
 def show_whole(folder: Path, args: argparse.Namespace, say: Say) -> None:
@@ -164,13 +153,28 @@ def show_calibration(folder: Path, args: argparse.Namespace, say: Say) -> None:
     show_phases(folder, 2, vocabulary, draw(vocabulary, args.samples, 2048), args.methods, say)
 
 
+@torch.no_grad()
+def measure_grams(folder: Path, windows: torch.Tensor) -> list[tuple[torch.nn.Module, dict[str, torch.Tensor]]]:
+    """Every block and the mean x xᵀ of what its linears read."""
+    model, found = planish.load(folder, dtype="float32"), []
+    for block in model.model.layers:
+        sums: dict[str, torch.Tensor] = {}
+
+        def add(module, args, role, sums=sums) -> None:
+            x = args[0].flatten(0, 1).double()
+            sums[role] = sums.get(role, 0) + x.T @ x / windows.numel()
+
+        for role in LINEARS.keys() - READ.keys():
+            block.get_submodule(LINEARS[role]).register_forward_pre_hook(partial(add, role=role))
+        found.append((block, sums))
+    for few in windows.split(4):
+        model.model(input_ids=few, use_cache=False)
+    return found
+
+
 def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
     vocabulary = VOCABULARY // 12  # more words than channels, or the first Gram is singular
     model = write_blocks(folder / "model", args.blocks, vocabulary)
-    stream = Stream(open_source(model), draw(vocabulary, 16, 256))
-    method = find_method("svd-llm")
-    problem = pose(method, stream.source, Limits(keep=0.8), length=256)
-    plan = method.plan(problem, Measurements(stream)).ranks
     spent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     gaps: dict[str, list[float]] = defaultdict(list)
     solvers = (
@@ -179,11 +183,10 @@ def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
         ("published, fp32", published, torch.float32),
     )
 
-    taps = sorted({Tap(site, "gram") for site in SITES.values()})
-    for i, _, stats in sweep_forward(stream, lambda shape: taps):
-        for role, site in SITES.items():
-            w = stream.source.block(i).get_submodule(stream.family.path(role)).weight.double()
-            gram, rank = stats.mean(Tap(site, "gram")), plan[Unit(i, role)]
+    for block, grams in measure_grams(model, draw(vocabulary, 16, 256)):
+        for role, path in LINEARS.items():
+            w, gram = block.get_submodule(path).weight.detach().double(), grams[READ.get(role, role)]
+            rank = int(0.8 * w.numel() / sum(w.shape))
             errors = {}
             for name, solve, dtype in solvers:
                 start = time.process_time()
@@ -201,7 +204,7 @@ def show_truncation(folder: Path, args: argparse.Namespace, say: Say) -> None:
     say("|---|---|---|---|---|---|")
     spent["all"] = {n: sum(s[n] for s in spent.values()) for n in names}
     for role, s in spent.items():
-        size = "" if role == "all" else " ({} × {})".format(*problem.shapes[0].linear(role))
+        size = "" if role == "all" else " ({} × {})".format(*find_sizes()[role])
         mine, exact, single = (s[n] for n in names)
         ratios = f"{exact / mine:.1f}× | {single / mine:.1f}×"
         say(f"| {role}{size} | {mine:.2f} s | {exact:.2f} s | {single:.2f} s | {ratios} |")

@@ -23,9 +23,12 @@ import warnings
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 import planish
+from planish.calibrate.text import load_tokens
 from planish.errors import InputError
+from planish.methods import list_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "methods.md"
@@ -50,9 +53,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--shifted", type=Path, action="append", default=[], help="text of another kind, to evaluate on"
     )
-    parser.add_argument(
-        "--methods", default="auto,auto:structural," + ",".join(sorted(set(planish.methods.list_methods()) - {"auto"}))
-    )
+    parser.add_argument("--methods", default="auto,auto:structural," + ",".join(sorted(set(list_methods()) - {"auto"})))
     parser.add_argument("--keep", default="0.9,0.8,0.7,0.5")
     parser.add_argument("--n-samples", type=int, default=96)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -79,12 +80,12 @@ def main() -> None:
         def perplexities(folder: Path) -> list[float]:
             model, tokenizer = (
                 planish.load(folder, dtype="float32"),
-                planish.folder.tokenizer.load_tokenizer(args.model),
+                AutoTokenizer.from_pretrained(args.model),
             )
             limit = args.windows * args.seq_len
             found = []
             for text in texts.values():
-                tokens = planish.calibrate.text.load_tokens(text, tokenizer, split="evaluation").tokens[:limit]
+                tokens = load_tokens(text, tokenizer, split="evaluation").tokens[:limit]
                 found.append(planish.evaluate(model, tokens.numpy(), args.seq_len, tokenizer=tokenizer).perplexity)
             return found
 

@@ -22,12 +22,10 @@ from pathlib import Path
 
 import torch
 from structural import split_text
+from transformers import AutoTokenizer
 
 import planish
-from planish.api import read_calibration
-from planish.calibrate.text import load_tokens
-from planish.folder.source import open_source
-from planish.folder.tokenizer import load_tokenizer
+from planish.calibrate.text import load_tokens, sample_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "prediction.md"
@@ -94,12 +92,9 @@ def main() -> None:
 
 
 def measure_plans(args: argparse.Namespace, text: dict, held: str, scratch: Path) -> list[tuple]:
-    tokenizer = load_tokenizer(args.model)
-    windows = read_calibration(
-        open_source(args.model), tokenizer, text["calibration"], args.n_samples, args.seq_len, 0, None
-    )
-    limit = args.windows * args.seq_len
-    own = windows.windows.flatten()[:limit].numpy()
+    tokenizer, limit = AutoTokenizer.from_pretrained(args.model), args.windows * args.seq_len
+    tokens = load_tokens(text["calibration"], tokenizer).tokens
+    own = sample_windows(tokens, args.n_samples, args.seq_len).flatten()[:limit].numpy()
     other = load_tokens(held, tokenizer, split="evaluation").tokens[:limit].numpy()
 
     def losses(folder: Path) -> list[float]:

@@ -17,13 +17,12 @@ import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
+from transformers import AutoTokenizer
 
 import planish
-import planish.api
 from planish.export.eora import quantise_model
-from planish.folder.load import silence
-from planish.folder.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from structural import ROOT, split_text, write_section
@@ -50,7 +49,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def measure(model: nn.Module, text: Path, args: argparse.Namespace) -> float:
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     found = planish.evaluate(model, text, args.seq_len, tokenizer=tokenizer, max_windows=args.windows, batch_size=4)
     return found.perplexity
 
@@ -66,7 +65,7 @@ def compensate(folder: Path, rank: int, calibration: Path, held_out: Path, args:
     from peft import PeftModel
 
     with tempfile.TemporaryDirectory() as adapter:
-        found = planish.api.eora(
+        found = planish.eora(
             folder, adapter, bits=4, rank=rank, quantiser="torchao", calibration=calibration,
             n_samples=args.n_samples, seq_len=args.seq_len,
         )  # fmt: skip
@@ -93,7 +92,8 @@ def main() -> None:
     args = read_arguments()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    silence()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         calibration, held_out = split_text(args.text, Path(scratch))
         ranks = [int(r) for r in args.ranks.split(",") if r]

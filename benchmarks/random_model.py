@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig
-
-from planish.folder.safetensors import write_shard
 
 
 def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **sizes: int) -> int:
@@ -33,7 +32,7 @@ def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 
     def shard(number: int, tensors: dict[str, torch.Tensor]) -> None:
         name = f"model-{number + 1:05d}-of-{n + 1:05d}.safetensors"
-        write_shard(folder / name, tensors)
+        save_file(tensors, folder / name, {"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
 
     ones = torch.ones(d, dtype=dtype)
@@ -41,11 +40,11 @@ def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0
         "model.embed_tokens.weight": matrix(config.vocab_size, d),
         "lm_head.weight": matrix(config.vocab_size, d),
     }
-    shard(0, outside | {"model.norm.weight": ones})
+    shard(0, outside | {"model.norm.weight": ones.clone()})
     del outside
     for i in range(n):
         block = {f"{name}.weight": matrix(*size) for name, size in linears.items()}
-        block |= {"input_layernorm.weight": ones, "post_attention_layernorm.weight": ones}
+        block |= {"input_layernorm.weight": ones.clone(), "post_attention_layernorm.weight": ones.clone()}
         shard(i + 1, {f"model.layers.{i}.{name}": t for name, t in block.items()})
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -18,12 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import fields
-from math import ceil
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
 import torch
 from random_model import write_model
+from transformers import AutoTokenizer
 
 import planish
 from planish import load
@@ -31,9 +32,7 @@ from planish.calibrate.text import load_tokens
 from planish.errors import InputError
 from planish.evaluate.perplexity import evaluate
 from planish.evaluate.speed import bench
-from planish.folder.tokenizer import load_tokenizer
 from planish.methods import list_methods
-from planish.plan.removal import round_half_up
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src" / "planish" / "data" / "demo"
@@ -97,7 +96,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.model = args, args.model
-        tokenizer = load_tokenizer(self.model)
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
         dense = load(self.model)
         vocabulary = dense.config.vocab_size
         if args.text is None:
@@ -153,7 +152,7 @@ class Bench:
 
     def at_sparsity(self, run: tuple[str, dict[str, Any]], level: float) -> dict:
         method, settings = run
-        n = round_half_up(level * self.blocks)
+        n = floor(level * self.blocks + 0.5)
         sparsity = {} if FREE in settings else {"sparsity": n / self.blocks}  # what rounds to the same is measured once
         return self.run(method, {k: v for k, v in settings.items() if k != FREE} | sparsity, 1 - n / self.blocks)
 
@@ -174,7 +173,7 @@ class Bench:
 def write_sparsity(b: Bench) -> list[str]:
     """Every method with the same share of submodules gone."""
     levels = b.args.levels
-    counts = {s: round_half_up(s * b.blocks) for s in levels}
+    counts = {s: floor(s * b.blocks + 0.5) for s in levels}
     lines = [
         "Sparsity is the share of attentions and of feed-forwards (or blocks) that goes, rounded half up: "
         + ", ".join(f"{100 * s:g} % → {n} of {b.blocks} ({100 * n / b.blocks:.1f} %)" for s, n in counts.items())
@@ -211,7 +210,7 @@ def write_keep(b: Bench) -> list[str]:
 def write_ablation(b: Bench) -> list[str]:
     """One change to the defaults at a time."""
     level, seeds = b.args.ablation_level, b.args.seeds
-    n = round_half_up(level * b.blocks)
+    n = floor(level * b.blocks + 0.5)
     rows = {
         m: [b.run("subfit", s | {"sparsity": level}, 1 - n / b.blocks, seed) for seed in seeds]
         for m, s in ABLATION.items()

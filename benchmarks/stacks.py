@@ -25,16 +25,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+import transformers
 
 import planish
-from planish.api import compress
+from planish import compress
 from planish.apply import apply_edits
 from planish.errors import InputError
 from planish.export import export
 from planish.export.verify import Comparison, LlamaCpp, OnnxRuntime, Runner, Transformers, verify
 from planish.export.written import Written
 from planish.folder.config import write_config
-from planish.folder.load import silence
 from planish.folder.source import open_source
 from planish.folder.writer import Writer
 from planish.modelling.blocks import get_linear
@@ -81,7 +81,8 @@ def main() -> None:
     args = read_arguments()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    silence()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         (measure_speed if args.speed else compare)(args, Path(scratch))
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from transformers import AutoTokenizer
 
 import planish
 from planish.errors import InputError
 from planish.evaluate.speed import bench
-from planish.folder.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "structural.md"
@@ -89,7 +89,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, scratch: Path):
         self.args, self.out, self.size = args, scratch / "out", ""
         self.calibration, self.held_out = split_text(args.text, scratch)
-        self.tokenizer = load_tokenizer(args.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.dense = planish.load(args.model, dtype="float32")
 
     def compress(self, method: str, settings: dict, **budget: float):

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and output is then broken into lines
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import tiny
+# Before anything imports planish: its shapes become jaxtyping's, and beartype checks every call of these modules by them.
+sys.modules["planish.shapes"] = jaxtyping
+CHECKER = (
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # an int will do where a float is expected
+)
+jaxtyping.install_import_hook(["planish.solvers", "planish.stats"], CHECKER)
+
+import tiny  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

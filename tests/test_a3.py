@@ -17,7 +17,6 @@ import tiny
 from planish.calibrate.stream import Stream
 from planish.core import Solver, Unit
 from planish.errors import InputError
-from planish.folder.load import load
 from planish.folder.source import MemorySource
 from planish.methods.a3 import A3
 from planish.methods.method import Method
@@ -30,13 +29,14 @@ from planish.plan.planned import Planned
 from planish.request import Limits
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
-from planish.solvers.linalg import balance, nystrom, reduce_scores, selection_losses
+from planish.solvers.linalg import balance, reduce_scores
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import RotaryPairs, split_ranks
+from planish.solvers.selection import nystrom, selection_losses
 from planish.solvers.value_output import ValueOutput
 from posed import pose_on
-from tiny import compress
+from tiny import compress, load
 
 WINDOWS = tiny.windows(12, 24)
 

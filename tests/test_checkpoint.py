@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ from planish.calibrate.losses import compute_logits
 from planish.calibrate.stream import Stream
 from planish.core import Edit, Unit
 from planish.export.dense import export_dense
-from planish.folder.load import load
 from planish.folder.source import MemorySource, open_folder, open_source
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
@@ -33,7 +34,7 @@ from planish.modelling.attentions import Attention
 from planish.modelling.blocks import find_blocks, get_linear
 from planish.plan.planned import Planned
 from planish.solvers.forms import value_edits
-from tiny import compress
+from tiny import compress, load
 
 WINDOWS = tiny.windows(8, 24)
 EOS = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
@@ -97,7 +98,9 @@ def test_uncut_attention_is_the_stock_one(family, attention):
     if family.startswith("mpt") and attention == "sdpa":
         pytest.skip("the stock class has no sdpa")
     model = tiny.build(family, attn_implementation=attention)
-    stream = Stream(MemorySource(model), WINDOWS)
+    capped = family == "gemma2" and attention == "sdpa"
+    with pytest.warns(UserWarning, match="calibrated with eager attention") if capped else nullcontext():
+        stream = Stream(MemorySource(model), WINDOWS)
     hidden = stream.start()
     for i in range(len(stream)):
         block, shape = stream.block(i), stream.source.shape(i)
@@ -194,6 +197,8 @@ def test_folders_carry_their_own_code(made, tmp_path):
         "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+    kernels = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+    environment |= {n: os.environ[n] for n in kernels if n in os.environ}  # or the bits differ from this process's
     done = subprocess.run(
         [sys.executable, "-c", REMOTE, json.dumps(folders), str(tmp_path)],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
@@ -301,8 +306,7 @@ def test_transformers_sdpa_drops_the_soft_cap_and_we_do_not(tmp_path):
     assert (dropped - expected).abs().max() > 0.05 * expected.abs().max(), "the cap is too wide to matter here"
 
     folder = tiny.save(default, tmp_path / "m")
-    with pytest.warns(UserWarning, match="loaded with eager attention: transformers' sdpa leaves out the soft cap"):
-        assert torch.equal(logits(load(folder)), expected)
+    assert torch.equal(logits(load(folder)), expected)
     assert torch.equal(logits(load(folder, attn_implementation="sdpa")), dropped)
     with pytest.warns(UserWarning, match="the model is calibrated with eager attention"):
         memory = MemorySource(default)

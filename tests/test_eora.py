@@ -13,10 +13,9 @@ import compressed
 import tiny
 from planish.errors import InputError
 from planish.export.eora import compensate, find_group, list_linears, round_weight, solve
-from planish.folder.load import load
 from planish.modelling.blocks import find_blocks
 from planish.modelling.families import FAMILIES
-from tiny import build
+from tiny import build, load
 
 MIXED = [
     compressed.both(compressed.values(3), compressed.neurons(24)),

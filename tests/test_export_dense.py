@@ -14,9 +14,8 @@ import compressed
 from planish.errors import InputError
 from planish.export import export
 from planish.export.plain import open_plain
-from planish.folder.load import load
 from planish.folder.weights import index_tensors
-from tiny import build
+from tiny import build, load
 
 LINEAR = [n for n in compressed.FORMS if "→" in n]
 

@@ -15,9 +15,8 @@ import tiny
 from compressed import train_tokenizer
 from planish.errors import InputError
 from planish.export.plain import open_plain
-from planish.folder.load import load
 from planish.folder.tokenizer import load_tokenizer
-from tiny import build
+from tiny import build, load
 
 gguf = pytest.importorskip("gguf")
 from planish.export.gguf import export_gguf, solve_silu  # noqa: E402

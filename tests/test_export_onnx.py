@@ -9,8 +9,7 @@ import torch
 import compressed
 from planish.errors import InputError
 from planish.export.verify import OnnxRuntime, verify
-from planish.folder.load import load
-from tiny import build
+from tiny import build, load
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -25,7 +25,7 @@ from test_resume import hashes
 from tiny import compress
 
 WINDOWS = torch.randint(0, 90, (8, 16), generator=torch.Generator().manual_seed(0))
-EXAMPLES = int(os.environ.get("PLANISH_FUZZ", "40"))  # per test
+EXAMPLES = int(os.environ.get("PLANISH_FUZZ", "20"))  # per test
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -10,7 +10,6 @@ import copy
 import functools
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from math import isnan
@@ -30,7 +29,6 @@ from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.taps import tap_sites
 from planish.core import Edit, Frontier, Shape, Solver, Unit
 from planish.errors import InputError
-from planish.folder.load import load
 from planish.folder.source import MemorySource, open_source
 from planish.methods import find_method, list_methods
 from planish.methods.erc_svd import compare
@@ -43,7 +41,7 @@ from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
 from planish.stats import Stats, Tap
 from posed import Posed, pose_on
-from tiny import compress
+from tiny import compress, load
 
 METHODS = list(list_methods())
 WINDOWS = tiny.windows(12, 24)
@@ -374,7 +372,7 @@ def check_line(refusal: InputError) -> None:
 
 
 def run(model, output: Path, method: str, keep: float, round_to: int = 1, **kw):
-    """compress, with warnings kept quiet; None where the method refuses the family in one clear line."""
+    """compress; None where the method refuses the family in one clear line."""
     try:
         return compress(model, output=output, keep=keep, method=method, windows=WINDOWS, round_to=round_to, **kw)
     except InputError as refusal:
@@ -566,11 +564,9 @@ def test_loaded_model_computes_what_was_solved(method, family, tmp_path):
         nonlocal hidden
         hidden = stream.run(i, block, hidden)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        planish_solve.solve(job.problem, job.measure, job.method.plan(job.problem, job.measure), emit)
-        solved = compute_logits(stream, hidden[0])
-        run(tmp_path / "model", tmp_path / "out", method, 0.7)
+    planish_solve.solve(job.problem, job.measure, job.method.plan(job.problem, job.measure), emit)
+    solved = compute_logits(stream, hidden[0])
+    run(tmp_path / "model", tmp_path / "out", method, 0.7)
     compressed = load(tmp_path / "out")
     assert torch.equal(compressed(input_ids=WINDOWS).logits, solved)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from planish.core import Shape, Unit
 from planish.methods import find_method
-from planish.solvers import linalg
+from planish.solvers import linalg, pivots, selection
 from planish.solvers.linear import LinearSVD, output_errors
 from planish.solvers.neurons import Neurons
 from planish.solvers.value_pca import ValuePCA
@@ -48,6 +49,13 @@ def test_products_that_read_half_of_a_matrix(m, n, leaf, seed):
     products = (linalg.sandwich(w, gram), w @ gram @ w.T), (linalg.congruence(gram, lower), lower.T @ gram @ lower)
     for half, whole in products:
         torch.testing.assert_close(half, whole)
+
+
+def test_shapes_are_checked():
+    """By beartype, wherever a test calls a solver."""
+    for wrong in (torch.ones(4, 4), torch.ones(3, 4), torch.ones(3), torch.ones(3, 3, dtype=torch.int64)):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            linalg.sandwich(torch.ones(2, 3), wrong)
 
 
 @given(SIZES, SIZES, st.integers(0, 11), SEEDS)
@@ -126,17 +134,17 @@ def test_forward_selection(n, out, seed):
     """Its losses are those of its order; every next input is the best one (one per step where steps ≥ n)."""
     x, w = inputs(seed, n, 3 * n + 4), draw(seed + 1, out, n)
     gram = x.T @ x
-    order, loss = linalg.select_greedily(gram, w, 1e-10)
+    order, loss = selection.select_greedily(gram, w, 1e-10)
     assert sorted(order.tolist()) == list(range(n))
-    torch.testing.assert_close(loss, linalg.selection_losses(gram, w, order, True, 1e-10), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(loss, selection.selection_losses(gram, w, order, True, 1e-10), rtol=1e-6, atol=1e-8)
     for r in range(n):
         others = [i for i in range(n) if i not in order[:r].tolist()]
         errors = []
         for i in others:
             kept = torch.tensor([*order[:r].tolist(), i])
-            errors.append(energy(x @ w.T - x[:, kept] @ linalg.nystrom(gram, kept, w, 1e-10).T))
+            errors.append(energy(x @ w.T - x[:, kept] @ selection.nystrom(gram, kept, w, 1e-10).T))
         assert float(loss[r + 1]) == pytest.approx(min(errors), rel=1e-5, abs=1e-8 * energy(x @ w.T))
-    coarse, _ = linalg.select_greedily(gram, w, 1e-10, steps=2)
+    coarse, _ = selection.select_greedily(gram, w, 1e-10, steps=2)
     assert sorted(coarse.tolist()) == list(range(n))
 
 
@@ -167,7 +175,7 @@ def test_pivoting_is_lossless_and_bounded(out, n, rank, deficient, seed):
     b, a = draw(seed, out, rank), draw(seed + 1, rank, n)
     if deficient:
         b[:, -1] = b[:, 0]
-    form = linalg.pivot(b, a)
+    form = pivots.pivot(b, a)
     w = torch.cat([form.base, form.coefficients @ form.base])[form.order()]
     torch.testing.assert_close(w, b @ a, rtol=1e-8, atol=1e-8)
     assert form.coefficients.numel() == 0 or form.coefficients.abs().max() <= 2 + 1e-9
@@ -193,7 +201,7 @@ def test_balanced_truncation(d, missing, seed):
 def test_nystrom_is_least_squares(n, out, seed):
     x, w = inputs(seed, n, 4 * n), draw(seed + 1, out, n)
     kept = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: max(1, n // 2)].sort().values
-    new = linalg.nystrom(x.T @ x, kept, w, damping=0.0)
+    new = selection.nystrom(x.T @ x, kept, w, damping=0.0)
     torch.testing.assert_close(new, torch.linalg.lstsq(x[:, kept], x @ w.T).solution.T, rtol=1e-6, atol=1e-6)
 
 
@@ -201,11 +209,11 @@ def test_nystrom_is_least_squares(n, out, seed):
 def test_selection_losses(n, out, refit, seed):
     x, w = inputs(seed, n, 4 * n + 2), draw(seed + 1, out, n)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    losses = linalg.selection_losses(x.T @ x, w, order, refit, 0.0)
+    losses = selection.selection_losses(x.T @ x, w, order, refit, 0.0)
     assert len(losses) == n + 1
     for r in range(n + 1):
         kept = order[:r]
-        new = linalg.nystrom(x.T @ x, kept, w, 0.0) if refit and r else w[:, kept]
+        new = selection.nystrom(x.T @ x, kept, w, 0.0) if refit and r else w[:, kept]
         explicit = energy(x @ w.T - x[:, kept] @ new.T)
         assert explicit == pytest.approx(float(losses[r]), rel=1e-6, abs=1e-8 * energy(x @ w.T))
 
@@ -215,15 +223,15 @@ def test_ridge_leverage(n, ridge, seed):
     gram = inputs(seed, n, 3 * n).T @ inputs(seed, n, 3 * n)
     level = ridge * gram.diagonal().mean() * torch.eye(n, dtype=torch.float64)
     explicit = (gram @ torch.linalg.inv(gram + level)).diagonal()
-    torch.testing.assert_close(linalg.ridge_leverage(gram, ridge), explicit, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(linalg.ridge_leverage(gram * 1e6, ridge), explicit, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(selection.ridge_leverage(gram, ridge), explicit, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(selection.ridge_leverage(gram * 1e6, ridge), explicit, rtol=1e-5, atol=1e-7)
 
 
 def test_ridge_leverage_with_raised_damping():
     """The λ in the formula is the one that Cholesky needed."""
     x = inputs(0, 6, 3)
     with pytest.warns(UserWarning, match="damping raised"):
-        scores = linalg.ridge_leverage(x.T @ x, 0.0)
+        scores = selection.ridge_leverage(x.T @ x, 0.0)
     assert torch.isfinite(scores).all() and (scores > -1e-3).all() and (scores < 1 + 1e-3).all()
     assert float(scores.sum()) == pytest.approx(3, abs=0.05)  # the Gram's rank
 

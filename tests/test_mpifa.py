@@ -10,14 +10,13 @@ import tiny
 from planish.calibrate.stream import Stream
 from planish.core import Unit
 from planish.errors import InputError
-from planish.folder.load import load
 from planish.folder.source import open_source
 from planish.methods import find_method
 from planish.methods.asvd import KEEPS, Sensitivity
 from planish.plan.footprint import find_rank
 from planish.solvers.linear import Anchored
 from posed import Posed, pose_on
-from tiny import compress
+from tiny import compress, load
 
 WINDOWS = tiny.windows(6, 20)
 

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from planish.folder.load import load
 from planish.methods import find_method
 from planish.modelling.blocks import build_linear
 from planish.modelling.modules import Fused, Pivoted
 from planish.solvers.forms import low_rank_edit
-from planish.solvers.linalg import _find_pivots, pivot
-from tiny import compress
+from planish.solvers.pivots import _find_pivots, pivot
+from tiny import compress, load
 
 SHAPES = [(12, 30, 5), (30, 12, 5), (16, 16, 8), (40, 24, 1), (9, 30, 8), (64, 64, 33)]  # out, in, rank
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from planish.folder.load import load
-from tiny import compress
+from tiny import compress, load
 
 WINDOWS, TEST = tiny.windows(24, 24), tiny.windows(4, 24, seed=9)
 ROLES = {r: f"self_attn.{r}_proj" for r in "qkvo"} | {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}

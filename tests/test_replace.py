@@ -20,7 +20,6 @@ from planish.calibrate.stream import Stream
 from planish.calibrate.taps import tap_sites
 from planish.core import Shape, Unit
 from planish.errors import InputError
-from planish.folder.load import load
 from planish.folder.source import open_source
 from planish.methods import find_method
 from planish.methods.subfit import SubFit
@@ -31,7 +30,7 @@ from planish.plan.removal import round_half_up, trial_losses
 from planish.solvers.bypass import Affine, Bypass, Moments, bypass_edit, drop_edit, fit, fit_held_out
 from planish.solvers.window import fit_map
 from planish.stats import KINDS, Tap
-from tiny import compress
+from tiny import compress, load
 
 WINDOWS = tiny.windows(12, 24)
 

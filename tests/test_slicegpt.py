@@ -9,13 +9,12 @@ import tiny
 from planish.apply import count_block
 from planish.calibrate.stream import Stream
 from planish.errors import InputError
-from planish.folder.load import load
 from planish.folder.source import open_source
 from planish.methods import find_method
 from planish.methods.slicegpt import STREAM, slice_block
 from planish.modelling.modules import SlicedBlock
 from posed import Posed, pose_on
-from tiny import compress
+from tiny import compress, load
 
 WINDOWS = tiny.windows(6, 20)
 FAMILIES = ["llama_gqa", "llama_bias", "llama_tied", "qwen2", "qwen3", "phi3"]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import measure_house as house
 
+import planish
+
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "planish"
 MODULES = house.read(SOURCE)
+BENCHMARKS = [house.Module(p.name, p) for p in sorted((SOURCE.parent.parent / "benchmarks").glob("*.py"))]
 GRAPH = house.imports(MODULES)
 FUNCTIONS = {f"{m.name}.{n}": f for m in MODULES.values() for n, f in m.functions().items()}
 CLASSES = {f"{m.name}.{n}": c for m in MODULES.values() for n, c in m.classes().items()}
 
 # Rooms from the ground up. Imports point to a lower floor or stay on one; those for type checkers count.
 FLOORS = [
-    {"errors", "version", "request", "mixture"},
+    {"errors", "version", "shapes", "request", "mixture"},
     {"modelling"},
     {"stats", "core", "lanes", "apply"},
     {"solvers"},
@@ -31,7 +35,16 @@ FLOORS = [
     {"api", "sweep"},
     {"cli", "__init__", "__main__"},
 ]
-TOOLS_OF_SOLVERS = {"linalg", "grams", "moments", "offload", "window", "forms"}  # all other solvers know only these
+TOOLS_OF_SOLVERS = {
+    "linalg",
+    "selection",
+    "pivots",
+    "grams",
+    "moments",
+    "offload",
+    "window",
+    "forms",
+}  # all other solvers know only these
 MAY_USE_TRANSFORMERS = {"modelling", "folder", "export"}
 FORBIDDEN_FILES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
@@ -39,7 +52,6 @@ FORBIDDEN_FILES = {"utils", "util", "helpers", "helper", "common", "misc"}
 UPWARDS: set[tuple[str, str]] = set()
 LONG_FILES = {
     "planish.dry_run": 459,
-    "planish.solvers.linalg": 439,
 }
 LONG_FUNCTIONS = {
     "planish.compression.compress": 102,
@@ -67,6 +79,13 @@ MANY_METHODS = {
 }
 SOLVERS_ASKED: dict[str, int] = {}
 NOTES_READ = {}
+
+
+PRIVATE = {
+    "stacks.py: planish.apply",
+    "stacks.py: planish.folder",
+    "stacks.py: planish.modelling.blocks",
+}  # folders cut by hand
 
 
 def check(sizes: Mapping[str, int], limit: int, exceptions: Mapping[str, int], what: str) -> None:
@@ -98,6 +117,18 @@ def test_solvers_know_no_other_solver():
     assert not {(n, o) for n, o in others if o.rpartition(".")[2] not in TOOLS_OF_SOLVERS}
 
 
+def test_mathematics_says_its_shapes():
+    """Every tensor that a function of the solvers and of the statistics takes or gives: Float[Tensor, "out in"]."""
+    bare = set()
+    for name, function in FUNCTIONS.items():
+        args = function.args
+        hints = [a.annotation for a in args.posonlyargs + args.args + args.kwonlyargs] + [function.returns]
+        if name.startswith(("planish.solvers.", "planish.stats.")) and not name.startswith("planish.solvers.offload."):
+            found = {ast.unparse(h) for h in hints if h is not None}
+            bare |= {(name, h) for h in found if re.match(r"(tuple\[)?(list\[|Sequence\[)?Tensor\b", h)}
+    assert not bare
+
+
 def test_transformers_stay_at_the_edges():
     users = {m.room for m in MODULES.values() if any(s.split(".")[0] == "transformers" for s in m.sources())}
     assert users <= MAY_USE_TRANSFORMERS
@@ -123,6 +154,20 @@ def test_functions_take_few_parameters():
 
 def test_classes_are_small():
     check({n: house.public_methods(c) for n, c in CLASSES.items()}, 12, MANY_METHODS, "public methods")
+
+
+def test_benchmarks_call_what_is_public():
+    """`planish.*` and the modules that docs/reference/python.md names beside it."""
+    public = re.findall(r"^- `(planish[\w.]*)`", (SOURCE.parent.parent / "docs/reference/python.md").read_text(), re.M)
+    assert "planish.solvers" in public
+    used = {(b.name, s) for b in BENCHMARKS for s in b.sources() if s.startswith("planish")}
+    whole = {f"planish.{n}" for n in planish.__all__} | {"planish"}
+    closed = {(b, s) for b, s in used if s not in whole and not any(f"{s}.".startswith(f"{p}.") for p in public)}
+    known = {(b, s) for b, s in closed if any(f"{b}: {s}".startswith(p) for p in PRIVATE)}
+    assert not closed - known
+    assert {p for p in PRIVATE if any(f"{b}: {s}".startswith(p) for b, s in known)} == PRIVATE, (
+        "take what is mended off the list"
+    )
 
 
 def asks_a_solver(node: ast.AST) -> bool:

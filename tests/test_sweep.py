@@ -54,7 +54,7 @@ def swept(texts, tmp_path_factory) -> Path:
 
 
 def test_the_table_says_what_the_manifests_and_eval_say(swept, texts):
-    rows = {r["name"]: r for r in csv.DictReader((swept / "results.csv").open(encoding="utf-8"))}
+    rows = {r["name"]: r for r in csv.DictReader((swept / "results.csv").read_text(encoding="utf-8").splitlines())}
     assert len(rows) == 1 + len(METHODS) * len(KEEPS)
     dense = float(rows["dense"]["perplexity"])
     assert dense == api.evaluate(texts[0], texts[2], 24, device="cpu").perplexity
@@ -125,7 +125,7 @@ def test_a_sweep_on_text_writes_its_request(tmp_path):
         sweep(str(demo), output=tmp_path / "out", calibration=text, eval_text=text, **options)
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())["calibration"]
     assert record["source"].endswith("text.txt") and record["begins"] == "never"
-    assert len(list(csv.DictReader((tmp_path / "out" / "results.csv").open(encoding="utf-8")))) == 2
+    assert len(list(csv.DictReader((tmp_path / "out" / "results.csv").read_text(encoding="utf-8").splitlines()))) == 2
 
 
 def test_finished_points_are_not_run_again_and_failed_ones_are(texts, tmp_path):

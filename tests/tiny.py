@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+
+import planish.folder.load
 
 VOCABULARY = 97
 POSITIONS = 64
@@ -142,6 +147,15 @@ def save(model: nn.Module, folder: Path, sharded: bool = False) -> Path:
     """Write the model as a folder, in one file or in many small ones."""
     model.save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
     return folder
+
+
+def load(folder: Path, **settings: Any) -> nn.Module:
+    """planish's `load`, with the warning that belongs to folders whose attention caps its scores, and to no others."""
+    config = json.loads((folder / "config.json").read_text())
+    capped = config.get("attn_logit_softcapping") and "attn_implementation" not in settings
+    eager = "is loaded with eager attention: transformers' sdpa leaves out the soft cap"
+    with pytest.warns(UserWarning, match=eager) if capped else nullcontext():
+        return planish.folder.load.load(folder, **settings)
 
 
 def compress(model, *, output, windows, method="flat-llm", settings=None, **more):

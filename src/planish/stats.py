@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from planish.shapes import Float, Shaped
+
 Sums = dict[str, Tensor]
 KINDS: dict[str, Callable[..., Sums]] = {}
 
@@ -59,46 +61,46 @@ def kind(function: Callable[..., Sums]) -> Callable[..., Sums]:
 
 
 @kind
-def gram(x: Tensor) -> Sums:
+def gram(x: Float[Tensor, "tokens in"]) -> Sums:
     """Σ x xᵀ (in, in)."""
     x = x.double()
     return {"sum": x.T @ x}
 
 
 @kind
-def cross(y: Tensor, x: Tensor) -> Sums:
+def cross(y: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"]) -> Sums:
     """Σ y xᵀ (out, in)."""
     return {"sum": y.double().T @ x.double()}
 
 
 @kind
-def head_gram(x: Tensor, heads: int) -> Sums:
+def head_gram(x: Float[Tensor, "tokens channels"], heads: int) -> Sums:
     """Σ x_h x_hᵀ per head: (heads, d, d)."""
     x = x.double().unflatten(-1, (heads, -1)).transpose(0, 1)
     return {"sum": x.transpose(1, 2) @ x}
 
 
 @kind
-def squares(x: Tensor) -> Sums:
+def squares(x: Float[Tensor, "tokens in"]) -> Sums:
     """Σ x² per channel (in,): the Gram's diagonal alone."""
     return {"sum": x.double().square().sum(0)}
 
 
 @kind
-def magnitudes(x: Tensor) -> Sums:
+def magnitudes(x: Float[Tensor, "tokens in"]) -> Sums:
     """Σ |x| per channel (in,)."""
     return {"sum": x.double().abs().sum(0)}
 
 
 @kind
-def angle(x: Tensor, y: Tensor) -> Sums:
+def angle(x: Float[Tensor, "tokens d"], y: Float[Tensor, "tokens d"]) -> Sums:
     """Σ over tokens of the cosine of x and y, and of their angle / π (the cosine clamped to [0, 1])."""
     cosine = torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1)
     return {"cosine": cosine.sum(), "angle": (cosine.clamp(0, 1).arccos() / torch.pi).sum()}
 
 
 @kind
-def moments(x: Tensor, f: Tensor) -> Sums:
+def moments(x: Float[Tensor, "tokens d"], f: Float[Tensor, "tokens e"]) -> Sums:
     """Everything a linear fit of f on x needs: n, Σx, Σf, Σ x xᵀ, Σ x fᵀ, Σ f²."""
     x, f = x.double(), f.double()
     n = torch.tensor(len(x), dtype=torch.float64)
@@ -106,7 +108,7 @@ def moments(x: Tensor, f: Tensor) -> Sums:
 
 
 @kind
-def calm_moments(x: Tensor, f: Tensor) -> Sums:
+def calm_moments(x: Float[Tensor, "tokens d"], f: Float[Tensor, "tokens e"]) -> Sums:
     """`moments` without massive activations: tokens in which one channel of x exceeds 1000 times the median one."""
     size = x.abs()
     calm = size.amax(-1) <= 1000 * size.median(-1).values
@@ -114,7 +116,7 @@ def calm_moments(x: Tensor, f: Tensor) -> Sums:
 
 
 @kind
-def influence(x: Tensor, f: Tensor) -> Sums:
+def influence(x: Float[Tensor, "tokens d"], f: Float[Tensor, "tokens d"]) -> Sums:
     """How much adding f changes x: Σ over tokens of 1 − cos(x, x + f) ("rotation") and of |f| / |x| ("magnitude")."""
     x, f = x.double(), f.double()
     rotation = 1 - torch.nn.functional.cosine_similarity(x, x + f, dim=-1)
@@ -123,7 +125,7 @@ def influence(x: Tensor, f: Tensor) -> Sums:
 
 
 @kind
-def weight_gradients(g: Tensor, x: Tensor, heads: int) -> Sums:
+def weight_gradients(g: Float[Tensor, "n seq out"], x: Float[Tensor, "n seq in"], heads: int) -> Sums:
     """Σ over sequences of |∂L/∂W_h|² (heads,): g (n, seq, out) the gradient at a linear's output, x (n, seq, in) its input."""
     per_sequence = g.double().mT @ x.double()  # (n, out, in)
     return {"sum": per_sequence.square().unflatten(1, (heads, -1)).sum((0, 2, 3))}
@@ -182,11 +184,11 @@ class Stats:
         few.origin = self.origin
         return few
 
-    def mean(self, tap: Tap, name: str = "sum") -> Tensor:
+    def mean(self, tap: Tap, name: str = "sum") -> Float[Tensor, "..."]:
         """A sum divided by its number of tokens."""
         return self.sums[tap][name] / max(self.tokens[tap], 1)
 
-    def take(self, tap: Tap, name: str = "sum") -> tuple[Tensor, int]:
+    def take(self, tap: Tap, name: str = "sum") -> tuple[Float[Tensor, "..."], int]:
         """A sum, to be changed by the caller, and its number of tokens: a copy, or where it is wide (`WIDE` bytes) the
         sum itself, which is then gone from here."""
         total = self.sums[tap][name]
@@ -236,7 +238,7 @@ def list_rows(n: int, tile: int) -> Iterator[slice]:
         yield slice(i, min(i + size, n))
 
 
-def add_gram(into: Sums, x: Tensor) -> None:
+def add_gram(into: Sums, x: Float[Tensor, "tokens n"]) -> None:
     """`gram` added in place, on and above the diagonal only (see `mirror`): half the products, no second Gram."""
     n = x.shape[-1]
     if "sum" not in into:
@@ -248,7 +250,7 @@ def add_gram(into: Sums, x: Tensor) -> None:
             add_row(total[rows, rows.start :], chunk[:, rows.start :])
 
 
-def add_row(row: Tensor, x: Tensor) -> None:
+def add_row(row: Float[Tensor, "t m"], x: Float[Tensor, "tokens m"]) -> None:
     """Add x[:, :t]ᵀ x, x (tokens, m), to a row of tiles (t, m); below the diagonal of its first tile not all of it."""
     t = len(row)
     add_square(row[:, :t], x[:, :t])
@@ -256,7 +258,7 @@ def add_row(row: Tensor, x: Tensor) -> None:
         row[:, t:].addmm_(x[:, :t].T, x[:, t:])
 
 
-def add_square(square: Tensor, x: Tensor) -> None:
+def add_square(square: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"]) -> None:
     """Add xᵀ x (n, n), but below the diagonal only in squares of `LEAF` channels and less (on an accelerator all of it)."""
     n = len(square)
     if n <= LEAF or not x.is_cpu:
@@ -268,7 +270,7 @@ def add_square(square: Tensor, x: Tensor) -> None:
     add_square(square[h:, h:], x[:, h:])
 
 
-def mirror(total: Tensor) -> None:
+def mirror(total: Float[Tensor, "n n"]) -> None:
     """What lies above the diagonal → below it."""
     n = len(total)
     for i in range(0, n, TILE):
@@ -278,7 +280,10 @@ def mirror(total: Tensor) -> None:
 
 
 def add_lane(
-    total: Tensor, read: Callable[[int], Tensor], count: int, exchange: Callable[[Tensor], Iterable[Tensor]]
+    total: Float[Tensor, "n n"],
+    read: Callable[[int], Tensor],
+    count: int,
+    exchange: Callable[[Tensor], Iterable[Tensor]],
 ) -> None:
     """Add the Gram of a lane's `count` inputs, `read(k)` (batch, seq, n) on the total's device, to `total`
     (n, n), a row of tiles at a time: it never exists.
@@ -298,7 +303,7 @@ def add_lane(
     mirror(total)
 
 
-def add_cross(into: Sums, y: Tensor, x: Tensor) -> None:
+def add_cross(into: Sums, y: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"]) -> None:
     """`cross` added in place."""
     if "sum" not in into:
         into["sum"] = torch.zeros(y.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
@@ -311,7 +316,7 @@ def add_cross(into: Sums, y: Tensor, x: Tensor) -> None:
 IN_PLACE: dict[str, Callable[..., None]] = {"gram": add_gram, "cross": add_cross}
 
 
-def is_finite(t: Tensor) -> bool:
+def is_finite(t: Shaped[Tensor, "..."]) -> bool:
     """Whether no entry is NaN or infinite, without a copy (extremes propagate NaN)."""
     if not t.is_floating_point() or not t.numel():
         return True

@@ -72,6 +72,7 @@ class Activations(Sequence[Tensor]):
             return
         if self.file is None:
             self.file = tempfile.TemporaryFile(dir=self.limits.folder)  # noqa: SIM115
+            weakref.finalize(self, self.file.close)
         start = self.file.seek(0, os.SEEK_END)
         self.file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self.items.append((start, tensor.dtype, tensor.shape))

@@ -26,7 +26,7 @@ class MPIFA(Method):
 
     Equation: from SVD-LLM's factors, B ← H Aᵀ (A G Aᵀ)⁻¹, then A ← B⁺ (H + μW)(G + μI)⁻¹, with G = E[x̂ x̂ᵀ], H = E[y x̂ᵀ]
     (the M of MPIFA, `planish.solvers.linear.Anchored`). PIFA stores r rows of B A and the coefficients of the others,
-    r(m + n − r) numbers, without loss (`planish.solvers.linalg.pivot`).
+    r(m + n − r) numbers, without loss (`planish.solvers.pivots.pivot`).
 
     `anchor`: the dense inputs' share a. `damping`: μ, relative. `attention_keep`: keep of the attention's linears, the MLP's
     follows from the budget (default: the same). `allocation`: "uniform", or "outliers": keep of a block rises with its share of

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.errors import InputError
+from planish.shapes import Float
 from planish.solvers.forms import NOTHING, bypass_form, is_factored
 from planish.solvers.linalg import eigh_descending, eigh_root, root, svd
 from planish.solvers.moments import RIDGES, Moments
@@ -21,12 +22,12 @@ from planish.stats import Stats, Tap
 class Affine:
     """f̂(x) = gate ⊙ x + shift + x V W with the constant folded: shift = ν − (gate ⊙ μ) − μ V W. V (d, r), W (r, d)."""
 
-    gate: Tensor
-    shift: Tensor
-    V: Tensor
-    W: Tensor
+    gate: Float[Tensor, " d"]
+    shift: Float[Tensor, " d"]
+    V: Float[Tensor, "d r"]
+    W: Float[Tensor, "r d"]
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "d d"]:
         """A (d, d) with f̂(x) = x A + shift."""
         return torch.diag(self.gate) + self.V @ self.W
 
@@ -38,7 +39,7 @@ def fit(
     *,
     gate: bool = True,
     basis: Literal["pca", "rrr"] = "pca",
-    shared: Tensor | None = None,
+    shared: Float[Tensor, "d r"] | None = None,
 ) -> Affine:
     """Gate, shift and low-rank part, in this order, each by ridge regression with λ = ridge · tr(S) / d.
 
@@ -82,12 +83,12 @@ def _error(m: Moments, a: Affine) -> float:
     return m.error(a.dense(), a.shift)
 
 
-def shared_basis(covariances: Sequence[Tensor], rank: int) -> Tensor:
+def shared_basis(covariances: Sequence[Float[Tensor, "d d"]], rank: int) -> Float[Tensor, "d rank"]:
     """V (d, rank): top eigenvectors of the mean of the covariances, each scaled to trace 1 so that none dominates."""
     return eigh_descending(torch.stack([s / s.trace() for s in covariances]).mean(0))[1][:, :rank]
 
 
-def compute_correlations(m: Moments, ff: Tensor) -> Tensor:
+def compute_correlations(m: Moments, ff: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
     """Canonical correlations (d,), falling, of x and x + f; `ff` = Σ f fᵀ (d, d).
 
     Singular values of S_x^-½ C S_y^-½ with y = x + f, by clamped eigen-roots, never an explicit inverse.

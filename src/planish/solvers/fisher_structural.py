@@ -17,22 +17,17 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.shapes import Float, Int
 from planish.solvers.forms import neuron_edits, neuron_spec, qk_edits, qk_spec, value_edits, value_spec
-from planish.solvers.linalg import (
-    balance,
-    compute_tails,
-    damp,
-    eigh_root,
-    multiply,
-    select_greedily,
-    selection_losses,
-    solve,
-)
+from planish.solvers.linalg import balance, compute_tails, damp, eigh_root, multiply, solve
+from planish.solvers.selection import select_greedily, selection_losses
 from planish.stats import Stats, Tap, kind
 
 
 @kind
-def pair_effects(q: Tensor, g: Tensor, heads: int) -> dict[str, Tensor]:
+def pair_effects(
+    q: Float[Tensor, "tokens channels"], g: Float[Tensor, "tokens channels"], heads: int
+) -> dict[str, Tensor]:
     """Σ s sᵀ (heads · half)² with s_{h,f} = Σ q_j g_j over the two channels (f, f + half) of head h's rotary pair f.
 
     q, g (tokens, heads · 2 half) before rotation. −s is what zeroing a pair does, to first order, to the summed NLL.
@@ -41,7 +36,9 @@ def pair_effects(q: Tensor, g: Tensor, heads: int) -> dict[str, Tensor]:
     return {"sum": s.T @ s}
 
 
-def anchored(stats: Stats, role: str, w: Tensor, anchor: float) -> tuple[Tensor, Tensor]:
+def anchored(
+    stats: Stats, role: str, w: Float[Tensor, "out in"], anchor: float
+) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
     """(E[x̂ x̂ᵀ], E[W t x̂ᵀ]) with t = (1 − a) x̂ + a x; x̂ = x where only the dense prefix was measured."""
     own = Tap(f"{role}.in", "gram")
     if not anchor or own not in stats.sums:
@@ -60,7 +57,9 @@ def anchored_taps(role: str, anchor: float) -> list[Tap]:
     )
 
 
-def refit(gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
+def refit(
+    gram: Float[Tensor, "in in"], cross: Float[Tensor, "out in"], kept: Int[Tensor, " k"], damping: float
+) -> Float[Tensor, "out k"]:
     """W' (out, k) with least E‖y − W' x_J‖² from gram = E[x xᵀ] and cross = E[y xᵀ] (out, in)."""
     return solve(gram[kept][:, kept], cross[:, kept].T, damping).T
 
@@ -153,7 +152,7 @@ class FisherValues(Solver):
         factors |= {n: weights[n] for n in ("v", "v.bias") if n in weights}
         return Frontier(unit, loss, factors, nats=True)
 
-    def order(self, rank: int, shape: Shape) -> Tensor:
+    def order(self, rank: int, shape: Shape) -> Int[Tensor, " channels"]:
         """Indices of the first `rank` channels of every head, best channels of all heads first."""
         return (torch.arange(rank)[:, None] + torch.arange(shape.heads) * shape.v).flatten()
 
@@ -215,7 +214,9 @@ class FisherPairs(Solver):
         return qk_edits(f, pick.repeat_interleave(shape.groups, 0), pick * scale[:, None], rank, kept)
 
 
-def rescale(effects: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def rescale(
+    effects: Float[Tensor, "b n n"], kept: Int[Tensor, "b m"]
+) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"]]:
     """Factors c (b, m) of the kept variables with least E(Σ_f s_f − Σ_{f kept} c_f s_f)², and what that grows by without each.
 
     effects: E[s sᵀ] (b, n, n), positive definite; kept (b, m) indices.
@@ -227,7 +228,7 @@ def rescale(effects: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return scale, scale.square() / roots.square().sum(1)
 
 
-def eliminate(effects: Tensor) -> tuple[Tensor, Tensor]:
+def eliminate(effects: Float[Tensor, "b n n"]) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b n"]]:
     """Order (b, n) of variables by backward elimination, the first to go last, and what dropping each adds (b, n) to the error.
 
     The next to go is the one whose absence, all others rescaled, adds least. About n⁴ / 4 products.

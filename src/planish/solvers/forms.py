@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Shape, Spec, Weights
-from planish.solvers.linalg import pivot
+from planish.shapes import Float, Int
+from planish.solvers.pivots import pivot
 
 
 def input_site(role: str) -> str:
@@ -84,7 +85,9 @@ def bypass_form(rank: int, width: int, gate: bool, raw: bool) -> Spec:
     return {"kind": "bypass", "rank": rank, "gate": gate and factored, "shift": True, "raw": raw, "factored": factored}
 
 
-def low_rank_edit(role: str, b: Tensor, a: Tensor, form: str, orthogonal: bool = False) -> Edit:
+def low_rank_edit(
+    role: str, b: Float[Tensor, "out rank"], a: Float[Tensor, "rank in"], form: str, orthogonal: bool = False
+) -> Edit:
     """Edit that gives `role` the weight B A in the given form.
 
     A pair is stored with orthogonal columns in B (`orthogonal`: they are already), each as long as its row of A:
@@ -103,7 +106,12 @@ def low_rank_edit(role: str, b: Tensor, a: Tensor, form: str, orthogonal: bool =
     return Edit(role, {"kind": "pivoted", "rank": rank}, tensors)
 
 
-def value_edits(v: Tensor, o: Tensor, bias: Tensor | None, rank: int) -> list[Edit]:
+def value_edits(
+    v: Float[Tensor, "values hidden"],
+    o: Float[Tensor, "hidden heads_values"],
+    bias: Float[Tensor, " values"] | None,
+    rank: int,
+) -> list[Edit]:
     """Edits that give an attention `rank` value dimensions per head: v (kv·rank, hidden), o (hidden, heads·rank)."""
     tensors = {"weight": v} | ({} if bias is None else {"bias": bias})
     return [
@@ -113,7 +121,13 @@ def value_edits(v: Tensor, o: Tensor, bias: Tensor | None, rank: int) -> list[Ed
     ]
 
 
-def qk_edits(weights: Weights, q: Tensor, k: Tensor, rank: int, pairs: Tensor | None = None) -> list[Edit]:
+def qk_edits(
+    weights: dict[str, Any],
+    q: Float[Tensor, "heads d rank"],
+    k: Float[Tensor, "kv_heads d rank"],
+    rank: int,
+    pairs: Int[Tensor, "kv_heads m"] | None = None,
+) -> list[Edit]:
     """Edits that map every head's queries by q (heads, d, rank)ᵀ and keys by k (kv_heads, d, rank)ᵀ, biases included.
 
     `pairs` (kv_heads, m): which rotary pairs the first 2m channels are, where some were dropped.
@@ -131,7 +145,7 @@ def qk_edits(weights: Weights, q: Tensor, k: Tensor, rank: int, pairs: Tensor | 
     return [*edits, Edit("attention", form | {"pairs": pairs.shape[1]}, {"pairs": pairs})]
 
 
-def neuron_edits(weights: Weights, kept: Tensor, down: Tensor) -> list[Edit]:
+def neuron_edits(weights: Weights, kept: Int[Tensor, " rank"], down: Float[Tensor, "hidden rank"]) -> list[Edit]:
     """Edits that keep these neurons, with the given down projection (hidden, rank)."""
     edits = []
     for role in ("gate", "up"):

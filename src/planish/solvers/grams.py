@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from planish.shapes import Float, Int
 from planish.solvers.linalg import DAMPING
 
 TILE = 512
@@ -24,7 +25,7 @@ def stripes(n: int) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def factored(gram: Tensor, damping: float = DAMPING) -> Iterator[float]:
+def factored(gram: Float[Tensor, "n n"], damping: float = DAMPING) -> Iterator[float]:
     """Within the context the lower triangle of `gram` (n, n, fp64) is L with L Lᵀ = gram + λI, as `planish.solvers.linalg.root`
     gives it; afterwards `gram` is as it was. Yields λ.
     """
@@ -35,7 +36,7 @@ def factored(gram: Tensor, damping: float = DAMPING) -> Iterator[float]:
         restore(gram, diagonal)
 
 
-def take_root(gram: Tensor, diagonal: list[Tensor], damping: float) -> float:
+def take_root(gram: Float[Tensor, "n n"], diagonal: list[Float[Tensor, "_ _"]], damping: float) -> float:
     """L into the lower triangle; λ. The damping is raised tenfold, with a warning, until there is a factor."""
     level = float(gram.diagonal().mean())
     level, raised = level if level > 0 else 1.0, damping
@@ -49,7 +50,7 @@ def take_root(gram: Tensor, diagonal: list[Tensor], damping: float) -> float:
     return raised * level
 
 
-def factor(a: Tensor, level: float) -> bool:
+def factor(a: Float[Tensor, "n n"], level: float) -> bool:
     """L with L Lᵀ = a + level · I into the lower triangle of a symmetric a; False where there is none (a is then spoiled)."""
     a.diagonal().add_(level)
     for i, j in stripes(len(a)):
@@ -64,14 +65,14 @@ def factor(a: Tensor, level: float) -> bool:
     return True
 
 
-def restore(a: Tensor, diagonal: list[Tensor]) -> None:
+def restore(a: Float[Tensor, "n n"], diagonal: list[Float[Tensor, "_ _"]]) -> None:
     """Lower triangle from the upper one; `diagonal`: the tiles on the diagonal as they were."""
     for (i, j), tile in zip(stripes(len(a)), diagonal, strict=True):
         a[i:j, i:j] = tile
         a[j:, i:j] = a[i:j, j:].T
 
 
-def reorder(a: Tensor, order: Tensor) -> None:
+def reorder(a: Float[Tensor, "n n"], order: Int[Tensor, " n"]) -> None:
     """a ← a[order][:, order], in place."""
     for i, j in stripes(len(a)):
         a[:, i:j] = a[order, i:j]
@@ -79,7 +80,7 @@ def reorder(a: Tensor, order: Tensor) -> None:
         a[i:j] = a[i:j, order]
 
 
-def inverse_diagonal(a: Tensor) -> Tensor:
+def inverse_diagonal(a: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
     """diag((L Lᵀ)⁻¹) (n,) for L in the lower triangle: squared column norms of L⁻¹, a stripe of it at a time."""
     found = []
     for i, j in stripes(len(a)):
@@ -93,14 +94,14 @@ def inverse_diagonal(a: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def times_factor(w: Tensor, a: Tensor) -> Tensor:
+def times_factor(w: Float[Tensor, "out n"], a: Float[Tensor, "n n"]) -> Float[Tensor, "out n"]:
     """W ← W L (out, n), in place, for L in the lower triangle of a."""
     for i, j in stripes(len(a)):
         w[:, i:j] = w[:, i:j] @ a[i:j, i:j].tril() + w[:, j:] @ a[j:, i:j]
     return w
 
 
-def over_factor(e: Tensor, a: Tensor) -> Tensor:
+def over_factor(e: Float[Tensor, "out r"], a: Float[Tensor, "n n"]) -> Float[Tensor, "out r"]:
     """E L⁻¹ (out, r) for E (out, r) and the leading r × r part of L in the lower triangle of a."""
     x = e.clone()
     rank = e.shape[1]
@@ -111,7 +112,9 @@ def over_factor(e: Tensor, a: Tensor) -> Tensor:
     return x
 
 
-def slicing_losses(gram: Tensor, w: Tensor, order: Tensor) -> Tensor:
+def slicing_losses(
+    gram: Float[Tensor, "n n"], w: Float[Tensor, "out n"], order: Int[Tensor, " n"]
+) -> Float[Tensor, " n+1"]:
     """E‖W x − W_J x_J‖² when W (out, n) is sliced to the first r inputs of `order`, for r = 0 … n: (n + 1,), in the
     Gram's own scale; `gram` is taken over and reordered. The same as `planish.solvers.linalg.tail_sums((WᵀW) ∘ C)`.
     """
@@ -125,7 +128,7 @@ def slicing_losses(gram: Tensor, w: Tensor, order: Tensor) -> Tensor:
     return torch.cat([step.flip(0).cumsum(0).flip(0), step.new_zeros(1)]).clamp(min=0)
 
 
-def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
+def ridge_leverage(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, " n"]:
     """diag(C (C + λI)⁻¹) (n,) with λ = ridge · mean(diag C), without a second matrix; `gram` is left as it was."""
     with factored(gram, ridge) as level:
         return 1 - level * inverse_diagonal(gram)
@@ -139,18 +142,18 @@ class Refits:
     reordered and then holds L.
     """
 
-    def __init__(self, gram: Tensor, w: Tensor, order: Tensor, damping: float):
+    def __init__(self, gram: Float[Tensor, "n n"], w: Float[Tensor, "out n"], order: Int[Tensor, " n"], damping: float):
         reorder(gram, order)
         self.order, self.gram = order, gram
         take_root(gram, [gram[i:j, i:j].clone() for i, j in stripes(len(gram))], damping)
         self.explained = times_factor(w[:, order].double(), gram)
 
-    def losses(self) -> Tensor:
+    def losses(self) -> Float[Tensor, " ranks"]:
         """Squared error at every rank 0 … n: (n + 1,), in the Gram's own scale."""
         energy = self.explained.square().sum(0)
         return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
 
-    def at(self, rank: int) -> tuple[Tensor, Tensor]:
+    def at(self, rank: int) -> tuple[Int[Tensor, " rank"], Float[Tensor, "out rank"]]:
         """The kept inputs (rank,), rising, and W' (out, rank) for them."""
         kept, columns = self.order[:rank].sort()
         return kept, over_factor(self.explained[:, :rank], self.gram)[:, columns]

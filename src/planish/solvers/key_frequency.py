@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights, compute_loss_tails
+from planish.shapes import Float, Inexact, Int
 from planish.solvers.forms import key_spec
 from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
@@ -93,7 +94,9 @@ class KeyFrequency(Solver):
         ]
 
 
-def gram_by_frequency(k: Tensor, heads: int, half: int) -> Tensor:
+def gram_by_frequency(
+    k: Float[Tensor, "groups channels channels"], heads: int, half: int
+) -> Inexact[Tensor, "groups half heads heads"]:
     """E[κ κᴴ] (groups, half, heads, heads) from E[k kᵀ] (groups, heads · 2 half, same), κ = k_f + i k_{f + half}."""
     k = k.unflatten(2, (heads, 2, half)).unflatten(1, (heads, 2, half))  # (groups, j, part, f, l, part, f)
     k = k.diagonal(dim1=3, dim2=6)  # (groups, j, part, l, part, f)
@@ -101,7 +104,9 @@ def gram_by_frequency(k: Tensor, heads: int, half: int) -> Tensor:
     return torch.complex(real, imaginary).movedim(-1, 1)
 
 
-def encode(k: Tensor, v: Tensor, frequencies: Tensor) -> Tensor:
+def encode(
+    k: Float[Tensor, "keys n"], v: Inexact[Tensor, "groups pairs heads"], frequencies: Int[Tensor, "groups pairs"]
+) -> Float[Tensor, "groups rank n"]:
     """Rows (groups, rank, n) that make z from rows of k (kv_heads · 2 half, n): real parts first, then imaginary ones."""
     groups, _, heads = v.shape
     k = k.unflatten(0, (groups, heads, 2, -1))  # (groups, heads, part, half, n)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.shapes import Float
 from planish.solvers.forms import input_site, list_ranks, low_rank_edit, low_rank_spec
 from planish.solvers.linalg import LowRank, damp, least_squares, root, solve, svd, truncate, whitened_svd
 from planish.stats import Stats, Tap
@@ -59,7 +60,7 @@ class LinearSVD(Solver):
     def gram_tap(self, unit: Unit) -> Tap:
         return Tap(("dense:" if self.update else "") + input_site(unit.name), "gram")
 
-    def factorise(self, unit: Unit, w: Tensor, stats: Stats) -> LowRank:
+    def factorise(self, unit: Unit, w: Float[Tensor, "out in"], stats: Stats) -> LowRank:
         if self.metric == "whitened":
             return whitened_svd(w, stats.mean(self.gram_tap(unit)))
         if self.metric == "plain":
@@ -91,7 +92,7 @@ class LinearSVD(Solver):
         return [low_rank_edit(frontier.unit.name, b, a, self.form, orthogonal=not self.update)]
 
 
-def output_errors(w: Tensor, low: LowRank, gram: Tensor) -> Tensor:
+def output_errors(w: Float[Tensor, "out in"], low: LowRank, gram: Float[Tensor, "in in"]) -> Float[Tensor, " ranks"]:
     """E‖(W − B_r A_r) x‖² for every rank r = 0 … k from gram = E[x xᵀ]: (k + 1,).
 
     With E_r = W − B_r A_r and P = W C, each step costs one rank-one update of tr(E C Eᵀ).
@@ -139,10 +140,10 @@ class LastRank:
 
     last: tuple[int, tuple[Tensor, Tensor]] | None = None
 
-    def find(self, rank: int) -> tuple[Tensor, Tensor]:
+    def find(self, rank: int) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
         raise NotImplementedError
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+    def factors(self, rank: int) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
         known, self.last = self.last, None  # not kept longer: frontiers may be cached
         if known is not None and known[0] == rank:
             return known[1]
@@ -153,7 +154,9 @@ class LastRank:
 class TwoStages(LastRank, Sequence[float]):
     """Output error of every rank, computed when asked for: each rank has a residual of its own."""
 
-    def __init__(self, solver: TwoStageSVD, w: Tensor, gram: Tensor, size: tuple[int, int]):
+    def __init__(
+        self, solver: TwoStageSVD, w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], size: tuple[int, int]
+    ):
         self.solver, self.w, self.gram = solver, w, gram
         self.full = min(size)
         alpha = (
@@ -165,7 +168,7 @@ class TwoStages(LastRank, Sequence[float]):
     def __len__(self) -> int:
         return self.full + 1
 
-    def find(self, rank: int) -> tuple[Tensor, Tensor]:
+    def find(self, rank: int) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
         """Alg. 2: B A = W₁ + W₂ with W₁ = [W]_{r − r_r}, W₂ = [W − W₁]_{r_r}."""
         second = min(self.residual_rank, rank - 1) if rank > 0 else 0
         b, a = self.low.at(rank - second)
@@ -231,7 +234,15 @@ class AnchoredSVD(LinearSVD):
 class Anchored(LastRank):
     """One linear's problem min E‖y − B A x̂‖²; see `AnchoredSVD`. Arguments are mean second moments, `cross` E[x x̂ᵀ]."""
 
-    def __init__(self, w: Tensor, dense: Tensor, own: Tensor, cross: Tensor, anchor: float, damping: float):
+    def __init__(
+        self,
+        w: Float[Tensor, "out in"],
+        dense: Float[Tensor, "in in"],
+        own: Float[Tensor, "in in"],
+        cross: Float[Tensor, "in in"],
+        anchor: float,
+        damping: float,
+    ):
         self.w, self.dense, self.own = w, dense, own
         self.target = w @ ((1 - anchor) * own + anchor * cross)  # H (out, in)
         mixed = (1 - anchor) ** 2 * own + anchor * (1 - anchor) * (cross + cross.T) + anchor**2 * dense
@@ -241,7 +252,7 @@ class Anchored(LastRank):
         level = float(self.damped.diagonal().sum() - own.diagonal().sum()) / len(own)
         self.damped_target = self.target + level * w  # H'
 
-    def error(self, b: Tensor, a: Tensor) -> float:
+    def error(self, b: Float[Tensor, "out r"], a: Float[Tensor, "r in"]) -> float:
         """E‖y − B A x̂‖²."""
         inner = (b.T @ b) * (a @ self.own @ a.T)
         return max(0.0, float(self.energy - 2 * ((b.T @ self.target) * a).sum() + inner.sum()))
@@ -258,7 +269,7 @@ class Anchored(LastRank):
         a = torch.linalg.solve_triangular(factor, vh, upper=False, left=False)
         return LowRank(u * s, a, s)
 
-    def losses(self) -> Tensor:
+    def losses(self) -> Float[Tensor, " ranks"]:
         """E‖y − B A x̂‖² of the optimum at every rank: (k + 1,)."""
         low = self.low
         ga = low.A @ self.own
@@ -269,7 +280,7 @@ class Anchored(LastRank):
         errors[-1] = self.dense_error()
         return errors
 
-    def optimum(self, rank: int) -> tuple[Tensor, Tensor]:
+    def optimum(self, rank: int) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
         """B (out, rank), A (rank, in)."""
         return self.low.B[:, :rank], self.low.A[:rank]
 
@@ -278,7 +289,7 @@ class Anchored(LastRank):
         """SVD-LLM's factors on the dense inputs."""
         return whitened_svd(self.w, self.dense)
 
-    def find(self, rank: int) -> tuple[Tensor, Tensor]:
+    def find(self, rank: int) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
         """One least-squares step for B and one for A from `start`."""
         a = self.start.A[:rank]
         b = least_squares(a @ self.damped @ a.T, self.damped_target @ a.T)

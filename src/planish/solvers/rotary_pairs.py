@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.shapes import Float
 from planish.solvers.forms import qk_edits, qk_spec
 from planish.solvers.linalg import reduce_scores
 from planish.stats import Stats, Tap
@@ -86,7 +87,9 @@ class RotaryPairs(Solver):
         return qk_edits(f, q.repeat_interleave(shape.groups, 0), k, rank, kept if pairs < half else None)
 
 
-def split_ranks(pairs: Tensor, rest: Tensor, full: int) -> tuple[list[int], Tensor]:
+def split_ranks(
+    pairs: Float[Tensor, " m"], rest: Float[Tensor, " r"], full: int
+) -> tuple[list[int], Float[Tensor, " ranks"]]:
     """How many pairs to keep at every rank 0 … full with the least pairs[m] + rest[r − 2m], and that loss (full + 1,).
 
     At least one pair stays. Odd ranks, except full, are not admissible and repeat the even one below.

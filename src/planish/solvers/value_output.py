@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.shapes import Int
 from planish.solvers.forms import value_edits, value_spec
-from planish.solvers.linalg import balance, nystrom, selection_losses
+from planish.solvers.linalg import balance
+from planish.solvers.selection import nystrom, selection_losses
 from planish.stats import Stats, Tap
 
 
@@ -75,7 +77,7 @@ class ValueOutput(Solver):
         names = [n for n in ("v", "v.bias") if n in weights]
         return Frontier(unit, loss, {"P": p, "gram": z, "o": w, **{n: weights[n] for n in names}})
 
-    def order(self, rank: int, shape: Shape) -> Tensor:
+    def order(self, rank: int, shape: Shape) -> Int[Tensor, " channels"]:
         """Indices of the first `rank` channels of every head, best channels of all heads first."""
         return (torch.arange(rank)[:, None] + torch.arange(shape.heads) * shape.v).flatten()
 
