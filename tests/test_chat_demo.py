@@ -89,6 +89,13 @@ def test_what_does_not_go_together_is_refused(run, tmp_path, words, said):
     assert done.exit_code == 2 and said in done.stderr and not (tmp_path / "demo").exists()
 
 
+def test_a_text_that_cannot_be_read_is_found_first(small_chat, run, tmp_path):
+    out = tmp_path / "demo"
+    done = run("demo", "--model", small_chat, "-o", out, "--eval-text", tmp_path / "absent.txt")
+    assert done.exit_code == 2 and "absent.txt" in done.stderr
+    assert not (out / "model").exists() and not (out / "calibration.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_a_real_model_still_talks(tmp_path):
     """A cut of a tenth of SmolLM2's blocks: perplexity rises by less than a half, most next tokens stay, answers do not loop."""

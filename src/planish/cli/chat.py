@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from planish import api
+from planish.calibrate.text import eval_windows, load_tokens
 from planish.core import Progress
 from planish.errors import InputError
 from planish.evaluate.agreement import Answer
@@ -110,9 +111,9 @@ def run_chat(
 ) -> Chat:
     """Compress a GGUF chat model ("smollm2" or a file), compare it with the dense one, write a page, a folder and GGUF files.
 
-    `calibration`, `eval_text`: SOURCEs. Without the first the model is calibrated on its own answers, sampled in llama.cpp
-    (Williams, Chrysostomou and Aletras, Self-calibration for Language Model Quantization and Pruning, NAACL 2025; they sample
-    from the BOS token, we from questions through the chat template). Without the second the text is Python's reference
+    `calibration`, `eval_text`: SOURCEs. Without the first the model is calibrated on its own answers to `ASKED`, sampled in
+    llama.cpp (text of the model's own: Williams, Chrysostomou and Aletras, Self-calibration for Language Model Quantization and
+    Pruning, NAACL 2025; the questions and the template around them are ours). Without the second the text is Python's reference
     manual. `quick`: a quarter of the text.
     """
     start, stages, share = time.perf_counter(), dict[str, tuple[float, float]](), 4 if quick else 1
@@ -126,6 +127,8 @@ def run_chat(
         raise InputError(f"cannot create {output}: {error.strerror or error}") from None
     limit = load_config(file).max_position_embeddings
     seq_len, eval_len = min(SEQ_LEN, limit // 2), min(EVAL_LEN, limit // 2)
+    held = load_tokens(eval_text or read_manual(), tokenizer, split="evaluation")
+    eval_windows(held.tokens, eval_len, held.begin)  # a text that cannot be used is found before anything takes minutes
     samples, source = SAMPLES // share, calibration
     if source is None:
         with timed(stages, "answers to calibrate on"):
@@ -149,8 +152,8 @@ def run_chat(
         rates = measure_rates(file, output, {"dense": dense, "compressed": small}, min(PROMPT_LEN, limit // 2))
     used = {"source": source, "own": calibration is None, "n_samples": samples, "seq_len": seq_len,
             "temperature": TEMPERATURE if calibration is None else None}  # fmt: skip
-    held = quality.model.source if eval_text else "Python's reference manual"
-    found = Chat(file.stem, result.method, used, held, result, quality, answers, rates, stages)
+    text = eval_text or "Python's reference manual"
+    found = Chat(file.stem, result.method, used, text, result, quality, answers, rates, stages)
     found.files = [
         str(output / n) for n in ("model", "dense-q8_0.gguf", "compressed-q8_0.gguf", "demo.html", "demo.json")
     ]

@@ -42,6 +42,10 @@ def demo(
             metavar="SOURCE", help="chat models: text to measure on", show_default="Python's reference manual"
         ),
     ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=1, help="chat models: share of the blocks' weights that stays", show_default="0.8"),
+    ] = None,
     as_json: o.JsonOption = False,
 ) -> None:
     """Compress the embedded model by every method, offline: a table, a chart, and code completed side by side.
@@ -49,10 +53,10 @@ def demo(
     With --model smollm2 a real chat model: both models' answers, perplexity, KL, speed here and in llama.cpp, file sizes.
     """
     if model is not None and (model == "smollm2" or model.endswith(".gguf")):
-        return show_chat(output, model, calibration, eval_text, quick, as_json)
+        return show_chat(output, model, as_json, calibration=calibration, eval_text=eval_text, keep=keep, quick=quick)
     with session(as_json) as run:
-        if calibration or eval_text:
-            raise InputError("--calibration and --eval-text go with --model smollm2, or with a .gguf file")
+        if calibration or eval_text or keep:
+            raise InputError("--calibration, --eval-text and --keep go with --model smollm2, or with a .gguf file")
         run.api  # noqa: B018  (silences transformers)
         from planish.cli.showcase import run_demo
 
@@ -70,17 +74,13 @@ def demo(
         )
 
 
-def show_chat(
-    output: Path, model: str, calibration: str | None, eval_text: str | None, quick: bool, as_json: bool
-) -> None:
+def show_chat(output: Path, model: str, as_json: bool, **options: Any) -> None:
     """The demo of a chat model."""
     with session(as_json) as run:
         run.api  # noqa: B018  (silences transformers)
         from planish.cli.chat import run_chat
 
-        found = run_chat(
-            output, model, calibration=calibration, eval_text=eval_text, quick=quick, progress=run.progress
-        )
+        found = run_chat(output, model, progress=run.progress, **options)
         q, agreed = found.quality, found.quality.agreement
         rates = make_table("program", "model", "type", "size", "prefill tok/s", "decode tok/s")
         for r in found.rates:
