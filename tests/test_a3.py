@@ -236,7 +236,7 @@ def hollow(model: nn.Module, qk: int, v: int, mlp: int) -> None:
         join_block(block, family)
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.NAMES + tiny.MORE)
 def test_what_carries_nothing_goes_without_a_trace(name, tmp_path):
     """Logits, generation and the cache of a model cut to exactly what matters; every rope variant and partial rotary."""
     model = tiny.build(name, torch.float64)
@@ -337,6 +337,9 @@ def test_removal_beyond_the_cap_is_an_error():
     [
         ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "clip_qkv=6"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("olmo", {"clip_qkv": 6.0}, "clip_qkv=6"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual"),
     ],
 )
 def test_what_cannot_be_reduced_linearly_is_refused(name, change, message, tmp_path):

@@ -268,14 +268,14 @@ def test_measured_effects_are_those_of_the_cut_model():
     model, held = tiny.build("llama_gqa", torch.float64), tiny.windows(3, 24, seed=9)
     source = MemorySource(model)
     method = find_method("auto", {"bypass": True})
-    options = {"keeps": (0.8, 0.4), "measured_windows": 4, "dtype": torch.float64}
-    found = measure_effects(source, method, WINDOWS, held, **options)
-    assert found == measure_effects(source, method, WINDOWS, held, **options)
+    options = {"keeps": (0.8, 0.4), "measured_windows": 4}
+    s = Stream(source, WINDOWS, dtype=torch.float64)
+    found = measure_effects(s, method, held, **options)
+    assert found == measure_effects(s, method, held, **options)
     assert {e.kind for e in found} == {"low-rank linear", "value dimensions", "rotary pairs", "neurons", "bypass"}
-    fewer = measure_effects(source, method, WINDOWS, held, share=0.3, **options)
+    fewer = measure_effects(s, method, held, share=0.3, **options)
     assert set(fewer) < set(found) and {e.kind for e in fewer} == {e.kind for e in found}
 
-    s = Stream(source, WINDOWS, dtype=torch.float64)
     job = pose_on(s, method, 1.0)
     measure_back(job, whole=True)
 
@@ -305,9 +305,8 @@ def test_a_mild_cut_costs_what_is_predicted():
     """Second order: at a loss of a few thousandths the prediction of single cuts is right within a factor of three."""
     source = MemorySource(tiny.build("llama_gqa", torch.float64))
     windows = tiny.windows(64, 24)
-    found = measure_effects(
-        source, find_method("auto", {}), windows, windows, keeps=(0.97,), measured_windows=64, dtype=torch.float64
-    )
+    stream = Stream(source, windows, dtype=torch.float64)
+    found = measure_effects(stream, find_method("auto", {}), windows, keeps=(0.97,), measured_windows=64)
     small = [e for e in found if 1e-4 < e.predicted < 0.05 and e.kind == "low-rank linear"]
     assert len(small) >= 5
     shares = sorted(abs(e.measured) / e.predicted for e in small)
@@ -317,7 +316,7 @@ def test_a_mild_cut_costs_what_is_predicted():
 def test_effects_need_gradients_and_text(tmp_path):
     model = tiny.build("llama_gqa")
     with pytest.raises(InputError, match="measures no gradients; use a method that does"):
-        measure_effects(MemorySource(model), find_method("flat-llm", {}), WINDOWS, WINDOWS)
+        measure_effects(Stream(MemorySource(model), WINDOWS), find_method("flat-llm", {}), WINDOWS)
     ids = torch.arange(1, 60) % 90 + 1
     with pytest.raises(InputError, match="fewer than one window of 24; use a longer text"):
         planish.measure_effects(model, calibration=ids.numpy(), seq_len=24, held=ids[:10].numpy())

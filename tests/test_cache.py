@@ -97,10 +97,10 @@ def test_methods_that_share_taps_share_measurements(folder, tmp_path):
     shared, stream = Cache(memory=1 << 30), Stream(open_source(folder), WINDOWS)
     for method, settings in [("svd-llm", {}), ("a3", {}), ("flat-llm", {})]:
         alone = run(folder, tmp_path / "out", method, settings)
-        sums = {n: {p: t.clone() for p, t in r.items()} for n, r in shared.held.items()}
+        sums = {n: {p: t.clone() for p, t in r.items()} for n, r in shared.in_memory.items()}
         assert run(folder, tmp_path / "out", method, settings, cache=shared, stream=stream) == alone, method
         for name, record in sums.items():
-            assert all(torch.equal(t, shared.held[name][p]) for p, t in record.items()), f"{method} changed {name}"
+            assert all(torch.equal(t, shared.in_memory[name][p]) for p, t in record.items()), f"{method} changed {name}"
 
 
 def flip(path: Path) -> None:
@@ -133,8 +133,8 @@ def test_damaged_files_are_measured_again(folder, root, tmp_path, damage):
 def test_another_model_or_text_is_another_fingerprint(folder, root, tmp_path):
     def key(path: Path, windows=WINDOWS, **more) -> str:
         cache = open_cache(Stream(open_source(path), windows, **more))
-        assert cache is not None and cache.folder is not None
-        return cache.folder.name
+        assert cache is not None and cache.files.folder is not None
+        return cache.files.folder.name
 
     other = tiny.build("llama_gqa")
     with torch.no_grad():
@@ -179,8 +179,7 @@ def test_caches_beside_one_another_leave_each_other_alone(tmp_path):
         return {f"r{n}": {"x": torch.full((1000,), float(n))}}
 
     one, two = Cache(tmp_path / "one", disk=10_000), Cache(tmp_path / "two", disk=10_000)
-    one.family.append(two)
-    two.family = one.family
+    one.files.join(two.files)
     for n, cache in enumerate([one, two, two, one]):  # the last two find no room
         cache.keep(record(n))
     assert one.has(["r0"]) and two.has(["r1"]) and not two.has(["r2"]) and not one.has(["r3"])
@@ -204,8 +203,8 @@ def test_statistics_of_an_edited_model_are_never_kept(folder):
     plan = job.plan().ranks
     edits: dict = {}
     frontiers = measure_frontiers(job.problem, job.measure)
-    assert frontiers and cache.held
-    kept = set(cache.held)
+    assert frontiers and cache.in_memory
+    kept = set(cache.in_memory)
     for i, shape in enumerate(job.problem.shapes):
         block = stream.block(i)
         taps = job.problem.taps(job.problem.block_units(i))
@@ -215,7 +214,7 @@ def test_statistics_of_an_edited_model_are_never_kept(folder):
         edits[i] = job.problem.units[unit].truncate(frontier, plan[unit], shape)
     taps = lambda shape: job.problem.taps(job.problem.block_units(shape.block))  # noqa: E731
     origins = [stats.origin for _, _, stats in job.measure.forward(taps, edits)]
-    assert set(cache.held) == kept
+    assert set(cache.in_memory) == kept
     assert origins == [""] * len(job.problem.shapes)
 
 
@@ -296,7 +295,7 @@ def test_a_method_with_windows_of_its_own_shares_no_statistics_with_others(folde
         found.append(run(folder, tmp_path / "out", method, settings, cache=shared, stream=stream))
         assert found[-1] == run(folder, tmp_path / "out", method, settings), settings
     assert len(set(found)) == 3 and len(shared.others) == 2
-    folders = [cache.folder for cache in (shared, *shared.others.values())]
+    folders = [cache.files.folder for cache in (shared, *shared.others.values())]
     assert len(set(folders)) == (3 if on_disk else 1), "one each on disk, none else"
 
 

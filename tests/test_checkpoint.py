@@ -38,7 +38,8 @@ from tiny import compress, load
 
 WINDOWS = tiny.windows(8, 24)
 EOS = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
-CUTS = [("flat-llm", f) for f in tiny.NAMES] + [
+CUTS = [(method, f) for method in ("flat-llm", "svd-llm", "blockpruner") for f in tiny.MORE]
+CUTS += [("flat-llm", f) for f in tiny.NAMES] + [
     (method, family)
     for method, family in (
         ("svd-llm", "qwen2"), ("svd-llm", "phi3"), ("a3", "llama_gqa"), ("a3", "gemma2"), ("a3", "opt"),
@@ -47,7 +48,7 @@ CUTS = [("flat-llm", f) for f in tiny.NAMES] + [
     )
     if method in list_methods()
 ]  # fmt: skip
-SOME = [c for c in CUTS if c[1] in (*tiny.CORE, "gemma3", "llama_bias") or c[0] != "flat-llm"]
+SOME = [c for c in CUTS if c[1] in (*tiny.CORE, "gemma3", "llama_bias") or c[0] not in ("flat-llm", "blockpruner")]
 ALL = [pytest.param(*c, marks=() if c in SOME else pytest.mark.slow, id="-".join(c)) for c in CUTS]
 
 
@@ -75,7 +76,7 @@ def made(tmp_path_factory) -> Callable[[str, str], tuple[Path, Result]]:
             folder = tmp_path_factory.mktemp("made") / f"{method}-{family}"
             model = tiny.build(family)
             # whole submodules are large steps
-            keep = 0.65 if method in ("llm-drop", "shortgpt", "subfit", "nbl") else 0.75
+            keep = 0.65 if method in ("llm-drop", "shortgpt", "subfit", "nbl", "blockpruner") else 0.75
             done[method, family] = folder, compress(model, output=folder, keep=keep, method=method, windows=WINDOWS)
         return done[method, family]
 
@@ -92,7 +93,7 @@ def logits(model: nn.Module, ids: Tensor = WINDOWS, **kw: Any) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", tiny.NAMES)
+@pytest.mark.parametrize("family", tiny.NAMES + tiny.MORE)
 def test_uncut_attention_is_the_stock_one(family, attention):
     """Masks, windows, soft caps, norms, rotation and scale of every family, with nothing cut away."""
     if family.startswith("mpt") and attention == "sdpa":

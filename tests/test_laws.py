@@ -44,6 +44,13 @@ from posed import Posed, pose_on
 from tiny import compress, load
 
 METHODS = list(list_methods())
+QUICK = (
+    "linear-svd(svd-llm)",
+    "neurons(flat-llm)",
+    "value-pca(flat-llm)",
+    "rotary-pairs(a3)",
+    "svd-llm",
+)  # on every family
 WINDOWS = tiny.windows(12, 24)
 
 # Where a source promises less than a law asks.
@@ -229,18 +236,19 @@ def cases(family: str, solver: Solver) -> list[tuple[Unit, Frontier, Shape]]:
     return [(unit, *b.decompose(solver, unit)) for unit in solver.units(shape)]
 
 
-def covering(names: list[str], always: tuple[str, ...], width: int) -> list:
-    """Every entry with the families of `always` and `width` rotating ones; the full product is slow."""
-    at, quick = 0, set()
+def covering(names: list[str], always: tuple[str, ...], width: int, quick: bool = True) -> list:
+    """Every entry with the families of `always` and `width` rotating ones, those of `QUICK` with all of `tiny.MORE` too; the
+    full product is slow."""
+    at, chosen = 0, {(n, f) for n in QUICK if quick for f in tiny.MORE}
     for name in names:
-        quick |= {(name, f) for f in always}
+        chosen |= {(name, f) for f in always}
         for _ in range(width):
-            quick.add((name, tiny.NAMES[at % len(tiny.NAMES)]))
+            chosen.add((name, tiny.NAMES[at % len(tiny.NAMES)]))
             at += 5  # coprime to the number of families
     return [
-        pytest.param(n, f, marks=() if (n, f) in quick else pytest.mark.slow, id=f"{n}-{f}")
+        pytest.param(n, f, marks=() if (n, f) in chosen else pytest.mark.slow, id=f"{n}-{f}")
         for n in names
-        for f in tiny.NAMES
+        for f in tiny.NAMES + tiny.MORE
     ]
 
 
@@ -531,7 +539,7 @@ def test_batches_do_not_matter(method, family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "family"), covering(METHODS, (), 1))
+@pytest.mark.parametrize(("method", "family"), covering(METHODS, (), 1, quick=False))
 def test_bf16_result_is_near_the_fp32_one(method, family, tmp_path):
     """The same relative error of the logits within the resolution of bf16."""
     errors = {}

@@ -95,9 +95,25 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1], "norm_topk_prob": True, "experts_implementation": "eager",  # the others take no fp64
         },
     ),
+    "seed_oss": ("SeedOss", {**_GQA, "head_dim": 12, "num_hidden_layers": 2}),
+    "gemma": ("Gemma", {**_GQA, "head_dim": 12, "tie_word_embeddings": True, "num_hidden_layers": 2}),
+    "hunyuan": ("HunYuanDenseV1", {**_GQA, "head_dim": 12, "num_hidden_layers": 2}),
+    "olmo2": ("Olmo2", {**_GQA, "num_hidden_layers": 2}),
+    "olmo3": (
+        "Olmo3",
+        {
+            **_GQA, "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "olmo": ("Olmo", {**_GQA, "num_hidden_layers": 2}),
+    "stablelm": ("StableLm", {**_GQA, "use_qkv_bias": True} | _rope("default", partial_rotary_factor=0.25)),
+    "nemotron": ("Nemotron", {**_GQA, "head_dim": 12} | _rope("default", partial_rotary_factor=0.5)),
+    "starcoder2": ("Starcoder2", {**_GQA, "sliding_window": WINDOW, "num_hidden_layers": 2}),
 }  # fmt: skip
 SPARSE = ("qwen3_moe",)  # families with experts, which are read and planned for but not compressed
-NAMES = tuple(n for n in _ROWS if n not in SPARSE)
+MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; all of them where slow tests run
+NAMES = tuple(n for n in _ROWS if n not in SPARSE + MORE)
 
 # One of each block layout: what a change in how blocks are read or written has to pass first.
 CORE = ("llama_gqa", "qwen2", "phi3", "gemma2", "opt", "gpt_neox")
@@ -123,7 +139,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn
 @torch.no_grad()
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Attention that is far from uniform, norms that scale every channel differently, biases that matter."""
-    offset = "gemma" in model.config.model_type  # their norms scale by 1 + weight
+    scaled = "gemma" in model.config.model_type  # embeddings are multiplied by √width
+    offset = scaled or model.config.model_type == "nemotron"  # norms scale by 1 + weight
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn(p.shape, generator=generator)
         if "norm" in name or ".ln_" in name:
@@ -131,7 +148,7 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
         elif name.endswith("bias"):
             p.copy_(0.3 * noise)
         elif "embed" in name or "lm_head" in name:
-            p.copy_(noise * (1 / p.shape[1] ** 0.5 if offset else 0.7))
+            p.copy_(noise * (1 / p.shape[1] ** 0.5 if scaled else 0.7))
         else:
             gain = 1.6 if any(r in name for r in ("q_proj", "k_proj", "qkv_proj", "query_key_value")) else 1.0
             p.copy_(gain * noise / p.shape[1] ** 0.5)

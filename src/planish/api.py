@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from planish import single_cuts
 from planish.calibrate.cache import tokenize
+from planish.calibrate.stream import Stream
 from planish.calibrate.text import eval_windows, fingerprint, interleave, load_tokens, sample_windows, share_out
 from planish.compression import Calibration, Destination, Shared, pick_dtype
 from planish.compression import compress as run
@@ -238,10 +239,11 @@ def measure_effects(
         raise InputError(
             f"held-out text has {len(other.tokens)} tokens, fewer than one window of {length}; use a longer text"
         )
+    dtype = find_dtype(options.get("dtype")) or pick_dtype(source, request.device)
     return single_cuts.measure_effects(
-        source, method, text.windows, eval_windows(other.tokens, length, other.begin)[:windows],
-        keeps=keeps, share=share, measured_windows=windows, seed=request.calibration.seed, device=request.device,
-        dtype=find_dtype(options.get("dtype")) or pick_dtype(source, request.device),
+        Stream(source, text.windows, device=request.device, dtype=dtype), method,
+        eval_windows(other.tokens, length, other.begin)[:windows],
+        keeps=keeps, share=share, measured_windows=windows, seed=request.calibration.seed,
     )  # fmt: skip
 
 

@@ -91,14 +91,10 @@ def compress(
     """
     start = time.perf_counter()
     reuse_memory()
-    device = request.device
-    if lanes.start(device):
-        device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+    device, windows = join_lanes(request.device), text.windows
     check_blocks(source)
     find_target(request.target)
-    windows = text.windows
     check_windows(windows, source)
-    calibrated = shuffle_windows(windows, method.shuffled)
     check_apart(place.output, source)
     writer = Writer(place.output, source.n_blocks, place.overwrite, place.resume)
     try:
@@ -106,28 +102,19 @@ def compress(
         measured = shared.measured
         if request.max_latency is not None and measured is None:
             first = lanes.rank() == 0  # all plan with one table
-            measured = lanes.share(
-                read_table(source, request.context or windows.shape[1], device, kind, progress) if first else None
-            )
+            length = request.context or windows.shape[1]
+            measured = lanes.share(read_table(source, length, device, kind, progress) if first else None)
         if not place.resume and isinstance(source, FolderSource):
             journal = write_journal(request, method, source, text, place) | {"measured": measured}
             writer.keep_request(journal, windows)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            stream, cache = shared.stream, shared.cache
-            if stream is None:
-                limits = MemoryLimits(folder=writer.partial)
-                stream = Stream(source, calibrated, device=device, dtype=kind, limits=limits)
-            elif calibrated is not windows:
-                stream = stream.part(calibrated)
-            if calibrated is not windows and isinstance(cache, Cache):
-                cache = cache.sibling(stream)
-            opened = open_cache(stream) if cache is True else cache or None
+            stream, cache = open_stream(source, method, windows, shared, writer.partial, device, kind)
             problem = pose(
                 method, source, request, step=request.round_to, target=request.target, measured=measured,
                 length=windows.shape[1] if windows.numel() else 0,
             )  # fmt: skip
-            measure = Measurements(stream, opened, progress)
+            measure = Measurements(stream, cache, progress)
             if text.seconds:
                 measure.seconds["text"] = text.seconds
             check_tokens(method, problem, windows, dict(request.settings))
@@ -136,10 +123,9 @@ def compress(
                     planned = make_plan(method, problem, measure)
                 done = write(problem, measure, planned, writer, caught)
         result = report(problem, planned, source, writer, done)
-        result.seconds = measure.seconds
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
         result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier, *note_origin(source)})
-        result.seconds["total"] = time.perf_counter() - start + text.seconds
+        result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
         write_manifest(writer, method, problem, planned, stream, result, done.errors, text.record)
         for name, content in place.files.items():
             writer.text(name, content)
@@ -148,6 +134,29 @@ def compress(
         writer.abort(wrong_input=isinstance(error, (InputError, OSError)) and not place.resume)
         raise
     return result
+
+
+def join_lanes(device: str) -> str:
+    """The device to compute on, after the other processes of the run were joined: each its own accelerator."""
+    several = lanes.start(device)
+    return f"cuda:{torch.cuda.current_device()}" if several and device == "cuda" else device
+
+
+def open_stream(
+    source: Source, method: Method, windows: Tensor, shared: Shared, folder: Path, device: str, dtype: torch.dtype
+) -> tuple[Stream, Cache | None]:
+    """The stream of the windows (n, seq) as the method measures on them, and the cache of their statistics, if any.
+
+    `folder`: where activations go that memory does not hold.
+    """
+    stream, cache, calibrated = shared.stream, shared.cache, shuffle_windows(windows, method.shuffled)
+    if stream is None:
+        stream = Stream(source, calibrated, device=device, dtype=dtype, limits=MemoryLimits(folder=folder))
+    elif calibrated is not windows:
+        stream = stream.part(calibrated)
+    if calibrated is not windows and isinstance(cache, Cache):
+        cache = cache.sibling(stream)
+    return stream, open_cache(stream) if cache is True else cache or None
 
 
 def write_journal(
@@ -286,9 +295,9 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         "max_bytes": result.bytes_after,
         "max_latency": result.latency_ms_after,
     }
-    for b in problem.budgets if planned.keep is None else ():  # counted in the files, or by the account of the plan
-        told = b.achieved(sum(map(b.measure, models[1])))
-        result.budgets[b.name] = {"asked": b.asked, "achieved": written.get(b.name, told)}
+    for b in problem.budgets if planned.keep is None else ():  # counted in the files, or as the plan counts
+        by_plan = b.achieved(sum(map(b.measure, models[1])))
+        result.budgets[b.name] = {"asked": b.asked, "achieved": written.get(b.name, by_plan)}
     return result
 
 

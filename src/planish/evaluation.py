@@ -24,7 +24,7 @@ from planish.folder.hub import find_folder
 from planish.folder.tokenizer import load_tokenizer
 from planish.request import Bos, check_number
 
-SEQ_LEN = 2048  # unless told; fewer where the model has fewer positions
+SEQ_LEN = 2048  # by default; fewer where the model has fewer positions
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32,
@@ -61,7 +61,7 @@ def evaluate(
     Windows of `seq_len` tokens (2048, or as many as the model has positions) do not overlap, the tail is dropped;
     `bos`: where the beginning-of-sequence token stands (see `planish.calibrate.text.load_tokens`; the papers' protocol is
     "once"). `max_windows` stops early; `cache` keeps the text's token ids on disk. A model from a folder goes to `device` ("auto"
-    unless told) in `dtype` (fp32 on the CPU, the stored one elsewhere); one in memory stays as it is.
+    by default) in `dtype` (fp32 on the CPU, the stored one elsewhere); one in memory stays as it is.
     """
     if seq_len is not None:
         check_number(seq_len, "seq-len", whole=True)
@@ -184,7 +184,7 @@ def answer_both(
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | None = None, **kwargs: Any) -> Any:
-    """A causal LM from a dense or compressed folder or a hub id, in its stored dtype unless told.
+    """A causal LM from a dense or compressed folder or a hub id, by default in its stored dtype.
 
     Further keywords go to transformers' `from_pretrained`; with `device_map` it decides where the model lies, not `device`.
     """
@@ -195,7 +195,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | 
 
 
 def load_to_measure(folder: str | Path, device: str | None, dtype: str | torch.dtype | None) -> nn.Module:
-    """A model on its device ("auto" unless told), in fp32 on the CPU and as stored elsewhere unless told."""
+    """A model on a device (by default "auto"), by default in fp32 on the CPU and in the stored dtype elsewhere."""
     place = find_device(device or "auto")
     return load(folder, device=place, dtype=dtype or ("float32" if place == "cpu" else None))
 

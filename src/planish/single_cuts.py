@@ -1,4 +1,4 @@
-"""What single cuts really cost, beside what was predicted: the check of a method's currency."""
+"""Measured loss of single cuts next to the predicted one: whether a method's predictions can be compared across units."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
@@ -15,7 +14,6 @@ from planish.calibrate.stream import Hidden, Stream, read_weights
 from planish.compression import check_windows
 from planish.core import Unit
 from planish.errors import InputError
-from planish.folder.source import Source
 from planish.methods import pose
 from planish.methods.method import Method
 from planish.plan.footprint import find_rank
@@ -44,68 +42,64 @@ class Effect:
 
 
 def measure_effects(
-    source: Source,
+    stream: Stream,
     method: Method,
-    windows: Tensor,
     held: Tensor,
     *,
     keeps: Sequence[float] = (0.9, 0.7, 0.5, 0.3),
     share: float = 1.0,
     measured_windows: int = 8,
     seed: int = 0,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
 ) -> list[Effect]:
     """Cut one unit at a time of the uncompressed model and measure the loss, for a sample of units and ranks.
 
-    `windows` (n, seq): calibration, by whose statistics units are predicted and solved; the first `measured_windows` of
-    them and all of `held` are run through every cut model. `keeps`: shares of a unit's weights; `share` of all (unit,
-    keep) pairs are drawn by `seed`, of each kind as many. The method must predict in nats per token from gradients.
+    Units are predicted and solved by the statistics of the stream's windows; the first `measured_windows` of them and all
+    of `held` (n, seq) are run through every cut model. `keeps`: shares of a unit's weights; `share` of all (unit, keep)
+    pairs are drawn by `seed`, of each kind as many. The method must predict in nats per token from gradients.
     Costs, per pair, those windows through the blocks behind it.
     """
-    check_windows(held, source)
-    stream = Stream(source, windows, device=device, dtype=dtype)
-    problem, measure = pose(method, source, Limits(keep=1.0), length=windows.shape[1]), Measurements(stream)
+    check_windows(held, stream.source)
+    problem = pose(method, stream.source, Limits(keep=1.0), length=stream.batches[0].shape[1])
     if not any(s.startswith("grad:") for t in problem.taps(problem.block_units(0)) for s in t.sites):
         raise InputError(f"{method.name} predicts no nats per token: it measures no gradients; use a method that does")
-    points = draw(problem, keeps, share, seed)
+    points, measure = draw(problem, keeps, share, seed), Measurements(stream)
     for i, _, stats in measure.backward(lambda shape: dense_taps(problem, shape.block)):
         measure.stored[i] = stats
-    texts = [stream.part(windows[:measured_windows]), stream.part(held)]
+    texts = [stream.subset(measured_windows), stream.part(held)]
     hidden = [t.start() for t in texts]
-    found: list[tuple[Unit, int, float, list[float]]] = []
-
-    def finish(i: int, inputs: Sequence[Hidden]) -> list[float]:
-        outputs = list(inputs)
-        for j in range(i, len(stream)):
-            placed = stream.place(stream.block(j))
-            outputs = [t.run(j, placed, h) for t, h in zip(texts, outputs, strict=True)]
-        return [nll(t, h) for t, h in zip(texts, outputs, strict=True)]
-
-    dense = finish(0, hidden)
+    dense = finish(texts, 0, hidden)
+    found: list[Effect] = []
     for i, shape in enumerate(problem.shapes):
         block, stats = stream.block(i), measure.stored[i]
         weights = read_weights(block, stream)
         for unit in sorted({u for u, _ in points if u.block == i}):
-            frontier = problem.units[unit].decompose(unit, weights, stats, shape)
+            solver = problem.units[unit]
+            frontier = solver.decompose(unit, weights, stats, shape)
             for rank in sorted(r for u, r in points if u == unit):
-                placed = stream.place(stream.block(i, problem.units[unit].truncate(frontier, rank, shape)))
-                losses = finish(i + 1, [t.run(i, placed, h) for t, h in zip(texts, hidden, strict=True)])
+                cut = stream.block(i, solver.truncate(frontier, rank, shape))
+                losses = finish(texts, i + 1, run(texts, i, cut, hidden))
                 added = [a - b for a, b in zip(losses, dense, strict=True)]
-                found.append((unit, rank, float(frontier.loss[rank]), added))
-        placed = stream.place(block)
-        hidden = [t.run(i, placed, h) for t, h in zip(texts, hidden, strict=True)]
-    return [
-        Effect(
-            str(u),
-            KINDS.get(u.name, "low-rank linear"),
-            r,
-            problem.count(u, r) / problem.count(u, problem.full(u)),
-            predicted,
-            *added,
-        )
-        for u, r, predicted, added in found
-    ]
+                keep = problem.count(unit, rank) / problem.count(unit, problem.full(unit))
+                found.append(Effect(str(unit), find_kind(unit), rank, keep, float(frontier.loss[rank]), *added))
+        hidden = run(texts, i, block, hidden)
+    return found
+
+
+def run(texts: Sequence[Stream], i: int, block: nn.Module, hidden: Sequence[Hidden]) -> list[Hidden]:
+    """Outputs of block i for each text from its inputs."""
+    placed = texts[0].place(block)
+    return [t.run(i, placed, h) for t, h in zip(texts, hidden, strict=True)]
+
+
+def finish(texts: Sequence[Stream], i: int, hidden: Sequence[Hidden]) -> list[float]:
+    """Each text's loss (nats per token) from the inputs of block i, by the uncompressed blocks from there on."""
+    for j in range(i, len(texts[0])):
+        hidden = run(texts, j, texts[0].block(j), hidden)
+    return [nll(t, h) for t, h in zip(texts, hidden, strict=True)]
+
+
+def find_kind(unit: Unit) -> str:
+    return KINDS.get(unit.name, "low-rank linear")
 
 
 def draw(problem: Problem, keeps: Sequence[float], share: float, seed: int) -> list[tuple[Unit, int]]:
@@ -115,7 +109,7 @@ def draw(problem: Problem, keeps: Sequence[float], share: float, seed: int) -> l
         for keep in keeps:
             rank = find_rank(solver, unit, problem.shapes[unit.block], keep)
             if rank < problem.full(unit):
-                kinds.setdefault(KINDS.get(unit.name, "low-rank linear"), set()).add((unit, rank))
+                kinds.setdefault(find_kind(unit), set()).add((unit, rank))
     chosen: list[tuple[Unit, int]] = []
     for kind in sorted(kinds):
         pairs = sorted(kinds[kind])

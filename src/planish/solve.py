@@ -254,7 +254,7 @@ def find_missing(problem: Problem, measure: Measurements, i: int, units: Sequenc
     """
     stored, cache = measure.stored.get(i, Stats()), measure.cache
     origin = "forward" if i not in measure.stored else f"{stored.origin}+forward" if stored.origin else ""
-    taps = problem.taps([u for u in units if not cache.holds(origin, problem.units[u], u)])
+    taps = problem.taps([u for u in units if not cache.has_frontier(origin, problem.units[u], u)])
     return origin, cache.missing("forward", i, [t for t in taps if t not in stored.sums])
 
 

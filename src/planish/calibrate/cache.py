@@ -7,12 +7,10 @@ back gives the same bits as measuring again; files carry their SHA-256 in their 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
@@ -26,151 +24,71 @@ from torch import Tensor
 
 from planish import lanes, stats
 from planish.calibrate.documents import Document
+from planish.calibrate.records import DISK, Record, RecordFiles
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import encode, fingerprint
 from planish.core import Frontier, Solver, Unit
-from planish.errors import InputError
-from planish.folder.safetensors import HEADER_LIMIT, Shard, hash_file, write_shard
+from planish.folder.safetensors import HEADER_LIMIT, hash_file
 from planish.folder.source import FolderSource, Source
 from planish.stats import Stats, Tap
 from planish.version import __version__
 
 FORMAT = 1
-DISK = 8 << 30  # bytes of all fingerprints together; at most a quarter of what is free
 LONG = 1 << 18  # characters: ids of longer texts are kept
 WHOLE = 1 << 30  # checkpoints up to this many bytes are hashed whole
 
-Record = dict[str, Tensor]
-
 
 class Cache:
-    """Records (named groups of tensors) of one fingerprint. Without a `folder` in memory only; `memory`: bytes to hold.
+    """Records (named groups of tensors) of one fingerprint: up to `memory` bytes in memory, and in files of a folder if given.
 
-    Records of other fingerprints make room for new ones, the longest unused first; those of this one never do.
+    The files of other fingerprints make room for new ones, the longest unused first; those of this one never do.
     """
 
     def __init__(self, folder: Path | None = None, memory: int = 0, disk: int = DISK):
-        self.folder, self.memory, self.disk = folder, memory, disk
-        self.held: dict[str, Record] = {}
+        several = lanes.count() > 1  # several writers; every process would have to find the same
+        self.files, self.memory = RecordFiles(None if several else folder, disk), 0 if several else memory
+        self.in_memory: dict[str, Record] = {}
         self.frontiers: dict[tuple[str, Solver, Unit], Frontier] = {}
-        self.files: dict[str, tuple[Path, list[str]]] = {}  # record → its file and the names of its tensors
-        self.checked: set[Path] = set()
         self.others: dict[str, Cache] = {}
-        self.family = [self]  # all that were opened as siblings; none makes room by another's files
-        if lanes.count() > 1:  # several writers; every process would have to find the same
-            self.folder, self.memory = None, 0
-        if self.folder is not None:
-            self.open(self.folder)
 
     def sibling(self, stream: Stream) -> Cache:
         """The cache of the same kind for other windows, always the same one for the same; it takes half of the memory left."""
         key = fingerprint(torch.cat(stream.batches))
         if key not in self.others:
             self.memory //= 2
-            self.others[key] = (open_cache(stream, self.memory) if self.folder else None) or Cache(memory=self.memory)
-            self.family.append(self.others[key])
-            self.others[key].family = self.family
+            on_disk = open_cache(stream, self.memory) if self.files.folder else None
+            self.others[key] = on_disk or Cache(memory=self.memory)
+            self.files.join(self.others[key].files)
         return self.others[key]
-
-    def open(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            os.utime(folder)
-            self.disk = min(self.disk, shutil.disk_usage(folder).free // 4)
-            for path in sorted(folder.glob("*.safetensors")):
-                self.index(path)
-        except OSError as error:
-            self.give_up(error)
-
-    def index(self, path: Path) -> None:
-        try:
-            names = list(Shard(path).entries)
-        except InputError:
-            path.unlink(missing_ok=True)
-            return
-        for name in names:
-            record, _, part = name.rpartition("#")
-            self.files.setdefault(record, (path, []))[1].append(part)
-
-    def give_up(self, error: OSError) -> None:
-        warnings.warn(f"the cache in {self.folder} is not used: {error.strerror or error}", stacklevel=3)
-        self.folder, self.files = None, {}
 
     @property
     def keeps(self) -> bool:
         """Whether what is measured now is there for the next run."""
-        return self.folder is not None or self.memory > 0
+        return self.files.folder is not None or self.memory > 0
 
     def has(self, records: Iterable[str]) -> bool:
         """Whether all of these can be had; files are checked here, once."""
-        return all(r in self.held or self.check(r) for r in records)
-
-    def check(self, record: str) -> bool:
-        if record not in self.files:
-            return False
-        path = self.files[record][0]
-        if path in self.checked and path.exists():  # another command may have made room
-            return True
-        with contextlib.suppress(OSError):
-            if hash_file(path) == path.stem:
-                self.checked.add(path)
-                return True
-        self.files = {r: f for r, f in self.files.items() if f[0] != path}
-        with contextlib.suppress(OSError):
-            path.unlink()
-        return False
+        return all(r in self.in_memory or self.files.check(r) for r in records)
 
     def get(self, record: str) -> Record:
         """A record that `has` said is there; not to be changed."""
-        if record in self.held:
-            return self.held[record]
-        path, names = self.files[record]
-        shard = Shard(path)
-        found = {n: shard.read(f"{record}#{n}") for n in names}
-        self.hold({record: found})
+        if record in self.in_memory:
+            return self.in_memory[record]
+        found = self.files.read(record)
+        self._put({record: found})
         return found
 
     def keep(self, records: dict[str, Record]) -> None:
-        new = {name: record for name, record in records.items() if name not in self.held and name not in self.files}
-        self.hold(new)
-        if new and self.folder is not None:
-            try:
-                self.write(self.folder, new)
-            except OSError as error:
-                self.give_up(error)
+        new = {name: r for name, r in records.items() if name not in self.in_memory and name not in self.files.found}
+        self._put(new)
+        self.files.write(new)
 
-    def hold(self, records: dict[str, Record]) -> None:
+    def _put(self, records: dict[str, Record]) -> None:
         for name, record in records.items():
             size = measure(record)
             if size <= self.memory and all(t.nbytes < stats.WIDE for t in record.values()):  # those are used up
-                self.held[name] = record
+                self.in_memory[name] = record
                 self.memory -= size
-
-    def write(self, folder: Path, records: dict[str, Record]) -> None:
-        tensors = {f"{name}#{part}": t for name, record in records.items() for part, t in record.items()}
-        if not self.make_room(folder, sum(t.nbytes for t in tensors.values())):
-            return
-        draft = folder / f"{os.getpid()}.draft"
-        path = folder / f"{write_shard(draft, tensors)}.safetensors"
-        draft.replace(path)
-        self.checked.add(path)
-        for name, record in records.items():
-            self.files[name] = (path, list(record))
-
-    def make_room(self, folder: Path, size: int) -> bool:
-        """Let other fingerprints go until `size` more bytes fit."""
-        own = {cache.folder for cache in self.family} | {folder}
-        folders = sorted((f for f in folder.parent.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
-        others = [f for f in folders if f not in own]
-        sizes = {f: sum(p.stat().st_size for p in f.glob("*")) for f in folders}
-        if sum(sizes[f] for f in folders if f in own) + size > self.disk:
-            return False
-        while sum(sizes.values()) + size > self.disk:
-            shutil.rmtree(others[0], ignore_errors=True)
-            del sizes[others.pop(0)]
-        return True
-
-    # ------------------------------------------------------------ statistics and frontiers
 
     def missing(self, origin: str, i: int, taps: Iterable[Tap]) -> list[Tap]:
         """Those of block i's taps that have not been measured in a pass called `origin`."""
@@ -210,13 +128,13 @@ class Cache:
                 records[name] = {"loss": f.loss.detach().clone(), "nats": torch.tensor(f.nats)}
         self.keep(records)
 
-    def holds(self, origin: str, solver: Solver, unit: Unit) -> bool:
-        """Whether `frontier` has it in memory."""
+    def has_frontier(self, origin: str, solver: Solver, unit: Unit) -> bool:
+        """Whether a unit's frontier is in memory, with its factors."""
         return bool(self.frontiers) and (origin, solver, unit) in self.frontiers
 
     def frontier(self, origin: str, solver: Solver, unit: Unit, make: Callable[[], Frontier]) -> Frontier:
-        """A unit's frontier with its factors: held, or made (and held where there is room)."""
-        if self.holds(origin, solver, unit):
+        """A unit's frontier with its factors: from memory, or made by `make` and then put there if it fits."""
+        if self.has_frontier(origin, solver, unit):
             return self.frontiers[origin, solver, unit]
         made = make()
         size = measure(made) if self.memory and origin else 0
@@ -271,7 +189,7 @@ def measure(value: Any, seen: set[int] | None = None) -> int:
 
 
 def open_cache(calibrated: Stream, memory: int = 0) -> Cache | None:
-    """The cache on disk for this model, text and arithmetic; None where the model cannot be told apart (in memory)."""
+    """The cache on disk for this model, text and arithmetic; None for a model in memory, which has no fingerprint."""
     source = calibrated.source
     if not isinstance(source, FolderSource) or not calibrated.batches:
         return None

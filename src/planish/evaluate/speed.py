@@ -6,9 +6,10 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +64,43 @@ def bench(
 ) -> list[Speed]:
     """Measure models in turns (A B A B …), so that a machine that slows down slows all of them.
 
-    One run is: the model reads (batch, prompt_len) random ids into an empty cache and names the first token (prefill;
+    One run is: the model reads (batch, prompt_len) random ids into an empty cache and chooses the first token (prefill;
     its duration is the time to first token), then new_tokens single-token forward passes, greedy, with that cache
     (decode). A loop over ``model(...)``, not ``generate()``. For every batch size each model first runs twice
     unmeasured: once to warm up (and to compile, with ``compile=True``), once for its memory.
 
     ``device``: models are moved there first; None: they stay where they are. ``progress(done, total)`` counts runs.
     """
+    check_lengths(models, batch_sizes, prompt_len, new_tokens, repeats)
+    for model in models.values() if device is not None else ():
+        model.to(device)
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    ids = torch.randint(vocabulary, (max(batch_sizes), prompt_len), generator=torch.Generator().manual_seed(seed))
+    total, count = len(batch_sizes) * len(models) * (repeats + 2), itertools.count(1)
+
+    def ran() -> None:
+        if progress is not None:
+            progress(next(count), total)
+
+    results = []
+    with evaluating(models.values()):
+        calls = {name: torch.compile(model, dynamic=True) if compile else model for name, model in models.items()}
+        for batch_size in batch_sizes:
+            prompts = {name: ids[:batch_size].to(_device(model)) for name, model in models.items()}
+            runs = measure_in_turns(calls, prompts, new_tokens, repeats, ran)
+            results += [summarise(n, m, prompts[n], new_tokens, runs[n], compile) for n, m in models.items()]
+    return results
+
+
+def check_lengths(
+    models: Mapping[str, nn.Module], batch_sizes: Sequence[int], prompt_len: int, new_tokens: int, repeats: int
+) -> None:
+    """Every number is at least 1 and every model has the positions for it, or InputError."""
     if not models:
         raise InputError("no model to measure · expected at least one")
-    for name, value in (
-        ("prompt_len", prompt_len),
-        ("new_tokens", new_tokens),
-        ("repeats", repeats),
-        *_named(batch_sizes),
-    ):
+    numbers = [("prompt_len", prompt_len), ("new_tokens", new_tokens), ("repeats", repeats)]
+    numbers += [("batch_sizes", b) for b in batch_sizes] or [("number of batch_sizes", 0)]
+    for name, value in numbers:
         if value < 1:
             raise InputError(f"cannot measure speed · got {name} {value} · expected 1 or more")
     for name, model in models.items():
@@ -87,64 +110,74 @@ def bench(
                 f"prompt and new tokens exceed the model's context · {name} · got {prompt_len} + {new_tokens} · "
                 f"expected at most max_position_embeddings {positions} · use a shorter prompt or fewer new tokens"
             )
-        if device is not None:
-            model.to(device)
 
-    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
-    ids = torch.randint(vocabulary, (max(batch_sizes), prompt_len), generator=torch.Generator().manual_seed(seed))
-    training = {name: model.training for name, model in models.items()}
-    calls = {
-        name: torch.compile(model.eval(), dynamic=True) if compile else model.eval() for name, model in models.items()
-    }
-    done, total = 0, len(batch_sizes) * len(models) * (repeats + 2)
 
-    def ran() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
-    results = []
+@contextlib.contextmanager
+def evaluating(models: Collection[nn.Module]) -> Iterator[None]:
+    """The models in evaluation mode; those that were in training mode are so again afterwards."""
+    training = [model.training for model in models]
     try:
-        for batch_size in batch_sizes:
-            prompts = {name: ids[:batch_size].to(_device(model)) for name, model in models.items()}
-            memory: dict[str, tuple[int, int]] = {}
-            for name, call in calls.items():
-                _run(call, prompts[name], new_tokens)
-                ran()
-                memory[name] = _memory(call, prompts[name], new_tokens)
-                ran()
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-            for _ in range(repeats):
-                for name, call in calls.items():
-                    prefill_s, decode_s, cache = _run(call, prompts[name], new_tokens)
-                    del cache
-                    times[name].append((prefill_s, decode_s))
-                    ran()
-            for name, model in models.items():
-                weights = _weight_bytes(model)
-                grown, kv_bytes = memory[name]
-                results.append(
-                    Speed(
-                        model=name,
-                        batch_size=batch_size,
-                        prompt_len=prompt_len,
-                        new_tokens=new_tokens,
-                        prefill_tokens_per_s=_spread(batch_size * prompt_len / p for p, _ in times[name]),
-                        decode_tokens_per_s=_spread(batch_size * new_tokens / d for _, d in times[name]),
-                        time_to_first_token_s=_spread(p for p, _ in times[name]),
-                        weight_bytes=weights,
-                        kv_bytes=kv_bytes,
-                        peak_bytes=weights + grown,
-                        device=str(_device(model)),
-                        dtype=str(next(p for p in model.parameters() if p.is_floating_point()).dtype)[6:],
-                        compiled=compile,
-                    )
-                )
+        for model in models:
+            model.eval()
+        yield
     finally:
-        for name, model in models.items():
-            model.train(training[name])
-    return results
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
+
+
+@dataclasses.dataclass
+class Runs:
+    """One model at one batch size, as measured: bytes that a run adds at its peak, bytes of its cache, seconds per run."""
+
+    grown: int
+    kv_bytes: int
+    prefill_s: list[float] = dataclasses.field(default_factory=list)
+    decode_s: list[float] = dataclasses.field(default_factory=list)
+
+
+def measure_in_turns(
+    calls: Mapping[str, Callable[..., Any]],
+    prompts: Mapping[str, Tensor],
+    new_tokens: int,
+    repeats: int,
+    ran: Callable[[], None],
+) -> dict[str, Runs]:
+    """Each model's two unmeasured runs, then `repeats` rounds of one run each; `ran` is called after every run."""
+    found = {}
+    for name, call in calls.items():
+        _run(call, prompts[name], new_tokens)
+        ran()
+        found[name] = Runs(*_memory(call, prompts[name], new_tokens))
+        ran()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            prefill_s, decode_s, cache = _run(call, prompts[name], new_tokens)
+            del cache  # before the next model's run
+            found[name].prefill_s.append(prefill_s)
+            found[name].decode_s.append(decode_s)
+            ran()
+    return found
+
+
+def summarise(name: str, model: nn.Module, prompt: Tensor, new_tokens: int, runs: Runs, compiled: bool) -> Speed:
+    """Rates and bytes of one model's runs on a prompt (batch, prompt_len)."""
+    batch_size, prompt_len = prompt.shape
+    weights = _weight_bytes(model)
+    return Speed(
+        model=name,
+        batch_size=batch_size,
+        prompt_len=prompt_len,
+        new_tokens=new_tokens,
+        prefill_tokens_per_s=_spread(batch_size * prompt_len / s for s in runs.prefill_s),
+        decode_tokens_per_s=_spread(batch_size * new_tokens / s for s in runs.decode_s),
+        time_to_first_token_s=_spread(runs.prefill_s),
+        weight_bytes=weights,
+        kv_bytes=runs.kv_bytes,
+        peak_bytes=weights + runs.grown,
+        device=str(_device(model)),
+        dtype=str(next(p for p in model.parameters() if p.is_floating_point()).dtype)[6:],
+        compiled=compiled,
+    )
 
 
 def kv_bytes(cache: Any) -> int:
@@ -216,7 +249,3 @@ def _now(device: torch.device) -> float:
 
 def _device(model: nn.Module) -> torch.device:
     return model.get_input_embeddings().weight.device
-
-
-def _named(batch_sizes: Sequence[int]) -> list[tuple[str, int]]:
-    return [("batch_sizes", b) for b in batch_sizes] or [("number of batch_sizes", 0)]

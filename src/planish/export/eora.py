@@ -33,7 +33,6 @@ from planish.folder.source import FolderSource
 from planish.solvers.linalg import DAMPING, damp, whitened_svd
 from planish.stats import Sums, add_gram, mirror
 
-QUANTISERS = ("round", "torchao")
 BITS = (4, 8)
 GROUPS = (32, 16, 8)
 
@@ -88,22 +87,15 @@ def compensate(
     `windows` (n, seq): calibration ids. `quantiser`: "round" (`round_weight`) or "torchao" (its own numbers); `quantise`:
     any other rounding of one weight, in place of both. The adapter is stored in the dtype of the weights.
     """
-    if bits not in BITS:
-        raise InputError(f"eora rounds weights to {' or '.join(map(str, BITS))} bits, got {bits}")
-    if quantiser not in QUANTISERS:
-        raise InputError(f"unknown quantiser {quantiser!r}; expected one of {', '.join(QUANTISERS)}")
+    rounding, target = find_rounding(bits, quantiser), Path(output)
+    if quantise is not None:
+        rounding = quantise
     if rank < 1:
         raise InputError(f"rank must be 1 or more, got {rank}")
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (overwrite and target.is_dir()):
-        raise InputError(f"output {target} exists and is not empty; choose another or pass --overwrite")
+    check_target(target, overwrite)
     source = folder if isinstance(folder, FolderSource) else open_linears(folder)
-    rounding: Quantise = quantise or (lambda w: QUANTISE[quantiser](w, bits))
-    stream = Stream(source, windows, device=device, dtype=dtype)
+    stream, adapter = Stream(source, windows, device=device, dtype=dtype), Adapter(rank, damping)
     hidden = stream.start()
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    errors: dict[str, tuple[float, float]] = {}
     size = 0
     for i in range(len(stream)):
         block = source.stored_block(i)
@@ -111,25 +103,44 @@ def compensate(
         current = stream.place(block)
         grams = measure_grams(stream, i, current, list(linears), hidden)
         for name, linear in linears.items():
-            full = f"{source.family.blocks}.{i}.{name}"
             weight = linear.weight.data
-            rounded = rounding(weight)
             size += count_bytes(weight, bits)
-            b, a, before, after = solve(weight, rounded, grams[name], min(rank, *weight.shape), damping)
-            stored = {"lora_A": a.to(weight.dtype).contiguous(), "lora_B": b.to(weight.dtype).contiguous()}
-            tensors |= {f"base_model.model.{full}.{key}.weight": t for key, t in stored.items()}
-            ranks[full], errors[full] = len(a), (before, after)
-            whole = rounded.to(dtype) + stored["lora_B"].to(dtype) @ stored["lora_A"].to(dtype)
+            whole = adapter.add(f"{source.family.blocks}.{i}.{name}", weight, rounding(weight), grams[name], dtype)
             set_parameter(current, f"{name}.weight", whole.to(stream.device))
         hidden = stream.run(i, current, hidden)
         if progress:
             progress("blocks", i + 1, len(stream))
-    if not ranks:
+    if not adapter.ranks:
         raise InputError(f"no block of {source.name} has a linear to compensate")
-    write(target, tensors, make_config(source.name, ranks, rank))
-    means = [sum(e[k] for e in errors.values()) / len(errors) for k in (0, 1)]
-    adapter = sum(t.nbytes for t in tensors.values())
-    return Compensation(str(target), bits, rank, len(ranks), size, adapter, means[0], means[1], errors)
+    write(target, adapter.tensors, make_config(source.name, adapter.ranks, rank))
+    before, after = (sum(e) / len(adapter.errors) for e in zip(*adapter.errors.values(), strict=True))
+    stored = sum(t.nbytes for t in adapter.tensors.values())
+    return Compensation(str(target), bits, rank, len(adapter.ranks), size, stored, before, after, adapter.errors)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """An adapter goes into a new or empty folder, or one that may be overwritten."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (overwrite and target.is_dir()):
+        raise InputError(f"output {target} exists and is not empty; choose another or pass --overwrite")
+
+
+@dataclass
+class Adapter:
+    """What is found linear by linear: the tensors of PEFT's file; full name of the linear → rank, errors as in `Compensation`."""
+
+    rank: int
+    damping: float
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, name: str, weight: Tensor, rounded: Tensor, gram: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compensate a linear; its rounded weight with the compensation as stored, Ŵ + B A (out, in) in `dtype`."""
+        b, a, *errors = solve(weight, rounded, gram, min(self.rank, *weight.shape), self.damping)
+        b, a = (t.to(weight.dtype).contiguous() for t in (b, a))
+        self.tensors |= {f"base_model.model.{name}.lora_{key}.weight": t for key, t in (("A", a), ("B", b))}
+        self.ranks[name], self.errors[name] = len(a), (errors[0], errors[1])
+        return rounded.to(dtype) + b.to(dtype) @ a.to(dtype)
 
 
 def solve(
@@ -244,6 +255,15 @@ def count_bytes(weight: Tensor, bits: int) -> int:
 
 
 QUANTISE: dict[str, Callable[[Tensor, int], Tensor]] = {"round": round_weight, "torchao": round_like_torchao}
+
+
+def find_rounding(bits: int, quantiser: str) -> Quantise:
+    """The quantiser of this name with this many bits."""
+    if bits not in BITS:
+        raise InputError(f"eora rounds weights to {' or '.join(map(str, BITS))} bits, got {bits}")
+    if quantiser not in QUANTISE:
+        raise InputError(f"unknown quantiser {quantiser!r}; expected one of {', '.join(QUANTISE)}")
+    return lambda weight: QUANTISE[quantiser](weight, bits)
 
 
 # ------------------------------------------------------------------ writing

@@ -19,6 +19,7 @@ for one sliding-window block (the window is set to the context length, so that i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,15 @@ import torch
 from torch import Tensor
 
 from planish.errors import InputError
+from planish.export.gguf_architecture import NEIGHBOURS, Rope, Sketch, choose, read_rope, sketch, targets
 from planish.export.plain import Plain, open_plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.vocabulary import write_vocabulary
 from planish.export.written import Written, check_file, check_finite
 from planish.folder.source import FolderSource
-from planish.plan.targets import GRAPHS, refuse_family, refuse_rotary
+from planish.plan.targets import refuse_family
 from planish.version import __version__
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
-ZERO_WIDTH = 32  # neurons of zeros that stand for no MLP
-NEIGHBOURS = ("llama", "deci")  # rotate channels 2j and 2j + 1; the others j and j + d/2
 
 
 def export_gguf(
@@ -62,51 +62,20 @@ def export_gguf(
     sketches = [sketch(s) for i in range(source.n_blocks) for s in split_slots(plain_block(source, i))]
     if not sketches:
         raise InputError(f"nothing is left of any block of {folder}")
-    outside = source.outside()
-    tied = bool(source.config.tie_word_embeddings)
     rope = read_rope(source)
-    architecture, reasons = choose(source, sketches, tied, rope, architecture)
+    architecture, reasons = choose(source, sketches, rope, architecture)
     context, notes = context_length(source)
 
     target = Path(output)
     partial = target.with_name(target.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
-    total = odd = 0
-
-    def add(name: str, tensor: Tensor) -> None:
-        nonlocal total, odd
-        total += tensor.numel()
-        check_finite(name, tensor)
-        data = tensor.float().contiguous().numpy()
-        kind = pick_kind(dtype, data)
-        odd += tensor.numel() if dtype == "q8_0" and kind == "f16" else 0
-        if kind == "f16" and np.abs(data).max(initial=0) > 65504:
-            raise InputError(f"tensor {name} exceeds the range of f16; use --dtype bf16 or f32")
-        if kind in ("f32", "f16"):
-            writer.add_tensor(name, data.astype(np.float16 if kind == "f16" else np.float32))
-        else:
-            raw = {"bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}[kind]
-            writer.add_tensor(name, gguf.quantize(data, raw), raw_dtype=raw)
-
+    tensors = Tensors(writer, gguf, dtype)
     try:
         write_metadata(writer, gguf, source, sketches, architecture, context, rope, dtype)
         tokenizer, left_out = write_vocabulary(writer, source.folder, source.config, vocabulary)
-        embedding = outside["model.embed_tokens.weight"]
-        add("token_embd.weight", embedding)
-        add("output_norm.weight", outside["model.norm.weight"])
-        if not tied:
-            add("output.weight", outside["lm_head.weight"])
-        elif architecture == "mimo2":
-            add("output.weight", embedding)
-        if architecture in NEIGHBOURS and not rope.plain:
-            add("rope_freqs.weight", rope.factors)
-        slot = 0
-        for i in range(source.n_blocks):
-            for plain in split_slots(plain_block(source, i)):
-                for name, tensor in block_tensors(plain, slot, sketches, architecture, rope):
-                    add(f"blk.{slot}.{name}", tensor)
-                slot += 1
+        for name, tensor in list_tensors(source, sketches, architecture, rope):
+            tensors.add(name, tensor)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -116,78 +85,59 @@ def export_gguf(
         writer.close()
         partial.unlink(missing_ok=True)
         raise
-    stored = source.count()
+    total, stored = tensors.total, source.count()
     notes = describe_cost(total - stored, sum(s.extra for s in sketches), architecture, reasons) + notes + left_out
-    if odd:
+    if tensors.odd:
         cure = "" if source.config.hidden_size % 32 else "; compress with --round-to 32"
-        notes.append(f"stored as f16, not q8_0: {odd:,} of {total:,} numbers, in rows that are no multiple of 32{cure}")
+        odd = f"{tensors.odd:,} of {total:,} numbers, in rows that are no multiple of 32"
+        notes.append(f"stored as f16, not q8_0: {odd}{cure}")
     return Written("gguf", str(target), architecture, dtype, total, stored, target.stat().st_size, tokenizer, notes)
 
 
-@dataclass(frozen=True)
-class Sketch:
-    """What choosing an architecture needs to know about one block."""
+@dataclass
+class Tensors:
+    """Puts tensors into a file in its type. `total` numbers so far, `odd` of them in f16 because q8_0 cannot hold them."""
 
-    heads: int
-    kv_heads: int
-    qk: int
-    hidden: int
-    attention: str
-    mlp: str
-    v: int
-    width: int
-    biases: frozenset[str]
-    extra: int
-    numbers: int  # in its tensors
+    writer: Any
+    gguf: Any
+    dtype: str
+    total: int = 0
+    odd: int = 0
 
-
-def sketch(plain: Plain) -> Sketch:
-    s, t = plain.shape, plain.tensors
-    biases = frozenset(n.removesuffix(".bias") for n in t if n.endswith(".bias"))
-    numbers = sum(x.numel() for x in t.values())
-    return Sketch(
-        s.heads,
-        s.kv_heads,
-        s.qk,
-        s.hidden,
-        plain.attention,
-        plain.mlp,
-        plain.v,
-        plain.width,
-        biases,
-        plain.extra,
-        numbers,
-    )
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.total += tensor.numel()
+        check_finite(name, tensor)
+        data = tensor.float().contiguous().numpy()
+        kind = pick_kind(self.dtype, data)
+        self.odd += tensor.numel() if self.dtype == "q8_0" and kind == "f16" else 0
+        if kind == "f16" and np.abs(data).max(initial=0) > 65504:
+            raise InputError(f"tensor {name} exceeds the range of f16; use --dtype bf16 or f32")
+        if kind in ("f32", "f16"):
+            self.writer.add_tensor(name, data.astype(np.float16 if kind == "f16" else np.float32))
+        else:
+            types = self.gguf.GGMLQuantizationType
+            raw = {"bf16": types.BF16, "q8_0": types.Q8_0}[kind]
+            self.writer.add_tensor(name, self.gguf.quantize(data, raw), raw_dtype=raw)
 
 
-@dataclass(frozen=True)
-class Rope:
-    """Rotary frequencies as the model uses them: `factors` (d/2,) = base^(−2j/d) / frequency; 1e30 for no rotation."""
-
-    base: float
-    width: int  # rotated channels
-    head: int
-    factors: Tensor
-
-    @property
-    def plain(self) -> bool:
-        return self.width == self.head and bool((self.factors == 1).all())
-
-
-def read_rope(source: FolderSource) -> Rope:
-    rotary = source.model.base_model.rotary_emb
-    parameters = getattr(source.config, "rope_parameters", None) or {}
-    if reason := refuse_rotary(source.config, rotary):
-        raise InputError(reason)
-    shape = source.shape(0)
-    base, width = float(parameters["rope_theta"]), shape.rotary
-    used = rotary.inv_freq.double()
-    if len(used) != width // 2:
-        raise InputError(f"rotary table has {len(used)} frequencies, expected {width // 2}")
-    factors = torch.full((shape.qk // 2,), 1e30, dtype=torch.float64)
-    factors[: width // 2] = base ** (-torch.arange(0, width, 2).double() / shape.qk) / used
-    factors[(factors - 1).abs() < 1e-5] = 1.0
-    return Rope(base, width, shape.qk, factors.float())
+def list_tensors(
+    source: FolderSource, sketches: list[Sketch], architecture: str, rope: Rope
+) -> Iterator[tuple[str, Tensor]]:
+    """GGUF names and tensors of the whole model, one block at a time."""
+    outside = source.outside()
+    embedding = outside["model.embed_tokens.weight"]
+    yield "token_embd.weight", embedding
+    yield "output_norm.weight", outside["model.norm.weight"]
+    if not source.config.tie_word_embeddings:
+        yield "output.weight", outside["lm_head.weight"]
+    elif architecture == "mimo2":
+        yield "output.weight", embedding
+    if architecture in NEIGHBOURS and not rope.plain:
+        yield "rope_freqs.weight", rope.factors
+    slots = (plain for i in range(source.n_blocks) for plain in split_slots(plain_block(source, i)))
+    for slot, plain in enumerate(slots):
+        for name, tensor in block_tensors(plain, slot, sketches, architecture, rope):
+            yield f"blk.{slot}.{name}", tensor
 
 
 def context_length(source: FolderSource) -> tuple[int, list[str]]:
@@ -222,82 +172,6 @@ def split_slots(plain: Plain) -> list[Plain]:
     if plain.mlp != "none":
         slots.append(replace(plain, attention="none", tensors=rest, extra=0))
     return slots
-
-
-def choose(
-    source: FolderSource, sketches: list[Sketch], tied: bool, rope: Rope, forced: str | None
-) -> tuple[str, dict[str, str]]:
-    """The architecture with the fewest weights, and why the others were refused."""
-    kind = source.family.model_type
-    candidates = [*GRAPHS[kind], "deci", "mimo2"]
-    if forced is not None and forced not in candidates:
-        raise InputError(f"{kind} can be written as {', '.join(candidates)}; got {forced!r}")
-    costs: dict[str, int] = {}
-    reasons: dict[str, str] = {}
-    for name in candidates:
-        reason = refuse(name, source, sketches, rope)
-        if reason:
-            reasons[name] = reason
-            continue
-        costs[name] = sum(padded(s, sketches, name) for s in sketches)
-        costs[name] += source.config.vocab_size * source.config.hidden_size if tied and name == "mimo2" else 0
-    if forced is not None:
-        if forced in reasons:
-            raise InputError(f"{forced} cannot hold this model: {reasons[forced]}")
-        return forced, {}
-    if not costs:
-        raise InputError(
-            "no architecture of llama.cpp holds this model: " + "; ".join(f"{a}: {r}" for a, r in reasons.items())
-        )
-    best = min(costs, key=costs.__getitem__)  # the first of equals
-    return best, {a: r for a, r in reasons.items() if candidates.index(a) < candidates.index(best)}
-
-
-def refuse(architecture: str, source: FolderSource, sketches: list[Sketch], rope: Rope) -> str | None:
-    """Why an architecture cannot compute these blocks exactly, or None."""
-    linear = [i for i, s in enumerate(sketches) if s.attention == "linear"]
-    mlp_linear = [i for i, s in enumerate(sketches) if s.mlp == "linear"]
-    biases = frozenset().union(*(s.biases for s in sketches))
-    first = sketches[0]
-    if architecture != "deci" and linear:
-        return f"block {linear[0]} has a linear map for its attention"
-    if mlp_linear and architecture not in ("llama", "deci"):
-        return f"block {mlp_linear[0]} has a linear map for its MLP, which needs biases in the MLP"
-    if source.family.qk_norm and architecture != "qwen3":
-        return "it has no norms of queries and keys"
-    if architecture not in NEIGHBOURS and not rope.plain:
-        return "it has no frequency factors for this rotary scaling"
-    allowed = {
-        "llama": set("qkvo") | {"gate", "up", "down"},
-        "deci": set("qkvo") | {"gate", "up", "down"},
-        "qwen2": set("qkv"),
-    }.get(architecture, set())
-    if biases - allowed:
-        return f"it has no bias for {sorted(biases - allowed)[0]}"
-    if architecture == "qwen2" and (first.heads * first.qk != first.hidden or not set("qkv") <= biases):
-        return "it needs heads × head size = hidden size and biases of q, k and v"
-    if architecture == "mimo2" and all(s.v in (0, s.qk) for s in sketches):
-        return "no block has fewer value dimensions"
-    return None
-
-
-def padded(s: Sketch, sketches: list[Sketch], architecture: str) -> int:
-    """Numbers in a block after filling it up."""
-    v, width, attention = targets(s, sketches, architecture)
-    was = s.hidden * (s.v * (s.heads + s.kv_heads) + s.qk * (s.heads + s.kv_heads) if s.attention == "full" else 0)
-    now = s.hidden * (v + s.qk) * (s.heads + s.kv_heads) if attention == "full" else 0
-    matrices = 3 if s.mlp != "linear" else 2
-    return s.numbers + now - was + s.hidden * (3 * width - matrices * s.width)
-
-
-def targets(s: Sketch, sketches: list[Sketch], architecture: str) -> tuple[int, int, str]:
-    """(value dimensions, MLP width, attention kind) that a block gets in an architecture."""
-    width = s.width if architecture == "deci" else max(x.width for x in sketches)
-    v = max(x.v for x in sketches) if architecture == "mimo2" else s.qk
-    attention = s.attention
-    if attention == "none" and (architecture != "deci" or s is sketches[0]):  # block 0 tells deci the head size
-        attention = "full"
-    return v, max(width, ZERO_WIDTH if s.mlp == "none" else 0), attention
 
 
 def block_tensors(

@@ -165,7 +165,7 @@ class Vllm:
             max_model_len=context,
             enforce_eager=True,
             max_logprobs=-1,
-            kv_cache_memory_bytes=2**30 * -(-context // 256),  # not nine tenths of the machine, as it takes unless told
+            kv_cache_memory_bytes=2**30 * -(-context // 256),  # its default is nine tenths of the memory
             seed=0,
         )
 
@@ -211,6 +211,56 @@ def verify(
     if file is not None and target not in ("gguf", "onnx"):
         raise InputError(f"verify --target {target} runs the folder itself; --file is for gguf and onnx")
     path = find_folder(folder)
+    vocabulary, longest = read_sizes(path, target, dense_reference)
+    context = min(longest, prompt_len + new_tokens)
+    new_tokens = min(new_tokens, context // 2)
+    ids = torch.randint(vocabulary, (context - new_tokens,), generator=torch.Generator().manual_seed(seed))
+    other = path if dense_reference is None else find_folder(dense_reference)
+    # transformers first: vLLM replaces parts of it in this process
+    want = run(Transformers(load(other, dtype=torch.float32), load_tokenizer(other)), ids, new_tokens)
+    with tempfile.TemporaryDirectory() as scratch:
+        runner, name = open_target(path, target, file, context, Path(scratch))
+        got = run(runner, ids, new_tokens)
+        usual = getattr(runner, "tolerance", TOLERANCES[target])
+        del runner
+    differences = measure_differences(target, got.logits, want.logits)
+    equal = next((n for n, (a, b) in enumerate(zip(got.greedy, want.greedy)) if a != b), new_tokens)
+    same = None if got.probe is None or want.probe is None else list(got.probe) == list(want.probe)
+    used = usual if tolerance is None else tolerance
+    return Comparison(target, name, len(ids), *differences, new_tokens, equal, same, used)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of ids: logits (tokens, vocabulary), the greedy tokens after them; and the ids of `PROBE`."""
+
+    logits: Tensor
+    greedy: list[int]
+    probe: list[int] | None
+
+
+def run(runner: Runner, ids: Tensor, new_tokens: int) -> Answers:
+    logits, greedy, probe = runner.logits(ids), runner.greedy(ids, new_tokens), None
+    with suppress(InputError):
+        probe = runner.encode(PROBE)
+    return Answers(logits, greedy, probe)
+
+
+def measure_differences(target: str, got: Tensor, want: Tensor) -> tuple[float, float, float]:
+    """(Largest and mean |difference| of one logit, largest |logit| wanted); of vLLM's log-probabilities those it reports."""
+    if got.shape != want.shape:
+        raise InputError(f"{target} gives logits of shape {tuple(got.shape)}, transformers {tuple(want.shape)}")
+    if target == "vllm":
+        want = want.log_softmax(-1)
+    difference = (got - want).abs()
+    difference = difference[~difference.isnan()] if target == "vllm" else difference
+    if not torch.isfinite(difference).all():
+        raise InputError(f"{target} computes logits that are not finite")
+    return float(difference.max()), float(difference.mean()), float(want.abs().max())
+
+
+def read_sizes(path: Path, target: str, dense_reference: str | Path | None) -> tuple[int, int]:
+    """(Vocabulary, positions) of a folder as the target runs it; refuses one with nothing to compare with."""
     carrier = read_carrier(path)
     if carrier == "deci" and (target != "vllm" or dense_reference is None):
         raise InputError(
@@ -220,44 +270,7 @@ def verify(
     longest = config.max_position_embeddings
     if target == "gguf":
         longest = min(longest, getattr(config, "sliding_window", None) or longest)
-    context = min(longest, prompt_len + new_tokens)
-    new_tokens = min(new_tokens, context // 2)
-    prompt_len = context - new_tokens
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(config.vocab_size, (prompt_len,), generator=generator)
-    reference_folder = path if dense_reference is None else find_folder(dense_reference)
-    # transformers first: vLLM replaces parts of it in this process
-    reference = Transformers(load(reference_folder, dtype=torch.float32), load_tokenizer(reference_folder))
-    want, want_greedy, want_ids = reference.logits(ids), reference.greedy(ids, new_tokens), reference.encode(PROBE)
-    del reference
-    with tempfile.TemporaryDirectory() as scratch:
-        runner, name = open_target(path, target, file, context, Path(scratch))
-        got, got_greedy, got_ids = runner.logits(ids), runner.greedy(ids, new_tokens), None
-        with suppress(InputError):
-            got_ids = runner.encode(PROBE)
-        usual = getattr(runner, "tolerance", TOLERANCES[target])
-        del runner
-    if got.shape != want.shape:
-        raise InputError(f"{target} gives logits of shape {tuple(got.shape)}, transformers {tuple(want.shape)}")
-    if target == "vllm":
-        want = want.log_softmax(-1)
-    difference = (got - want).abs()
-    difference = difference[~difference.isnan()] if target == "vllm" else difference
-    if not torch.isfinite(difference).all():
-        raise InputError(f"{target} computes logits that are not finite")
-    equal = next((n for n, (a, b) in enumerate(zip(got_greedy, want_greedy)) if a != b), new_tokens)
-    return Comparison(
-        target,
-        name,
-        len(ids),
-        float(difference.max()),
-        float(difference.mean()),
-        float(want.abs().max()),
-        new_tokens,
-        equal,
-        None if got_ids is None or want_ids is None else list(got_ids) == list(want_ids),
-        usual if tolerance is None else tolerance,
-    )
+    return config.vocab_size, longest
 
 
 def read_carrier(path: Path) -> str | None:

@@ -82,6 +82,14 @@ def find_family(config) -> Family:
             f"{kind} with attn_config.clip_qkv={config.attn_config.clip_qkv:g} is not supported: "
             "clipped queries, keys and values cannot be reduced linearly"
         )
+    if clip := read_declared(config, "clip_qkv"):
+        raise InputError(
+            f"{kind} with clip_qkv={clip:g} is not supported: clipped queries, keys and values are not linear"
+        )
+    if read_declared(config, "qk_layernorm"):
+        raise InputError(f"{kind} with qk_layernorm=true is not supported: every head has a norm of its own")
+    if kind == "stablelm" and read_declared(config, "use_parallel_residual"):
+        raise InputError(f"{kind} with use_parallel_residual=true is not supported: one norm serves both submodules")
     if read_declared(config, "do_layer_norm_before") is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
     return family

@@ -88,7 +88,7 @@ def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
         intermediate=get_linear(block, family, "down").in_features if layout.has("mlp") else 0,
         rotary=rotary_width(attention, family) if heads else 0,
         gated=family.gated,
-        qk_norm=family.qk_norm,
+        qk_norm=bool(family.qk_norm),
         parallel=layout.parallel,
         blocks=len(blocks),
         experts=read_experts(block, family, config, experts) if experts else None,

@@ -17,7 +17,7 @@ from planish.methods.method import Method
 from planish.plan.budgets import Budget, make_budget
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.refit import fit_unit, refit_and_repair, refit_jointly
+from planish.plan.refit import fit_unit, fit_units, refit_and_repair, refit_jointly
 from planish.plan.removal import (
     check_foldable,
     count_removed,
@@ -38,6 +38,9 @@ Fits = dict[Unit, list[Edit]]
 Fit = Literal["auto", "once", "joint", "sequential", "compensated"]
 SMALLER = "choose smaller ranks (--set attention_rank=…, ffn_rank=…)"
 TRIED: tuple[Fit, ...] = ("once", "sequential", "compensated")  # by "auto"
+PREFIXES: dict[Fit, str] = {
+    "once": "dense", "joint": "dense", "sequential": "compressed", "compensated": "both", "auto": "both",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class SubFit(Method):
     def prefix(self) -> str:  # type: ignore[override]
         if self.repair:
             return "dense"  # the plan works out every edit itself
-        return {"once": "dense", "joint": "dense", "sequential": "compressed"}.get(self.fit, "both")
+        return PREFIXES[self.fit]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -126,7 +129,7 @@ class SubFit(Method):
 
     def refit_solver(self) -> Bypass:
         """With which the chosen ones are fitted at last."""
-        return replace(self.solver(), target="gap") if self.fit in ("auto", "compensated") else self.solver()
+        return replace(self.solver(), target=find_target(self.fit))
 
     def solvers(self) -> list[Solver]:
         return [self.refit_solver()]
@@ -142,12 +145,12 @@ class SubFit(Method):
         planned = remove(planned, problem, found.removed, self.sparsity)
         fit, edits = self.fit, found.edits
         if fit == "auto":
-            losses = self.try_fits(problem, measure, planned, edits) if found.removed else {}
+            losses = try_fits(problem, measure, planned, edits) if found.removed else {}
             fit = min(TRIED, key=lambda fit: losses[fit]) if losses else "once"
             if losses:
-                problem = replace(problem, units=self.aim(problem.units, fit))
+                problem = replace(problem, units=aim(problem.units, fit))
                 planned = replace(planned, solvers=problem.units, notes={**planned.notes, "fit_losses": losses})
-            planned = replace(planned, prefix=replace(self, fit=fit).prefix, settings={"fit": fit})
+            planned = replace(planned, prefix="dense" if self.repair else PREFIXES[fit], settings={"fit": fit})
         if fit == "joint":
             edits = refit_jointly(problem, measure, edits)
         if self.repair:
@@ -186,7 +189,7 @@ class SubFit(Method):
         problem = replace(problem, units=dict.fromkeys(problem.units, replace(full, ffn_rank=full.attention_rank)))
         for u in problem.units:
             saving(problem, [u], advice=SMALLER)  # refuses a bypass that saves nothing
-        budgets = self.budgets(problem, measure)
+        budgets = find_budgets(problem, measure, self.sparsity)
         need = torch.tensor([b.total - b.limit for b in budgets], dtype=torch.float64)
         saved = {u: count_saved(problem, budgets, [u]) for u in problem.units}
         spared = max((u for u in saved if u.name == "attention"), key=lambda u: float(saved[u][0]), default=None)
@@ -194,7 +197,7 @@ class SubFit(Method):
         for b, most_of in zip(budgets, most.tolist(), strict=True):
             if most_of < b.total - b.limit:
                 raise b.refuse("subfit", b.total - most_of)
-        fits = self.fit_all(problem, measure, list(problem.units))
+        fits = fit_units(problem, measure, list(problem.units))
 
         def able(others: list[Unit], gone: Unit | None = None) -> list[Unit]:
             """What may go besides `others`; instead of `gone`, if given: then the budget must be met."""
@@ -209,33 +212,10 @@ class SubFit(Method):
             removed, losses = search_by_weight(few, trials, saved, need, able)
         notes = {"search": {str(u): loss for u, loss in zip(removed, losses, strict=True)}}
         removed, swaps = self.swap(measure, removed, fits, able)
-        problem = self.raise_ranks(problem, budgets, removed, need)
-        fits = self.fit_all(problem, measure, removed)
-        units = self.aim(problem.units, self.fit)
+        problem = raise_ranks(problem, budgets, removed, need, full)
+        fits = fit_units(problem, measure, removed)
+        units = aim(problem.units, self.fit)
         return Choice(removed, merge(*({u.block: f} for u, f in fits.items())), units, notes | swaps)
-
-    def budgets(self, problem: Problem, measure: Measurements) -> Sequence[Budget]:
-        """What the free choice has to meet: of a sparsity, as many weights as that share of whole blocks."""
-        if self.sparsity is None:
-            return problem.budgets
-        share = round_half_up(self.sparsity * len(problem.shapes)) / len(problem.shapes)
-        return [make_budget("keep", 1 - share, measure.stream.source, problem.shapes, problem.context)]
-
-    def raise_ranks(self, problem: Problem, budgets: Sequence[Budget], removed: list[Unit], need: Tensor) -> Problem:
-        """The replaced units at the largest common rank at which what they save still meets the budgets."""
-        width = problem.shapes[0].hidden
-
-        def at(rank: int) -> Problem:
-            units = dict(problem.units)
-            for u in removed:
-                least = self.solver().inner_rank(Unit(u.block, "attention"), problem.shapes[u.block])
-                share = max(rank, least) / width
-                units[u] = replace(self.solver(), attention_rank=share, ffn_rank=share)
-            return replace(problem, units=units)
-
-        limit = self.solver().inner_rank(Unit(0, "ffn"), problem.shapes[0])
-        falling = (p for r in range(limit, 0, -1) if (count_saved(p := at(r), budgets, removed) >= need).all())
-        return next(falling, at(0))
 
     def swap(
         self, measure: Measurements, removed: list[Unit], fits: Fits, able: Callable[[list[Unit], Unit], list[Unit]]
@@ -257,35 +237,6 @@ class SubFit(Method):
                 made[made.index(gone)] = new
                 trace.append((str(gone), str(new), losses[gone, new]))
         return made, {"swaps": trace} if trace else {}
-
-    def fit_all(self, problem: Problem, measure: Measurements, units: list[Unit]) -> Fits:
-        """The units' bypasses, each by its own solver, from the uncompressed model's statistics."""
-        fits: Fits = {}
-        taps = {
-            s.block: [t for u in units if u.block == s.block for t in self.solver().taps(u, s)] for s in measure.shapes
-        }
-        for i, _, stats in measure.forward(lambda shape: taps[shape.block]):
-            fits |= {u: fit_unit(problem.units[u], u, stats, problem.shapes[i]) for u in units if u.block == i}
-        return fits
-
-    def aim(self, units: Mapping[Unit, Solver], fit: Fit) -> dict[Unit, Solver]:
-        """The same bypasses with the target that this way of fitting has."""
-        target = replace(self, fit=fit).refit_solver().target
-        return {u: replace(s, target=target) if isinstance(s, Bypass) else s for u, s in units.items()}
-
-    def try_fits(
-        self, problem: Problem, measure: Measurements, planned: Planned, edits: dict[int, list[Edit]]
-    ) -> dict[Fit, float]:
-        """Loss on the calibration windows by each way of fitting."""
-        losses: dict[Fit, float] = {}
-        for n, fit in enumerate(TRIED):
-            prefix = replace(self, fit=fit, repair=False).prefix
-            own = replace(
-                planned, solvers=self.aim(problem.units, fit), prefix=prefix, edits=edits if fit == "once" else {}
-            )
-            hidden = solve(problem, measure, own, lambda *block: None, trial=f"fit {n + 1}/{len(TRIED)}")
-            losses[fit] = nll(measure.stream, hidden)
-        return losses
 
     def score(
         self, measure: Measurements, kind: str, edits: Mapping[int, list[Edit]], n: int
@@ -359,6 +310,59 @@ class Choice:
     units: Mapping[Unit, Solver]
     notes: dict[str, Any]
     remarks: dict[str, str] = field(default_factory=dict)
+
+
+def find_target(fit: Fit) -> Literal["own", "gap"]:
+    """What bypasses are fitted to at last: the submodule's own contribution, or what is missing to the uncompressed model."""
+    return "gap" if fit in ("auto", "compensated") else "own"
+
+
+def aim(units: Mapping[Unit, Solver], fit: Fit) -> dict[Unit, Solver]:
+    """The same bypasses with the target that this way of fitting has."""
+    return {u: replace(s, target=find_target(fit)) if isinstance(s, Bypass) else s for u, s in units.items()}
+
+
+def try_fits(
+    problem: Problem, measure: Measurements, planned: Planned, edits: dict[int, list[Edit]]
+) -> dict[Fit, float]:
+    """Loss on the calibration windows by each way of fitting; `edits`: the bypasses fitted once."""
+    losses: dict[Fit, float] = {}
+    for n, fit in enumerate(TRIED):
+        first = edits if fit == "once" else {}
+        own = replace(planned, solvers=aim(problem.units, fit), prefix=PREFIXES[fit], edits=first)
+        hidden = solve(problem, measure, own, lambda *block: None, trial=f"fit {n + 1}/{len(TRIED)}")
+        losses[fit] = nll(measure.stream, hidden)
+    return losses
+
+
+def find_budgets(problem: Problem, measure: Measurements, sparsity: float | None) -> Sequence[Budget]:
+    """What the free choice has to meet: of a sparsity, as many weights as that share of whole blocks."""
+    if sparsity is None:
+        return problem.budgets
+    share = round_half_up(sparsity * len(problem.shapes)) / len(problem.shapes)
+    return [make_budget("keep", 1 - share, measure.stream.source, problem.shapes, problem.context)]
+
+
+def raise_ranks(
+    problem: Problem, budgets: Sequence[Budget], removed: list[Unit], need: Tensor, solver: Bypass
+) -> Problem:
+    """The replaced units at the largest common rank at which what they save still meets the budgets.
+
+    No rank is below that of `solver` for attentions, nor above that for feed-forwards.
+    """
+    width = problem.shapes[0].hidden
+
+    def at(rank: int) -> Problem:
+        units = dict(problem.units)
+        for u in removed:
+            least = solver.inner_rank(Unit(u.block, "attention"), problem.shapes[u.block])
+            share = max(rank, least) / width
+            units[u] = replace(solver, attention_rank=share, ffn_rank=share)
+        return replace(problem, units=units)
+
+    limit = solver.inner_rank(Unit(0, "ffn"), problem.shapes[0])
+    falling = (p for r in range(limit, 0, -1) if (count_saved(p := at(r), budgets, removed) >= need).all())
+    return next(falling, at(0))
 
 
 def count_saved(problem: Problem, budgets: Sequence[Budget], units: list[Unit]) -> Tensor:

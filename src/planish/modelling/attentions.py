@@ -45,8 +45,10 @@ class Attention(nn.Module):
             window = getattr(config, "sliding_window", None)
         self.sliding_window = window
         self.softcap = getattr(stock, "attn_logit_softcapping", None) if family.softcap else None
-        self.rotary = family.rotary
-        self.q_norm, self.k_norm = getattr(stock, "q_norm", None), getattr(stock, "k_norm", None)
+        self.rotary, self.training = family.rotary, stock.training
+        self.qk_norm, self.norms = family.qk_norm, family.norms
+        for name in self.norms if self.qk_norm else ():
+            setattr(self, name, getattr(stock, name))
         if pairs:
             device = next(stock.parameters()).device
             self.register_buffer("pairs", torch.zeros(kv_heads, pairs, dtype=torch.int32, device=device))
@@ -65,14 +67,14 @@ class Attention(nn.Module):
         **kwargs,
     ):
         shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, self.kv_heads, -1, self.qk)
-        key = self.k_proj(hidden_states).view(*shape, self.kv_heads, 1, self.qk)
+        query, key = self.normalise("width", self.q_proj(hidden_states), self.k_proj(hidden_states))
+        query, key = query.view(*shape, self.kv_heads, -1, self.qk), key.view(*shape, self.kv_heads, 1, self.qk)
         value = self.v_proj(hidden_states).contiguous().view(*shape, -1, self.v).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = self.normalise("head", query, key)
         if self.rotary and position_embeddings is not None:
             cos, sin = self.turn(position_embeddings)
             query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+        query, key = self.normalise("rotated", query, key)
         query, key = query.flatten(2, 3).transpose(1, 2), key.squeeze(3).transpose(1, 2)
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
@@ -88,6 +90,13 @@ class Attention(nn.Module):
         if value.shape[-1] > self.v:
             output = output[..., : self.v]
         return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+
+    def normalise(self, kind: str, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Through their norms, if the family's are of this kind: "width" sees (..., heads · qk), the others (..., qk)."""
+        if self.qk_norm != kind:
+            return query, key
+        q_norm, k_norm = (getattr(self, name) for name in self.norms)
+        return q_norm(query), k_norm(key)
 
     def turn(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """cos and sin (batch, tokens, kv_heads or 1, 1, pairs) of the pairs that every kv group has."""
@@ -157,8 +166,10 @@ class Latent(Attention):
                 raise NotImplementedError("attention on latent keys needs a cache that grows, such as DynamicCache")
             latent, value = cache.update(latent, value, self.layer_idx)
         key = (latent @ self.U.mT).unflatten(-1, (-1, self.qk)).transpose(2, 3).flatten(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+        if self.qk_norm == "width":
+            query, key = self.normalise("width", *(x.transpose(1, 2).flatten(2) for x in (query, key)))
+            query, key = (x.unflatten(-1, (-1, self.qk)).transpose(1, 2) for x in (query, key))
+        query, key = self.normalise("head", query, key)
         if self.tables is not None:
             layer = None if cache is None else cache.layers[self.layer_idx]
             at = find_positions(layer, kwargs.get("position_ids"), shape[1], key)
@@ -166,6 +177,7 @@ class Latent(Attention):
             cos, sin = (t[:, None, :, : t.shape[-1] // 2] for t in self.tables(value, at, *kind))
             key = rotate_pairs(key, cos, sin)
             query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
+        query, key = self.normalise("rotated", query, key)
         # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)

@@ -74,7 +74,10 @@ class Family:
     attention_post_norm: str | None = None  # applied to the contribution before it is added
     mlp_post_norm: str | None = None
     factor: str = ""  # the block's own name of what a contribution is multiplied by before it is added
-    qk_norm: bool = False
+    qk_norm: str = (
+        ""  # of queries and keys: per "head", per head once it is "rotated", or over the "width" of all heads
+    )
+    norms: tuple[str, str] = ("q_norm", "k_norm")  # the attention's names of those norms
     rotary: bool = True
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
@@ -110,13 +113,14 @@ class Family:
 
 _ATTENTION = {r: f"self_attn.{r}_proj" for r in "qkvo"}
 _GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+_PLAIN = {r: _GATED[r] for r in ("up", "down")}
 
 
 def _classes(stem: str, config: str = "Config") -> tuple[str, str, str]:
     return f"{stem}{config}", f"{stem}Model", f"{stem}ForCausalLM"
 
 
-def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: bool = False) -> Family:
+def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: str = "") -> Family:
     """A family that normalises what each submodule adds as well as what it reads."""
     return Family(
         model_type,
@@ -131,14 +135,44 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: bool = Fa
     )
 
 
+def _post_norm(model_type: str, classes: tuple[str, str, str], window: bool = False) -> Family:
+    """A family that normalises what each submodule adds, not what it reads."""
+    return Family(
+        model_type,
+        classes,
+        _ATTENTION | _GATED,
+        attention_norm=None,
+        attention_post_norm="post_attention_layernorm",
+        mlp_norm=None,
+        mlp_post_norm="post_feedforward_layernorm",
+        qk_norm="width",
+        window=window,
+    )
+
+
 _ROWS = (
     Family("llama", _classes("Llama"), _ATTENTION | _GATED),
-    Family("arcee", _classes("Arcee"), _ATTENTION | {r: _GATED[r] for r in ("up", "down")}),
+    Family("arcee", _classes("Arcee"), _ATTENTION | _PLAIN),
     Family("granite", _classes("Granite"), _ATTENTION | _GATED, factor="residual_multiplier"),
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
-    Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm=True, window=True),
-    Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm=True, window=True, experts=ExpertsRow()),
+    Family("seed_oss", _classes("SeedOss"), _ATTENTION | _GATED),
+    Family("gemma", _classes("Gemma"), _ATTENTION | _GATED),
+    Family(
+        "hunyuan_v1_dense",
+        _classes("HunYuanDenseV1"),
+        _ATTENTION | _GATED,
+        qk_norm="rotated",
+        norms=("query_layernorm", "key_layernorm"),
+    ),
+    _post_norm("olmo2", _classes("Olmo2")),
+    _post_norm("olmo3", _classes("Olmo3"), window=True),
+    Family("olmo", _classes("Olmo"), _ATTENTION | _GATED),
+    Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True),
+    Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN),
+    Family("starcoder2", _classes("Starcoder2"), _ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True),
+    Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm="head", window=True),
+    Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm="head", window=True, experts=ExpertsRow()),
     Family(
         "phi3",
         _classes("Phi3"),
@@ -147,7 +181,7 @@ _ROWS = (
         window=True,
     ),
     _sandwich("gemma2", _classes("Gemma2")),
-    _sandwich("gemma3_text", ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"), qk_norm=True),
+    _sandwich("gemma3_text", ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"), qk_norm="head"),
     Family(
         "opt",
         _classes("OPT"),

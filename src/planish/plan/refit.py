@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -14,6 +14,15 @@ from planish.plan.problem import Problem
 from planish.solvers.moments import Moments
 from planish.solvers.window import down_edit, fit_correction
 from planish.stats import Stats, Tap
+
+
+def fit_units(problem: Problem, measure: Measurements, units: Sequence[Unit]) -> dict[Unit, list[Edit]]:
+    """The units' bypasses, each by its own solver, from the uncompressed model's statistics."""
+    fits: dict[Unit, list[Edit]] = {}
+    own = {s.block: [u for u in units if u.block == s.block] for s in problem.shapes}
+    for i, _, stats in measure.forward(lambda shape: problem.taps(own[shape.block])):
+        fits |= {u: fit_unit(problem.units[u], u, stats, problem.shapes[i]) for u in own[i]}
+    return fits
 
 
 def refit_jointly(problem: Problem, measure: Measurements, edits: Mapping[int, list[Edit]]) -> dict[int, list[Edit]]:

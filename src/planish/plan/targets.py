@@ -141,7 +141,7 @@ def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
     if family.qk_norm:  # deci, the one graph with blocks of several shapes, has none either
         refuses |= dict.fromkeys((Need.LINEAR_ATTENTION, Need.LINEAR_MLP), _NO_GRAPH)
         uniform = ("mlp",)
-    return replace(target, refuses=refuses, uniform=uniform, whole=family.qk_norm)
+    return replace(target, refuses=refuses, uniform=uniform, whole=bool(family.qk_norm))
 
 
 NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons"}
