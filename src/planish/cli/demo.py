@@ -33,7 +33,7 @@ def demo(
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="SOURCE", help="chat models: text to compress with", show_default="the model's own answers"
+            metavar="SOURCE", help="chat models: text to compress with", show_default="its own answers, Python source"
         ),
     ] = None,
     eval_text: Annotated[
@@ -44,7 +44,7 @@ def demo(
     ] = None,
     keep: Annotated[
         float | None,
-        typer.Option(min=0.1, max=1, help="chat models: share of the blocks' weights that stays", show_default="0.8"),
+        typer.Option(min=0.1, max=1, help="chat models: share of the blocks' weights that stays", show_default="0.9"),
     ] = None,
     as_json: o.JsonOption = False,
 ) -> None:
