@@ -112,19 +112,12 @@ def run_chat(
     """Compress a GGUF chat model ("smollm2" or a file), compare it with the dense one, write a page, a folder and GGUF files.
 
     `calibration`, `eval_text`: SOURCEs. Without the first half is the model's own answers to `ASKED`, sampled in llama.cpp
-    (text of the model's own: Williams, Chrysostomou and Aletras, Self-calibration for Language Model Quantization and
-    Pruning, NAACL 2025; the questions and the template around them are ours), half `builtin`. Without the second the text is Python's reference
-    manual. `quick`: a quarter of the text.
+    (calibrating on text of the model's own: Williams, Chrysostomou and Aletras, Self-calibration for Language Model
+    Quantization and Pruning, NAACL 2025; the questions and the template around them are ours), half `builtin`. Without the
+    second the text is Python's reference manual. `quick`: a quarter of the text.
     """
     start, stages, share = time.perf_counter(), dict[str, tuple[float, float]](), 4 if quick else 1
-    file = find_file(model)
-    tokenizer = load_tokenizer(file)
-    if tokenizer is None:
-        raise InputError(f"the demo asks a model questions, and {file.name} has no tokenizer")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create {output}: {error.strerror or error}") from None
+    file, tokenizer = open_chat(model, output)
     limit = load_config(file).max_position_embeddings
     seq_len, eval_len = min(SEQ_LEN, limit // 2), min(EVAL_LEN, limit // 2)
     held = load_tokens(eval_text or read_manual(), tokenizer, split="evaluation")
@@ -161,6 +154,19 @@ def run_chat(
     found.seconds = time.perf_counter() - start
     write_page(found, output)
     return found
+
+
+def open_chat(model: str, output: Path) -> tuple[Path, Any]:
+    """The model's file and its tokenizer; the folder for what is written is there afterwards."""
+    file = find_file(model)
+    tokenizer = load_tokenizer(file)
+    if tokenizer is None:
+        raise InputError(f"the demo asks a model questions, and {file.name} has no tokenizer")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create {output}: {error.strerror or error}") from None
+    return file, tokenizer
 
 
 def find_file(model: str) -> Path:
