@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    tokens = load_tokens(args.text, AutoTokenizer.from_pretrained(args.model)).tokens.numpy()
+    tokens = load_tokens(args.text, AutoTokenizer.from_pretrained(args.model), bos="once").tokens.numpy()
     names = args.methods.split(",")
     turns: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as scratch:

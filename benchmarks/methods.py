@@ -85,7 +85,7 @@ def main() -> None:
             limit = args.windows * args.seq_len
             found = []
             for text in texts.values():
-                tokens = load_tokens(text, tokenizer, split="evaluation").tokens[:limit]
+                tokens = load_tokens(text, tokenizer, split="evaluation", bos="once").tokens[:limit]
                 found.append(planish.evaluate(model, tokens.numpy(), args.seq_len, tokenizer=tokenizer).perplexity)
             return found
 

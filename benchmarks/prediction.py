@@ -93,9 +93,9 @@ def main() -> None:
 
 def measure_plans(args: argparse.Namespace, text: dict, held: str, scratch: Path) -> list[tuple]:
     tokenizer, limit = AutoTokenizer.from_pretrained(args.model), args.windows * args.seq_len
-    tokens = load_tokens(text["calibration"], tokenizer).tokens
+    tokens = load_tokens(text["calibration"], tokenizer, bos="once").tokens
     own = sample_windows(tokens, args.n_samples, args.seq_len).flatten()[:limit].numpy()
-    other = load_tokens(held, tokenizer, split="evaluation").tokens[:limit].numpy()
+    other = load_tokens(held, tokenizer, split="evaluation", bos="once").tokens[:limit].numpy()
 
     def losses(folder: Path) -> list[float]:
         model = planish.load(folder, dtype="float32")

@@ -105,7 +105,7 @@ class Bench:
                 for s in ("calibration", "evaluation")
             )
         else:
-            text = load_tokens(args.text, tokenizer, vocab_size=vocabulary).tokens
+            text = load_tokens(args.text, tokenizer, vocab_size=vocabulary, bos="once").tokens
             self.fit, test = text[: -len(text) // 5], text[-len(text) // 5 :]
         self.test = test[: args.tokens]
         self.blocks, self.hidden = dense.config.num_hidden_layers, dense.config.hidden_size

@@ -138,7 +138,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated", "ignore:.*torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_what_is_no_plain_causal_model_is_refused(name, tmp_path):
     build, words = WRONG[name]
     model = build()

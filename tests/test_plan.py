@@ -11,17 +11,18 @@ from transformers import LlamaConfig
 
 import planish
 import tiny
-from planish import dry_run, rehearsal
 from planish.calibrate import stream
 from planish.calibrate.activations import Activations, MemoryLimits
-from planish.calibrate.stream import Stream
+from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import Awaited, Stream
 from planish.core import Shape
-from planish.dry_run import count_between, count_kept, count_passes, reach
+from planish.dry_run import memory, seconds
+from planish.dry_run.memory import count_kept, count_peaks
+from planish.dry_run.passes import Run, count_between, count_passes, reach
+from planish.dry_run.seconds import rehearse, shrink
 from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
-from planish.methods import find_method, list_methods
-from planish.predict import predict
-from planish.rehearsal import rehearse, shrink
+from planish.methods import find_method, list_methods, make_plan, pose
 from planish.request import Limits
 from planish.solve import solve
 from planish.stats import Tap
@@ -55,7 +56,7 @@ def test_statistics_need_weights(tmp_path):
 @pytest.mark.parametrize(("method", "settings"), [("a3", {}), ("flat-llm", {"allocation": "uniform"}), ("svd-llm", {})])
 def test_70b_fits_24_gb_and_64_gb(method, settings, tmp_path, monkeypatch):
     """Activations that stay on such a device included."""
-    monkeypatch.setattr(rehearsal, "WIDTH", 128)
+    monkeypatch.setattr(seconds, "WIDTH", 128)
     monkeypatch.setattr(stream, "find_device_limit", lambda device: 6_000_000_000)
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128_256}
     config = LlamaConfig(**sizes, num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=4096)
@@ -99,9 +100,8 @@ def test_passes_of_a_method(tmp_path):
         stream = Stream(MemorySource(tiny.build("llama_gqa")), tiny.windows(40, 24))
         job = pose_on(stream, find_method(method, settings), 0.7)
         planned = job.plan()
-        stages = planned.stages(job.problem.cut(planned.ranks, 0))
-        told = dry_run.Job(job.problem, job.measure, planned)
-        found[method] = [count_passes(told, 0, stages, (windows, 24))[0] for windows in (40, 340)]  # 1 and 4 batches
+        runs = [Run(job.problem, job.measure, planned, windows, 24) for windows in (40, 340)]  # 1 and 4 batches
+        found[method] = [count_passes(run, 0)[0] for run in runs]
     shape = job.problem.shapes[0]
     down = 1 - shape.count("down") / shape.count()
     up, o = (shape.count(*roles) / shape.count() for roles in ("qkvo", "qkv"))
@@ -110,7 +110,7 @@ def test_passes_of_a_method(tmp_path):
     neurons = shape.count("gate", "up") / shape.count()
     assert found["mpifa"] == pytest.approx([2 * once, 2 * (once - 3 * 3 / 4 * o - 3 / 4 * neurons)])
     stream.limits.limit = 2 * 340 * 24 * 4 * shape.intermediate  # what down reads fits twice, but nothing beside it
-    assert count_passes(told, 0, stages, (340, 24))[0] == pytest.approx(2 * (once - 3 * 3 / 4 * o))
+    assert count_passes(runs[1], 0)[0] == pytest.approx(2 * (once - 3 * 3 / 4 * o))
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2"])
@@ -143,12 +143,12 @@ def test_what_is_kept_of_all_blocks_is_predicted_to_the_byte(monkeypatch, tmp_pa
     windows = tiny.windows(40, 16)
     stream = Stream(open_source(tiny.build("llama_gqa")), windows, limits=MemoryLimits(folder=tmp_path, stored=0))
     job = pose_on(stream, find_method("auto", settings), asked=Limits(keep=0.8))
-    told = dry_run.Job(job.problem, job.measure, job.method.decide(job.problem, {}))
-    expected = count_kept(told, windows.numel())
+    run = Run(job.problem, job.measure, job.method.decide(job.problem, {}), *windows.shape)
+    expected = count_kept(run)
     job.plan()
     assert expected == (0, sum(spilled)) and spilled
     stream.limits.stored.limit = 100_000
-    assert count_kept(told, windows.numel()) == (100_000, sum(spilled) - 100_000)
+    assert count_kept(run) == (100_000, sum(spilled) - 100_000)
 
 
 def test_a_plan_that_cuts_nothing_needs_no_text(tmp_path):
@@ -157,6 +157,20 @@ def test_a_plan_that_cuts_nothing_needs_no_text(tmp_path):
     found = planish.forecast(folder, method="auto", keep=1, **more)
     assert found.keep == 1 and not found.needed_statistics
     assert found.peak_ram_bytes <= planish.forecast(folder, method="auto", keep=0.8, **more).peak_ram_bytes
+
+
+def test_an_awaited_text_is_read_once_and_only_to_measure():
+    read, source = [], MemorySource(tiny.build("llama_gqa"))
+
+    def make() -> Stream:
+        read.append(True)
+        return Stream(source, tiny.windows(4, 16))
+
+    measure = Measurements(Awaited(source, torch.device("cpu"), torch.float32, MemoryLimits(), make))
+    for method, times in (("svd-llm", 0), ("flat-llm", 1), ("shortgpt", 1)):
+        chosen = find_method(method)
+        make_plan(chosen, pose(chosen, source, Limits(keep=0.6), length=16), measure)
+        assert (len(read), measure.started) == (times, times > 0)
 
 
 @pytest.mark.parametrize("keep", [0.8, 0.5])
@@ -191,27 +205,44 @@ def test_what_lies_between_is_what_is_kept_while_a_block_is_solved(
     monkeypatch.setattr(Activations, "append", watch)
     solve(job.problem, job.measure, planned, lambda *args: None)
     shape, streams = job.problem.shapes[0], 2 if planned.prefix == "both" else 1
-    channels = 2 * streams * shape.hidden + max(
-        count_between(dry_run.Job(job.problem, job.measure, planned), s, tuple(windows.shape))
-        for s in job.problem.shapes
-    )
+    run = Run(job.problem, job.measure, planned, *windows.shape)
+    channels = 2 * streams * shape.hidden + max(count_between(run, s) for s in job.problem.shapes)
     assert peak == channels * windows.numel() * 4
 
 
-def test_what_the_shelf_does_not_hold_goes_to_disk():
-    shape = MemorySource(tiny.build("llama_gqa")).shape(0)
-    numbers = {
-        "outside": 0,
-        "largest": 0,
-        "statistics": 0,
-        "wide": 0,
-        "sites": [],
-        "work": 0,
-        "tokens": 1000,
-        "written": 7,
-    }
-    plain, limited = (predict([shape], **numbers, activation_limit=n) for n in (None, 1000))
-    kept = predict([shape], **numbers, kept=50_000, shelved=700)
+def test_what_the_shelf_does_not_hold_goes_to_disk(monkeypatch):
+    windows = tiny.windows(40, 24)
+    job = pose_on(Stream(MemorySource(tiny.build("llama_gqa")), windows), "svd-llm", 0.7)
+    run, limits = Run(job.problem, job.measure, job.plan(), *windows.shape), job.measure.stream.limits
+    plain = count_peaks(run, 10_000, 7)
+    monkeypatch.setattr(memory, "count_kept", lambda run: (50_000, 700))
+    kept = count_peaks(run, 10_000, 7)
     assert (plain.spill, kept.spill, kept.ram - plain.ram) == (0, 700, 50_000)
-    assert limited.spill == 2 * 1000 * shape.hidden * 4 - 1000
-    assert predict([shape], **numbers, activation_limit=1000, kept=50_000, shelved=700).spill == limited.spill + 700
+    limits.limit = 1000
+    assert count_peaks(run, 10_000, 7).spill == 2 * windows.numel() * run.largest.hidden * 4 - 1000 + 700
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "gpt2"])
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        ("llm-drop", {"sparsity": 0.5}),
+        ("blockpruner", {"sparsity": 0.5}),
+        ("llm-streamline", {"keep": 0.7}),
+        ("sleb", {"max_params": 22_000}),
+        ("subfit", {"keep": 0.7}),
+        ("flat-llm", {"keep": 0.7}),
+        ("a3", {"keep": 0.7}),
+        ("slicegpt", {"keep": 0.7}),
+    ],
+    ids=str,
+)
+def test_parameters_foretold_are_those_that_are_written(tmp_path, family, method, asked):
+    """What goes takes its norms and biases along."""
+    if method == "slicegpt" and family == "gpt2":
+        pytest.skip("needs RMSNorm")
+    more = {"method": method, "calibration": tiny.windows(40, 24).flatten(), "n_samples": 12, "seq_len": 24, **asked}
+    model = tiny.save(tiny.build(family), tmp_path / "model")
+    foretold, found = planish.forecast(model, **more), planish.compress(model, output=tmp_path / "out", **more)
+    assert foretold.params_after == found.params_after < foretold.params_before
+    assert foretold.budgets == found.budgets

@@ -127,6 +127,14 @@ def test_crash_before_some_durable_writes(model, tmp_path, method):
     assert all(check_crash(model, tmp_path, method, n) for n in (5, 14, 30))
 
 
+def test_the_model_was_reached_by_a_link_that_is_gone(model, tmp_path):
+    link, output = tmp_path / "link", tmp_path / "out"
+    link.symlink_to(model)
+    assert wait(fork(lambda: die_at(14, lambda: run(link, output, "svd-llm")))) == 9
+    link.unlink()
+    assert resume(output).keep <= 0.7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_crash_before_every_durable_write(model, tmp_path, method):

@@ -29,7 +29,7 @@ FLOORS = [
     {"plan"},
     {"solve"},
     {"methods"},
-    {"manifest", "compression", "dry_run", "single_cuts", "predict", "rehearsal"},
+    {"manifest", "compression", "dry_run", "single_cuts"},
     {"export", "evaluate"},
     {"evaluation"},
     {"api", "sweep"},
@@ -50,21 +50,14 @@ FORBIDDEN_FILES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 # What does not keep to a rule yet. An entry that is no longer needed, or has become larger, fails: lists only get shorter.
 UPWARDS: set[tuple[str, str]] = set()
-LONG_FILES = {
-    "planish.dry_run": 459,
-}
-LONG_FUNCTIONS = {
-    "planish.dry_run.estimate": 69,
-    "planish.predict.predict": 77,
-}
+LONG_FILES: dict[str, int] = {}
+LONG_FUNCTIONS: dict[str, int] = {}
 MANY_PARAMETERS = {
     "planish.cli.evaluate.evaluate": 9,  # one per flag
     "planish.cli.export.export": 9,
     "planish.evaluation.evaluate": 11,  # one per keyword that users write: `planish.evaluate`, and the next two
     "planish.evaluate.speed.bench": 9,
     "planish.export.eora.compensate": 12,
-    "planish.dry_run.forecast": 11,
-    "planish.predict.predict": 21,
 }
 MANY_METHODS: dict[str, int] = {}
 SOLVERS_ASKED: dict[str, int] = {}

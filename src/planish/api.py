@@ -164,20 +164,9 @@ def forecast(
         notes.extend(text.notes)
         return text.windows
 
+    size = asked.n_samples or N_SAMPLES, seq_len
     with offload(request.device):
-        found = forecast_windows(
-            source,
-            asked=request,
-            method=method,
-            read=read,
-            size=(asked.n_samples or N_SAMPLES, seq_len),
-            device=request.device,
-            dtype=find_dtype(options.get("dtype")),
-            round_to=request.round_to,
-            settings=dict(request.settings),
-            target=request.target,
-            progress=progress,
-        )
+        found = forecast_windows(request, method, source, read, size, progress)
     found.warnings = notes + found.warnings
     return found
 

@@ -159,12 +159,17 @@ def open_stream(
     return stream, open_cache(stream) if cache is True else cache or None
 
 
+def find_lasting(model: Path) -> Path:
+    """A model's path without links that may be gone later; a file keeps its own name, by which its format is known."""
+    return model.resolve() if model.is_dir() else model.parent.resolve() / model.name
+
+
 def write_journal(
     request: Request, method: Method, source: FolderSource, text: Calibration, place: Destination
 ) -> dict[str, Any]:
     """What `resume` needs besides the windows: the request, as it was understood."""
     return {
-        "model": str(source.folder.absolute()), "name": source.name, "asked": request.limits,
+        "model": str(find_lasting(source.folder)), "name": source.name, "asked": request.limits,
         "method": method.name, "settings": method.settings(), "given": sorted(request.settings),
         "calibration": text.record, "device": request.device.partition(":")[0], "dtype": request.dtype,
         "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "files": place.files,

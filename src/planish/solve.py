@@ -237,7 +237,7 @@ def find_dense_sites(problem: Problem, measure: Measurements, units: Sequence[Un
     """Sites of the uncompressed block that solving these units of one block looks at, if one run beside the stages can
     keep them all: none wider than what flows between submodules. On an accelerator nothing is kept, where running the
     block again takes less time than the copies."""
-    if measure.stream.device.type != "cpu":
+    if measure.given.device.type != "cpu":
         return set()
     known = measure.stored.taps(units[0].block) if units else set()
     seen = {s for t in problem.taps(units) if t not in known for s in t.sites}

@@ -14,9 +14,10 @@ from planish.calibrate.cache import Cache
 from planish.calibrate.collect import collect, measure_block
 from planish.calibrate.losses import output_gradient
 from planish.calibrate.store import Store
-from planish.calibrate.stream import Hidden, Stream
+from planish.calibrate.stream import Awaited, Hidden, Stream
 from planish.calibrate.taps import Values, tap_sites
 from planish.core import Edit, Progress, Shape
+from planish.folder.source import Source
 from planish.modelling.blocks import get_linear
 from planish.stats import Stats, Tap
 
@@ -32,16 +33,36 @@ class Measurements:
 
     Block and statistics belong to the loop's body: both are emptied when the loop asks for the next ones, so that those of
     one block at a time are in memory. What is to stay is copied out (`Stats.only`) or put into `stored`.
+
+    Where the stream is `Awaited`, it is made when it is first asked for: a plan that needs no statistics reads no text.
     """
 
-    def __init__(self, stream: Stream, cache: Cache | None = None, progress: Progress | None = None):
-        self.stream, self.progress = stream, progress
+    def __init__(self, stream: Stream | Awaited, cache: Cache | None = None, progress: Progress | None = None):
+        self.given, self.progress = stream, progress
         self.cache = cache or Cache()  # of the uncompressed model's statistics and predictions, across runs
         self.stored = Store(stream.limits)  # per block, what a plan has measured and the solve uses again
-        self.shapes: list[Shape] = [stream.source.shape(i) for i in range(len(stream))]
+        self.shapes: list[Shape] = [self.source.shape(i) for i in range(self.source.n_blocks)]
         self.seconds: dict[str, float] = {}
         self._inner: list[float] = []  # per running phase: seconds of the phases inside it
-        stream.clock = self.phase
+        if isinstance(stream, Stream):
+            stream.clock = self.phase
+
+    @property
+    def started(self) -> bool:
+        """Whether the text has been read: not before something of an awaited stream was asked for."""
+        return isinstance(self.given, Stream)
+
+    @property
+    def stream(self) -> Stream:
+        if isinstance(self.given, Awaited):
+            self.given = self.given.make()
+            self.given.clock = self.phase
+        return self.given
+
+    @property
+    def source(self) -> Source:
+        """The model. Asking for it reads no text."""
+        return self.given.source
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -41,6 +42,20 @@ class Piece(NamedTuple):
     lane: int
     first: int
     ids: Tensor
+
+
+@dataclass
+class Awaited:
+    """A stream whose text is read when something is first measured on it: what is known until then, and how to make it."""
+
+    source: Source
+    device: torch.device
+    dtype: torch.dtype
+    limits: MemoryLimits
+    make: Callable[[], Stream]
+
+    def __post_init__(self) -> None:
+        self.limits.device_limit = find_device_limit(self.device)
 
 
 class Stream:

@@ -237,7 +237,7 @@ def share_out(shares: Sequence[float], n: int) -> list[int]:
     """n as whole numbers in proportion to the shares, by largest remainders; each at least 1 (InputError where n is too small)."""
     exact = [s / sum(shares) * n for s in shares]
     found = [max(1, int(e)) for e in exact]
-    for i in sorted(range(len(shares)), key=lambda i: int(exact[i]) - exact[i])[: max(0, n - sum(found))]:
+    for i in sorted(range(len(shares)), key=lambda i: found[i] - exact[i])[: max(0, n - sum(found))]:
         found[i] += 1
     if sum(found) != n:
         raise InputError(

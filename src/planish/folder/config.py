@@ -108,7 +108,13 @@ def is_compressed(config: Any) -> bool:
 def read_layout(config: Any) -> tuple[Family, list[Spec]]:
     """The family, and every block's spec (empty where the block is a stock one)."""
     if is_compressed(config):
-        return FAMILIES[config.planish["family"]], config.planish["blocks"]
+        try:
+            family, specs = FAMILIES[config.planish["family"]], config.planish["blocks"]
+        except (KeyError, TypeError) as error:
+            raise InputError(f'config.json\'s entry "planish" names no family and blocks: {error!r}') from None
+        if not isinstance(specs, list) or not all(isinstance(s, dict) for s in specs):
+            raise InputError(f'config.json\'s entry "planish" holds no list of blocks, but {str(specs)[:60]}')
+        return family, specs
     family = find_family(config)
     return family, [{} for _ in range(config.num_hidden_layers)]
 

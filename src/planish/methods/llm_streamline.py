@@ -45,7 +45,7 @@ class LLMStreamline(Method):
         return [Bypass(kind="zero")]
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
-        check_foldable(measure.stream.family, self.name)
+        check_foldable(measure.source.family, self.name)
         n, remarks = remove_blocks(problem, self.sparsity)
         if n == 0:
             return remove(self.decide(problem, {}, remarks=remarks), problem, [], self.sparsity)

@@ -12,6 +12,8 @@ from planish.core import Plan, Solver, Unit
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 
+ORDER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # in which activations reach the linears
+
 
 @dataclass(frozen=True)
 class Method(ABC):
@@ -84,6 +86,5 @@ class Method(ABC):
 
 def stage_roles(units: list[Unit]) -> list[list[Unit]]:
     """Units of single linears in the order in which activations reach them: q, k, v → o → gate, up → down."""
-    order = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-    staged = [[u for u in units if u.name in roles] for roles in order]
+    staged = [[u for u in units if u.name in roles] for roles in ORDER]
     return [stage for stage in staged if stage] or [[]]

@@ -54,7 +54,7 @@ class ReplaceMe(Method):
         return [Bypass(kind="zero")]
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
-        check_foldable(measure.stream.family, self.name)
+        check_foldable(measure.source.family, self.name)
         if self.objective == "cosine" and lanes.count() > 1:
             raise InputError("replaceme: objective=cosine runs in one process only")
         n, remarks = remove_blocks(problem, self.sparsity)

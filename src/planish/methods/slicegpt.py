@@ -16,6 +16,7 @@ from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.errors import InputError
+from planish.folder.source import Source
 from planish.methods.method import Method
 from planish.modelling.blocks import get_linear, install, split_block
 from planish.modelling.families import ATTENTION
@@ -110,7 +111,7 @@ class SliceGPT(Method):
             raise InputError(
                 f"slicegpt changes the width of the residual stream, which {problem.target.name} cannot hold"
             )
-        check_family(measure.stream)
+        check_family(measure.source)
         ranks = problem.spread(lambda unit: 1.0)
         return self.decide(problem, ranks, make=partial(slice_model, measure, ranks[STREAM]))
 
@@ -145,10 +146,9 @@ def slice_model(measure: Measurements, width: int, emit: Emit) -> None:
             measure.progress("blocks", i + 1, len(measure.shapes))
 
 
-def check_family(stream: Stream) -> None:
+def check_family(source: Source) -> None:
     """Only blocks x + f(norm(x)) with RMSNorm can be rotated."""
-    family = stream.family
-    block = stream.source.block(0)
+    family, block = source.family, source.block(0)
     norms = [
         n for n in (family.attention_norm, family.mlp_norm) if n and hasattr(block.get_submodule(n), "variance_epsilon")
     ]

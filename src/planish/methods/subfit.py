@@ -154,7 +154,7 @@ class SubFit(Method):
         if fit == "joint":
             edits = refit_jointly(problem, measure, edits)
         if self.repair:
-            check_foldable(measure.stream.family, "subfit with repair=true")
+            check_foldable(measure.source.family, "subfit with repair=true")
             again = fit in ("sequential", "compensated")
             return replace(planned, edits=refit_and_repair(problem, measure, edits, again, self.ridge))
         return replace(planned, edits=edits) if fit in ("once", "joint") else planned
@@ -340,7 +340,7 @@ def find_budgets(problem: Problem, measure: Measurements, sparsity: float | None
     if sparsity is None:
         return problem.budgets
     share = round_half_up(sparsity * len(problem.shapes)) / len(problem.shapes)
-    return [make_budget("keep", 1 - share, measure.stream.source, problem.shapes, problem.context)]
+    return [make_budget("keep", 1 - share, measure.source, problem.shapes, problem.context)]
 
 
 def raise_ranks(

@@ -117,6 +117,12 @@ class Problem:
             raise InputError(f"{refusal} ({why})" if why else str(refusal)) from None
 
 
+def count_left(problem: Problem, plan: Plan, budget: Budget) -> float:
+    """What all blocks cost of a budget under a plan."""
+    whole = {u: problem.full(u) for u in plan}
+    return budget.total - sum(problem.cost(u, whole[u], budget) - problem.cost(u, r, budget) for u, r in plan.items())
+
+
 def make_problem(
     source: Source,
     name: str,

@@ -8,7 +8,7 @@ from planish.calibrate.measure import Measurements
 from planish.plan import targets
 from planish.plan.frontiers import measure_frontiers
 from planish.plan.planned import Planned
-from planish.plan.problem import Problem
+from planish.plan.problem import Problem, count_left
 from planish.plan.spread import BudgetError
 
 HELD_BY = {"attention": "vo", "ffn": "mlp"}  # a whole submodule that went → the unit of it that must be equal elsewhere
@@ -32,7 +32,7 @@ def make_uniform(problem: Problem, measure: Measurements, planned: Planned) -> P
     }
     others = []
     for b in problem.budgets:
-        taken = b.total - sum(problem.cost(u, problem.full(u), b) - problem.cost(u, r, b) for u, r in plan.items())
+        taken = count_left(problem, plan, b)
         others.append(taken - sum(problem.cost(u, r, b) for u, r in plan.items() if u.name in uniform))
     limits = [b.limit - o for b, o in zip(problem.budgets, others, strict=True)]
     try:

@@ -1,0 +1,226 @@
+"""What compressing would give and take, from shapes alone: a dry run.
+
+Ranks, parameters and KV bytes are exact: they come from the plan that `compress` itself would follow. So are bytes of
+weights, but for the headers of cut tensors and the norms of blocks that go whole, which are counted as `max_bytes` counts
+them: at most. FLOPs count two per weight and token. Peak memory and time are estimates; `how` says from what.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planish.apply import is_empty, merge_forms, merge_specs
+from planish.calibrate.activations import MemoryLimits
+from planish.calibrate.cache import Cache
+from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import Awaited, Stream
+from planish.calibrate.text import shuffle_windows
+from planish.compression import check_tokens, check_windows, pick_dtype
+from planish.core import WHOLE, Progress, describe_rest
+from planish.dry_run.memory import count_peaks
+from planish.dry_run.passes import Run
+from planish.dry_run.seconds import estimate_seconds
+from planish.errors import InputError
+from planish.folder.source import ConfigSource, Source
+from planish.methods import make_plan, pose
+from planish.methods.method import Method
+from planish.modelling.blocks import install
+from planish.plan.budgets import Latency, make_budget
+from planish.plan.frontiers import measure_frontiers
+from planish.plan.latency import read_table
+from planish.plan.planned import Planned
+from planish.plan.problem import Problem, count_left
+from planish.plan.targets import describe_limits
+from planish.request import Request
+
+STATISTICS = 1 << 30  # bytes of statistics that planning without the target's limits may use again
+
+
+@dataclass
+class Forecast:
+    """Before and after, per token where it says so; `units`: one row per unit with its rank and weights."""
+
+    method: str
+    keep_requested: float
+    keep: float
+    params_before: int
+    params_after: int
+    block_params_before: int
+    block_params_after: int
+    bytes_before: int
+    bytes_after: int
+    flops_per_token_before: int
+    flops_per_token_after: int
+    kv_bytes_per_token_before: int
+    kv_bytes_per_token_after: int
+    context: int
+    peak_ram_bytes: int
+    peak_vram_bytes: int
+    disk_bytes: int
+    seconds: float
+    needed_statistics: bool
+    units: list[dict[str, Any]]
+    latency_ms_before: float | None = None
+    latency_ms_after: float | None = None
+    budgets: dict[str, dict[str, float]] = field(default_factory=dict)
+    how: dict[str, str] = field(default_factory=dict)
+    target: str = "any"
+    limits: list[str] = field(default_factory=list)  # what the target asks of this method's result
+    nats: bool = False  # predicted losses are nats per token, else squared errors of the units' outputs
+    predicted: dict[str, float] = field(default_factory=dict)  # kind of unit → predicted loss, where it is known
+    predicted_any: dict[str, float] = field(default_factory=dict)  # the same without the target's limits
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"removed": 1 - self.keep, "keep_whole_model": self.params_after / self.params_before}
+
+
+def forecast(
+    request: Request,
+    method: Method,
+    source: Source,
+    read: Callable[[], Tensor],
+    size: tuple[int, int],
+    progress: Progress | None = None,
+) -> Forecast:
+    """The plan and its consequences. `read` gives the calibration windows, called only if the plan needs statistics.
+
+    `size` (n_samples, seq_len): the calibration that memory and time are estimated for where it does not. Of the request
+    count what `compress` counts. Raises InputError where no plan meets it, or the plan needs weights that are not there.
+    """
+    device, limits = request.device, MemoryLimits()
+    dtype = getattr(torch, request.dtype) if request.dtype else pick_dtype(source, device)
+    asked = request.model_copy(update={"context": request.context or size[1]})
+    table = read_table(source, asked.context or 0, device, dtype, progress) if asked.max_latency is not None else None
+    posed = partial(pose, method, source, asked, step=request.round_to, measured=table)
+    problem = posed(target=request.target)
+
+    def make_stream() -> Stream:
+        whole = source.whole if isinstance(source, ConfigSource) else source
+        if whole is None:
+            raise InputError(
+                f"{method.name} chooses its ranks by statistics, and {source.name} holds no weights to measure them with: "
+                "plan from the whole model, or with ranks from shapes alone (--set allocation=uniform, where the method has it)"
+            )
+        windows = read()
+        check_windows(windows, whole)
+        check_tokens(method, problem, windows, dict(request.settings))
+        windows = shuffle_windows(windows, method.shuffled)
+        return Stream(whole, windows, device=device, dtype=dtype, limits=limits)
+
+    awaited = Awaited(source, torch.device(device), dtype, limits, make_stream)
+    measure, start = Measurements(awaited, Cache(memory=STATISTICS), progress), time.perf_counter()
+    planned = make_plan(method, problem, measure)
+    planning = time.perf_counter() - start if measure.started else 0.0
+    if measure.started:
+        size = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
+    found = describe(Run(replace(problem, units=planned.solvers), measure, planned, *size))
+    found.seconds += planning
+    found.target, found.predicted = request.target, add_losses(problem, planned)
+    found.nats = bool(planned.frontiers) and all(f.nats for f in planned.frontiers.values())
+    free = posed()
+    found.limits = describe_limits(problem.target, free.units, free.shapes)
+    if found.limits and found.predicted:
+        again = Measurements(measure.stream, measure.cache, progress)
+        planned = make_plan(method, free, again)
+        free = replace(free, units=planned.solvers)
+        known = planned.frontiers or measure_frontiers(free, again)
+        found.predicted_any = add_losses(free, replace(planned, frontiers=known))
+    return found
+
+
+def add_losses(problem: Problem, planned: Planned) -> dict[str, float]:
+    """Predicted loss of a plan for every kind of unit that it cuts; empty where no frontier is known."""
+    problem, losses = replace(problem, units=planned.solvers), dict[str, float]()
+    for unit, rank in sorted(planned.ranks.items()):
+        if unit in planned.frontiers and rank < problem.full(unit):
+            losses[unit.name] = losses.get(unit.name, 0.0) + float(planned.frontiers[unit].loss[rank])
+    return losses
+
+
+def describe(run: Run) -> Forecast:
+    """Everything that follows from a plan."""
+    problem, planned, source = run.problem, run.planned, run.measure.source
+    shapes, itemsize, head = problem.shapes, source.stored.itemsize, source.count_head()
+    rows: list[dict[str, Any]] = []
+    for unit in sorted(problem.units):
+        rank = planned.ranks.get(unit, full := problem.full(unit))
+        before, after = problem.count(unit, full), problem.count(unit, rank)
+        rows.append(
+            {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, "before": before, "after": after}
+        )
+    params, blocks = sum(p.numel() for p in source.empty.parameters()), sum(s.count() for s in shapes)
+    gone = sum(r["before"] - r["after"] for r in rows)
+    params_after = count_written(run)
+    budgets = (make_budget(n, 1, source, shapes, problem.context) for n in ("kv_keep", "flops_keep", "max_bytes"))
+    caches, flops, stored = ((b.total + b.outside, count_left(problem, planned.ranks, b) + b.outside) for b in budgets)
+    peaks = count_peaks(run, params, params_after)
+    seconds, how = estimate_seconds(run, params + params_after)
+    found = Forecast(
+        method=problem.name,
+        keep_requested=problem.keep if planned.keep is None else planned.keep,
+        keep=(blocks - gone) / blocks,
+        params_before=params,
+        params_after=params_after,
+        block_params_before=blocks,
+        block_params_after=blocks - gone,
+        bytes_before=int(stored[0]),
+        bytes_after=int(stored[1]),
+        flops_per_token_before=int(flops[0]) + 2 * head,
+        flops_per_token_after=int(flops[1]) + 2 * head,
+        kv_bytes_per_token_before=int(caches[0]) * itemsize,
+        kv_bytes_per_token_after=int(caches[1]) * itemsize,
+        context=problem.context,
+        peak_ram_bytes=peaks.ram,
+        peak_vram_bytes=peaks.vram,
+        disk_bytes=peaks.disk + peaks.spill,
+        seconds=seconds,
+        needed_statistics=run.measure.started,
+        units=rows,
+        how={
+            "peak_ram": f"libraries + one block as stored and as computed + activations of {run.windows} × {run.seq_len} "
+            "tokens + one block's statistics in fp64 + the largest decomposition's working space (planish.dry_run.memory)",
+            "seconds": how,
+            "flops": f"two per weight of the blocks and the head and token, and attention over {problem.context} tokens of context",
+        },
+        warnings=[*planned.remarks.values(), *describe_rest(problem.units, shapes)],
+    )
+    add_budgets(found, problem, planned)
+    return found
+
+
+def add_budgets(found: Forecast, problem: Problem, planned: Planned) -> None:
+    """What the plan makes of every budget that was asked for."""
+    for b in problem.budgets if planned.keep is None else ():
+        achieved = found.params_after if b.name == "max_params" else b.achieved(count_left(problem, planned.ranks, b))
+        found.budgets[b.name] = {"asked": b.asked, "achieved": achieved}
+        if isinstance(b, Latency):
+            found.latency_ms_before, found.latency_ms_after = b.achieved(b.total), achieved
+
+
+def count_written(run: Run) -> int:
+    """Parameters of the result: those outside the blocks, and what the blocks hold with the modules that the plan makes."""
+    problem, ranks, source = run.problem, run.planned.ranks, run.measure.source
+    total = sum(p.numel() for p in source.empty.parameters())
+    for shape in problem.shapes:
+        cut = [u for u in problem.units if u.block == shape.block or u.name in WHOLE]
+        specs = [
+            problem.units[u].spec(u, shape, r) for u in cut if (r := ranks.get(u, problem.full(u))) < problem.full(u)
+        ]
+        spec = merge_specs(shape, [*specs, merge_forms(shape, list(run.planned.edits.get(shape.block, ())))])
+        if not spec:
+            continue
+        block = source.empty_block(shape.block)
+        total -= sum(p.numel() for p in block.parameters())
+        if not is_empty(spec):
+            made = install(copy.deepcopy(block), spec, source.family, source.config)
+            total += sum(p.numel() for p in made.parameters())
+    return total
