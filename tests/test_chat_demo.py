@@ -39,8 +39,10 @@ def small_chat(tmp_path_factory) -> Path:
     return gguf_files.write(path, model, vocabulary=add_bytes, extra={"llama.context_length": 256})
 
 
-def test_a_file_is_compressed_asked_and_timed(small_chat, run, tmp_path):
+def test_a_file_is_compressed_asked_and_timed(small_chat, run, tmp_path, monkeypatch):
     """Everything that the page shows is in --json, and what was calibrated on lies beside it, as conversations."""
+    code = "def f(x):\n    return x + 1\n" * 400  # all of `builtin` in single bytes would take a minute
+    monkeypatch.setattr("planish.calibrate.documents.builtin_text", lambda split: code)
     out = tmp_path / "demo"
     done = run("demo", "--model", small_chat, "--quick", "-o", out, "--json")
     assert done.exit_code == 0, done.stderr
