@@ -337,6 +337,7 @@ def test_removal_beyond_the_cap_is_an_error():
     [
         ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "clip_qkv=6"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("exaone4", {"sliding_window": 4}, "sliding_window=4"),
         ("olmo", {"clip_qkv": 6.0}, "clip_qkv=6"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual"),

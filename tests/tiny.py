@@ -106,6 +106,15 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "ministral3": (
+        "Ministral3",
+        {**_GQA, "head_dim": 12, "sliding_window": None, "num_hidden_layers": 2}
+        | _rope("yarn", factor=8.0, original_max_position_embeddings=8, llama_4_scaling_beta=0.5),
+    ),
+    "exaone4": (
+        "Exaone4",
+        {**_GQA, "sliding_window": None, "layer_types": ["full_attention"] * 2, "num_hidden_layers": 2},
+    ),
     "olmo": ("Olmo", {**_GQA, "num_hidden_layers": 2}),
     "stablelm": ("StableLm", {**_GQA, "use_qkv_bias": True} | _rope("default", partial_rotary_factor=0.25)),
     "nemotron": ("Nemotron", {**_GQA, "head_dim": 12} | _rope("default", partial_rotary_factor=0.5)),

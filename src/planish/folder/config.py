@@ -90,6 +90,10 @@ def find_family(config) -> Family:
         raise InputError(f"{kind} with qk_layernorm=true is not supported: every head has a norm of its own")
     if kind == "stablelm" and read_declared(config, "use_parallel_residual"):
         raise InputError(f"{kind} with use_parallel_residual=true is not supported: one norm serves both submodules")
+    if kind == "exaone4" and read_declared(config, "sliding_window"):
+        raise InputError(
+            f"{kind} with sliding_window={config.sliding_window} is not supported: layers without rotation"
+        )
     if read_declared(config, "do_layer_norm_before") is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
     return family

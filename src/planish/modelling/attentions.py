@@ -46,6 +46,7 @@ class Attention(nn.Module):
         self.sliding_window = window
         self.softcap = getattr(stock, "attn_logit_softcapping", None) if family.softcap else None
         self.rotary, self.training = family.rotary, stock.training
+        self.position_scale = family.position_scale
         self.qk_norm, self.norms = family.qk_norm, family.norms
         for name in self.norms if self.qk_norm else ():
             setattr(self, name, getattr(stock, name))
@@ -79,6 +80,7 @@ class Attention(nn.Module):
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        query = self.scale(query, kwargs.get("position_ids"))
         # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
@@ -97,6 +99,15 @@ class Attention(nn.Module):
             return query, key
         q_norm, k_norm = (getattr(self, name) for name in self.norms)
         return q_norm(query), k_norm(key)
+
+    def scale(self, query: Tensor, positions: Tensor | None) -> Tensor:
+        """Queries (batch, heads, tokens, qk) · (1 + β ln(1 + ⌊position / original length⌋)), where the family has that."""
+        if not self.position_scale:
+            return query
+        assert positions is not None, "the model passes position_ids to every block"
+        rope = self.config.rope_parameters
+        turns = torch.floor(positions / rope["original_max_position_embeddings"])
+        return query * (1 + rope["llama_4_scaling_beta"] * torch.log1p(turns))[:, None, :, None].to(query.dtype)
 
     def turn(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """cos and sin (batch, tokens, kv_heads or 1, 1, pairs) of the pairs that every kv group has."""
@@ -178,6 +189,7 @@ class Latent(Attention):
             key = rotate_pairs(key, cos, sin)
             query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
         query, key = self.normalise("rotated", query, key)
+        query = self.scale(query, kwargs.get("position_ids"))
         # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
@@ -236,6 +248,7 @@ class Frequencies(Attention):
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        query = self.scale(query, kwargs.get("position_ids"))
         # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)

@@ -81,6 +81,7 @@ class Family:
     rotary: bool = True
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
+    position_scale: bool = False  # queries grow with the logarithm of their position (Llama 4, Ministral 3)
     parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
     conv1d: bool = False  # linears are stored transposed
     tuples: bool = False  # blocks return a tuple, hidden states first
@@ -135,7 +136,7 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: str = "")
     )
 
 
-def _post_norm(model_type: str, classes: tuple[str, str, str], window: bool = False) -> Family:
+def _post_norm(model_type: str, classes: tuple[str, str, str], qk_norm: str = "width", window: bool = False) -> Family:
     """A family that normalises what each submodule adds, not what it reads."""
     return Family(
         model_type,
@@ -145,7 +146,7 @@ def _post_norm(model_type: str, classes: tuple[str, str, str], window: bool = Fa
         attention_post_norm="post_attention_layernorm",
         mlp_norm=None,
         mlp_post_norm="post_feedforward_layernorm",
-        qk_norm="width",
+        qk_norm=qk_norm,
         window=window,
     )
 
@@ -167,6 +168,8 @@ _ROWS = (
     ),
     _post_norm("olmo2", _classes("Olmo2")),
     _post_norm("olmo3", _classes("Olmo3"), window=True),
+    Family("ministral3", _classes("Ministral3"), _ATTENTION | _GATED, window=True, position_scale=True),
+    _post_norm("exaone4", _classes("Exaone4"), qk_norm="head"),
     Family("olmo", _classes("Olmo"), _ATTENTION | _GATED),
     Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True),
     Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN),
