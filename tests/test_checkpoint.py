@@ -295,6 +295,20 @@ def test_eager_and_sdpa_agree(method, family, made):
         torch.testing.assert_close(w.sum(-1), torch.ones_like(w[..., 0]), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.MORE)
+def test_a_budget_for_the_cache_is_met_by_the_cache(family, tmp_path):
+    """Keys as latents, rebuilt with the family's norms and rotation: tokens with a cache are those without."""
+    result = compress(tiny.build(family), output=tmp_path / "m", method="palu", kv_keep=0.7, windows=WINDOWS)
+    assert result.kv_bytes_per_token_after <= 0.7 * result.kv_bytes_per_token_before
+    model, n = load(tmp_path / "m"), tiny.WINDOW - 1
+    cache = model(input_ids=WINDOWS[:1, :n], use_cache=True).past_key_values
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
+    assert held == result.kv_bytes_per_token_after * n
+    plain = model.generate(WINDOWS[:2, :13], max_new_tokens=10, use_cache=False, **EOS)
+    assert torch.equal(plain, model.generate(WINDOWS[:2, :13], max_new_tokens=10, **EOS))
+
+
 CAPPED = {"attn_logit_softcapping": 0.5}  # small enough to change every score
 
 

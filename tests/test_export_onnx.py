@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import compressed
+import tiny
 from planish.errors import InputError
 from planish.export.verify import OnnxRuntime, verify
 from tiny import build, load
@@ -91,7 +92,7 @@ def test_a_mixed_model_is_the_same_at_every_length(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "gpt2", "opt", "mpt"]
+    "family", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "gpt2", "opt", "mpt", *tiny.MORE]
 )
 def test_every_family(family, tmp_path):
     folder = compressed.make_folder(build(family), tmp_path / "m", [compressed.values(4), None])

@@ -154,7 +154,7 @@ class Latent(Attention):
         weight = next(stock.parameters())
         kw = {"device": weight.device, "dtype": weight.dtype}
         self.U = nn.Parameter(torch.zeros(groups, self.kv_heads // groups * qk, rank, **kw), requires_grad=False)
-        self.layer_type = getattr(stock, "layer_type", None)
+        self.layer_type = getattr(stock, "layer_type", None) or getattr(stock, "attention_type", None)
         self.tables = make_rotary(stock) if family.rotary else None
 
     def forward(
