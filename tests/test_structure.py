@@ -24,6 +24,7 @@ FLOORS = [
     {"modelling"},
     {"stats", "core", "lanes", "apply"},
     {"solvers"},
+    {"rounding"},
     {"folder"},
     {"calibrate"},
     {"plan"},
