@@ -2,7 +2,7 @@
 
 | kind | what is stored | a width must be divisible by |
 |---|---|---|
-| integer: `int4-64`, `int3-64-asym`, … | codes of 2, 3, 4 or 8 bits; per group a 16-bit scale and (`-asym`) a zero point | the group |
+| integer: `int4-64`, `int3-64-asym`, … | 2, 3, 4 or 8 bits; per group a 16-bit scale and (`-asym`) a zero point | the group |
 | ggml: `q8_0`, `q4_K`, `iq3_s`, … | blocks of llama.cpp | the block: 32, or 256 of K- and i-quants |
 
 Integers are what compressed-tensors packs (transformers, vLLM), blocks of ggml what GGUF files hold. Widths are widths of the
