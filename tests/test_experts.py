@@ -311,6 +311,60 @@ def test_attention_of_a_mixture_is_cut_in_our_own_format(name, tmp_path):
     torch.testing.assert_close(loaded(WINDOWS).logits, compute_logits(stream, hidden[0]), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_narrower_experts_are_a_stock_model(tmp_path):
+    """Equal widths everywhere; the squared error predicted for a block is what all experts' outputs lose, gates counted."""
+    model = tiny.build("qwen3_moe")
+    settings = {"parts": ("mlp",)}
+    result = compress(model, output=tmp_path / "out", windows=WINDOWS, method="a3", keep=0.8, settings=settings)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert result.format == "native" and config["moe_intermediate_size"] < 12 and config["num_experts"] == 8
+    small, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found.values()) and result.params_after == sum(p.numel() for p in small.parameters())
+    width, predicted = (
+        config["moe_intermediate_size"],
+        json.loads((tmp_path / "out" / "planish.json").read_text())["errors"],
+    )
+    experts, few, lost = (m.model.layers[0].mlp.experts for m in (model, small, model))
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    lost.register_forward_pre_hook(lambda m, a: rows.append(a))
+    model(WINDOWS)
+    ((hidden, chosen, weights),) = rows
+    total = 0.0
+    for x, js, gates in zip(hidden, chosen.tolist(), weights, strict=True):
+        for j, g in zip(js, gates, strict=True):
+            y = [
+                e.down_proj[j] @ (e.act_fn(a @ x) * (b @ x))
+                for e in (experts, few)
+                for a, b in [e.gate_up_proj[j].chunk(2)]
+            ]
+            total += float((g * (y[0] - y[1])).square().sum())
+    assert few.down_proj.shape == (8, 32, width)
+    assert predicted["0.neurons"] == pytest.approx(total / len(hidden), rel=1e-3)
+
+
+@torch.no_grad()
+def test_all_cuts_compete_with_experts(tmp_path):
+    """auto: equal numbers of experts in all blocks, predicted in nats beside what else it cuts; loaded as it was solved."""
+    model = tiny.build("qwen3_moe")
+    result = compress(model, output=tmp_path / "out", windows=tiny.windows(40, 12), method="auto", keep=0.7)
+    plan = json.loads((tmp_path / "out" / "planish.json").read_text())["plan"]
+    kept = {r for u, r in plan.items() if u.endswith(".experts")}
+    assert len(kept) == 1 and kept < set(range(1, 8)) and 0.6 < result.keep <= 0.7
+    loaded = tiny.load(tmp_path / "out")
+    assert result.params_after == sum(p.numel() for p in loaded.parameters())
+    assert torch.isfinite(loaded(WINDOWS).logits).all()
+
+
+@pytest.mark.parametrize(("method", "criterion"), [("hope", None), ("reap", "nats"), ("reap", "frequency")])
+def test_other_ways_to_choose_run(method, criterion, tmp_path):
+    settings = {"criterion": criterion} if criterion else {}
+    result = compress(
+        tiny.build("olmoe"), output=tmp_path / "out", windows=WINDOWS, method=method, keep=0.8, settings=settings
+    )
+    assert result.format == "native" and 0.65 < result.keep <= 0.8
+
+
 def test_a_plan_says_how_many_tokens_an_expert_sees():
     found = planish.forecast(
         tiny.build("qwen3_moe"), keep=0.8, method="reap", calibration=IDS, n_samples=20, seq_len=12

@@ -127,8 +127,8 @@ class Shape:
 
     def held(self, name: str) -> tuple[str, ...]:
         """Roles whose weights a unit of this name holds."""
-        if name == "experts":
-            own = self.experts.router if self.experts else ()
+        if name in ("experts", "neurons"):
+            own = self.experts.router if self.experts and name == "experts" else ()
             return tuple(r for r in self.rest if r.startswith("expert.") or r in own)
         return tuple(r for r in HELD.get(name, (name,)) if r in self.roles)
 
@@ -149,8 +149,8 @@ class Shape:
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """The smallest thing that gets one rank: "vo", "qk", "mlp", a role, a submodule ("attention", "ffn"), or how many
-    "experts" a block has."""
+    """The smallest thing that gets one rank: "vo", "qk", "mlp", a role, a submodule ("attention", "ffn"), how many "experts" a
+    block has, or how many "neurons" each of them."""
 
     block: int
     name: str
@@ -215,7 +215,7 @@ FEW = 256  # calibration tokens of an expert below which its statistics say litt
 
 def describe_experts(units: Iterable[Unit], shapes: Sequence[Shape], tokens: int) -> list[str]:
     """How many of the calibration's tokens an expert sees where experts are cut, if the router chooses all alike."""
-    cut = {e for u in units if u.name == "experts" and (e := shapes[u.block].experts)}
+    cut = {e for u in units if u.name in ("experts", "neurons") and (e := shapes[u.block].experts)}
     lines = []
     for e in sorted(cut, key=lambda e: (e.number, e.top)):
         seen = tokens * e.top // e.number

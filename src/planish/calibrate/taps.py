@@ -33,6 +33,7 @@ class Seen(dict[str, Tensor]):
 
     length = 0  # tokens of a window
     chosen: Tensor  # (tokens, top): the experts that each token reaches
+    weights: Tensor  # (tokens, top): what their outputs are multiplied by
     norms: Tensor  # (tokens, experts): of what each puts out
 
     def watch(self, block: nn.Module, experts: nn.Module) -> list[Any]:
@@ -42,7 +43,7 @@ class Seen(dict[str, Tensor]):
             self.length = first(args, kwargs).shape[1]
 
         def see_chosen(module, args, kwargs) -> None:
-            self.chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            _, self.chosen, self.weights = args
 
         hooks = ((block, see_length), (experts, see_chosen))
         return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
@@ -81,8 +82,9 @@ class Seen(dict[str, Tensor]):
         for site, value in values.items():
             where, _, rest = site.rpartition(":")[2].partition(".")
             if where == "expert":
-                token, _ = torch.where(self.chosen == int(rest.partition(".")[0]))
-                found[site] = Routed(value, token // self.length)
+                token, slot = torch.where(self.chosen == int(rest.partition(".")[0]))
+                rows = value * self.weights[token, slot, None] if site.endswith(".gated") else value
+                found[site] = Routed(rows, token // self.length)
             else:
                 found[site] = value.reshape(batch, -1, value.shape[-1])
         return found
@@ -213,7 +215,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
                 tap_added(find_end(block, family, where, end), read_factor(block, family), partial(see, site))
             )
         else:
-            (tap_input if end == "in" else tap_output)(get_linear(block, family, where), site)
+            (tap_input if end in ("in", "gated") else tap_output)(get_linear(block, family, where), site)
     try:
         yield seen
     finally:

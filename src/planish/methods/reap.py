@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from planish.calibrate.measure import Measurements
-from planish.core import Plan, Solver, Unit
-from planish.errors import InputError
+from planish.core import Solver
 from planish.methods.method import Method
+from planish.plan.mixtures import count_kept
 from planish.plan.planned import Planned
-from planish.plan.problem import Problem, count_left
+from planish.plan.problem import Problem
 from planish.solvers.experts import Experts
 
 
@@ -46,36 +45,11 @@ class Reap(Method):
         return [Experts(self.criterion, self.prior)]
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
-        return plan_experts(self, problem, measure)
+        ranks, remarks = count_kept(problem)
+        if self.criterion == "nats" and any(problem.full(u) > r for u, r in ranks.items()):
+            for i, _, stats in measure.backward(lambda shape: problem.taps(problem.block_units(shape.block))):
+                measure.stored[i] = stats
+        return self.decide(problem, ranks, remarks=remarks)
 
     def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
         return self.plan(problem, measure)
-
-
-def plan_experts(method: Method, problem: Problem, measure: Measurements) -> Planned:
-    """As many experts in every block as the budgets allow; gradients are measured where the solver asks for them."""
-    ranks, remarks = count_kept(method, problem), dict[str, str]()
-    kept = {(s.experts, ranks[u]) for u in ranks if (s := problem.shapes[u.block]).experts}
-    if lowered := {(e.top, e.lower_top(n)) for e, n in kept if e and e.lower_top(n) < e.top}:
-        before, after = max(lowered)
-        remarks["top"] = f"fewer experts are left than a token reached: it reaches {after} of them instead of {before}"
-    if any(problem.full(u) > r for u, r in ranks.items()) and any("grad:" in t.other for t in problem.taps(ranks)):
-        for i, _, stats in measure.backward(lambda shape: problem.taps(problem.block_units(shape.block))):
-            measure.stored[i] = stats
-    return method.decide(problem, ranks, remarks=remarks)
-
-
-def count_kept(method: Method, problem: Problem) -> Plan:
-    """The largest number of experts, equal in all blocks that have some, within the budgets."""
-    units = sorted(problem.units)
-    if not units:
-        raise InputError(f"{method.name} drops experts; this model's blocks have none that could go")
-    choices = {u: problem.choices(u) for u in units}
-    common = set.intersection(*({int(r) for r in c.ranks[c.allowed(problem.step)]} for c in choices.values()))
-    plans: list[Mapping[Unit, int]] = [dict.fromkeys(units, r) for r in sorted(common, reverse=True)]
-    within = (p for p in plans if all(count_left(problem, dict(p), b) <= b.limit for b in problem.budgets))
-    if (found := next(within, None)) is not None:
-        return dict(found)
-    least: dict[str, Any] = {b.name: count_left(problem, dict(plans[-1]), b) for b in problem.budgets}
-    budget = next(b for b in problem.budgets if least[b.name] > b.limit)
-    raise budget.refuse(f"{method.name}, which only drops experts", least[budget.name])

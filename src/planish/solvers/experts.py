@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from planish.core import Edit, ExpertShape, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float, Int
+from planish.solvers.forms import dense, neuron_edits
+from planish.solvers.grams import Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap, kind
 
 Criterion = Literal["frequency", "mass", "gated", "reap", "man", "together", "nats"]
@@ -120,10 +122,7 @@ class Experts(Solver):
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         e, (tap,) = find_experts(shape), self.taps(unit, shape)
         number = stats.sums[tap]["number"]
-        own = number.diagonal() if number.ndim == 2 else number
-        if idle := (own == 0).nonzero().flatten().tolist():
-            names = f"expert{'s' * (len(idle) > 1)} {', '.join(map(str, idle))}"
-            warnings.warn(f"block {unit.block}: no calibration token reaches {names} of {e.number}", stacklevel=2)
+        name_idle(unit.block, number.diagonal() if number.ndim == 2 else number)
         if self.criterion in ALONE:
             order = order_alone(score(self.criterion, stats.sums[tap], self.prior), e.groups)
             return Frontier(unit, [nan] * e.number + [0.0], {"order": order})
@@ -142,6 +141,84 @@ class Experts(Solver):
         f = frontier.factors
         kept = f["order"][:rank].sort().values if "order" in f else (~f["sets"][e.number - rank]).nonzero().flatten()
         return [Edit("experts", keep_form(e, rank), {"kept": kept})]
+
+
+@dataclass(frozen=True)
+class ExpertNeurons(Solver):
+    """Keep the r best neurons of every expert, its own ones; down is refitted on them. One width for all experts of a block.
+
+    As `planish.solvers.neurons.Neurons` for every expert, on the inputs of its down that its tokens bring, each multiplied by the
+    token's gate: Σ g² ‖W x − W' x_J‖² is then what the mixture's output loses. Predicted loss: its sum over experts, per token
+    of the block.
+
+    An expert that fewer tokens reach than it has neurons has a singular Gram: below twice as many, 1 / (N + 1) at least is
+    added, relative to the Gram's mean diagonal. One that none reaches keeps the neurons with the longest columns of down.
+    """
+
+    name: ClassVar[str] = "expert-neurons"
+    score: Literal["leverage", "energy"] = "leverage"
+    ridge: float = 1e-2
+    refit: bool = True
+    damping: float = 1e-10
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [Unit(shape.block, "neurons")] if shape.experts else []
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        return range(1, find_experts(shape).intermediate + 1)
+
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        e = find_experts(shape)
+        if rank >= e.intermediate:
+            return {}
+        wide, narrow = dense(rank, shape.hidden), dense(shape.hidden, rank)
+        forms = {"gate": wide, "up": wide, "down": narrow}
+        return {"linears": {f"expert.{n}.{r}": f for n in range(e.number) for r, f in forms.items()}}
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return [Tap(f"expert.{n}.down.gated", "gram") for n in range(find_experts(shape).number)]
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        e, taps = find_experts(shape), self.taps(unit, shape)
+        number = torch.tensor([float(stats.tokens[t]) for t in taps])
+        tokens = max(int(number.sum()) // e.top, 1)
+        name_idle(unit.block, number)
+        loss, factors = torch.zeros(e.intermediate + 1, dtype=torch.float64), dict[str, Any]()
+        for n, tap in enumerate(taps):
+            own = {r: weights[f"expert.{n}.{r}"] for r in ("gate", "up", "down")}
+            gram, _ = stats.take(tap)
+            few = 1 / (float(number[n]) + 1) if number[n] < 2 * e.intermediate else 0.0
+            score = self.score if number[n] else "energy"
+            if not number[n]:
+                gram.diagonal().fill_(1.0)
+            order = order_neurons(gram, own["down"], score, max(self.ridge, few))
+            known = bool(number[n])
+            if self.refit:
+                refits = Refits(gram, own["down"], order, max(self.damping, few))
+                loss += refits.losses() * known
+                factors[str(n)] = own | {"refits": refits}
+            else:
+                loss += slicing_losses(gram, own["down"], order) * known
+                factors[str(n)] = own | {"order": order}
+        return Frontier(unit, loss / tokens, factors)
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        e, edits = find_experts(shape), list[Edit]()
+        for n, f in frontier.factors.items() if rank < e.intermediate else ():
+            if self.refit:
+                kept, down = f["refits"].at(rank)
+            else:
+                kept = f["order"][:rank].sort().values
+                down = f["down"].double()[:, kept]
+            edits += [replace(edit, target=f"expert.{n}.{edit.target}") for edit in neuron_edits(f, kept, down)]
+        return edits
+
+
+def name_idle(block: int, number: Float[Tensor, " experts"]) -> None:
+    """A warning with the experts that no token reaches, by the number of tokens of each."""
+    if idle := (number == 0).nonzero().flatten().tolist():
+        names = f"expert{'s' * (len(idle) > 1)} {', '.join(map(str, idle))}"
+        warnings.warn(f"block {block}: no calibration token reaches {names} of {len(number)}", stacklevel=3)
 
 
 def find_experts(shape: Shape) -> ExpertShape:
