@@ -76,6 +76,7 @@ class Stream:
             dtype,
             limits or MemoryLimits(),
         )
+        self.products = dtype  # in which the blocks' products are formed; may be coarser than `dtype`
         self.limits.device_limit = find_device_limit(self.device)
         self.family: Family = source.family
         self.model = source.skeleton()
@@ -195,6 +196,12 @@ class Stream:
         other.batches, other.calls = list(windows.split(len(self.batches[0]))), {}
         return other
 
+    def rounded(self, products: torch.dtype) -> Stream:
+        """The same model and windows; products of the blocks formed in this dtype, all else as it is."""
+        other = copy.copy(self)
+        other.products, other.calls = products, {}
+        return other
+
     def place(self, block: nn.Module) -> nn.Module:
         """A copy of a block to compute with, in the stream's dtype on its device."""
         same = all(p.dtype == self.dtype and p.device == self.device for p in block.parameters())
@@ -202,7 +209,8 @@ class Stream:
 
     def forward(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """One batch through block i, on the device."""
-        out = block(hidden.to(self.device), **self.calls[len(hidden)][i])
+        with torch.autocast(self.device.type, self.products) if self.products != self.dtype else nullcontext():
+            out = block(hidden.to(self.device), **self.calls[len(hidden)][i])
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
