@@ -117,8 +117,7 @@ def compress(
                 length=windows.shape[1] if windows.numel() else 0,
             )  # fmt: skip
             measure = Measurements(stream, cache, progress)
-            if text.seconds:
-                measure.seconds["text"] = text.seconds
+            measure.seconds |= {"text": text.seconds} if text.seconds else {}
             check_tokens(method, problem, windows, dict(request.settings))
             with offload(stream.device):
                 with measure.phase("plan"):
