@@ -36,8 +36,8 @@ class Seen(dict[str, Tensor]):
     weights: Tensor  # (tokens, top): what their outputs are multiplied by
     norms: Tensor  # (tokens, experts): of what each puts out
 
-    def watch(self, block: nn.Module, experts: nn.Module) -> list[Any]:
-        """Hooks that see which expert the tokens of the next forward reach."""
+    def watch(self, block: nn.Module, experts: Any, sites: set[str], see: Callable[[str, Tensor], None]) -> list[Any]:
+        """Hooks that see which expert the tokens of the next forward reach, and what `watch_gates` says at `sites`."""
 
         def see_length(module, args, kwargs) -> None:
             self.length = first(args, kwargs).shape[1]
@@ -46,7 +46,8 @@ class Seen(dict[str, Tensor]):
             _, self.chosen, self.weights = args
 
         hooks = ((block, see_length), (experts, see_chosen))
-        return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+        return handles + self.watch_gates(experts, sites, see)
 
     def watch_gates(self, experts: Any, sites: set[str], see: Callable[[str, Tensor], None]) -> list[Any]:
         """Hooks for what is seen of all experts at once, each (tokens, experts) and zero where a token does not reach one:
@@ -166,8 +167,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
     seen = Seen()
     handles = []
     experts = {site for site in sites if site.startswith(("expert.", "experts."))}
-    if family.experts is not None and experts:
-        handles += seen.watch(block, block.get_submodule(family.experts.path))
+    together = {site for site in experts if site.startswith("experts.")}
 
     def see(site: str, value: Tensor) -> None:
         seen[site] = value
@@ -197,9 +197,8 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             linear.register_forward_hook(lambda m, a, out: see(site, out if m.bias is None else out - m.bias))
         )
 
-    together = {site for site in experts if site.startswith("experts.")}
-    if family.experts is not None and together:
-        handles += seen.watch_gates(block.get_submodule(family.experts.path), together, see)
+    if family.experts is not None and experts:
+        handles += seen.watch(block, block.get_submodule(family.experts.path), together, see)
     for site in sites - together:
         where, _, end = site.rpartition(".")
         if end == "back":

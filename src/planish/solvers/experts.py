@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Edit, ExpertShape, Frontier, Shape, Solver, Spec, Unit, Weights
-from planish.shapes import Float, Int
+from planish.shapes import Float, Int, Shaped
 from planish.solvers.forms import dense, neuron_edits
 from planish.solvers.grams import Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap, kind
@@ -256,7 +256,9 @@ def order_alone(worth: Float[Tensor, " experts"], groups: int) -> Int[Tensor, " 
     return (by_group + torch.arange(groups)[:, None] * by_group.shape[1]).T.flatten()
 
 
-def choose_sets(pairs: Float[Tensor, "n n"], e: ExpertShape) -> tuple[dict[int, Tensor], Float[Tensor, " n+1"]]:
+def choose_sets(
+    pairs: Float[Tensor, "n n"], e: ExpertShape
+) -> tuple[dict[int, Shaped[Tensor, " n"]], Float[Tensor, " n+1"]]:
     """Which experts go, for every number m of them: masks (n,) of sets with a small pᵀ F p, and that loss of keeping r = 0 … n.
 
     Forward selection, then swaps of one that goes for one of its group that stays, while they help. Of groups equal parts go.
@@ -280,7 +282,7 @@ def choose_sets(pairs: Float[Tensor, "n n"], e: ExpertShape) -> tuple[dict[int, 
     return sets, loss
 
 
-def swap(pairs: Float[Tensor, "n n"], gone: Tensor, group: Tensor) -> Tensor:
+def swap(pairs: Float[Tensor, "n n"], gone: Shaped[Tensor, " n"], group: Int[Tensor, " n"]) -> Shaped[Tensor, " n"]:
     """The set (n,) after the best swaps, one after the other: −2 (Fp)_i + F_ii + 2 (Fp)_j + F_jj − 2 F_ij for i back, j gone."""
     gone, floor = gone.clone(), 1e-12 * float(pairs.diagonal().abs().sum())
     for _ in range(4 * len(gone)):
