@@ -166,8 +166,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
     """
     seen = Seen()
     handles = []
-    experts = {site for site in sites if site.startswith(("expert.", "experts."))}
-    together = {site for site in experts if site.startswith("experts.")}
+    together = {site for site in sites if site.startswith("experts.")}
 
     def see(site: str, value: Tensor) -> None:
         seen[site] = value
@@ -197,7 +196,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             linear.register_forward_hook(lambda m, a, out: see(site, out if m.bias is None else out - m.bias))
         )
 
-    if family.experts is not None and experts:
+    if family.experts is not None and any(site.startswith("expert") for site in sites):
         handles += seen.watch(block, block.get_submodule(family.experts.path), together, see)
     for site in sites - together:
         where, _, end = site.rpartition(".")

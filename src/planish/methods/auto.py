@@ -364,8 +364,8 @@ def list_ways(problem: Problem, curves: dict[Unit, Curve]) -> list[list[Alternat
                 chosen = tuple(curves[Unit(shape.block, n)] for n in present)
                 found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])
             groups.append(list(found.values()))
-        held = shape.held("experts") if Unit(shape.block, "experts") in curves else ()
-        if rest := [r for r in shape.rest if r not in held]:  # no unit holds it
+        own = shape.held("experts") if Unit(shape.block, "experts") in curves else ()
+        if rest := [r for r in shape.rest if r not in own]:  # no unit holds it
             groups.append([Alternative((), [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])])
     if experts := {u: c for u, c in curves.items() if u.name == "experts"}:
         groups.append(tie(experts, [0.0] * len(problem.budgets)))

@@ -47,8 +47,8 @@ class FlatLLM(Method):
     qk: Literal["dense", "pca"] = "dense"
 
     def solvers(self) -> list[Solver]:
-        neurons = ("leverage", self.ridge, True, self.damping)
-        cut: list[Solver] = [ValuePCA(), Neurons(*neurons), ExpertNeurons(*neurons)]
+        cut: list[Solver] = [ValuePCA()]
+        cut += [kind("leverage", self.ridge, True, self.damping) for kind in (Neurons, ExpertNeurons)]
         return cut + ([HeadPCA()] if self.qk == "pca" else [])
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
