@@ -295,7 +295,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path, checkpoints):
     plain, ids = checkpoints(FP8, tmp_path / "plain")
     with_more = Path(shutil.copytree(plain, tmp_path / "more"))
     tensors = load_file(plain / "model.safetensors")
-    more = {n.replace("layers.0.", "layers.1."): t for n, t in tensors.items() if "layers.0." in n}
+    more = {n.replace("layers.0.", "layers.1."): t.clone() for n, t in tensors.items() if "layers.0." in n}
     more |= {"model.layers.1.eh_proj.weight": torch.ones(32, 64), "mtp.norm.weight": torch.ones(32)}
     save_file(tensors | more, with_more / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="says 1 blocks, the checkpoint holds 2"):
