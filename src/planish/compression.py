@@ -100,10 +100,9 @@ def compress(
     try:
         kind = getattr(torch, request.dtype) if request.dtype else pick_dtype(source, device)
         measured = shared.measured
-        if request.max_latency is not None and measured is None:
-            first = lanes.rank() == 0  # all plan with one table
+        if request.max_latency is not None and measured is None:  # all processes plan with one table
             length = request.context or windows.shape[1]
-            measured = lanes.share(read_table(source, length, device, kind, progress) if first else None)
+            measured = lanes.share(read_table(source, length, device, kind, progress) if lanes.rank() == 0 else None)
         if not place.resume and isinstance(source, FolderSource):
             journal = write_journal(request, method, source, text, place) | {"measured": measured}
             writer.keep_request(journal, windows)
@@ -124,8 +123,8 @@ def compress(
                     planned = make_plan(method, problem, measure)
                 done = write(problem, measure, planned, writer, caught)
         result = report(problem, planned, source, writer, done)
-        earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier, *note_origin(source)})
+        said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source)]
+        result.warnings = sorted({*said, *writer.warned})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
         write_manifest(writer, method, problem, planned, stream, result, done.errors, text.record)
         for name, content in place.files.items():
