@@ -16,6 +16,7 @@ from planish.evaluate.report.points import Point, write_points
 from planish.evaluation import Comparison, Evaluation
 from planish.manifest import Result
 
+pytestmark = pytest.mark.slow
 NAMES = ("demo", "chat", "sweep", "folder")
 WIDTHS = (400, 700, 1600)
 UNITS = {"qk": (32, 6), "vo": (32, 3), "mlp": (1536, 4)}  # full rank; its weights in units of 10,000
