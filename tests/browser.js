@@ -106,4 +106,5 @@ function tip() {
   const inside = box.left >= 0 && box.top >= 0 && box.right <= document.documentElement.clientWidth && box.bottom <= innerHeight;
   return { text: visible(e) ? e.textContent : "", inside };
 }
-const focused = () => document.activeElement.getAttribute("aria-label") ?? "";
+const focused = () => [...answering()[where()].querySelectorAll("[tabindex]")].indexOf(document.activeElement);
+const label = () => document.activeElement.getAttribute("aria-label");

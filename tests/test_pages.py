@@ -28,7 +28,7 @@ def make_demo(folder: Path) -> Path:
     """As many methods as there are, ties and far ones among them, and one that was skipped."""
     rows = [
         showcase.Row(f"method-{m}", keep, keep - 0.004, int(6_500_000 * keep), 21.4 + (1 - keep) ** 3 * 1.9**m, 3.2, 6144)
-        for keep in (0.8, 0.6, 0.4) for m in range(20)
+        for keep in (0.8, 0.6, 0.4) for m in range(14)
     ]  # fmt: skip
     rows.append(showcase.Row("late-one", 0.4, skipped="no time left (limit 165 s)"))
     dense = showcase.Row("dense", 1.0, 1.0, 6_500_000, 21.35, kv_bytes_per_token=12288)
@@ -197,22 +197,25 @@ def test_pointing_at_a_mark_shows_its_values(name, width, show):
 def test_the_keyboard_reaches_every_mark(name, show):
     """Tab comes to a picture once; the arrows go through it."""
     tab = show(name)
-    while not tab.ask("focused()"):
+    while tab.ask("where()") < 0:
         tab.press("TAB")
-    first, seen = tab.ask("focused()"), set[str]()
-    for _ in range(100):
-        tab.press("HOME")
-        row = tab.ask("focused()")
-        if row in seen:
-            break
-        while tab.ask("focused()") not in seen:
-            seen.add(tab.ask("focused()"))
-            tip = tab.ask("tip()")
-            assert tip["inside"] and tip["text"].replace("\n", ", ") == tab.ask("focused()")
-            tab.press("ARROW_RIGHT")
-        tab.press("ARROW_DOWN")
-    assert first in seen
+    marks = tab.ask("mark(0, 0)")["of"]
+
+    def go(*keys: str) -> int:
+        tab.press(*keys)
+        return tab.ask("focused()")
+
+    seen = set[int]()
+    at = go("HOME", *["ARROW_UP"] * marks)
+    while at not in seen:
+        while at not in seen:
+            seen.add(at)
+            at = go("ARROW_RIGHT")
+        tip = tab.ask("tip()")
+        assert tip["inside"] and tip["text"].replace("\n", ", ") == tab.ask("label()")
+        at = go("HOME", "ARROW_DOWN")
+    assert seen == set(range(marks))
     tab.press("ESCAPE")
     assert not tab.ask("tip()")["text"]
     tab.press("TAB")
-    assert tab.ask("focused()") not in seen if tab.ask("pictures()") == 1 else tab.ask("where()") == 1
+    assert tab.ask("where()") == (1 if tab.ask("pictures()") > 1 else -1)
