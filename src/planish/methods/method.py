@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from planish.calibrate.losses import Probe
 from planish.calibrate.measure import Measurements
 from planish.core import Plan, Solver, Unit
 from planish.plan.planned import Planned
@@ -47,6 +48,11 @@ class Method(ABC):
     def shuffled(self) -> float:
         """Share of the calibration windows that it measures on with their tokens in another order."""
         return 0.0
+
+    @property
+    def probe(self) -> Probe:
+        """What its gradients are of: what is sent back from the model's output (`planish.calibrate.losses.output_gradient`)."""
+        return "sampled"
 
     @property
     def refit_share(self) -> float:
