@@ -609,7 +609,9 @@ def test_large_blocks_are_calibrated_with_products_in_bf16_where_the_processor_h
     """Unless a dtype is asked for; other methods are not; planish.json says so. The result is as good."""
 
     def run(name: str, **more) -> dict:
-        compress(tiny.build("llama_gqa"), output=tmp_path / name, windows=WINDOWS, keep=0.8, **{"method": "auto"} | more)
+        compress(
+            tiny.build("llama_gqa"), output=tmp_path / name, windows=WINDOWS, keep=0.8, **{"method": "auto"} | more
+        )
         return json.loads((tmp_path / name / "planish.json").read_text())
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)

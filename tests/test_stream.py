@@ -272,7 +272,7 @@ def test_uncompressed_block_may_run_again(units, tmp_path, monkeypatch):
 def test_coarse_products_change_statistics_by_their_rounding_only(family):
     """Products in bf16, all else in fp32: Grams and gradients' moments as in fp32, within what bf16 rounds."""
     stream = Stream(MemorySource(tiny.build(family)), tiny.windows(9, 24))
-    coarse, hidden = stream.rounded(torch.bfloat16), stream.start()
+    coarse, hidden = stream.part(tiny.windows(9, 24), torch.bfloat16), stream.start()
     coarse.start()
     into = [torch.randn_like(h) for h in hidden]
     taps = [Tap("down.in", "gram"), Tap("grad:o.out", "gram"), Tap("grad:up.back", "gram")]

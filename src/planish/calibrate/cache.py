@@ -200,7 +200,12 @@ def open_cache(calibrated: Stream, memory: int = 0) -> Cache | None:
         "code": hash_code(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "arithmetic": [str(calibrated.device), str(calibrated.dtype), str(calibrated.products), torch.get_num_threads()],
+        "arithmetic": [
+            str(calibrated.device),
+            str(calibrated.dtype),
+            str(calibrated.products),
+            torch.get_num_threads(),
+        ],
         "processor": torch.backends.cpu.get_cpu_capability(),
         "attention": getattr(calibrated.model.config, "_attn_implementation", None),
         "windows": fingerprint(torch.cat(calibrated.batches)),

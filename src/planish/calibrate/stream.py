@@ -190,16 +190,11 @@ class Stream:
         count = len(windows)
         return self.part(windows[torch.arange(n) * count // n]) if 0 < n < count else self
 
-    def part(self, windows: Tensor) -> Stream:
-        """The same model with other calibration windows (n, seq)."""
+    def part(self, windows: Tensor, products: torch.dtype | None = None) -> Stream:
+        """The same model with other calibration windows (n, seq); `products` of the blocks formed in another dtype."""
         other = copy.copy(self)
         other.batches, other.calls = list(windows.split(len(self.batches[0]))), {}
-        return other
-
-    def rounded(self, products: torch.dtype) -> Stream:
-        """The same model and windows; products of the blocks formed in this dtype, all else as it is."""
-        other = copy.copy(self)
-        other.products, other.calls = products, {}
+        other.products = products or self.products
         return other
 
     def place(self, block: nn.Module) -> nn.Module:

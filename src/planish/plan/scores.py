@@ -96,7 +96,8 @@ def cut_errors(
     on the same few windows. One run of the block up to the site per entry.
     """
     stream = measure.stream
-    few = stream.spread(windows).rounded(stream.dtype)  # or small errors drown in those of coarser products
+    few = stream.spread(windows)
+    few = few.part(torch.cat(few.batches), stream.dtype)  # or small errors drown in those of coarser products
     hidden = few.start()
     found: dict[Group, list[tuple[float, Tensor]]] = {}
     for i, shape in enumerate(problem.shapes):
