@@ -138,7 +138,7 @@ class Auto(Method):
     search: int = 0
     refit_share: float = 1.0
     shuffled: float = 0.25
-    probe: Probe = "sampled"
+    probe: Probe = "sampled"  # type: ignore[misc]
 
     @property
     def prefix(self) -> str:  # type: ignore[override]

@@ -36,13 +36,10 @@ class IOSVD(Method):
 
     title: ClassVar[str] = "SVD of every linear whitened on both sides, by the curvature of the KL; ranks compete"
     reference: ClassVar[str] = "IO-SVD, arXiv 2605.15626"
+    probe: ClassVar[Probe] = "curvature"
 
     allocation: Literal["greedy", "uniform"] = "greedy"
     form: Literal["pair", "pivoted"] = "pair"
-
-    @property
-    def probe(self) -> Probe:
-        return "curvature"
 
     def solvers(self) -> list[Solver]:
         return [TwoSided(form=self.form)]

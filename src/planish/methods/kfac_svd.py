@@ -44,20 +44,20 @@ class KFACSVD(Method):
     err_i(ρ) = KL_i (1 − E_i(ρ)) / (1 − E_i(0.1)) · (1 + γ (S_l − S_min) / (S_max − S_min)), E_i the share of Σ σ² that is kept,
     KL_i the measured divergence of the model in which i alone is cut to ρ = 0.1, S_l = Σ_{k=l}^{L−1} (k + 1)^{−α} for block l
     of L. Ranks are multiples of 8 between ρ = 0.3 (0.1 below keep 0.5) and 0.95, or the linear stays dense; the least sum within
-    the budget. α in [0, 3] and γ in [0, 7] are those of `trials` whose model, solved, diverges least on `windows` calibration
-    windows. `shrink_in`, `shrink_out`: shares of R and G that the mean diagonal replaces. `form`: "pair" or "pivoted", which
-    stores a rank in fewer weights.
+    the budget. `trials`: how many α in [0, 3] and γ in [0, 7] are tried; the plan whose model, solved, diverges least is taken.
+    `windows`: calibration windows on which divergences are measured. `shrink_in`: share of R that its mean diagonal replaces.
+    `shrink_out`: the same of G. `form`: "pair", or "pivoted", which stores a rank in fewer weights.
 
-    Differs from the paper: one G Wᵀ-sided for tall linears (Wᵀ G W, the same optimum) and any root of the moments, for the
-    truncation does not depend on which; α and γ by a seeded random search that begins without a depth factor, instead of a
-    tree-structured one; the choice of ranks is optimal to one step of the budget, not by an integer program; windows are spread
-    evenly over the calibration text.
+    Differs from the paper: of tall linears only Wᵀ G W is measured, which has the same optimum; α and γ by a seeded random search
+    that begins without a depth factor, instead of a tree-structured one; the choice of ranks is optimal to one step of the
+    budget, not by an integer program; windows are spread evenly over the calibration text.
     """
 
     title: ClassVar[str] = (
         "SVD of every linear whitened on both sides, by shrunk moments; ranks by measured divergences"
     )
     reference: ClassVar[str] = "KFAC-SVD and LEMS, arXiv 2610.32878"
+    probe: ClassVar[Probe] = "text"
     shares: ClassVar[tuple[str, ...]] = ("shrink_in", "shrink_out")
     dampings: ClassVar[tuple[str, ...]] = ("shrink_in",)
 
@@ -67,10 +67,6 @@ class KFACSVD(Method):
     trials: int = 10
     windows: int = 32
     form: Literal["pair", "pivoted"] = "pair"
-
-    @property
-    def probe(self) -> Probe:
-        return "text"
 
     def solvers(self) -> list[Solver]:
         return [ShrunkTwoSided(form=self.form, shrink_in=self.shrink_in, shrink_out=self.shrink_out)]

@@ -27,6 +27,7 @@ class Method(ABC):
     title: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     prefix: ClassVar[str] = "dense"
+    probe: ClassVar[Probe] = "sampled"  # what its gradients are of (`planish.calibrate.losses.output_gradient`)
     allocations: ClassVar[tuple[str, ...]] = ()
     shares: ClassVar[tuple[str, ...]] = ()  # settings that must lie in [0, 1]
     coarse: ClassVar[bool] = False  # whether its result bears calibration with the blocks' products in bf16
@@ -48,11 +49,6 @@ class Method(ABC):
     def shuffled(self) -> float:
         """Share of the calibration windows that it measures on with their tokens in another order."""
         return 0.0
-
-    @property
-    def probe(self) -> Probe:
-        """What its gradients are of: what is sent back from the model's output (`planish.calibrate.losses.output_gradient`)."""
-        return "sampled"
 
     @property
     def refit_share(self) -> float:

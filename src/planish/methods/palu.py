@@ -68,9 +68,9 @@ class Palu(Method):
         if self.allocation == "uniform" or problem.keep == 1:
             return self.decide(problem, problem.spread(lambda unit: 1.0, remarks=remarks), remarks=remarks)
         if self.allocation == "condition":
-            weights = self.weigh_blocks(measure)
-            ranks = problem.spread(lambda unit: weights[unit.block], remarks=remarks)
-            return self.decide(problem, ranks, notes={"condition": weights}, remarks=remarks)
+            shares = self.weigh_blocks(measure)
+            ranks = problem.spread(lambda unit: shares[unit.block], remarks=remarks)
+            return self.decide(problem, ranks, notes={"condition": shares}, remarks=remarks)
         fisher: dict[Unit, float] = {}
         for i, _, stats in measure.backward(lambda shape: [self.tap(u) for u in problem.block_units(shape.block)]):
             for unit in problem.block_units(i):

@@ -27,8 +27,8 @@ class SVD(Method):
     Equation: W̃ = U_r Σ_r V_rᵀ (Eckart and Young; `planish.solvers.linear.LinearSVD.decompose`).
 
     `allocation`: "uniform", or "welore" (arXiv 2407.11239): rank = #{i: (σ_i − σ_min) / (σ_max − σ_min) ≥ τ} per matrix, one τ for
-    all by bisection on the budget; dense where a pair would not be smaller (`planish.plan.threshold`). `form`: "pair" or
-    "pivoted".
+    all by bisection on the budget; dense where a pair would not be smaller
+    (`planish.plan.threshold.spread_by_threshold`). `form`: "pair" or "pivoted".
     """
 
     title: ClassVar[str] = "truncated SVD of the weights"

@@ -30,8 +30,9 @@ class SVDLLM(Method):
 
     `allocation`: "uniform", or "v2": within each matrix type the removed share is ∝ 1 / (1 + log(L / L_min)), L the
     truncation loss at the uniform ratio (V2, Alg. 1); or "welore" (arXiv 2407.11239) on the singular values of W S: one threshold
-    for all, each matrix's values scaled to [0, 1] (`planish.plan.threshold`). `update`: V1's sequential least squares of B on the
-    compressed prefix's inputs. `form`: "pivoted" stores a rank r in r(m + n − r) weights instead of r(m + n): the same budget buys
+    for all, each matrix's values scaled to [0, 1] (`planish.plan.threshold.spread_by_threshold`). `update`: V1's sequential least
+    squares of B on the compressed prefix's inputs. `form`: "pivoted" stores a rank r in r(m + n − r) weights instead of r(m + n):
+    the same budget buys
     higher ranks; or "pair".
 
     Differs from the papers: V2's 1 / log L depends on the number of tokens and breaks for L ≤ 1; ours does neither. V1's
