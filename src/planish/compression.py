@@ -39,6 +39,7 @@ from planish.plan.latency import read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.plan.targets import find_target
+from planish.quantise import Report, check_asked, quantise, read_asked
 from planish.request import Request
 from planish.solve import solve
 from planish.solvers.offload import offload
@@ -94,6 +95,9 @@ def compress(
     device, windows = join_lanes(request.device), text.windows
     check_blocks(source)
     find_target(request.target)
+    asked = read_asked(request.bits, request.head_bits, request.target)
+    if asked is not None:
+        check_asked(asked, source, request.given)
     check_windows(windows, source)
     check_apart(place.output, source)
     writer = Writer(place.output, source.n_blocks, place.overwrite, place.resume)
@@ -112,21 +116,29 @@ def compress(
             stream, cache = open_stream(source, method, windows, shared, writer.partial, device, kind)
             problem = pose(
                 method, source, request, step=request.round_to, target=request.target, measured=measured,
+                bits=asked and asked.blocks,
                 length=windows.shape[1] if windows.numel() else 0,
             )  # fmt: skip
             measure = Measurements(stream, cache, progress)
             if text.seconds:
                 measure.seconds["text"] = text.seconds
-            check_tokens(method, problem, windows, dict(request.settings))
+            whole = asked is not None and min(request.given.values()) >= 1  # nothing is cut, so nothing is planned
+            if not whole:
+                check_tokens(method, problem, windows, dict(request.settings))
             with offload(stream.device):
                 with measure.phase("plan"):
-                    planned = make_plan(method, problem, measure)
+                    planned = Planned({}, problem.units) if whole else make_plan(method, problem, measure)
                 done = write(problem, measure, planned, writer, caught)
+                if asked is not None:
+                    with measure.phase("rounding"):
+                        done.rounded = quantise(asked, windows, writer, device=device, dtype=kind, progress=progress)
         result = report(problem, planned, source, writer, done)
         earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier, *note_origin(source)})
+        notes = [*note_origin(source), *(done.rounded.notes() if done.rounded else ())]
+        result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier, *notes})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
-        write_manifest(writer, method, problem, planned, stream, result, done.errors, text.record)
+        found = {"errors": done.errors} | ({"rounding": done.rounded.linears} if done.rounded else {})
+        write_manifest(writer, method, problem, planned, stream, result, found, text.record)
         for name, content in place.files.items():
             writer.text(name, content)
         writer.close()
@@ -173,7 +185,8 @@ def write_journal(
         "adapter": None if request.adapter is None else str(Path(request.adapter).resolve()),
         "method": method.name, "settings": method.settings(), "given": sorted(request.settings),
         "calibration": text.record, "device": request.device.partition(":")[0], "dtype": request.dtype,
-        "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "files": place.files,
+        "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "bits": request.bits,
+        "head_bits": request.head_bits, "files": place.files,
         "processes": lanes.count(),
     }  # fmt: skip
 
@@ -205,6 +218,7 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         request = Request(
             **journal["asked"], model=source.name, method=journal["method"], settings=dict.fromkeys(journal["given"]),
             device=journal["device"], dtype=dtype, round_to=journal["round_to"], target=journal["target"],
+            bits=journal.get("bits"), head_bits=journal.get("head_bits"),
         )  # fmt: skip
         place = Destination(output, journal["overwrite"], journal["files"], resume=True)
         measured, record = journal["measured"], journal["calibration"]
@@ -226,6 +240,7 @@ class Written:
     kind: str = ""
     outer: int = 0
     errors: dict[str, float] = field(default_factory=dict)
+    rounded: Report | None = None
 
 
 def write(
@@ -291,6 +306,7 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         flops_per_token_after=flops[1] + 2 * source.count_head(),
         context=problem.context,
         submodules={name: dict(gone) for name, gone in planned.removed.items()},
+        rounding=done.rounded.summary() if done.rounded else {},
     )
     if problem.table is not None:
         result.latency_ms_before = problem.table.predict(dense, problem.shapes) * 1e3

@@ -68,7 +68,7 @@ class Source:
         """Tied matrices once, under the embedding's name."""
         if not self.config.tie_word_embeddings or HEAD not in tensors:
             return tensors
-        return {self._embedding_name(): tensors[HEAD]} | {n: t for n, t in tensors.items() if n != HEAD}
+        return {self.embedding: tensors[HEAD]} | {n: t for n, t in tensors.items() if n != HEAD}
 
     @property
     def n_blocks(self) -> int:
@@ -85,7 +85,8 @@ class Source:
         with torch.device("meta"):
             return build_skeleton(self.stock_config, self.family)
 
-    def _embedding_name(self) -> str:
+    @property
+    def embedding(self) -> str:
         """Name of the input embedding's weight in the causal LM."""
         return find_embedding(self.empty)
 
@@ -111,6 +112,7 @@ class FolderSource(Source):
         self.config, self.family, self.specs = opened.config, opened.family, opened.specs
         self.stock_config = find_stock_config(self.config, self.family)
         self._last = -1  # block that was read last
+        self.replaced: dict[str, Tensor] = {}  # what `weight` gives in place of what is stored
         if not self.remote:
             _ = self.reader
 
@@ -126,7 +128,7 @@ class FolderSource(Source):
             )
         reader.check_adapter(self._tied)
         check_tensors({n: reader.entry(n) for n in reader.names}, self.model, self._tied, str(self.folder))
-        pair = (self._embedding_name(), HEAD)
+        pair = (self.embedding, HEAD)
         both = self.config.tie_word_embeddings and all(n in reader for n in pair)
         if both and not is_same(*map(reader.tensor, pair)):  # then transformers does not tie them either
             self.config.tie_word_embeddings = self.stock_config.tie_word_embeddings = False
@@ -161,12 +163,16 @@ class FolderSource(Source):
         return block
 
     def weight(self, name: str) -> Tensor:
-        return self.reader.tensor(name if name in self.reader else self._tied.get(name, name))
+        other = self._tied.get(name, name)
+        for known in (name, other):
+            if known in self.replaced:
+                return self.replaced[known]
+        return self.reader.tensor(name if name in self.reader else other)
 
     @cached_property
     def _tied(self) -> dict[str, str]:
         """Either name of a tied matrix → the other."""
-        names = (self._embedding_name(), HEAD)
+        names = (self.embedding, HEAD)
         return dict(zip(names, reversed(names))) if self.config.tie_word_embeddings else {}
 
     def _known(self) -> list[str]:
@@ -239,7 +245,7 @@ class MemorySource(Source):
         for name, tensor in self._tensors.items():
             if not is_finite(tensor):
                 raise InputError(f"tensor {name} of the model in memory holds NaN or infinity")
-        pair = (self._embedding_name(), HEAD)
+        pair = (self.embedding, HEAD)
         if self.config.tie_word_embeddings and not is_same(*(self._tensors[n] for n in pair)):
             self.config.tie_word_embeddings = False
             del self.empty

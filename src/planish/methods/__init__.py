@@ -23,6 +23,7 @@ from planish.plan.problem import Problem, make_problem
 from planish.plan.targets import check_plan, needs_uniform
 from planish.plan.uniform import make_uniform
 from planish.request import Limits, label
+from planish.rounding.types import Choice
 
 
 def list_methods() -> dict[str, type[Method]]:
@@ -59,6 +60,7 @@ def pose(
     *,
     step: int = 1,
     target: str = "any",
+    bits: Choice | None = None,
     measured: Mapping[str, float] | None = None,
     length: int = 0,
 ) -> Problem:
@@ -71,7 +73,7 @@ def pose(
     asked = asked.model_copy(update={"context": asked.context or length})
     solvers = method.solvers()
     problem = make_problem(
-        source, method.name, solvers, asked, step=step, target=target, measured=measured, takes=method.takes
+        source, method.name, solvers, asked, step=step, target=target, bits=bits, measured=measured, takes=method.takes
     )
     for n, b in enumerate(problem.budgets):
         bites = isinstance(b, CacheNumbers) and (problem.cache_only or b.share < 1)
