@@ -15,6 +15,7 @@ from torch import Tensor
 import planish
 import tiny
 from packed_files import write
+from planish.compression import resume
 from planish.errors import InputError
 from planish.folder.source import open_source
 from planish.request import read_recipe
@@ -217,3 +218,20 @@ def test_as_peft_merges(family, tmp_path):
             assert torch.allclose(source.weight(name), merged[name], atol=1e-6), name
             changed += not torch.equal(merged[name], model.state_dict()[name])
         assert changed == 4
+
+
+def test_an_interrupted_run_is_taken_up_with_its_adapter(base, tmp_path):
+    adapter = save_adapter(tmp_path / "a", factors(Q, 32, 32) | factors(DOWN, 32, 32))
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if (tmp_path / "one.partial" / "resume" / "journal.jsonl").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        planish.compress(base, adapter=str(adapter), output=tmp_path / "one", progress=stop, **RUN)
+    resume(tmp_path / "one")
+    planish.compress(base, adapter=str(adapter), output=tmp_path / "two", **RUN)
+    planish.compress(base, output=tmp_path / "three", **RUN)
+    shard = sorted(p.name for p in (tmp_path / "one").glob("*.safetensors"))[-1]
+    one, two, three = ((tmp_path / n / shard).read_bytes() for n in ("one", "two", "three"))
+    assert one == two != three

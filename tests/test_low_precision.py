@@ -21,6 +21,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import planish
 import tiny
 from packed_files import E2M1, MAKERS, Case, configure, make, write
+from planish.errors import InputError
 from planish.folder.packed import reader
 from planish.folder.packed.codes import read_e8m0
 from planish.folder.packed.declared import METHODS
@@ -287,3 +288,23 @@ def test_stacked_experts_in_fp8():
 def test_powers_of_two_in_a_byte():
     found = read_e8m0(torch.arange(256, dtype=torch.int32).to(torch.uint8))
     assert found[:255].double().tolist() == [2.0 ** (n - 127) for n in range(255)] and found[255].isnan()
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path, checkpoints):
+    """Blocks behind the last one, and mtp.…: the result is the one without them, and says so."""
+    plain, ids = checkpoints(FP8, tmp_path / "plain")
+    with_more = Path(shutil.copytree(plain, tmp_path / "more"))
+    tensors = load_file(plain / "model.safetensors")
+    more = {n.replace("layers.0.", "layers.1."): t.clone() for n, t in tensors.items() if "layers.0." in n}
+    more |= {"model.layers.1.eh_proj.weight": torch.ones(32, 64), "mtp.norm.weight": torch.ones(32)}
+    save_file(tensors | more, with_more / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="says 1 blocks, the checkpoint holds 2"):
+        open_source(with_more)
+    configure(with_more, num_nextn_predict_layers=1)
+    options = {"keep": 0.8, "method": "svd", "calibration": str(ids), "n_samples": 8, "seq_len": 16}
+    planish.compress(plain, output=tmp_path / "a", **options)
+    result = planish.compress(with_more, output=tmp_path / "b", **options)
+    assert any(re.search(r"1\d tensors of next-token prediction layers are left out", w) for w in result.warnings)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()

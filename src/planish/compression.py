@@ -21,8 +21,9 @@ from planish.apply import count_block, is_empty
 from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import Stream, reuse_memory
+from planish.calibrate.stream import LARGE, Stream, reuse_memory
 from planish.calibrate.text import shuffle_windows
+from planish.checking import check_apart, check_blocks, check_tokens, check_windows
 from planish.core import Progress, Shape
 from planish.errors import InputError
 from planish.folder.config import name_head, write_config
@@ -39,7 +40,7 @@ from planish.plan.latency import read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.plan.targets import find_target
-from planish.quantise import Report, check_asked, quantise, read_asked
+from planish.quantise import Report, quantise, read_asked
 from planish.request import Request
 from planish.solve import solve
 from planish.solvers.offload import offload
@@ -95,47 +96,39 @@ def compress(
     device, windows = join_lanes(request.device), text.windows
     check_blocks(source)
     find_target(request.target)
-    asked = read_asked(request.bits, request.head_bits, request.target)
-    if asked is not None:
-        check_asked(asked, source, request.given)
+    asked = read_asked(request, source)
     check_windows(windows, source)
     check_apart(place.output, source)
     writer = Writer(place.output, source.n_blocks, place.overwrite, place.resume)
     try:
         kind = getattr(torch, request.dtype) if request.dtype else pick_dtype(source, device)
         measured = shared.measured
-        if request.max_latency is not None and measured is None:
-            first = lanes.rank() == 0  # all plan with one table
+        if request.max_latency is not None and measured is None:  # all processes plan with one table
             length = request.context or windows.shape[1]
-            measured = lanes.share(read_table(source, length, device, kind, progress) if first else None)
+            measured = lanes.share(read_table(source, length, device, kind, progress) if lanes.rank() == 0 else None)
         if not place.resume and isinstance(source, FolderSource):
             journal = write_journal(request, method, source, text, place) | {"measured": measured}
             writer.keep_request(journal, windows)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            stream, cache = open_stream(source, method, windows, shared, writer.partial, device, kind)
+            stream, cache = open_stream(
+                source, method, windows, shared, writer.partial, device, kind, bool(request.dtype)
+            )
             problem = pose(
                 method, source, request, step=request.round_to, target=request.target, measured=measured,
-                bits=asked and asked.blocks,
-                length=windows.shape[1] if windows.numel() else 0,
+                bits=asked.blocks if asked else None, length=windows.shape[1] if windows.numel() else 0,
             )  # fmt: skip
             measure = Measurements(stream, cache, progress)
-            if text.seconds:
-                measure.seconds["text"] = text.seconds
-            whole = asked is not None and min(request.given.values()) >= 1  # nothing is cut, so nothing is planned
-            if not whole:
-                check_tokens(method, problem, windows, dict(request.settings))
+            measure.seconds |= {"text": text.seconds} if text.seconds else {}
             with offload(stream.device):
                 with measure.phase("plan"):
-                    planned = Planned({}, problem.units) if whole else make_plan(method, problem, measure)
+                    planned = decide(method, problem, measure, request, windows)
                 done = write(problem, measure, planned, writer, caught)
                 if asked is not None:
-                    with measure.phase("rounding"):
-                        done.rounded = quantise(asked, windows, writer, device=device, dtype=kind, progress=progress)
+                    done.rounded = quantise(asked, measure, writer, windows)
         result = report(problem, planned, source, writer, done)
-        earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        notes = [*note_origin(source), *(done.rounded.notes() if done.rounded else ())]
-        result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier, *notes})
+        said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
+        result.warnings = sorted({*said, *writer.warned})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
         found = {"errors": done.errors} | ({"rounding": done.rounded.linears} if done.rounded else {})
         write_manifest(writer, method, problem, planned, stream, result, found, text.record)
@@ -148,6 +141,14 @@ def compress(
     return result
 
 
+def decide(method: Method, problem: Problem, measure: Measurements, request: Request, windows: Tensor) -> Planned:
+    """The method's plan; where everything stays and is only rounded, nothing is measured for one."""
+    if request.bits is not None and min(request.given.values()) >= 1:
+        return Planned({}, problem.units)
+    check_tokens(method, problem, windows, dict(request.settings))
+    return make_plan(method, problem, measure)
+
+
 def join_lanes(device: str) -> str:
     """The device to compute on, after the other processes of the run were joined: each its own accelerator."""
     several = lanes.start(device)
@@ -155,19 +156,26 @@ def join_lanes(device: str) -> str:
 
 
 def open_stream(
-    source: Source, method: Method, windows: Tensor, shared: Shared, folder: Path, device: str, dtype: torch.dtype
+    source: Source,
+    method: Method,
+    windows: Tensor,
+    shared: Shared,
+    folder: Path,
+    device: str,
+    dtype: torch.dtype,
+    exact: bool,
 ) -> tuple[Stream, Cache | None]:
     """The stream of the windows (n, seq) as the method measures on them, and the cache of their statistics, if any.
 
-    `folder`: where activations go that memory does not hold.
-    """
+    `folder`: where activations go that memory does not hold. `exact`: products are formed in `dtype` and no other.
+    """  # fmt: skip
     stream, cache, calibrated = shared.stream, shared.cache, shuffle_windows(windows, method.shuffled)
+    products = dtype if exact else pick_products(source, method, device, dtype)
     if stream is None:
         stream = Stream(source, calibrated, device=device, dtype=dtype, limits=MemoryLimits(folder=folder))
-    elif calibrated is not windows:
-        stream = stream.part(calibrated)
-    if calibrated is not windows and isinstance(cache, Cache):
-        cache = cache.sibling(stream)
+    if calibrated is not windows or products != stream.products:
+        stream = stream.part(calibrated, products) if len(calibrated) else stream
+        cache = cache.sibling(stream) if isinstance(cache, Cache) else cache
     return stream, open_cache(stream) if cache is True else cache or None
 
 
@@ -241,6 +249,10 @@ class Written:
     outer: int = 0
     errors: dict[str, float] = field(default_factory=dict)
     rounded: Report | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        return self.rounded.notes() if self.rounded else []
 
 
 def write(
@@ -323,57 +335,20 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
     return result
 
 
-def check_tokens(method: Method, problem: Problem, windows: Tensor, settings: dict[str, Any]) -> None:
-    """Fewer calibration tokens than a Gram's dimension make it singular: an error unless damping is asked for."""
-    own = method.dampings
-    if set(own) & set(settings):
-        return
-    grams = [t for t in problem.taps(problem.block_units(0)) if t.kind in ("gram", "moments")]
-    need = max((problem.shapes[0].width(t.site) for t in grams), default=0)
-    if 0 < windows.numel() < need:
-        hint = f", or ask for damping (--set {own[0]}=0.01)" if own else ""
-        raise InputError(
-            f"calibration has {windows.numel()} tokens, fewer than the largest Gram's dimension {need}: "
-            f"use at least {need} tokens (--n-samples × --seq-len){hint}"
-        )
-
-
-def check_apart(output: Path, source: Source) -> None:
-    """The output must not replace the model that it is made from."""
-    if isinstance(source, FolderSource):
-        model, place = source.folder.resolve(), output.resolve()
-        if place == model or place in model.parents:
-            raise InputError(f"output {output} would replace the model {source.folder}; choose another folder")
-
-
-def check_blocks(source: Source) -> None:
-    """Of blocks with more than attention and a dense feed-forward no compressed form is written."""
-    for i in range(source.n_blocks):
-        if names := list(dict.fromkeys("experts" if r.startswith("expert.") else r for r in source.shape(i).rest)):
-            raise InputError(
-                f"block {i} of {source.name} has {', '.join(names)}: planish measures and plans such blocks (`planish plan`) but "
-                "does not write them yet; compress a model with dense feed-forwards only"
-            )
-
-
-def check_windows(windows: Tensor, source: Source) -> None:
-    limit = getattr(source.config, "max_position_embeddings", None)
-    rope = getattr(source.config, "rope_parameters", None) or {}
-    if limit and rope.get("rope_type") == "dynamic":  # tables that grow with the sequence
-        limit = int(limit * rope.get("factor", 1.0))
-    if limit and windows.shape[-1] > limit:
-        raise InputError(f"--seq-len {windows.shape[-1]} is longer than the model's {limit} positions")
-    vocabulary = source.config.vocab_size
-    if windows.numel() and not (int(windows.min()) >= 0 and int(windows.max()) < vocabulary):
-        raise InputError(f"calibration holds token id {int(windows.max())}, the model's vocabulary has {vocabulary}")
-
-
 def pick_dtype(source: Source, device: str) -> torch.dtype:
     """What to compute in: the stored dtype on an accelerator, fp32 on a CPU."""
     stored = getattr(source.config, "dtype", None)
     if device == "cpu" or not isinstance(stored, torch.dtype):
         return torch.float32
     return stored
+
+
+def pick_products(source: Source, method: Method, device: str, dtype: torch.dtype) -> torch.dtype:
+    """What the blocks' products are formed in where no dtype is asked for: bf16 where a method's statistics bear it, the
+    processor multiplies in it, and blocks are large enough for the time to matter; else what is computed in."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    large = source.n_blocks and source.shape(0).count() > LARGE
+    return torch.bfloat16 if device == "cpu" and method.coarse and fast and large else dtype
 
 
 def read_warnings(caught: list[warnings.WarningMessage]) -> list[str]:

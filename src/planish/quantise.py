@@ -23,6 +23,7 @@ from planish import lanes
 from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.linears import list_linears, measure_gradients, measure_grams
 from planish.calibrate.losses import nll
+from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream
 from planish.core import Progress
 from planish.errors import InputError
@@ -30,6 +31,7 @@ from planish.folder.config import name_head
 from planish.folder.skeleton import set_parameter
 from planish.folder.source import FolderSource, Source, open_folder
 from planish.folder.writer import Writer
+from planish.request import Request
 from planish.rounding.round import GGML, Metric, Rounded, round_matrix
 from planish.rounding.types import Choice, StorageType, choose
 
@@ -83,24 +85,25 @@ class Report:
         return {n: v for n, v in asdict(self).items() if n != "linears"}
 
 
-def read_asked(bits: str | None, head_bits: str | None, target: str) -> Asked | None:
-    """What `--bits` and `--head-bits` ask for; None where nothing is rounded. InputError where it cannot be."""
-    blocks = None if bits is None else choose(bits, target)
+def read_asked(request: Request, source: Source) -> Asked | None:
+    """What `--bits` and `--head-bits` ask for; None where nothing is rounded. InputError, before any work, where it cannot be."""
+    head, target = request.head_bits, request.target
+    blocks = None if request.bits is None else choose(request.bits, target)
+    if blocks is None and head is not None:
+        raise InputError("--head-bits says how embedding and head are rounded beside the blocks: give --bits too")
     if blocks is None:
-        if head_bits is not None:
-            raise InputError("--head-bits says how embedding and head are rounded beside the blocks: give --bits too")
         return None
-    if target != "gguf":
-        if head_bits is not None:
-            raise InputError(
-                f"--head-bits: embedding and head stay in 16 bits for --target {target}; only llama.cpp's files hold rounded ones"
-            )
-        return Asked(blocks)
-    return Asked(blocks, choose(HEAD if head_bits is None else head_bits, target))
+    if target != "gguf" and head is not None:
+        raise InputError(
+            f"--head-bits: embedding and head stay in 16 bits for --target {target}; only llama.cpp's files hold rounded ones"
+        )
+    asked = Asked(blocks, choose(HEAD if head is None else head, target) if target == "gguf" else None)
+    check_asked(asked, source, request.given)
+    return asked
 
 
 def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> None:
-    """InputError, before any work, for a model that cannot be rounded this way, or a budget that is planned without rounding."""
+    """InputError for a model that cannot be rounded this way, or a budget that is planned without rounding."""
     if "max_bytes" in limits:
         raise InputError(
             "--max-bytes cannot hold beside --bits: ranks are planned by the bytes of unrounded weights; give --keep"
@@ -259,13 +262,13 @@ def describe_integers(kinds: dict[str, StorageType]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def quantise(
-    asked: Asked, windows: Tensor, writer: Writer, *, device: str, dtype: torch.dtype, progress: Progress | None = None
-) -> Report:
+def quantise(asked: Asked, measure: Measurements, writer: Writer, windows: Tensor) -> Report:
     """Round the model that `writer` has written, in its place; `windows` (n, seq) are the calibration text."""
-    source = open_folder(writer.again())
+    source, limits = open_folder(writer.again()), MemoryLimits(folder=writer.partial)
 
     def open_stream() -> Stream:
-        return Stream(source, windows, device=device, dtype=dtype, limits=MemoryLimits(folder=writer.partial))
+        like = measure.stream
+        return Stream(source, windows, device=str(like.device), dtype=like.dtype, limits=limits)
 
-    return Quantiser(source, open_stream, asked, writer).run(progress)
+    with measure.phase("rounding"):
+        return Quantiser(source, open_stream, asked, writer).run(measure.progress)

@@ -20,7 +20,8 @@ from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import Text as Tokens
 from planish.calibrate.text import fingerprint, load_tokens
-from planish.compression import Calibration, Destination, Shared, check_windows, compress, pick_dtype
+from planish.checking import check_windows
+from planish.compression import Calibration, Destination, Shared, compress, pick_dtype
 from planish.core import Progress
 from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed
@@ -334,7 +335,8 @@ class Runner:
         point = trial.point()
         try:
             stream = self.shared.stream
-            request = trial.request.model_copy(update={"dtype": str(stream.dtype)[6:] if stream else None})
+            asked = str(stream.dtype)[6:] if stream and self.asked.dtype else None
+            request = trial.request.model_copy(update={"dtype": asked})
             result = compress(
                 request, trial.method, self.source, replace(self.text, seconds=0.0), Destination(folder, overwrite=True),
                 shared=self.shared, progress=self.progress,

@@ -30,7 +30,7 @@ class Where(StrEnum):
     onnx = "onnx"
 
 
-FileType = cast(Any, StrEnum)("FileType", {n: n for n in ("f32", "f16", "bf16", *GGML)})
+FileType: Any = cast(Any, StrEnum)("FileType", {n: n for n in ("f32", "f16", "bf16", *GGML)})
 
 
 FolderArgument = Annotated[

@@ -18,7 +18,6 @@ from planish.folder.source import FolderSource
 from planish.rounding.ggml import dequantise
 from planish.rounding.types import StorageType
 
-ZERO = (None, None)  # of a row of zeros
 Found = tuple[StorageType, np.ndarray]  # a type, and a matrix's rows of bytes
 
 
@@ -63,18 +62,17 @@ class StoredRows:
 
     def _match(self, numbers: np.ndarray, width: int) -> Found | None:
         """Of a matrix whose columns beyond these are zeros, up to `width`."""
-        known = [self.rows.get(digest(row)) if row.any() else ZERO for row in numbers]
-        kinds = {found[0] for found in known if found is not None and found is not ZERO}
-        if None in known or len(kinds) != 1:
+        known = [(n, self.rows.get(digest(row))) for n, row in enumerate(numbers) if row.any()]
+        kinds = {found[0] for _, found in known if found is not None}
+        if len(kinds) != 1 or any(found is None for _, found in known):
             return None
         kind = kinds.pop()
-        assert isinstance(kind, StorageType)
         if not kind.holds(width):
             return None
         out = np.zeros((len(numbers), kind.count(1, width)), dtype=np.uint8)  # blocks of zeros are zero bytes
-        for row, found in zip(out, known, strict=True):
-            if found is not None and found is not ZERO:
-                row[: len(found[1])] = found[1]
+        for n, found in known:
+            if found is not None:
+                out[n, : len(found[1])] = found[1]
         return kind, out
 
 
