@@ -131,14 +131,13 @@ def make_problem(
     asked: Limits,
     *,
     step: int = 1,
-    target: str = "any",
-    bits: Choice | None = None,
+    target: str | Choice = "any",
     measured: Mapping[str, float] | None = None,
     takes: Callable[[Unit, Mapping[str, float]], bool] = lambda unit, shares: True,
 ) -> Problem:
     """The problem that limits and a target amount to for the method `name` with these solvers.
 
-    `bits`: what linears are rounded to once they are cut.
+    `target` may also say what linears are rounded to for one once they are cut.
     `measured`: latencies, for a limit on them. `takes`: whether the method cuts a unit under budgets, name → share that stays.
     """
     shapes = tuple(source.shape(i) for i in range(source.n_blocks))
@@ -153,7 +152,8 @@ def make_problem(
             if cache_only:
                 own = [u for u in own if cuts_cache(solver, u, shape)]
             units |= dict.fromkeys(own, solver)
-    stack = fit_bits(fit_target(target, source, shapes), bits, shapes)
+    bits = target if isinstance(target, Choice) else None
+    stack = fit_bits(fit_target(target if isinstance(target, str) else target.target, source, shapes), bits, shapes)
     units = constrain(stack, name, units, list(shapes))
     main = min(budgets, key=lambda b: (isinstance(b, CacheNumbers), b.share))
     return Problem(name, shapes, units, budgets, main, step, stack, cache_only, context)
