@@ -23,7 +23,7 @@ from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import LARGE, Stream, reuse_memory
 from planish.calibrate.text import shuffle_windows
-from planish.checking import check_apart, check_blocks, check_tokens, check_windows
+from planish.checking import check_apart, check_tokens, check_windows
 from planish.core import Progress, Shape
 from planish.errors import InputError
 from planish.folder.config import name_head, write_config
@@ -93,7 +93,6 @@ def compress(
     start = time.perf_counter()
     reuse_memory()
     device, windows = join_lanes(request.device), text.windows
-    check_blocks(source)
     asked = read_asked(request, source)
     check_windows(windows, source)
     check_apart(place.output, source)

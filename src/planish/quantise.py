@@ -115,6 +115,11 @@ def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> No
         raise InputError(f"{source.family.model_type} stores its linears transposed, which --bits does not round")
     for i in range(source.n_blocks):
         shape = source.shape(i)
+        if shape.rest:
+            raise InputError(
+                f"block {i} of {source.name} has more than attention and a dense feed-forward: --bits does not round experts "
+                "and mixers"
+            )
         for role in shape.roles:
             asked.blocks.pick(shape.linear(role)[1], f"block {i}, {role}")
     if asked.head is not None:
