@@ -170,7 +170,7 @@ def perplexities(columns: Sequence[tuple[Found, float]], text: str, short: bool 
     for name, rivals in [("auto", published), ("auto:structural", STRUCTURAL)][: 1 if short else 2]:
         ratios = [compare(m, name, rivals, k, text) for m, k in columns]
         if any(ratios):
-            kind = "published method" if name == "auto" else "published one with dense shapes"
+            kind = "published one here" if name == "auto" else "published one with dense shapes"
             label = f"*D of {NAMES[name]} / least D of a {kind}*"
             lines.append(f"| {label} | " + " | ".join(r or "–" for r in ratios) + " |")
     return lines
