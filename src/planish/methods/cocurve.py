@@ -209,7 +209,7 @@ def score(parts: Sequence[Part], h: Tensor, gone: Sequence[Part]) -> tuple[float
 
 
 def split_windows(stream: Stream, n: int, held: int) -> tuple[Stream, Stream]:
-    """(n windows, `held` others), evenly spaced, or about that share of all there are; the same one twice where there is no other."""
+    """(n windows, `held` others), evenly spaced, or as large shares of all there are; the same one twice where there is no other."""
     windows = torch.cat(stream.batches)
     count = min(n + held, len(windows))
     some = windows[torch.arange(count) * len(windows) // count]
