@@ -73,10 +73,7 @@ class CoCurve(Method):
         if all(b.share >= 1 for b in problem.budgets):
             return self.decide(problem, whole)
         parts = list_parts(problem)
-        first = min(
-            (p.block for p in parts if not p.last), default=0
-        )  # an attention stays, and a group of every feed-forward
-        least = count_kept(problem, [p for p in parts if p.first or (not p.last and p.block > first)])
+        least = count_kept(problem, [p for p in parts if p not in list_lasting(problem, parts)])
         for b in problem.budgets:
             if (smallest := count_left(problem, least, b)) > b.limit:
                 raise b.refuse("cocurve", smallest)
@@ -135,6 +132,14 @@ def list_groups(problem: Problem, block: int) -> list[Part]:
 def list_parts(problem: Problem) -> list[Part]:
     attentions = [Part(u.block) for u in sorted(problem.units) if u.name == "attention"]
     return attentions + [g for u in sorted(problem.units) if u.name == "mlp" for g in list_groups(problem, u.block)]
+
+
+def list_lasting(problem: Problem, parts: Sequence[Part]) -> list[Part]:
+    """An attention and of every feed-forward a group, the largest: what is left whichever of them stay."""
+    kinds: dict[int, list[Part]] = {}
+    for p in parts:
+        kinds.setdefault(p.block if p.last else -1, []).append(p)
+    return [max(found, key=lambda p: measure_costs(problem, p)) for found in kinds.values()]
 
 
 def count_kept(problem: Problem, gone: Sequence[Part]) -> Plan:
@@ -209,7 +214,7 @@ def score(parts: Sequence[Part], h: Tensor, gone: Sequence[Part]) -> tuple[float
 
 
 def split_windows(stream: Stream, n: int, held: int) -> tuple[Stream, Stream]:
-    """(n windows, `held` others), evenly spaced, or as large shares of all there are; the same one twice where there is no other."""
+    """(n windows, `held` others), evenly spaced, or as large shares of all there are; of a single one both."""
     windows = torch.cat(stream.batches)
     count = min(n + held, len(windows))
     some = windows[torch.arange(count) * len(windows) // count]
