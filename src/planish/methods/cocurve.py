@@ -123,10 +123,14 @@ def name(part: Part) -> Unit:
 
 
 def list_groups(problem: Problem, block: int) -> list[Part]:
-    """Neighbouring neurons of a block, in groups as equal as can be."""
-    n = problem.shapes[block].intermediate
-    ends = [n * g // min(GROUPS, n) for g in range(min(GROUPS, n) + 1)] if n else [0]
-    return [Part(block, a, b) for a, b in pairwise(ends)]
+    """Neighbouring neurons of a block, in groups as equal as can be where they are multiples of the problem's step."""
+    steps = problem.shapes[block].intermediate // problem.step
+    groups = min(GROUPS, steps)
+    return (
+        [Part(block, a, b) for a, b in pairwise(problem.step * (steps * g // groups) for g in range(groups + 1))]
+        if groups
+        else []
+    )
 
 
 def list_parts(problem: Problem) -> list[Part]:
@@ -143,11 +147,14 @@ def list_lasting(problem: Problem, parts: Sequence[Part]) -> list[Part]:
 
 
 def count_kept(problem: Problem, gone: Sequence[Part]) -> Plan:
-    """Ranks without these parts."""
+    """Ranks without these parts; where neurons of a block go, those beyond a multiple of the problem's step go as well."""
     ranks = {u: problem.full(u) for u in problem.units}
     for part in gone:
         ranks[name(part)] -= part.last - part.first if part.last else ranks[name(part)]
-    return ranks
+    return {
+        u: r - problem.full(u) % problem.step if u.name == "mlp" and r < problem.full(u) else r
+        for u, r in ranks.items()
+    }
 
 
 def pick(problem: Problem, parts: Sequence[Part], h: Tensor, coupling: float) -> list[Part]:
