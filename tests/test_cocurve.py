@@ -203,3 +203,13 @@ def test_too_little_is_refused(tmp_path):
     with pytest.raises(InputError, match="smallest"):
         compress(tiny.build("llama_gqa"), output=tmp_path / "m", method="cocurve", keep=0.1, windows=WINDOWS)
     assert Unit(0, "ffn") not in job(0.7).problem.units
+
+
+def test_ranks_are_multiples_of_what_is_asked_for():
+    """Of 44 neurons in steps of 8 the last four go with whichever others do."""
+    j = pose_on(stream(), "cocurve", 0.6, settings={"windows": "2", "held": "2"}, step=8)
+    planned = j.plan()
+    ranks = {u: r for u, r in planned.ranks.items() if u.name == "mlp"}
+    cut = {u: r for u, r in ranks.items() if r < 44}
+    assert cut and all(r % 8 == 0 for r in cut.values()) and j.left(planned.ranks) >= 0
+    assert all(len(planned.solvers[u].kept) == r and max(planned.solvers[u].kept) < 40 for u, r in cut.items())
