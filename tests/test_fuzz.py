@@ -363,7 +363,7 @@ def test_any_command_line(model, tmp_path, monkeypatch, capsys, command, pairs):
 
     monkeypatch.chdir(tmp_path)
     line = [command, str(model), "--calibration", str(model / "none.npy")]
-    line += ["-o", str(tmp_path / "out")] if command == "compress" else []
+    line += ["-o", str(tmp_path / "out")] if command == "compress" else ["--measure"]
     before = sorted(tmp_path.iterdir())
     code = get_command(app).main(
         [*line, *(word for option, value in pairs for word in (f"--{option}", value))], standalone_mode=False

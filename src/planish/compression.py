@@ -32,7 +32,7 @@ from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
 from planish.manifest import Result, note_origin, read_result, write_manifest
 from planish.methods import find_method, make_plan, pose
-from planish.methods.method import Method
+from planish.methods.method import Method, list_settings
 from planish.modelling.blocks import Spec
 from planish.plan.footprint import count_headers, footprint
 from planish.plan.latency import read_table
@@ -170,7 +170,7 @@ def write_journal(
     """What `resume` needs besides the windows: the request, as it was understood."""
     return {
         "model": str(find_lasting(source.folder)), "name": source.name, "asked": request.limits,
-        "method": method.name, "settings": method.settings(), "given": sorted(request.settings),
+        "method": method.name, "settings": list_settings(method), "given": sorted(request.settings),
         "calibration": text.record, "device": request.device.partition(":")[0], "dtype": request.dtype,
         "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "files": place.files,
         "processes": lanes.count(),
@@ -306,13 +306,18 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
     return result
 
 
+def count_needed(problem: Problem) -> int:
+    """Dimension of the largest Gram that is measured."""
+    taps = [t for t in problem.taps(problem.block_units(0)) if t.kind in ("gram", "moments")]
+    return max((problem.shapes[0].width(t.site) for t in taps), default=0)
+
+
 def check_tokens(method: Method, problem: Problem, windows: Tensor, settings: dict[str, Any]) -> None:
     """Fewer calibration tokens than a Gram's dimension make it singular: an error unless damping is asked for."""
     own = method.dampings
     if set(own) & set(settings):
         return
-    grams = [t for t in problem.taps(problem.block_units(0)) if t.kind in ("gram", "moments")]
-    need = max((problem.shapes[0].width(t.site) for t in grams), default=0)
+    need = count_needed(problem)
     if 0 < windows.numel() < need:
         hint = f", or ask for damping (--set {own[0]}=0.01)" if own else ""
         raise InputError(

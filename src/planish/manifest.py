@@ -15,7 +15,7 @@ from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.source import Source
 from planish.folder.writer import Writer
-from planish.methods.method import Method
+from planish.methods.method import Method, list_settings
 from planish.mixture import join_mixture, split_mixture
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
@@ -92,7 +92,7 @@ def write_manifest(
         "source": name_only(stream.source.name),
         **({"source_file": origin} if (origin := find_origin(stream.source)) else {}),
         "method": result.method,
-        "settings": method.settings() | dict(planned.settings),
+        "settings": list_settings(method) | dict(planned.settings),
         "round_to": problem.step,
         "calibration": calibration | {"source": name_only(str(calibration.get("source", "")))},
         "dtype": str(stream.dtype).removeprefix("torch."),

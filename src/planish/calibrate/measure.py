@@ -45,7 +45,7 @@ class Measurements:
         self.seconds: dict[str, float] = {}
         self._inner: list[float] = []  # per running phase: seconds of the phases inside it
         if isinstance(stream, Stream):
-            stream.clock = self.phase
+            self._watch(stream)
 
     @property
     def started(self) -> bool:
@@ -56,8 +56,13 @@ class Measurements:
     def stream(self) -> Stream:
         if isinstance(self.given, Awaited):
             self.given = self.given.make()
-            self.given.clock = self.phase
+            self._watch(self.given)
         return self.given
+
+    def _watch(self, stream: Stream) -> None:
+        stream.clock = self.phase
+        if self.progress:
+            stream.report = self.progress
 
     @property
     def source(self) -> Source:
@@ -79,7 +84,7 @@ class Measurements:
 
     def part(self, windows: Tensor) -> Measurements:
         """The same model on other windows (n, seq): what is stored stays, nothing is taken from the cache."""
-        other = Measurements(self.stream.part(windows))
+        other = Measurements(self.stream.part(windows), progress=self.progress)
         other.stored = self.stored
         return other
 
@@ -143,6 +148,7 @@ def sweep_back(stream: Stream, taps: Taps, edits: Edits | None = None, seed: int
     inputs = [stream.start()]
     for i in range(len(stream)):
         inputs.append(stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), inputs[-1], stream.limits.stored))
+        stream.report("forward", i + 1, len(stream))
     last = zip(stream.pieces, inputs.pop(), strict=True)
     gradients: Hidden = Activations(stream.limits, (output_gradient(stream, h, seed, p.first) for p, h in last))
     stream.release()
