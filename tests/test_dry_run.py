@@ -45,7 +45,7 @@ def test_every_method_plans_without_weights_and_text(bare, monkeypatch):
         )
         assert found.keep <= 0.8 and found.measured == (method in SHAPES) == (not found.needed_statistics), method
         assert found.phases[-1]["name"] == "blocks" and len(found.phases[-1]["steps"]) == 4, method
-        assert found.seconds == pytest.approx(sum(sum(p["steps"]) for p in found.phases)) 
+        assert found.seconds == pytest.approx(sum(sum(p["steps"]) for p in found.phases))
         assert (len(found.phases) > 1) == (not found.measured), method
 
 
@@ -168,9 +168,11 @@ def test_the_time_left_is_right_within_a_third_after_one_step():
 
 def test_phases_that_are_passed_over_or_were_not_foretold():
     clock = TimeLeft(PHASES)
-    clock.report("cached", 1, 2, 3.0)  # not foretold: it says nothing about the speed of the others
+    clock.report("text", 1, 2, 3.0)  # not foretold: it says nothing about the speed of the others
     assert clock.left(3.0) == 3.0 + sum(sum(s) for _, s in PHASES)
-    clock.report("cached", 2, 2, 6.0)
+    clock.report("text", 2, 2, 6.0)
+    clock.report("cached gradients", 6, 6, 6.0)  # neither does what was known already, but it need not be waited for
+    assert clock.left(6.0) == sum(sum(s) for _, s in PHASES[2:])
     clock.report("blocks", 1, 6, 20.0)  # what was foretold before it is not waited for; 14 in the place of 7 seconds
     assert clock.left(20.0) == 5 * 14 and clock.left(25.0) == 5 * 14 - 5
     bare = TimeLeft(began=1.0)

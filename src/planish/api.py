@@ -104,7 +104,9 @@ def compress(
             return load(inside)
     request, method = read_options(options, sparsity)
     source = open_source(model, tokenizer)
-    text = read_windows(source, tokenizer, request, method, options.get("calibration"), cache)
+    lanes.start(request.device)
+    chosen = fit_windows(request, method, source)
+    text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache, chosen)
     files = {}
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
@@ -251,19 +253,13 @@ def default_method() -> str:
 
 
 def fit_windows(request: Request, method: Method, source: Source) -> Chosen:
-    """The calibration windows that are asked for; where none are, the default ones, or such that fit the machine."""
+    """The calibration windows that are asked for; where none are, the default ones, or such that fit the machine: of several
+    processes the first one chooses."""
     asked = request.calibration
     size = asked.n_samples or N_SAMPLES, fit_seq_len(source, asked.seq_len)[0]
-    return Chosen(size) if asked.n_samples or asked.seq_len else choose_windows(request, method, source, size)
-
-
-def read_windows(
-    source: Source, tokenizer: Any, request: Request, method: Method, ids: Any, cache: bool
-) -> Calibration:
-    """The calibration of a compression; of several processes the first one chooses the windows."""
-    several = lanes.start(request.device)
-    chosen = fit_windows(request, method, source) if not several or lanes.is_first() else None
-    return read_calibration(source, tokenizer, request.calibration, ids, cache, lanes.share(chosen))
+    if asked.n_samples or asked.seq_len:
+        return Chosen(size)
+    return lanes.share(choose_windows(request, method, source, size) if lanes.rank() == 0 else Chosen(size))
 
 
 def read_calibration(

@@ -108,7 +108,7 @@ class Measurements:
             found = sweep(self.stream, lambda shape: missing[shape.block], edits)
         else:
             order = range(len(self.shapes)) if origin == "forward" else reversed(range(len(self.shapes)))
-            found, label = ((i, self.stream.block(i), Stats()) for i in order), "cached statistics"
+            found, label = ((i, self.stream.block(i), Stats()) for i in order), f"cached {label}"
         for n, (i, block, stats) in enumerate(found):
             if not edits:
                 self.cache.keep_stats(origin, i, stats)

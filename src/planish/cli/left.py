@@ -40,7 +40,7 @@ class TimeLeft:
 
     Of the phase that runs: what its finished steps took, in proportion to what was predicted of its steps. Of later phases:
     what was predicted, times measured / predicted of all that is done. A phase that is reported without having been predicted
-    counts by itself; predicted ones that are passed over are not waited for.
+    counts by itself, and so does one whose results were cached; predicted ones that are passed over are not waited for.
     """
 
     predicted: Predicted = ()
@@ -53,7 +53,8 @@ class TimeLeft:
         walk = self.walks[-1] if self.walks else None
         if walk is None or walk.name != name or done <= walk.done or total != walk.total:
             began = walk.now if walk else self.began
-            walk = Walk(name, self._take(name), total, began, skipped=max(done - 1, 0))
+            steps = self._take(name.removeprefix("cached "))
+            walk = Walk(name, None if name.startswith("cached ") else steps, total, began, skipped=max(done - 1, 0))
             self.walks.append(walk)
         walk.done, walk.now = done, now
 

@@ -113,7 +113,7 @@ def list_shorter(outlook: Outlook, size: Size, seconds: float) -> dict[str, floa
 
 
 def foretell(request: Request, method: Method, source: Source, size: Size) -> tuple[Sequence[Phase], dict[str, float]]:
-    """The walks of a run with what each takes, and what would halve it; nothing where it is small or cannot be told."""
+    """The walks of a run with what each takes, and what would halve a long one; nothing where it is small or cannot be told."""
     if is_small(source, size, SMALL):
         return [], {}
     try:
@@ -121,4 +121,5 @@ def foretell(request: Request, method: Method, source: Source, size: Size) -> tu
     except InputError:
         return [], {}
     phases = outlook.phases(size)
-    return phases, list_shorter(outlook, size, sum(p.seconds for p in phases))
+    whole = sum(p.seconds for p in phases)
+    return phases, list_shorter(outlook, size, whole) if whole > SMALL else {}

@@ -127,7 +127,8 @@ def fill(
 
     def plan_at(t: float) -> dict[Unit, int]:
         keeps = {u: 1.0 if shares[u] == float("inf") else min(1.0, t * shares[u]) for u in units}
-        alike = {(id(c), keeps[u]): (c, keeps[u], own[u]) for u, c in units.items()}  # blocks of one shape have one `Choices`
+        # blocks of one shape have one `Choices`
+        alike = {(id(c), keeps[u]): (c, keeps[u], own[u]) for u, c in units.items()}
         found = {key: c.largest(keep, priced, step) for key, (c, keep, priced) in alike.items()}
         return {u: found[id(c), keeps[u]] for u, c in units.items()}
 
