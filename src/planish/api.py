@@ -103,7 +103,7 @@ def compress(
             )  # fmt: skip
             return load(inside)
     request, method = read_options(options, sparsity)
-    source = open_source(model, tokenizer)
+    source = open_source(model, tokenizer, request.adapter)
     lanes.start(request.device)
     chosen = fit_windows(request, method, source)
     text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache, chosen)
@@ -167,7 +167,7 @@ def forecast(
     `measure`: find them as `compress` would, on the calibration text. `cache`: keep its token ids on disk.
     """
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
-    source = open_shapes(model, tokenizer)
+    source = open_shapes(model, tokenizer, request.adapter)
     chosen = fit_windows(request, method, source)
     notes = [chosen.why] if chosen.why else []
 
