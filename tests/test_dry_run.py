@@ -101,7 +101,11 @@ def test_windows_are_chosen_by_the_predicted_time(bare, monkeypatch):
 def test_a_small_model_keeps_the_default_windows_and_nothing_is_measured(monkeypatch):
     monkeypatch.setattr(windows, "Outlook", None)
     source = open_source(tiny.build("llama_gqa"))
-    assert choose_windows(Request(model="", device="cpu"), find_method("auto"), source, (128, 64)) == ((128, 64), "")
+    assert choose_windows(Request(model="", device="cpu"), find_method("auto"), source, (128, 64)) == (
+        (128, 64),
+        "",
+        None,
+    )
 
 
 def test_chosen_windows_are_recorded(monkeypatch, tmp_path):

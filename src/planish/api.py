@@ -112,7 +112,7 @@ def compress(
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
     place = Destination(Path(output), overwrite, files)
     if begin is not None and lanes.is_first():
-        begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1])))
+        begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
     result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
     result.warnings = text.notes + result.warnings
     return result
@@ -177,8 +177,11 @@ def forecast(
         notes.extend(text.notes)
         return text.windows
 
+    known, outlook = None, chosen.outlook
+    if outlook and not measure and outlook.serves(request):
+        known = outlook.run(chosen.size), outlook.costs
     with offload(request.device):
-        found = forecast_windows(request, method, source, chosen.size, read if measure else None, progress)
+        found = forecast_windows(request, method, source, chosen.size, read if measure else None, progress, known)
     found.warnings = [*dict.fromkeys(notes), *found.warnings]
     return found
 
@@ -259,7 +262,8 @@ def fit_windows(request: Request, method: Method, source: Source) -> Chosen:
     size = asked.n_samples or N_SAMPLES, fit_seq_len(source, asked.seq_len)[0]
     if asked.n_samples or asked.seq_len:
         return Chosen(size)
-    return lanes.share(choose_windows(request, method, source, size) if lanes.rank() == 0 else Chosen(size))
+    chosen = choose_windows(request, method, source, size) if lanes.rank() == 0 else Chosen(size)
+    return chosen if lanes.count() == 1 else lanes.share(chosen._replace(outlook=None))
 
 
 def read_calibration(

@@ -25,7 +25,7 @@ from planish.compression import check_tokens, check_windows, pick_dtype
 from planish.core import WHOLE, Progress, describe_rest
 from planish.dry_run.memory import count_peaks
 from planish.dry_run.passes import Run
-from planish.dry_run.seconds import estimate_phases, explain, measure_costs
+from planish.dry_run.seconds import Costs, estimate_phases, explain, measure_costs
 from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source, list_changes
 from planish.methods import foresee_plan, make_plan, pose
@@ -142,11 +142,12 @@ def forecast(
     size: tuple[int, int],
     read: Callable[[], Tensor] | None = None,
     progress: Progress | None = None,
+    known: tuple[Run, Costs] | None = None,
 ) -> Forecast:
-    """The plan that `look_ahead` gives, and its consequences."""
-    run = look_ahead(request, method, source, size, read, progress)
+    """The plan that `look_ahead` gives, and its consequences. `known`: what it gave already, with the costs measured for it."""
+    run, costs = known or (look_ahead(request, method, source, size, read, progress), None)
     problem, planned, measure = run.problem, run.planned, run.measure
-    found = describe(run)
+    found = describe(run, costs)
     if measure.started:
         took = sum(measure.seconds.values())
         found.phases.insert(0, {"name": "plan", "seconds": took, "steps": [took]})
@@ -175,7 +176,7 @@ def add_losses(problem: Problem, planned: Planned) -> dict[str, float]:
     return losses
 
 
-def describe(run: Run) -> Forecast:
+def describe(run: Run, costs: Costs | None = None) -> Forecast:
     """Everything that follows from a plan."""
     problem, planned, source = run.problem, run.planned, run.measure.source
     shapes, itemsize, head = problem.shapes, source.stored.itemsize, source.count_head()
@@ -192,7 +193,7 @@ def describe(run: Run) -> Forecast:
     budgets = (make_budget(n, 1, source, shapes, problem.context) for n in ("kv_keep", "flops_keep", "max_bytes"))
     caches, flops, stored = ((b.total + b.outside, count_left(problem, planned.ranks, b) + b.outside) for b in budgets)
     peaks = count_peaks(run, params, params_after)
-    costs = measure_costs(run)
+    costs = costs or measure_costs(run)
     phases = estimate_phases(run, costs, params + params_after)
     found = Forecast(
         method=problem.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from planish.compression import count_needed
@@ -27,25 +28,23 @@ CHEAPER = ("a3", "flat-llm")  # methods that are looked at
 Size = tuple[int, int]  # windows, tokens of each
 
 
-class Chosen(NamedTuple):
-    """Windows, and why they are not the default ones: empty where they are."""
-
-    size: Size
-    why: str = ""
-
-
 class Outlook:
-    """What a run would take with windows of several sizes. One rehearsal serves all of them."""
+    """What a run would take with windows of several sizes. One plan and one rehearsal serve all of them."""
 
     def __init__(self, request: Request, method: Method, source: Source, size: Size):
         self.request, self.method, self.source = request.model_copy(update={"max_latency": None}), method, source
-        self._runs: dict[Size, Run] = {size: look_ahead(self.request, method, source, size)}
-        self.costs: Costs = measure_costs(self._runs[size])
+        self.first = look_ahead(self.request, method, source, size)
+        self.costs: Costs = measure_costs(self.first)
 
     def run(self, size: Size) -> Run:
-        if size not in self._runs:
-            self._runs[size] = look_ahead(self.request, self.method, self.source, size)
-        return self._runs[size]
+        """The plan is that of the first size: only where attention's FLOPs or time are limited would another one be found."""
+        problem = replace(self.first.problem, context=self.request.context or size[1])
+        work = [replace(w, windows=w.windows and min(w.windows, size[0])) for w in self.first.work]
+        return self.first._replace(problem=problem, windows=size[0], seq_len=size[1], work=work)
+
+    def serves(self, request: Request) -> bool:
+        """Whether that plan is the very one that a request asks for, whatever the size."""
+        return not {"flops_keep", "max_latency"} & set(request.given)
 
     def phases(self, size: Size) -> list[Phase]:
         numbers = 2 * sum(p.numel() for p in self.source.empty.parameters())
@@ -53,6 +52,14 @@ class Outlook:
 
     def seconds(self, size: Size) -> float:
         return sum(p.seconds for p in self.phases(size))
+
+
+class Chosen(NamedTuple):
+    """Windows, and why they are not the default ones: empty where they are. `outlook`: what they were chosen by, if anything."""
+
+    size: Size
+    why: str = ""
+    outlook: Outlook | None = None
 
 
 def is_small(source: Source, size: Size, seconds: float) -> bool:
@@ -81,11 +88,9 @@ def choose_windows(request: Request, method: Method, source: Source, size: Size)
         outlook = Outlook(request, method, source, size)
     except InputError:  # the run itself will say so
         return Chosen(size)
-    if (default := outlook.seconds(size)) <= BOUND:
-        return Chosen(size)
-    sizes = list_smaller(size, count_needed(outlook.run(size).problem))
-    if not sizes:
-        return Chosen(size)
+    sizes = list_smaller(size, count_needed(outlook.first.problem))
+    if (default := outlook.seconds(size)) <= BOUND or not sizes:
+        return Chosen(size, "", outlook)
     found = next((s for s in sizes if outlook.seconds(s) <= BOUND), sizes[-1])
     took = outlook.seconds(found)
     aim = f"at most {tell(BOUND)}" if took <= BOUND else f"{tell(BOUND)}, but its statistics need so many tokens"
@@ -93,6 +98,7 @@ def choose_windows(request: Request, method: Method, source: Source, size: Size)
         found,
         f"calibration windows: {found[0]} × {found[1]} tokens, chosen for this CPU: about {tell(took)}, where the default "
         f"{size[0]} × {size[1]} would take about {tell(default)} (the aim is {aim}); --n-samples and --seq-len say otherwise",
+        outlook,
     )
 
 
@@ -112,12 +118,14 @@ def list_shorter(outlook: Outlook, size: Size, seconds: float) -> dict[str, floa
     return {flag: s for flag, s in found.items() if s <= 0.6 * seconds}
 
 
-def foretell(request: Request, method: Method, source: Source, size: Size) -> tuple[Sequence[Phase], dict[str, float]]:
+def foretell(
+    request: Request, method: Method, source: Source, size: Size, outlook: Outlook | None = None
+) -> tuple[Sequence[Phase], dict[str, float]]:
     """The walks of a run with what each takes, and what would halve a long one; nothing where it is small or cannot be told."""
     if is_small(source, size, SMALL):
         return [], {}
     try:
-        outlook = Outlook(request, method, source, size)
+        outlook = outlook or Outlook(request, method, source, size)
     except InputError:
         return [], {}
     phases = outlook.phases(size)
