@@ -131,6 +131,7 @@ def empty(block: nn.Module, stats: Stats) -> None:
 def sweep_forward(stream: Stream, taps: Taps, edits: Edits | None = None) -> Measured:
     """Every block of the uncompressed model, or the one that `edits` make, with the statistics of its taps."""
     hidden = stream.start()
+    stream.report("statistics", 0, len(stream))
     for i in range(len(stream)):
         block = stream.block(i, (edits or {}).get(i, ()))
         stats, hidden = measure_block(stream, i, stream.place(block), taps(stream.source.shape(i)), hidden)
@@ -146,6 +147,7 @@ def sweep_back(stream: Stream, taps: Taps, edits: Edits | None = None, seed: int
     """
     edits = edits or {}
     inputs = [stream.start()]
+    stream.report("forward", 0, len(stream))
     for i in range(len(stream)):
         inputs.append(stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), inputs[-1], stream.limits.stored))
         stream.report("forward", i + 1, len(stream))

@@ -49,10 +49,10 @@ class TimeLeft:
     _next: int = 0
 
     def report(self, name: str, done: int, total: int, now: float) -> None:
-        """`done` of `total` steps of a phase are finished at this time of the clock (seconds)."""
+        """`done` of `total` steps of a phase are finished at this time of the clock (seconds); 0: the first one begins."""
         walk = self.walks[-1] if self.walks else None
         if walk is None or walk.name != name or done <= walk.done or total != walk.total:
-            began = walk.now if walk else self.began
+            began = now if done == 0 else walk.now if walk else self.began
             steps = self._take(name.removeprefix("cached "))
             walk = Walk(name, None if name.startswith("cached ") else steps, total, began, skipped=max(done - 1, 0))
             self.walks.append(walk)
@@ -73,10 +73,10 @@ class TimeLeft:
         walk = self.walks[-1]
         took, of = walk.measured
         rest = walk.predicted(walk.done, walk.total)
-        own = rest * took / of if of else 0.0
         known = [w.measured for w in self.walks if w.steps is not None]
         measured, foretold = (sum(part) for part in zip(*known, strict=True)) if known else (0.0, 0.0)
         rate = measured / foretold if foretold else 1.0
+        own = rest * (took / of if of else rate if walk.steps is not None else 0.0)
         later = sum(sum(steps) for _, steps in self.predicted[self._next :])
         return max(own + later * rate - (now - walk.now), 0.0)
 

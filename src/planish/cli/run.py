@@ -178,7 +178,7 @@ class Session:
         if phase not in self.tasks:
             self.tasks[phase] = self.bars.add_task(phase, total=total, left=rest)
         self.bars.update(self.tasks[phase], completed=done, total=total, left=rest)
-        if self.bars.disable and now - self.said >= EVERY and is_first():
+        if done and self.bars.disable and now - self.said >= EVERY and is_first():
             self.said = now
             say(" · ".join([f"{phase} {done} of {total}", f"{tell(now - self.began)} elapsed", *[rest][: bool(rest)]]))
 

@@ -162,8 +162,8 @@ def forecast(
         again = Measurements(measure.stream, measure.cache, progress)
         planned = make_plan(method, free, again)
         free = replace(free, units=planned.solvers)
-        known = planned.frontiers or measure_frontiers(free, again)
-        found.predicted_any = add_losses(free, replace(planned, frontiers=known))
+        frontiers = planned.frontiers or measure_frontiers(free, again)
+        found.predicted_any = add_losses(free, replace(planned, frontiers=frontiers))
     return found
 
 

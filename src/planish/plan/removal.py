@@ -178,6 +178,7 @@ def trial_losses(stream: Stream, edits: Edits, trials: Mapping[Key, Edits]) -> d
     in memory together), so every block is read once.
     """
     main = stream.start()
+    stream.report("search", 0, len(stream))
     flows: dict[Key, Hidden] = {}
     for i in range(len(stream)):
         plain = stream.place(stream.block(i, edits.get(i, ())))
