@@ -59,7 +59,7 @@ def compressed(model) -> Path:
 @pytest.fixture(scope="module")
 def unfinished(model) -> Path:
     def stop(phase, done, total):
-        if phase == "blocks":
+        if phase == "blocks" and done:
             raise KeyboardInterrupt
 
     out = model.parent / "stopped"

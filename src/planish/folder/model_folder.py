@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -92,6 +92,12 @@ class ModelFolder:
         if not is_finite(tensor):
             raise InputError(f"tensor {name} of {self.path} holds NaN or infinity")
         return tensor
+
+    def leave_out_zeros(self, asked: Collection[str]) -> None:
+        """Leave out biases of packed weights that the model has none of, where all are zero: writers of GPTQ store them anyway."""
+        for name in [n for n in self.names if n.endswith(".bias") and n not in asked] if self.weights.origin() else []:
+            if not bool(self.weights.read(self._find(name)).any()):
+                del self._places[0][name]
 
     def check_adapter(self, tied: Iterable[str]) -> None:
         """InputError for an adapter that does not fit the model's tensors, or changes one of the `tied` names."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from planish.calibrate.losses import nll
+from planish.calibrate.losses import Probe, nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import list_shuffled
@@ -19,8 +19,8 @@ from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve, choose
-from planish.plan.foreseen import Foreseen, Work, expect_frontiers
-from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, stored_taps
+from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
+from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, measure_gradients
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.scores import SCORES, correct_scores, foresee_errors
@@ -112,7 +112,9 @@ class Auto(Method):
     plan's solve runs again: less makes a further point of a sweep cheaper and the result a little worse; their moments are
     then blended with the uncompressed model's. `planish sweep` takes a sixteenth unless told otherwise. `shuffled`: share of
     the calibration windows whose tokens, but the first, are put in another order. Statistics of such windows hold more than
-    the calibration text's own directions, and text of another kind loses less.
+    the calibration text's own directions, and text of another kind loses less. `probe`: what gradients are of: "sampled" labels
+    of the model, the "text"'s own next tokens, or the "curvature" of the KL at each token's five likeliest words
+    (`planish.calibrate.losses.output_gradient`).
 
     On a CPU that multiplies in bf16 (AVX-512 BF16, AMX) calibration forms the products of large blocks in it, all else in
     fp32, unless a dtype is asked for: `--dtype float32` for none.
@@ -137,6 +139,7 @@ class Auto(Method):
     search: int = 0
     refit_share: float = 1.0
     shuffled: float = 0.25
+    probe: Probe = "sampled"  # type: ignore[misc]
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
@@ -176,7 +179,7 @@ class Auto(Method):
         frontiers = self.measure(problem, measure)
         picked = self.allocate(problem, frontiers, 1 / max(self.rounds, 1))
         for n in range(2, self.rounds + 1):
-            frontiers = measure_again(problem, measure, picked.ranks)
+            frontiers = measure_again(problem, measure, picked.ranks, self.probe)
             picked = self.allocate(problem, frontiers, n / self.rounds)
         return self.settle(problem, measure, frontiers, picked)
 
@@ -188,11 +191,7 @@ class Auto(Method):
         refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
         picked = self.allocate(problem, expect_frontiers(problem))
         planned = self.decide(problem, picked.ranks)
-        back = Work(
-            "gradients", gradients=True, taps=lambda shape: dense_taps(problem, shape.block), solvers=problem.units,
-            stored=lambda shape: {*dense_taps(problem, shape.block)} & stored_taps(problem, shape.block, refit),
-        )  # fmt: skip
-        work = [back] * max(self.rounds, 1)
+        work = [survey_back(problem, refit)] * max(self.rounds, 1)
         for kind in (k for k in SCORES if {*k} <= {u.name for u in problem.units}):
             work.append(foresee_errors(problem, kind, windows))
         plain = windows - len(list_shuffled(windows, self.shuffled))
@@ -205,11 +204,7 @@ class Auto(Method):
         """Every unit's frontier in nats, by one pass forward and back; what the solve uses again is stored, with `rounds` all."""
         windows = sum(map(len, measure.stream.batches))
         refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
-        frontiers: Frontiers = {}
-        for i, block, stats in measure.backward(lambda shape: dense_taps(problem, shape.block)):
-            frontiers |= decompose_block(problem, measure, block, stats, i)
-            measure.stored[i] = stats if self.rounds > 1 else stats.only(stored_taps(problem, i, refit))
-        return frontiers
+        return measure_gradients(problem, measure, self.probe, refit, whole=self.rounds > 1)
 
     def settle(self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick) -> Planned:
         """The plan with what is measured instead of predicted: errors of scores where it changes any, whole plans' losses."""
@@ -326,7 +321,7 @@ def hold_out(measure: Measurements, among: Sequence[int]) -> tuple[Measurements,
     return measure.part(windows[~held]), measure.stream.part(windows[held])
 
 
-def measure_again(problem: Problem, measure: Measurements, plan: Plan) -> Frontiers:
+def measure_again(problem: Problem, measure: Measurements, plan: Plan, probe: Probe = "sampled") -> Frontiers:
     """Frontiers of the uncompressed weights with gradients of the model under `plan`, wherever they still exist."""
     gone = {"qk": "qk", "keys": "k", "vo": "v", "mlp": ("gate", "up"), "attention": ATTENTION, "ffn": MLP}
 
@@ -339,7 +334,7 @@ def measure_again(problem: Problem, measure: Measurements, plan: Plan) -> Fronti
         return [t for t in known if t.site.startswith("grad:") and t.site not in missing]
 
     frontiers: Frontiers = {}
-    for i, _, stats in measure.backward(taps, solve_stored(problem, measure, plan)):
+    for i, _, stats in measure.backward(taps, solve_stored(problem, measure, plan), probe):
         known = measure.stored[i]
         known.replace(stats)
         measure.stored[i] = known

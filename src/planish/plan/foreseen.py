@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from planish.core import Frontier, Shape, Solver, Unit
+from planish.plan.frontiers import dense_taps, stored_taps
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.stats import Tap
@@ -60,6 +61,16 @@ def compare_trials(starts: Sequence[int], windows: int) -> Work:
 def survey(problem: Problem) -> Work:
     """A pass that measures what the frontiers of all units need, and works them out."""
     return Work(taps=lambda shape: problem.taps(problem.block_units(shape.block)), solvers=problem.units)
+
+
+def survey_back(problem: Problem, refit: bool = False) -> Work:
+    """A pass there and back for the frontiers of all units (see `planish.plan.frontiers.measure_gradients`)."""
+
+    def stored(shape: Shape) -> set[Tap]:
+        return {*dense_taps(problem, shape.block)} & stored_taps(problem, shape.block, refit)
+
+    return Work("gradients", None, taps=lambda shape: dense_taps(problem, shape.block), gradients=True,
+                solvers=problem.units, stored=stored)  # fmt: skip
 
 
 STEEPNESS = {"k": 3.0, "v": 3.0, "q": 6.0, "o": 6.0}  # p below, other units: 2; so SmolLM2's cuts at keep 0.8 come out
