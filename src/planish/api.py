@@ -91,9 +91,9 @@ def compress(
     Where neither number is given and a CPU would need more than half an hour, fewer tokens are taken (a warning and the manifest
     say how many and why).
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
-    for the next budget. `progress(phase, done, total)` is called when a phase begins (0) and as blocks are done; `begin(phases, shorter)` before, with the
-    predicted seconds of every phase (`planish.dry_run.seconds.Phase`) and what would halve their sum, unless that is a minute
-    at most.
+    for the next budget. `progress(phase, done, total)` is called as a phase begins (0) and as blocks are done;
+    `begin(phases, shorter)` before, with the predicted seconds of every phase (`planish.dry_run.seconds.Phase`) and what would
+    halve their sum; both are empty where the run is small.
     """
     if output is None:
         with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as folder:
