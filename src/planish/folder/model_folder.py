@@ -168,4 +168,4 @@ def match_names(stored: Iterable[str], family: Family, compressed: bool = False)
     names = {n: f"lm_head.{n.removeprefix(head)}" if n.startswith(head) else n for n in stored}
     if not compressed and not any(n.startswith(family.blocks + ".") for n in names):
         names = {n: name if name.startswith("lm_head.") else first + name for n, name in names.items()}
-    return {name: n for n, name in names.items()}
+    return {family.read_name(name): n for n, name in names.items()}

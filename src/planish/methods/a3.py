@@ -15,9 +15,11 @@ from planish.errors import InputError
 from planish.methods.method import Method
 from planish.plan.allocate import Alternative, choose
 from planish.plan.foreseen import Foreseen, Work, survey
+from planish.plan.mixtures import level_widths
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solve import run_solved
+from planish.solvers.experts import ExpertNeurons
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs
@@ -74,7 +76,7 @@ class A3(Method):
         cut: dict[str, list[Solver]] = {
             "qk": [QKJoint(), RotaryPairs(self.qk)],
             "vo": [ValueOutput(self.vo, self.refit)],
-            "mlp": [Neurons(self.mlp, refit=self.refit, damping=self.damping)],
+            "mlp": [kind(self.mlp, refit=self.refit, damping=self.damping) for kind in (Neurons, ExpertNeurons)],
         }
         return [solver for part in PARTS if part in self.parts for solver in cut[part]]
 
@@ -89,7 +91,8 @@ class A3(Method):
         """Uniform ranks."""
         normed = "qk" in self.parts and any(s.qk_norm for s in problem.shapes)
         remarks = {"qk": NORMALISED} if normed else {}
-        return self.decide(problem, problem.spread(lambda unit: 1.0, True, remarks), remarks=remarks)
+        ranks = level_widths(problem.spread(lambda unit: 1.0, True, remarks), problem.step)
+        return self.decide(problem, ranks, remarks=remarks)
 
     def foresee(self, problem: Problem, windows: int) -> Foreseen:
         planned, n, share = self.spread(problem), len(problem.shapes), min(self.probes / max(windows, 1), 1.0)

@@ -21,11 +21,13 @@ from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve, choose
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, measure_gradients
+from planish.plan.mixtures import describe_top, tie
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.scores import SCORES, correct_scores, foresee_errors
 from planish.plan.spread import BudgetError
 from planish.solve import run_solved
+from planish.solvers.experts import Experts
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.key_latent import KeyLatent
@@ -89,7 +91,7 @@ class Weighing:
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """All cuts compete in predicted nats per token: low-rank linears, value dimensions, rotary pairs, neurons, bypasses.
+    """All cuts compete in predicted nats per token: low-rank linears, value dimensions, rotary pairs, neurons, experts, bypasses.
 
     Problem: for every unit of every block, how much does the loss of the language model rise at each rank it could have?
     Which ranks have the least sum within the budget?
@@ -147,7 +149,7 @@ class Auto(Method):
 
     def solvers(self) -> list[Solver]:
         structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
-        structural += [FisherPairs()]
+        structural += [FisherPairs(), Experts("nats")]
         if self.bypass or (self.bypass is None and self.units == "any"):
             structural += [FisherBypass(self.ridge, self.anchor)]
         linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge), KeyLatent(nats=True)]
@@ -164,7 +166,12 @@ class Auto(Method):
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         if not self.anchor:
             return [units]
-        order = (("q", "k", "qk", "keys", "v", "attention"), ("o", "vo"), ("gate", "up", "ffn"), ("down", "mlp"))
+        order = (
+            ("q", "k", "qk", "keys", "v", "attention"),
+            ("o", "vo"),
+            ("gate", "up", "ffn"),
+            ("down", "mlp", "experts"),
+        )
         return [s for s in ([u for u in units if u.name in names] for names in order) if s]
 
     def __post_init__(self) -> None:
@@ -226,7 +233,8 @@ class Auto(Method):
         with measure.phase("search"):
             picked, search = self.compare(problem, measure, frontiers, picked)
         notes = {"predicted_loss": picked.loss, "units cut": picked.cut} | ({"search": search} if search else {})
-        return self.decide(problem, picked.ranks, frontiers=frontiers, notes=notes)
+        remarks = describe_top(problem, picked.ranks)
+        return self.decide(problem, picked.ranks, frontiers=frontiers, notes=notes, remarks=remarks)
 
     @property
     def sweeping(self) -> dict[str, str]:
@@ -369,6 +377,9 @@ def list_ways(problem: Problem, curves: dict[Unit, Curve]) -> list[list[Alternat
                 chosen = tuple(curves[Unit(shape.block, n)] for n in present)
                 found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])
             groups.append(list(found.values()))
-        if shape.rest:  # no unit holds it
-            groups.append([Alternative((), [sum(b.uncut(shape, r) for r in shape.rest) for b in problem.budgets])])
+        own = shape.held("experts") if Unit(shape.block, "experts") in curves else ()
+        if rest := [r for r in shape.rest if r not in own]:  # no unit holds it
+            groups.append([Alternative((), [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])])
+    if experts := {u: c for u, c in curves.items() if u.name == "experts"}:
+        groups.append(tie(experts, [0.0] * len(problem.budgets)))
     return groups
