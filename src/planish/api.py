@@ -19,6 +19,7 @@ from planish.calibrate.text import eval_windows, fingerprint, interleave, load_t
 from planish.compression import Calibration, Destination, Shared, pick_dtype
 from planish.compression import compress as run
 from planish.core import Progress
+from planish.declare import check_number
 from planish.dry_run import Forecast
 from planish.dry_run import forecast as forecast_windows
 from planish.dry_run.seconds import Phase
@@ -50,7 +51,6 @@ from planish.request import (
     TEXT,
     Request,
     Text,
-    check_number,
     label,
     name_beside,
     takes,
@@ -166,6 +166,8 @@ def forecast(
     chooses its ranks by statistics, these and what follows from them are what is expected (`Forecast.measured` is False).
     `measure`: find them as `compress` would, on the calibration text. `cache`: keep its token ids on disk.
     """
+    if options.get("bits") is not None:
+        raise InputError("a forecast counts weights as they are before rounding: leave bits out")
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer, request.adapter)
     chosen = fit_windows(request, method, source)

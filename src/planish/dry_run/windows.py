@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from planish.compression import count_needed
+from planish.checking import count_needed
 from planish.dry_run import look_ahead
 from planish.dry_run.passes import Run
 from planish.dry_run.seconds import Costs, Phase, estimate_phases, measure_costs
