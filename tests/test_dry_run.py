@@ -38,7 +38,7 @@ def test_every_method_plans_without_weights_and_text(bare, monkeypatch):
     """Within the budget, with the phases of a run; what is measured later says so."""
     pretend(monkeypatch, 1e-6)
     for method in list_methods():
-        if method == "slicegpt":  # it looks at the first block's norms
+        if method in ("slicegpt", "hope", "reap"):  # it looks at the first block's norms; they drop experts
             continue
         found = planish.forecast(
             bare, keep=0.8, method=method, calibration="no-such-file.txt", n_samples=64, seq_len=32
