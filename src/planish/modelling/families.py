@@ -38,6 +38,15 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A norm that scales channels by `offset` + its weight, and what it puts out is read by these roles and by nothing else."""
+
+    path: str
+    roles: tuple[str, ...]
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class Layout:
     """What one block is made of. Blocks of one model may differ."""
 
@@ -45,6 +54,10 @@ class Layout:
     rest: tuple[str, ...] = ()  # parameters of two or more axes that belong to no group: a router, a convolution
     parallel: bool = False  # attention and MLP read the same residual
     factor: float = 1.0  # what a submodule gives is multiplied by this before it is added
+    norms: tuple[Norm, ...] = ()  # those whose channels may be rescaled together with what reads them
+    heads: int = 0
+    kv_heads: int = 0
+    fixed: tuple[str, ...] = ()  # see `Family.fixed`
 
     def has(self, group: str) -> bool:
         return any(g.name == group for g in self.groups)
@@ -86,6 +99,9 @@ class Family:
     conv1d: bool = False  # linears are stored transposed
     tuples: bool = False  # blocks return a tuple, hidden states first
     intermediate: str = "intermediate_size"  # the config's name of the MLP width; empty where it has none
+    norm_offset: float = 0.0  # norms scale channels by this + their weight
+    fixed: tuple[str, ...] = ()  # groups in which more happens between linears than an average of values over tokens, or a product
+    # with an activated gate: values that are normalised, outputs of attention that are gated, products that are clamped
     head: str = "lm_head"  # what stored checkpoints call the model's `lm_head`
     others: Mapping[str, str] = field(default_factory=dict)  # role of a further group ("shared.up") → path
     experts: ExpertsRow | None = None
@@ -122,7 +138,7 @@ def _classes(stem: str, config: str = "Config") -> tuple[str, str, str]:
 
 
 def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: str = "") -> Family:
-    """A family that normalises what each submodule adds as well as what it reads."""
+    """A gemma that normalises what each submodule adds as well as what it reads."""
     return Family(
         model_type,
         classes,
@@ -133,6 +149,7 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: str = "")
         mlp_post_norm="post_feedforward_layernorm",
         window=True,
         softcap=True,
+        norm_offset=1.0,
     )
 
 
@@ -158,7 +175,7 @@ _ROWS = (
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
     Family("seed_oss", _classes("SeedOss"), _ATTENTION | _GATED),
-    Family("gemma", _classes("Gemma"), _ATTENTION | _GATED),
+    Family("gemma", _classes("Gemma"), _ATTENTION | _GATED, norm_offset=1.0),
     Family(
         "hunyuan_v1_dense",
         _classes("HunYuanDenseV1"),
@@ -172,7 +189,7 @@ _ROWS = (
     _post_norm("exaone4", _classes("Exaone4"), qk_norm="head"),
     Family("olmo", _classes("Olmo"), _ATTENTION | _GATED),
     Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True),
-    Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN),
+    Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN, norm_offset=1.0),
     Family("starcoder2", _classes("Starcoder2"), _ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True),
     Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm="head", window=True),
     Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm="head", window=True, experts=ExpertsRow()),
