@@ -4,7 +4,7 @@
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-EXTRAS ?= dev,gguf,onnx,report
+EXTRAS ?= dev,gguf,onnx,report,pack
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 WORKERS ?= 2

@@ -603,3 +603,27 @@ def test_scores_are_priced_by_what_cutting_them_does(units, other, kv_keep, demo
         )  # fmt: skip
         found[method] = planish.evaluate(tmp_path / method, "builtin", 256, max_windows=8).perplexity
     assert found["auto"] < found[other]
+
+
+def test_large_blocks_are_calibrated_with_products_in_bf16_where_the_processor_has_them(tmp_path, monkeypatch):
+    """Unless a dtype is asked for; other methods are not; planish.json says so. The result is as good."""
+
+    def run(name: str, **more) -> dict:
+        compress(
+            tiny.build("llama_gqa"), output=tmp_path / name, windows=WINDOWS, keep=0.8, **{"method": "auto"} | more
+        )
+        return json.loads((tmp_path / name / "planish.json").read_text())
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    small = run("small")
+    assert "products" not in small
+    monkeypatch.setattr("planish.compression.LARGE", 0)
+    large, asked, other = run("large"), run("asked", dtype="float32"), run("other", method="svd-llm")
+    assert large["products"] == "bfloat16" and large["dtype"] == "float32"
+    assert "products" not in asked and "products" not in other
+    assert digest(tmp_path / "asked") == digest(tmp_path / "small") != digest(tmp_path / "large")
+    exact, coarse = (p["notes"]["predicted_loss"] for p in (small, large))
+    assert coarse == pytest.approx(exact, rel=0.1)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert "products" not in run("without")

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planish.core import ExpertShape, Shape
-from planish.plan import footprint as account
-from planish.plan.footprint import Storage, footprint
+from planish.plan.footprint import footprint
 
 SHAPE = Shape(0, 64, 4, 2, 16, 16, 96, 16, True)
 
 
-def test_a_stored_type_counts_for_its_linear_alone(monkeypatch):
-    """Of a toy type 32 weights of a row take 18 bytes, and what is left of the row as many."""
-    monkeypatch.setitem(account.STORAGE, "toy", Storage(32, 18))
-    spec = {"linears": {"q": {"kind": "pair", "rank": 8, "stored": "toy"}, "up": {"kind": "dense", "stored": "toy"}}}
+def test_a_stored_type_counts_for_its_linear_alone():
+    """Of q4_0 32 weights of a row take 18 bytes, and what is left of the row as many."""
+    spec = {"linears": {"q": {"kind": "pair", "rank": 8, "stored": "q4_0"}, "up": {"kind": "dense", "stored": "q4_0"}}}
     plain = footprint({"linears": {"q": {"kind": "pair", "rank": 8}}}, SHAPE, itemsize=2)
     found = footprint(spec, SHAPE, itemsize=2)
     assert found.weights == plain.weights

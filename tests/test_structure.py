@@ -23,7 +23,7 @@ FLOORS = [
     {"errors", "version", "shapes", "request", "mixture"},
     {"modelling"},
     {"stats", "core", "lanes", "apply"},
-    {"solvers"},
+    {"solvers", "rounding"},
     {"folder"},
     {"calibrate"},
     {"plan"},

@@ -21,7 +21,7 @@ from planish.apply import count_block, is_empty
 from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import Stream, reuse_memory
+from planish.calibrate.stream import LARGE, Stream, reuse_memory
 from planish.calibrate.text import shuffle_windows
 from planish.core import Progress, Shape
 from planish.errors import InputError
@@ -100,31 +100,31 @@ def compress(
     try:
         kind = getattr(torch, request.dtype) if request.dtype else pick_dtype(source, device)
         measured = shared.measured
-        if request.max_latency is not None and measured is None:
-            first = lanes.rank() == 0  # all plan with one table
+        if request.max_latency is not None and measured is None:  # all processes plan with one table
             length = request.context or windows.shape[1]
-            measured = lanes.share(read_table(source, length, device, kind, progress) if first else None)
+            measured = lanes.share(read_table(source, length, device, kind, progress) if lanes.rank() == 0 else None)
         if not place.resume and isinstance(source, FolderSource):
             journal = write_journal(request, method, source, text, place) | {"measured": measured}
             writer.keep_request(journal, windows)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            stream, cache = open_stream(source, method, windows, shared, writer.partial, device, kind)
+            stream, cache = open_stream(
+                source, method, windows, shared, writer.partial, device, kind, bool(request.dtype)
+            )
             problem = pose(
                 method, source, request, step=request.round_to, target=request.target, measured=measured,
                 length=windows.shape[1] if windows.numel() else 0,
             )  # fmt: skip
             measure = Measurements(stream, cache, progress)
-            if text.seconds:
-                measure.seconds["text"] = text.seconds
+            measure.seconds |= {"text": text.seconds} if text.seconds else {}
             check_tokens(method, problem, windows, dict(request.settings))
             with offload(stream.device):
                 with measure.phase("plan"):
                     planned = make_plan(method, problem, measure)
                 done = write(problem, measure, planned, writer, caught)
         result = report(problem, planned, source, writer, done)
-        earlier = {w for entry in writer.finished.values() for w in entry["warnings"]}
-        result.warnings = sorted({*read_warnings(caught), *planned.remarks.values(), *earlier, *note_origin(source)})
+        said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source)]
+        result.warnings = sorted({*said, *writer.warned})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
         write_manifest(writer, method, problem, planned, stream, result, done.errors, text.record)
         for name, content in place.files.items():
@@ -143,19 +143,26 @@ def join_lanes(device: str) -> str:
 
 
 def open_stream(
-    source: Source, method: Method, windows: Tensor, shared: Shared, folder: Path, device: str, dtype: torch.dtype
+    source: Source,
+    method: Method,
+    windows: Tensor,
+    shared: Shared,
+    folder: Path,
+    device: str,
+    dtype: torch.dtype,
+    exact: bool,
 ) -> tuple[Stream, Cache | None]:
     """The stream of the windows (n, seq) as the method measures on them, and the cache of their statistics, if any.
 
-    `folder`: where activations go that memory does not hold.
-    """
+    `folder`: where activations go that memory does not hold. `exact`: products are formed in `dtype` and no other.
+    """  # fmt: skip
     stream, cache, calibrated = shared.stream, shared.cache, shuffle_windows(windows, method.shuffled)
+    products = dtype if exact else pick_products(source, method, device, dtype)
     if stream is None:
         stream = Stream(source, calibrated, device=device, dtype=dtype, limits=MemoryLimits(folder=folder))
-    elif calibrated is not windows:
-        stream = stream.part(calibrated)
-    if calibrated is not windows and isinstance(cache, Cache):
-        cache = cache.sibling(stream)
+    if calibrated is not windows or products != stream.products:
+        stream = stream.part(calibrated, products) if len(calibrated) else stream
+        cache = cache.sibling(stream) if isinstance(cache, Cache) else cache
     return stream, open_cache(stream) if cache is True else cache or None
 
 
@@ -357,6 +364,14 @@ def pick_dtype(source: Source, device: str) -> torch.dtype:
     if device == "cpu" or not isinstance(stored, torch.dtype):
         return torch.float32
     return stored
+
+
+def pick_products(source: Source, method: Method, device: str, dtype: torch.dtype) -> torch.dtype:
+    """What the blocks' products are formed in where no dtype is asked for: bf16 where a method's statistics bear it, the
+    processor multiplies in it, and blocks are large enough for the time to matter; else what is computed in."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    large = source.n_blocks and source.shape(0).count() > LARGE
+    return torch.bfloat16 if device == "cpu" and method.coarse and fast and large else dtype
 
 
 def read_warnings(caught: list[warnings.WarningMessage]) -> list[str]:

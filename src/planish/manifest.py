@@ -96,6 +96,7 @@ def write_manifest(
         "round_to": problem.step,
         "calibration": calibration | {"source": name_only(str(calibration.get("source", "")))},
         "dtype": str(stream.dtype).removeprefix("torch."),
+        **({"products": str(stream.products)[6:]} if stream.products != stream.dtype else {}),
         "result": result.as_dict() | {"output": writer.output.name},
         "plan": {str(u): r for u, r in sorted(plan.items())},
         "full": {str(u): problem.full(u) for u in sorted(problem.units)},

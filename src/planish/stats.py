@@ -1,7 +1,9 @@
 """What is measured while calibration text flows through a block: additive fp64 sums, one per tap.
 
+Sums over many tokens are fp64; the products of a short run of them are summed in fp32 where activations are no wider.
+
 Every kind is a function from the tapped tensors (tokens, channels) to a dict of sums. Sums add, so batches, processes
-and interrupted runs merge by addition, and nothing depends on how the tokens were grouped (up to fp64 rounding).
+and interrupted runs merge by addition, and little depends on how the tokens were grouped (see `add_gram`).
 """
 
 from __future__ import annotations
@@ -239,23 +241,35 @@ def list_rows(n: int, tile: int) -> Iterator[slice]:
 
 
 def add_gram(into: Sums, x: Float[Tensor, "tokens n"]) -> None:
-    """`gram` added in place, on and above the diagonal only (see `mirror`): half the products, no second Gram."""
+    """`gram` added in place, on and above the diagonal only (see `mirror`): half the products, no second Gram.
+
+    Products of one run of `CHUNK` tokens are summed in fp32, runs in fp64: an entry is off by less than
+    3e-6 · √(Σ x_i² Σ x_j²), however large some channels are. All of it in fp64 where the input is.
+    """
     n = x.shape[-1]
     if "sum" not in into:
         into["sum"] = torch.zeros(n, n, dtype=torch.float64, device=x.device)
     total = into["sum"]
     for chunk in x.split(CHUNK if x.is_cpu else COARSE):
-        chunk = chunk.double()
+        chunk = widen(chunk)
         for rows in list_rows(n, TILE if x.is_cpu else COARSE):
             add_row(total[rows, rows.start :], chunk[:, rows.start :])
+
+
+def widen(x: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
+    """One run of tokens in the dtype that its products are summed in: fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def add_row(row: Float[Tensor, "t m"], x: Float[Tensor, "tokens m"]) -> None:
     """Add x[:, :t]ᵀ x, x (tokens, m), to a row of tiles (t, m); below the diagonal of its first tile not all of it."""
     t = len(row)
-    add_square(row[:, :t], x[:, :t])
+    run = torch.zeros(row.shape, dtype=x.dtype, device=x.device) if x.dtype != row.dtype else row
+    add_square(run[:, :t], x[:, :t])
     if t < row.shape[1]:
-        row[:, t:].addmm_(x[:, :t].T, x[:, t:])
+        run[:, t:].addmm_(x[:, :t].T, x[:, t:])
+    if run is not row:
+        row += run
 
 
 def add_square(square: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"]) -> None:
@@ -297,20 +311,21 @@ def add_lane(
         row = torch.zeros(rows.stop - i, n - i, dtype=torch.float64, device=total.device)
         for k in range(count):
             for chunk in read(k).flatten(0, -2).split(CHUNK if total.is_cpu else COARSE):
-                add_row(row, chunk[:, i:].double())
+                add_row(row, widen(chunk[:, i:]))
         for part in exchange(row):
             total[rows, i:] += part
     mirror(total)
 
 
 def add_cross(into: Sums, y: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"]) -> None:
-    """`cross` added in place."""
+    """`cross` added in place, in runs as `add_gram` does."""
     if "sum" not in into:
         into["sum"] = torch.zeros(y.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
     total = into["sum"]
     size = CHUNK if x.is_cpu else COARSE
     for a, b in zip(y.split(size), x.split(size), strict=True):
-        total.addmm_(a.double().T, b.double())
+        run = widen(a).T @ widen(b)
+        total += run
 
 
 IN_PLACE: dict[str, Callable[..., None]] = {"gram": add_gram, "cross": add_cross}

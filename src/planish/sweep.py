@@ -334,7 +334,8 @@ class Runner:
         point = trial.point()
         try:
             stream = self.shared.stream
-            request = trial.request.model_copy(update={"dtype": str(stream.dtype)[6:] if stream else None})
+            asked = str(stream.dtype)[6:] if stream and self.asked.dtype else None
+            request = trial.request.model_copy(update={"dtype": asked})
             result = compress(
                 request, trial.method, self.source, replace(self.text, seconds=0.0), Destination(folder, overwrite=True),
                 shared=self.shared, progress=self.progress,

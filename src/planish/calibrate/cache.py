@@ -52,8 +52,9 @@ class Cache:
         self.others: dict[str, Cache] = {}
 
     def sibling(self, stream: Stream) -> Cache:
-        """The cache of the same kind for other windows, always the same one for the same; it takes half of the memory left."""
-        key = fingerprint(torch.cat(stream.batches))
+        """The cache of the same kind for other windows or products, always the same one for the same; it takes half of the
+        memory left."""
+        key = f"{fingerprint(torch.cat(stream.batches))} {stream.products}"
         if key not in self.others:
             self.memory //= 2
             on_disk = open_cache(stream, self.memory) if self.files.folder else None
@@ -199,7 +200,12 @@ def open_cache(calibrated: Stream, memory: int = 0) -> Cache | None:
         "code": hash_code(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "arithmetic": [str(calibrated.device), str(calibrated.dtype), torch.get_num_threads()],
+        "arithmetic": [
+            str(calibrated.device),
+            str(calibrated.dtype),
+            str(calibrated.products),
+            torch.get_num_threads(),
+        ],
         "processor": torch.backends.cpu.get_cpu_capability(),
         "attention": getattr(calibrated.model.config, "_attn_implementation", None),
         "windows": fingerprint(torch.cat(calibrated.batches)),

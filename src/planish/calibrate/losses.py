@@ -9,6 +9,7 @@ from planish.calibrate.stream import Hidden, Stream, in_order
 from planish.errors import InputError
 
 LOGITS = 1 << 23  # numbers that the head gives at a time: 64 MiB in fp64, of which sampling labels takes a few copies
+WORDS = 256  # of a vocabulary whose probabilities are summed at a time
 NOTHING = -100  # label of a token that predicts none
 
 
@@ -80,14 +81,24 @@ def sample_gradient(stream: Stream, hidden: Tensor, noise: Tensor) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         gradient = logits.detach().softmax(-1)  # of the NLL of label y: the probabilities, less one at y
         at = torch.device("cpu") if stream.device.type == "mps" else stream.device  # that one has no fp64
-        steps = gradient.to(at).cumsum(-1, dtype=torch.float64)
-        labels = torch.searchsorted(steps, noise[:, None].to(at) * steps[:, -1:])
-        del steps
-        labels = labels.clamp(max=logits.shape[-1] - 1).to(stream.device)
+        labels = draw_labels(gradient.to(at), noise.to(at)).to(stream.device)[:, None]
         gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -1.0))
         logits.backward(gradient)
     assert h.grad is not None
     return h.grad
+
+
+def draw_labels(p: Tensor, noise: Tensor) -> Tensor:
+    """Per row of p (n, vocabulary), not negative, the first word (n,) at which the sum so far reaches noise (n,) in [0, 1) times
+    the whole. Words are summed `WORDS` at a time, and one by one only where that is reached."""
+    parts = nn.functional.pad(p, (0, -p.shape[-1] % WORDS)).unflatten(-1, (-1, WORDS))
+    ends = parts.sum(-1).cumsum(-1, dtype=torch.float64)  # (n, parts)
+    aim = noise[:, None] * ends[:, -1:]
+    part = torch.searchsorted(ends, aim).clamp(max=ends.shape[1] - 1)
+    before = nn.functional.pad(ends, (1, 0)).gather(1, part)
+    inside = parts.take_along_dim(part[:, :, None], 1)[:, 0].cumsum(-1, dtype=torch.float64)
+    word = torch.searchsorted(inside, (aim - before).clamp(max=inside[:, -1:]))
+    return (part * WORDS + word)[:, 0].clamp(max=p.shape[-1] - 1)
 
 
 def split_tokens(stream: Stream, hidden: Tensor) -> tuple[Tensor, ...]:

@@ -190,7 +190,7 @@ def measure_back(
         values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}
         values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}
         through = {s: values.get(f"grad:{at}") for s, at in behind.items()}
-        values |= {f"grad:{s}": g @ weights[s] for s, g in through.items() if g is not None}
+        values |= {f"grad:{s}": g @ weights[s].to(g.dtype) for s, g in through.items() if g is not None}
         return seen.fold(values, len(leaf))
 
     return collect(stream, taps, run, stream.source.shape(i)), earlier

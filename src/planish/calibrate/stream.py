@@ -76,6 +76,7 @@ class Stream:
             dtype,
             limits or MemoryLimits(),
         )
+        self.products = dtype  # in which the blocks' products are formed; may be coarser than `dtype`
         self.limits.device_limit = find_device_limit(self.device)
         self.family: Family = source.family
         self.model = source.skeleton()
@@ -189,10 +190,11 @@ class Stream:
         count = len(windows)
         return self.part(windows[torch.arange(n) * count // n]) if 0 < n < count else self
 
-    def part(self, windows: Tensor) -> Stream:
-        """The same model with other calibration windows (n, seq)."""
+    def part(self, windows: Tensor, products: torch.dtype | None = None) -> Stream:
+        """The same model with other calibration windows (n, seq); `products` of the blocks formed in another dtype."""
         other = copy.copy(self)
         other.batches, other.calls = list(windows.split(len(self.batches[0]))), {}
+        other.products = products or self.products
         return other
 
     def place(self, block: nn.Module) -> nn.Module:
@@ -202,7 +204,8 @@ class Stream:
 
     def forward(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """One batch through block i, on the device."""
-        out = block(hidden.to(self.device), **self.calls[len(hidden)][i])
+        with torch.autocast(self.device.type, self.products) if self.products != self.dtype else nullcontext():
+            out = block(hidden.to(self.device), **self.calls[len(hidden)][i])
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()

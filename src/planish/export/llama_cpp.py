@@ -7,7 +7,6 @@ set at their offsets; defaults that are not at their places mean another layout,
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from planish.errors import InputError
+from planish.rounding.ggml import TESTED, open_library
 
-TESTED = "2026.10.11549"
 # llama_context_params: field → (offset, default)
 FIELDS = {
     "n_ctx": (0, 512), "n_batch": (4, 2048), "n_ubatch": (8, 512), "n_seq_max": (12, 1), "n_threads": (28, 4),
@@ -87,16 +86,12 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 @cache
 def load_library() -> Any:
     """The functions of llama.cpp, their signatures set."""
-    found = importlib.util.find_spec("xllamacpp")
-    if found is None or not found.submodule_search_locations:
-        raise InputError("running GGUF files needs xllamacpp · pip install 'planish[gguf]'")
-    files = [p for place in found.submodule_search_locations for p in Path(place).glob("xllamacpp*.so")]
+    library = open_library()
     try:
-        library = ctypes.CDLL(str(files[0]))
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
-    except (IndexError, OSError, AttributeError) as error:
+    except AttributeError as error:
         raise InputError(
             f"xllamacpp holds no llama.cpp that can be called here ({error}); tested with {TESTED}"
         ) from None

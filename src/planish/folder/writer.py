@@ -102,6 +102,11 @@ class Writer:
             stray.unlink()
         return found
 
+    @property
+    def warned(self) -> set[str]:
+        """Warnings of blocks that were finished before."""
+        return {w for entry in self.finished.values() for w in entry["warnings"]}
+
     def keep_request(self, request: dict[str, Any], windows: Tensor) -> None:
         """Remember what was asked, so that an interrupted run can be taken up."""
         if self.active:

@@ -28,6 +28,7 @@ class Method(ABC):
     prefix: ClassVar[str] = "dense"
     allocations: ClassVar[tuple[str, ...]] = ()
     shares: ClassVar[tuple[str, ...]] = ()  # settings that must lie in [0, 1]
+    coarse: ClassVar[bool] = False  # whether its result bears calibration with the blocks' products in bf16
 
     aliases: ClassVar[tuple[str, ...]] = ()
     dampings: ClassVar[tuple[str, ...]] = ()  # settings that make a singular Gram invertible; the first is recommended

@@ -20,6 +20,7 @@ from planish.core import SUBMODULES, Shape, Solver, Spec, Unit
 from planish.folder.safetensors import make_header
 from planish.folder.source import Source
 from planish.modelling.families import ATTENTION, MLP
+from planish.rounding.types import find_type
 
 Matrix = tuple[int, int]  # (out, in)
 INDEX = 4  # bytes of an entry in an order of rows or a table of pairs
@@ -66,21 +67,6 @@ KINDS = {
 DENSE: Spec = {"kind": "dense"}
 
 
-@dataclass(frozen=True)
-class Storage:
-    """How a type stores a matrix: row by row, every `group` weights in `size` bytes, scales included."""
-
-    group: int
-    size: int
-
-    def count(self, out: int, n: int) -> int:
-        """Bytes of a matrix (out, in)."""
-        return out * -(-n // self.group) * self.size
-
-
-STORAGE: dict[str, Storage] = {}  # types that a linear's spec may name as "stored"; others are in the model's own dtype
-
-
 class Piece(NamedTuple):
     """A linear in some form, in the place of a dense one of size (out, in)."""
 
@@ -97,8 +83,9 @@ class Piece(NamedTuple):
         return self.kind.matrices(self.form, self.out, self.n)
 
     def bytes(self, itemsize: int) -> int:
-        stored = STORAGE[self.form["stored"]] if "stored" in self.form else Storage(1, itemsize)
-        return sum(stored.count(*m) for m in self.matrices) + INDEX * self.out * self.kind.ordered
+        """`stored` of a form names the type of its matrices (`planish.rounding.types`); others are in the model's own dtype."""
+        count = find_type(self.form["stored"]).count if "stored" in self.form else lambda out, n: out * n * itemsize
+        return sum(count(*m) for m in self.matrices) + INDEX * self.out * self.kind.ordered
 
 
 @dataclass(eq=False)

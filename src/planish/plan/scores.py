@@ -95,7 +95,9 @@ def cut_errors(
     Cuts and predictions are those of the statistics in `measure.stored`; what the units' frontiers need beside it is measured
     on the same few windows. One run of the block up to the site per entry.
     """
-    stream, few = measure.stream, measure.stream.spread(windows)
+    stream = measure.stream
+    few = stream.spread(windows)
+    few = few.part(torch.cat(few.batches), stream.dtype)  # or small errors drown in those of coarser products
     hidden = few.start()
     found: dict[Group, list[tuple[float, Tensor]]] = {}
     for i, shape in enumerate(problem.shapes):

@@ -1,0 +1,286 @@
+"""A matrix rounded to a storage type, with the second moment of its inputs: to nearest, or with feedback of the errors.
+
+The error E = W − Ŵ (out, in), always of what a reader makes of the stored numbers, costs tr(E R Eᵀ) of the output's energy, R the
+second moment of the inputs, and in nats per token ½ tr(G E R Eᵀ), G the second moment of the gradient at the output. The naive
+program of feedback, R + λI = V Vᵀ with V upper triangular:
+
+    for j in columns: t = w[:, j] + Σ_{i<j} E[:, i] V[i, j] / V[j, j];  ŵ[:, j] = nearest(t);  E[:, j] = w[:, j] − ŵ[:, j]
+
+since E R Eᵀ's trace is Σ_j V_jj² |t − ŵ|²: every column is rounded to where it undoes most of what the ones before it did. No
+inverse of a Gram is taken. V comes from the Cholesky factor of R with rows and columns in reverse. Columns go as they are
+stored, groups' scales being found for the targets at the group's beginning in the metric V_jj²; or, integers alone, by falling
+energy of their input, with scales found before.
+
+Reference: GPTQ (arXiv 2210.17323), Algorithm 1, in the form of LDLQ (QuIP, arXiv 2307.13304, §3), which is the same; act-order is
+of GPTQ's code. Differs from them: relative damping; the better of it and plain rounding is kept, per row where G is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from planish.errors import InputError
+from planish.rounding import ggml, integers
+from planish.rounding.types import StorageType
+from planish.solvers.linalg import root
+
+DAMPING = 0.01
+LEAF = 128  # columns whose feedback is summed one by one
+GGML = "weight_ggml"  # end of the name of a matrix in blocks of ggml
+
+
+@dataclass
+class Rounded:
+    """A matrix in a type: `stored` by the ends of its tensors' names, `value` (out, in) what a reader makes of them.
+
+    `how`: "nearest" or "feedback"; `error`: share of the output's energy that is lost; `exact`: the matrix lay on
+    the grid already; `nats`: lost per token, where G is known.
+    """
+
+    kind: StorageType
+    stored: dict[str, Tensor]
+    value: Tensor
+    how: str
+    error: float
+    exact: bool
+    nats: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in self.stored.values())
+
+
+@dataclass
+class Draft:
+    """A rounding that is compared with others: what it makes of the matrix, and blocks of ggml or codes and their grid."""
+
+    value: Tensor
+    blocks: Tensor | None = None
+    codes: Tensor | None = None
+    grid: integers.Grid | None = None
+
+    def store(self, kind: StorageType) -> dict[str, Tensor]:
+        if self.blocks is not None:
+            return {GGML: self.blocks}
+        assert self.codes is not None and self.grid is not None
+        return integers.pack(self.codes, self.grid, kind)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What an error costs: `moment` R (in, in), `gradient` G (out, out) or its diagonal (out,), each None where not known."""
+
+    moment: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def energy(self, m: Tensor) -> float:
+        """tr(M R Mᵀ)."""
+        return float(self.rows(m).sum())
+
+    def rows(self, m: Tensor) -> Tensor:
+        """M R Mᵀ's diagonal (out,)."""
+        m = m.double()
+        return (m.square() if self.moment is None else (m @ self.moment) * m).sum(1).clamp(min=0)
+
+    def cost(self, error: Tensor) -> float:
+        """tr(G E R Eᵀ)."""
+        if self.gradient is None or self.gradient.ndim == 1:
+            rows = self.rows(error)
+            return float((rows if self.gradient is None else rows * self.gradient).sum())
+        error = error.double()
+        back = error if self.moment is None else error @ self.moment
+        return float(((self.gradient @ error) * back).sum().clamp(min=0))
+
+
+def round_matrix(
+    w: Tensor,
+    kind: StorageType,
+    metric: Metric = Metric(),
+    *,
+    feedback: bool = True,
+    damping: float = DAMPING,
+    where: str = "a matrix",
+) -> Rounded:
+    """Round w (out, in), in the dtype of the model, to a type. Raises InputError where the type cannot hold it.
+
+    Without second moments of the inputs only to nearest; `feedback`: try that too, and keep the better. `where` names the
+    matrix in messages.
+    """
+    if not kind.holds(w.shape[1]):
+        raise InputError(
+            f"{where}: rows of {w.shape[1]} weights do not divide into the groups of {kind.group} that {kind.name} has"
+        )
+    if not bool(torch.isfinite(w).all()):
+        raise InputError(f"{where} holds NaN or infinity: nothing to round")
+    best = round_integers(w, kind, metric.moment) if kind.kind == "integer" else round_blocks(w, kind, metric.moment)
+    exact = torch.equal(best.value, w)
+    lost, how = metric.cost(w - best.value), "nearest"
+    if feedback and metric.moment is not None and not exact and float(metric.moment.trace()) > 0:
+        for other in round_with_feedback(w, kind, metric.moment, damping):
+            for candidate in (other, mix(w, best, other, metric)):
+                found = metric.cost(w - candidate.value)
+                if found < lost:
+                    best, lost, how = candidate, found, "feedback"
+    if not bool(torch.isfinite(best.value).all()):
+        raise InputError(f"{where} in {kind.name} is not finite: the weights reach beyond what it can hold")
+    whole, nats = metric.energy(w), None if metric.gradient is None else lost / 2
+    share = metric.energy(w - best.value) / whole if whole > 0 else 0.0
+    return Rounded(kind, best.store(kind), best.value, how, share, exact, nats)
+
+
+def read(stored: dict[str, Tensor], kind: StorageType, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What stored tensors stand for, (out, in) in `dtype`."""
+    if kind.kind == "integer":
+        return integers.read(stored, kind, dtype)
+    return ggml.dequantise(stored[GGML], kind).to(dtype)
+
+
+def mix(w: Tensor, a: Draft, b: Draft, metric: Metric) -> Draft:
+    """Of every row the rounding with the smaller E R Eᵀ: the best of both where rows cost apart, a third one where they do not."""
+    better = (metric.rows(w - b.value) < metric.rows(w - a.value))[:, None]
+
+    def pick(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        return None if x is None or y is None else torch.where(better, y, x)
+
+    grid = a.grid and b.grid and integers.Grid(*map(pick, a.grid, b.grid))  # type: ignore[arg-type]
+    return Draft(torch.where(better, b.value, a.value), pick(a.blocks, b.blocks), pick(a.codes, b.codes), grid)
+
+
+# ------------------------------------------------------------------ to nearest
+
+
+def draft_integers(codes: Tensor, grid: integers.Grid, kind: StorageType, dtype: torch.dtype) -> Draft:
+    groups = codes.unflatten(1, (-1, kind.group))
+    value = integers.multiply(groups, grid.zero[..., None], grid.scale[..., None], dtype).flatten(1)
+    return Draft(value, codes=codes, grid=grid)
+
+
+def round_integers(w: Tensor, kind: StorageType, moment: Tensor | None) -> Draft:
+    """To nearest, every group's grid the best in its own block of R."""
+    groups = w.float().unflatten(1, (-1, kind.group))
+    grid = integers.search(groups, blocks_of(moment, kind, w.shape[1]), kind, w.dtype, exact=True)
+    codes = integers.nearest(groups, grid.zero[..., None], grid.scale[..., None], kind).flatten(1)
+    return draft_integers(codes, grid, kind, w.dtype)
+
+
+def blocks_of(moment: Tensor | None, kind: StorageType, n: int) -> Tensor:
+    """Metrics of the groups of a row: blocks of R on its diagonal (groups, group, group), or ones (groups, group)."""
+    if moment is None:
+        return torch.ones(n // kind.group, kind.group)
+    starts = range(0, n, kind.group)
+    return torch.stack([moment[i : i + kind.group, i : i + kind.group] for i in starts])
+
+
+def draft_blocks(blocks: Tensor, kind: StorageType, dtype: torch.dtype) -> Draft:
+    return Draft(ggml.dequantise(blocks, kind).to(dtype), blocks=blocks)
+
+
+def round_blocks(w: Tensor, kind: StorageType, moment: Tensor | None) -> Draft:
+    """By llama.cpp, with the mean squares of the inputs as its importance matrix."""
+    return draft_blocks(ggml.quantise(w, kind, None if moment is None else moment.diagonal()), kind, w.dtype)
+
+
+# ------------------------------------------------------------------ with feedback
+
+
+def upper_root(moment: Tensor, damping: float) -> Tensor:
+    """Upper triangular V (in, in) with V Vᵀ = R + λI."""
+    return root(moment.double().flip(0, 1), damping).flip(0, 1)
+
+
+def round_with_feedback(w: Tensor, kind: StorageType, moment: Tensor, damping: float) -> Iterator[Draft]:
+    """The roundings that feed errors on: columns as they are stored, and (integers) by falling energy."""
+    if kind.kind == "ggml":
+        yield feed_blocks(w, kind, upper_root(moment, damping))
+        return
+    yield feed_groups(w, kind, upper_root(moment, damping))
+    groups = w.unflatten(1, (-1, kind.group))
+    fixed = integers.search(groups, blocks_of(moment, kind, w.shape[1]), kind, w.dtype)
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    yield feed_ordered(w, kind, upper_root(moment[order][:, order], damping), fixed, order)
+
+
+class Feed:
+    """Columns of w (out, in) rounded one after the other, errors going on to those that come."""
+
+    def __init__(self, w: Tensor, root: Tensor):
+        self.w, self.root, self.steps = w.double(), root, root.diagonal()
+        self.error = torch.zeros_like(self.w)
+        self.first, self.pull = 0, self.w.new_zeros(0)
+
+    def begin(self, at: int, count: int) -> None:
+        """The next `count` columns: add up what those before `at` feed to them."""
+        self.first, self.pull = at, self.error[:, :at] @ self.root[:at, at : at + count]
+
+    def target(self, j: int) -> Tensor:
+        """What column j should be, (out,)."""
+        near = slice(self.first, j)
+        fed = self.pull[:, j - self.first] + self.error[:, near] @ self.root[near, j]
+        return self.w[:, j] + fed / self.steps[j]
+
+    def aim(self, at: int, count: int) -> Tensor:
+        """What the next columns should be for the errors before them to cost nothing: w + E V[before, part] V[part]⁻¹."""
+        part = slice(at, at + count)
+        if at == 0:
+            return self.w[:, part]
+        return self.w[:, part] + torch.linalg.solve_triangular(self.root[part, part], self.pull, upper=True, left=False)
+
+    def note(self, j: int, value: Tensor) -> None:
+        """Column j became `value` (out,)."""
+        self.error[:, j] = self.w[:, j] - value
+
+
+def feed_groups(w: Tensor, kind: StorageType, root: Tensor) -> Draft:
+    """Group by group, each on the best grid for its targets."""
+    feed, codes, grids = Feed(w, root), torch.zeros_like(w, dtype=torch.float32), []
+    for at in range(0, w.shape[1], kind.group):
+        feed.begin(at, kind.group)
+        weights = feed.steps[at : at + kind.group].square()[None]
+        grid = integers.search(feed.aim(at, kind.group)[:, None], weights, kind, w.dtype)
+        grids.append(grid)
+        for j in range(at, at + kind.group):
+            round_column(feed, codes, j, grid, kind, w.dtype)
+    scale, zero = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
+    return draft_integers(codes, integers.Grid(scale, zero), kind, w.dtype)
+
+
+def feed_ordered(w: Tensor, kind: StorageType, root: Tensor, grid: integers.Grid, order: Tensor) -> Draft:
+    """Column by column in an order, on fixed grids."""
+    feed, codes = Feed(w[:, order], root), torch.zeros_like(w, dtype=torch.float32)
+    for at in range(0, w.shape[1], LEAF):
+        feed.begin(at, LEAF)
+        for j in range(at, min(at + LEAF, w.shape[1])):
+            group = int(order[j]) // kind.group
+            own = integers.Grid(grid.scale[:, group, None], grid.zero[:, group, None])
+            round_column(feed, codes, j, own, kind, w.dtype)
+    back = torch.empty_like(codes)
+    back[:, order] = codes
+    return draft_integers(back, grid, kind, w.dtype)
+
+
+def round_column(feed: Feed, codes: Tensor, j: int, grid: integers.Grid, kind: StorageType, dtype: torch.dtype) -> None:
+    code = integers.nearest(feed.target(j)[:, None], grid.zero, grid.scale, kind)
+    codes[:, j] = code[:, 0]
+    feed.note(j, integers.multiply(code, grid.zero, grid.scale, dtype)[:, 0])
+
+
+def feed_blocks(w: Tensor, kind: StorageType, root: Tensor) -> Draft:
+    """Block by block: scales by llama.cpp for the block's targets; inside it column by column where codes are known."""
+    feed, found = Feed(w, root), []
+    for at in range(0, w.shape[1], kind.group):
+        feed.begin(at, kind.group)
+        weights = feed.steps[at : at + kind.group].square()
+        block = ggml.quantise(feed.aim(at, kind.group), kind, weights)
+        if kind.name in ggml.FIELDS:
+            levels, codes = ggml.Levels(block, kind), torch.zeros(len(w), kind.group, dtype=torch.long)
+            for j in range(kind.group):
+                codes[:, j], value = levels.pick(feed.target(at + j), j)
+                feed.note(at + j, value)
+            block = ggml.put_codes(block, kind, codes)
+        feed.error[:, at : at + kind.group] = feed.w[:, at : at + kind.group] - ggml.dequantise(block, kind).double()
+        found.append(block)
+    return draft_blocks(torch.cat(found, 1), kind, w.dtype)
