@@ -20,6 +20,8 @@ from planish.rounding.gauges_maps import mix_channels, round_to_nearest, spread
 from planish.solvers.forms import low_rank_edit
 
 IDS = tiny.windows(4, 24)
+ALL = tiny.NAMES + tiny.MORE + tiny.SPARSE
+QUICK = (*tiny.CORE, "llama_bias", "gpt2", "nemotron", "qwen3", "stablelm", "qwen3_moe", "olmo2")
 
 
 def read_family(model: nn.Module):
@@ -64,7 +66,7 @@ def check_logits(model: nn.Module) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("name", tiny.NAMES + tiny.MORE + tiny.SPARSE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ALL])
 def test_dense_models_compute_the_same(name):
     told = check_logits(tiny.build(name, torch.float64))
     assert told
@@ -89,8 +91,8 @@ def round_naively(w: Tensor, bits: int = 4, group: int = 64) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("bits", (2, 3, 4, 8))
-@pytest.mark.parametrize("width", (5, 64, 90))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("width", [5, 64, 90])
 def test_rounding_is_what_it_says(bits, width):
     w = torch.randn(3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
     w[1] = w[1].abs() + 1
@@ -227,21 +229,23 @@ def test_weights_that_do_not_fit_are_not_written():
     assert all(bool(p.isfinite().all()) for p in block.parameters())
 
 
-@pytest.mark.parametrize("n", (1, 2, 7, 12, 52, 64))
+@pytest.mark.parametrize("n", [1, 2, 7, 12, 52, 64])
 def test_spreading_is_orthogonal_and_flat(n):
     q = spread(n)
     assert torch.allclose(q @ q.T, torch.eye(n, dtype=q.dtype))
     assert q.abs().max() <= (2 / n) ** 0.5 + 1e-12 and torch.equal(q, spread(n))
 
 
-@pytest.mark.parametrize("rank", (3, 6))
+@pytest.mark.parametrize("rank", [3, 6])
 def test_maps_balance_both_factors(rank):
     """The first is M⁻ᵀ (Uᵀ U) M⁻¹ = M (second moments) Mᵀ, diagonal, and no other map of many has a smaller product of traces."""
     g = torch.Generator().manual_seed(rank)
     u, z = (torch.randn(2, 20, rank, dtype=torch.float64, generator=g) * torch.logspace(0, 2, rank) for _ in range(2))
     outer, seen = u.mT @ u, z.mT @ z
     tries = list(mix_channels(outer, seen, torch.eye(rank, dtype=torch.float64).expand(2, -1, -1)))
-    assert all(torch.allclose(m @ w, torch.eye(rank, dtype=torch.float64).expand(2, -1, -1), atol=1e-6) for m, w in tries)
+    assert all(
+        torch.allclose(m @ w, torch.eye(rank, dtype=torch.float64).expand(2, -1, -1), atol=1e-6) for m, w in tries
+    )
     m, back = tries[0]
     left, right = back.mT @ outer @ back, m @ (seen / (outer * seen).sum((-1, -2), keepdim=True)) @ m.mT
     assert torch.allclose(left, right * (left[:, :1, :1] / right[:, :1, :1]), atol=1e-5 * float(left.max()))
@@ -273,7 +277,7 @@ def test_refit_is_least_squares():
     assert torch.allclose(found, naive, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ("pair", "pivoted"))
+@pytest.mark.parametrize("form", ["pair", "pivoted"])
 def test_second_factor_takes_back_the_first_ones_error(form):
     linear, gram = make_pivoted(form)
     nearest = lambda w: round_to_nearest(w, 4)  # noqa: E731

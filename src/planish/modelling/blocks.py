@@ -64,7 +64,10 @@ def read_layout(block: nn.Module, family: Family, config) -> Layout:
     if family.experts is not None and has_module(block, family.experts.path):
         numbers = (n for n, _ in block.get_submodule(family.experts.path).named_children() if n.isdecimal())
         groups |= {f"expert.{n}": [f"expert.{n}.{r}" for r in MLP] for n in numbers}
-    found = {n: {r: find_path(block, family, r) for r in roles if has_linear(block, family, r)} for n, roles in groups.items()}
+    found = {
+        n: {r: find_path(block, family, r) for r in roles if has_linear(block, family, r)}
+        for n, roles in groups.items()
+    }
     known = {f"{path}.weight" for linears in found.values() for path in linears.values()}
     parallel = family.parallel and bool(getattr(config, "use_parallel_residual", True))
     heads, kv_heads = count_heads(config) if found["attention"] else (0, 0)

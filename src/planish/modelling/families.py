@@ -100,7 +100,9 @@ class Family:
     tuples: bool = False  # blocks return a tuple, hidden states first
     intermediate: str = "intermediate_size"  # the config's name of the MLP width; empty where it has none
     norm_offset: float = 0.0  # norms scale channels by this + their weight
-    fixed: tuple[str, ...] = ()  # groups in which more happens between linears than an average of values over tokens, or a product
+    fixed: tuple[
+        str, ...
+    ] = ()  # groups in which more happens between linears than an average of values over tokens, or a product
     # with an activated gate: values that are normalised, outputs of attention that are gated, products that are clamped
     head: str = "lm_head"  # what stored checkpoints call the model's `lm_head`
     others: Mapping[str, str] = field(default_factory=dict)  # role of a further group ("shared.up") → path

@@ -31,7 +31,9 @@ from planish.rounding.gauges_linears import Linear, Rounding, apply, fits, read_
 from planish.rounding.gauges_maps import mix_channels, round_to_nearest, scale_columns
 
 GAIN = 0.99  # an error that is kept is at most so much of the one before
-Grams = dict[str, Tensor]  # role → Σ x xᵀ, or its mean, over the linear's inputs (in, in); for all of a block over the same tokens
+Grams = dict[
+    str, Tensor
+]  # role → Σ x xᵀ, or its mean, over the linear's inputs (in, in); for all of a block over the same tokens
 T = TypeVar("T")
 
 
@@ -43,7 +45,9 @@ def balance(
 
     `layout`: of the block as it is (`planish.modelling.blocks.read_layout`). `grams`: role → second moments of the inputs,
     those that changed are replaced by the new basis's; roles that are missing are taken as if the norm's output before its
-    scale, or the attention's input, were white. `rounding`: what is tried; to nearest with 4 bits in groups of 64 unless told.
+    scale, or the attention's input, were white. Of v best those of Σ_t a_t x_t, what attention averages its inputs to: a token
+    then counts as much as attention looks at it. In many models that is mostly the first, whose large inputs v maps to nearly
+    nothing; rounded in the second moments of its inputs, where it is one token of many, v alone can destroy such a model. `rounding`: what is tried; to nearest with 4 bits in groups of 64 unless told.
     Computed in fp64, stored in the block's dtype. Twice changes little more than once, and never for the worse.
     """
     grams = {} if grams is None else grams
@@ -83,15 +87,15 @@ def scale_inputs(block: nn.Module, norm: Norm, layout: Layout, grams: Grams, rou
     if weight is None or not found:
         return []
     scale = weight.double() + norm.offset
-    gram = next((grams[r] for r in norm.roles if r in grams), scale.square().diag()).double()
-
-    metrics = {r: weigh_output(block, layout, r, grams, gram) for r in norm.roles}
+    shared = next((grams[r] for r in norm.roles if r in grams), scale.square().diag())
+    seen = {r: grams.get(r, shared).double() for r in norm.roles}
+    metrics = {r: weigh_output(block, layout, r, grams, seen[r]) for r in norm.roles}
 
     def cost(s: Tensor) -> list[float]:
-        seen = gram / s / s[:, None]
-        return [linear.read(s).error(seen, rounding, metrics[r]) for r, (_, linear) in found.items()]
+        return [f.read(s).error(seen[r] / s / s[:, None], rounding, metrics[r]) for r, (_, f) in found.items()]
 
-    candidates = scale_columns([linear.right for _, linear in found.values()], gram.diagonal())
+    energy = torch.stack([g.diagonal() / g.diagonal().mean().clamp(min=1e-300) for g in seen.values()]).mean(0)
+    candidates = scale_columns([linear.right for _, linear in found.values()], energy)
     s, ratio = choose(torch.ones_like(scale), candidates, cost)
     if ratio == 1 or not all(fits(linear.read(s), m) for m, linear in found.values()):
         return []
@@ -100,8 +104,10 @@ def scale_inputs(block: nn.Module, norm: Norm, layout: Layout, grams: Grams, rou
     set_data(module, "weight", (scale / s - norm.offset).to(weight.dtype))
     if (bias := getattr(module, "bias", None)) is not None:
         set_data(module, "bias", (bias.double() / s).to(bias.dtype))
-    grams.update({r: gram / s / s[:, None] for r in norm.roles if r in grams})
-    return [f"{norm.path}: channels rescaled for {', '.join(norm.roles)}; their rounding errors × {ratio:.2f} on average"]
+    grams.update({r: gram / s / s[:, None] for r, gram in seen.items() if r in grams})
+    return [
+        f"{norm.path}: channels rescaled for {', '.join(norm.roles)}; their rounding errors × {ratio:.2f} on average"
+    ]
 
 
 def scale_neurons(block: nn.Module, group: Group, layout: Layout, grams: Grams, rounding: Rounding) -> list[str]:
@@ -170,7 +176,7 @@ def weigh_output(block: nn.Module, layout: Layout, role: str, grams: Grams, read
     """
     if role == "v" and "attention" not in layout.fixed and (found := read_roles(block, layout, "vo")):
         values = measure_values(layout, found["v"][1], found["o"][1], grams, read)
-        return values and values.metric
+        return None if values is None else values.metric
     if role == "up" and "mlp" not in layout.fixed and (found := read_roles(block, layout, MLP)):
         up, down = (found[r][1].dense() for r in MLP[1:])
         made = ((up @ read) * up).sum(1).clamp(min=1e-300)

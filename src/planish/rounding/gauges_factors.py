@@ -12,7 +12,9 @@ from planish.rounding.gauges_linears import Linear
 from planish.solvers.linalg import root
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2)  # relative to the mean diagonal; 1e-3 or 1e-2 mostly win
-RoundIn = Callable[[Tensor, Tensor], Tensor]  # matrix (out, in), second moments of its inputs (in, in) → its rounded value
+RoundIn = Callable[
+    [Tensor, Tensor], Tensor
+]  # matrix (out, in), second moments of its inputs (in, in) → its rounded value
 
 
 def refit(first: Tensor, target: Tensor, gram: Tensor, ridge: float) -> Tensor:

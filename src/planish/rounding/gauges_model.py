@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from planish.modelling.blocks import find_blocks, join_block, read_layout, split_block
-from planish.modelling.families import FAMILIES, Layout
+from planish.modelling.blocks import find_blocks, get_linear, has_linear, join_block, read_layout, split_block
+from planish.modelling.families import FAMILIES, Family, Layout
 from planish.rounding.gauges import Grams, balance
 from planish.rounding.gauges_linears import Rounding
 from planish.rounding.gauges_maps import round_to_nearest
@@ -26,11 +26,15 @@ def balance_model(model: nn.Module, ids: Tensor, rounding: Rounding = round_to_n
     blocks = [split_block(b, family, model.config) for b in find_blocks(model, family)]
     layouts = [read_layout(b, family, model.config) for b in blocks]
     grams: list[Grams] = [{} for _ in blocks]
-    handles = [h for b, layout, found in zip(blocks, layouts, grams, strict=True) for h in watch(b, layout, found)]
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # which says where attention looks
+    handles = [h for b, layout, g in zip(blocks, layouts, grams, strict=True) for h in watch(b, layout, g)]
+    handles += [h for b, g in zip(blocks, grams, strict=True) for h in watch_attention(b, family, g)]
     try:
         for row in ids:
             model(row[None], use_cache=False)
     finally:
+        model.set_attn_implementation(attention)
         for handle in handles:
             handle.remove()
     told = []
@@ -39,6 +43,25 @@ def balance_model(model: nn.Module, ids: Tensor, rounding: Rounding = round_to_n
         grams[i].clear()
         join_block(block, family)
     return told
+
+
+def watch_attention(block: nn.Module, family: Family, grams: Grams) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks that sum up, as "v", Σ x̄ x̄ᵀ over tokens and heads, x̄ = Σ_t a_t x_t what attention averages v's inputs to."""
+    if not has_linear(block, family, "v") or "attention" in family.fixed:
+        return []
+    inputs: list[Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[:] = [args[0]]
+
+    def add(module: nn.Module, args: object, outputs: tuple[Tensor, ...]) -> None:
+        weights = outputs[1] if isinstance(outputs, tuple) and len(outputs) > 1 else None
+        if weights is not None:
+            x = (weights.float() @ inputs.pop().unsqueeze(1).float()).flatten(0, -2)
+            grams["v"] = (grams["v"] if "v" in grams else 0) + x.T @ x / weights.shape[1]
+
+    v = get_linear(block, family, "v")
+    return [v.register_forward_pre_hook(look), block.get_submodule(family.attention).register_forward_hook(add)]
 
 
 def watch(block: nn.Module, layout: Layout, grams: Grams) -> list[torch.utils.hooks.RemovableHandle]:
