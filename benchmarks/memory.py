@@ -3,6 +3,7 @@
     python benchmarks/memory.py                     # 4.2 GB of bf16 weights in 168 blocks
     python benchmarks/memory.py --method svd-llm --blocks 80 --dtype float32
     python benchmarks/memory.py --method auto --blocks 40      # statistics of every block kept on disk in between
+    python benchmarks/memory.py --dtype float8_e4m3fn --size 4.2   # a checkpoint in FP8 of so many GB, dequantised as it is read
     python benchmarks/memory.py --shape 70b --blocks 2 --method a3    # blocks of 0.86 B weights, Grams of 28,672² (6.6 GB)
 
 Writes the model to a temporary folder (twice its size is needed on disk), runs the compression in a process of its own
@@ -54,7 +55,8 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=2816)
     parser.add_argument("--shape", choices=SHAPES, help="in place of hidden and intermediate")
     parser.add_argument("--blocks", type=int, default=168)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", help="float8_e4m3fn: FP8 in blocks of 128 × 128")
+    parser.add_argument("--size", type=float, help="in place of blocks: about so many GB on disk")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--table", type=Path, default=TABLE, help="where the row goes")
@@ -69,6 +71,12 @@ def main() -> None:
             "vocab_size": vocabulary, "hidden_size": args.hidden, "intermediate_size": args.intermediate,
             "num_hidden_layers": args.blocks, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         }  # fmt: skip
+        if args.size:
+            width, inner = args.hidden, args.intermediate
+            weights = width * (width + 2 * width * kv_heads // heads + width + 3 * inner)
+            kind = getattr(torch, args.dtype)
+            outer = 2 * vocabulary * width * max(kind.itemsize, 2)
+            args.blocks = max(1, round((args.size * 1e9 - outer) / (weights * kind.itemsize)))
         model, out, text = (Path(folder) / n for n in ("model", "out", "text.npy"))
         size = write_model(model, getattr(torch, args.dtype), **sizes)
         np.save(text, np.random.default_rng(0).integers(0, vocabulary, args.samples * args.seq_len))

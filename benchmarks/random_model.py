@@ -11,9 +11,15 @@ from transformers import LlamaConfig
 
 
 def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **sizes: int) -> int:
-    """Write a LLaMA of these config sizes; returns its bytes on disk. Weights ~ N(0, 1/in), norms 1."""
+    """Write a LLaMA of these config sizes; returns its bytes on disk. Weights ~ N(0, 1/in), norms 1.
+
+    `dtype` float8_e4m3fn: the blocks' linears in FP8 with a scale per 128 × 128 block, everything else in bf16.
+    """
+    fp8, dtype = dtype == torch.float8_e4m3fn, torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
     config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=False)
     config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
+    if fp8:
+        config.quantization_config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     d, m, n = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -44,8 +50,21 @@ def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0
     del outside
     for i in range(n):
         block = {f"{name}.weight": matrix(*size) for name, size in linears.items()}
+        if fp8:
+            block = {n: t for name, weight in block.items() for n, t in quantise(name, weight).items()}
         block |= {"input_layernorm.weight": ones.clone(), "post_attention_layernorm.weight": ones.clone()}
         shard(i + 1, {f"model.layers.{i}.{name}": t for name, t in block.items()})
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+def quantise(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight's E4M3 codes, and the scale of every block of 128 × 128 (the last ones may be smaller)."""
+    rows, columns = (-(-n // 128) for n in weight.shape)
+    padded = torch.zeros(rows * 128, columns * 128)
+    padded[: weight.shape[0], : weight.shape[1]] = weight.float()
+    blocks = padded.view(rows, 128, columns, 128)
+    scale = blocks.abs().amax((1, 3)) / 448
+    codes = (blocks / scale[:, None, :, None]).view_as(padded)[: weight.shape[0], : weight.shape[1]]
+    return {name: codes.to(torch.float8_e4m3fn).contiguous(), f"{name}_scale_inv": scale}

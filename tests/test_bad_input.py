@@ -108,7 +108,7 @@ def test_truncated_shard_is_named_by_eval_too(refuse, folder, tmp_path):
     refuse(model, shard.name, "truncated")
 
 
-@pytest.mark.parametrize("how", ["gptq", None])
+@pytest.mark.parametrize("how", ["aqlm", None])
 def test_quantised_models_are_refused(refuse, folder, tmp_path, how):
     model = configure(
         Path(shutil.copytree(folder, tmp_path / "model")), quantization_config={"quant_method": how, "bits": 4}

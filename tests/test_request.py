@@ -21,7 +21,7 @@ OWN = {  # flags that are no part of a request: how a command runs, and what it 
     "eora": {"output", "bits", "rank", "quantiser", "overwrite", "json"},
 }  # fmt: skip
 LEFT_OUT = {
-    "sweep": {"max-params", "max-bytes", "max-latency", "context", "method", "target", "set"},
+    "sweep": {"max-params", "max-bytes", "max-latency", "context", "method", "target", "set", "adapter"},
     "eora": {FLAGS.get(n, n.replace("_", "-")) for n in OPTIONS} - {"calibration", "n-samples", "seq-len", "seed", "sampling",
                                                                   "bos", "device", "dtype"},
 }  # fmt: skip

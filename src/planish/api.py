@@ -93,7 +93,7 @@ def compress(
             compress(model, tokenizer, output=inside, sparsity=sparsity, cache=cache, progress=progress, **options)
             return load(inside)
     request, method = read_options(options, sparsity)
-    source = open_source(model, tokenizer)
+    source = open_source(model, tokenizer, request.adapter)
     text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache)
     files = {}
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
@@ -151,7 +151,7 @@ def forecast(
     will do for `model`, and "cuda" for `device` on a machine without. `cache`: keep its token ids on disk.
     """
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
-    source = open_shapes(model, tokenizer)
+    source = open_shapes(model, tokenizer, request.adapter)
     asked = request.calibration
     seq_len, _ = fit_seq_len(source, asked.seq_len)
     notes: list[str] = []

@@ -177,6 +177,7 @@ def write_journal(
     """What `resume` needs besides the windows: the request, as it was understood."""
     return {
         "model": str(find_lasting(source.folder)), "name": source.name, "asked": request.limits,
+        "adapter": None if request.adapter is None else str(Path(request.adapter).resolve()),
         "method": method.name, "settings": method.settings(), "given": sorted(request.settings),
         "calibration": text.record, "device": request.device.partition(":")[0], "dtype": request.dtype,
         "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "files": place.files,
@@ -205,7 +206,7 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         method = find_method(find_method(journal["method"]).__class__(**values))
         if journal["processes"] != lanes.world():
             warnings.warn(f"started with {journal['processes']} processes, resumed with {lanes.world()}", stacklevel=2)
-        source = open_source(journal["model"])
+        source = open_source(journal["model"], adapter=journal.get("adapter"))
         source.name = journal["name"]
         dtype = journal["dtype"] and str(getattr(torch, journal["dtype"])).removeprefix("torch.")
         request = Request(

@@ -12,8 +12,7 @@ import torch
 
 from planish.calibrate.stream import Stream
 from planish.errors import InputError
-from planish.folder.gguf_reader import is_gguf, open_gguf
-from planish.folder.source import Source
+from planish.folder.source import Source, find_adapter, find_origin, list_changes
 from planish.folder.writer import Writer
 from planish.methods.method import Method
 from planish.mixture import join_mixture, split_mixture
@@ -91,6 +90,7 @@ def write_manifest(
         "transformers": version("transformers"),
         "source": name_only(stream.source.name),
         **({"source_file": origin} if (origin := find_origin(stream.source)) else {}),
+        **({"adapter": adapter.record} if (adapter := find_adapter(stream.source)) else {}),
         "method": result.method,
         "settings": method.settings() | dict(planned.settings),
         "round_to": problem.step,
@@ -160,19 +160,15 @@ The plan, per-unit errors and versions are in `planish.json`.
 """
 
 
-def find_origin(source: Source) -> dict[str, Any] | None:
-    """What there is to say about the file that the model was dequantised from; None where it was stored as it is."""
-    folder = getattr(source, "folder", None)
-    return open_gguf(folder).origin() if folder is not None and is_gguf(folder) else None
-
-
 def note_origin(source: Source) -> list[str]:
-    return describe_origin(find_origin(source))
+    """What there is to say about how the model was stored, and what of it was changed or left out while it was read."""
+    return describe_origin(find_origin(source)) + list_changes(source)
 
 
 def describe_origin(origin: dict[str, Any] | None) -> list[str]:
-    """A line about the file that the dense model was dequantised from."""
+    """A line about the file or the checkpoint that the dense model was dequantised from."""
     if origin is None:
         return []
     types = ", ".join(f"{n} {kind}" for kind, n in origin["tensor_types"].items())
-    return [f"Made from the {origin['format']} file `{origin['file']}` (tensors: {types}): {origin['note']}."]
+    stored = f"file `{origin['file']}`" if "file" in origin else f"checkpoint, read as {origin['read_as']}"
+    return [f"Made from the {origin['format']} {stored} (tensors: {types}): {origin['note']}."]

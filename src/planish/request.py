@@ -244,6 +244,9 @@ class Request(Limits):
 
     version: Literal[1] = 1
     model: str = option(..., "Hugging Face folder, GGUF file or hub id", metavar="MODEL")
+    adapter: str | None = option(
+        None, "a LoRA adapter's folder, merged into MODEL as it is read", metavar="DIR", shown=False
+    )
     method: str | None = option(None, "see `planish methods`", shown="auto")
     settings: Mapping[str, str | float | int | bool | list[str] | None] = option(
         {}, "a hyper-parameter of the method (repeatable)", name="--set", metavar="NAME=VALUE", type=list[str], shown=False
@@ -278,7 +281,7 @@ class Request(Limits):
         """Keyword arguments of `planish.compress` that repeat a recipe."""
         text = self.calibration.model_dump()
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in self.settings.items()}
-        names = ("model", *Limits.model_fields, "method", "device", "dtype", "round_to", "target")
+        names = ("model", "adapter", *Limits.model_fields, "method", "device", "dtype", "round_to", "target")
         values = {n: getattr(self, n) for n in names} | {"settings": settings, "calibration": text.pop("source")}
         return values | text
 
@@ -298,7 +301,8 @@ class Request(Limits):
         shares = split_mixture(self.calibration.source)
         text = join_mixture({s if s in NAMED_TEXTS else change(s): w for s, w in shares.items()})
         calibration = self.calibration.model_copy(update={"source": text})
-        return self.model_copy(update={"model": change(self.model), "calibration": calibration})
+        named = {n: change(v) for n in ("model", "adapter") if (v := getattr(self, n)) is not None}
+        return self.model_copy(update={**named, "calibration": calibration})
 
 
 class Grid(Strict):
@@ -319,14 +323,14 @@ class Grid(Strict):
 
 
 TEXT = tuple(Text.model_fields)[1:]  # options of the text besides its source
-RECIPE = ("version", "model", *Limits.model_fields, "method", "settings", "calibration", "device", "dtype", "round_to",
+RECIPE = ("version", "model", "adapter", *Limits.model_fields, "method", "settings", "calibration", "device", "dtype", "round_to",
           "target", "published")  # fmt: skip
 OPTIONS: dict[str, FieldInfo] = {  # by the name of their keyword or flag, in the order in which they are shown
     **Limits.model_fields,
     "method": Request.model_fields["method"],
     "calibration": Text.model_fields["source"],
     **{n: Text.model_fields[n] for n in TEXT},
-    **{n: Request.model_fields[n] for n in ("device", "dtype", "round_to", "target", "settings")},
+    **{n: Request.model_fields[n] for n in ("device", "dtype", "round_to", "target", "settings", "adapter")},
 }
 FIELDS = OPTIONS | Grid.model_fields
 

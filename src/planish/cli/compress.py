@@ -13,7 +13,19 @@ from planish.cli import options as o
 from planish.cli.run import compare_sizes, format_bytes, format_seconds, say, session
 
 
-@o.asks(*o.BUDGETS, "sparsity", "method", *o.TEXT, *o.COMPUTE, "round_to", "target", "settings", "overwrite", "cache")
+@o.asks(
+    *o.BUDGETS,
+    "sparsity",
+    "method",
+    *o.TEXT,
+    *o.COMPUTE,
+    "round_to",
+    "target",
+    "settings",
+    "adapter",
+    "overwrite",
+    "cache",
+)
 def compress(
     command: typer.Context,
     model: o.ModelArgument,

@@ -11,7 +11,7 @@ from planish.cli import options as o
 from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_table, say, session
 
 
-@o.asks(*o.BUDGETS, "sparsity", "method", *o.TEXT, *o.COMPUTE, "round_to", "target", "settings")
+@o.asks(*o.BUDGETS, "sparsity", "method", *o.TEXT, *o.COMPUTE, "round_to", "target", "settings", "adapter")
 def plan(
     model: o.ModelArgument, *, sparsity: o.SparsityOption = None, as_json: o.JsonOption = False, **options: Any
 ) -> None:

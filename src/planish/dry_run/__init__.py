@@ -29,7 +29,7 @@ from planish.dry_run.memory import count_peaks
 from planish.dry_run.passes import Run
 from planish.dry_run.seconds import estimate_seconds
 from planish.errors import InputError
-from planish.folder.source import ConfigSource, Source
+from planish.folder.source import ConfigSource, Source, list_changes
 from planish.methods import make_plan, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import install
@@ -191,7 +191,7 @@ def describe(run: Run) -> Forecast:
             "seconds": how,
             "flops": f"two per weight of the blocks and the head and token, and attention over {problem.context} tokens of context",
         },
-        warnings=[*planned.remarks.values(), *describe_rest(problem.units, shapes)],
+        warnings=[*planned.remarks.values(), *describe_rest(problem.units, shapes), *list_changes(source)],
     )
     add_budgets(found, problem, planned)
     return found

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from planish.errors import InputError
 from planish.folder.config import find_family
 from planish.folder.safetensors import NAMES
-from planish.folder.weights import Stored
+from planish.folder.stored import Stored
 from planish.modelling.blocks import find_blocks
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf, open_gguf
+from planish.folder.packed.declared import FIELDS, METHODS, find_declared
 from planish.folder.recognise import refuse_file, refuse_unlike
 from planish.modelling import attentions as attentions_file
 from planish.modelling import blocks as blocks_file
@@ -54,9 +55,14 @@ def read_config(folder: Path) -> Any:
     if not kind.startswith("planish"):
         find_family(type("config", (), {"model_type": kind})())
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{path} is not a valid {kind} configuration: {error}") from None
+    if find_declared(folder):  # weights are dequantised as they are read
+        for name in FIELDS:
+            if hasattr(config, name):
+                delattr(config, name)
+    return config
 
 
 def find_family(config) -> Family:
@@ -71,8 +77,8 @@ def find_family(config) -> Family:
     if quantised := getattr(config, "quantization_config", None):
         how = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
         raise InputError(
-            f"the model is already quantised ({how or 'quantization_config'} in its config): "
-            "compress the original weights, then quantise the result"
+            f"the model is already quantised ({how or 'quantization_config'} in its config): compress the original weights, then "
+            f"quantise the result (folders are read that declare {', '.join(METHODS)})"
         )
     family = FAMILIES[kind]
     if read_declared(config, "add_cross_attention"):

@@ -69,7 +69,7 @@ class Origin(NamedTuple):
 
 
 class GGUFWeights:
-    """The tensors of a GGUF model (see `planish.folder.weights.Weights`), and its configuration."""
+    """The tensors of a GGUF model (see `planish.folder.stored.Weights`), and its configuration."""
 
     def __init__(self, path: Path):
         self.file = GGUF(path)

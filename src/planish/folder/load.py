@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from planish.folder.config import NO_SOFT_CAP, load_config
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.gguf_tokenizer import read_generation_config
 from planish.folder.hub import find_folder
+from planish.folder.packed.declared import find_declared
 from planish.folder.skeleton import set_parameter
 from planish.folder.source import open_folder
 from planish.folder.weights import open_weights
@@ -48,8 +50,8 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     if needs_eager(config) and "attn_implementation" not in kwargs:
         kwargs["attn_implementation"] = "eager"
         warnings.warn(NO_SOFT_CAP.format(f"{folder} is loaded"), stacklevel=2)
-    if is_gguf(path):
-        return load_gguf(path, **kwargs)
+    if is_gguf(path) or find_declared(path):
+        return load_dequantised(path, **kwargs)
     if getattr(config, "quantization_config", None):  # transformers' own matter
         open_weights(path)
     else:
@@ -64,17 +66,26 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     return model.eval()
 
 
-def load_gguf(
-    path: Path, *, dtype: torch.dtype | None = None, attn_implementation: str | None = None
+def load_dequantised(
+    path: Path, *, dtype: torch.dtype | str | None = None, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """A causal LM from a GGUF file, dequantised tensor by tensor into `dtype` (fp32 unless the file holds less)."""
+    """A causal LM from a GGUF file or a checkpoint in low precision, dequantised tensor by tensor into `dtype` (unless given,
+    what the weights are read in)."""
     source = open_folder(path)
     model = source.model
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
-    model.config.dtype = dtype or model.config.dtype
+    kind = dtype if isinstance(dtype, torch.dtype) else None
+    if is_gguf(path):
+        model.config.dtype = kind = kind or model.config.dtype
     for name, _ in list(model.named_parameters()):
-        set_parameter(model, name, source.weight(name).to(model.config.dtype))
+        weight = source.weight(name)
+        set_parameter(model, name, weight if kind is None else weight.to(kind))
+    model.config.dtype = kind or source.stored
     model.tie_weights()
-    model.generation_config = read_generation_config(open_gguf(path).file)
+    if is_gguf(path):
+        model.generation_config = read_generation_config(open_gguf(path).file)
+    elif (path / "generation_config.json").is_file():
+        with suppress(Exception):  # whatever settings it holds: advice for `generate`
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()

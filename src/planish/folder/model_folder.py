@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from planish.errors import InputError
+from planish.folder.adapter import Adapter
 from planish.folder.config import is_compressed, load_config, read_layout
 from planish.folder.hub import find_folder
-from planish.folder.weights import Stored, Weights, open_weights
+from planish.folder.stored import Stored, Weights
+from planish.folder.weights import open_weights
 from planish.modelling.families import Family
 from planish.stats import is_finite
 
@@ -25,16 +27,28 @@ class ModelFolder:
     headers, and `tensor` reads it. `config`, `family` and `specs` say what the tensors are: one spec per block, empty where
     the block is a stock one. `path` is the folder or the GGUF file, `name` what the user called
     it. A hub id is read as far as it is needed: its configuration at once, its weights with the first question about them.
+    `adapter`: a LoRA adapter that is merged as tensors are read. `left_out`: stored tensors of next-token prediction layers,
+    which no causal LM of transformers runs.
 
     Formats of weights plug in below this class, at `planish.folder.weights.open_weights`.
     """
 
-    def __init__(self, model: str | Path):
+    def __init__(self, model: str | Path, adapter: str | Path | None = None):
         self.path, self.name = find_folder(model, weights=False), str(model)
         self.remote = not Path(model).exists()  # weights on the hub are fetched when the first is asked for
         self.config = load_config(self.path)
         self.compressed = is_compressed(self.config)
         self.family, self.specs = read_layout(self.config)
+        self.adapter = None if adapter is None else Adapter(adapter)
+        changed = [*self.adapter.deltas, *self.adapter.replaced] if self.adapter else []
+        self._changed = {name_adapted(n, self.family): n for n in changed}  # name → what the adapter calls it
+        first, more = self.config.num_hidden_layers, getattr(self.config, "num_nextn_predict_layers", None) or 0
+        self._predictors = tuple(f"{self.family.blocks}.{i}." for i in range(first, first + more)) + (
+            "mtp.",
+            "model.mtp.",
+        )
+        if more:
+            self.config.num_nextn_predict_layers = 0  # of what is written
 
     @cached_property
     def weights(self) -> Weights:
@@ -44,7 +58,13 @@ class ModelFolder:
     def _places(self) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
         """Name → stored name; name → rows of the stored tensor, where it is a part of one."""
         names = match_names(self.weights.names, self.family, self.compressed)
+        for name in [n for n in names if n.startswith(self._predictors)]:
+            self.left_out.append(names.pop(name))
         return names, split_experts(names, self.family, self.weights)
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        return []
 
     @property
     def names(self) -> list[str]:
@@ -56,7 +76,7 @@ class ModelFolder:
     @property
     def paths(self) -> list[Path]:
         """The files that hold the tensors."""
-        return self.weights.paths
+        return self.weights.paths + (self.adapter.paths if self.adapter else [])
 
     def entry(self, name: str) -> Stored:
         """`dtype` and `shape` of a tensor, from headers alone."""
@@ -67,9 +87,22 @@ class ModelFolder:
         """A tensor in its stored type, on the CPU; every number is finite."""
         stored, rows = self._find(name), self._places[1].get(name)
         tensor = self.weights.read_rows(stored, *rows) if rows else self.weights.read(stored)
+        if self.adapter and name in self._changed:
+            tensor = self.adapter.merge(self._changed[name], tensor, self._transposed(name))
         if not is_finite(tensor):
             raise InputError(f"tensor {name} of {self.path} holds NaN or infinity")
         return tensor
+
+    def check_adapter(self, tied: Iterable[str]) -> None:
+        """InputError for an adapter that does not fit the model's tensors, or changes one of the `tied` names."""
+        if self.adapter:
+            shapes = {own: self.entry(n).shape for n, own in self._changed.items() if n in self}
+            ours = {own for n, own in self._changed.items() if n in set(tied)}
+            self.adapter.fit(shapes, {own: self._transposed(n) for n, own in self._changed.items()}, ours)
+
+    def _transposed(self, name: str) -> bool:
+        """Whether a linear is stored transposed."""
+        return self.family.conv1d and name.startswith(f"{self.family.blocks}.")
 
     def expect(self, names: Iterable[str]) -> None:
         """These tensors are read next: the system may fetch them ahead."""
@@ -113,6 +146,14 @@ def split_experts(names: dict[str, str], family: Family, weights: Weights) -> di
         for n, part in enumerate(f"{where}.{j}.{part}.weight" for j in range(shape[0]) for part in parts):
             names[part], found[part] = stored, (n * count, count)
     return found
+
+
+def name_adapted(name: str, family: Family) -> str:
+    """Name in the causal LM of a weight that an adapter changes: of one that was trained on the base model without its prefix."""
+    first, head = family.blocks.partition(".")[0] + ".", f"{family.head}."
+    if name.startswith(head):
+        return f"lm_head.{name.removeprefix(head)}"
+    return name if name.startswith((first, "lm_head.")) else first + name
 
 
 def match_names(stored: Iterable[str], family: Family, compressed: bool = False) -> dict[str, str]:

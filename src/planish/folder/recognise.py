@@ -27,7 +27,10 @@ def refuse_unlike(folder: Path) -> None:
     """InputError for a folder without a config.json."""
     if (folder / "adapter_config.json").is_file():
         what = describe_adapter(folder)
-        raise InputError(f"{folder} is {what}: merge it into that model (merge_and_unload), and give the result")
+        raise InputError(
+            f"{folder} is {what}: merge it into that model (merge_and_unload) and give the result, or give that model and "
+            f"--adapter {folder}"
+        )
     if (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is a diffusers pipeline, not a causal language model")
     if not folder.is_dir():

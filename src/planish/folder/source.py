@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from planish.core import Shape
 from planish.errors import InputError
+from planish.folder.adapter import Adapter
 from planish.folder.checks import check_model, check_tensors
 from planish.folder.config import NO_SOFT_CAP, find_family, find_stock_config, load_config
 from planish.folder.model_folder import ModelFolder
@@ -123,6 +124,7 @@ class FolderSource(Source):
                 f"{self.folder}/config.json says {self.n_blocks} blocks, the checkpoint holds {len(inside)}: "
                 "it is incomplete or another model's"
             )
+        reader.check_adapter(self._tied)
         check_tensors({n: reader.entry(n) for n in reader.names}, self.model, self._tied, str(self.folder))
         pair = (self._embedding_name(), HEAD)
         both = self.config.tie_word_embeddings and all(n in reader for n in pair)
@@ -271,18 +273,49 @@ class MemorySource(Source):
             self.model.generation_config.to_json_file(target / "generation_config.json", keys_to_pop=["compile_config"])
 
 
+def find_origin(source: Source) -> dict[str, Any] | None:
+    """What there is to say about how the model was stored, where it was dequantised; None where it was stored as it is."""
+    return source.reader.weights.origin() if isinstance(source, FolderSource) else None
+
+
+def find_adapter(source: Source) -> Adapter | None:
+    """The adapter that is merged into the model as it is read."""
+    return source.reader.adapter if isinstance(source, FolderSource) else None
+
+
+def list_changes(source: Source) -> list[str]:
+    """What of the stored model was changed or left out while it was read, a line each."""
+    if not isinstance(source, FolderSource):
+        return []
+    lines, gone, adapter = [], source.reader.left_out, source.reader.adapter
+    if gone:
+        lines.append(
+            f"{len(gone)} tensors of next-token prediction layers are left out, as transformers does ({gone[0]}, …)"
+        )
+    if adapter:
+        name, merged, replaced = (adapter.record[n] for n in ("name", "merged", "replaced"))
+        lines.append(f"The adapter {name} is merged into {merged} weights and takes the place of {replaced}.")
+    return lines
+
+
 def is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two matrices hold the same numbers in the same type."""
     return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 
-def open_source(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
-    """A dense model: a folder, a hub id, or a causal LM in memory."""
+def open_source(
+    model: str | Path | PreTrainedModel | Source, tokenizer: Any = None, adapter: str | Path | None = None
+) -> Source:
+    """A dense model: a folder, a hub id, or a causal LM in memory; `adapter`: a LoRA adapter's folder, merged as it is read."""
     if isinstance(model, Source):
         return model
     if isinstance(model, nn.Module):
+        if adapter is not None:
+            raise InputError(
+                f"the adapter {adapter} is merged into a folder's model as it is read: give the model's folder"
+            )
         return MemorySource(model, tokenizer)
-    opened = ModelFolder(model)
+    opened = ModelFolder(model, adapter)
     find_family(opened.config)  # refuses compressed ones
     check_links(opened.path)
     return FolderSource(opened)
@@ -293,7 +326,9 @@ def open_folder(model: str | Path) -> FolderSource:
     return FolderSource(ModelFolder(model))
 
 
-def open_shapes(model: str | Path | PreTrainedModel | Source, tokenizer: Any = None) -> Source:
+def open_shapes(
+    model: str | Path | PreTrainedModel | Source, tokenizer: Any = None, adapter: str | Path | None = None
+) -> Source:
     """Like `open_source`; a config.json, or a folder with one and no weights, will do."""
     if isinstance(model, str | Path):
         path = Path(model)
@@ -302,7 +337,7 @@ def open_shapes(model: str | Path | PreTrainedModel | Source, tokenizer: Any = N
         weights = ("*.safetensors*", "*.bin", "*.gguf")
         if (path / "config.json").is_file() and not any(f for pattern in weights for f in path.glob(pattern)):
             return ConfigSource(path)
-    source = open_source(model, tokenizer)
+    source = open_source(model, tokenizer, adapter)
     if isinstance(source, FolderSource) and source.remote:
         return ConfigSource(source.folder, source.name, source)
     return source

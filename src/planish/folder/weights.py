@@ -6,63 +6,26 @@ import json
 import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf, open_gguf
+from planish.folder.packed.declared import find_declared, find_dtype
+from planish.folder.packed.reader import PackedWeights
 from planish.folder.recognise import describe_files, refuse_adapter
 from planish.folder.safetensors import Shard
+from planish.folder.stored import Stored, Weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-class Stored(Protocol):
-    """What is known of a stored tensor before it is read."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-class Weights(Protocol):
-    """What a weight format offers: tensors by the names they are stored under. Nothing stays open or mapped.
-
-    `Shards` is safetensors, `planish.folder.gguf_reader.GGUFWeights` is GGUF; another format is another such class, chosen
-    in `open_weights`. Errors are InputErrors.
-    """
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files, in a fixed order."""
-        ...
-
-    @property
-    def names(self) -> Collection[str]: ...
-
-    def entry(self, name: str) -> Stored:
-        """Type and shape, from headers alone."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own, on the CPU."""
-        ...
-
-    def read_rows(self, name: str, first: int, count: int) -> Tensor:
-        """Some rows of the tensor as a matrix, whose width is its last axis: of stacked experts one's."""
-        ...
-
-    def expect(self, names: Iterable[str]) -> None:
-        """These are read next: the system may fetch them ahead."""
-        ...
-
-
 def open_weights(folder: Path) -> Weights:
     """The weights of a model's folder or file, whatever they are stored as. A further format is recognised here."""
-    return open_gguf(folder) if is_gguf(folder) else Shards(folder)
+    if is_gguf(folder):
+        return open_gguf(folder)
+    declared = find_declared(folder)
+    return PackedWeights(Shards(folder), declared, find_dtype(folder), folder) if declared else Shards(folder)
 
 
 class Shards:
@@ -95,6 +58,9 @@ class Shards:
             ahead.setdefault(self.files[name], []).append(name)
         for stored in ahead.values():
             self._shard(stored[0]).expect(stored)
+
+    def origin(self) -> None:
+        return None
 
     def _shard(self, name: str) -> Shard:
         path = self.files[name]
