@@ -4,7 +4,8 @@
     python benchmarks/gauges.py --model FOLDER --text FILE --name NAME   # any other; FILE is split: 3/4 to calibrate
     python benchmarks/gauges.py --evaluate FILE --folders DIR ...        # another text; compressed folders are kept and used again
 
-Every linear of the blocks is rounded, asymmetric, in groups of 64 inputs. "basis": `planish.rounding.gauges_model.balance_model` before.
+Every linear of the blocks is rounded, asymmetric, in groups of 64 inputs. "basis":
+`planish.rounding.gauges_model.balance_model` before.
 "again": the second factor of pairs and pivoted linears is solved again for the first one as it was rounded.
 """
 
@@ -34,7 +35,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from structural import ROOT, split_text, write_section
 
 TABLE = ROOT / "docs" / "tables" / "gauges.md"
-START = "# The basis that weights are rounded in\n\nWritten by `benchmarks/gauges.py`; rounding to nearest, groups of 64.\n"
+START = (
+    "# The basis that weights are rounded in\n\nWritten by `benchmarks/gauges.py`; rounding to nearest, groups of 64.\n"
+)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -86,7 +89,9 @@ def round_model(model: nn.Module, bits: int, grams: dict[nn.Module, Tensor]) -> 
         done |= set(module.modules())
     for linear in list_linears(model):
         if linear not in done:
-            linear.weight = nn.Parameter(rounding(linear.weight.data.float()).to(linear.weight.dtype), requires_grad=False)
+            linear.weight = nn.Parameter(
+                rounding(linear.weight.data.float()).to(linear.weight.dtype), requires_grad=False
+            )
 
 
 class Bench:

@@ -46,8 +46,7 @@ def balance(
     `layout`: of the block as it is (`planish.modelling.blocks.read_layout`). `grams`: role → second moments of the inputs,
     those that changed are replaced by the new basis's; roles that are missing are taken as if the norm's output before its
     scale, or the attention's input, were white. Of v best those of Σ_t a_t x_t, what attention averages its inputs to: a token
-    then counts as much as attention looks at it. In many models that is mostly the first, whose large inputs v maps to nearly
-    nothing; rounded in the second moments of its inputs, where it is one token of many, v alone can destroy such a model. `rounding`: what is tried; to nearest with 4 bits in groups of 64 unless told.
+    then counts as much as attention looks at it. `rounding`: what is tried; to nearest with 4 bits in groups of 64 unless told.
     Computed in fp64, stored in the block's dtype. Twice changes little more than once, and never for the worse.
     """
     grams = {} if grams is None else grams

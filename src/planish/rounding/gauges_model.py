@@ -58,7 +58,7 @@ def watch_attention(block: nn.Module, family: Family, grams: Grams) -> list[torc
         weights = outputs[1] if isinstance(outputs, tuple) and len(outputs) > 1 else None
         if weights is not None:
             x = (weights.float() @ inputs.pop().unsqueeze(1).float()).flatten(0, -2)
-            grams["v"] = (grams["v"] if "v" in grams else 0) + x.T @ x / weights.shape[1]
+            grams["v"] = grams.get("v", 0) + x.T @ x / weights.shape[1]
 
     v = get_linear(block, family, "v")
     return [v.register_forward_pre_hook(look), block.get_submodule(family.attention).register_forward_hook(add)]
