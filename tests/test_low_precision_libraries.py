@@ -82,6 +82,7 @@ SCHEMES = {  # format, arguments of weights, whether activations are quantised t
     "float per row": ("float-quantized", FP8 | {"strategy": "channel"}, True),
     "float per tensor": ("float-quantized", FP8 | {"strategy": "tensor"}, True),
     "float blocks": ("float-quantized", FP8 | {"strategy": "block", "block_structure": [16, 16]}, True),
+    "mxfp8": ("mxfp8-quantized", FP8 | {"strategy": "group", "group_size": 32}, False),
     "int8 per row": ("int-quantized", {"num_bits": 8, "strategy": "channel"}, True),
     "int4": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 16}, False),
     "int4, zeros": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 16, "symmetric": False}, False),

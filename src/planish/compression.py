@@ -92,7 +92,6 @@ def compress(
     start = time.perf_counter()
     reuse_memory()
     device, windows = join_lanes(request.device), text.windows
-    check_blocks(source)
     find_target(request.target)
     check_windows(windows, source)
     check_apart(place.output, source)
@@ -335,16 +334,6 @@ def check_apart(output: Path, source: Source) -> None:
         model, place = source.folder.resolve(), output.resolve()
         if place == model or place in model.parents:
             raise InputError(f"output {output} would replace the model {source.folder}; choose another folder")
-
-
-def check_blocks(source: Source) -> None:
-    """Of blocks with more than attention and a dense feed-forward no compressed form is written."""
-    for i in range(source.n_blocks):
-        if names := list(dict.fromkeys("experts" if r.startswith("expert.") else r for r in source.shape(i).rest)):
-            raise InputError(
-                f"block {i} of {source.name} has {', '.join(names)}: planish measures and plans such blocks (`planish plan`) but "
-                "does not write them yet; compress a model with dense feed-forwards only"
-            )
 
 
 def check_windows(windows: Tensor, source: Source) -> None:

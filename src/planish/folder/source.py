@@ -124,6 +124,7 @@ class FolderSource(Source):
                 f"{self.folder}/config.json says {self.n_blocks} blocks, the checkpoint holds {len(inside)}: "
                 "it is incomplete or another model's"
             )
+        reader.leave_out_zeros(self.model.state_dict().keys())
         reader.check_adapter(self._tied)
         check_tensors({n: reader.entry(n) for n in reader.names}, self.model, self._tied, str(self.folder))
         pair = (self._embedding_name(), HEAD)

@@ -10,7 +10,7 @@ import torch
 from planish.core import Frontier, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.folder.source import Source
-from planish.plan.allocate import Curve
+from planish.plan.allocate import Alternative, Curve, choose
 from planish.plan.budgets import Budget, CacheNumbers, Latency, make_budget
 from planish.plan.footprint import count_weights, cuts_cache
 from planish.plan.latency import Table
@@ -115,6 +115,15 @@ class Problem:
             coarse = [f"ranks are multiples of {self.step}, see --round-to"] if self.step > 1 else []
             why = "; ".join([*coarse, *(remarks or {}).values()])
             raise InputError(f"{refusal} ({why})" if why else str(refusal)) from None
+
+
+def choose_ranks(problem: Problem, curves: Mapping[Unit, Curve]) -> Plan:
+    """One rank per unit, with the least sum of the curves' losses within all budgets (see `planish.plan.allocate.choose`)."""
+    try:
+        return choose([[Alternative((c,))] for c in curves.values()], problem.limits)[0]
+    except BudgetError as error:
+        b = problem.budgets[error.which]
+        raise b.refuse(problem.name, error.smallest + b.limit - problem.limits[error.which]) from None
 
 
 def count_left(problem: Problem, plan: Plan, budget: Budget) -> float:

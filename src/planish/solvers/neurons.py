@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from planish import stats as stats_file
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.solvers.forms import neuron_edits, neuron_spec
-from planish.solvers.grams import TILE, Refits, ridge_leverage, slicing_losses
+from planish.solvers.grams import TILE, Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap
 
 
@@ -54,11 +52,7 @@ class Neurons(Solver):
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         gram, tokens = stats.take(Tap("down.in", "gram"))
         down = weights["down"]
-        if self.score == "leverage":
-            score = ridge_leverage(gram, self.ridge)
-        else:
-            score = gram.diagonal() * torch.linalg.vector_norm(down, dim=0, dtype=gram.dtype).square()
-        order = score.argsort(descending=True, stable=True)
+        order = order_neurons(gram, down, self.score, self.ridge)
         factors = {n: weights[n] for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights}
         if not self.refit:
             return Frontier(unit, slicing_losses(gram, down, order) / tokens, factors | {"order": order})
