@@ -13,7 +13,8 @@ A block's `spec` is JSON; `install` builds empty modules from it, for compressin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .attentions import Attention, Frequencies, Latent, count_heads, head_width
-from .families import ATTENTION, FAMILIES, MLP, Family, Group, Layout, Norm
+from .families import ATTENTION, FAMILIES, MLP, Family
 from .modules import (
     Bypass,
     Experts,
@@ -35,6 +36,40 @@ from .modules import (
     set_module,
     split_fused,
 )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that belong together: role → path in the canonical block."""
+
+    name: str  # "attention", "mlp", "expert.17", or another that the family has: "shared", "mixer"
+    linears: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that scales channels by `offset` + its weight, and what it puts out is read by these roles and by nothing else."""
+
+    path: str
+    roles: tuple[str, ...]
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one block is made of. Blocks of one model may differ."""
+
+    groups: tuple[Group, ...]
+    rest: tuple[str, ...] = ()  # parameters of two or more axes that belong to no group: a router, a convolution
+    parallel: bool = False  # attention and MLP read the same residual
+    factor: float = 1.0  # what a submodule gives is multiplied by this before it is added
+    norms: tuple[Norm, ...] = ()  # those whose channels may be rescaled together with what reads them
+    heads: int = 0
+    kv_heads: int = 0
+    fixed: tuple[str, ...] = ()  # see `Family.fixed`
+
+    def has(self, group: str) -> bool:
+        return any(g.name == group for g in self.groups)
 
 
 def get_linear(block: nn.Module, family: Family, role: str) -> nn.Module:

@@ -45,40 +45,6 @@ class ExpertsRow:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Linears of a block that belong together: role → path in the canonical block."""
-
-    name: str  # "attention", "mlp", "expert.17", or another that the family has: "shared", "mixer"
-    linears: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm that scales channels by `offset` + its weight, and what it puts out is read by these roles and by nothing else."""
-
-    path: str
-    roles: tuple[str, ...]
-    offset: float = 0.0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What one block is made of. Blocks of one model may differ."""
-
-    groups: tuple[Group, ...]
-    rest: tuple[str, ...] = ()  # parameters of two or more axes that belong to no group: a router, a convolution
-    parallel: bool = False  # attention and MLP read the same residual
-    factor: float = 1.0  # what a submodule gives is multiplied by this before it is added
-    norms: tuple[Norm, ...] = ()  # those whose channels may be rescaled together with what reads them
-    heads: int = 0
-    kv_heads: int = 0
-    fixed: tuple[str, ...] = ()  # see `Family.fixed`
-
-    def has(self, group: str) -> bool:
-        return any(g.name == group for g in self.groups)
-
-
-@dataclass(frozen=True)
 class Family:
     """Paths are relative to the block, except `blocks`, which is relative to the causal LM.
 

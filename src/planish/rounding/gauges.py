@@ -25,7 +25,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from planish.modelling.families import MLP, Group, Layout, Norm
+from planish.modelling.blocks import Group, Layout, Norm
+from planish.modelling.families import MLP
 from planish.modelling.modules import Pair
 from planish.rounding.gauges_linears import Linear, Rounding, apply, fits, read_linear, set_data, write_linear
 from planish.rounding.gauges_maps import mix_channels, round_to_nearest, scale_columns
