@@ -33,9 +33,7 @@ FP8 = "fp8 blocks of 8 x 12"
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 QUICK = (
     FP8,
-    "ct float per row",
     "ct int4, zeros",
-    "modelopt nvfp4",
     "gptq act-order",
     "awq",
     "bnb nf4, double",

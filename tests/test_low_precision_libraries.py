@@ -92,6 +92,9 @@ SCHEMES = {  # format, arguments of weights, whether activations are quantised t
 }  # fmt: skip
 
 
+QUICK = ("float blocks", "int4, zeros", "nvfp4", "mxfp8")
+
+
 def spans(weight: Tensor, args) -> tuple[Tensor, Tensor]:
     """Least and greatest number of every block that has a scale."""
     out, width = weight.shape
@@ -103,7 +106,7 @@ def spans(weight: Tensor, args) -> tuple[Tensor, Tensor]:
     return (low.view(1), high.view(1)) if args.strategy == "tensor" else (low, high)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SCHEMES])
 def test_compressed_tensors(name, tmp_path):
     """Scales from extremes, everything else by the library: quantising, packing, config.json, and dequantising."""
     pytest.importorskip("compressed_tensors")
