@@ -19,6 +19,7 @@ from planish.calibrate.stream import Stream
 from planish.cli import app
 from planish.compression import resume
 from planish.core import Unit
+from planish.declare import BYTES, COUNTS, read_size
 from planish.errors import InputError
 from planish.folder.load import load
 from planish.folder.source import open_source
@@ -28,7 +29,7 @@ from planish.plan.budgets import make_budget
 from planish.plan.footprint import footprints
 from planish.plan.latency import Table, list_names, measure, read_table
 from planish.plan.spread import BudgetError, Choices, spread
-from planish.request import BYTES, COUNTS, Limits, read_size
+from planish.request import Limits
 from posed import pose_on
 from test_resume import hashes
 from tiny import compress

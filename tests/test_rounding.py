@@ -50,7 +50,7 @@ def test_feedback_is_gptq(name):
         codes = integers.nearest(left[:, j : j + 1], grid.zero, grid.scale, kind)
         want[:, j] = integers.multiply(codes, grid.zero, grid.scale, torch.float32)[:, 0]
         left[:, j:] -= torch.outer((left[:, j] - want[:, j]) / upper[j, j], upper[j, j:])
-    got = rounding.feed_groups(w, kind, rounding.upper_root(moment, 0.01))
+    got = rounding.feed_groups(w, kind, rounding.upper_root(moment, 0.01), torch.float32)
     assert torch.equal(got.value.double(), want)
 
 
@@ -65,7 +65,7 @@ def test_act_order_is_gptq_by_falling_energy():
         scale, zero = grid.scale[:, at // 32].double(), grid.zero[:, at // 32].double()
         want[:, at] = ((left[:, j] / scale + zero).round().clamp(-4, 3) - zero) * scale
         left[:, j:] -= torch.outer((left[:, j] - want[:, at]) / upper[j, j], upper[j, j:])
-    got = list(rounding.round_with_feedback(w, kind, moment, 0.01))[1]
+    got = list(rounding.round_with_feedback(w, kind, moment, 0.01, torch.float32))[1]
     assert torch.allclose(got.value.double(), want, atol=1e-6)
 
 
@@ -129,7 +129,7 @@ def test_nats_are_half_the_trace_in_both_metrics():
 # ------------------------------------------------------------------ laws
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from([*(n for n, t in TYPES.items() if t.kind == "integer" and t.group == 32), *SMALL]),
     st.integers(1, 12), st.integers(1, 4), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -165,7 +165,7 @@ def test_feedback_helps_on_blocks_of_256(name):
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0"])
 def test_what_lies_on_a_grid_of_llama_cpp_is_left_alone(name):
     on = round_matrix(make(8, 4, 64)[0], GGML[name]).value
-    assert round_matrix(on, GGML[name]).exact
+    assert round_matrix(on, GGML[name], Metric(make(9, 1, 64)[1])).exact
 
 
 def test_codes_pack_bit_for_bit():

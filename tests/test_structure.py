@@ -20,16 +20,16 @@ CLASSES = {f"{m.name}.{n}": c for m in MODULES.values() for n, c in m.classes().
 
 # Rooms from the ground up. Imports point to a lower floor or stay on one; those for type checkers count.
 FLOORS = [
-    {"errors", "version", "shapes", "request", "mixture"},
+    {"errors", "version", "shapes", "declare", "request", "mixture"},
     {"modelling"},
     {"stats", "core", "lanes", "apply"},
     {"solvers", "rounding"},
     {"folder"},
     {"calibrate"},
     {"plan"},
-    {"solve"},
+    {"solve", "quantise"},
     {"methods"},
-    {"manifest", "compression", "dry_run", "single_cuts"},
+    {"checking", "manifest", "compression", "dry_run", "single_cuts"},
     {"export", "evaluate"},
     {"evaluation"},
     {"api", "sweep"},

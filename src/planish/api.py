@@ -19,6 +19,7 @@ from planish.calibrate.text import eval_windows, fingerprint, interleave, load_t
 from planish.compression import Calibration, Destination, Shared, pick_dtype
 from planish.compression import compress as run
 from planish.core import Progress
+from planish.declare import check_number
 from planish.dry_run import Forecast
 from planish.dry_run import forecast as forecast_windows
 from planish.errors import InputError
@@ -48,7 +49,6 @@ from planish.request import (
     TEXT,
     Request,
     Text,
-    check_number,
     label,
     name_beside,
     takes,
@@ -150,6 +150,8 @@ def forecast(
     The calibration text is read only where the method needs statistics to choose its ranks; elsewhere a config.json alone
     will do for `model`, and "cuda" for `device` on a machine without. `cache`: keep its token ids on disk.
     """
+    if options.get("bits") is not None:
+        raise InputError("a forecast counts weights as they are before rounding: leave bits out")
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer, request.adapter)
     asked = request.calibration

@@ -23,6 +23,7 @@ from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import LARGE, Stream, reuse_memory
 from planish.calibrate.text import shuffle_windows
+from planish.checking import check_apart, check_tokens, check_windows
 from planish.core import Progress, Shape
 from planish.errors import InputError
 from planish.folder.config import name_head, write_config
@@ -38,7 +39,7 @@ from planish.plan.footprint import count_headers, footprint
 from planish.plan.latency import read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.targets import find_target
+from planish.quantise import Report, quantise, read_asked
 from planish.request import Request
 from planish.solve import solve
 from planish.solvers.offload import offload
@@ -92,7 +93,7 @@ def compress(
     start = time.perf_counter()
     reuse_memory()
     device, windows = join_lanes(request.device), text.windows
-    find_target(request.target)
+    asked = read_asked(request, source)
     check_windows(windows, source)
     check_apart(place.output, source)
     writer = Writer(place.output, source.n_blocks, place.overwrite, place.resume)
@@ -111,21 +112,21 @@ def compress(
                 source, method, windows, shared, writer.partial, device, kind, bool(request.dtype)
             )
             problem = pose(
-                method, source, request, step=request.round_to, target=request.target, measured=measured,
-                length=windows.shape[1] if windows.numel() else 0,
+                method, source, request, step=request.round_to, measured=measured,
+                target=asked.blocks if asked else request.target, length=windows.shape[1] if windows.numel() else 0,
             )  # fmt: skip
             measure = Measurements(stream, cache, progress)
             measure.seconds |= {"text": text.seconds} if text.seconds else {}
-            check_tokens(method, problem, windows, dict(request.settings))
             with offload(stream.device):
                 with measure.phase("plan"):
-                    planned = make_plan(method, problem, measure)
+                    planned = decide(method, problem, measure, request, windows)
                 done = write(problem, measure, planned, writer, caught)
+                done.rounded = quantise(asked, measure, writer, windows) if asked else None
         result = report(problem, planned, source, writer, done)
-        said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source)]
+        said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
         result.warnings = sorted({*said, *writer.warned})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
-        write_manifest(writer, method, problem, planned, stream, result, done.errors, text.record)
+        write_manifest(writer, method, problem, planned, stream, result, done.details, text.record)
         for name, content in place.files.items():
             writer.text(name, content)
         writer.close()
@@ -133,6 +134,14 @@ def compress(
         writer.abort(wrong_input=isinstance(error, (InputError, OSError)) and not place.resume)
         raise
     return result
+
+
+def decide(method: Method, problem: Problem, measure: Measurements, request: Request, windows: Tensor) -> Planned:
+    """The method's plan; where everything stays and is only rounded, nothing is measured for one."""
+    if request.bits is not None and min(request.given.values()) >= 1:
+        return Planned({}, problem.units)
+    check_tokens(method, problem, windows, dict(request.settings))
+    return make_plan(method, problem, measure)
 
 
 def join_lanes(device: str) -> str:
@@ -179,7 +188,8 @@ def write_journal(
         "adapter": None if request.adapter is None else str(Path(request.adapter).resolve()),
         "method": method.name, "settings": method.settings(), "given": sorted(request.settings),
         "calibration": text.record, "device": request.device.partition(":")[0], "dtype": request.dtype,
-        "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "files": place.files,
+        "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "bits": request.bits,
+        "head_bits": request.head_bits, "files": place.files,
         "processes": lanes.count(),
     }  # fmt: skip
 
@@ -211,6 +221,7 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         request = Request(
             **journal["asked"], model=source.name, method=journal["method"], settings=dict.fromkeys(journal["given"]),
             device=journal["device"], dtype=dtype, round_to=journal["round_to"], target=journal["target"],
+            bits=journal.get("bits"), head_bits=journal.get("head_bits"),
         )  # fmt: skip
         place = Destination(output, journal["overwrite"], journal["files"], resume=True)
         measured, record = journal["measured"], journal["calibration"]
@@ -232,6 +243,15 @@ class Written:
     kind: str = ""
     outer: int = 0
     errors: dict[str, float] = field(default_factory=dict)
+    rounded: Report | None = None
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"errors": self.errors} | ({"rounding": self.rounded.linears} if self.rounded else {})
+
+    @property
+    def notes(self) -> list[str]:
+        return self.rounded.notes() if self.rounded else []
 
 
 def write(
@@ -297,6 +317,7 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         flops_per_token_after=flops[1] + 2 * source.count_head(),
         context=problem.context,
         submodules={name: dict(gone) for name, gone in planned.removed.items()},
+        rounding=done.rounded.summary() if done.rounded else {},
     )
     if problem.table is not None:
         result.latency_ms_before = problem.table.predict(dense, problem.shapes) * 1e3
@@ -311,41 +332,6 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         by_plan = b.achieved(sum(map(b.measure, models[1])))
         result.budgets[b.name] = {"asked": b.asked, "achieved": written.get(b.name, by_plan)}
     return result
-
-
-def check_tokens(method: Method, problem: Problem, windows: Tensor, settings: dict[str, Any]) -> None:
-    """Fewer calibration tokens than a Gram's dimension make it singular: an error unless damping is asked for."""
-    own = method.dampings
-    if set(own) & set(settings):
-        return
-    grams = [t for t in problem.taps(problem.block_units(0)) if t.kind in ("gram", "moments")]
-    need = max((problem.shapes[0].width(t.site) for t in grams), default=0)
-    if 0 < windows.numel() < need:
-        hint = f", or ask for damping (--set {own[0]}=0.01)" if own else ""
-        raise InputError(
-            f"calibration has {windows.numel()} tokens, fewer than the largest Gram's dimension {need}: "
-            f"use at least {need} tokens (--n-samples × --seq-len){hint}"
-        )
-
-
-def check_apart(output: Path, source: Source) -> None:
-    """The output must not replace the model that it is made from."""
-    if isinstance(source, FolderSource):
-        model, place = source.folder.resolve(), output.resolve()
-        if place == model or place in model.parents:
-            raise InputError(f"output {output} would replace the model {source.folder}; choose another folder")
-
-
-def check_windows(windows: Tensor, source: Source) -> None:
-    limit = getattr(source.config, "max_position_embeddings", None)
-    rope = getattr(source.config, "rope_parameters", None) or {}
-    if limit and rope.get("rope_type") == "dynamic":  # tables that grow with the sequence
-        limit = int(limit * rope.get("factor", 1.0))
-    if limit and windows.shape[-1] > limit:
-        raise InputError(f"--seq-len {windows.shape[-1]} is longer than the model's {limit} positions")
-    vocabulary = source.config.vocab_size
-    if windows.numel() and not (int(windows.min()) >= 0 and int(windows.max()) < vocabulary):
-        raise InputError(f"calibration holds token id {int(windows.max())}, the model's vocabulary has {vocabulary}")
 
 
 def pick_dtype(source: Source, device: str) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import nn
 from planish.calibrate.cache import tokenize
 from planish.calibrate.text import load_tokens
 from planish.core import Progress
+from planish.declare import check_number
 from planish.errors import InputError
 from planish.evaluate import agreement, perplexity
 from planish.evaluate import tasks as tasks_file
@@ -22,7 +23,7 @@ from planish.folder import load as loading
 from planish.folder.config import load_config
 from planish.folder.hub import find_folder
 from planish.folder.tokenizer import load_tokenizer
-from planish.request import Bos, check_number
+from planish.request import Bos
 
 SEQ_LEN = 2048  # by default; fewer where the model has fewer positions
 

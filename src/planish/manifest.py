@@ -53,6 +53,9 @@ class Result:
     submodules: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # removed ones by kind: count, of, sparsity, blocks
+    rounding: dict[str, Any] = field(
+        default_factory=dict
+    )  # see `planish.quantise.Report`; empty where nothing was rounded
 
     @property
     def removed(self) -> float:
@@ -67,7 +70,7 @@ def read_result(output: Path) -> Result:
     """What the manifest of a complete folder says."""
     try:
         found = json.loads((output / "planish.json").read_text(encoding="utf-8"))["result"]
-        return Result(**{f.name: found[f.name] for f in fields(Result)} | {"output": str(output)})
+        return Result(**{f.name: found[f.name] for f in fields(Result) if f.name in found} | {"output": str(output)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read {output / 'planish.json'}: {error!r}; compress again with --overwrite") from None
 
@@ -79,10 +82,10 @@ def write_manifest(
     planned: Planned,
     stream: Stream,
     result: Result,
-    errors: dict[str, float],
+    found: dict[str, Any],
     calibration: dict[str, Any],
 ) -> None:
-    """planish.json: everything needed to understand and to repeat the run."""
+    """planish.json: everything needed to understand and to repeat the run. `found`: per unit and per linear, by name."""
     problem, plan = replace(problem, units=planned.solvers), planned.ranks
     manifest = {
         "planish": __version__,
@@ -102,7 +105,7 @@ def write_manifest(
         "full": {str(u): problem.full(u) for u in sorted(problem.units)},
         "roles": problem.shapes[0].roles,
         "weights": {str(u): [problem.count(u, problem.full(u)), problem.count(u, r)] for u, r in sorted(plan.items())},
-        "errors": errors,
+        **found,
         "notes": dict(planned.notes) | dict(planned.remarks),
     }
     writer.text("planish.json", json.dumps(manifest, indent=2, default=str) + "\n")

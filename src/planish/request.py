@@ -19,16 +19,14 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import re
 from collections.abc import Callable, Mapping
-from numbers import Integral, Real
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from planish.declare import BYTES, COUNTS, Strict, find_default, label, listed, option, size
 from planish.errors import InputError
 from planish.mixture import join_mixture, split_mixture
 
@@ -41,39 +39,15 @@ LIMITS = ("keep", "kv_keep", "flops_keep", "max_params", "max_bytes", "max_laten
 NAMED_TEXTS = ("builtin", "wikitext2", "c4")
 SOURCE_HELP = "builtin, wikitext2, c4, or a file: .txt, .jsonl (text or messages), .parquet, .npy (token ids)"
 MIXTURE_HELP = f"{SOURCE_HELP}; several with weights: c4:0.5,chat.jsonl:0.5"
-COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-BYTES = {"": 1, "B": 1} | {
-    p + s: b**n for n, p in enumerate("KMGT", 1) for s, b in (("", 1000), ("B", 1000), ("iB", 1024))
-}
 
 F = TypeVar("F", bound=Callable[..., Any])
 Sampling = Literal["contiguous", "random"]
 Bos = Literal["auto", "every", "once", "never"]
+Bits = Annotated[str | None, BeforeValidator(lambda value: None if value is None else str(value))]
 BOS_HELP = (
     "where the beginning-of-sequence token stands: every window; once, documents joined (the papers' protocol); never; "
     "auto: every, if the tokenizer puts it in front of a text"
 )
-
-
-def option(
-    default: Any, text: str, *, refusal: str = "", bounds: Mapping[str, float] | None = None, **flag: Any
-) -> Any:
-    """A field with its help text.
-
-    `bounds`: as in pydantic.Field; `refusal` is the message for values beyond them ({value} is what was given). `flag`: what
-    the command line needs besides: metavar, shown (the default in words, or False), least, choices, name, type, default.
-    """
-    return Field(default, description=text, json_schema_extra={"refusal": refusal, "flag": flag}, **(bounds or {}))  # type: ignore[call-overload]
-
-
-def find_default(field: FieldInfo) -> Any:
-    """As in a function's signature."""
-    return inspect.Parameter.empty if field.is_required() else field.default
-
-
-def read_extra(field: FieldInfo, name: str) -> Any:
-    """ "refusal" or "flag" of a field that `option` made."""
-    return field.json_schema_extra[name] if isinstance(field.json_schema_extra, dict) else {}
 
 
 def share(name: str, text: str) -> Any:
@@ -81,70 +55,10 @@ def share(name: str, text: str) -> Any:
     return option(None, text, refusal=refusal, bounds={"gt": 0, "le": 1}, shown=False)
 
 
-def listed(metavar: str, text: str, default: Any = (), **flag: Any) -> Any:
-    """Several values, on the command line between commas."""
-    return option(default, text, metavar=metavar, shown=False, type=str, **flag)
-
-
-def label(name: str) -> str:
-    """kv_keep → kv-keep"""
-    return name.replace("_", "-")
-
-
 def show(name: str, value: float) -> str:
     """A limit as people write it."""
     unit = " ms" if name == "max_latency" else ""
     return f"{value:,.0f}" if name in ("max_params", "max_bytes") else f"{value:g}{unit}"
-
-
-def check_number(value: Any, name: str, whole: bool = False) -> None:
-    """Texts are no numbers here, and neither are true and false."""
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-        raise InputError(f"{name} must be a {'whole ' * whole}number, got {value!r}")
-
-
-def read_size(value: int | float | str, name: str, scale: dict[str, int]) -> int:
-    """1500000000, "1.5B" or "800MiB" → a whole number."""
-    text = str(value).replace(",", "").replace("_", "").strip()
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)", text)
-    units = {u.lower(): n for u, n in scale.items()}
-    if match is None or match[2].lower() not in units:
-        known = ", ".join(u for u in scale if u)
-        raise InputError(f"{name} {value}: expected a number, with one of {known} behind it or none")
-    factor = units[match[2].lower()]
-    whole = "." not in match[1] and "e" not in match[1].lower()
-    size = int(match[1]) * factor if whole else int(float(match[1]) * factor + 1e-6)
-    if size < 1:
-        raise InputError(f"{name} must be 1 or more, got {value}")
-    return size
-
-
-def size(name: str, scale: dict[str, int]) -> BeforeValidator:
-    return BeforeValidator(lambda value: None if value is None else read_size(value, label(name), scale))
-
-
-class Strict(BaseModel):
-    """Unknown names are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @classmethod
-    def ask(cls, **values: Any) -> Self:
-        """From what a user gave in Python or on the command line; None is not given. Raises InputError."""
-        given = {name: value for name, value in values.items() if value is not None}
-        for name, value in given.items():
-            field = cls.model_fields[name]
-            kinds = set(get_args(field.annotation)) if isinstance(field.annotation, UnionType) else {field.annotation}
-            if kinds & {int, float} and not any(isinstance(m, BeforeValidator) for m in field.metadata):
-                check_number(value, label(name), whole=float not in kinds)
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            refusal = read_extra(cls.model_fields[name], "refusal") if name in cls.model_fields else ""
-            words = refusal.format(value=first["input"]) or f"{label(name)}: {first['msg']}, got {first['input']!r:.60}"
-            raise InputError(words) from None
 
 
 class Limits(Strict):
@@ -263,6 +177,16 @@ class Request(Limits):
     target: str = option(
         "any", "where the result has to run: ranks are chosen to suit it", choices=("any", "hf", "vllm", "gguf", "onnx")
     )
+    bits: Bits = option(
+        None, "round every linear of the blocks, for the target: 8, 4, 3, 2 or a type's name (docs/bits.md)",
+        metavar="BITS", shown="16: nothing is rounded",
+    )  # fmt: skip
+    head_bits: Bits = option(
+        None,
+        "of the embedding and the head, in files for llama.cpp",
+        metavar="BITS",
+        shown="8 where the blocks are rounded",
+    )
     published: Published | None = None
 
     @classmethod
@@ -281,7 +205,7 @@ class Request(Limits):
         """Keyword arguments of `planish.compress` that repeat a recipe."""
         text = self.calibration.model_dump()
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in self.settings.items()}
-        names = ("model", "adapter", *Limits.model_fields, "method", "device", "dtype", "round_to", "target")
+        names = ("model", "adapter", *Limits.model_fields, "method", *COMPUTED)
         values = {n: getattr(self, n) for n in names} | {"settings": settings, "calibration": text.pop("source")}
         return values | text
 
@@ -323,14 +247,24 @@ class Grid(Strict):
 
 
 TEXT = tuple(Text.model_fields)[1:]  # options of the text besides its source
-RECIPE = ("version", "model", "adapter", *Limits.model_fields, "method", "settings", "calibration", "device", "dtype", "round_to",
-          "target", "published")  # fmt: skip
+COMPUTED = ("device", "dtype", "round_to", "target", "bits", "head_bits")
+RECIPE = (
+    "version",
+    "model",
+    "adapter",
+    *Limits.model_fields,
+    "method",
+    "settings",
+    "calibration",
+    *COMPUTED,
+    "published",
+)
 OPTIONS: dict[str, FieldInfo] = {  # by the name of their keyword or flag, in the order in which they are shown
     **Limits.model_fields,
     "method": Request.model_fields["method"],
     "calibration": Text.model_fields["source"],
     **{n: Text.model_fields[n] for n in TEXT},
-    **{n: Request.model_fields[n] for n in ("device", "dtype", "round_to", "target", "settings", "adapter")},
+    **{n: Request.model_fields[n] for n in (*COMPUTED, "settings", "adapter")},
 }
 FIELDS = OPTIONS | Grid.model_fields
 

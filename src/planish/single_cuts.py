@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream, read_weights
-from planish.compression import check_windows
+from planish.checking import check_windows
 from planish.core import Unit
 from planish.errors import InputError
 from planish.methods import pose

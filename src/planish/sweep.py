@@ -20,7 +20,8 @@ from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import Text as Tokens
 from planish.calibrate.text import fingerprint, load_tokens
-from planish.compression import Calibration, Destination, Shared, check_windows, compress, pick_dtype
+from planish.checking import check_windows
+from planish.compression import Calibration, Destination, Shared, compress, pick_dtype
 from planish.core import Progress
 from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed

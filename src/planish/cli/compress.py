@@ -21,6 +21,8 @@ from planish.cli.run import compare_sizes, format_bytes, format_seconds, say, se
     *o.COMPUTE,
     "round_to",
     "target",
+    "bits",
+    "head_bits",
     "settings",
     "adapter",
     "overwrite",
@@ -62,6 +64,7 @@ def compress(
             f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {asked}) · {escape(result.output)} ({how})",
             compare_sizes(result),
             *o.show_removed(result),
+            *show_rounding(result),
             *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
             *find_stock(result),
@@ -82,6 +85,20 @@ def read_request(
     method, own = (find_class(str(m or default_method))[0] for m in (found["method"], recipe["method"]))
     inherited = recipe["settings"] if method == own else {}  # another method has other settings
     return recipe["model"], found | {"settings": inherited | options["settings"]}
+
+
+def show_rounding(result: Any) -> list[str]:
+    """Lines of a result whose weights are rounded: to what, and what that costs."""
+    r = result.rounding
+    if not r:
+        return []
+    types = ", ".join(f"{n} {kind}" for kind, n in r["types"].items())
+    lines = [
+        f"rounded: {types} · {r['bits_per_weight']:.2f} bits per weight · predicted loss {r['nats']:.4f} nats per token, "
+        f"measured {r['measured']:.4f} on {r['windows']} calibration windows"
+    ]
+    shown = escape(shlex.quote(result.output))
+    return [*lines, *([f"for llama.cpp: planish export {shown} --to gguf -o FILE"] if r["target"] == "gguf" else [])]
 
 
 def find_stock(result: Any) -> list[str]:

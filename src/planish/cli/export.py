@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,7 @@ from rich.markup import escape
 from planish.cli import options as o
 from planish.cli.run import format_bytes, make_table, session
 from planish.errors import InputError
+from planish.rounding.types import GGML
 
 
 class To(StrEnum):
@@ -29,11 +30,7 @@ class Where(StrEnum):
     onnx = "onnx"
 
 
-class FileType(StrEnum):
-    f32 = "f32"
-    f16 = "f16"
-    bf16 = "bf16"
-    q8_0 = "q8_0"
+FileType: Any = cast(Any, StrEnum)("FileType", {n: n for n in ("f32", "f16", "bf16", *GGML)})
 
 
 FolderArgument = Annotated[
@@ -51,7 +48,7 @@ def export(
     dtype: Annotated[
         FileType | None,
         typer.Option(
-            help="gguf (default f16), onnx (default f32, no q8_0), folders (default as stored, products f32)",
+            help="gguf (default f16; rounded types to nearest), onnx (default f32), folders (default as stored, products f32)",
             show_default=False,
         ),
     ] = None,

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin,
 import typer
 
 from planish import request
+from planish.declare import find_default, read_extra
 from planish.errors import InputError
-from planish.request import FIELDS, LIMITS, Limits, find_default, label, read_extra
+from planish.request import FIELDS, LIMITS, Limits, label
 
 F = TypeVar("F", bound=Callable[..., None])
 

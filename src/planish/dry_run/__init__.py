@@ -23,7 +23,8 @@ from planish.calibrate.cache import Cache
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Awaited, Stream
 from planish.calibrate.text import shuffle_windows
-from planish.compression import check_tokens, check_windows, pick_dtype
+from planish.checking import check_tokens, check_windows
+from planish.compression import pick_dtype
 from planish.core import WHOLE, Progress, describe_experts, describe_rest
 from planish.dry_run.memory import count_peaks
 from planish.dry_run.passes import Run

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planish.calibrate.linears import list_linears, measure_grams
 from planish.calibrate.stream import Stream
 from planish.core import Progress
 from planish.errors import InputError
@@ -31,7 +32,6 @@ from planish.folder.safetensors import write_shard, write_text
 from planish.folder.skeleton import set_parameter
 from planish.folder.source import FolderSource
 from planish.solvers.linalg import DAMPING, damp, whitened_svd
-from planish.stats import Sums, add_gram, mirror
 
 BITS = (4, 8)
 GROUPS = (32, 16, 8)
@@ -163,41 +163,6 @@ def solve(
     whole = energy(weight)
     before, after = (energy(m) / whole if whole > 0 else 0.0 for m in (lost, lost - b @ a))
     return b, a, before, after
-
-
-def list_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """What weight-only quantisation rounds in a block, of every form: name → linear."""
-    return {n: m for n, m in block.named_modules() if type(m) is nn.Linear}
-
-
-@torch.no_grad()
-def measure_grams(stream: Stream, i: int, block: nn.Module, names: list[str], hidden: Any) -> dict[str, Tensor]:
-    """Σ x xᵀ (in, in) in fp64 of every named linear's inputs; linears that read the same tensor share it."""
-    sums: dict[str, Sums] = {n: {} for n in names}
-    leader = {n: n for n in names}
-    seen: list[tuple[Tensor, str]] = []
-
-    def see(name: str, x: Tensor) -> None:
-        for other, first in seen:
-            if other is x:
-                leader[name] = first
-                return
-        seen.append((x, name))
-        leader[name] = name
-        flat = x.flatten(0, -2)
-        add_gram(sums[name], flat.cpu() if flat.device.type == "mps" else flat)
-
-    handles = [block.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: see(n, args[0])) for n in names]
-    try:
-        for h in hidden:
-            stream.forward(i, block, h)
-            seen.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in set(leader.values()):
-        mirror(sums[name]["sum"])
-    return {n: sums[leader[n]]["sum"].cpu() for n in names}
 
 
 # ------------------------------------------------------------------ rounding

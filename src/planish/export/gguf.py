@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,17 @@ from torch import Tensor
 
 from planish.errors import InputError
 from planish.export.gguf_architecture import NEIGHBOURS, Rope, Sketch, choose, read_rope, sketch, targets
+from planish.export.gguf_blocks import StoredRows, name_file_type
 from planish.export.plain import Plain, open_plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.vocabulary import write_vocabulary
 from planish.export.written import Written, check_file, check_finite
 from planish.folder.source import FolderSource
 from planish.plan.targets import refuse_family
+from planish.rounding.ggml import quantise
+from planish.rounding.types import GGML, STEPS, StorageType
 from planish.version import __version__
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
+DTYPES = ("f32", "f16", "bf16", *GGML)
 
 
 def export_gguf(
@@ -48,7 +51,11 @@ def export_gguf(
     architecture: str | None = None,
     vocabulary: bool = True,
 ) -> Written:
-    """Write `output`. `architecture`: force one of llama.cpp's; `vocabulary`: include the folder's tokenizer."""
+    """Write `output`. `architecture`: force one of llama.cpp's; `vocabulary`: include the folder's tokenizer.
+
+    Matrices that the folder stores in llama.cpp's types (`compress --bits … --target gguf`) keep these to the bit, `dtype` is
+    that of the others; where it is a rounded type they are rounded to nearest.
+    """
     try:
         import gguf
     except ImportError:
@@ -70,12 +77,13 @@ def export_gguf(
     partial = target.with_name(target.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(partial, architecture, use_temp_file=True)
-    tensors = Tensors(writer, gguf, dtype)
+    tensors = Tensors(writer, gguf, dtype, StoredRows(source))
     try:
-        write_metadata(writer, gguf, source, sketches, architecture, context, rope, dtype)
+        write_metadata(writer, gguf, source, sketches, architecture, context, rope)
         tokenizer, left_out = write_vocabulary(writer, source.folder, source.config, vocabulary)
-        for name, tensor in list_tensors(source, sketches, architecture, rope):
+        for name, tensor in list_tensors(source, sketches, architecture, rope, tensors.known):
             tensors.add(name, tensor)
+        writer.add_file_type(gguf.LlamaFileType[tensors.file_type])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -87,43 +95,76 @@ def export_gguf(
         raise
     total, stored = tensors.total, source.count()
     notes = describe_cost(total - stored, sum(s.extra for s in sketches), architecture, reasons) + notes + left_out
-    if tensors.odd:
-        cure = "" if source.config.hidden_size % 32 else "; compress with --round-to 32"
-        odd = f"{tensors.odd:,} of {total:,} numbers, in rows that are no multiple of 32"
-        notes.append(f"stored as f16, not q8_0: {odd}{cure}")
-    return Written("gguf", str(target), architecture, dtype, total, stored, target.stat().st_size, tokenizer, notes)
+    notes += tensors.describe(source.config.hidden_size)
+    written = ", ".join(k.name for k in tensors.kinds) or dtype
+    return Written("gguf", str(target), architecture, written, total, stored, target.stat().st_size, tokenizer, notes)
 
 
 @dataclass
 class Tensors:
-    """Puts tensors into a file in its type. `total` numbers so far, `odd` of them in f16 because q8_0 cannot hold them."""
+    """Puts tensors into a file in its type. `total` numbers so far, `odd` of them in another type because that cannot hold
+    them; `kinds`: numbers in each rounded type; `known`: rows that are rounded already."""
 
     writer: Any
     gguf: Any
     dtype: str
+    known: StoredRows
     total: int = 0
     odd: int = 0
+    matrices: int = 0
+    kinds: dict[StorageType, int] = field(default_factory=dict)
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.total += tensor.numel()
         check_finite(name, tensor)
+        if (found := self.known.find(tensor)) is not None:
+            self.write(name, *found, tensor.numel())
+            return
         data = tensor.float().contiguous().numpy()
         kind = pick_kind(self.dtype, data)
-        self.odd += tensor.numel() if self.dtype == "q8_0" and kind == "f16" else 0
+        self.odd += tensor.numel() if data.ndim > 1 and kind != self.dtype else 0
+        self.matrices += data.ndim > 1 and self.known.weights is not None
         if kind == "f16" and np.abs(data).max(initial=0) > 65504:
             raise InputError(f"tensor {name} exceeds the range of f16; use --dtype bf16 or f32")
         if kind in ("f32", "f16"):
             self.writer.add_tensor(name, data.astype(np.float16 if kind == "f16" else np.float32))
-        else:
-            types = self.gguf.GGMLQuantizationType
-            raw = {"bf16": types.BF16, "q8_0": types.Q8_0}[kind]
+        elif kind == "bf16":
+            raw = self.gguf.GGMLQuantizationType.BF16
             self.writer.add_tensor(name, self.gguf.quantize(data, raw), raw_dtype=raw)
+        else:
+            self.write(name, GGML[kind], quantise(tensor, GGML[kind]).numpy(), tensor.numel())
+
+    def write(self, name: str, kind: StorageType, blocks: np.ndarray, numbers: int) -> None:
+        self.kinds[kind] = self.kinds.get(kind, 0) + numbers
+        self.writer.add_tensor(name, blocks, raw_dtype=self.gguf.GGMLQuantizationType[kind.name.upper()])
+
+    @property
+    def file_type(self) -> str:
+        """llama.cpp's name of what most of the file is stored in."""
+        plain = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+        return name_file_type(self.kinds) if self.kinds else plain[self.dtype if self.dtype in plain else "f16"]
+
+    def describe(self, hidden: int) -> list[str]:
+        """What is not stored in the type that was asked for, or that the folder has."""
+        notes = []
+        if self.odd:
+            group, steps = GGML[self.dtype].group, STEPS[GGML[self.dtype].bits]
+            cure = "" if hidden % group else f"; compress with --round-to {group}"
+            other = "f16" if len(steps) == 1 else "a type with blocks of 32, or f16"
+            odd = f"{self.odd:,} of {self.total:,} numbers, in rows that are no multiple of {group}"
+            notes.append(f"stored as {other}, not {self.dtype}: {odd}{cure}")
+        if self.matrices:
+            notes.append(
+                f"{self.matrices} matrices that the folder does not store in llama.cpp's types are in {self.dtype}"
+            )
+        return notes
 
 
 def list_tensors(
-    source: FolderSource, sketches: list[Sketch], architecture: str, rope: Rope
+    source: FolderSource, sketches: list[Sketch], architecture: str, rope: Rope, known: StoredRows
 ) -> Iterator[tuple[str, Tensor]]:
-    """GGUF names and tensors of the whole model, one block at a time."""
+    """GGUF names and tensors of the whole model, one block at a time; `known` is opened at the same."""
+    known.open(None)
     outside = source.outside()
     embedding = outside["model.embed_tokens.weight"]
     yield "token_embd.weight", embedding
@@ -134,10 +175,13 @@ def list_tensors(
         yield "output.weight", embedding
     if architecture in NEIGHBOURS and not rope.plain:
         yield "rope_freqs.weight", rope.factors
-    slots = (plain for i in range(source.n_blocks) for plain in split_slots(plain_block(source, i)))
-    for slot, plain in enumerate(slots):
-        for name, tensor in block_tensors(plain, slot, sketches, architecture, rope):
-            yield f"blk.{slot}.{name}", tensor
+    slot = 0
+    for i in range(source.n_blocks):
+        known.open(i)
+        for plain in split_slots(plain_block(source, i)):
+            for name, tensor in block_tensors(plain, slot, sketches, architecture, rope):
+                yield f"blk.{slot}.{name}", tensor
+            slot += 1
 
 
 def context_length(source: FolderSource) -> tuple[int, list[str]]:
@@ -225,10 +269,13 @@ def solve_silu(y: float) -> float:
 
 
 def pick_kind(dtype: str, data: np.ndarray) -> str:
-    """Vectors stay f32; rows that do not fill blocks of 32 cannot be q8_0."""
+    """Vectors stay f32; rows that do not fill blocks get the type of a step more, or f16."""
     if data.ndim < 2:
         return "f32"
-    return "f16" if dtype == "q8_0" and data.shape[-1] % 32 else dtype
+    if dtype not in GGML:
+        return dtype
+    names = (dtype, *STEPS[GGML[dtype].bits])
+    return next((n for n in names if GGML[n].holds(data.shape[-1])), "f16")
 
 
 def write_metadata(
@@ -239,14 +286,11 @@ def write_metadata(
     architecture: str,
     context: int,
     rope: Rope,
-    dtype: str,
 ) -> None:
     config, first = source.config, sketches[0]
     plans = [targets(s, sketches, architecture) for s in sketches]
-    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_name(source.folder.name)
     writer.add_description(f"written by planish {__version__}")
-    writer.add_file_type(gguf.LlamaFileType[kinds[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(len(sketches))
     writer.add_context_length(context)

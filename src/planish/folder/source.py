@@ -111,6 +111,7 @@ class FolderSource(Source):
         self.config, self.family, self.specs = opened.config, opened.family, opened.specs
         self.stock_config = find_stock_config(self.config, self.family)
         self._last = -1  # block that was read last
+        self.replaced: dict[str, Tensor] = {}  # what `weight` gives in place of what is stored
         if not self.remote:
             _ = self.reader
 
@@ -162,7 +163,11 @@ class FolderSource(Source):
         return block
 
     def weight(self, name: str) -> Tensor:
-        return self.reader.tensor(name if name in self.reader else self._tied.get(name, name))
+        other = self._tied.get(name, name)
+        for known in (name, other):
+            if known in self.replaced:
+                return self.replaced[known]
+        return self.reader.tensor(name if name in self.reader else other)
 
     @cached_property
     def _tied(self) -> dict[str, str]:

@@ -49,9 +49,10 @@ class Writer:
         self.bytes = 0  # of tensors
         self.index_bytes = 0  # of these, index tables
         self.headers = 0  # bytes of the files' headers
-        self.parameters = 0
+        self.parameters = 0  # of the model, however it is stored
         self.partial = output.with_name(output.name + ".partial")
         self.state = self.partial / "resume"
+        self.stem = "model"  # of shards' names until the folder is complete
         self.finished: dict[int, dict[str, Any]] = {}
         if resume:
             self.finished = lanes.share(self.read_journal() if self.active else {})
@@ -116,7 +117,7 @@ class Writer:
 
     def shard(self, number: int, tensors: dict[str, Tensor], write: bool = True) -> tuple[str, str]:
         """Write shard `number` (0 = what is outside the blocks, i + 1 = block i); its name and SHA-256."""
-        name, digest = f"model-{number + 1:05d}-of-{self.n_shards:05d}.safetensors", ""
+        name, digest = f"{self.stem}-{number + 1:05d}-of-{self.n_shards:05d}.safetensors", ""
         try:
             if write and self.active:
                 digest = write_shard(self.partial / name, tensors)
@@ -128,7 +129,7 @@ class Writer:
             self.weight_map[key] = name
             self.bytes += t.numel() * t.element_size()
             self.index_bytes += 0 if t.is_floating_point() else t.numel() * t.element_size()
-            self.parameters += t.numel() if t.is_floating_point() else 0
+            self.parameters += t.numel() if t.is_floating_point() and self.stem == "model" else 0
         return name, digest
 
     def block(
@@ -184,16 +185,16 @@ class Writer:
         if not self.active:
             return
         names = sorted(set(self.weight_map.values()))
-        if len(names) != self.n_shards:  # whole blocks are gone
-            renamed = {n: f"{n[:15]}{len(names):05d}.safetensors" for n in names}
-            for name, short in renamed.items():
-                os.replace(self.partial / name, self.partial / short)
-            self.weight_map = {k: renamed[n] for k, n in self.weight_map.items()}
-        index = {
-            "metadata": {"total_size": self.bytes, "total_parameters": self.parameters},
-            "weight_map": dict(sorted(self.weight_map.items())),
-        }
-        self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        if self.stem != "model":
+            for old in self.partial.glob("model-*.safetensors"):
+                old.unlink()
+        final = {
+            n: f"model-{n.split('-')[1]}-of-{len(names):05d}.safetensors" for n in names
+        }  # whole blocks may be gone
+        for name, other in final.items():
+            os.replace(self.partial / name, self.partial / other)
+        self.weight_map = {k: final[n] for k, n in self.weight_map.items()}
+        self.index()
         for leftover in self.partial.glob("*.part"):
             leftover.unlink()
         if self.output.exists():
@@ -207,6 +208,21 @@ class Writer:
             raise
         sync_folder(self.output.parent)
         tidy(self.output)
+
+    def index(self) -> None:
+        """Write which tensor is in which shard."""
+        index = {
+            "metadata": {"total_size": self.bytes, "total_parameters": self.parameters},
+            "weight_map": dict(sorted(self.weight_map.items())),
+        }
+        self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+    def again(self) -> Path:
+        """The folder as it has been written, to read; what is written from here on takes its place once it is complete."""
+        self.index()
+        self.stem, self.weight_map = "rounded", {}
+        self.bytes = self.index_bytes = self.headers = 0
+        return self.partial
 
     def abort(self, wrong_input: bool = False) -> None:
         """After an error: leave nothing behind, unless blocks are finished and the run can be taken up again.

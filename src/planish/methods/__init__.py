@@ -23,6 +23,7 @@ from planish.plan.problem import Problem, make_problem
 from planish.plan.targets import check_plan, needs_uniform
 from planish.plan.uniform import make_uniform
 from planish.request import Limits, label
+from planish.rounding.types import Choice
 
 
 def list_methods() -> dict[str, type[Method]]:
@@ -58,7 +59,7 @@ def pose(
     asked: Limits,
     *,
     step: int = 1,
-    target: str = "any",
+    target: str | Choice = "any",
     measured: Mapping[str, float] | None = None,
     length: int = 0,
 ) -> Problem:
@@ -76,7 +77,7 @@ def pose(
     for n, b in enumerate(problem.budgets):
         bites = isinstance(b, CacheNumbers) and (problem.cache_only or b.share < 1)
         if bites and not any(problem.choices(u).prices(n) for u in problem.units):
-            where = f" for {target}" if problem.target.refuses else ""
+            where = f" for {problem.target.name}" if problem.target.refuses else ""
             normed = any(s.qk_norm for s in problem.shapes)
             model = " of this model, which normalises queries and keys" if normed else ""
             others = ", ".join(list_cutting_cache(problem.shapes[0]))

@@ -15,8 +15,9 @@ from planish.plan.budgets import Budget, CacheNumbers, Latency, make_budget
 from planish.plan.footprint import count_weights, cuts_cache
 from planish.plan.latency import Table
 from planish.plan.spread import BudgetError, Choices, spread, spread_by_kind
-from planish.plan.targets import Target, constrain, fit_target
+from planish.plan.targets import Target, constrain, fit_bits, fit_target
 from planish.request import Limits
+from planish.rounding.types import Choice
 from planish.stats import Tap
 
 
@@ -139,12 +140,13 @@ def make_problem(
     asked: Limits,
     *,
     step: int = 1,
-    target: str = "any",
+    target: str | Choice = "any",
     measured: Mapping[str, float] | None = None,
     takes: Callable[[Unit, Mapping[str, float]], bool] = lambda unit, shares: True,
 ) -> Problem:
     """The problem that limits and a target amount to for the method `name` with these solvers.
 
+    `target` may also say what linears are rounded to for one once they are cut.
     `measured`: latencies, for a limit on them. `takes`: whether the method cuts a unit under budgets, name → share that stays.
     """
     shapes = tuple(source.shape(i) for i in range(source.n_blocks))
@@ -159,7 +161,8 @@ def make_problem(
             if cache_only:
                 own = [u for u in own if cuts_cache(solver, u, shape)]
             units |= dict.fromkeys(own, solver)
-    stack = fit_target(target, source, shapes)
+    bits = target if isinstance(target, Choice) else None
+    stack = fit_bits(fit_target(target if isinstance(target, str) else target.target, source, shapes), bits, shapes)
     units = constrain(stack, name, units, list(shapes))
     main = min(budgets, key=lambda b: (isinstance(b, CacheNumbers), b.share))
     return Problem(name, shapes, units, budgets, main, step, stack, cache_only, context)

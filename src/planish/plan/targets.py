@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import lcm
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,7 @@ from planish.modelling.blocks import get_linear
 from planish.plan.allocate import Curve
 from planish.plan.footprint import Need, footprints
 from planish.plan.spread import BudgetError
+from planish.rounding.types import Choice, head_step
 from planish.stats import Stats, Tap
 
 
@@ -142,6 +144,20 @@ def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
         refuses |= dict.fromkeys((Need.LINEAR_ATTENTION, Need.LINEAR_MLP), _NO_GRAPH)
         uniform = ("mlp",)
     return replace(target, refuses=refuses, uniform=uniform, whole=bool(family.qk_norm))
+
+
+def fit_bits(target: Target, bits: Choice | None, shapes: Sequence[Shape]) -> Target:
+    """The target with ranks in such steps that the widths of what is cut divide into the groups that rounding has."""
+    if bits is None or not shapes:
+        return target
+    shape, free = shapes[0], bits.type is None and bits.target not in ("gguf", "vllm")  # then any group that divides
+    own = {
+        "vo": 1 if free else head_step(shape.heads, bits.step(shape.heads * shape.v)),
+        "mlp": 32 if free else bits.step(shape.intermediate),
+    }
+    steps = {unit: lcm(target.steps.get(unit, 1), step) for unit, step in own.items()}
+    wide = {unit: lcm(step, own.get(unit, 1)) for unit, step in target.wide.items()}
+    return replace(target, steps={**target.steps, **steps}, wide=wide)
 
 
 NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons"}

@@ -104,23 +104,26 @@ def round_matrix(
     feedback: bool = True,
     damping: float = DAMPING,
     where: str = "a matrix",
+    dtype: torch.dtype | None = None,
 ) -> Rounded:
-    """Round w (out, in), in the dtype of the model, to a type. Raises InputError where the type cannot hold it.
+    """Round w (out, in) to a type, to be read in `dtype`, w's own unless told. Raises InputError where the type cannot hold it.
 
     Without second moments of the inputs only to nearest; `feedback`: try that too, and keep the better. `where` names the
     matrix in messages.
     """
+    dtype = dtype or w.dtype
     if not kind.holds(w.shape[1]):
         raise InputError(
             f"{where}: rows of {w.shape[1]} weights do not divide into the groups of {kind.group} that {kind.name} has"
         )
     if not bool(torch.isfinite(w).all()):
         raise InputError(f"{where} holds NaN or infinity: nothing to round")
-    best = round_integers(w, kind, metric.moment) if kind.kind == "integer" else round_blocks(w, kind, metric.moment)
-    exact = torch.equal(best.value, w)
+    plain = round_integers if kind.kind == "integer" else round_blocks
+    best = plain(w, kind, metric.moment, dtype)
+    w, exact = w.double(), torch.equal(best.value.double(), w.double())
     lost, how = metric.cost(w - best.value), "nearest"
     if feedback and metric.moment is not None and not exact and float(metric.moment.trace()) > 0:
-        for other in round_with_feedback(w, kind, metric.moment, damping):
+        for other in round_with_feedback(w, kind, metric.moment, damping, dtype):
             for candidate in (other, mix(w, best, other, metric)):
                 found = metric.cost(w - candidate.value)
                 if found < lost:
@@ -159,12 +162,12 @@ def draft_integers(codes: Tensor, grid: integers.Grid, kind: StorageType, dtype:
     return Draft(value, codes=codes, grid=grid)
 
 
-def round_integers(w: Tensor, kind: StorageType, moment: Tensor | None) -> Draft:
+def round_integers(w: Tensor, kind: StorageType, moment: Tensor | None, dtype: torch.dtype) -> Draft:
     """To nearest, every group's grid the best in its own block of R."""
     groups = w.float().unflatten(1, (-1, kind.group))
-    grid = integers.search(groups, blocks_of(moment, kind, w.shape[1]), kind, w.dtype, exact=True)
+    grid = integers.search(groups, blocks_of(moment, kind, w.shape[1]), kind, dtype, exact=True)
     codes = integers.nearest(groups, grid.zero[..., None], grid.scale[..., None], kind).flatten(1)
-    return draft_integers(codes, grid, kind, w.dtype)
+    return draft_integers(codes, grid, kind, dtype)
 
 
 def blocks_of(moment: Tensor | None, kind: StorageType, n: int) -> Tensor:
@@ -179,9 +182,13 @@ def draft_blocks(blocks: Tensor, kind: StorageType, dtype: torch.dtype) -> Draft
     return Draft(ggml.dequantise(blocks, kind).to(dtype), blocks=blocks)
 
 
-def round_blocks(w: Tensor, kind: StorageType, moment: Tensor | None) -> Draft:
-    """By llama.cpp, with the mean squares of the inputs as its importance matrix."""
-    return draft_blocks(ggml.quantise(w, kind, None if moment is None else moment.diagonal()), kind, w.dtype)
+def round_blocks(w: Tensor, kind: StorageType, moment: Tensor | None, dtype: torch.dtype) -> Draft:
+    """By llama.cpp, with the mean squares of the inputs as its importance matrix; without where that changes nothing, which its
+    own rounding of a matrix on the grid of a simple type does not."""
+    plain = draft_blocks(ggml.quantise(w, kind), kind, dtype)
+    if moment is None or torch.equal(plain.value.double(), w.double()):
+        return plain
+    return draft_blocks(ggml.quantise(w, kind, moment.diagonal()), kind, dtype)
 
 
 # ------------------------------------------------------------------ with feedback
@@ -192,16 +199,18 @@ def upper_root(moment: Tensor, damping: float) -> Tensor:
     return root(moment.double().flip(0, 1), damping).flip(0, 1)
 
 
-def round_with_feedback(w: Tensor, kind: StorageType, moment: Tensor, damping: float) -> Iterator[Draft]:
+def round_with_feedback(
+    w: Tensor, kind: StorageType, moment: Tensor, damping: float, dtype: torch.dtype
+) -> Iterator[Draft]:
     """The roundings that feed errors on: columns as they are stored, and (integers) by falling energy."""
     if kind.kind == "ggml":
-        yield feed_blocks(w, kind, upper_root(moment, damping))
+        yield feed_blocks(w, kind, upper_root(moment, damping), dtype)
         return
-    yield feed_groups(w, kind, upper_root(moment, damping))
+    yield feed_groups(w, kind, upper_root(moment, damping), dtype)
     groups = w.unflatten(1, (-1, kind.group))
-    fixed = integers.search(groups, blocks_of(moment, kind, w.shape[1]), kind, w.dtype)
+    fixed = integers.search(groups, blocks_of(moment, kind, w.shape[1]), kind, dtype)
     order = moment.diagonal().argsort(descending=True, stable=True)
-    yield feed_ordered(w, kind, upper_root(moment[order][:, order], damping), fixed, order)
+    yield feed_ordered(w, kind, upper_root(moment[order][:, order], damping), fixed, order, dtype)
 
 
 class Feed:
@@ -234,21 +243,23 @@ class Feed:
         self.error[:, j] = self.w[:, j] - value
 
 
-def feed_groups(w: Tensor, kind: StorageType, root: Tensor) -> Draft:
+def feed_groups(w: Tensor, kind: StorageType, root: Tensor, dtype: torch.dtype) -> Draft:
     """Group by group, each on the best grid for its targets."""
     feed, codes, grids = Feed(w, root), torch.zeros_like(w, dtype=torch.float32), []
     for at in range(0, w.shape[1], kind.group):
         feed.begin(at, kind.group)
         weights = feed.steps[at : at + kind.group].square()[None]
-        grid = integers.search(feed.aim(at, kind.group)[:, None], weights, kind, w.dtype)
+        grid = integers.search(feed.aim(at, kind.group)[:, None], weights, kind, dtype)
         grids.append(grid)
         for j in range(at, at + kind.group):
-            round_column(feed, codes, j, grid, kind, w.dtype)
+            round_column(feed, codes, j, grid, kind, dtype)
     scale, zero = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
-    return draft_integers(codes, integers.Grid(scale, zero), kind, w.dtype)
+    return draft_integers(codes, integers.Grid(scale, zero), kind, dtype)
 
 
-def feed_ordered(w: Tensor, kind: StorageType, root: Tensor, grid: integers.Grid, order: Tensor) -> Draft:
+def feed_ordered(
+    w: Tensor, kind: StorageType, root: Tensor, grid: integers.Grid, order: Tensor, dtype: torch.dtype
+) -> Draft:
     """Column by column in an order, on fixed grids."""
     feed, codes = Feed(w[:, order], root), torch.zeros_like(w, dtype=torch.float32)
     for at in range(0, w.shape[1], LEAF):
@@ -256,10 +267,10 @@ def feed_ordered(w: Tensor, kind: StorageType, root: Tensor, grid: integers.Grid
         for j in range(at, min(at + LEAF, w.shape[1])):
             group = int(order[j]) // kind.group
             own = integers.Grid(grid.scale[:, group, None], grid.zero[:, group, None])
-            round_column(feed, codes, j, own, kind, w.dtype)
+            round_column(feed, codes, j, own, kind, dtype)
     back = torch.empty_like(codes)
     back[:, order] = codes
-    return draft_integers(back, grid, kind, w.dtype)
+    return draft_integers(back, grid, kind, dtype)
 
 
 def round_column(feed: Feed, codes: Tensor, j: int, grid: integers.Grid, kind: StorageType, dtype: torch.dtype) -> None:
@@ -268,7 +279,7 @@ def round_column(feed: Feed, codes: Tensor, j: int, grid: integers.Grid, kind: S
     feed.note(j, integers.multiply(code, grid.zero, grid.scale, dtype)[:, 0])
 
 
-def feed_blocks(w: Tensor, kind: StorageType, root: Tensor) -> Draft:
+def feed_blocks(w: Tensor, kind: StorageType, root: Tensor, dtype: torch.dtype) -> Draft:
     """Block by block: scales by llama.cpp for the block's targets; inside it column by column where codes are known."""
     feed, found = Feed(w, root), []
     for at in range(0, w.shape[1], kind.group):
@@ -283,4 +294,4 @@ def feed_blocks(w: Tensor, kind: StorageType, root: Tensor) -> Draft:
             block = ggml.put_codes(block, kind, codes)
         feed.error[:, at : at + kind.group] = feed.w[:, at : at + kind.group] - ggml.dequantise(block, kind).double()
         found.append(block)
-    return draft_blocks(torch.cat(found, 1), kind, w.dtype)
+    return draft_blocks(torch.cat(found, 1), kind, dtype)

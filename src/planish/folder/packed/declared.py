@@ -14,13 +14,14 @@ from planish.folder.packed.bitsandbytes import BitsAndBytes
 from planish.folder.packed.compressed_tensors import CompressedTensors
 from planish.folder.packed.fp4 import MXFP4
 from planish.folder.packed.fp8 import FP8
+from planish.folder.packed.ggml import Ggml
 from planish.folder.packed.integers import AWQ, GPTQ
 from planish.folder.packed.modelopt import ModelOpt
 from planish.folder.packed.packing import Declared
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], Declared]] = {
     "fp8": FP8, "fbgemm_fp8": FP8, "mxfp4": MXFP4, "compressed-tensors": CompressedTensors, "modelopt": ModelOpt,
-    "gptq": GPTQ, "awq": AWQ, "bitsandbytes": BitsAndBytes,
+    "gptq": GPTQ, "awq": AWQ, "bitsandbytes": BitsAndBytes, "ggml": Ggml,
 }  # fmt: skip
 FIELDS = ("quantization_config", "compression_config")  # of config.json; the second in old checkpoints
 MODELOPT = "hf_quant_config.json"  # where that library writes the declaration, if not into config.json
@@ -43,7 +44,7 @@ def find_declared(folder: Path) -> Declared | None:
     config = next((raw[n] for n in FIELDS if isinstance(raw.get(n), dict)), None)
     if config is None and isinstance(own := read_raw(folder, MODELOPT).get("quantization"), dict):
         config, where = {**own, "quant_method": "modelopt"}, MODELOPT
-    if config is None or str(raw.get("model_type", "")).startswith("planish"):
+    if config is None:
         return None
     method = config.get("quant_method") or ("compressed-tensors" if "config_groups" in config else None)
     make = METHODS.get(method) if isinstance(method, str) else None

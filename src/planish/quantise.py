@@ -1,0 +1,280 @@
+"""A written model rounded: one walk over its blocks, each for the inputs that the rounded blocks before it give.
+
+    G of every linear, by one pass back through the model as it is         (what an error costs in nats)
+    for block: R of every linear's inputs · rounded matrices · outputs     (of the prefix that is rounded so far)
+
+What a cut has made of the blocks is rounded as it is stored: factors of a pair are matrices of their own. Embedding and head
+are rounded for llama.cpp alone; elsewhere, and with everything else that is no linear of a block, they are written in 16 bits.
+The walk runs in one process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planish import lanes
+from planish.calibrate.activations import MemoryLimits
+from planish.calibrate.linears import list_linears, measure_gradients, measure_grams
+from planish.calibrate.losses import nll
+from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import Hidden, Stream
+from planish.core import Progress
+from planish.errors import InputError
+from planish.folder.config import name_head
+from planish.folder.skeleton import find_embedding, set_parameter
+from planish.folder.source import FolderSource, Source, open_folder
+from planish.folder.writer import Writer
+from planish.plan.targets import find_target
+from planish.request import Request
+from planish.rounding.round import GGML, Metric, Rounded, round_matrix
+from planish.rounding.types import Choice, StorageType, choose
+
+PACKED = "pack-quantized"  # compressed-tensors' format of integers
+SAMPLE = 32  # calibration windows that gradients and the measured loss are taken on
+UNKNOWN = Metric()
+HEAD = 8  # bits of embedding and head unless told
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is rounded to what: the blocks' linears, and embedding and head (None: these stay)."""
+
+    blocks: Choice
+    head: Choice | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether integers are packed, or blocks of llama.cpp stored."""
+        return self.blocks.target != "gguf"
+
+
+@dataclass
+class Report:
+    """What was rounded. `types`: name of the type → matrices; `linears`: name of the module → its type, bytes, how it was
+    rounded, share of the output's energy that is lost, predicted nats.
+
+    `bits_per_weight`: of these matrices together. `nats`: predicted loss per token, the sum of ½ tr(G E R Eᵀ); `measured`: mean
+    NLL after less before rounding, on `windows` calibration windows.
+    """
+
+    asked: str
+    target: str
+    types: dict[str, int]
+    bits_per_weight: float
+    nats: float
+    measured: float
+    windows: int
+    linears: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What a user should know: nothing was rounded where a model lay on the grid already."""
+        exact = [entry["type"] for entry in self.linears.values() if entry["how"] == "exact"]
+        if not exact:
+            return []
+        kinds, whole = ", ".join(sorted(set(exact))), len(exact) == len(self.linears)
+        count = "all matrices" if whole else f"{len(exact)} of {len(self.linears)} matrices"
+        return [f"already rounded to that grid: {count} ({kinds}) lie on it, and rounding changed nothing there"]
+
+    def summary(self) -> dict[str, Any]:
+        return {n: v for n, v in asdict(self).items() if n != "linears"}
+
+
+def read_asked(request: Request, source: Source) -> Asked | None:
+    """What `--bits` and `--head-bits` ask for; None where nothing is rounded. InputError, before any work, where it cannot be."""
+    head, target = request.head_bits, find_target(request.target).name
+    blocks = None if request.bits is None else choose(request.bits, target)
+    if blocks is None and head is not None:
+        raise InputError("--head-bits says how embedding and head are rounded beside the blocks: give --bits too")
+    if blocks is None:
+        return None
+    if target != "gguf" and head is not None:
+        raise InputError(
+            f"--head-bits: embedding and head stay in 16 bits for --target {target}; only llama.cpp's files hold rounded ones"
+        )
+    asked = Asked(blocks, choose(HEAD if head is None else head, target) if target == "gguf" else None)
+    check_asked(asked, source, request.given)
+    return asked
+
+
+def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> None:
+    """InputError for a model that cannot be rounded this way, or a budget that is planned without rounding."""
+    if "max_bytes" in limits:
+        raise InputError(
+            "--max-bytes cannot hold beside --bits: ranks are planned by the bytes of unrounded weights; give --keep"
+        )
+    if lanes.count() > 1:
+        raise InputError("--bits rounds in one process: run it without torchrun")
+    if source.family.conv1d:
+        raise InputError(f"{source.family.model_type} stores its linears transposed, which --bits does not round")
+    for i in range(source.n_blocks):
+        shape = source.shape(i)
+        if shape.rest:
+            raise InputError(
+                f"block {i} of {source.name} has more than attention and a dense feed-forward: --bits does not round experts "
+                "and mixers"
+            )
+        for role in shape.roles:
+            asked.blocks.pick(shape.linear(role)[1], f"block {i}, {role}")
+    if asked.head is not None:
+        asked.head.pick(source.shape(0).hidden, "the embedding")
+
+
+class Quantiser:
+    """The walk, and what it has written. `dtype`: of everything that is not rounded, and in which integers are read."""
+
+    def __init__(self, source: FolderSource, open_stream: Callable[[], Stream], asked: Asked, writer: Writer):
+        self.source, self.open_stream, self.asked, self.writer = source, open_stream, asked, writer
+        narrow = source.stored in (torch.float16, torch.bfloat16)
+        self.dtype = source.stored if narrow or not asked.packed else torch.float16
+        self.linears: dict[str, dict[str, Any]] = {}
+        self.kinds: dict[str, StorageType] = {}
+        self.weights = 0
+
+    def run(self, progress: Progress | None = None) -> Report:
+        """Round and write what is outside the blocks, every block, and the configuration."""
+        stream = self.open_stream()
+        count = sum(map(len, stream.batches))
+        few = stream.spread(min(SAMPLE, count))
+        gradients, outputs = measure_gradients(few)
+        before = nll(few, outputs)
+        self.write_outside()
+        self.stream = self.open_stream()  # with the embedding as it is written
+        hidden = self.stream.start()
+        for i in range(len(self.stream)):
+            hidden = self.round_block(i, hidden, gradients[i])
+            gradients[i] = {}
+            if progress:
+                progress("rounding", i + 1, len(self.stream))
+        after = nll(self.stream.spread(min(SAMPLE, count)), self.pick_windows(hidden, few, count))
+        self.write_config()
+        size = sum(entry["bytes"] for entry in self.linears.values())
+        nats = sum(entry.get("nats", 0.0) for entry in self.linears.values())
+        types = dict(Counter(kind.name for kind in self.kinds.values()).most_common())
+        asked, windows = self.asked.blocks, sum(map(len, few.batches))
+        name = asked.type.name if asked.type else str(asked.bits)
+        return Report(name, asked.target, types, 8 * size / self.weights, nats, after - before, windows, self.linears)
+
+    def round_block(self, i: int, hidden: Hidden, gradients: dict[str, Tensor]) -> Hidden:
+        """Round block i for these inputs and write it; its outputs."""
+        stored = self.source.stored_block(i)
+        tensors, linears = self.narrow(stored.state_dict()), list_linears(stored)
+        block = self.stream.place(stored)
+        weights = {f"{n}.weight" for n in linears}
+        for name in tensors.keys() - weights:  # as they are written
+            tensor = tensors[name].to(self.stream.device)
+            set_parameter(block, name, tensor.to(self.stream.dtype) if tensor.is_floating_point() else tensor)
+        grams = measure_grams(self.stream, i, block, list(linears), hidden) if linears else {}
+        tokens = sum(h.shape[0] * h.shape[1] for h in hidden)
+        prefix = f"{self.source.family.blocks}.{i}."
+        for name, linear in linears.items():
+            metric = Metric(grams[name] / max(tokens, 1), gradients.get(name))
+            kind = self.asked.blocks.pick(linear.in_features, f"block {i}, {name}")
+            found = self.round(prefix + name, linear.weight.data, kind, metric)
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{end}": t for end, t in name_parts(found).items()}
+            set_parameter(block, f"{name}.weight", found.value.to(self.stream.device, self.stream.dtype))
+        self.writer.shard(i + 1, {prefix + n: t for n, t in tensors.items()})
+        return self.stream.run(i, block, hidden)
+
+    def round(self, name: str, weight: Tensor, kind: StorageType, metric: Metric = UNKNOWN) -> Rounded:
+        """One matrix, and a note of it."""
+        found = round_matrix(weight, kind, metric, where=name, dtype=self.dtype if self.asked.packed else torch.float32)
+        self.kinds[name], self.weights = kind, self.weights + weight.numel()
+        entry = {
+            "type": kind.name,
+            "bytes": found.bytes,
+            "how": "exact" if found.exact else found.how,
+            "error": found.error,
+        }
+        self.linears[name] = entry | ({} if found.nats is None else {"nats": found.nats})
+        return found
+
+    def narrow(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In the dtype of what is not rounded."""
+        found = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        for name, tensor in found.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise InputError(
+                    f"tensor {name} does not fit into {str(self.dtype)[6:]}: store the model in bfloat16 first"
+                )
+        return found
+
+    def pick_windows(self, hidden: Hidden, few: Stream, count: int) -> Hidden:
+        """Of the last block's outputs those of the windows that `few` has, in its batches."""
+        n, size = sum(map(len, few.batches)), len(self.stream.batches[0])
+        at = [k * count // n for k in range(n)] if n < count else list(range(count))
+        rows = torch.stack([hidden[w // size][w % size] for w in at])
+        return list(rows.split([len(b) for b in few.batches]))
+
+    def write_outside(self) -> None:
+        source, kind = self.source, "planish" if self.source.reader.compressed else "native"
+        tensors = self.narrow(name_head(source.outside(), source.family, kind))
+        matrices = {find_embedding(source.empty), "lm_head.weight", f"{source.family.head}.weight"} & tensors.keys()
+        for name in sorted(matrices) if self.asked.head else ():
+            assert self.asked.head is not None
+            weight, module = tensors.pop(name), name.removesuffix(".weight")
+            found = self.round(module, weight, self.asked.head.pick(weight.shape[1], name))
+            tensors |= {f"{module}.{end}": t for end, t in name_parts(found).items()}
+            source.replaced[name] = found.value
+        source.replaced |= {n: t for n, t in tensors.items() if n in source.reader}
+        self.writer.shard(0, tensors)
+
+    def write_config(self) -> None:
+        path = self.writer.partial / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["dtype"] = str(self.dtype if self.asked.packed else torch.float32).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+        config["quantization_config"] = (
+            describe_integers(self.kinds) if self.asked.packed else describe_blocks(self.kinds)
+        )
+        self.writer.text("config.json", json.dumps(config, indent=2) + "\n")
+
+
+def name_parts(found: Rounded) -> dict[str, Tensor]:
+    """Tensors by the ends of their names behind the module's."""
+    return {"weight_ggml" if end == GGML else end: t for end, t in found.stored.items()}
+
+
+def describe_blocks(kinds: dict[str, StorageType]) -> dict[str, Any]:
+    """What planish reads (`planish.folder.packed.ggml`); other libraries refuse it by its name."""
+    return {"quant_method": "ggml", "types": {name: kind.name for name, kind in kinds.items()}}
+
+
+def describe_integers(kinds: dict[str, StorageType]) -> dict[str, Any]:
+    """compressed-tensors' configuration: a group for every type, of all linears where there is but one."""
+    groups = {}
+    by_type: dict[StorageType, list[str]] = {}
+    for name, kind in kinds.items():
+        by_type.setdefault(kind, []).append(name)
+    for n, (kind, names) in enumerate(by_type.items()):
+        groups[f"group_{n}"] = {
+            "targets": ["Linear"] if len(by_type) == 1 else names,
+            "weights": {
+                "num_bits": kind.bits, "type": "int", "symmetric": not kind.zero, "strategy": "group",
+                "group_size": kind.group, "dynamic": False,
+            },
+            "input_activations": None, "output_activations": None, "format": PACKED,
+        }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": PACKED, "quantization_status": "compressed", "config_groups": groups,
+        "ignore": ["lm_head"],
+    }  # fmt: skip
+
+
+def quantise(asked: Asked, measure: Measurements, writer: Writer, windows: Tensor) -> Report:
+    """Round the model that `writer` has written, in its place; `windows` (n, seq) are the calibration text."""
+    source, limits = open_folder(writer.again()), MemoryLimits(folder=writer.partial)
+
+    def open_stream() -> Stream:
+        like = measure.stream
+        return Stream(source, windows, device=str(like.device), dtype=like.dtype, limits=limits)
+
+    with measure.phase("rounding"):
+        return Quantiser(source, open_stream, asked, writer).run(measure.progress)
