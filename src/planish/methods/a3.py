@@ -14,11 +14,8 @@ from planish.core import Frontier, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.plan.allocate import Alternative, choose
-<<<<<<< HEAD
 from planish.plan.evolve import evolve
-=======
 from planish.plan.foreseen import Foreseen, Work, survey
->>>>>>> main
 from planish.plan.mixtures import level_widths
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
@@ -92,6 +89,10 @@ class A3(Method):
         uniform = self.spread(problem)
         if self.allocation == "uniform" or problem.keep == 1:
             return uniform
+        if self.allocation == "evolved":
+            with measure.phase("search"):
+                ranks, notes = evolve(problem, measure, uniform.ranks, self.passes, self.probes)
+            return replace(uniform, ranks=ranks, notes={"evolved": notes})
         ranks, notes = self.search(problem, measure, uniform.ranks)
         return replace(uniform, ranks=ranks, notes=notes)
 
@@ -99,29 +100,21 @@ class A3(Method):
         """Uniform ranks."""
         normed = "qk" in self.parts and any(s.qk_norm for s in problem.shapes)
         remarks = {"qk": NORMALISED} if normed else {}
-<<<<<<< HEAD
-        uniform = level_widths(problem.spread(lambda unit: 1.0, True, remarks), problem.step)
-        if self.allocation == "uniform" or problem.keep == 1:
-            return self.decide(problem, uniform, remarks=remarks)
-        if self.allocation == "evolved":
-            with measure.phase("search"):
-                ranks, notes = evolve(problem, measure, uniform, self.passes, self.probes)
-            return self.decide(problem, ranks, notes={"evolved": notes}, remarks=remarks)
-        ranks, notes = self.search(problem, measure, uniform)
-        return self.decide(problem, ranks, notes=notes, remarks=remarks)
-=======
         ranks = level_widths(problem.spread(lambda unit: 1.0, True, remarks), problem.step)
         return self.decide(problem, ranks, remarks=remarks)
 
     def foresee(self, problem: Problem, windows: int) -> Foreseen:
         planned, n, share = self.spread(problem), len(problem.shapes), min(self.probes / max(windows, 1), 1.0)
+        if self.allocation == "evolved":
+            few = min(self.probes, windows)
+            models = Work("evolution", few, passes=lambda i: float(self.passes + 1), heads=2.0 * self.passes)
+            return Foreseen(planned, [survey(problem), models])
         probed = replace(
             survey(problem),
             passes=lambda i: 1 + share * (1 + len(self.parts) * (n - i)),
             heads=2 * len(problem.units) * share,
         )
         return Foreseen(planned, [probed, *(Work("search", solve=planned) for _ in range(3))])
->>>>>>> main
 
     def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
         return self.plan(problem, measure)
