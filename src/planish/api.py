@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from planish.evaluation import (
     load,
 )
 from planish.export.eora import Compensation, compensate, open_linears
+from planish.fit import Choice, choose_bits
 from planish.folder.owner import owning
 from planish.folder.source import FolderSource, Source, open_shapes, open_source
 from planish.folder.tokenizer import load_tokenizer
@@ -84,6 +86,7 @@ def compress(
     `method`: a name, or a method; by default "auto"; `settings`: its hyper-parameters by name.
     `calibration`: a SOURCE of `planish.calibrate.text.load_tokens` (name, file, or token ids) from which `n_samples` windows of
     `seq_len` tokens are taken: text at random by `seed`, ids side by side from the start, unless `sampling` says otherwise.
+    `bits` "auto" with `max_bytes`, or `fit` (the size with the KV cache and what running takes): cuts and rounding compete.
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
     for the next budget. `progress(phase, done, total)` is called as blocks are done.
     """
@@ -98,9 +101,12 @@ def compress(
     files = {}
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
-    place = Destination(Path(output), overwrite, files)
+    place, choices = Destination(Path(output), overwrite, files), list[Choice]()
+    if request.fit is not None or request.bits == "auto":
+        request, choices = choose_bits(request, method, source, text, place, progress)
+        files["choices.json"] = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
     result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
-    result.warnings = text.notes + result.warnings
+    result.warnings, result.choices = text.notes + result.warnings, [c.as_dict() for c in choices]
     return result
 
 
