@@ -67,16 +67,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="planish-memory-") as folder:
         chosen = SHAPES.get(args.shape, (args.hidden, args.intermediate, args.hidden // 64, args.hidden // 128, 32000))
         args.hidden, args.intermediate, heads, kv_heads, vocabulary = chosen
-        sizes = {
-            "vocab_size": vocabulary, "hidden_size": args.hidden, "intermediate_size": args.intermediate,
-            "num_hidden_layers": args.blocks, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        }  # fmt: skip
         if args.size:
             width, inner = args.hidden, args.intermediate
             weights = width * (width + 2 * width * kv_heads // heads + width + 3 * inner)
             kind = getattr(torch, args.dtype)
             outer = 2 * vocabulary * width * max(kind.itemsize, 2)
             args.blocks = max(1, round((args.size * 1e9 - outer) / (weights * kind.itemsize)))
+        sizes = {
+            "vocab_size": vocabulary, "hidden_size": args.hidden, "intermediate_size": args.intermediate,
+            "num_hidden_layers": args.blocks, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        }  # fmt: skip
         model, out, text = (Path(folder) / n for n in ("model", "out", "text.npy"))
         size = write_model(model, getattr(torch, args.dtype), **sizes)
         np.save(text, np.random.default_rng(0).integers(0, vocabulary, args.samples * args.seq_len))

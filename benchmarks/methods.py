@@ -8,7 +8,7 @@
 Each point replaces its row of methods.csv, from which methods.md is written anew; other rows stay, so a run may be cut
 into pieces (`--missing` runs only what the table lacks). D = log(ppl / dense ppl). `auto/best` is D of auto over the
 least D of all published methods at the same counted budget; `auto:structural` competes with those whose result has dense
-shapes only. The README's two tables are filled in from the same rows.
+shapes only.
 """
 
 from __future__ import annotations
@@ -38,11 +38,6 @@ BUDGETS = {  # what --keep is a share of → the option that it becomes, what it
 }  # fmt: skip
 COLUMNS = ("model", "text", "method", "keep", "perplexity", "counted", "seconds", "refused")
 STRUCTURAL = ("a3", "flat-llm", "modegpt")
-README = ROOT / "README.md"
-PRINTED = {  # what the README calls a method → its name
-    "auto": "auto", "auto, dense shapes only": "auto:structural", "FLAT-LLM": "flat-llm", "A3": "a3", "MoDeGPT": "modegpt",
-    "MPIFA": "mpifa", "SVD-LLM": "svd-llm", "SubFit": "subfit", "ERC-SVD": "erc-svd", "SVD": "svd",
-}  # fmt: skip
 
 
 def read_arguments() -> argparse.Namespace:
@@ -155,38 +150,6 @@ def store(table: Path, new: list[dict]) -> None:
             writer.writeheader()
             writer.writerows(rows)
         table.write_text(page(rows), encoding="utf-8")
-        if table == TABLE:
-            README.write_text(fill_readme(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
-
-
-def fill_readme(text: str, rows: list[dict[str, str]]) -> str:
-    """The README with the perplexities of its tables, each under a comment that names its model, put in again."""
-    lines, model, keeps = [], "", []
-    for line in text.split("\n"):
-        if line.startswith("<!-- perplexities of "):
-            model, keeps = line.removeprefix("<!-- perplexities of ").removesuffix(" -->"), []
-        elif not line.startswith("|"):
-            model = model if not keeps else ""
-        cells = [c.strip() for c in line.strip("|").split("|")] if model and line.startswith("|") else []
-        held = {
-            (r["method"], float(r["keep"])): float(r["perplexity"])
-            for r in rows
-            if r["model"].partition(",")[0] == model and r["text"] == "held-out" and not r["refused"]
-        }
-        if cells and cells[0] == "keep":
-            keeps, listed = [float(k) for k in cells[1:]], []
-        elif cells and (name := PRINTED.get(cells[0].strip("*"))):
-            bold = "**" if cells[0].startswith("**") else ""
-            line = "| " + " | ".join([cells[0], *(f"{bold}{held[name, k]:.3f}{bold}" for k in keeps)]) + " |"
-            listed += [name] * (not name.startswith("auto"))
-        elif cells and cells[0].startswith("excess loss of auto"):
-            dense = held["dense", 1.0]
-            ratios = [
-                math.log(held["auto", k] / dense) / min(math.log(held[n, k] / dense) for n in listed) for k in keeps
-            ]
-            line = "| " + " | ".join([cells[0], *(f"× {r:.2f}" for r in ratios)]) + " |"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def order(method: str) -> tuple[int, str]:

@@ -90,10 +90,9 @@ def fp8(rng, out, width, *, block=None, suffix=".weight_scale_inv", declared=Non
     stored = torch.from_numpy(scale)
     if form == "ue8m0":
         powers = torch.randint(118, 124, scale.shape, generator=torch.Generator().manual_seed(rng.randrange(99)))
-        scale, stored = (
-            (2.0 ** (powers.double() - 127)).numpy().astype(F),
-            powers.to(torch.uint8).view(torch.float8_e8m0fnu),
-        )
+        scale, stored = (2.0 ** (powers.double() - 127)).numpy().astype(F), powers.to(torch.uint8)
+        if declared["quant_method"] == "fp8":
+            stored = stored.view(torch.float8_e8m0fnu)
     if form == "scalar":
         stored = stored.reshape(())
     declared = declared or {"quant_method": "fp8", "weight_block_size": list(block) if block else None}
@@ -269,6 +268,8 @@ MAKERS: dict[str, Callable[..., Case]] = {
     "ct int3 per row": lambda *a: packed(*a, bits=3, group=None),
     "ct int2, zeros": lambda *a: packed(*a, bits=2, group=16, zero=True),
     "ct int8 packed": lambda *a: packed(*a, bits=8, group=None),
+    "ct mxfp8": lambda *a: fp8(*a, block=(1, 32), suffix=".weight_scale", form="ue8m0",
+                               declared=ct("mxfp8-quantized", strategy="group", group_size=32, **CT8)),
     "ct nvfp4": lambda *a: fp4(*a, how="nvfp4"),
     "ct mxfp4": lambda *a: fp4(*a, how="mxfp4"),
     "modelopt fp8": lambda *a: fp8(*a, suffix=".weight_scale", form="scalar", declared=MODELOPT),

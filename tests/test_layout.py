@@ -326,16 +326,6 @@ def test_auto_plans_a_mixed_model_within_its_budgets(sparse):
     assert cut, "nothing is cut"
 
 
-@pytest.mark.parametrize("method", ["auto", "a3", "shortgpt", "slicegpt"])
-def test_compressing_experts_is_refused(method, tmp_path):
-    with pytest.raises(
-        InputError, match=r"block 0 of .* has mlp.gate, experts: planish measures and plans such blocks"
-    ) as error:
-        planish.compress(tiny.build("qwen3_moe"), keep=0.9, method=method, calibration=IDS, output=tmp_path / "out")
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
 MIXER = Family(
     "lfm2",
     ("Lfm2Config", "Lfm2Model", "Lfm2ForCausalLM"),

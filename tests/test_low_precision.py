@@ -33,9 +33,7 @@ FP8 = "fp8 blocks of 8 x 12"
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 QUICK = (
     FP8,
-    "ct float per row",
     "ct int4, zeros",
-    "modelopt nvfp4",
     "gptq act-order",
     "awq",
     "bnb nf4, double",
@@ -197,7 +195,7 @@ DECLARED = {  # format, what is changed in the declaration, words
     "algorithm": ("modelopt nvfp4", {"quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ' is not read"),
     "both": ("bnb nf4", {"load_in_8bit": True}, "both true or both false"),
     "unknown": ("bnb nf4", {"quant_method": "aqlm"}, "already quantised .aqlm in its config.*folders are read that declare fp8, "),
-    "another": ("bnb nf4", {"quant_method": "gptq", "bits": 4}, "declares gptq weights, and no tensor is stored that way"),
+    "another": ("bnb nf4", {"quant_method": "gptq", "bits": 4}, "declares gptq weights .*and no tensor is stored that way"),
 }  # fmt: skip
 
 
@@ -308,3 +306,32 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path, checkpoints):
     assert json.loads((tmp_path / "b" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     for file in (tmp_path / "a").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_zero_biases_of_old_gptq_files_are_left_out(tmp_path, checkpoints):
+    """Their writers gave every linear a bias; one that is not zero is refused as in any checkpoint."""
+    model, _ = checkpoints("gptq", tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    for value in (0.0, 1.0):
+        save_file(tensors | {UP + ".bias": torch.full((32,), value)}, model / "model.safetensors", {"format": "pt"})
+        if not value:
+            assert f"{UP}.bias" not in open_source(model).reader.names
+            continue
+        with pytest.raises(InputError, match=r"unexpected tensor .*up_proj\.bias"):
+            open_source(model)
+
+
+def test_modelopt_may_declare_in_a_file_of_its_own(tmp_path, checkpoints):
+    model, _ = checkpoints("modelopt nvfp4", tmp_path / "m")
+    expected = open_source(model).weight(f"{UP}.weight")
+    raw = json.loads((model / "config.json").read_text())
+    own = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
+    del raw["quantization_config"]
+    (model / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"the checkpoint is quantised"):
+        open_source(model)
+    (model / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": own}))
+    assert torch.equal(open_source(model).weight(f"{UP}.weight"), expected)
+    (model / "hf_quant_config.json").write_text(json.dumps({"quantization": own | {"quant_algo": "MIXED_PRECISION"}}))
+    with pytest.raises(InputError, match=r"hf_quant_config\.json declares modelopt weights: quant_algo 'MIXED_"):
+        open_source(model)

@@ -82,6 +82,7 @@ SCHEMES = {  # format, arguments of weights, whether activations are quantised t
     "float per row": ("float-quantized", FP8 | {"strategy": "channel"}, True),
     "float per tensor": ("float-quantized", FP8 | {"strategy": "tensor"}, True),
     "float blocks": ("float-quantized", FP8 | {"strategy": "block", "block_structure": [16, 16]}, True),
+    "mxfp8": ("mxfp8-quantized", FP8 | {"strategy": "group", "group_size": 32}, False),
     "int8 per row": ("int-quantized", {"num_bits": 8, "strategy": "channel"}, True),
     "int4": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 16}, False),
     "int4, zeros": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 16, "symmetric": False}, False),
@@ -89,6 +90,9 @@ SCHEMES = {  # format, arguments of weights, whether activations are quantised t
     "nvfp4": ("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, False),
     "mxfp4": ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}, False),
 }  # fmt: skip
+
+
+QUICK = ("float blocks", "int4, zeros", "nvfp4", "mxfp8")
 
 
 def spans(weight: Tensor, args) -> tuple[Tensor, Tensor]:
@@ -102,7 +106,7 @@ def spans(weight: Tensor, args) -> tuple[Tensor, Tensor]:
     return (low.view(1), high.view(1)) if args.strategy == "tensor" else (low, high)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SCHEMES])
 def test_compressed_tensors(name, tmp_path):
     """Scales from extremes, everything else by the library: quantising, packing, config.json, and dequantising."""
     pytest.importorskip("compressed_tensors")

@@ -165,7 +165,7 @@ def test_feedback_helps_on_blocks_of_256(name):
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0"])
 def test_what_lies_on_a_grid_of_llama_cpp_is_left_alone(name):
     on = round_matrix(make(8, 4, 64)[0], GGML[name]).value
-    assert round_matrix(on, GGML[name]).exact
+    assert round_matrix(on, GGML[name], Metric(make(9, 1, 64)[1])).exact
 
 
 def test_codes_pack_bit_for_bit():

@@ -180,7 +180,8 @@ class Page(HTMLParser):
 
 def check_page(text: str) -> Page:
     page = Page(text)
-    assert not page.open and not page.fetched and "script" not in page.tags and "link" not in page.tags
+    assert not page.open and not page.fetched and page.tags["script"] == 1 and "link" not in page.tags
+    assert "default-src 'none'" in text  # what a browser obeys
     assert not re.search(r"https?://|@import|url\(", text)
     assert "nan" not in re.sub(r"[a-z-]*nan[a-z-]+", "", text.lower())
     return page

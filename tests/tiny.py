@@ -120,8 +120,41 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("Nemotron", {**_GQA, "head_dim": 12} | _rope("default", partial_rotary_factor=0.5)),
     "starcoder2": ("Starcoder2", {**_GQA, "sliding_window": WINDOW, "num_hidden_layers": 2}),
 }  # fmt: skip
-SPARSE = ("qwen3_moe",)  # families with experts, which are read and planned for but not compressed
 MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; all of them where slow tests run
+
+_EIGHT: dict[str, Any] = {
+    "num_experts_per_tok": 2, "num_hidden_layers": 2, "experts_implementation": "eager",  # the others take no fp64
+}  # fmt: skip
+_EXPERTS, _LOCAL = {**_EIGHT, "num_experts": 8}, {**_EIGHT, **_GQA, "num_local_experts": 8, "intermediate_size": 12}
+_GROUPED = {
+    **_EIGHT, "n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 12, "first_k_dense_replace": 1,
+    "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+_LATENT = {"kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
+_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            **_EXPERTS, **_GQA, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
+        },
+    ),
+    "mixtral": ("Mixtral", {**_LOCAL, "sliding_window": WINDOW}),
+    "olmoe": ("Olmoe", {**_EXPERTS, **_GQA, "intermediate_size": 12}),
+    "glm4_moe": (
+        "Glm4Moe", {**_GROUPED, **_GQA, "head_dim": 16, "use_qk_norm": True} | _rope("default", partial_rotary_factor=0.5),
+    ),
+    "deepseek_v2": (
+        "DeepseekV2", {**_GROUPED, **_LATENT, "topk_method": "group_limited_greedy", "topk_group": 2, "num_key_value_heads": 4},
+    ),
+    "deepseek_v3": ("DeepseekV3", {**_GROUPED, **_LATENT, "num_key_value_heads": 4}),
+    "minimax_m2": ("MiniMaxM2", {**_LOCAL, "head_dim": 12} | _rope("default", partial_rotary_factor=0.5)),
+    "granitemoe": (
+        "GraniteMoe", {**_LOCAL, "residual_multiplier": 0.6, "attention_multiplier": 0.4, "embedding_multiplier": 1.5},
+    ),
+    "phimoe": ("Phimoe", {**_LOCAL, "attention_bias": True, "lm_head_bias": True, "sliding_window": None}),
+}  # fmt: skip
+_ROWS |= _MIXTURES
+SPARSE = ("qwen3_moe", *_MIXTURES)  # families with experts
 NAMES = tuple(n for n in _ROWS if n not in SPARSE + MORE)
 
 # One of each block layout: what a change in how blocks are read or written has to pass first.

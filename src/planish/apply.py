@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from planish.core import Edit, Shape
 from planish.errors import InputError
-from planish.modelling.blocks import Spec, get_linear, install, read_factor, split_block
+from planish.modelling.blocks import Spec, get_linear, install, keep_experts, read_factor, split_block
 from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
 from planish.stats import is_finite
@@ -17,7 +17,7 @@ from planish.stats import is_finite
 
 def merge_forms(shape: Shape, edits: list[Edit]) -> Spec:
     """The block's spec from all its edits."""
-    parts = ("attention", "mlp")
+    parts = ("attention", "mlp", "experts")
     return merge_specs(
         shape, [{e.target: e.form} if e.target in parts else {"linears": {e.target: e.form}} for e in edits]
     )
@@ -40,10 +40,13 @@ def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, sha
     if not spec:
         return spec
     factor = read_factor(block, family)
+    for edit in edits:
+        if edit.target == "experts":
+            keep_experts(block, family, edit.tensors["kept"].tolist(), edit.form["top"])
     install(block, spec, family, config)
     split_block(block, family, config)
     for edit in edits:
-        if not edit.tensors:
+        if not edit.tensors or edit.target == "experts":
             continue
         if edit.target == "attention":
             module = block.get_submodule(family.attention)

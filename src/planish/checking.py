@@ -1,4 +1,4 @@
-"""What is refused before any work: too few tokens, a place that is taken, blocks and windows that do not fit."""
+"""What is refused before any work: too few tokens, a place that is taken, windows that do not fit."""
 
 from __future__ import annotations
 
@@ -34,16 +34,6 @@ def check_apart(output: Path, source: Source) -> None:
         model, place = source.folder.resolve(), output.resolve()
         if place == model or place in model.parents:
             raise InputError(f"output {output} would replace the model {source.folder}; choose another folder")
-
-
-def check_blocks(source: Source) -> None:
-    """Of blocks with more than attention and a dense feed-forward no compressed form is written."""
-    for i in range(source.n_blocks):
-        if names := list(dict.fromkeys("experts" if r.startswith("expert.") else r for r in source.shape(i).rest)):
-            raise InputError(
-                f"block {i} of {source.name} has {', '.join(names)}: planish measures and plans such blocks (`planish plan`) but "
-                "does not write them yet; compress a model with dense feed-forwards only"
-            )
 
 
 def check_windows(windows: Tensor, source: Source) -> None:

@@ -23,7 +23,7 @@ from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import LARGE, Stream, reuse_memory
 from planish.calibrate.text import shuffle_windows
-from planish.checking import check_apart, check_blocks, check_tokens, check_windows
+from planish.checking import check_apart, check_tokens, check_windows
 from planish.core import Progress, Shape
 from planish.errors import InputError
 from planish.folder.config import name_head, write_config
@@ -39,7 +39,6 @@ from planish.plan.footprint import count_headers, footprint
 from planish.plan.latency import read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.targets import find_target
 from planish.quantise import Report, quantise, read_asked
 from planish.request import Request
 from planish.solve import solve
@@ -94,8 +93,6 @@ def compress(
     start = time.perf_counter()
     reuse_memory()
     device, windows = join_lanes(request.device), text.windows
-    check_blocks(source)
-    find_target(request.target)
     asked = read_asked(request, source)
     check_windows(windows, source)
     check_apart(place.output, source)
@@ -115,8 +112,8 @@ def compress(
                 source, method, windows, shared, writer.partial, device, kind, bool(request.dtype)
             )
             problem = pose(
-                method, source, request, step=request.round_to, target=request.target, measured=measured,
-                bits=asked.blocks if asked else None, length=windows.shape[1] if windows.numel() else 0,
+                method, source, request, step=request.round_to, measured=measured,
+                target=asked.blocks if asked else request.target, length=windows.shape[1] if windows.numel() else 0,
             )  # fmt: skip
             measure = Measurements(stream, cache, progress)
             measure.seconds |= {"text": text.seconds} if text.seconds else {}
@@ -124,14 +121,12 @@ def compress(
                 with measure.phase("plan"):
                     planned = decide(method, problem, measure, request, windows)
                 done = write(problem, measure, planned, writer, caught)
-                if asked is not None:
-                    done.rounded = quantise(asked, measure, writer, windows)
+                done.rounded = quantise(asked, measure, writer, windows) if asked else None
         result = report(problem, planned, source, writer, done)
         said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
         result.warnings = sorted({*said, *writer.warned})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
-        found = {"errors": done.errors} | ({"rounding": done.rounded.linears} if done.rounded else {})
-        write_manifest(writer, method, problem, planned, stream, result, found, text.record)
+        write_manifest(writer, method, problem, planned, stream, result, done.details, text.record)
         for name, content in place.files.items():
             writer.text(name, content)
         writer.close()
@@ -249,6 +244,10 @@ class Written:
     outer: int = 0
     errors: dict[str, float] = field(default_factory=dict)
     rounded: Report | None = None
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"errors": self.errors} | ({"rounding": self.rounded.linears} if self.rounded else {})
 
     @property
     def notes(self) -> list[str]:

@@ -26,11 +26,29 @@ WHOLE = {"stream"}  # units of all blocks
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Sizes of a block's experts: `number` feed-forwards alike, of which every token reaches `top`."""
+    """Sizes of a block's experts: `number` feed-forwards alike, of which every token reaches `top`.
+
+    The router chooses among `groups` of neighbours first and takes `top_groups` of them. `router`: roles (of `Shape.others`)
+    that have a row for each expert. `gates`, where an expert is missing: those of the "chosen" others add up to what they did
+    before, all of a "softmax" grow by 1 / (1 − g), or each is "apart" and stays.
+    """
 
     number: int
     top: int
     intermediate: int
+    groups: int = 1
+    top_groups: int = 1
+    router: tuple[str, ...] = ()
+    gates: str = "chosen"
+
+    @property
+    def least(self) -> int:
+        """The fewest that can be left: of a group two, by whose sum it is chosen."""
+        return 1 if self.groups == 1 else 2 * self.groups
+
+    def lower_top(self, number: int) -> int:
+        """How many of `number` experts a token reaches: as many as before, if the groups it reaches have so many."""
+        return min(self.top, number // self.groups * self.top_groups)
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ class Shape:
     blocks: int = 1  # of the whole model
     experts: ExpertShape | None = None
     others: tuple[tuple[str, int, int], ...] = ()
+    cached: tuple[str, ...] = ()  # of `others`: their outputs lie in the KV cache
 
     @property
     def groups(self) -> int:
@@ -95,6 +114,8 @@ class Shape:
     def width(self, site: str) -> int:
         """Channels of the tensor at a tap's site."""
         where, _, end = site.rpartition(":")[2].rpartition(".")
+        if where == "experts" and self.experts:
+            return self.experts.number
         if where not in self.roles + self.rest:
             return self.hidden
         out, n = self.linear(where)
@@ -106,6 +127,9 @@ class Shape:
 
     def held(self, name: str) -> tuple[str, ...]:
         """Roles whose weights a unit of this name holds."""
+        if name in ("experts", "neurons"):
+            own = self.experts.router if self.experts and name == "experts" else ()
+            return tuple(r for r in self.rest if r.startswith("expert.") or r in own)
         return tuple(r for r in HELD.get(name, (name,)) if r in self.roles)
 
     @property
@@ -125,7 +149,8 @@ class Shape:
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """The smallest thing that gets one rank: "vo", "qk", "mlp", a role, or a submodule ("attention", "ffn")."""
+    """The smallest thing that gets one rank: "vo", "qk", "mlp", a role, a submodule ("attention", "ffn"), how many "experts" a
+    block has, or how many "neurons" each of them."""
 
     block: int
     name: str
@@ -154,7 +179,8 @@ class Frontier:
 
 @dataclass(frozen=True)
 class Edit:
-    """Give `target` (a role, "attention" or "mlp") the module `form` names (see `planish.modelling.modules`) with these tensors."""
+    """Give `target` (a role, "attention" or "mlp") the module `form` names (see `planish.modelling.modules`) with these tensors.
+    Of "experts" the tensor "kept" names those that stay, in their order."""
 
     target: str
     form: dict[str, Any]
@@ -182,6 +208,20 @@ def describe_rest(units: Iterable[Unit], shapes: Sequence[Shape]) -> list[str]:
             weights[what] = weights.get(what, 0) + n
             blocks.setdefault(what, []).append(str(i))
     return [f"untouched: {what} of blocks {', '.join(blocks[what])}, {n:,} weights" for what, n in weights.items()]
+
+
+FEW = 256  # calibration tokens of an expert below which its statistics say little
+
+
+def describe_experts(units: Iterable[Unit], shapes: Sequence[Shape], tokens: int) -> list[str]:
+    """How many of the calibration's tokens an expert sees where experts are cut, if the router chooses all alike."""
+    cut = {e for u in units if u.name in ("experts", "neurons") and (e := shapes[u.block].experts)}
+    lines = []
+    for e in sorted(cut, key=lambda e: (e.number, e.top)):
+        seen = tokens * e.top // e.number
+        few = "; that is few: use more text (--n-samples)" if seen < FEW else ""
+        lines.append(f"each of {e.number} experts sees about {seen:,} of the {tokens:,} calibration tokens{few}")
+    return lines
 
 
 SUBMODULES = {"attention": "attention", "mlp": "ffn"}  # edit target → name of the unit that is the whole submodule

@@ -28,9 +28,10 @@ from planish.calibrate.stream import Hidden, Stream
 from planish.core import Progress
 from planish.errors import InputError
 from planish.folder.config import name_head
-from planish.folder.skeleton import set_parameter
+from planish.folder.skeleton import find_embedding, set_parameter
 from planish.folder.source import FolderSource, Source, open_folder
 from planish.folder.writer import Writer
+from planish.plan.targets import find_target
 from planish.request import Request
 from planish.rounding.round import GGML, Metric, Rounded, round_matrix
 from planish.rounding.types import Choice, StorageType, choose
@@ -87,7 +88,7 @@ class Report:
 
 def read_asked(request: Request, source: Source) -> Asked | None:
     """What `--bits` and `--head-bits` ask for; None where nothing is rounded. InputError, before any work, where it cannot be."""
-    head, target = request.head_bits, request.target
+    head, target = request.head_bits, find_target(request.target).name
     blocks = None if request.bits is None else choose(request.bits, target)
     if blocks is None and head is not None:
         raise InputError("--head-bits says how embedding and head are rounded beside the blocks: give --bits too")
@@ -114,6 +115,11 @@ def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> No
         raise InputError(f"{source.family.model_type} stores its linears transposed, which --bits does not round")
     for i in range(source.n_blocks):
         shape = source.shape(i)
+        if shape.rest:
+            raise InputError(
+                f"block {i} of {source.name} has more than attention and a dense feed-forward: --bits does not round experts "
+                "and mixers"
+            )
         for role in shape.roles:
             asked.blocks.pick(shape.linear(role)[1], f"block {i}, {role}")
     if asked.head is not None:
@@ -210,7 +216,7 @@ class Quantiser:
     def write_outside(self) -> None:
         source, kind = self.source, "planish" if self.source.reader.compressed else "native"
         tensors = self.narrow(name_head(source.outside(), source.family, kind))
-        matrices = {source.embedding, "lm_head.weight", f"{source.family.head}.weight"} & tensors.keys()
+        matrices = {find_embedding(source.empty), "lm_head.weight", f"{source.family.head}.weight"} & tensors.keys()
         for name in sorted(matrices) if self.asked.head else ():
             assert self.asked.head is not None
             weight, module = tensors.pop(name), name.removesuffix(".weight")

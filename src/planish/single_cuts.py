@@ -63,7 +63,7 @@ def measure_effects(
     if not any(s.startswith("grad:") for t in problem.taps(problem.block_units(0)) for s in t.sites):
         raise InputError(f"{method.name} predicts no nats per token: it measures no gradients; use a method that does")
     points, measure = draw(problem, keeps, share, seed), Measurements(stream)
-    for i, _, stats in measure.backward(lambda shape: dense_taps(problem, shape.block)):
+    for i, _, stats in measure.backward(lambda shape: dense_taps(problem, shape.block), probe=method.probe):
         measure.stored[i] = stats
     texts = [stream.subset(measured_windows), stream.part(held)]
     hidden = [t.start() for t in texts]

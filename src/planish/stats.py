@@ -28,10 +28,12 @@ class Tap:
     "<role>.product" (output less the bias),
     "block.in", "block.out", "attention.raw" / "mlp.raw" (the residual stream that feeds the submodule's norm),
     "attention.add" / "mlp.add" (what the submodule adds to it), "attention.gap" / "mlp.gap" (what it would have to add
-    for the sum to be the uncompressed model's). Prefix "dense:" = the same site in the uncompressed
-    model; prefix "grad:" = gradient of the summed sampled NLL there; "grad:<role>.back": that at the role's output
-    times its uncompressed weight, what reaches the input through this linear alone. `heads` splits channels into heads.
-    `part`: "all" sequences, or "fit" / "held" (every eighth is held out).
+    for the sum to be the uncompressed model's); "experts.gates", "experts.norms" (one channel per expert: what its output is
+    multiplied by, how long that output is; 0 for those that a token does not reach), "expert.17.down.gated" (the input of
+    an expert's down times that gate). Prefix "dense:" = the same site in the
+    uncompressed model; prefix "grad:" = gradient of the summed sampled NLL there; "grad:<role>.back": that at the role's
+    output times its uncompressed weight, what reaches the input through this linear alone. `heads` splits channels into
+    heads. `part`: "all" sequences, or "fit" / "held" (every eighth is held out).
     """
 
     site: str
@@ -133,7 +135,31 @@ def weight_gradients(g: Float[Tensor, "n seq out"], x: Float[Tensor, "n seq in"]
     return {"sum": per_sequence.square().unflatten(1, (heads, -1)).sum((0, 2, 3))}
 
 
-WHOLE = {"weight_gradients"}  # kinds of whole sequences (n, seq, channels); the others see tokens (n · seq, channels)
+EDGE = 0.125  # of a window, at either end, that `clamped_gram` leaves out
+CLAMP = (0.1, 10.0)  # times the mean length of a window's tokens
+
+
+@kind
+def clamped_gram(x: Float[Tensor, "*n seq in"], g: Float[Tensor, "*n seq out"]) -> Sums:
+    """Σ w² x xᵀ (in, in), Σ w² |g|² ("energy") and how many tokens these are ("count"), of sequences without their edges.
+
+    w = |g| clamped to `CLAMP` × the mean |g| of the sequence's tokens that are left, over |g|; 0 where g is 0. With x = g, or
+    x = Wᵀ g, it is how a gradient's second moment is formed where a few tokens must not decide all of it.
+    Reference: KFAC-SVD (arXiv 2610.32878) for the edges and the clamp.
+    """
+    n = g.shape[-2]
+    x, g = (t[..., int(EDGE * n) : n - int(EDGE * n), :].double() for t in (x, g))
+    size = g.norm(dim=-1)
+    mean = size.mean(-1, keepdim=True)
+    wanted = torch.minimum(torch.maximum(size, CLAMP[0] * mean), CLAMP[1] * mean) * (size > 0)
+    x = (x * (wanted / size.clamp(min=torch.finfo(size.dtype).tiny))[..., None]).flatten(0, -2)
+    return {"sum": x.T @ x, "energy": wanted.square().sum(), "count": wanted.new_tensor(wanted.numel())}
+
+
+WHOLE = {
+    "weight_gradients",
+    "clamped_gram",
+}  # kinds of whole sequences (n, seq, channels); the others see tokens (n · seq, channels)
 
 
 class Stats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,9 @@ from planish.errors import InputError
 LOGITS = 1 << 23  # numbers that the head gives at a time: 64 MiB in fp64, of which sampling labels takes a few copies
 WORDS = 256  # of a vocabulary whose probabilities are summed at a time
 NOTHING = -100  # label of a token that predicts none
+TOP = 5  # words of a token whose curvature is sent back (IO-SVD, arXiv 2605.15626)
+
+Probe = Literal["sampled", "text", "curvature"]  # what is sent back: see `output_gradient`
 
 
 def nll(stream: Stream, hidden: Hidden) -> float:
@@ -33,13 +38,20 @@ def nll(stream: Stream, hidden: Hidden) -> float:
     return sum(loss for loss, _ in losses) / sum(n for _, n in losses)
 
 
-def divergence(stream: Stream, hidden: Hidden, reference: Hidden) -> float:
-    """Mean KL(reference ‖ model) in nats per token, from the last-block outputs of both."""
+def divergence(
+    stream: Stream, hidden: Hidden, reference: Hidden, temperature: float = 1.0, behind: float = 0.0
+) -> float:
+    """Mean KL(reference ‖ model) in nats per token, from the last-block outputs of both.
+
+    `temperature`: both logits are divided by it. `behind`: share of every window, from its start, that is left out.
+    """
     sums = []
     for h, r in zip(hidden, reference, strict=True):
-        lost = 0.0
+        lost, start = 0.0, int(behind * h.shape[1])
+        h, r = h[:, start:], r[:, start:]
         for pair in zip(*(split_tokens(stream, x) for x in (h, r)), strict=True):
             logits = [compute_logits(stream, x).flatten(0, 1) for x in pair]
+            logits = logits if temperature == 1 else [x / temperature for x in logits]
             for few in zip(*(x.split(256) for x in logits), strict=True):
                 own, other = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in few)
                 lost += float((other.exp() * (other - own)).sum())
@@ -57,35 +69,72 @@ def compute_logits(stream: Stream, hidden: Tensor) -> Tensor:
         return stream.model(inputs_embeds=as_embeddings(stream, h), use_cache=False).logits
 
 
-def output_gradient(stream: Stream, hidden: Tensor, seed: int, first: int) -> Tensor:
-    """Gradient of Σ NLL at last-block outputs (batch, seq, hidden), labels sampled from the model's own predictions.
+def output_gradient(
+    stream: Stream, hidden: Tensor, seed: int, first: int, probe: Probe = "sampled", ids: Tensor | None = None
+) -> Tensor:
+    """What calibration sends back from last-block outputs (batch, seq, hidden), per token ∂(vᵀ logits)/∂h.
 
-    Sampled labels make the second moment of the gradient the true Fisher information. Deterministic by `seed` and
-    by each sequence's number, however sequences are grouped; `first` is the number of the batch's first sequence.
+    `probe` says which v, p being the model's probabilities and e_y the unit vector of word y:
+
+    - "sampled": p − e_y, the gradient of the NLL of a label y drawn from p. E[v vᵀ] = diag(p) − p pᵀ: the true Fisher
+      information, which is also the curvature of the KL from the model.
+    - "text": p − e_y with y the next token of the text, `ids` (batch, seq): the empirical Fisher. The last token of a window has
+      none, and sends nothing back.
+    - "curvature": Σ_k ε_k √p_k (e_k − p) over the `TOP` most likely words k, with random signs ε: E[v vᵀ] =
+      Σ_k p_k (e_k − p)(e_k − p)ᵀ, which over all words is the curvature again; here without the noise of a drawn label.
+
+    Deterministic by `seed` and by each sequence's number, however sequences are grouped; `first` is the number of the batch's
+    first sequence.
     """
-    draws = [torch.Generator().manual_seed(seed * 1_000_003 + first + n) for n in range(len(hidden))]
-    noise = torch.cat([torch.rand(hidden.shape[1], generator=g, dtype=torch.float64) for g in draws])
-    found, done = [], 0
+    aims, done, found = aim(hidden, seed, first, probe, ids), 0, []
     for few in split_tokens(stream, hidden):
         n = few.shape[0] * few.shape[1]
-        found.append(sample_gradient(stream, few, noise[done : done + n]))
+        found.append(probe_gradient(stream, few, probe, aims[done : done + n]))
         done += n
     return torch.cat(found, 1).view(hidden.shape)
 
 
-def sample_gradient(stream: Stream, hidden: Tensor, noise: Tensor) -> Tensor:
-    """`output_gradient` of one piece; noise (n · seq,) in [0, 1) chooses the labels."""
+def aim(hidden: Tensor, seed: int, first: int, probe: Probe, ids: Tensor | None) -> Tensor:
+    """What decides v per token (n · seq, …): a number in [0, 1) that chooses a label, the label itself, or `TOP` signs."""
+    if probe == "text":
+        assert ids is not None
+        return nn.functional.pad(ids[:, 1:], (0, 1), value=NOTHING).flatten()
+    length = hidden.shape[1]
+    draws = [torch.Generator().manual_seed(seed * 1_000_003 + first + n) for n in range(len(hidden))]
+    if probe == "sampled":
+        return torch.cat([torch.rand(length, generator=g, dtype=torch.float64) for g in draws])
+    return torch.cat([torch.randint(2, (length, TOP), generator=g) for g in draws]) * 2 - 1
+
+
+def probe_gradient(stream: Stream, hidden: Tensor, probe: Probe, aims: Tensor) -> Tensor:
+    """`output_gradient` of one piece; `aims` (n · seq, …) as `aim` gives them."""
     h = hidden.to(stream.device).detach().clone().requires_grad_(True)
     with torch.enable_grad(), stream.replace_blocks(lambda i, x, *a, **k: h if i == len(stream) - 1 else x):
         logits = stream.model(inputs_embeds=as_embeddings(stream, h.detach()), use_cache=False).logits.flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        gradient = logits.detach().softmax(-1)  # of the NLL of label y: the probabilities, less one at y
-        at = torch.device("cpu") if stream.device.type == "mps" else stream.device  # that one has no fp64
-        labels = draw_labels(gradient.to(at), noise.to(at)).to(stream.device)[:, None]
-        gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -1.0))
-        logits.backward(gradient)
+        p = logits.detach().softmax(-1)
+        if probe == "curvature":
+            logits.backward(mix_words(p, aims.to(stream.device)))
+        else:
+            at = torch.device("cpu") if stream.device.type == "mps" else stream.device  # that one has no fp64
+            labels = aims if probe == "text" else draw_labels(p.to(at), aims.to(at))
+            logits.backward(miss_labels(p, labels.to(stream.device)))
     assert h.grad is not None
     return h.grad
+
+
+def miss_labels(p: Tensor, labels: Tensor) -> Tensor:
+    """p − e_y for labels y (n,), in place of p (n, vocabulary); 0 where there is none."""
+    known = labels >= 0
+    at = labels.clamp(min=0)[:, None]
+    return p.scatter_add_(1, at, p.new_full(at.shape, -1.0)).mul_(known[:, None])
+
+
+def mix_words(p: Tensor, signs: Tensor) -> Tensor:
+    """Σ_k ε_k √p_k (e_k − p) (n, vocabulary) over the most likely words, as many as there are signs ε (n, words)."""
+    top, words = p.topk(min(signs.shape[1], p.shape[1]))
+    weight = top.sqrt() * signs[:, : top.shape[1]]
+    return (p * -weight.sum(1, keepdim=True)).scatter_add_(1, words, weight)
 
 
 def draw_labels(p: Tensor, noise: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from planish.calibrate.activations import Activations, fetch
 from planish.calibrate.cache import Cache
 from planish.calibrate.collect import collect, measure_block
-from planish.calibrate.losses import output_gradient
+from planish.calibrate.losses import Probe, output_gradient
 from planish.calibrate.store import Store
 from planish.calibrate.stream import Awaited, Hidden, Stream
 from planish.calibrate.taps import Values, tap_sites
@@ -88,21 +89,24 @@ class Measurements:
         with self.phase("statistics"):
             yield from self._walk("forward", taps, edits)
 
-    def backward(self, taps: Taps, edits: Edits | None = None) -> Measured:
+    def backward(self, taps: Taps, edits: Edits | None = None, probe: Probe = "sampled") -> Measured:
         """The same from the last block to the first, gradients included (see `sweep_back`)."""
         with self.phase("gradients"):
-            yield from self._walk("gradients", taps, edits)
+            yield from self._walk("gradients" if probe == "sampled" else f"gradients of {probe}", taps, edits, probe)
 
-    def _walk(self, origin: str, taps: Taps, edits: Edits | None) -> Measured:
-        """One sweep for what the cache lacks, none where it lacks nothing; all of it is kept there, unless of `edits`."""
-        sweep = {"forward": sweep_forward, "gradients": sweep_back}[origin]
-        label = {"forward": "statistics", "gradients": "gradients"}[origin]
+    def _walk(self, origin: str, taps: Taps, edits: Edits | None, probe: Probe | None = None) -> Measured:
+        """One sweep for what the cache lacks, none where it lacks nothing; all of it is kept there, unless of `edits`.
+
+        `origin`: the name under which the cache keeps it. `probe`: what the sweep sends back; None: it goes forward.
+        """
+        sweep = partial(sweep_back, probe=probe) if probe else sweep_forward
+        label = "gradients" if probe else "statistics"
         wanted = {s.block: taps(s) for s in self.shapes}
         missing = wanted if edits else {i: self.cache.missing(origin, i, t) for i, t in wanted.items()}
         if any(missing.values()) or not any(wanted.values()):
             found = sweep(self.stream, lambda shape: missing[shape.block], edits)
         else:
-            order = range(len(self.shapes)) if origin == "forward" else reversed(range(len(self.shapes)))
+            order = reversed(range(len(self.shapes))) if probe else range(len(self.shapes))
             found, label = ((i, self.stream.block(i), Stats()) for i in order), "cached statistics"
         for n, (i, block, stats) in enumerate(found):
             if not edits:
@@ -133,8 +137,11 @@ def sweep_forward(stream: Stream, taps: Taps, edits: Edits | None = None) -> Mea
         del block, stats  # or they lie beside the next block's
 
 
-def sweep_back(stream: Stream, taps: Taps, edits: Edits | None = None, seed: int = 0) -> Measured:
-    """Forwards keeping every block's inputs, then backwards from sampled labels: the last block comes first.
+def sweep_back(
+    stream: Stream, taps: Taps, edits: Edits | None = None, seed: int = 0, probe: Probe = "sampled"
+) -> Measured:
+    """Forwards keeping every block's inputs, then backwards from what `probe` sends back (see
+    `planish.calibrate.losses.output_gradient`): the last block comes first.
 
     Each block is recomputed from its kept inputs (in memory up to the limit of what is stored, then on disk); forward sites and
     "grad:" sites are measured together. `edits`: of the model that these edits make.
@@ -144,7 +151,8 @@ def sweep_back(stream: Stream, taps: Taps, edits: Edits | None = None, seed: int
     for i in range(len(stream)):
         inputs.append(stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), inputs[-1], stream.limits.stored))
     last = zip(stream.pieces, inputs.pop(), strict=True)
-    gradients: Hidden = Activations(stream.limits, (output_gradient(stream, h, seed, p.first) for p, h in last))
+    sent = (output_gradient(stream, h, seed, p.first, probe, p.ids) for p, h in last)
+    gradients: Hidden = Activations(stream.limits, sent)
     stream.release()
     for i in reversed(range(len(stream))):
         block, uncut = stream.block(i, edits.get(i, ())), stream.place(stream.block(i)) if edits.get(i) else None

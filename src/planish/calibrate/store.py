@@ -39,6 +39,10 @@ class Store(MutableMapping[int, Stats]):
         """Which taps of a block are stored; nothing is read."""
         return set(self.places[i][0]) if i in self.places else set()
 
+    def origin(self, i: int) -> str:
+        """The pass that what is stored of a block comes from (see `planish.stats.Stats`); nothing is read."""
+        return self.places[i][2] if i in self.places else ""
+
     def __delitem__(self, i: int) -> None:
         del self.places[i]  # what the file holds of it stays until the end
 

@@ -33,18 +33,49 @@ class Seen(dict[str, Tensor]):
 
     length = 0  # tokens of a window
     chosen: Tensor  # (tokens, top): the experts that each token reaches
+    weights: Tensor  # (tokens, top): what their outputs are multiplied by
+    norms: Tensor  # (tokens, experts): of what each puts out
 
-    def watch(self, block: nn.Module, experts: nn.Module) -> list[Any]:
-        """Hooks that see which expert the tokens of the next forward reach."""
+    def watch(self, block: nn.Module, experts: Any, sites: set[str], see: Callable[[str, Tensor], None]) -> list[Any]:
+        """Hooks that see which expert the tokens of the next forward reach, and what `watch_gates` says at `sites`."""
 
         def see_length(module, args, kwargs) -> None:
             self.length = first(args, kwargs).shape[1]
 
         def see_chosen(module, args, kwargs) -> None:
-            self.chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            _, self.chosen, self.weights = args
 
         hooks = ((block, see_length), (experts, see_chosen))
-        return [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+        return handles + self.watch_gates(experts, sites, see)
+
+    def watch_gates(self, experts: Any, sites: set[str], see: Callable[[str, Tensor], None]) -> list[Any]:
+        """Hooks for what is seen of all experts at once, each (tokens, experts) and zero where a token does not reach one:
+        "experts.gates", what their outputs are multiplied by, and "experts.norms", those outputs' lengths."""
+
+        def see_gates(module, args):
+            hidden, chosen, weights = args
+            gates = weights.new_zeros(len(weights), len(experts.numbers)).scatter(1, chosen, weights)
+            see("experts.gates", gates)
+            return hidden, chosen, gates.gather(1, chosen)  # gradients reach the gates
+
+        def start(module, args) -> None:
+            self.norms = args[0].new_zeros(len(args[0]), len(experts.numbers))
+
+        def see_norm(number: int, out: Tensor) -> None:
+            token, _ = torch.where(self.chosen == number)
+            self.norms[token, number] = out.detach().norm(dim=-1).to(self.norms.dtype)
+
+        hooks = []
+        if "experts.gates" in sites:
+            hooks.append(experts.register_forward_pre_hook(see_gates))
+        if "experts.norms" in sites:
+            hooks.append(experts.register_forward_pre_hook(start))
+            hooks.append(experts.register_forward_hook(lambda module, args, out: see("experts.norms", self.norms)))
+            for n in experts.numbers:
+                down = experts.linears(n)[-1]
+                hooks.append(down.register_forward_hook(lambda module, args, out, n=n: see_norm(n, out)))
+        return hooks
 
     def fold(self, values: Mapping[str, Tensor], batch: int) -> Values:
         """What belongs to these sites, by whatever prefix, as (batch, seq, channels) or `Routed`."""
@@ -52,8 +83,9 @@ class Seen(dict[str, Tensor]):
         for site, value in values.items():
             where, _, rest = site.rpartition(":")[2].partition(".")
             if where == "expert":
-                token, _ = torch.where(self.chosen == int(rest.partition(".")[0]))
-                found[site] = Routed(value, token // self.length)
+                token, slot = torch.where(self.chosen == int(rest.partition(".")[0]))
+                rows = value * self.weights[token, slot, None] if site.endswith(".gated") else value
+                found[site] = Routed(rows, token // self.length)
             else:
                 found[site] = value.reshape(batch, -1, value.shape[-1])
         return found
@@ -134,8 +166,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
     """
     seen = Seen()
     handles = []
-    if family.experts is not None and any(site.startswith("expert.") for site in sites):
-        handles += seen.watch(block, block.get_submodule(family.experts.path))
+    together = {site for site in sites if site.startswith("experts.")}
 
     def see(site: str, value: Tensor) -> None:
         seen[site] = value
@@ -165,7 +196,9 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             linear.register_forward_hook(lambda m, a, out: see(site, out if m.bias is None else out - m.bias))
         )
 
-    for site in sites:
+    if family.experts is not None and any(site.startswith("expert") for site in sites):
+        handles += seen.watch(block, block.get_submodule(family.experts.path), together, see)
+    for site in sites - together:
         where, _, end = site.rpartition(".")
         if end == "back":
             tap_back(get_linear(block, family, where), site)
@@ -180,7 +213,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
                 tap_added(find_end(block, family, where, end), read_factor(block, family), partial(see, site))
             )
         else:
-            (tap_input if end == "in" else tap_output)(get_linear(block, family, where), site)
+            (tap_input if end in ("in", "gated") else tap_output)(get_linear(block, family, where), site)
     try:
         yield seen
     finally:

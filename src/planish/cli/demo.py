@@ -21,7 +21,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for chart, table and model")] = Path(
         "planish-demo"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="keep 0.8 alone, less text")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="keep 0.6 alone, less text")] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -106,22 +106,12 @@ def make_views(found: Demo) -> list[Any]:
 
     from planish.cli.showcase import group_skipped
 
-    table = make_table("method", "keep", "parameters", "perplexity", "seconds", "KV bytes/token")
-    last = None
-    for row in [found.dense, *found.rows]:
-        if last is not None and row.keep_requested != last:
-            table.add_section()
-        last = row.keep_requested
-        if row.skipped:
-            continue
-        table.add_row(
-            row.method,
-            f"{row.keep:.3f}",
-            f"{row.parameters:,}",
-            f"{row.perplexity:,.2f}",
-            f"{row.seconds:.1f}" if row.seconds else "",
-            f"{row.kv_bytes_per_token:,}",
-        )
+    table = make_table("method", *(f"keep {k:g}" for k in found.keeps), "KV bytes/token", "seconds")
+    dense = [f"{found.dense.perplexity:,.2f}"] * len(found.keeps)
+    table.add_row("dense", *dense, f"{found.dense.kv_bytes_per_token:,}", "", end_section=True)
+    for line in found.lines:
+        cells = [f"{r.perplexity:,.2f}" if r else "–" for r in line.rows]
+        table.add_row(line.method, *cells, f"{line.smallest.kv_bytes_per_token:,}", f"{line.seconds:.1f}")
     panels = [
         Panel(Text.assemble((found.prompt, "dim"), (text, "bold")), title=name, title_align="left", width=58)
         for name, text in found.completions.items()
@@ -131,6 +121,8 @@ def make_views(found: Demo) -> list[Any]:
         for reason, names in group_skipped(found.rows).items()
     ]
     skipped.append(
-        Text("seconds: compressing alone; what all keeps share is measured in the first round, 0.8", style="dim")
+        Text(
+            "perplexity by keep, lower is better · KV bytes of the smallest model · seconds of compressing", style="dim"
+        )
     )
     return [table, *skipped, Columns(panels)]

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,13 @@ from planish.request import Request
 from planish.sweep import Runner, Trial
 
 MODEL = Path(__file__).parents[1] / "data" / "demo"
-KEEPS = (0.8, 0.7, 0.9)  # in the order of work: if time runs out, every method has been seen once
+KEEPS = (0.6, 0.4, 0.8)  # in the order of work: if time runs out, every method has been seen once
+SHOWN = KEEPS[0]  # where the best one's model is kept, and completes code: it does not show at 0.8 who is better
 # the quick ones before auto: a slow machine shows some
 FIRST = ("flat-llm", "a3", "svd-llm", "auto", "erc-svd", "mpifa")
 SEQ_LEN, CALIBRATION, EVALUATION = 256, 8, 16  # windows of SEQ_LEN tokens; a Gram of this model needs 576 tokens
 LIMIT = 165.0  # seconds
+TOP = 6  # times the dense model's perplexity: the top of the chart
 NAMED = 6  # so many of the best methods have a colour in the chart
 SETTINGS: dict[str, dict[str, Any]] = {  # no searches: three minutes for everything
     "erc-svd": {"k": 8},
@@ -67,6 +68,22 @@ class Row:
 
 
 @dataclass
+class Line:
+    """What one method did: a row per keep, from the largest down; None where it was skipped, but not everywhere."""
+
+    method: str
+    rows: list[Row | None]
+
+    @property
+    def smallest(self) -> Row:
+        return [r for r in self.rows if r][-1]
+
+    @property
+    def seconds(self) -> float:
+        return sum(r.seconds for r in self.rows if r)
+
+
+@dataclass
 class Demo:
     """What `planish demo` measured and wrote."""
 
@@ -81,6 +98,31 @@ class Demo:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def keeps(self) -> list[float]:
+        """What was asked, from the largest down."""
+        return sorted({r.keep_requested for r in self.rows}, reverse=True)
+
+    @property
+    def least(self) -> dict[float, float]:
+        """Keep → the least perplexity there."""
+        done = sorted((r for r in self.rows if not r.skipped), key=lambda r: -r.perplexity)
+        return {r.keep_requested: r.perplexity for r in done}
+
+    @property
+    def lines(self) -> list[Line]:
+        """The methods, the best at the smallest keep first; those that are not measured everywhere last."""
+        found = dict[str, list[Row]]()
+        for row in self.rows:
+            if not row.skipped:
+                found.setdefault(row.method, []).append(row)
+        keeps = self.keeps
+        lines = [
+            Line(m, [next((r for r in rows if r.keep_requested == k), None) for k in keeps])
+            for m, rows in found.items()
+        ]
+        return sorted(lines, key=lambda e: (e.rows.count(None), e.smallest.perplexity))
 
 
 class OutOfTime(PlanishError):
@@ -98,7 +140,7 @@ def run_demo(
 ) -> Demo:
     """Compress by every method, measure on held-out text, write a table, a chart, a page and one compressed model.
 
-    `quick`: keep 0.8 alone, a third of the text. `limit`: seconds after which what is left is skipped with a reason.
+    `quick`: keep 0.6 alone, a third of the text. `limit`: seconds after which what is left is skipped with a reason.
     Every method is given the same calibration windows and is measured on the same evaluation windows.
     """
     start = time.perf_counter()
@@ -118,7 +160,7 @@ def run_demo(
             "calibration_tokens": runner.text.windows.numel(), "evaluation_tokens": len(runner.held.tokens),
             "seq_len": runner.length, "fingerprint": fingerprint(runner.held.tokens), "settings": SETTINGS,
         }  # fmt: skip
-        best = run_all(found, runner, (0.8,) if quick else KEEPS, (start, limit), output, progress)
+        best = run_all(found, runner, (SHOWN,) if quick else KEEPS, (start, limit), output, progress)
         found.completions["dense"] = complete(runner.dense(), tokenizer, PROMPT)
         if best is not None:
             small = complete(runner.load(output / "model"), tokenizer, PROMPT)
@@ -149,8 +191,8 @@ def run_all(
     output: Path,
     progress: Report | None,
 ) -> Row | None:
-    """A row for every method and keep, within `time_left` (since when, so many seconds); the best one at 0.8, whose model is
-    copied to the output."""
+    """A row for every method and keep, within `time_left` (since when, so many seconds); the best one at `SHOWN`, whose model
+    is copied to the output."""
     best: Row | None = None
     took: dict[str, float] = {}
     methods, (start, limit), folder = order_methods(), time_left, runner.folder / "model"
@@ -166,7 +208,7 @@ def run_all(
         else:
             row = run_one(runner, method, keep, folder, left if method in FIRST else min(left, max(10.0, limit / 10)))
             took[method] = row.seconds
-        if keep == 0.8 and not row.skipped and (best is None or row.perplexity < best.perplexity):
+        if keep == SHOWN and not row.skipped and (best is None or row.perplexity < best.perplexity):
             best = row
             shutil.rmtree(output / "model", ignore_errors=True)
             shutil.copytree(folder, output / "model")
@@ -239,14 +281,16 @@ def complete(model: Any, tokenizer: Any, prompt: str, lines: int = 2, tokens: in
 
 def write_files(found: Demo, output: Path) -> None:
     """demo.svg, demo.html and demo.json."""
-    picture = draw_chart(found)
+    series, picture = find_series(found), draw_chart(found)
     lead = (
         f"{found.model}, {found.dense.parameters / 1e6:.1f} M parameters · "
         f"{found.text['evaluation_tokens']:,} tokens of held-out Python source"
     )
     page = render(
-        "demo.html", title="planish demo", lead=lead, chart=Markup(picture), rows=[found.dense, *found.rows],
-        completions=found.completions, prompt=found.prompt,
+        "demo.html", title="planish demo", lead=lead, tiles=find_tiles(found), chart=Markup(picture),
+        small_chart=Markup(draw_chart(found, names=False)), series=series, text=found.text, dense=found.dense, keeps=found.keeps,
+        least=found.least, lines=found.lines, skipped=group_skipped(found.rows), completions=found.completions,
+        prompt=found.prompt,
     )  # fmt: skip
     files = [output / f"demo.{kind}" for kind in ("svg", "html", "json")]
     found.files += map(str, files)
@@ -255,20 +299,39 @@ def write_files(found: Demo, output: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def draw_chart(found: Demo) -> str:
-    """Perplexity against keep from 1 downwards, a line per method; the best have colours, the others are thin and grey."""
-    dense, lines = found.dense.perplexity, dict[str, list[Row]]()
-    for row in sorted((r for r in found.rows if not r.skipped), key=lambda r: -r.keep):
-        lines.setdefault(row.method, []).append(row)
-    order = sorted(lines, key=lambda m: log(lines[m][-1].perplexity / dense) / max(1 - lines[m][-1].keep, 1e-9))
-    series = [
-        Series(
-            m, n if n < NAMED else None, [Mark(1.0, dense, "dense"), *(Mark(r.keep, r.perplexity, m) for r in lines[m])]
-        )
-        for n, m in enumerate(order)
+def find_tiles(found: Demo) -> list[tuple[str, str, list[str]]]:
+    """For every keep the best method and the next one: heading, figure, lines."""
+    tiles = []
+    for keep in found.keeps:
+        best = sorted(
+            (r for r in found.rows if r.keep_requested == keep and not r.skipped), key=lambda r: r.perplexity
+        )[:2]
+        lines = [f"perplexity, {100 * (r.perplexity / found.dense.perplexity - 1):+.1f} % on dense" for r in best[:1]]
+        lines += [f"next: {r.method} {r.perplexity:,.2f}" for r in best[1:]]
+        tiles += [(f"keep {keep:g} · {best[0].method}", f"{best[0].perplexity:,.2f}", lines)] if best else []
+    return tiles
+
+
+def find_series(found: Demo) -> list[Series]:
+    """A line per method, from the dense model to its smallest one; the best have colours, the others are thin and grey."""
+    return [
+        Series(e.method, n if n < NAMED else None, [make_mark(r) for r in (found.dense, *e.rows) if r])
+        for n, e in enumerate(found.lines)
     ]
+
+
+def make_mark(r: Row) -> Mark:
+    lines = [f"{r.method}, keep {r.keep:.3f}", f"perplexity {r.perplexity:,.2f}", f"{r.parameters:,} parameters"]
+    lines.append(f"{r.kv_bytes_per_token:,} KV bytes per token")
+    return Mark(r.keep, r.perplexity, "\n".join(lines + ([f"{r.seconds:.1f} s"] if r.seconds else [])))
+
+
+def draw_chart(found: Demo, names: bool = True) -> str:
+    """Perplexity against keep from 1 downwards."""
+    dense = found.dense.perplexity
     keep = Quantity("keep: share of the blocks' weights that stays", log=False, falling=True)
-    return chart(series, keep, Quantity("perplexity"), level=(dense, f"dense {dense:.1f}"), top=10 * dense, names=True)
+    level = (dense, f"dense {dense:.1f}")
+    return chart(find_series(found), keep, Quantity("perplexity", log=True), level=level, top=TOP * dense, names=names)
 
 
 def group_skipped(rows: Sequence[Row]) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ from planish.calibrate.stream import Awaited, Stream
 from planish.calibrate.text import shuffle_windows
 from planish.checking import check_tokens, check_windows
 from planish.compression import pick_dtype
-from planish.core import WHOLE, Progress, describe_rest
+from planish.core import WHOLE, Progress, describe_experts, describe_rest
 from planish.dry_run.memory import count_peaks
 from planish.dry_run.passes import Run
 from planish.dry_run.seconds import estimate_seconds
@@ -192,7 +192,12 @@ def describe(run: Run) -> Forecast:
             "seconds": how,
             "flops": f"two per weight of the blocks and the head and token, and attention over {problem.context} tokens of context",
         },
-        warnings=[*planned.remarks.values(), *describe_rest(problem.units, shapes), *list_changes(source)],
+        warnings=[
+            *planned.remarks.values(),
+            *describe_experts(problem.units, shapes, run.tokens),
+            *describe_rest(problem.units, shapes),
+            *list_changes(source),
+        ],
     )
     add_budgets(found, problem, planned)
     return found

@@ -25,7 +25,7 @@ from planish.modelling import modelling as modelling_file
 from planish.modelling import modules as modules_file
 from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import Spec
-from planish.modelling.families import FAMILIES, Family
+from planish.modelling.families import FAMILIES, MLP, Family
 from planish.modelling.modelling import FORMAT, class_names, model_type, register
 
 register()  # the Auto classes know compressed models from here on
@@ -138,22 +138,37 @@ def find_stock_config(config: Any, family: Family) -> Any:
     return getattr(transformers, family.classes[0])(**settings)
 
 
-def find_native(specs: list[Spec], shape: Shape, family: Family) -> dict[str, int] | None:
+def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, int] | None:
     """Config overrides under which the stock architecture holds every block, or None."""
-    widths = {shape.intermediate if not spec else None for spec in specs}
-    for spec in specs:
-        if not spec:
-            continue
+    widths, mixtures = set[int](), set[tuple[int, int, int]]()
+    for spec, shape in zip(specs, shapes, strict=True):
         linears = spec.get("linears", {})
-        if set(spec) - {"linears"} or set(linears) - {"gate", "up", "down"}:
+        if set(spec) - {"linears", "experts"}:
             return None
         if any(f["kind"] != "dense" or "bias" in f for f in linears.values()):
             return None
-        widths |= {f["in"] if r == "down" else f["out"] for r, f in linears.items()}
-    widths.discard(None)
-    if not family.intermediate:
-        return {} if widths == {shape.intermediate} else None
-    return {family.intermediate: widths.pop()} if len(widths) == 1 else None  # type: ignore[dict-item]
+        inner = {
+            r: f["in"] if r.endswith("down") else f["out"] for r, f in linears.items() if r.rpartition(".")[2] in MLP
+        }
+        if len(inner) < len(linears) or any("." in r and not r.startswith("expert.") for r in inner):
+            return None
+        if shape.intermediate:
+            widths |= {n for r, n in inner.items() if "." not in r} or {shape.intermediate}
+        if shape.experts:
+            form = spec.get("experts", {"number": shape.experts.number, "top": shape.experts.top})
+            narrow = {n for r, n in inner.items() if "." in r}
+            if len(inner) - len(shape.held("mlp")) < 3 * form["number"]:
+                narrow.add(shape.experts.intermediate)
+            mixtures |= {(form["number"], form["top"], n) for n in narrow}
+    if len(widths) > 1 or len(mixtures) > 1:
+        return None
+    found: dict[str, int] = {}
+    if mixtures and family.experts is not None:
+        row = family.experts
+        found |= dict(zip((row.count, row.top, row.width), mixtures.pop(), strict=True))
+    if family.intermediate:
+        return found | dict(zip([family.intermediate], widths, strict=False))
+    return found if widths <= {shapes[0].intermediate} else None
 
 
 def write_config(
@@ -170,9 +185,10 @@ def write_config(
         config["num_hidden_layers"] = len(specs)
         if config.get("layer_types"):
             config["layer_types"] = [config["layer_types"][s.block] for s in shapes]
-    native = find_native(specs, shapes[0], family)
+    native = find_native(specs, shapes, family)
     if native is not None:
-        config |= native
+        names = getattr(dense, "attribute_map", {})
+        config |= native | {names[n]: value for n, value in native.items() if n in names}  # under either name
         config["architectures"] = [family.classes[2]]
         if needs_eager(dense):
             config["attn_implementation"] = "eager"  # what transformers then takes unless it is told

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +93,12 @@ class ModelFolder:
             raise InputError(f"tensor {name} of {self.path} holds NaN or infinity")
         return tensor
 
+    def leave_out_zeros(self, asked: Collection[str]) -> None:
+        """Leave out biases of packed weights that the model has none of, where all are zero: writers of GPTQ store them anyway."""
+        for name in [n for n in self.names if n.endswith(".bias") and n not in asked] if self.weights.origin() else []:
+            if not bool(self.weights.read(self._find(name)).any()):
+                del self._places[0][name]
+
     def check_adapter(self, tied: Iterable[str]) -> None:
         """InputError for an adapter that does not fit the model's tensors, or changes one of the `tied` names."""
         if self.adapter:
@@ -162,4 +168,4 @@ def match_names(stored: Iterable[str], family: Family, compressed: bool = False)
     names = {n: f"lm_head.{n.removeprefix(head)}" if n.startswith(head) else n for n in stored}
     if not compressed and not any(n.startswith(family.blocks + ".") for n in names):
         names = {n: name if name.startswith("lm_head.") else first + name for n, name in names.items()}
-    return {name: n for n, name in names.items()}
+    return {family.read_name(name): n for n, name in names.items()}

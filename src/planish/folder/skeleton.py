@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from planish.core import ExpertShape, Shape
 from planish.errors import InputError
 from planish.folder.config import is_compressed
-from planish.modelling.attentions import count_heads, head_width, rotary_width
+from planish.modelling.attentions import count_heads, has_norms, head_width, rotary_width
 from planish.modelling.blocks import find_blocks, get_linear, read_layout, split_block, split_experts
 from planish.modelling.families import Family
 
@@ -30,9 +30,8 @@ def build_stock(config: Any, family: Family) -> PreTrainedModel:
 def build_skeleton(config: Any, family: Family) -> PreTrainedModel:
     """The causal LM that a configuration describes; of stacked experts each has linears of its own."""
     model = build_stock(config, family)
-    if not is_compressed(config):
-        for block in find_blocks(model, family):
-            split_experts(block, family)
+    for block in find_blocks(model, family):
+        split_experts(block, family)
     return model
 
 
@@ -88,15 +87,36 @@ def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
         intermediate=get_linear(block, family, "down").in_features if layout.has("mlp") else 0,
         rotary=rotary_width(attention, family) if heads else 0,
         gated=family.gated,
-        qk_norm=bool(family.qk_norm),
+        qk_norm=has_norms(attention, family),
         parallel=layout.parallel,
         blocks=len(blocks),
         experts=read_experts(block, family, config, experts) if experts else None,
         others=tuple((role, len(w), w.numel() // len(w)) for role, w in others),
+        cached=tuple(r for r, _ in others if r in family.cached),
     )
 
 
 def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> ExpertShape:
-    assert family.experts is not None
-    width = get_linear(block, family, "expert.0.down").in_features
-    return ExpertShape(number, getattr(config, family.experts.top), width)
+    row = family.experts
+    assert row is not None
+    top, normalised = getattr(config, row.top), row.normalised
+    chosen = getattr(config, normalised) if normalised else normalised is not None
+    groups = (getattr(config, row.groups, None) if row.groups else None) or 1
+    top_groups = (getattr(config, row.top_groups, None) if groups > 1 else None) or 1
+    if number % groups or top_groups > groups:
+        raise InputError(
+            f"config.json: {row.groups} {groups} does not divide {row.count} {number}, or is below {row.top_groups} {top_groups}"
+        )
+    found = ExpertShape(
+        number,
+        top,
+        get_linear(block, family, "expert.0.down").in_features,
+        groups,
+        top_groups,
+        tuple(path.removesuffix(".weight") for path in row.router if path.endswith(".weight")),
+        "chosen" if chosen else row.otherwise,
+    )
+    if top > found.lower_top(number):
+        within = f" in {top_groups} of {groups} groups" if groups > 1 else ""
+        raise InputError(f"config.json: a token cannot reach {row.top} {top} of {row.count} {number}{within}")
+    return found

@@ -68,7 +68,7 @@ class Source:
         """Tied matrices once, under the embedding's name."""
         if not self.config.tie_word_embeddings or HEAD not in tensors:
             return tensors
-        return {self.embedding: tensors[HEAD]} | {n: t for n, t in tensors.items() if n != HEAD}
+        return {self._embedding_name(): tensors[HEAD]} | {n: t for n, t in tensors.items() if n != HEAD}
 
     @property
     def n_blocks(self) -> int:
@@ -85,8 +85,7 @@ class Source:
         with torch.device("meta"):
             return build_skeleton(self.stock_config, self.family)
 
-    @property
-    def embedding(self) -> str:
+    def _embedding_name(self) -> str:
         """Name of the input embedding's weight in the causal LM."""
         return find_embedding(self.empty)
 
@@ -126,9 +125,10 @@ class FolderSource(Source):
                 f"{self.folder}/config.json says {self.n_blocks} blocks, the checkpoint holds {len(inside)}: "
                 "it is incomplete or another model's"
             )
+        reader.leave_out_zeros(self.model.state_dict().keys())
         reader.check_adapter(self._tied)
         check_tensors({n: reader.entry(n) for n in reader.names}, self.model, self._tied, str(self.folder))
-        pair = (self.embedding, HEAD)
+        pair = (self._embedding_name(), HEAD)
         both = self.config.tie_word_embeddings and all(n in reader for n in pair)
         if both and not is_same(*map(reader.tensor, pair)):  # then transformers does not tie them either
             self.config.tie_word_embeddings = self.stock_config.tie_word_embeddings = False
@@ -172,7 +172,7 @@ class FolderSource(Source):
     @cached_property
     def _tied(self) -> dict[str, str]:
         """Either name of a tied matrix → the other."""
-        names = (self.embedding, HEAD)
+        names = (self._embedding_name(), HEAD)
         return dict(zip(names, reversed(names))) if self.config.tie_word_embeddings else {}
 
     def _known(self) -> list[str]:
@@ -245,7 +245,7 @@ class MemorySource(Source):
         for name, tensor in self._tensors.items():
             if not is_finite(tensor):
                 raise InputError(f"tensor {name} of the model in memory holds NaN or infinity")
-        pair = (self.embedding, HEAD)
+        pair = (self._embedding_name(), HEAD)
         if self.config.tie_word_embeddings and not is_same(*(self._tensors[n] for n in pair)):
             self.config.tie_word_embeddings = False
             del self.empty

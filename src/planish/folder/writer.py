@@ -150,8 +150,12 @@ class Writer:
         name, digest, at = None, "", i if at is None else at
         if block is not None:
             join_block(block, family)
-            tensors = {f"{family.blocks}.{at}.{k}": v for k, v in block.state_dict().items()}
+            tensors = {family.store_name(f"{family.blocks}.{at}.{k}"): v for k, v in block.state_dict().items()}
             name, digest = self.shard(at + 1, tensors, write=i not in self.finished)
+            stored = block.state_dict().keys()
+            self.parameters -= sum(
+                b.numel() for n, b in block.named_buffers() if n in stored and b.is_floating_point()
+            )  # correction biases of routers
         if entry is not None and i not in self.finished and self.active:
             entry = json.loads(json.dumps({"block": i, "at": at, "shard": name, "sha256": digest, **entry}))
             line = json.dumps(seal(entry))
@@ -171,7 +175,7 @@ class Writer:
         if entry["shard"]:
             shard, prefix = Shard(self.partial / entry["shard"]), f"{source.family.blocks}.{entry['at']}."
             for name in shard.entries:
-                set_parameter(block, name.removeprefix(prefix), shard.read(name))
+                set_parameter(block, source.family.read_name(name).removeprefix(prefix), shard.read(name))
         return split_block(block, source.family, source.config)
 
     def text(self, name: str, text: str) -> None:

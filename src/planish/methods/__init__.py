@@ -59,8 +59,7 @@ def pose(
     asked: Limits,
     *,
     step: int = 1,
-    target: str = "any",
-    bits: Choice | None = None,
+    target: str | Choice = "any",
     measured: Mapping[str, float] | None = None,
     length: int = 0,
 ) -> Problem:
@@ -73,12 +72,12 @@ def pose(
     asked = asked.model_copy(update={"context": asked.context or length})
     solvers = method.solvers()
     problem = make_problem(
-        source, method.name, solvers, asked, step=step, target=target, bits=bits, measured=measured, takes=method.takes
+        source, method.name, solvers, asked, step=step, target=target, measured=measured, takes=method.takes
     )
     for n, b in enumerate(problem.budgets):
         bites = isinstance(b, CacheNumbers) and (problem.cache_only or b.share < 1)
         if bites and not any(problem.choices(u).prices(n) for u in problem.units):
-            where = f" for {target}" if problem.target.refuses else ""
+            where = f" for {problem.target.name}" if problem.target.refuses else ""
             normed = any(s.qk_norm for s in problem.shapes)
             model = " of this model, which normalises queries and keys" if normed else ""
             others = ", ".join(list_cutting_cache(problem.shapes[0]))

@@ -14,9 +14,11 @@ from planish.core import Frontier, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.plan.allocate import Alternative, choose
+from planish.plan.mixtures import level_widths
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solve import run_solved
+from planish.solvers.experts import ExpertNeurons
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs
@@ -73,14 +75,14 @@ class A3(Method):
         cut: dict[str, list[Solver]] = {
             "qk": [QKJoint(), RotaryPairs(self.qk)],
             "vo": [ValueOutput(self.vo, self.refit)],
-            "mlp": [Neurons(self.mlp, refit=self.refit, damping=self.damping)],
+            "mlp": [kind(self.mlp, refit=self.refit, damping=self.damping) for kind in (Neurons, ExpertNeurons)],
         }
         return [solver for part in PARTS if part in self.parts for solver in cut[part]]
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
         normed = "qk" in self.parts and any(s.qk_norm for s in problem.shapes)
         remarks = {"qk": NORMALISED} if normed else {}
-        uniform = problem.spread(lambda unit: 1.0, True, remarks)
+        uniform = level_widths(problem.spread(lambda unit: 1.0, True, remarks), problem.step)
         if self.allocation == "uniform" or problem.keep == 1:
             return self.decide(problem, uniform, remarks=remarks)
         ranks, notes = self.search(problem, measure, uniform)

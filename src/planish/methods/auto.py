@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from planish.calibrate.losses import nll
+from planish.calibrate.losses import Probe, nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import list_shuffled
@@ -19,12 +19,14 @@ from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve, choose
-from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, stored_taps
+from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, measure_gradients
+from planish.plan.mixtures import describe_top, tie
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.scores import SCORES, correct_scores
 from planish.plan.spread import BudgetError
 from planish.solve import run_solved
+from planish.solvers.experts import Experts
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.key_latent import KeyLatent
@@ -88,7 +90,7 @@ class Weighing:
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """All cuts compete in predicted nats per token: low-rank linears, value dimensions, rotary pairs, neurons, bypasses.
+    """All cuts compete in predicted nats per token: low-rank linears, value dimensions, rotary pairs, neurons, experts, bypasses.
 
     Problem: for every unit of every block, how much does the loss of the language model rise at each rank it could have?
     Which ranks have the least sum within the budget?
@@ -111,7 +113,9 @@ class Auto(Method):
     plan's solve runs again: less makes a further point of a sweep cheaper and the result a little worse; their moments are
     then blended with the uncompressed model's. `planish sweep` takes a sixteenth unless told otherwise. `shuffled`: share of
     the calibration windows whose tokens, but the first, are put in another order. Statistics of such windows hold more than
-    the calibration text's own directions, and text of another kind loses less.
+    the calibration text's own directions, and text of another kind loses less. `probe`: what gradients are of: "sampled" labels
+    of the model, the "text"'s own next tokens, or the "curvature" of the KL at each token's five likeliest words
+    (`planish.calibrate.losses.output_gradient`).
 
     On a CPU that multiplies in bf16 (AVX-512 BF16, AMX) calibration forms the products of large blocks in it, all else in
     fp32, unless a dtype is asked for: `--dtype float32` for none.
@@ -136,6 +140,7 @@ class Auto(Method):
     search: int = 0
     refit_share: float = 1.0
     shuffled: float = 0.25
+    probe: Probe = "sampled"  # type: ignore[misc]
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
@@ -143,7 +148,7 @@ class Auto(Method):
 
     def solvers(self) -> list[Solver]:
         structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
-        structural += [FisherPairs()]
+        structural += [FisherPairs(), Experts("nats")]
         if self.bypass or (self.bypass is None and self.units == "any"):
             structural += [FisherBypass(self.ridge, self.anchor)]
         linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge), KeyLatent(nats=True)]
@@ -160,7 +165,12 @@ class Auto(Method):
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         if not self.anchor:
             return [units]
-        order = (("q", "k", "qk", "keys", "v", "attention"), ("o", "vo"), ("gate", "up", "ffn"), ("down", "mlp"))
+        order = (
+            ("q", "k", "qk", "keys", "v", "attention"),
+            ("o", "vo"),
+            ("gate", "up", "ffn"),
+            ("down", "mlp", "experts"),
+        )
         return [s for s in ([u for u in units if u.name in names] for names in order) if s]
 
     def __post_init__(self) -> None:
@@ -175,7 +185,7 @@ class Auto(Method):
         frontiers = self.measure(problem, measure)
         picked = self.allocate(problem, frontiers, 1 / max(self.rounds, 1))
         for n in range(2, self.rounds + 1):
-            frontiers = measure_again(problem, measure, picked.ranks)
+            frontiers = measure_again(problem, measure, picked.ranks, self.probe)
             picked = self.allocate(problem, frontiers, n / self.rounds)
         return self.settle(problem, measure, frontiers, picked)
 
@@ -187,11 +197,7 @@ class Auto(Method):
         """Every unit's frontier in nats, by one pass forward and back; what the solve uses again is stored, with `rounds` all."""
         windows = sum(map(len, measure.stream.batches))
         refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
-        frontiers: Frontiers = {}
-        for i, block, stats in measure.backward(lambda shape: dense_taps(problem, shape.block)):
-            frontiers |= decompose_block(problem, measure, block, stats, i)
-            measure.stored[i] = stats if self.rounds > 1 else stats.only(stored_taps(problem, i, refit))
-        return frontiers
+        return measure_gradients(problem, measure, self.probe, refit, whole=self.rounds > 1)
 
     def settle(self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick) -> Planned:
         """The plan with what is measured instead of predicted: errors of scores where it changes any, whole plans' losses."""
@@ -213,7 +219,8 @@ class Auto(Method):
         with measure.phase("search"):
             picked, search = self.compare(problem, measure, frontiers, picked)
         notes = {"predicted_loss": picked.loss, "units cut": picked.cut} | ({"search": search} if search else {})
-        return self.decide(problem, picked.ranks, frontiers=frontiers, notes=notes)
+        remarks = describe_top(problem, picked.ranks)
+        return self.decide(problem, picked.ranks, frontiers=frontiers, notes=notes, remarks=remarks)
 
     @property
     def sweeping(self) -> dict[str, str]:
@@ -308,7 +315,7 @@ def hold_out(measure: Measurements, among: Sequence[int]) -> tuple[Measurements,
     return measure.part(windows[~held]), measure.stream.part(windows[held])
 
 
-def measure_again(problem: Problem, measure: Measurements, plan: Plan) -> Frontiers:
+def measure_again(problem: Problem, measure: Measurements, plan: Plan, probe: Probe = "sampled") -> Frontiers:
     """Frontiers of the uncompressed weights with gradients of the model under `plan`, wherever they still exist."""
     gone = {"qk": "qk", "keys": "k", "vo": "v", "mlp": ("gate", "up"), "attention": ATTENTION, "ffn": MLP}
 
@@ -321,7 +328,7 @@ def measure_again(problem: Problem, measure: Measurements, plan: Plan) -> Fronti
         return [t for t in known if t.site.startswith("grad:") and t.site not in missing]
 
     frontiers: Frontiers = {}
-    for i, _, stats in measure.backward(taps, solve_stored(problem, measure, plan)):
+    for i, _, stats in measure.backward(taps, solve_stored(problem, measure, plan), probe):
         known = measure.stored[i]
         known.replace(stats)
         measure.stored[i] = known
@@ -356,6 +363,9 @@ def list_ways(problem: Problem, curves: dict[Unit, Curve]) -> list[list[Alternat
                 chosen = tuple(curves[Unit(shape.block, n)] for n in present)
                 found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])
             groups.append(list(found.values()))
-        if shape.rest:  # no unit holds it
-            groups.append([Alternative((), [sum(b.uncut(shape, r) for r in shape.rest) for b in problem.budgets])])
+        own = shape.held("experts") if Unit(shape.block, "experts") in curves else ()
+        if rest := [r for r in shape.rest if r not in own]:  # no unit holds it
+            groups.append([Alternative((), [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])])
+    if experts := {u: c for u, c in curves.items() if u.name == "experts"}:
+        groups.append(tie(experts, [0.0] * len(problem.budgets)))
     return groups

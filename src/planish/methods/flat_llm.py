@@ -10,6 +10,7 @@ from planish.core import Solver
 from planish.methods.method import Method
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
+from planish.solvers.experts import ExpertNeurons
 from planish.solvers.head_pca import HeadPCA
 from planish.solvers.neurons import Neurons
 from planish.solvers.value_pca import ValuePCA
@@ -46,7 +47,8 @@ class FlatLLM(Method):
     qk: Literal["dense", "pca"] = "dense"
 
     def solvers(self) -> list[Solver]:
-        cut: list[Solver] = [ValuePCA(), Neurons("leverage", self.ridge, True, self.damping)]
+        cut: list[Solver] = [ValuePCA()]
+        cut += [kind("leverage", self.ridge, True, self.damping) for kind in (Neurons, ExpertNeurons)]
         return cut + ([HeadPCA()] if self.qk == "pca" else [])
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:

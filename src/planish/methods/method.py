@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from planish.calibrate.losses import Probe
 from planish.calibrate.measure import Measurements
 from planish.core import Plan, Solver, Unit
 from planish.plan.planned import Planned
@@ -26,6 +27,7 @@ class Method(ABC):
     title: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     prefix: ClassVar[str] = "dense"
+    probe: ClassVar[Probe] = "sampled"  # what its gradients are of (`planish.calibrate.losses.output_gradient`)
     allocations: ClassVar[tuple[str, ...]] = ()
     shares: ClassVar[tuple[str, ...]] = ()  # settings that must lie in [0, 1]
     coarse: ClassVar[bool] = False  # whether its result bears calibration with the blocks' products in bf16

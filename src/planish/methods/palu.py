@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import read_weights
 from planish.core import Solver, Unit
 from planish.methods.method import Method
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solvers.key_frequency import KeyFrequency
 from planish.solvers.key_latent import KeyLatent
+from planish.solvers.linalg import svd
 from planish.solvers.value_pca import ValuePCA
 from planish.stats import Tap
 
+SINGULAR = 1e-6  # of the largest singular value: what the smallest one counts at least
 MATRICES = {"keys": "k", "vo": "v"}  # unit → the role whose weight its rank is a share of
 
 
@@ -30,7 +33,10 @@ class Palu(Method):
 
     `group`: kv heads that share a latent of keys. `allocation`: "fisher": the rank of each W_k and W_v is in proportion to
     √E[g²], g the gradient of a calibration sequence's loss by that weight (the paper's, one rank for all groups of a
-    matrix); "uniform". `keys`: "rebuild": latents of K are multiplied back at every step (the paper's); "frequency": channels
+    matrix); "uniform"; "condition" (LoRC, arXiv 2410.03111): ranks of block l ∝ 1 − (1 − `least`) (max κ̃ − κ̃_l) / (max κ̃ − min κ̃),
+    κ̃_l = Σ_{j ≥ l} log(κ(W_k,j) κ(W_v,j)), κ the condition number, so that later blocks keep less. `least`: the smallest rank as
+    a share of the largest, for "condition". `keys`: "rebuild": latents of K are multiplied back at every step (the paper's);
+    "frequency": channels
     that several heads share within each rotary frequency, which need no rebuilding
     (`planish.solvers.key_frequency.KeyFrequency`, ours).
 
@@ -44,10 +50,12 @@ class Palu(Method):
 
     title: ClassVar[str] = "grouped low-rank keys and values: a cache of latents"
     reference: ClassVar[str] = "Palu, arXiv 2407.21118"
+    shares: ClassVar[tuple[str, ...]] = ("least",)
 
     group: int = 4
-    allocation: Literal["fisher", "uniform"] = "fisher"
+    allocation: Literal["fisher", "uniform", "condition"] = "fisher"
     keys: Literal["rebuild", "frequency"] = "rebuild"
+    least: float = 0.5
 
     def solvers(self) -> list[Solver]:
         return [KeyLatent(self.group) if self.keys == "rebuild" else KeyFrequency(self.group), ValuePCA()]
@@ -59,6 +67,10 @@ class Palu(Method):
             remarks["keys"] = f"keys are left as they are: this family {why}; keys=rebuild cuts them"
         if self.allocation == "uniform" or problem.keep == 1:
             return self.decide(problem, problem.spread(lambda unit: 1.0, remarks=remarks), remarks=remarks)
+        if self.allocation == "condition":
+            shares = self.weigh_blocks(measure)
+            ranks = problem.spread(lambda unit: shares[unit.block], remarks=remarks)
+            return self.decide(problem, ranks, notes={"condition": shares}, remarks=remarks)
         fisher: dict[Unit, float] = {}
         for i, _, stats in measure.backward(lambda shape: [self.tap(u) for u in problem.block_units(shape.block)]):
             for unit in problem.block_units(i):
@@ -70,6 +82,17 @@ class Palu(Method):
 
     def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
         return self.plan(problem, measure)
+
+    def weigh_blocks(self, measure: Measurements) -> list[float]:
+        """LoRC's share of the largest rank, per block."""
+        stream, logs = measure.stream, []
+        for i in range(len(measure.shapes)):
+            weights = read_weights(stream.block(i), stream)
+            spectra = [svd(weights[role])[1] for role in ("k", "v")]
+            logs.append(sum(float((s[0] / s[-1].clamp(min=SINGULAR * s[0])).log()) for s in spectra))
+        sums = [sum(logs[i:]) for i in range(len(logs))]
+        span = max(max(sums) - min(sums), 1e-300)
+        return [1 - (1 - self.least) * (max(sums) - x) / span for x in sums]
 
     def tap(self, unit: Unit) -> Tap:
         return Tap(f"grad:{MATRICES[unit.name]}.out", "weight_gradients", "q.in", heads=1)

@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from math import log
 from typing import ClassVar, Literal
 
+import torch
+
 from planish.calibrate.measure import Measurements
 from planish.core import Solver, Unit
 from planish.methods.method import Method
 from planish.plan.frontiers import measure_frontiers
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
+from planish.plan.threshold import scale_scores, spread_by_threshold
 from planish.solvers.linear import LinearSVD
 
 
@@ -26,8 +29,10 @@ class SVDLLM(Method):
     Here by the eigenproblem of the smaller side, without an inverse (`planish.solvers.linalg.whitened_svd`).
 
     `allocation`: "uniform", or "v2": within each matrix type the removed share is ∝ 1 / (1 + log(L / L_min)), L the
-    truncation loss at the uniform ratio (V2, Alg. 1). `update`: V1's sequential least squares of B on the compressed
-    prefix's inputs. `form`: "pivoted" stores a rank r in r(m + n − r) weights instead of r(m + n), so the same budget buys
+    truncation loss at the uniform ratio (V2, Alg. 1); or "welore" (arXiv 2407.11239) on the singular values of W S: one threshold
+    for all, each matrix's values scaled to [0, 1] (`planish.plan.threshold.spread_by_threshold`). `update`: V1's sequential least
+    squares of B on the compressed prefix's inputs. `form`: "pivoted" stores a rank r in r(m + n − r) weights instead of r(m + n):
+    the same budget buys
     higher ranks; or "pair".
 
     Differs from the papers: V2's 1 / log L depends on the number of tokens and breaks for L ≤ 1; ours does neither. V1's
@@ -37,7 +42,7 @@ class SVDLLM(Method):
     title: ClassVar[str] = "whitened truncated SVD of every linear"
     reference: ClassVar[str] = "SVD-LLM, arXiv 2403.07378; V2, arXiv 2503.12340"
 
-    allocation: Literal["uniform", "v2"] = "uniform"
+    allocation: Literal["uniform", "v2", "welore"] = "uniform"
     update: bool = False
     form: Literal["pair", "pivoted"] = "pair"
 
@@ -54,6 +59,10 @@ class SVDLLM(Method):
             return self.decide(problem, uniform)
         predict: Solver = LinearSVD(metric="whitened", form=self.form)  # whatever the solve updates
         frontiers = measure_frontiers(replace(problem, units=dict.fromkeys(problem.units, predict)), measure)
+        if self.allocation == "welore":
+            squares = {u: -torch.as_tensor(f.loss).diff() for u, f in frontiers.items()}
+            scores = {u: scale_scores(x.clamp(min=0).sqrt()) for u, x in squares.items()}
+            return self.decide(problem, spread_by_threshold(problem, scores))
         groups: dict[str, dict[Unit, float]] = defaultdict(dict)
         for unit, frontier in frontiers.items():
             loss = float(frontier.loss[uniform[unit]]) ** 0.5

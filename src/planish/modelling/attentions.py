@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.softcap = getattr(stock, "attn_logit_softcapping", None) if family.softcap else None
         self.rotary, self.training = family.rotary, stock.training
         self.position_scale = family.position_scale
-        self.qk_norm, self.norms = family.qk_norm, family.norms
+        self.qk_norm, self.norms = family.qk_norm if has_norms(stock, family) else "", family.norms
         for name in self.norms if self.qk_norm else ():
             setattr(self, name, getattr(stock, name))
         if pairs:
@@ -332,6 +332,11 @@ def needs_eager(config) -> bool:
     """Whether attention scores have a soft cap (gemma2): transformers' default, PyTorch's attention, leaves it out silently."""
     declared = hasattr(type(config), "attn_logit_softcapping")  # elsewhere it is a field that nobody reads
     return declared and config.attn_logit_softcapping is not None
+
+
+def has_norms(stock: nn.Module, family: Family) -> bool:
+    """Whether a stock attention normalises queries and keys: in some families models differ."""
+    return bool(family.qk_norm) and hasattr(stock, family.norms[0])
 
 
 def head_width(stock: nn.Module) -> int:

@@ -6,6 +6,7 @@ A block's `spec` is JSON; `install` builds empty modules from it, for compressin
      "attention": {"kind": "own", "qk": 64, "v": 48, "pairs": 30} | {…, "k_rank": 96, "k_groups": 1, "k_form": "frequency"}
                  | {"kind": "bypass", "rank": 8, ...},
      "mlp": {"kind": "bypass", "rank": 0, ...},
+     "experts": {"kind": "kept", "number": 48, "top": 8},
      "slice": {"in": 48, "mid": 48, "out": 64}}
 """
 
@@ -57,8 +58,7 @@ def read_layout(block: nn.Module, family: Family, config) -> Layout:
         name = role.rpartition(".")[0]
         groups[name] = [*groups.get(name, ()), role]
     if family.experts is not None and has_module(block, family.experts.path):
-        numbers = (n for n, _ in block.get_submodule(family.experts.path).named_children() if n.isdecimal())
-        groups |= {f"expert.{n}": [f"expert.{n}.{r}" for r in MLP] for n in numbers}
+        groups |= {f"expert.{n}": [f"expert.{n}.{r}" for r in MLP] for n in range(count_experts(block, family))}
     found = {n: {r: family.path(r) for r in roles if has_linear(block, family, r)} for n, roles in groups.items()}
     known = {f"{path}.weight" for linears in found.values() for path in linears.values()}
     return Layout(
@@ -91,6 +91,32 @@ def split_experts(block: nn.Module, family: Family) -> nn.Module:
     return block
 
 
+def keep_experts(block: nn.Module, family: Family, kept: Sequence[int], top: int) -> None:
+    """Of a canonical block's experts these stay, in place, numbered anew in the given order, with their rows of the router;
+    every token reaches `top` of them."""
+    row = family.experts
+    assert row is not None
+    block.get_submodule(row.path).keep(kept)  # type: ignore[operator]
+    owners = {path.rpartition(".")[0] for path in row.router}
+    for path in row.router:
+        parent, _, leaf = path.rpartition(".")
+        module = block.get_submodule(parent)
+        for group in (module._parameters, module._buffers):
+            if (old := group.get(leaf)) is not None:
+                few = old.detach().index_select(0, torch.as_tensor(list(kept), device=old.device))
+                group[leaf] = nn.Parameter(few, requires_grad=False) if isinstance(old, nn.Parameter) else few
+    for module in map(block.get_submodule, owners | {row.path.rpartition(".")[0]}):
+        for name, value in (("num_experts", len(kept)), ("out_features", len(kept)), ("top_k", top)):
+            if hasattr(module, name):
+                setattr(module, name, value)
+
+
+def count_experts(block: nn.Module, family: Family) -> int:
+    """Of a canonical block."""
+    row = family.experts
+    return len(block.get_submodule(row.path).numbers) if row and has_module(block, row.path) else 0  # type: ignore[arg-type]
+
+
 def split_block(block: nn.Module, family: Family, config) -> nn.Module:
     """Make a stock block canonical, in place: fused linears become `Fused`, stacked experts `Experts`, so that every role is
     a linear of its own."""
@@ -118,7 +144,13 @@ def split_block(block: nn.Module, family: Family, config) -> nn.Module:
 
 
 def join_block(block: nn.Module, family: Family) -> nn.Module:
-    """Undo `split_block` wherever every part of a fused linear is dense and the layout allows it, in place."""
+    """Undo `split_block` wherever every part of a fused linear is dense and the layout allows it, in place; experts stay apart
+    unless checkpoints of the family stack them too."""
+    experts = family.experts
+    if experts is not None and experts.stacked and has_module(block, experts.path):
+        split = block.get_submodule(experts.path)
+        if isinstance(split, Experts) and split.alike:
+            set_module(block, experts.path, split.stack())
     for row in family.fused:
         fused = block.get_submodule(row.path) if has_module(block, row.path) else None
         if not isinstance(fused, Fused) or not all(type(getattr(fused, r)) is nn.Linear for r in fused.roles):
@@ -175,9 +207,12 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
     split_block(block, family, config)
     form = spec.get("attention", {})
     stock = block.get_submodule(family.attention) if form else block
+    experts = spec.get("experts")
+    if experts and count_experts(block, family) > experts["number"]:
+        keep_experts(block, family, range(experts["number"]), experts["top"])
     linears = {r: get_linear(block, family, r) for r in family.roles if has_linear(block, family, r)}
     for role, f in spec.get("linears", {}).items():
-        linears[role] = build_linear(f, linears[role])
+        linears[role] = build_linear(f, get_linear(block, family, role))
         set_module(block, family.path(role), linears[role])
     if form.get("kind") == "own":
         if "k_rank" in form:
@@ -232,6 +267,8 @@ def install_model(model: nn.Module, config) -> None:
     blocks = find_blocks(model, family)
     index = 0
     for i, block in enumerate(blocks):
+        if family.experts is not None and not family.experts.stacked:
+            split_experts(block, family)  # as they are stored
         block = blocks[i] = install(block, layout["blocks"][i], family, config)
         attention = block.get_submodule(family.attention)
         if not isinstance(attention, Bypass):

@@ -20,13 +20,28 @@ class Fused:
 @dataclass(frozen=True)
 class ExpertsRow:
     """Feed-forwards alike, of which a router chooses a few for every token. transformers stacks their weights in one module at
-    `path`; checkpoints mostly store linears at `path`.17.name one by one, and so does the canonical block."""
+    `path`; checkpoints mostly store linears at `path`.17.name one by one, and so does the canonical block.
+
+    `router`: paths of what has a row, or an entry, for every expert, weights first. `count`, `width`, `top`, `groups`,
+    `top_groups`: the config's names of how many experts there are, of their neurons, of how many a token reaches; of the groups
+    that the router chooses among first, and of how many it chooses. `normalised`: the config's name of whether the gates of
+    those that a token reaches add up to the same, whichever they are (empty: always, None: never); `otherwise` they are part
+    of a "softmax" over all experts, or each is "apart".
+    """
 
     path: str = (
         "mlp.experts"  # its `gate_up_proj` is (experts, 2 · width, hidden), its `down_proj` (experts, hidden, width)
     )
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    top: str = "num_experts_per_tok"  # the config's name of how many a token reaches
+    top: str = "num_experts_per_tok"
+    count: str = "num_experts"
+    width: str = "moe_intermediate_size"
+    router: tuple[str, ...] = ("mlp.gate.weight",)
+    normalised: str | None = ""
+    otherwise: str = "softmax"
+    groups: str = "n_group"  # where the config has it
+    top_groups: str = "topk_group"
+    stacked: bool = False  # in checkpoints too
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,9 @@ class Family:
     intermediate: str = "intermediate_size"  # the config's name of the MLP width; empty where it has none
     head: str = "lm_head"  # what stored checkpoints call the model's `lm_head`
     others: Mapping[str, str] = field(default_factory=dict)  # role of a further group ("shared.up") → path
+    cached: tuple[str, ...] = ()  # roles of `others` whose outputs the KV cache holds
     experts: ExpertsRow | None = None
+    renames: tuple[tuple[str, str], ...] = ()  # parts of tensors' names in checkpoints → in transformers' modules
 
     @property
     def gated(self) -> bool:
@@ -111,10 +128,43 @@ class Family:
                 return f"{f.path}.{role}"
         return self.linears[role]
 
+    def read_name(self, stored: str) -> str:
+        """A tensor's name in the causal LM, from its name in a checkpoint."""
+        for old, new in self.renames:
+            stored = stored.replace(old, new)
+        return stored
+
+    def store_name(self, name: str) -> str:
+        """A tensor's name in checkpoints."""
+        for old, new in self.renames:
+            name = name.replace(new, old)
+        return name
+
 
 _ATTENTION = {r: f"self_attn.{r}_proj" for r in "qkvo"}
 _GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 _PLAIN = {r: _GATED[r] for r in ("up", "down")}
+_SPARSE = ((".block_sparse_moe.", ".mlp."),)
+_QWEN = ExpertsRow(normalised="norm_topk_prob")
+
+
+def _shared(path: str) -> dict[str, str]:
+    """A feed-forward that every token reaches beside its experts."""
+    return {f"shared.{r}": f"mlp.{path}.{r}_proj" for r in MLP}
+
+
+def _latent(model_type: str, classes: tuple[str, str, str], experts: ExpertsRow) -> Family:
+    """DeepSeek's: attention on latents, which no solver cuts; the first blocks' feed-forwards are dense."""
+    names = {"q": "q_proj", "q_a": "q_a_proj", "q_b": "q_b_proj", "kv_a": "kv_a_proj_with_mqa", "kv_b": "kv_b_proj"}
+    attention = {f"latent.{r}": f"self_attn.{n}" for r, n in (names | {"o": "o_proj"}).items()}
+    return Family(
+        model_type,
+        classes,
+        dict(_GATED),
+        others=attention | _shared("shared_experts"),
+        cached=("latent.kv_a",),
+        experts=experts,
+    )
 
 
 def _classes(stem: str, config: str = "Config") -> tuple[str, str, str]:
@@ -175,7 +225,108 @@ _ROWS = (
     Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN),
     Family("starcoder2", _classes("Starcoder2"), _ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True),
     Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm="head", window=True),
-    Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm="head", window=True, experts=ExpertsRow()),
+    Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm="head", window=True, experts=_QWEN),
+    Family(
+        "qwen2_moe",
+        _classes("Qwen2Moe"),
+        _ATTENTION | _GATED,
+        others=_shared("shared_expert"),
+        experts=_QWEN,
+    ),
+    Family(
+        "mixtral",
+        _classes("Mixtral"),
+        _ATTENTION,
+        window=True,
+        intermediate="",
+        experts=ExpertsRow(names=("w1", "w3", "w2"), count="num_local_experts", width="intermediate_size"),
+        renames=_SPARSE,
+    ),
+    Family(
+        "olmoe",
+        _classes("Olmoe"),
+        _ATTENTION,
+        qk_norm="width",
+        intermediate="",
+        experts=ExpertsRow(width="intermediate_size", normalised="norm_topk_prob"),
+    ),
+    Family(
+        "glm4_moe",
+        _classes("Glm4Moe"),
+        _ATTENTION | _GATED,
+        qk_norm="head",
+        others=_shared("shared_experts"),
+        experts=ExpertsRow(
+            count="n_routed_experts",
+            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+            normalised="norm_topk_prob",
+            otherwise="apart",
+        ),
+    ),
+    _latent(
+        "deepseek_v2",
+        _classes("DeepseekV2"),
+        ExpertsRow(count="n_routed_experts"),
+    ),
+    _latent(
+        "deepseek_v3",
+        _classes("DeepseekV3"),
+        ExpertsRow(
+            count="n_routed_experts",
+            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+            normalised="norm_topk_prob",
+            otherwise="apart",
+        ),
+    ),
+    Family(
+        "minimax_m2",
+        _classes("MiniMaxM2"),
+        _ATTENTION,
+        qk_norm="width",
+        intermediate="",
+        experts=ExpertsRow(
+            names=("w1", "w3", "w2"),
+            count="num_local_experts",
+            width="intermediate_size",
+            router=("mlp.gate.weight", "mlp.e_score_correction_bias"),
+        ),
+        renames=_SPARSE,
+    ),
+    Family(
+        "granitemoe",
+        _classes("GraniteMoe"),
+        _ATTENTION,
+        mlp="block_sparse_moe",
+        factor="residual_multiplier",
+        intermediate="",
+        experts=ExpertsRow(
+            path="block_sparse_moe.experts",
+            count="num_local_experts",
+            width="intermediate_size",
+            router=("block_sparse_moe.router.weight",),
+            stacked=True,
+        ),
+        renames=(
+            (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+            (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+            (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
+        ),
+    ),
+    Family(
+        "phimoe",
+        _classes("Phimoe"),
+        _ATTENTION,
+        intermediate="",
+        experts=ExpertsRow(
+            names=("w1", "w3", "w2"),
+            count="num_local_experts",
+            width="intermediate_size",
+            router=("mlp.router.weight",),
+            normalised=None,
+            otherwise="apart",
+        ),
+        renames=((".block_sparse_moe.gate.", ".mlp.router."), *_SPARSE),
+    ),
     Family(
         "phi3",
         _classes("Phi3"),

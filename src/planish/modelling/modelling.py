@@ -7,9 +7,12 @@ folder for `trust_remote_code=True` where planish is not installed, with `famili
 from __future__ import annotations
 
 import functools
+import re
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import output_capturing
 
 from .attentions import Attention, needs_eager
@@ -85,6 +88,9 @@ def _build(family: str) -> dict[str, type]:
     for name, cls in made.items():
         cls.__name__ = cls.__qualname__ = name
         cls.__module__ = __name__
+    if row.renames:
+        renames = [WeightRenaming(re.escape(old), new) for old, new in row.renames]
+        register_checkpoint_conversion_mapping(Config.model_type, renames, overwrite=True)
     return made
 
 

@@ -7,7 +7,7 @@ tests hold it to what the installed modules really contain. A new form of a line
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import chain
@@ -34,6 +34,7 @@ class Need(StrEnum):
     QK = "fewer query/key dimensions"
     KEYS = "keys"
     NEURONS = "fewer neurons"
+    EXPERTS = "fewer experts"
     STREAM = "narrower residual stream"
     NO_ATTENTION = "removed attention"
     NO_MLP = "removed MLP"
@@ -111,7 +112,11 @@ class Footprint:
     @property
     def linears(self) -> list[Piece]:
         forms, gone = self.spec.get("linears", {}), self.bypasses
-        roles = [r for r in self.roles if PARTS.get(r) not in gone] if gone else self.roles
+        roles: Sequence[str] = [r for r in self.roles if PARTS.get(r) not in gone] if gone else self.roles
+        if "experts" in self.spec and self.shape.experts:
+            number = self.spec["experts"]["number"]
+            forms = forms | {r: {"kind": "dense", "out": number} for r in self.shape.experts.router}
+            roles = [r for r in roles if not r.startswith("expert.") or int(r.split(".")[1]) < number]
         return [Piece(forms.get(r, DENSE), *self.shape.linear(r)) for r in roles]
 
     @property
@@ -145,9 +150,12 @@ class Footprint:
     @property
     def working(self) -> int:
         """Weights that one token meets: all of them, but for those of experts that it does not reach."""
-        if self.shape.experts is None:
+        experts = self.shape.experts
+        if experts is None:
             return self.weights
-        return replace(self, roles=tuple(filter(self.shape.works, self.roles))).weights
+        top = self.spec["experts"]["top"] if "experts" in self.spec else experts.top
+        shape = replace(self.shape, experts=replace(experts, top=top))
+        return replace(self, roles=tuple(filter(shape.works, self.roles))).weights
 
     @property
     def bytes(self) -> int:
@@ -163,6 +171,8 @@ class Footprint:
     def cache(self) -> int:
         """Numbers that the KV cache holds per token."""
         form, shape = self.attention, self.shape
+        if shape.cached:
+            return sum(shape.linear(r)[0] for r in shape.cached if r in self.roles)
         if form is None:
             return 0
         keys = form["k_rank"] * form["k_groups"] if "k_rank" in form else shape.kv_heads * form.get("qk", shape.qk)
@@ -207,6 +217,7 @@ class Footprint:
         found |= {Need.STREAM} if "slice" in self.spec else set()
         neurons = self.spec.get("linears", {}).get("down", DENSE).get("in", shape.intermediate)
         found |= {Need.NEURONS} if neurons < shape.intermediate else set()
+        found |= {Need.EXPERTS} if "experts" in self.spec else set()
         for part, form in self.bypasses.items():
             nothing, raw, normed = BYPASSES[part]
             adds = form["rank"] or form["gate"] or form["shift"]
@@ -253,7 +264,7 @@ def count_headers(source: Source) -> int:
     prefix = f"{source.family.blocks}."
     for name, (count, dtype) in source.sizes().items():
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
-        files.setdefault(block, {})[name] = torch.empty(
+        files.setdefault(block, {})[source.family.store_name(name)] = torch.empty(
             count, 1, dtype=dtype, device="meta"
         )  # as many digits as any shape
     return sum(8 + len(make_header(tensors)[0]) for tensors in files.values())

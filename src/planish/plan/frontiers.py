@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from planish import lanes
+from planish.calibrate.losses import Probe
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import read_weights
 from planish.core import Frontier, Solver, Unit
@@ -19,6 +20,18 @@ def measure_frontiers(problem: Problem, measure: Measurements) -> Frontiers:
     found: Frontiers = {}
     for i, block, stats in measure.forward(lambda shape: problem.taps(problem.block_units(shape.block))):
         found |= decompose_block(problem, measure, block, stats, i)
+    return found
+
+
+def measure_gradients(
+    problem: Problem, measure: Measurements, probe: Probe, refit: bool = False, whole: bool = False
+) -> Frontiers:
+    """Every unit's frontier, without the factors, by one pass forward and back of the uncompressed model; what the solve uses
+    again is stored (see `stored_taps`), or with `whole` all of it."""
+    found: Frontiers = {}
+    for i, block, stats in measure.backward(lambda shape: dense_taps(problem, shape.block), probe=probe):
+        found |= decompose_block(problem, measure, block, stats, i)
+        measure.stored[i] = stats if whole else stats.only(stored_taps(problem, i, refit))
     return found
 
 

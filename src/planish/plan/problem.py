@@ -10,7 +10,7 @@ import torch
 from planish.core import Frontier, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.folder.source import Source
-from planish.plan.allocate import Curve
+from planish.plan.allocate import Alternative, Curve, choose
 from planish.plan.budgets import Budget, CacheNumbers, Latency, make_budget
 from planish.plan.footprint import count_weights, cuts_cache
 from planish.plan.latency import Table
@@ -118,6 +118,15 @@ class Problem:
             raise InputError(f"{refusal} ({why})" if why else str(refusal)) from None
 
 
+def choose_ranks(problem: Problem, curves: Mapping[Unit, Curve]) -> Plan:
+    """One rank per unit, with the least sum of the curves' losses within all budgets (see `planish.plan.allocate.choose`)."""
+    try:
+        return choose([[Alternative((c,))] for c in curves.values()], problem.limits)[0]
+    except BudgetError as error:
+        b = problem.budgets[error.which]
+        raise b.refuse(problem.name, error.smallest + b.limit - problem.limits[error.which]) from None
+
+
 def count_left(problem: Problem, plan: Plan, budget: Budget) -> float:
     """What all blocks cost of a budget under a plan."""
     whole = {u: problem.full(u) for u in plan}
@@ -131,14 +140,13 @@ def make_problem(
     asked: Limits,
     *,
     step: int = 1,
-    target: str = "any",
-    bits: Choice | None = None,
+    target: str | Choice = "any",
     measured: Mapping[str, float] | None = None,
     takes: Callable[[Unit, Mapping[str, float]], bool] = lambda unit, shares: True,
 ) -> Problem:
     """The problem that limits and a target amount to for the method `name` with these solvers.
 
-    `bits`: what linears are rounded to once they are cut.
+    `target` may also say what linears are rounded to for one once they are cut.
     `measured`: latencies, for a limit on them. `takes`: whether the method cuts a unit under budgets, name → share that stays.
     """
     shapes = tuple(source.shape(i) for i in range(source.n_blocks))
@@ -153,7 +161,8 @@ def make_problem(
             if cache_only:
                 own = [u for u in own if cuts_cache(solver, u, shape)]
             units |= dict.fromkeys(own, solver)
-    stack = fit_bits(fit_target(target, source, shapes), bits, shapes)
+    bits = target if isinstance(target, Choice) else None
+    stack = fit_bits(fit_target(target if isinstance(target, str) else target.target, source, shapes), bits, shapes)
     units = constrain(stack, name, units, list(shapes))
     main = min(budgets, key=lambda b: (isinstance(b, CacheNumbers), b.share))
     return Problem(name, shapes, units, budgets, main, step, stack, cache_only, context)

@@ -47,8 +47,8 @@ def correct_scores(
     gradients are those of a model under a plan.
     """
     wanted = {g: ranks for kind in SCORES if kind in kinds for g, ranks in list_ranks(problem, frontiers, kind).items()}
-    names = {g: name_factor(problem, g, ranks) for g, ranks in wanted.items() if keep}
-    cache = measure.cache
+    cache, origins = measure.cache, measure.stored.origin
+    names = {g: f"{origins(g[0].block)} {name_factor(problem, g, ranks)}" for g, ranks in wanted.items() if keep}
     factors = {g: cache.get(n)["factor"] for g, n in names.items() if cache.has([n])}  # log of measured / predicted
     for kind, (_, windows) in SCORES.items():
         rest = {g: ranks for g, ranks in wanted.items() if g not in factors and g[0].name in kind}

@@ -183,8 +183,12 @@ def draft_blocks(blocks: Tensor, kind: StorageType, dtype: torch.dtype) -> Draft
 
 
 def round_blocks(w: Tensor, kind: StorageType, moment: Tensor | None, dtype: torch.dtype) -> Draft:
-    """By llama.cpp, with the mean squares of the inputs as its importance matrix."""
-    return draft_blocks(ggml.quantise(w, kind, None if moment is None else moment.diagonal()), kind, dtype)
+    """By llama.cpp, with the mean squares of the inputs as its importance matrix; without where that changes nothing, which its
+    own rounding of a matrix on the grid of a simple type does not."""
+    plain = draft_blocks(ggml.quantise(w, kind), kind, dtype)
+    if moment is None or torch.equal(plain.value.double(), w.double()):
+        return plain
+    return draft_blocks(ggml.quantise(w, kind, moment.diagonal()), kind, dtype)
 
 
 # ------------------------------------------------------------------ with feedback

@@ -134,6 +134,17 @@ def ridge_leverage(gram: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, " 
         return 1 - level * inverse_diagonal(gram)
 
 
+def order_neurons(
+    gram: Float[Tensor, "n n"], down: Float[Tensor, "out n"], score: str, ridge: float
+) -> Int[Tensor, " n"]:
+    """Neurons (n,), those that matter most first: by ridge "leverage", or by the "energy" that they give to the output."""
+    if score == "leverage":
+        worth = ridge_leverage(gram, ridge)
+    else:
+        worth = gram.diagonal() * torch.linalg.vector_norm(down, dim=0, dtype=gram.dtype).square()
+    return worth.argsort(descending=True, stable=True)
+
+
 class Refits:
     """Least-squares refits of W (out, n) on the first r inputs of an `order`, for every r from one factor.
 

@@ -11,7 +11,7 @@ import torch
 from planish import stats as stats_file
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.solvers.forms import neuron_edits, neuron_spec
-from planish.solvers.grams import TILE, Refits, ridge_leverage, slicing_losses
+from planish.solvers.grams import TILE, Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap
 
 
@@ -54,11 +54,7 @@ class Neurons(Solver):
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         gram, tokens = stats.take(Tap("down.in", "gram"))
         down = weights["down"]
-        if self.score == "leverage":
-            score = ridge_leverage(gram, self.ridge)
-        else:
-            score = gram.diagonal() * torch.linalg.vector_norm(down, dim=0, dtype=gram.dtype).square()
-        order = score.argsort(descending=True, stable=True)
+        order = order_neurons(gram, down, self.score, self.ridge)
         factors = {n: weights[n] for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights}
         if not self.refit:
             return Frontier(unit, slicing_losses(gram, down, order) / tokens, factors | {"order": order})
@@ -75,3 +71,33 @@ class Neurons(Solver):
             kept = f["order"][:rank].sort().values
             down = f["down"].double()[:, kept]
         return neuron_edits(f, kept, down)
+
+
+@dataclass(frozen=True)
+class ChosenNeurons(Neurons):
+    """The neurons `kept` stay, whatever the activations; their columns of down are multiplied by `gains`, if there are any.
+
+    Nothing is predicted.
+    """
+
+    name: ClassVar[str] = "chosen-neurons"
+    kept: tuple[int, ...] = ()
+    gains: tuple[float, ...] = ()
+
+    def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
+        return []
+
+    def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
+        loss = torch.full((shape.intermediate + 1,), torch.nan, dtype=torch.float64)
+        loss[-1] = 0.0
+        return Frontier(unit, loss, {n: w for n, w in weights.items() if n.partition(".")[0] in ("gate", "up", "down")})
+
+    def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
+        if rank >= shape.intermediate:
+            return []
+        f, kept = frontier.factors, torch.tensor(self.kept)
+        down = f["down"].double()[:, kept]
+        gains = (
+            torch.tensor(self.gains, dtype=torch.float64) if self.gains else torch.ones(len(kept), dtype=torch.float64)
+        )
+        return neuron_edits(f, kept, down * gains)

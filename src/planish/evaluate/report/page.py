@@ -164,7 +164,7 @@ def find_tile(r: Results, budget: str) -> tuple[str, str, list[str]]:
     head = f"{budget} · {best.label}"
     if best.perplexity == best.perplexity:
         change = f", {100 * (best.perplexity / r.dense.perplexity - 1):+z.1f} % on dense" if r.dense else ""
-        return head, f"{best.perplexity:.2f}", [f"perplexity{change}", *lines]
+        return head, f"{best.perplexity:,.2f}", [f"perplexity{change}", *lines]
     before = r.manifests.get(best.name, {}).get("result", {}).get("kv_bytes_per_token_before")
     lines[-1] += f" (dense {number(before)})" if before else ""
     return head, f"{best.keep:.3f}", [f"of the blocks' weights, asked {best.keep_requested:g}", *lines]
@@ -208,7 +208,8 @@ def find_charts(r: Results, colours: dict[str, int]) -> tuple[list[tuple[str, Ma
         ]
         names = Quantity("predicted loss, nats per token", short), Quantity("measured, log(perplexity / dense)", short)
         cards.append(("Predicted and measured", chart(pairs, *names, diagonal=True)))
-    note = "Filled: nothing else is both smaller (or faster) and better. Hover for values."
+    note = "Filled: nothing else is both smaller (or faster) and better. "
+    note += "Point at a mark for its values, or reach it by Tab and the arrow keys."
     if off := sum(p.perplexity > limit for p in measured):
         note += f" ↑: perplexity above the picture ({count_points(off)})."
     if below := sum(p.excess <= 0 for p in measured):
@@ -245,13 +246,13 @@ def find_shares(manifest: dict[str, Any]) -> tuple[list[str], list[list[tuple[fl
     blocks = 1 + max(int(b) for b, _, _ in units)
     roles = manifest.get("roles") or list(ROLES)
     cells: list[list[tuple[float, str] | None]] = [
-        [(1.0, f"block {i}, {r}: untouched") for i in range(blocks)] for r in roles
+        [(1.0, f"block {i}, {r}\nuntouched") for i in range(blocks)] for r in roles
     ]
     for unit, rank in plan.items():
         block, _, name = unit.partition(".")
         before, after = weights.get(unit) or (full.get(unit) or 1, rank)
         share = after / before if before else 1.0
-        text = f"block {block}, {name}: rank {rank} of {full.get(unit)}, {share:.1%} of the weights"
+        text = f"block {block}, {name}\nrank {rank} of {full.get(unit)}, {share:.1%} of the weights"
         for role in HOLDS.get(name, (name,)):
             if role in roles and rank != full.get(unit):
                 cells[roles.index(role)][int(block)] = (share, text)
@@ -265,7 +266,9 @@ def find_drifts(r: Results, colours: dict[str, int]) -> list[tuple[str, Markup, 
         series = []
         for p in r.at(budget):
             marks = [
-                Mark(i, v, f"{p.label}, block {i}: {v:.3g}") for i, v in enumerate(r.drifts.get(p.name, [])) if v > 0
+                Mark(i, v, f"{p.label}, block {i}\nrelative squared difference {v:.3g}")
+                for i, v in enumerate(r.drifts.get(p.name, []))
+                if v > 0
             ]
             series += [Series(p.label, colours[p.label], marks)] if marks else []
         if series:
@@ -277,8 +280,6 @@ def find_drifts(r: Results, colours: dict[str, int]) -> list[tuple[str, Markup, 
 
 def find_rows(r: Results) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
     """Headings, and for every point the row's classes, the label and the cells; the best first within every budget."""
-    speed = any(isfinite(p.decode_tokens_per_s) for p in r.points)
-    predicted = any(isfinite(p.predicted) for p in r.done)
     columns: dict[str, Callable[[Point], str]] = {
         "keep": lambda p: f"{p.keep:.4f}",
         "parameters": lambda p: f"{p.params:,}",
@@ -292,15 +293,15 @@ def find_rows(r: Results) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
         "seconds": lambda p: digits(p.seconds, 1),
         "weights": lambda p: "" if p.name == "dense" else p.kept or "no",
     }
-    idle = ({"predicted"} if not predicted else set()) | (set() if speed else {"tokens/s", "× dense"})
-    shown = {n: c for n, c in columns.items() if n not in idle}
     groups = ([[r.dense]] if r.dense else []) + [r.at(b) for b in r.budgets]
     rows = []
     for group in groups:
         for n, p in enumerate(group):
             kind = "" if n else "new best" if len(group) > 1 else "new"
-            rows.append((kind, p.label, [cell(p) for cell in shown.values()]))
-    return ["method", *shown], rows
+            rows.append((kind, p.label, [cell(p) for cell in columns.values()]))
+    shown = [n for n in range(len(columns)) if any(cells[n] for _, _, cells in rows)]
+    names = [*columns]
+    return ["method", *(names[n] for n in shown)], [(k, label, [cells[n] for n in shown]) for k, label, cells in rows]
 
 
 def make_command(r: Results, p: Point) -> str:
@@ -328,10 +329,11 @@ def make_command(r: Results, p: Point) -> str:
 
 
 def hover(p: Point) -> str:
-    text = f"{p.label}, keep {p.keep:.3f}: perplexity {p.perplexity:.3f}, {count(p.params)} parameters"
-    text += f", {p.kv_bytes_per_token:,} KV bytes per token"
-    text += f", predicted {p.predicted:.4f}, measured {p.excess:.4f}" if isfinite(p.predicted) else ""
-    return text + (f", {p.speedup:.2f} × dense tokens/s" if isfinite(p.speedup) else "")
+    lines = [f"{p.label}, keep {p.keep:.3f}", f"perplexity {p.perplexity:,.3f}", f"{count(p.params)} parameters"]
+    lines.append(f"{p.kv_bytes_per_token:,} KV bytes per token")
+    lines += [f"loss over dense {p.excess:.4f}, predicted {p.predicted:.4f}"] if isfinite(p.predicted) else []
+    lines += [f"{p.speedup:.2f} × dense tokens per second"] if isfinite(p.speedup) else []
+    return "\n".join(lines)
 
 
 def count(n: float) -> str:

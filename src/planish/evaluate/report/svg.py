@@ -1,11 +1,12 @@
-"""Charts as inline SVG: no scripts, colours from the page's style sheet, so that they follow light and dark."""
+"""Charts as inline SVG: colours come from the page's style sheet, so that they follow light and dark, and every mark carries
+its values as `<title>`. Without a script browsers show those themselves; page.js makes them answer to the keyboard too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from math import ceil, floor, isfinite, log10
+from math import ceil, floor, inf, isfinite, log10
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ COLOURS = 8  # the style sheet has --c0 … --c7
 class Mark(NamedTuple):
     x: float
     y: float
-    text: str  # what hovering shows
+    text: str  # what hovering shows: its name, then lines of values
     strong: bool = True  # filled; hollow otherwise
 
 
@@ -125,7 +126,7 @@ def chart(
 ) -> str:
     """Points, joined by lines. `level`: a named horizontal line. `top`: values above it are drawn at the upper edge.
     `names`: every line is named at its last point, on a wide picture."""
-    width, height, left, right, upper, lower = (960, 520, 70, 230, 20, 50) if names else (460, 330, 64, 16, 14, 46)
+    width, height, right, upper, lower = (960, 520, 230, 20, 50) if names else (460, 330, 16, 14, 46)
     xs = [m.x for s in series for m in s.marks if isfinite(m.x)]
     ys = [m.y for s in series for m in s.marks if isfinite(m.y) and (top is None or m.y <= top)]
     ys += [level[0]] if level else []
@@ -133,8 +134,11 @@ def chart(
         return '<p class="none">nothing measured</p>'
     if diagonal:
         xs = ys = [*xs, *ys]
-    ax = Axis.fit(xs, x, left, width - right)
     ay = Axis.fit(ys, y, height - lower, upper)
+    left = max(
+        64.0, 28 + 9 * max((len(y.show(v)) for v in ay.ticks()), default=0)
+    )  # digits of the largest size in page.css
+    ax = Axis.fit(xs, x, left, width - right)
     out = draw_frame(ax, ay, x, y, width - right)
     if diagonal:
         a, b = max(ax.low, ay.low), min(ax.high, ay.high)
@@ -143,9 +147,14 @@ def chart(
         at = ay.at(level[0])
         out.append(tag("line", "level", x1=left, x2=width - right, y1=at, y2=at))
         out.append(tag("text", "tick halo", escape(level[1]), x=left + 5, y=at - 5 if not names else at + 14))
-    for s in reversed(series):  # the first ones lie on top
-        out += [f'<g style="--c:{colour(s.number)}">', *draw_series(s, ax, ay, top), "</g>"]
-    out += draw_names(series, ax, ay, top, width - right) if names else []
+    named = draw_names(series, ax, ay, top, width - right) if names else {}
+    for n, s in reversed([*enumerate(series)]):  # the first ones lie on top
+        out += [
+            f'<g class="series" style="--c:{colour(s.number)}">',
+            named.get(n, ""),
+            *draw_series(s, ax, ay, top),
+            "</g>",
+        ]
     label = f"{escape(y.label)} against {escape(x.label)}"
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(out)}</svg>'
 
@@ -162,10 +171,13 @@ def draw_frame(ax: Axis, ay: Axis, x: Quantity, y: Quantity, right: float) -> li
         at = ay.at(v)
         out.append(tag("line", "grid", x1=left, x2=right, y1=at, y2=at))
         out.append(tag("text", "tick", escape(y.show(v)), x=left - 7, y=at + 4, text_anchor="end"))
-    for v in ax.ticks():
-        at = ax.at(v)
+    free = -inf  # where the last label ends
+    for at, text in sorted((ax.at(v), x.show(v)) for v in ax.ticks()):
         out.append(tag("line", "axis", x1=at, x2=at, y1=bottom, y2=bottom + 4))
-        out.append(tag("text", "tick", escape(x.show(v)), x=at, y=bottom + 17, text_anchor="middle"))
+        half = 4.5 * len(text)
+        if at - half > free:
+            out.append(tag("text", "tick", escape(text), x=at, y=bottom + 17, text_anchor="middle"))
+            free = at + half
     out.append(tag("line", "axis", x1=left, x2=right, y1=bottom, y2=bottom))
     out.append(tag("text", "name", escape(x.label), x=(left + right) / 2, y=bottom + 38, text_anchor="middle"))
     middle = (ay.end + bottom) / 2
@@ -193,18 +205,18 @@ def draw_series(s: Series, ax: Axis, ay: Axis, top: float | None) -> list[str]:
     return out
 
 
-def draw_names(series: Sequence[Series], ax: Axis, ay: Axis, top: float | None, right: float) -> list[str]:
-    """Every line's label and last value, moved apart, with a thin line to its end."""
-    found = [s for s in series if s.marks]
-    last = [max(s.marks, key=lambda m: ax.at(m.x)) for s in found]
-    ends = [(ax.at(m.x), ay.at(m.y if top is None or m.y <= top else ay.high)) for m in last]
-    out = []
-    for s, m, (x, y), at in zip(found, last, ends, spread([y for _, y in ends], 15), strict=True):
+def draw_names(series: Sequence[Series], ax: Axis, ay: Axis, top: float | None, right: float) -> dict[int, str]:
+    """Which series → its label and last value, moved apart, with a thin line to its end."""
+    found = {n: max(s.marks, key=lambda m: ax.at(m.x)) for n, s in enumerate(series) if s.marks}
+    ends = [(ax.at(m.x), ay.at(m.y if top is None or m.y <= top else ay.high)) for m in found.values()]
+    out = {}
+    for (n, m), (x, y), at in zip(found.items(), ends, spread([y for _, y in ends], 15), strict=True):
+        s = series[n]
         kind = "tick" if s.number is None else "tick strong"
         off = " ↑" if top is not None and m.y > top else ""
         line = tag("line", "leader", x1=x + 6, y1=y, x2=right + 14, y2=at)
         text = tag("text", kind, f"{escape(s.label)} {m.y:,.1f}{off}", x=right + 18, y=at + 4)
-        out.append(f'<g style="--c:{colour(s.number)}">{line}{text}</g>')
+        out[n] = line + text
     return out
 
 
@@ -222,15 +234,15 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def heat_map(rows: Sequence[str], cells: Sequence[Sequence[tuple[float, str] | None]]) -> str:
-    """Rows × blocks; a cell is (share that stays, what hovering shows), the darker the more is gone. None: no such cell."""
+    """Rows × blocks; a cell is (share that stays, what hovering shows), the redder the more is gone. None: no such cell."""
     n = max(map(len, cells), default=0)
-    left, lower, high = 40, 20, 21
+    left, lower, high = max(46, 6 + 10 * max(map(len, rows), default=0)), 20, 21
     wide = min(46.0, (460 - left) / max(n, 1))
     width, height = left + wide * n, high * len(rows) + lower
     out = []
     for r, (name, row) in enumerate(zip(rows, cells, strict=True)):
         y = r * high
-        out.append(tag("text", "tick", escape(name), x=left - 6, y=y + 14.5, text_anchor="end"))
+        out += ["<g>", tag("text", "tick", escape(name), x=left - 6, y=y + 14.5, text_anchor="end")]
         for i, cell in enumerate(row):
             if cell is None:
                 continue
@@ -239,19 +251,19 @@ def heat_map(rows: Sequence[str], cells: Sequence[Sequence[tuple[float, str] | N
             box: dict[str, Any] = {"x": x, "y": y, "width": max(wide - 1.5, 0.8), "height": high - 1.5}
             out += ["<g>", tag("rect", "cell", **box), tag("rect", "gone", **box, fill_opacity=f"{gone**0.8:.3f}")]
             if wide >= 22:
-                kind = "share dark" if gone > 0.55 else "share pale"
-                out.append(
-                    tag("text", kind, f"{100 * share:.0f}", x=x + wide / 2 - 0.7, y=y + 13.5, text_anchor="middle")
-                )
+                place = {"x": x + wide / 2 - 0.7, "y": y + 13.5, "text_anchor": "middle"}
+                out.append(tag("text", "share", f"{100 * share:.0f}", **place))
             out.append(f"<title>{escape(text)}</title></g>")
-    for i in range(0, n, max(1, ceil(18 / wide))):
+        out.append("</g>")
+    for i in range(0, n, max(1, ceil(24 / wide))):
         out.append(tag("text", "tick", str(i), x=left + (i + 0.5) * wide, y=height - 6, text_anchor="middle"))
     style = f'viewBox="0 0 {width:.0f} {height}" style="max-width:{1.2 * width:.0f}px"'
-    return f'<svg {style} role="img" aria-label="kept weights">{"".join(out)}</svg>'
+    kind = "map many" if width > 320 else "map"  # on a narrow screen numbers would be too small
+    return f'<svg class="{kind}" {style} role="img" aria-label="kept weights">{"".join(out)}</svg>'
 
 
 def stand_alone(picture: str) -> str:
     """A chart as a file of its own."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8") + "svg { background: var(--card) }"
     opened = picture.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"', 1)
     return opened.replace(">", f"><style>{escape(style)}</style>", 1) + "\n"

@@ -12,8 +12,11 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` integers of each row (rows, count), int32 in [0, 2^bits).
 
     A row of int32 words is one stream of bits, the lowest first; integer i begins at bit i · bits and may reach into the next
-    word.
+    word. (Bytes are little-endian, as in the file.)
     """
+    if bits in (4, 8):  # none reaches over a byte
+        parts = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        return (split_nibbles(parts) if bits == 4 else parts)[:, :count].to(torch.int32)
     start = torch.arange(count) * bits
     word, shift = start // 32, start % 32
     wide = words.to(torch.int64) & 0xFFFFFFFF

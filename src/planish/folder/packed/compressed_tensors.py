@@ -3,6 +3,7 @@
     float-quantized, int-quantized, naive-quantized    weight and weight_scale; per tensor, row, group or block
     pack-quantized                                     integers of 2, 3, 4 or 8 bits in 32-bit words
     nvfp4-pack-quantized, mxfp4-pack-quantized         4-bit floats
+    mxfp8-quantized                                    weight and weight_scale, powers of two per 32 numbers of a row
 
 Reference: QuantizationConfig of the compressed-tensors library. Sparse formats, transforms (rotations that are computed while
 the model runs) and other bits are refused by name.
@@ -36,7 +37,8 @@ class CompressedTensors(Declared):
             found = config.get(part) or {}
             if found.get("format") not in (None, "dense") or found.get("config_groups"):
                 raise ValueError(f"{part} is not read: the stored weights are not those of the model")
-        if (status := config.get("quantization_status", "compressed")) != "compressed":
+        status = config.get("quantization_status", "compressed")
+        if status not in ("compressed", "frozen"):  # what is stored is seen by its types; the second is in older files
             raise ValueError(f"quantization_status {status!r} is not read; expected compressed")
         form, groups = config.get("format"), config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
@@ -86,6 +88,8 @@ def make_packing(form: Any, weights: Mapping[str, Any]) -> Packing:
     if form == "mxfp4-pack-quantized":
         whole(size, "group_size", (32,))
         return FP4("MXFP4", 32, power=True)
+    if form == "mxfp8-quantized":
+        return Scaled(torch.float8_e4m3fn, (1, whole(size, "group_size", (32,))), power=True)
     if form == "pack-quantized" and kind == "int":
         bits = whole(bits, "num_bits", BITS)
         groups = {"channel": 0, "tensor": -1}

@@ -24,13 +24,14 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Declared]] = {
     "gptq": GPTQ, "awq": AWQ, "bitsandbytes": BitsAndBytes, "ggml": Ggml,
 }  # fmt: skip
 FIELDS = ("quantization_config", "compression_config")  # of config.json; the second in old checkpoints
+MODELOPT = "hf_quant_config.json"  # where that library writes the declaration, if not into config.json
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def read_raw(folder: Path) -> dict[str, Any]:
-    """config.json as it is; empty where there is none that can be read."""
+def read_raw(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of the folder as it is; empty where there is none that can be read."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -39,8 +40,10 @@ def read_raw(folder: Path) -> dict[str, Any]:
 def find_declared(folder: Path) -> Declared | None:
     """How a folder's weights are packed; None where they are not, or in a way that is not read (which is refused elsewhere:
     other libraries may still load the folder). InputError names settings of a known method that are not read."""
-    raw = read_raw(folder)
+    raw, where = read_raw(folder), "config.json"
     config = next((raw[n] for n in FIELDS if isinstance(raw.get(n), dict)), None)
+    if config is None and isinstance(own := read_raw(folder, MODELOPT).get("quantization"), dict):
+        config, where = {**own, "quant_method": "modelopt"}, MODELOPT
     if config is None:
         return None
     method = config.get("quant_method") or ("compressed-tensors" if "config_groups" in config else None)
@@ -50,7 +53,7 @@ def find_declared(folder: Path) -> Declared | None:
     try:
         return make({**config, "quant_method": method})
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise InputError(f"{folder}/config.json declares {method} weights: {error}") from None
+        raise InputError(f"{folder}/{where} declares {method} weights: {error}") from None
 
 
 def find_dtype(folder: Path) -> torch.dtype | None:

@@ -49,7 +49,9 @@ class PackedWeights:
         used = {p for packed in self.packed.values() for p in packed.parts.values()}
         self.plain = {n: stored.entry(n) for n in sorted(names - used)}
         if not self.packed:
-            raise InputError(f"{folder}/config.json declares {declared.name} weights, and no tensor is stored that way")
+            raise InputError(
+                f"{folder} declares {declared.name} weights in its configuration, and no tensor is stored that way"
+            )
         if both := sorted(self.plain.keys() & self.packed.keys()):
             raise InputError(f"tensor {both[0]} of {folder} is stored twice, as it is and as {declared.name}")
         for name, entry in self.plain.items():

@@ -1,0 +1,283 @@
+"""The page, the chart and the README's table of `benchmarks/real.py`, from its csv alone."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from real import PHASES, ROOT, TABLE, TASKS, Rows, read
+
+from planish.evaluate.report.svg import Mark, Quantity, Series, chart, stand_alone
+
+README = ROOT / "README.md"
+OPENS, CLOSES = "<!-- table of benchmarks/real.py -->", "<!-- end of table -->"
+NAMES = {
+    "auto": "auto", "auto:structural": "auto, dense shapes only", "flat-llm": "FLAT-LLM", "a3": "A3", "modegpt": "MoDeGPT",
+    "svd-llm": "SVD-LLM", "erc-svd": "ERC-SVD", "mpifa": "MPIFA", "subfit": "SubFit", "llm-drop": "LLM-Drop",
+    "slicegpt": "SliceGPT",
+}  # fmt: skip
+STRUCTURAL = ("flat-llm", "a3", "modegpt", "slicegpt", "llm-drop")  # published, dense shapes only
+TEXTS = {"wikitext2": "WikiText-2", "c4": "C4, held out"}
+Key = tuple[str, float]  # method, keep
+
+
+class Found:
+    """What was measured of one model with one size of calibration text; of a phase that was measured more than once, what was
+    measured last."""
+
+    def __init__(self, rows: Rows, model: str, calibration: str):
+        self.model, self.calibration = model, calibration
+        self.values: dict[Key, dict[str, str]] = {}
+        self.protocols: dict[Key, dict[str, str]] = {}  # phase → how it was measured
+        self.dense: dict[tuple[str, str], str] = {}  # protocol, quantity → value
+        for r in (r for r in rows if r["model"] == model and r["calibration"] in ("", calibration)):
+            phase, task = r["phase"].partition(" ")[::2]
+            name = f"{task} {r['quantity']}" if task else f"{phase} {r['quantity']}"
+            if r["method"] == "dense":
+                self.dense[r["protocol"], name] = r["value"]
+                continue
+            key = r["method"], float(r["keep"])
+            self.values.setdefault(key, {})[name] = r["value"]
+            self.protocols.setdefault(key, {})[phase] = r["protocol"]
+
+    @property
+    def keeps(self) -> list[float]:
+        return sorted({k for _, k in self.values}, reverse=True)
+
+    @property
+    def methods(self) -> list[str]:
+        return [m for m in NAMES if any(n == m for n, _ in self.values)]
+
+    def number(self, key: Key, name: str) -> float | None:
+        value = self.values.get(key, {}).get(name)
+        return None if value is None else float(value)
+
+    def before(self, key: Key, phase: str, name: str) -> str | None:
+        """The dense model's value by the protocol that a point's phase was measured by."""
+        return self.dense.get((self.protocols.get(key, {}).get(phase, ""), name))
+
+    def excess(self, key: Key, text: str) -> float | None:
+        """Nats per token more than the dense model on the same windows."""
+        own, dense = self.number(key, f"text {text} nll"), self.before(key, "text", f"text {text} nll")
+        return None if own is None or dense is None else own - float(dense)
+
+    def scores(self, key: Key) -> tuple[float, float, float] | None:
+        """(Mean accuracy over the tasks, the dense model's, mean share of answers that changed); None where one is missing."""
+        found = []
+        for task in TASKS:
+            acc, answers = (self.values.get(key, {}).get(f"{task} {n}") for n in ("acc", "answers"))
+            dense, before = (self.before(key, "tasks", f"{task} {n}") for n in ("acc", "answers"))
+            if acc is None or answers is None or dense is None or before is None:
+                return None
+            changed = sum(a != b for a, b in zip(answers, before, strict=True)) / len(answers)
+            found.append((float(acc), float(dense), changed))
+        return tuple(sum(x) / len(found) for x in zip(*found, strict=True))  # type: ignore[return-value]
+
+    def refusal(self, key: Key) -> str | None:
+        return self.values.get(key, {}).get("compress refused")
+
+    def denses(self, text: str) -> list[str]:
+        """Perplexities of the dense model, one per protocol that is in use."""
+        protocols = dict.fromkeys(p["text"] for p in self.protocols.values() if "text" in p)
+        found = [self.dense[p, name] for p in protocols if (p, name := f"text {text} perplexity") in self.dense]
+        return [f"{float(x):.2f}" for x in found]
+
+
+def write_page(table: Path) -> None:
+    rows = read(table)
+    found = find_all(rows)
+    table.write_text("\n".join([*HEAD.split("\n"), *(line for m in found for line in section(m))]), encoding="utf-8")
+    picture = table.parent.parent / "real.svg" if table == TABLE else table.with_suffix(".svg")
+    picture.write_text(draw(choose(found)), encoding="utf-8")
+    if table == TABLE:
+        README.write_text(fill_readme(README.read_text(encoding="utf-8"), choose(found)), encoding="utf-8")
+
+
+def find_all(rows: Rows) -> list[Found]:
+    """By model, in the order in which they were measured; each with its largest calibration text first."""
+    pairs = dict.fromkeys((r["model"], r["calibration"]) for r in rows if r["calibration"])
+    models = [*dict.fromkeys(m for m, _ in pairs)]
+    order = sorted(pairs, key=lambda p: (models.index(p[0]), -math.prod(int(x) for x in p[1].split(" × "))))
+    return [Found(rows, *pair) for pair in order]
+
+
+def choose(found: Sequence[Found]) -> Found:
+    """What README and chart show: of the first model the largest text with which auto and three others were measured."""
+    several = [
+        m for m in found if (n := {k[0] for k, v in m.values.items() if "text c4 nll" in v}) >= {"auto"} and len(n) > 3
+    ]
+    return [*several, *found][0]
+
+
+HEAD = """# A real language model
+
+Written by `python benchmarks/real.py table` from `docs/tables/real.csv`, which `python benchmarks/real.py` measured. Calibrated
+on C4 (two thirds of 300 documents); evaluated on the WikiText-2 test set and on the other third of C4.
+
+- *Keep*: the share of the weights in the model's blocks that stays. *D*: nats per token more than the dense model on the same
+  windows, log(perplexity / dense perplexity).
+- *KL*: of the dense model's next-token distribution to the compressed one's, nats per token, mean of both texts. *Same token*: how
+  often both find the same next token likeliest.
+- *Tasks*: mean zero-shot accuracy of six tasks; *changed*: share of single answers that are not the dense model's. *Loops*:
+  repeated 4-grams in greedy answers to chat prompts.
+- *Decode*: tokens per second as a multiple of the dense model's in the same turns (transformers, float32, one CPU thread).
+- *CPU s*: processor seconds of the whole `planish compress` process, start included, on a machine that did other work; in brackets
+  where it used statistics that the same method had measured for another keep. *Memory*: its peak.
+- A dash was not measured.
+
+![WikiText-2 perplexity against the share of weights that stays](../real.svg)
+"""
+
+
+def section(m: Found) -> list[str]:
+    lines = [f"## {m.model}, calibrated on {m.calibration} tokens", ""]
+    for text, name in TEXTS.items():
+        lines += [f"### {name}: perplexity (dense {', '.join(m.denses(text))})", "", *perplexities(m, text), ""]
+    letters: dict[str, str] = {}
+    for keep in m.keeps:
+        lines += [f"### Keep {keep:g}", "", *details(m, keep, letters), ""]
+    lines += ["### Protocols", ""]
+    lines += [f"- {letter}: {how}" for how, letter in letters.items()]
+    if scored := [k for k in m.values if m.scores(k)]:
+        lines += ["", "### Accuracies", "", *accuracies(m, scored)]
+    return [*lines, ""]
+
+
+def perplexities(m: Found, text: str, short: bool = False) -> list[str]:
+    """Methods down, keeps across, and how auto stands against the best published one. `short`: as in the README."""
+    methods = m.methods
+    lines = ["| keep | " + " | ".join(f"{k:g}" for k in m.keeps) + " |", "|---" * (len(m.keeps) + 1) + "|"]
+    for method in methods:
+        found = [m.number((method, k), f"text {text} perplexity") for k in m.keeps]
+        mark = "**" if short and method == "auto" else ""
+        cells = ["–" if x is None else f"{mark}{shown(x)}{mark}" for x in found]
+        lines.append(f"| {mark}{NAMES[method]}{mark} | " + " | ".join(cells) + " |")
+    published = [n for n in NAMES if not n.startswith("auto")]
+    for name, rivals in [("auto", published), ("auto:structural", STRUCTURAL)][: 1 if short else 2]:
+        ratios = [compare(m, name, [r for r in rivals if r in methods], k, text) for k in m.keeps]
+        if any(ratios):
+            kind = "published method" if name == "auto" else "published one with dense shapes"
+            lines.append(
+                f"| *D of {NAMES[name]} / least D of a {kind}* | " + " | ".join(r or "–" for r in ratios) + " |"
+            )
+    return lines
+
+
+def shown(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 100 else f"{perplexity:,.0f}"
+
+
+def compare(m: Found, mine: str, rivals: Sequence[str], keep: float, text: str) -> str:
+    own = m.excess((mine, keep), text)
+    others = {r: d for r in rivals if (d := m.excess((r, keep), text)) is not None and d > 0}
+    if own is None or not others:
+        return ""
+    best = min(others, key=lambda r: others[r])
+    return f"{own / others[best]:.2f} ({NAMES[best]})"
+
+
+def details(m: Found, keep: float, letters: dict[str, str]) -> list[str]:
+    """A row per method with all that was measured, and the letter of how."""
+    columns = (
+        "method | kept | WikiText-2 | D | C4 | D | KL | same token | tasks | changed | loops | decode | CPU s | memory"
+    )
+    lines = [f"| {columns} | protocol |", "|---" * 15 + "|"]
+    refused = []
+    for method in m.methods:
+        key = method, keep
+        if why := m.refusal(key):
+            refused.append(f"{NAMES[method]} at {keep:g}: {why}")
+        elif m.number(key, "text wikitext2 perplexity") is not None:
+            lines.append(
+                f"| {NAMES[method]} | " + " | ".join(list_cells(m, key)) + f" | {list_letters(m, key, letters)} |"
+            )
+    best = [d for x in m.values if x[1] == keep and (d := m.scores(x))]
+    if best:
+        lines.append(f"| *dense* |{' |' * 7} {100 * best[0][1]:.1f} % |{' |' * 6}")
+    return lines + [line for why in refused for line in ("", f"– {why}")]
+
+
+def list_cells(m: Found, key: Key) -> list[str]:
+    def cell(value: float | None, form: str = "{:.3f}") -> str:
+        return "–" if value is None else form.format(value)
+
+    def mean(names: Sequence[str]) -> float | None:
+        found = [x for n in names if (x := m.number(key, n)) is not None]
+        return sum(found) / len(found) if found else None
+
+    cells = [cell(m.number(key, "compress counted"))]
+    for text in TEXTS:
+        p = m.number(key, f"text {text} perplexity")
+        cells += ["–" if p is None else shown(p), cell(m.excess(key, text))]
+    same = mean([f"agreement {t} top1" for t in TEXTS])
+    cells += [cell(mean([f"agreement {t} kl" for t in TEXTS])), cell(same and 100 * same, "{:.1f} %")]
+    scores = m.scores(key)
+    cells += [cell(scores and 100 * scores[i], "{:.1f} %") for i in (0, 2)]
+    loops = m.number(key, "answers repeated")
+    cells.append(cell(None if loops is None else 100 * loops, "{:.1f} %"))
+    rates = [m.number(key, f"speed {n}decode_tokens_per_s") for n in ("", "dense ")]
+    cells.append(f"× {rates[0] / rates[1]:.2f}" if rates[0] and rates[1] else "–")
+    seconds, peak = m.number(key, "compress cpu_seconds"), m.number(key, "compress peak_rss_bytes")
+    cells.append(cell(seconds, "({:.0f})" if m.number(key, "compress reused") else "{:.0f}"))
+    return [*cells, cell(peak and peak / 1e9, "{:.2f} GB")]
+
+
+def list_letters(m: Found, key: Key, letters: dict[str, str]) -> str:
+    """The letter of the protocol by which all of a row was measured."""
+    mine = m.protocols[key]
+    how = "; ".join(f"{p}: {mine[p]}" for p in PHASES if p in mine)
+    return letters.setdefault(how, string.ascii_letters[len(letters) % 52])
+
+
+def accuracies(m: Found, scored: Sequence[Key]) -> list[str]:
+    """Per task; in brackets the share of answers that are not the dense model's."""
+    lines = ["| keep | method | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 2) + "|"]
+    for protocol in dict.fromkeys(m.protocols[k]["tasks"] for k in scored):
+        cells = [f"{100 * float(m.dense[protocol, f'{t} acc']):.1f}" for t in TASKS]
+        lines.append(f"| 1 | dense, {protocol} | " + " | ".join(cells) + " |")
+    for key in sorted(scored, key=lambda k: (-k[1], list(NAMES).index(k[0]))):
+        cells = []
+        for t in TASKS:
+            own, dense = m.values[key][f"{t} answers"], m.before(key, "tasks", f"{t} answers") or ""
+            changed = sum(a != b for a, b in zip(own, dense, strict=True)) / len(own)
+            cells.append(f"{100 * float(m.values[key][f'{t} acc']):.1f} ({100 * changed:.0f})")
+        lines.append(f"| {key[1]:g} | {NAMES[key[0]]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(m: Found) -> str:
+    """WikiText-2 perplexity against keep, a line per method, on a card of its own that follows light and dark."""
+    dense = float(m.denses("wikitext2")[0])
+    lines = {
+        method: [(k, p) for k in m.keeps if (p := m.number((method, k), "text wikitext2 perplexity")) is not None]
+        for method in m.methods
+    }
+    last = {method: math.log(points[-1][1] / dense) / (1 - points[-1][0]) for method, points in lines.items() if points}
+    series = [
+        Series(
+            NAMES[method], n if n < 6 else None,
+            [Mark(1.0, dense, "dense"), *(Mark(k, p, f"{NAMES[method]} at {k:g}: {p:.2f}") for k, p in lines[method])],
+        )
+        for n, method in enumerate(sorted(last, key=lambda x: last[x]))
+    ]  # fmt: skip
+    keep = Quantity("keep: share of the blocks' weights that stays", log=False, falling=True)
+    level = (dense, f"dense {dense:.1f}")
+    picture = chart(series, keep, Quantity("perplexity, WikiText-2", log=True), level=level, top=20 * dense, names=True)
+    start = picture.index(">") + 1
+    return stand_alone(
+        picture[:start] + '<rect width="100%" height="100%" rx="10" fill="var(--card)"/>' + picture[start:]
+    )
+
+
+def fill_readme(text: str, m: Found) -> str:
+    """The README with the table between its two comments made anew."""
+    before, opened, rest = text.partition(OPENS)
+    _, closed, after = rest.partition(CLOSES)
+    if not opened or not closed:
+        return text
+    texts = sorted({p["text"] for p in m.protocols.values() if "text" in p})
+    said = f"Calibrated on {m.calibration} tokens of C4; perplexity of WikiText-2 in {' or '.join(texts)}: dense "
+    said += f"{', '.join(m.denses('wikitext2'))}. A dash was not measured."
+    return "\n".join([before + OPENS, said, "", *perplexities(m, "wikitext2", short=True), CLOSES + after])

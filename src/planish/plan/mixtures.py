@@ -1,0 +1,63 @@
+"""How many experts stay: the same number in every block that has some, as stock programs hold nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from planish.core import Plan, Unit
+from planish.errors import InputError
+from planish.plan.allocate import Alternative, Curve
+from planish.plan.problem import Problem, count_left
+
+
+def count_kept(problem: Problem) -> tuple[Plan, dict[str, str]]:
+    """The largest number of experts within the budgets, equal in all blocks that have some, and what there is to say about it."""
+    units = sorted(u for u in problem.units if u.name == "experts")
+    if not units:
+        raise InputError(f"{problem.name} drops experts; this model's blocks have none that could go")
+    choices = [problem.choices(u) for u in units]
+    common = set.intersection(*({int(r) for r in c.ranks[c.allowed(problem.step)]} for c in choices))
+    plans: list[Plan] = [dict.fromkeys(units, r) for r in sorted(common, reverse=True)]
+    within = (p for p in plans if all(count_left(problem, p, b) <= b.limit for b in problem.budgets))
+    if (found := next(within, None)) is not None:
+        return found, describe_top(problem, found)
+    least = {b: count_left(problem, plans[-1], b) for b in problem.budgets}
+    budget = next(b for b, cost in least.items() if cost > b.limit)
+    raise budget.refuse(f"{problem.name}, which only drops experts", least[budget])
+
+
+def describe_top(problem: Problem, plan: Plan) -> dict[str, str]:
+    """A remark where a token reaches fewer experts than before, because no more are left."""
+    for unit, rank in plan.items():
+        e = problem.shapes[unit.block].experts
+        if unit.name == "experts" and e and (top := e.lower_top(rank)) < e.top:
+            return {"top": f"fewer experts are left than a token reached: it reaches {top} of them instead of {e.top}"}
+    return {}
+
+
+def level_widths(plan: Plan, step: int) -> Plan:
+    """Of a mixture's uniform plan, in which rounding has left some blocks a step wider than others: the lesser width for all,
+    which stock programs hold."""
+    found = dict(plan)
+    for name in ("neurons", "mlp") if any(u.name == "neurons" for u in plan) else ():
+        ranks = {r for u, r in plan.items() if u.name == name}
+        if ranks and max(ranks) - min(ranks) <= step:
+            found |= {u: min(ranks) for u in plan if u.name == name}
+    return found
+
+
+def tie(curves: Mapping[Unit, Curve], fixed: Sequence[float]) -> list[Alternative]:
+    """One rank for all of these units: an alternative for each that all could have, of curves with that rank alone."""
+    common = set.intersection(*({int(r) for r in c.ranks} for c in curves.values()))
+    found = []
+    for rank in sorted(common):
+        few = []
+        for c in curves.values():
+            at = int((c.ranks == rank).nonzero()[0])
+            part = slice(at, at + 1)
+            few.append(
+                replace(c, ranks=c.ranks[part], cost=c.cost.reshape(-1, len(c.ranks))[:, part], loss=c.loss[part])
+            )
+        found.append(Alternative(tuple(few), fixed))
+    return found
