@@ -19,6 +19,7 @@ NAMES = {
     "slicegpt": "SliceGPT",
 }  # fmt: skip
 STRUCTURAL = ("flat-llm", "a3", "modegpt", "slicegpt", "llm-drop")  # published, dense shapes only
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)  # in the README
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4, held out"}
 Key = tuple[str, float]  # method, keep
 
@@ -86,13 +87,16 @@ class Found:
 
 
 def write_page(table: Path) -> None:
-    rows = read(table)
-    found = find_all(rows)
-    table.write_text("\n".join([*HEAD.split("\n"), *(line for m in found for line in section(m))]), encoding="utf-8")
+    found = find_all(read(table))
+    table.write_text(make_page(found), encoding="utf-8")
     picture = table.parent.parent / "real.svg" if table == TABLE else table.with_suffix(".svg")
     picture.write_text(draw(choose(found)), encoding="utf-8")
     if table == TABLE:
-        README.write_text(fill_readme(README.read_text(encoding="utf-8"), choose(found)), encoding="utf-8")
+        README.write_text(fill_readme(README.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+def make_page(found: Sequence[Found]) -> str:
+    return "\n".join([*HEAD.split("\n"), *(line for m in found for line in section(m))])
 
 
 def find_all(rows: Rows) -> list[Found]:
@@ -104,11 +108,11 @@ def find_all(rows: Rows) -> list[Found]:
 
 
 def choose(found: Sequence[Found]) -> Found:
-    """What README and chart show: of the first model the largest text with which auto and three others were measured."""
-    several = [
-        m for m in found if (n := {k[0] for k, v in m.values.items() if "text c4 nll" in v}) >= {"auto"} and len(n) > 3
-    ]
-    return [*several, *found][0]
+    """What the chart shows: of the first model the size of calibration text with which most was measured."""
+    return max(
+        (m for m in found if m.model == found[0].model),
+        key=lambda m: sum("text c4 nll" in v for v in m.values.values()),
+    )
 
 
 HEAD = """# A real language model
@@ -134,7 +138,12 @@ on C4 (two thirds of 300 documents); evaluated on the WikiText-2 test set and on
 def section(m: Found) -> list[str]:
     lines = [f"## {m.model}, calibrated on {m.calibration} tokens", ""]
     for text, name in TEXTS.items():
-        lines += [f"### {name}: perplexity (dense {', '.join(m.denses(text))})", "", *perplexities(m, text), ""]
+        lines += [
+            f"### {name}: perplexity (dense {', '.join(m.denses(text))})",
+            "",
+            *perplexities([(m, k) for k in m.keeps], text),
+            "",
+        ]
     letters: dict[str, str] = {}
     for keep in m.keeps:
         lines += [f"### Keep {keep:g}", "", *details(m, keep, letters), ""]
@@ -145,23 +154,25 @@ def section(m: Found) -> list[str]:
     return [*lines, ""]
 
 
-def perplexities(m: Found, text: str, short: bool = False) -> list[str]:
-    """Methods down, keeps across, and how auto stands against the best published one. `short`: as in the README."""
-    methods = m.methods
-    lines = ["| keep | " + " | ".join(f"{k:g}" for k in m.keeps) + " |", "|---" * (len(m.keeps) + 1) + "|"]
+def perplexities(columns: Sequence[tuple[Found, float]], text: str, short: bool = False) -> list[str]:
+    """Methods down, keeps across (of one size of calibration text, or of several), and how auto stands against the best
+    published one. `short`: as in the README."""
+    methods = [n for n in NAMES if any(n in m.methods for m, _ in columns)]
+    several = len({m.calibration for m, _ in columns}) > 1
+    heads = [f"keep {k:g}" + f", {m.calibration}" * several for m, k in columns]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
     for method in methods:
-        found = [m.number((method, k), f"text {text} perplexity") for k in m.keeps]
+        found = [m.number((method, k), f"text {text} perplexity") for m, k in columns]
         mark = "**" if short and method == "auto" else ""
         cells = ["–" if x is None else f"{mark}{shown(x)}{mark}" for x in found]
         lines.append(f"| {mark}{NAMES[method]}{mark} | " + " | ".join(cells) + " |")
     published = [n for n in NAMES if not n.startswith("auto")]
     for name, rivals in [("auto", published), ("auto:structural", STRUCTURAL)][: 1 if short else 2]:
-        ratios = [compare(m, name, [r for r in rivals if r in methods], k, text) for k in m.keeps]
+        ratios = [compare(m, name, rivals, k, text) for m, k in columns]
         if any(ratios):
-            kind = "published method" if name == "auto" else "published one with dense shapes"
-            lines.append(
-                f"| *D of {NAMES[name]} / least D of a {kind}* | " + " | ".join(r or "–" for r in ratios) + " |"
-            )
+            kind = "published one here" if name == "auto" else "published one with dense shapes"
+            label = f"*D of {NAMES[name]} / least D of a {kind}*"
+            lines.append(f"| {label} | " + " | ".join(r or "–" for r in ratios) + " |")
     return lines
 
 
@@ -259,25 +270,32 @@ def draw(m: Found) -> str:
         Series(
             NAMES[method], n if n < 6 else None,
             [Mark(1.0, dense, "dense"), *(Mark(k, p, f"{NAMES[method]} at {k:g}: {p:.2f}") for k, p in lines[method])],
+            joined=len(m.keeps) > 1,
         )
         for n, method in enumerate(sorted(last, key=lambda x: last[x]))
     ]  # fmt: skip
     keep = Quantity("keep: share of the blocks' weights that stays", log=False, falling=True)
     level = (dense, f"dense {dense:.1f}")
-    picture = chart(series, keep, Quantity("perplexity, WikiText-2", log=True), level=level, top=20 * dense, names=True)
+    label = f"perplexity of WikiText-2, calibrated on {m.calibration} tokens"
+    picture = chart(series, keep, Quantity(label, log=True), level=level, top=20 * dense, names=True)
     start = picture.index(">") + 1
     return stand_alone(
         picture[:start] + '<rect width="100%" height="100%" rx="10" fill="var(--card)"/>' + picture[start:]
     )
 
 
-def fill_readme(text: str, m: Found) -> str:
-    """The README with the table between its two comments made anew."""
+def fill_readme(text: str, found: Sequence[Found]) -> str:
+    """The README with the table of the first model between its two comments made anew."""
     before, opened, rest = text.partition(OPENS)
     _, closed, after = rest.partition(CLOSES)
     if not opened or not closed:
         return text
-    texts = sorted({p["text"] for p in m.protocols.values() if "text" in p})
-    said = f"Calibrated on {m.calibration} tokens of C4; perplexity of WikiText-2 in {' or '.join(texts)}: dense "
-    said += f"{', '.join(m.denses('wikitext2'))}. A dash was not measured."
-    return "\n".join([before + OPENS, said, "", *perplexities(m, "wikitext2", short=True), CLOSES + after])
+    mine = [m for m in found if m.model == found[0].model]
+    columns = [
+        (m, k) for k in KEEPS for m in mine if any(n == k and "text c4 nll" in v for (_, n), v in m.values.items())
+    ]
+    texts = dict.fromkeys(p["text"] for m in mine for p in m.protocols.values() if "text" in p)
+    denses = dict.fromkeys(d for m in mine for d in m.denses("wikitext2"))
+    said = f"Calibrated on {' or '.join(dict.fromkeys(m.calibration for m, _ in columns))} tokens of C4; perplexity of "
+    said += f"WikiText-2 in {' or '.join(texts)}: dense {', '.join(denses)}. A dash was not measured."
+    return "\n".join([before + OPENS, said, "", *perplexities(columns, "wikitext2", short=True), CLOSES + after])

@@ -152,12 +152,13 @@ def test_the_page_repeats_the_csv(ask, inside, real, tmp_path):
     assert (tmp_path / "docs" / "tables" / "real.svg").read_text().count("<circle") >= 2
 
 
-def test_the_readme_repeats_the_page(real):
-    from real_table import choose, fill_readme, find_all
+def test_page_and_readme_are_of_the_csv(real):
+    from real_table import fill_readme, find_all, make_page
 
-    rows = real.read(real.TABLE)
+    found = find_all(real.read(real.TABLE))
+    assert make_page(found) == real.TABLE.read_text(encoding="utf-8"), "run benchmarks/real.py table"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert fill_readme(readme, choose(find_all(rows))) == readme, "run benchmarks/real.py table, which fills it in"
+    assert fill_readme(readme, found) == readme, "run benchmarks/real.py table, which fills it in"
     assert "<!-- table of benchmarks/real.py -->" in readme
 
 

@@ -13,7 +13,8 @@ A block's `spec` is JSON; `install` builds empty modules from it, for compressin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .attentions import Attention, Frequencies, Latent, count_heads, head_width
-from .families import ATTENTION, FAMILIES, MLP, Family, Group, Layout
+from .families import ATTENTION, FAMILIES, MLP, Family
 from .modules import (
     Bypass,
     Experts,
@@ -37,11 +38,50 @@ from .modules import (
 )
 
 
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that belong together: role → path in the canonical block."""
+
+    name: str  # "attention", "mlp", "expert.17", or another that the family has: "shared", "mixer"
+    linears: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that scales channels by `offset` + its weight, and what it puts out is read by these roles and by nothing else."""
+
+    path: str
+    roles: tuple[str, ...]
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one block is made of. Blocks of one model may differ."""
+
+    groups: tuple[Group, ...]
+    rest: tuple[str, ...] = ()  # parameters of two or more axes that belong to no group: a router, a convolution
+    parallel: bool = False  # attention and MLP read the same residual
+    factor: float = 1.0  # what a submodule gives is multiplied by this before it is added
+    norms: tuple[Norm, ...] = ()  # those whose channels may be rescaled together with what reads them
+    heads: int = 0
+    kv_heads: int = 0
+    fixed: tuple[str, ...] = ()  # see `Family.fixed`
+
+    def has(self, group: str) -> bool:
+        return any(g.name == group for g in self.groups)
+
+
 def get_linear(block: nn.Module, family: Family, role: str) -> nn.Module:
     """A role's module in a canonical block, wherever an edit has moved it."""
-    if role in ATTENTION and isinstance(attention := block.get_submodule(family.attention), Attention):
-        return getattr(attention, f"{role}_proj")
-    return block.get_submodule(family.path(role))
+    return block.get_submodule(find_path(block, family, role))
+
+
+def find_path(block: nn.Module, family: Family, role: str) -> str:
+    """Where a role's module is in a canonical block, wherever an edit has moved it."""
+    if role in ATTENTION and isinstance(block.get_submodule(family.attention), Attention):
+        return f"{family.attention}.{role}_proj"
+    return family.path(role)
 
 
 def has_linear(block: nn.Module, family: Family, role: str) -> bool:
@@ -59,14 +99,38 @@ def read_layout(block: nn.Module, family: Family, config) -> Layout:
         groups[name] = [*groups.get(name, ()), role]
     if family.experts is not None and has_module(block, family.experts.path):
         groups |= {f"expert.{n}": [f"expert.{n}.{r}" for r in MLP] for n in range(count_experts(block, family))}
-    found = {n: {r: family.path(r) for r in roles if has_linear(block, family, r)} for n, roles in groups.items()}
+    found = {
+        n: {r: find_path(block, family, r) for r in roles if has_linear(block, family, r)}
+        for n, roles in groups.items()
+    }
     known = {f"{path}.weight" for linears in found.values() for path in linears.values()}
+    parallel = family.parallel and bool(getattr(config, "use_parallel_residual", True))
+    heads, kv_heads = count_heads(config) if found["attention"] else (0, 0)
     return Layout(
         tuple(Group(name, linears) for name, linears in found.items() if linears),
         tuple(n for n, p in block.named_parameters() if p.ndim >= 2 and n not in known),
-        family.parallel and bool(getattr(config, "use_parallel_residual", True)),
+        parallel,
         read_factor(block, family),
+        list_norms(block, family, {n for n, linears in found.items() if linears}, parallel),
+        heads,
+        kv_heads,
+        family.fixed,
     )
+
+
+def list_norms(block: nn.Module, family: Family, groups: set[str], parallel: bool) -> tuple[Norm, ...]:
+    """Norms of a block with these groups that nothing but linears of its attention or its dense feed-forward reads."""
+    others = {g for g in groups if not g.startswith("expert.")} - {"attention", "mlp", "shared"}
+    norms = dict[str, str]()
+    if "attention" in groups and not others:
+        norms["attention"] = family.attention_norm or ""
+    if "mlp" in groups and groups <= {"attention", "mlp"}:
+        norms["mlp"] = family.mlp_norm or ""
+    roles = {"attention": ATTENTION[:3], "mlp": tuple(r for r in MLP[:2] if r in family.roles)}
+    if parallel and not (family.mlp_norm and has_module(block, family.mlp_norm)):  # both read one
+        roles = {"attention": roles["attention"] + roles["mlp"]} if norms.keys() == roles.keys() else {}
+    found = {norms[g]: own for g, own in roles.items() if norms.get(g) and has_module(block, norms[g])}
+    return tuple(Norm(path, own, family.norm_offset) for path, own in found.items())
 
 
 def read_factor(block: nn.Module, family: Family) -> float:

@@ -45,27 +45,6 @@ class ExpertsRow:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Linears of a block that belong together: role → path in the canonical block."""
-
-    name: str  # "attention", "mlp", "expert.17", or another that the family has: "shared", "mixer"
-    linears: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What one block is made of. Blocks of one model may differ."""
-
-    groups: tuple[Group, ...]
-    rest: tuple[str, ...] = ()  # parameters of two or more axes that belong to no group: a router, a convolution
-    parallel: bool = False  # attention and MLP read the same residual
-    factor: float = 1.0  # what a submodule gives is multiplied by this before it is added
-
-    def has(self, group: str) -> bool:
-        return any(g.name == group for g in self.groups)
-
-
-@dataclass(frozen=True)
 class Family:
     """Paths are relative to the block, except `blocks`, which is relative to the causal LM.
 
@@ -101,6 +80,10 @@ class Family:
     conv1d: bool = False  # linears are stored transposed
     tuples: bool = False  # blocks return a tuple, hidden states first
     intermediate: str = "intermediate_size"  # the config's name of the MLP width; empty where it has none
+    norm_offset: float = 0.0  # norms scale channels by this + their weight
+    # Groups in which more happens between linears than an average of values over tokens, or a product with an activated gate:
+    # values that are normalised, outputs of attention that are gated, products that are clamped.
+    fixed: tuple[str, ...] = ()
     head: str = "lm_head"  # what stored checkpoints call the model's `lm_head`
     others: Mapping[str, str] = field(default_factory=dict)  # role of a further group ("shared.up") → path
     cached: tuple[str, ...] = ()  # roles of `others` whose outputs the KV cache holds
@@ -172,7 +155,7 @@ def _classes(stem: str, config: str = "Config") -> tuple[str, str, str]:
 
 
 def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: str = "") -> Family:
-    """A family that normalises what each submodule adds as well as what it reads."""
+    """A gemma that normalises what each submodule adds as well as what it reads."""
     return Family(
         model_type,
         classes,
@@ -183,6 +166,7 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: str = "")
         mlp_post_norm="post_feedforward_layernorm",
         window=True,
         softcap=True,
+        norm_offset=1.0,
     )
 
 
@@ -208,7 +192,7 @@ _ROWS = (
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
     Family("seed_oss", _classes("SeedOss"), _ATTENTION | _GATED),
-    Family("gemma", _classes("Gemma"), _ATTENTION | _GATED),
+    Family("gemma", _classes("Gemma"), _ATTENTION | _GATED, norm_offset=1.0),
     Family(
         "hunyuan_v1_dense",
         _classes("HunYuanDenseV1"),
@@ -222,7 +206,7 @@ _ROWS = (
     _post_norm("exaone4", _classes("Exaone4"), qk_norm="head"),
     Family("olmo", _classes("Olmo"), _ATTENTION | _GATED),
     Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True),
-    Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN),
+    Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN, norm_offset=1.0),
     Family("starcoder2", _classes("Starcoder2"), _ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True),
     Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm="head", window=True),
     Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm="head", window=True, experts=_QWEN),

@@ -1,1 +1,1 @@
-"""Storage types of weights, and rounding to them: knows tensors only, no models and no files."""
+"""Storage types of weights and rounding to them; free changes of a block's basis before. Nothing here reads or writes files."""
