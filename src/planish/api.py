@@ -156,8 +156,8 @@ def forecast(
     The calibration text is read only where the method needs statistics to choose its ranks; elsewhere a config.json alone
     will do for `model`, and "cuda" for `device` on a machine without. `cache`: keep its token ids on disk.
     """
-    if options.get("bits") is not None:
-        raise InputError("a forecast counts weights as they are before rounding: leave bits out")
+    if options.get("bits") is not None or options.get("fit") is not None:
+        raise InputError("a forecast counts weights as they are before rounding: leave bits and fit out")
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer, request.adapter)
     asked = request.calibration
