@@ -52,10 +52,14 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--only-table", action="store_true", help="write the table of what the CSV has")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     book = args.table.with_suffix(".csv")
+    if args.only_table:
+        args.table.write_text(tabulate(read(book)))
+        return
     sizes = {}
     for bits in ("8", "4", "3", "2"):
         sizes[bits] = int(measure(args, book, "bits", bits, keep=1, bits=bits)["bytes"])

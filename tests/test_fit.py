@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import planish
 from planish.errors import InputError
 from planish.fit import hold_out, predict, reserve
+from planish.folder.safetensors import write_shard
 from planish.folder.source import open_source
 from planish.request import Request
 from tiny import build, save, windows
@@ -81,6 +83,16 @@ def test_a_size_that_holds_the_model_leaves_it_as_it_is(model, tmp_path):
     assert done.rounding == {} and done.keep == 1 and [c["bits"] for c in done.choices] == ["16"]
 
 
+def test_exactly_the_bytes_of_a_type_are_enough_for_it(model, tmp_path):
+    plain = compress(model, tmp_path / "plain", keep=1, bits="8")
+    done = compress(model, tmp_path / "out", max_bytes=plain.bytes_after, bits="auto")
+    whole = [c for c in done.choices if (c["bits"], c["keep"]) == ("8", 1.0)]
+    assert [c["bytes"] for c in whole] == [plain.bytes_after] and not whole[0]["error"]
+    assert done.bytes_after <= plain.bytes_after
+    worse = compress(model, tmp_path / "less", max_bytes=plain.bytes_after - 8, bits="auto")
+    assert all(c["error"] or c["bytes"] < plain.bytes_after for c in worse.choices)
+
+
 def test_fit_leaves_room_for_the_cache(model, tmp_path):
     source = open_source(model)
     room = reserve(source, 64)
@@ -109,3 +121,12 @@ def test_what_cannot_be_chosen_is_refused(model, tmp_path, options, words):
     with pytest.raises(InputError, match=words):
         compress(model, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_single_number_is_written_whatever_its_stride(tmp_path):
+    """Factors of rank 1 give matrices of one code per row."""
+    path = tmp_path / "one.safetensors"
+    one = torch.arange(8, dtype=torch.int32)[3:4].as_strided((1, 1), (8, 8))
+    write_shard(path, {"one": one, "flat": one.reshape(-1), "row": torch.arange(6.0).view(2, 3).T})
+    assert load_file(path)["one"].tolist() == [[3]] and load_file(path)["flat"].tolist() == [3]
+    assert load_file(path)["row"].tolist() == [[0, 3], [1, 4], [2, 5]]

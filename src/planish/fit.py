@@ -37,6 +37,7 @@ from planish.request import LIMITS, Request, label
 
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
 FINER = 2  # so many types finer than the one that holds all weights are tried with cuts
+NEARLY = 1.03  # times the size: predicted bytes at which all weights may still fit
 HELD = 4  # every fourth window is held out
 AGAIN = 4  # times that a cut which came out too large is made smaller
 CONTEXT = 4096  # tokens of the cache unless told, or as many as the model has positions
@@ -138,8 +139,10 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
         except InputError:  # no type of these bits holds the model's widths
             continue
         if outside + blocks <= size:
-            found = [*found[-FINER:], Choice(bits, 1.0)]
-            break
+            finer = list(dict.fromkeys(c.bits for c in found))[-FINER:]
+            return [c for c in found if c.bits in finer] + [Choice(bits, 1.0)]
+        if outside + blocks <= NEARLY * size:  # what is predicted may be a little too much
+            found.append(Choice(bits, 1.0))
         smallest.append(outside + LEAST * blocks)
         if (keep := (size - outside) / blocks) >= LEAST:
             found.append(Choice(bits, int(keep * 1e4) / 1e4))
