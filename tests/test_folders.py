@@ -464,7 +464,7 @@ class Hub:
 
 USES = {
     "compress": lambda m, text, out: planish.compress(m, keep=0.8, method="svd", calibration=text, output=out),
-    "forecast": lambda m, text, _: planish.forecast(m, keep=0.8, method="flat-llm", calibration=text),
+    "forecast": lambda m, text, _: planish.forecast(m, keep=0.8, method="flat-llm", calibration=text, measure=True),
     "evaluate": lambda m, text, _: planish.evaluate(m, text),
 }
 
@@ -514,9 +514,11 @@ def test_a_configuration_is_enough_to_plan_from_the_hub(tmp_path, monkeypatch):
     (folder / "onnx" / "model.safetensors").write_bytes(b"x")
     hub = Hub(folder, tmp_path / "snapshot", monkeypatch)
     near, far = (planish.forecast(m, keep=0.8, method="svd") for m in (folder, "owner/model"))
+    assert planish.forecast("owner/model", keep=0.8, method="auto").keep <= 0.8
     assert not hub.weights and near.params_after == far.params_after and near.bytes_after == far.bytes_after
     near, far = (
-        planish.forecast(m, keep=0.8, method="flat-llm", calibration=WINDOWS.flatten()) for m in (folder, "owner/model")
+        planish.forecast(m, keep=0.8, method="flat-llm", calibration=WINDOWS.flatten(), measure=True)
+        for m in (folder, "owner/model")
     )
     assert hub.weights and near.units == far.units and "onnx/model.safetensors" not in hub.asked
     result = planish.compress(

@@ -59,7 +59,7 @@ def compressed(model) -> Path:
 @pytest.fixture(scope="module")
 def unfinished(model) -> Path:
     def stop(phase, done, total):
-        if phase == "blocks":
+        if phase == "blocks" and done:
             raise KeyboardInterrupt
 
     out = model.parent / "stopped"
@@ -363,7 +363,7 @@ def test_any_command_line(model, tmp_path, monkeypatch, capsys, command, pairs):
 
     monkeypatch.chdir(tmp_path)
     line = [command, str(model), "--calibration", str(model / "none.npy")]
-    line += ["-o", str(tmp_path / "out")] if command == "compress" else []
+    line += ["-o", str(tmp_path / "out")] if command == "compress" else ["--measure"]
     before = sorted(tmp_path.iterdir())
     code = get_command(app).main(
         [*line, *(word for option, value in pairs for word in (f"--{option}", value))], standalone_mode=False

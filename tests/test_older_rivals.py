@@ -60,11 +60,12 @@ def test_llm_rom_projects_outputs_one_linear_after_the_other():
 
 
 def test_llm_rom_cuts_as_many_blocks_as_the_paper():
-    s = stream(32)
-    for keep, cut in ((0.9, 8), (0.8, 12), (0.5, 24)):
+    """8, 12 and 24 of 32: here of 16."""
+    s = stream(16)
+    for keep, cut in ((0.9, 4), (0.8, 6), (0.5, 12)):
         job = pose_on(s, "llm-rom", keep)
         ranks = job.plan().ranks
-        assert sorted({u.block for u, r in ranks.items() if r < job.problem.full(u)}) == list(range(32 - cut, 32))
+        assert sorted({u.block for u, r in ranks.items() if r < job.problem.full(u)}) == list(range(16 - cut, 16))
         assert job.left(ranks) >= 0
 
 

@@ -19,7 +19,7 @@ from planish.core import Shape
 from planish.dry_run import memory, seconds
 from planish.dry_run.memory import count_kept, count_peaks
 from planish.dry_run.passes import Run, count_between, count_passes, reach
-from planish.dry_run.seconds import rehearse, shrink
+from planish.dry_run.seconds import extend, list_sizes, rehearse
 from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
 from planish.methods import find_method, list_methods, make_plan, pose
@@ -39,14 +39,14 @@ def test_config_alone_gives_the_plan_of_the_whole_folder(family, tmp_path):
         for m in (whole, tmp_path / "bare", tmp_path / "bare" / "config.json")
     ]
     for found in plans:
-        del found["seconds"], found["how"]
+        del found["seconds"], found["how"], found["phases"]
     assert plans[0] == plans[1] == plans[2]
 
 
 def test_statistics_need_weights(tmp_path):
     tiny.configure("llama_gqa").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="holds no weights to measure them with"):
-        planish.forecast(tmp_path, method="auto", n_samples=8, seq_len=16)
+        planish.forecast(tmp_path, method="auto", n_samples=8, seq_len=16, measure=True)
     with pytest.raises(InputError, match="holds no weights, which this needs"):
         planish.forecast(tmp_path, method="slicegpt", n_samples=8, seq_len=16)
     with pytest.raises(InputError, match="neither model"):
@@ -75,15 +75,17 @@ def test_every_methods_solves_can_be_rehearsed(method):
     solvers = {u: s for s in find_method(method).solvers() for u in s.units(shape)}
     ranks = {u: s.ranks(u, shape)[len(s.ranks(u, shape)) // 2] for u, s in solvers.items()}
     took = rehearse(solvers, ranks, shape)
-    assert set(took) == set(solvers) and all(s > 0 for s in took.values())
+    assert set(took) == set(solvers) and all(t.decompose > 0 for t in took.values())
 
 
 def test_wide_blocks_are_rehearsed_smaller():
     shape = Shape(0, 8192, 64, 8, 128, 128, 28672, 128, gated=True)
-    small, scale = shrink(shape)
-    assert (small.hidden, small.intermediate, small.v, small.rotary, scale) == (1024, 3584, 16, 16, 8)
+    sizes = [(s.hidden, s.intermediate, s.v, s.rotary, scale) for s, scale in list_sizes(shape)]
+    assert sizes == [(64 * n, 224 * n, n, n, 128 // n) for n in (2, 4, 8, 16)]
     odd = Shape(0, 2048, 8, 8, 256, 255, 8192, 64, gated=True)
-    assert shrink(odd) == (odd, 1)  # heads that cannot be halved
+    assert list_sizes(odd) == [(odd, 1)]  # heads that cannot be halved
+    assert extend([8, 4, 2], 5 + 0.25**3, 5 + 0.5**3) == pytest.approx(6)  # a + b · width³ with a 5, b 1
+    assert (extend([4], 0.0, 1.0), extend([4, 2], 3.0, 2.0)) == (64, 2)
 
 
 def test_how_much_of_a_block_runs_for_a_site():
@@ -154,8 +156,8 @@ def test_what_is_kept_of_all_blocks_is_predicted_to_the_byte(monkeypatch, tmp_pa
 def test_a_plan_that_cuts_nothing_needs_no_text(tmp_path):
     folder = tiny.save(tiny.build("llama_gqa"), tmp_path / "model")
     more = {"calibration": tiny.windows(40, 16).flatten(), "n_samples": 40, "seq_len": 16}
-    found = planish.forecast(folder, method="auto", keep=1, **more)
-    assert found.keep == 1 and not found.needed_statistics
+    found = planish.forecast(folder, method="auto", keep=1, measure=True, **more)
+    assert found.keep == 1 and not found.needed_statistics and found.measured
     assert found.peak_ram_bytes <= planish.forecast(folder, method="auto", keep=0.8, **more).peak_ram_bytes
 
 
@@ -177,7 +179,7 @@ def test_an_awaited_text_is_read_once_and_only_to_measure():
 def test_the_plan_foretold_is_the_one_that_is_followed(tmp_path, keep):
     folder = tiny.save(tiny.build("llama_gqa"), tmp_path / "model")
     more = {"calibration": tiny.windows(40, 16).flatten(), "n_samples": 40, "seq_len": 16, "device": "cpu"}
-    foretold = planish.forecast(folder, keep=keep, **more)
+    foretold = planish.forecast(folder, keep=keep, measure=True, **more)
     planish.compress(folder, keep=keep, output=tmp_path / "out", **more)
     notes = json.loads((tmp_path / "out" / "planish.json").read_text())["notes"]
     assert sum(foretold.predicted.values()) == pytest.approx(notes["predicted_loss"], rel=1e-9)
@@ -243,6 +245,7 @@ def test_parameters_foretold_are_those_that_are_written(tmp_path, family, method
         pytest.skip("needs RMSNorm")
     more = {"method": method, "calibration": tiny.windows(40, 24).flatten(), "n_samples": 12, "seq_len": 24, **asked}
     model = tiny.save(tiny.build(family), tmp_path / "model")
-    foretold, found = planish.forecast(model, **more), planish.compress(model, output=tmp_path / "out", **more)
+    foretold = planish.forecast(model, measure=True, **more)
+    found = planish.compress(model, output=tmp_path / "out", **more)
     assert foretold.params_after == found.params_after < foretold.params_before
     assert foretold.budgets == found.budgets

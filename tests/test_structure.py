@@ -20,7 +20,7 @@ CLASSES = {f"{m.name}.{n}": c for m in MODULES.values() for n, c in m.classes().
 
 # Rooms from the ground up. Imports point to a lower floor or stay on one; those for type checkers count.
 FLOORS = [
-    {"errors", "version", "shapes", "declare", "request", "mixture"},
+    {"errors", "version", "shapes", "declare", "request", "mixture", "durations"},
     {"modelling"},
     {"stats", "core", "lanes", "apply"},
     {"solvers", "rounding"},

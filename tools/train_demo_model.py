@@ -3,9 +3,9 @@
     python tools/train_demo_model.py -o src/planish/data/demo --log docs/demo_model_log.csv
 
 Text: `planish.calibrate.documents.builtin_text("train")` and, where the installation has it, Python's test suite; whole
-modules are held out by a hash of their names. Byte-level BPE of 4,096 tokens. Muon for the blocks'
-matrices, AdamW for the rest; trapezoid learning rate; bf16 autocast on fp32 weights. Seeds are fixed; the
-result is reproducible up to the arithmetic of the machine.
+modules are held out by a hash of their names. Byte-level BPE of 4,096 tokens. `--experts 16` trains a mixture (Mixtral, two
+experts per token, balanced by its auxiliary loss) instead. Muon for the blocks' matrices, AdamW for the rest; trapezoid
+learning rate; bf16 autocast on fp32 weights. Seeds are fixed; the result is reproducible up to the arithmetic of the machine.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from planish.calibrate.documents import builtin_text
 
@@ -49,16 +50,16 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def orthogonalise(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Newton–Schulz iteration towards the nearest semi-orthogonal matrix."""
+    """Newton–Schulz iteration towards the nearest semi-orthogonal matrix, of each of several stacked ones."""
     x = g.bfloat16()
-    transposed = x.shape[0] > x.shape[1]
+    transposed = x.shape[-2] > x.shape[-1]
     if transposed:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        s = x @ x.T
+        s = x @ x.mT
         x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
-    return (x.T if transposed else x).to(g.dtype)
+    return (x.mT if transposed else x).to(g.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -73,10 +74,30 @@ class Muon(torch.optim.Optimizer):
                 m.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalise(p.grad.lerp(m, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+                p.add_(update, alpha=-group["lr"] * max(1, p.shape[-2] / p.shape[-1]) ** 0.5)
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> None:
+def build(args: argparse.Namespace) -> torch.nn.Module:
+    """A LLaMA, or a mixture of `args.experts` experts; residual branches start at zero."""
+    common: dict[str, Any] = {
+        "vocab_size": args.vocab, "hidden_size": args.hidden, "num_hidden_layers": args.blocks, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.02,
+    }  # fmt: skip
+    model: torch.nn.Module
+    if args.experts:
+        mixture = {"num_local_experts": args.experts, "num_experts_per_tok": 2, "output_router_logits": True}
+        config = MixtralConfig(intermediate_size=args.intermediate or 48, sliding_window=None, **common, **mixture)
+        model = MixtralForCausalLM(config)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(intermediate_size=args.intermediate or 576, **common))
+    for name, p in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+            torch.nn.init.zeros_(p)
+    return model.to(args.device)
+
+
+def save(model: Any, folder: Path) -> None:
     """Weights in bf16, the tied matrix once."""
     model.save_pretrained(folder)
     weights = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
@@ -91,7 +112,8 @@ def main() -> None:
     parser.add_argument("--log", type=Path)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--intermediate", type=int, default=576)
+    parser.add_argument("--intermediate", type=int, help="neurons: 576, or 48 of each expert")
+    parser.add_argument("--experts", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=10, help="sequences of --seq-len per step")
@@ -117,33 +139,15 @@ def main() -> None:
     )
     print(f"train {len(train_text):,} chars {len(ids):,} tokens; held out {len(heldout):,} tokens", flush=True)
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=args.vocab,
-            hidden_size=args.hidden,
-            intermediate_size=args.intermediate,
-            num_hidden_layers=args.blocks,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            rms_norm_eps=1e-5,
-            bos_token_id=0,
-            eos_token_id=0,
-            initializer_range=0.02,
-        )
-    ).to(args.device)
-    for block in model.model.layers:  # residual branches start at zero
-        torch.nn.init.zeros_(block.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(block.mlp.down_proj.weight)
+    model = build(args)
     rows, first = ["step,tokens,seconds,lr,train_nll,heldout_nll"], 0
     if args.resume:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32).state_dict())
+        model.load_state_dict(type(model).from_pretrained(args.output, dtype=torch.float32).state_dict())
         rows = args.log.read_text().split()
         first = int(rows[-1].split(",")[0])
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
+    inner = {n for n, p in model.named_parameters() if p.ndim > 1 and ".layers." in n and ".mlp.gate.weight" not in n}
+    matrices = [p for n, p in model.named_parameters() if n in inner]
+    others = [p for n, p in model.named_parameters() if n not in inner]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     muon = Muon(matrices, lr=args.lr)
     adam = torch.optim.AdamW(others, lr=args.lr / 7, betas=(0.9, 0.95), weight_decay=0.0)
@@ -156,7 +160,8 @@ def main() -> None:
         total = 0.0
         for w in windows.split(16):
             w = w.long().to(args.device)
-            total += model(input_ids=w, labels=w).loss.item() * len(w)
+            logits = model(input_ids=w).logits[:, :-1].float().flatten(0, 1)
+            total += torch.nn.functional.cross_entropy(logits, w[:, 1:].flatten()).item() * len(w)
         model.train()
         return total / len(windows)
 
@@ -173,9 +178,10 @@ def main() -> None:
         at = torch.randint(len(ids) - seq_len - 1, (args.batch * halves,), generator=generator)
         batch = torch.stack([ids[i : i + seq_len] for i in at]).long().to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
-            logits = model(input_ids=batch).logits
+            out = model(input_ids=batch)
+        logits, balance = out.logits, getattr(out, "aux_loss", None)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
+        (loss if balance is None else loss + 0.01 * balance).backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer, _ in optimizers:
             optimizer.step()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish import single_cuts
+from planish import lanes, single_cuts
 from planish.calibrate.cache import tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import eval_windows, fingerprint, interleave, load_tokens, sample_windows, share_out
@@ -23,6 +23,8 @@ from planish.core import Progress
 from planish.declare import check_number
 from planish.dry_run import Forecast
 from planish.dry_run import forecast as forecast_windows
+from planish.dry_run.seconds import Phase
+from planish.dry_run.windows import Chosen, choose_windows, foretell
 from planish.errors import InputError
 from planish.evaluation import (
     DTYPES,
@@ -43,7 +45,7 @@ from planish.folder.source import FolderSource, Source, open_shapes, open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
-from planish.methods.method import Method
+from planish.methods.method import Method, list_settings
 from planish.mixture import join_mixture, split_mixture
 from planish.request import (
     LIMITS,
@@ -60,6 +62,7 @@ from planish.solvers.offload import offload
 __all__ = [
     "answer_both", "compare", "compress", "eora", "evaluate", "evaluate_tasks", "forecast", "load", "measure_effects",
 ]  # fmt: skip
+Begin = Callable[[Sequence[Phase], Mapping[str, float]], None]  # predicted phases; what would halve them → seconds
 TEXT_AND_DEVICE = ("calibration", *TEXT, "device", "dtype")  # options of what only measures
 N_SAMPLES = 128  # unless told; fewer where the text has fewer
 
@@ -76,6 +79,7 @@ def compress(
     overwrite: bool = False,
     cache: bool = False,
     progress: Progress | None = None,
+    begin: Begin | None = None,
     **options: Any,
 ) -> Result | nn.Module:
     """Compress a model into the folder `output` and report what was counted; without `output` return the smaller model.
@@ -87,17 +91,25 @@ def compress(
     `calibration`: a SOURCE of `planish.calibrate.text.load_tokens` (name, file, or token ids) from which `n_samples` windows of
     `seq_len` tokens are taken: text at random by `seed`, ids side by side from the start, unless `sampling` says otherwise.
     `bits` "auto" with `max_bytes`, or `fit` (the size with the KV cache and what running takes): cuts and rounding compete.
+    Where neither number is given and a CPU would need more than half an hour, fewer tokens are taken (a warning and the manifest
+    say how many and why).
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
-    for the next budget. `progress(phase, done, total)` is called as blocks are done.
+    for the next budget. `progress(phase, done, total)` is called as a phase begins (0) and as blocks are done;
+    `begin(phases, shorter)` before, with the predicted seconds of every phase (`planish.dry_run.seconds.Phase`) and what would
+    halve their sum; both are empty where the run is small.
     """
     if output is None:
         with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as folder:
             inside = Path(folder) / "model"
-            compress(model, tokenizer, output=inside, sparsity=sparsity, cache=cache, progress=progress, **options)
+            compress(
+                model, tokenizer, output=inside, sparsity=sparsity, cache=cache, progress=progress, begin=begin, **options,
+            )  # fmt: skip
             return load(inside)
     request, method = read_options(options, sparsity)
     source = open_source(model, tokenizer, request.adapter)
-    text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache)
+    lanes.start(request.device)
+    chosen = fit_windows(request, method, source)
+    text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache, chosen)
     files = {}
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
@@ -105,6 +117,8 @@ def compress(
     if request.fit is not None or request.bits == "auto":
         request, choices = choose_bits(request, method, source, text, place, progress)
         files["choices.json"] = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
+    if begin is not None and lanes.is_first():
+        begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
     result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
     result.warnings, result.choices = text.notes + result.warnings, [c.as_dict() for c in choices]
     return result
@@ -133,7 +147,7 @@ def read_options(
 def write_recipe(request: Request, method: Method, source: FolderSource, text: Calibration, output: Path) -> str:
     """recipe.yaml: the request with every default filled in, and files named as from the output folder."""
     filled = {
-        "model": source.name, **request.given, "settings": method.settings(), "device": request.device.partition(":")[0],
+        "model": source.name, **request.given, "settings": list_settings(method), "device": request.device.partition(":")[0],
         "calibration": request.calibration.model_dump() | {n: text.record[n] for n in TEXT},
         "dtype": request.dtype if request.dtype in DTYPES else None,
     }  # fmt: skip
@@ -147,35 +161,36 @@ def forecast(
     tokenizer: Any = None,
     *,
     sparsity: float | None = None,
+    measure: bool = False,
     cache: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Forecast:
     """What `compress` with the same arguments would give and take; nothing is changed or written.
 
-    The calibration text is read only where the method needs statistics to choose its ranks; elsewhere a config.json alone
-    will do for `model`, and "cuda" for `device` on a machine without. `cache`: keep its token ids on disk.
+    From shapes alone, so that a config.json will do for `model`, and "cuda" for `device` on a machine without: where the method
+    chooses its ranks by statistics, these and what follows from them are what is expected (`Forecast.measured` is False).
+    `measure`: find them as `compress` would, on the calibration text. `cache`: keep its token ids on disk.
     """
     if options.get("bits") is not None or options.get("fit") is not None:
         raise InputError("a forecast counts weights as they are before rounding: leave bits and fit out")
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer, request.adapter)
-    asked = request.calibration
-    seq_len, _ = fit_seq_len(source, asked.seq_len)
-    notes: list[str] = []
+    chosen = fit_windows(request, method, source)
+    notes = [chosen.why] if chosen.why else []
 
     def read() -> Tensor:
         find_device(request.device)
-        text = read_calibration(
-            source, tokenizer, asked.model_copy(update={"seq_len": seq_len}), options.get("calibration"), cache
-        )
+        text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache, chosen)
         notes.extend(text.notes)
         return text.windows
 
-    size = asked.n_samples or N_SAMPLES, seq_len
+    known, outlook = None, chosen.outlook
+    if outlook and not measure and outlook.serves(request):
+        known = outlook.run(chosen.size), outlook.costs
     with offload(request.device):
-        found = forecast_windows(request, method, source, read, size, progress)
-    found.warnings = notes + found.warnings
+        found = forecast_windows(request, method, source, chosen.size, read if measure else None, progress, known)
+    found.warnings = [*dict.fromkeys(notes), *found.warnings]
     return found
 
 
@@ -248,11 +263,26 @@ def default_method() -> str:
     return "auto" if "auto" in list_methods() else "flat-llm"
 
 
-def read_calibration(source: Source, tokenizer: Any, asked: Text, ids: Any = None, cache: bool = False) -> Calibration:
+def fit_windows(request: Request, method: Method, source: Source) -> Chosen:
+    """The calibration windows that are asked for; where none are, the default ones, or such that fit the machine: of several
+    processes the first one chooses."""
+    asked = request.calibration
+    size = asked.n_samples or N_SAMPLES, fit_seq_len(source, asked.seq_len)[0]
+    if asked.n_samples or asked.seq_len:
+        return Chosen(size)
+    chosen = choose_windows(request, method, source, size) if lanes.rank() == 0 else Chosen(size)
+    return chosen if lanes.count() == 1 else lanes.share(chosen._replace(outlook=None))
+
+
+def read_calibration(
+    source: Source, tokenizer: Any, asked: Text, ids: Any = None, cache: bool = False, chosen: Chosen | None = None
+) -> Calibration:
     """Windows of a SOURCE, of several with weights, or of `ids` (a SOURCE in memory) for a model: tokens checked against its
-    vocabulary, lengths against its positions."""
+    vocabulary, lengths against its positions. `chosen`: other windows than the default ones, where none are asked for."""
     start = time.perf_counter()
-    seq_len, notes = fit_seq_len(source, asked.seq_len)
+    most, length, why = (*chosen.size, chosen.why) if chosen and chosen.why else (N_SAMPLES, asked.seq_len, "")
+    seq_len, notes = fit_seq_len(source, length)
+    notes += [why] if why else []
     if tokenizer is None and source.folder is not None:
         tokenizer = load_tokenizer(source.folder)
     read = partial(load_tokens, tokenizer=tokenizer, vocab_size=source.config.vocab_size, bos=asked.bos,
@@ -260,15 +290,15 @@ def read_calibration(source: Source, tokenizer: Any, asked: Text, ids: Any = Non
     parts = split_mixture(str(ids if isinstance(ids, str | Path) else asked.source))
     counts: list[int | None] = [asked.n_samples]
     if len(parts) > 1:
-        counts = [*share_out([*parts.values()], asked.n_samples or N_SAMPLES)]
+        counts = [*share_out([*parts.values()], asked.n_samples or most)]
     windows, record = list[Tensor](), dict[str, Any]()
     for name, count in zip(parts, counts, strict=True):
         text = read(name if ids is None or isinstance(ids, str | Path) else ids)
         how = asked.sampling or text.sampling
         if count is None:
             held = len(text.tokens) // seq_len if how == "contiguous" else len(text.tokens) - seq_len + 1
-            count = min(N_SAMPLES, max(held, 1))
-            if count < N_SAMPLES:
+            count = min(most, max(held, 1))
+            if count < most:
                 notes.append(f"n_samples {count}: the text holds no more {how} windows of {seq_len} tokens")
         windows.append(sample_windows(text.tokens, count, seq_len, asked.seed, how, text.begin))
         record = {"source": text.source, "sampling": how, "begins": text.policy}
@@ -282,6 +312,7 @@ def read_calibration(source: Source, tokenizer: Any, asked: Text, ids: Any = Non
         "bos": asked.bos,
         "fingerprint": fingerprint(mixed),
     }
+    record |= {"chosen": why} if why else {}
     return Calibration(mixed, record, notes, time.perf_counter() - start)
 
 

@@ -13,13 +13,18 @@ from planish.methods.method import Method
 from planish.plan.problem import Problem
 
 
+def count_needed(problem: Problem) -> int:
+    """Dimension of the largest Gram that is measured."""
+    taps = [t for t in problem.taps(problem.block_units(0)) if t.kind in ("gram", "moments")]
+    return max((problem.shapes[0].width(t.site) for t in taps), default=0)
+
+
 def check_tokens(method: Method, problem: Problem, windows: Tensor, settings: dict[str, Any]) -> None:
     """Fewer calibration tokens than a Gram's dimension make it singular: an error unless damping is asked for."""
     own = method.dampings
     if set(own) & set(settings):
         return
-    grams = [t for t in problem.taps(problem.block_units(0)) if t.kind in ("gram", "moments")]
-    need = max((problem.shapes[0].width(t.site) for t in grams), default=0)
+    need = count_needed(problem)
     if 0 < windows.numel() < need:
         hint = f", or ask for damping (--set {own[0]}=0.01)" if own else ""
         raise InputError(

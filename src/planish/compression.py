@@ -33,7 +33,7 @@ from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal
 from planish.manifest import Result, note_origin, read_result, write_manifest
 from planish.methods import find_method, make_plan, pose
-from planish.methods.method import Method
+from planish.methods.method import Method, list_settings
 from planish.modelling.blocks import Spec
 from planish.plan.footprint import count_headers, footprint
 from planish.plan.latency import read_table
@@ -186,7 +186,7 @@ def write_journal(
     return {
         "model": str(find_lasting(source.folder)), "name": source.name, "asked": request.limits,
         "adapter": None if request.adapter is None else str(Path(request.adapter).resolve()),
-        "method": method.name, "settings": method.settings(), "given": sorted(request.settings),
+        "method": method.name, "settings": list_settings(method), "given": sorted(request.settings),
         "calibration": text.record, "device": request.device.partition(":")[0], "dtype": request.dtype,
         "round_to": request.round_to, "overwrite": place.overwrite, "target": request.target, "bits": request.bits,
         "head_bits": request.head_bits, "files": place.files,

@@ -289,4 +289,4 @@ def compute_loss_tails(squares: Tensor) -> Tensor:
     return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
 
 
-Progress = Callable[[str, int, int], None]  # phase, done, total
+Progress = Callable[[str, int, int], None]  # phase, done (0: its first step begins), total

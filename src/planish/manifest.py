@@ -14,7 +14,7 @@ from planish.calibrate.stream import Stream
 from planish.errors import InputError
 from planish.folder.source import Source, find_adapter, find_origin, list_changes
 from planish.folder.writer import Writer
-from planish.methods.method import Method
+from planish.methods.method import Method, list_settings
 from planish.mixture import join_mixture, split_mixture
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
@@ -98,7 +98,7 @@ def write_manifest(
         **({"source_file": origin} if (origin := find_origin(stream.source)) else {}),
         **({"adapter": adapter.record} if (adapter := find_adapter(stream.source)) else {}),
         "method": result.method,
-        "settings": method.settings() | dict(planned.settings),
+        "settings": list_settings(method) | dict(planned.settings),
         "round_to": problem.step,
         "calibration": calibration | {"source": name_only(str(calibration.get("source", "")))},
         "dtype": str(stream.dtype).removeprefix("torch."),

@@ -175,7 +175,7 @@ class Quantiser:
         prefix = f"{self.source.family.blocks}.{i}."
         for name, linear in linears.items():
             metric = Metric(grams[name] / max(tokens, 1), gradients.get(name))
-            kind = self.asked.blocks.pick(linear.in_features, f"block {i}, {name}")
+            kind = self.asked.blocks.pick(linear.in_features, f"block {i}, {name}", linear.out_features)
             found = self.round(prefix + name, linear.weight.data, kind, metric)
             del tensors[f"{name}.weight"]
             tensors |= {f"{name}.{end}": t for end, t in name_parts(found).items()}

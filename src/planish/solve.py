@@ -46,6 +46,8 @@ def solve(
         planned.make(emit)
         return []
     walk = Walk(replace(problem, units=planned.solvers), measure, planned, bool(trial))
+    if measure.progress:
+        measure.progress(trial or "blocks", 0, len(problem.shapes))
     for i in range(len(problem.shapes)):
         finish = (finished or {}).get(i)
         block, spec, errors = walk.restore(i, finish) if finish else walk.solve(i)

@@ -46,7 +46,7 @@ class Measurements:
         self.seconds: dict[str, float] = {}
         self._inner: list[float] = []  # per running phase: seconds of the phases inside it
         if isinstance(stream, Stream):
-            stream.clock = self.phase
+            self._watch(stream)
 
     @property
     def started(self) -> bool:
@@ -57,8 +57,13 @@ class Measurements:
     def stream(self) -> Stream:
         if isinstance(self.given, Awaited):
             self.given = self.given.make()
-            self.given.clock = self.phase
+            self._watch(self.given)
         return self.given
+
+    def _watch(self, stream: Stream) -> None:
+        stream.clock = self.phase
+        if self.progress:
+            stream.report = self.progress
 
     @property
     def source(self) -> Source:
@@ -80,7 +85,7 @@ class Measurements:
 
     def part(self, windows: Tensor) -> Measurements:
         """The same model on other windows (n, seq): what is stored stays, nothing is taken from the cache."""
-        other = Measurements(self.stream.part(windows))
+        other = Measurements(self.stream.part(windows), progress=self.progress)
         other.stored = self.stored
         return other
 
@@ -107,7 +112,7 @@ class Measurements:
             found = sweep(self.stream, lambda shape: missing[shape.block], edits)
         else:
             order = reversed(range(len(self.shapes))) if probe else range(len(self.shapes))
-            found, label = ((i, self.stream.block(i), Stats()) for i in order), "cached statistics"
+            found, label = ((i, self.stream.block(i), Stats()) for i in order), f"cached {label}"
         for n, (i, block, stats) in enumerate(found):
             if not edits:
                 self.cache.keep_stats(origin, i, stats)
@@ -130,6 +135,7 @@ def empty(block: nn.Module, stats: Stats) -> None:
 def sweep_forward(stream: Stream, taps: Taps, edits: Edits | None = None) -> Measured:
     """Every block of the uncompressed model, or the one that `edits` make, with the statistics of its taps."""
     hidden = stream.start()
+    stream.report("statistics", 0, len(stream))
     for i in range(len(stream)):
         block = stream.block(i, (edits or {}).get(i, ()))
         stats, hidden = measure_block(stream, i, stream.place(block), taps(stream.source.shape(i)), hidden)
@@ -148,8 +154,10 @@ def sweep_back(
     """
     edits = edits or {}
     inputs = [stream.start()]
+    stream.report("forward", 0, len(stream))
     for i in range(len(stream)):
         inputs.append(stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), inputs[-1], stream.limits.stored))
+        stream.report("forward", i + 1, len(stream))
     last = zip(stream.pieces, inputs.pop(), strict=True)
     sent = (output_gradient(stream, h, seed, p.first, probe, p.ids) for p, h in last)
     gradients: Hidden = Activations(stream.limits, sent)

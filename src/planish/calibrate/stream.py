@@ -24,7 +24,7 @@ from planish import lanes
 from planish.apply import apply_edits
 from planish.calibrate.activations import Activations, MemoryLimits, fetch, find_device_limit
 from planish.calibrate.reuse import Reuse, lead
-from planish.core import Edit, Shape, Weights
+from planish.core import Edit, Progress, Shape, Weights
 from planish.folder.source import Source
 from planish.modelling.blocks import find_blocks, get_linear, read_layout
 from planish.modelling.families import Family
@@ -42,6 +42,10 @@ class Piece(NamedTuple):
     lane: int
     first: int
     ids: Tensor
+
+
+class NothingMeasuredError(Exception):
+    """Something was to be measured where only shapes are to be looked at."""
 
 
 @dataclass
@@ -91,6 +95,7 @@ class Stream:
         self.batches = list(windows.split(tokens)) if windows.numel() else []
         self.calls: dict[int, list[dict[str, Any]]] = {}
         self.clock: Callable[[str], AbstractContextManager] = lambda phase: nullcontext()  # who runs it may time "sums"
+        self.report: Progress = lambda phase, done, total: None  # and hear which blocks are done
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -51,8 +51,9 @@ def compress(
         asked = o.tell_asked(options, sparsity)
         try:
             result = run.api.compress(
-                model, output=output, overwrite=overwrite, cache=cache, progress=run.progress, **options
-            )
+                model, output=output, overwrite=overwrite, cache=cache, progress=run.progress, begin=run.begin,
+                **options,
+            )  # fmt: skip
         except (KeyboardInterrupt, lanes.ProcessLost):
             if output.with_name(output.name + ".partial").exists():
                 say(f"to go on from here: planish resume {output}")

@@ -26,6 +26,7 @@ EXTRAS = {  # extra → what it is for, modules that show it is there
     "report": ("pictures of the benchmarks", ("matplotlib",)),
     "tune": ("LoRA on compressed models", ("peft",)),
     "quant": ("integer weights", ("torchao",)),
+    "pack": ("compress --bits for transformers and vLLM", ("compressed_tensors",)),
 }
 
 

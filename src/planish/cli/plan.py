@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from planish.cli import options as o
@@ -13,37 +14,63 @@ from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_ta
 
 @o.asks(*o.BUDGETS, "sparsity", "method", *o.TEXT, *o.COMPUTE, "round_to", "target", "settings", "adapter")
 def plan(
-    model: o.ModelArgument, *, sparsity: o.SparsityOption = None, as_json: o.JsonOption = False, **options: Any
+    model: o.ModelArgument,
+    *,
+    sparsity: o.SparsityOption = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="find ranks that depend on the text, as compress would: may take long")
+    ] = False,
+    as_json: o.JsonOption = False,
+    **options: Any,
 ) -> None:
-    """Say what compressing would give and take; change and write nothing."""
+    """Say what compressing would give and take, from shapes; change and write nothing."""
     options["settings"] = o.parse_settings(options["settings"], sparsity, options)
     asked = o.tell_asked(options, sparsity)
     with session(as_json) as run:
-        found = run.api.forecast(model, cache=True, progress=run.progress, **options)
+        found = run.api.forecast(model, measure=measure, cache=True, progress=run.progress, **options)
         for warning in found.warnings:
             say(f"note: {warning}")
-        measured = "ranks from calibration statistics" if found.needed_statistics else "ranks from shapes alone"
         run.give(
             found.as_dict(),
-            f"[bold]{found.method}[/] · keep {found.keep:.4f} (asked {asked}) · {measured} · nothing is written",
-            make_ranks(found.units),
+            f"[bold]{found.method}[/] · keep {found.keep:.4f} (asked {asked}) · {tell_ranks(found)} · nothing is written",
+            make_ranks(found.units, "" if found.measured else "~"),
+            *tell_measuring(found),
             compare_sizes(found),
             *make_losses(found),
             *o.show_latency(found),
-            f"compressing takes about {format_seconds(found.seconds)}, {format_bytes(found.peak_ram_bytes)} of memory"
+            f"compressing on {found.n_samples} × {found.seq_len} tokens takes about {format_seconds(found.seconds)}, "
+            + f"{format_bytes(found.peak_ram_bytes)} of memory"
             + (f", {format_bytes(found.peak_vram_bytes)} on the device" if found.peak_vram_bytes else "")
             + f" and {format_bytes(found.disk_bytes)} of disk",
             f"[dim]time: {found.how['seconds']}\nmemory: {found.how['peak_ram']}\nFLOPs: {found.how['flops']}[/]",
         )
 
 
-def make_ranks(units: list[dict[str, Any]]) -> Table:
-    """One row per block: every unit's rank of its full rank, and the weights that stay."""
+def tell_ranks(found: Any) -> str:
+    if not found.measured:
+        return "ranks as expected, not measured"
+    return "ranks from calibration statistics" if found.needed_statistics else "ranks from shapes alone"
+
+
+def tell_measuring(found: Any) -> list[str]:
+    """What is not known before the text is read."""
+    if found.measured:
+        return []
+    names = ", ".join(dict.fromkeys(u["unit"] for u in found.units))
+    planning = sum(p["seconds"] for p in found.phases[:-1])
+    return [
+        f"{found.method} chooses the ranks of {names} by what it measures on the calibration text: those shown (~), the cache, "
+        f"FLOPs, memory and time are what to expect; `planish plan --measure` finds them, in about {format_seconds(planning)}"
+    ]
+
+
+def make_ranks(units: list[dict[str, Any]], sign: str = "") -> Table:
+    """One row per block: every unit's rank (with a sign in front) of its full rank, and the weights that stay."""
     names = list(dict.fromkeys(u["unit"] for u in units))
     table = make_table("block", *names, "weights", "kept")
     for block, rows in groupby(units, key=lambda u: u["block"]):
         found = {u["unit"]: u for u in rows}
-        cells = [f"{found[n]['rank']}/{found[n]['full']}" if n in found else "" for n in names]
+        cells = [f"{sign}{found[n]['rank']}/{found[n]['full']}" if n in found else "" for n in names]
         before, after = (sum(u[k] for u in found.values()) for k in ("before", "after"))
         table.add_row(str(block), *cells, f"{after:,}", f"{after / before:.1%}")
     return table

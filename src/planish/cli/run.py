@@ -9,15 +9,18 @@ import logging
 import math
 import os
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from planish.cli.left import TimeLeft
+from planish.durations import tell
 from planish.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 WIDE = 160  # columns of tables that no terminal shows
+EVERY = 10.0  # seconds between lines of progress, at least
 
 # What the system refuses because of what the user asked for: space, permissions, paths.
 _REFUSED = {
@@ -93,14 +97,7 @@ def say(line: str) -> None:
 def session(as_json: bool) -> Iterator[Session]:
     """Within the context nothing but the command's result reaches stdout, and other libraries' bars are off."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (
@@ -108,7 +105,7 @@ def session(as_json: bool) -> Iterator[Session]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
     bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     found = Session(as_json, bars)
@@ -142,6 +139,8 @@ class Session:
     def __init__(self, as_json: bool, bars: Any):
         self.as_json, self.bars = as_json, bars
         self.tasks: dict[str, Any] = {}
+        self.began = self.said = time.monotonic()
+        self.time = TimeLeft(began=self.began)
         self.result: dict[str, Any] = {}
         self.view: list[Any] = []
 
@@ -154,11 +153,34 @@ class Session:
         loading.silence()
         return api
 
+    def begin(self, phases: Sequence[Any], shorter: Mapping[str, float]) -> None:
+        """`planish.api.Begin`: what a long run is predicted to take, before it starts."""
+        if not phases:
+            return
+        self.began = self.said = time.monotonic()
+        self.time = TimeLeft([(p.name, p.steps) for p in phases], self.began)
+        parts = dict[str, float]()
+        for p in phases:
+            name = p.name.partition(" ")[0]
+            parts[name] = parts.get(name, 0.0) + p.seconds
+        took = ", ".join(f"{name} {tell(s)}" for name, s in parts.items())
+        say(f"this takes about {tell(sum(parts.values()))} ({took})")
+        if shorter:
+            say(f"about half of that or less: {', '.join(f'{flag} ({tell(s)})' for flag, s in shorter.items())}")
+
     def progress(self, phase: str, done: int, total: int) -> None:
-        """`planish.core.Progress`: a bar per phase."""
+        """`planish.core.Progress`: a bar per phase; where stderr is no terminal, a line for every block that took `EVERY`
+        seconds, and for as many faster ones as take that long together."""
+        now = time.monotonic()
+        self.time.report(phase, done, total, now)
+        left = self.time.left(now)
+        rest = "" if left is None else f"about {tell(left)} left{' of this phase' * self.time.more}"
         if phase not in self.tasks:
-            self.tasks[phase] = self.bars.add_task(phase, total=total)
-        self.bars.update(self.tasks[phase], completed=done, total=total)
+            self.tasks[phase] = self.bars.add_task(phase, total=total, left=rest)
+        self.bars.update(self.tasks[phase], completed=done, total=total, left=rest)
+        if done and self.bars.disable and now - self.said >= EVERY and is_first():
+            self.said = now
+            say(" · ".join([f"{phase} {done} of {total}", f"{tell(now - self.began)} elapsed", *[rest][: bool(rest)]]))
 
     def note(self, warnings: list[str]) -> None:
         """What a run has to say besides its result."""

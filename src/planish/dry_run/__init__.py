@@ -8,10 +8,8 @@ them: at most. FLOPs count two per weight and token. Peak memory and time are es
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,20 +19,21 @@ from planish.apply import is_empty, merge_forms, merge_specs
 from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import Awaited, Stream
+from planish.calibrate.stream import Awaited, NothingMeasuredError, Stream
 from planish.calibrate.text import shuffle_windows
 from planish.checking import check_tokens, check_windows
 from planish.compression import pick_dtype
 from planish.core import WHOLE, Progress, describe_experts, describe_rest
 from planish.dry_run.memory import count_peaks
 from planish.dry_run.passes import Run
-from planish.dry_run.seconds import estimate_seconds
+from planish.dry_run.seconds import Costs, estimate_phases, explain, measure_costs
 from planish.errors import InputError
 from planish.folder.source import ConfigSource, Source, list_changes
-from planish.methods import make_plan, pose
+from planish.methods import foresee_plan, make_plan, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import install
 from planish.plan.budgets import Latency, make_budget
+from planish.plan.foreseen import Work
 from planish.plan.frontiers import measure_frontiers
 from planish.plan.latency import read_table
 from planish.plan.planned import Planned
@@ -67,7 +66,11 @@ class Forecast:
     peak_vram_bytes: int
     disk_bytes: int
     seconds: float
-    needed_statistics: bool
+    needed_statistics: bool  # ranks depend on measuring
+    measured: bool  # ranks and what follows from them are as `compress` will find them, else as they are expected
+    phases: list[dict[str, Any]]  # walks over the blocks: name, seconds, steps (seconds of each)
+    n_samples: int
+    seq_len: int
     units: list[dict[str, Any]]
     latency_ms_before: float | None = None
     latency_ms_after: float | None = None
@@ -84,32 +87,35 @@ class Forecast:
         return asdict(self) | {"removed": 1 - self.keep, "keep_whole_model": self.params_after / self.params_before}
 
 
-def forecast(
+def look_ahead(
     request: Request,
     method: Method,
     source: Source,
-    read: Callable[[], Tensor],
     size: tuple[int, int],
+    read: Callable[[], Tensor] | None = None,
     progress: Progress | None = None,
-) -> Forecast:
-    """The plan and its consequences. `read` gives the calibration windows, called only if the plan needs statistics.
+) -> Run:
+    """The plan on calibration windows of this `size` (n_samples, seq_len): with `read`, which gives the windows themselves,
+    the one that is found by measuring on them; else as far as shapes tell it, the text not read and no weight.
 
-    `size` (n_samples, seq_len): the calibration that memory and time are estimated for where it does not. Of the request
-    count what `compress` counts. Raises InputError where no plan meets it, or the plan needs weights that are not there.
+    Of the request count what `compress` counts. Raises InputError where no plan meets it, or the plan needs weights that are
+    not there.
     """
     device, limits = request.device, MemoryLimits()
     dtype = getattr(torch, request.dtype) if request.dtype else pick_dtype(source, device)
     asked = request.model_copy(update={"context": request.context or size[1]})
     table = read_table(source, asked.context or 0, device, dtype, progress) if asked.max_latency is not None else None
-    posed = partial(pose, method, source, asked, step=request.round_to, measured=table)
-    problem = posed(target=request.target)
+    problem = pose(method, source, asked, step=request.round_to, measured=table, target=request.target)
 
     def make_stream() -> Stream:
+        if read is None:
+            raise NothingMeasuredError
         whole = source.whole if isinstance(source, ConfigSource) else source
         if whole is None:
             raise InputError(
                 f"{method.name} chooses its ranks by statistics, and {source.name} holds no weights to measure them with: "
-                "plan from the whole model, or with ranks from shapes alone (--set allocation=uniform, where the method has it)"
+                "plan from the whole model, with ranks from shapes alone (--set allocation=uniform, where the method has it), or "
+                "without --measure"
             )
         windows = read()
         check_windows(windows, whole)
@@ -118,23 +124,47 @@ def forecast(
         return Stream(whole, windows, device=device, dtype=dtype, limits=limits)
 
     awaited = Awaited(source, torch.device(device), dtype, limits, make_stream)
-    measure, start = Measurements(awaited, Cache(memory=STATISTICS), progress), time.perf_counter()
-    planned = make_plan(method, problem, measure)
-    planning = time.perf_counter() - start if measure.started else 0.0
+    measure = Measurements(awaited, Cache(memory=STATISTICS), progress)
+    work: Sequence[Work] = ()
+    if read is None:
+        planned, work = foresee_plan(method, problem, measure, size[0])
+    else:
+        with measure.phase("plan"):
+            planned = make_plan(method, problem, measure)
     if measure.started:
         size = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
-    found = describe(Run(replace(problem, units=planned.solvers), measure, planned, *size))
-    found.seconds += planning
+    return Run(replace(problem, units=planned.solvers), measure, planned, *size, work)
+
+
+def forecast(
+    request: Request,
+    method: Method,
+    source: Source,
+    size: tuple[int, int],
+    read: Callable[[], Tensor] | None = None,
+    progress: Progress | None = None,
+    known: tuple[Run, Costs] | None = None,
+) -> Forecast:
+    """The plan that `look_ahead` gives, and its consequences. `known`: what it gave already, with the costs measured for it."""
+    run, costs = known or (look_ahead(request, method, source, size, read, progress), None)
+    problem, planned, measure = run.problem, run.planned, run.measure
+    found = describe(run, costs)
+    if measure.started:
+        took = sum(measure.seconds.values())
+        found.phases.insert(0, {"name": "plan", "seconds": took, "steps": [took]})
+        found.seconds += took
     found.target, found.predicted = request.target, add_losses(problem, planned)
     found.nats = bool(planned.frontiers) and all(f.nats for f in planned.frontiers.values())
-    free = posed()
+    asked = request.model_copy(update={"context": problem.context})
+    table = problem.table.seconds if problem.table else None
+    free = pose(method, source, asked, step=request.round_to, measured=table)
     found.limits = describe_limits(problem.target, free.units, free.shapes)
     if found.limits and found.predicted:
         again = Measurements(measure.stream, measure.cache, progress)
         planned = make_plan(method, free, again)
         free = replace(free, units=planned.solvers)
-        known = planned.frontiers or measure_frontiers(free, again)
-        found.predicted_any = add_losses(free, replace(planned, frontiers=known))
+        frontiers = planned.frontiers or measure_frontiers(free, again)
+        found.predicted_any = add_losses(free, replace(planned, frontiers=frontiers))
     return found
 
 
@@ -147,7 +177,7 @@ def add_losses(problem: Problem, planned: Planned) -> dict[str, float]:
     return losses
 
 
-def describe(run: Run) -> Forecast:
+def describe(run: Run, costs: Costs | None = None) -> Forecast:
     """Everything that follows from a plan."""
     problem, planned, source = run.problem, run.planned, run.measure.source
     shapes, itemsize, head = problem.shapes, source.stored.itemsize, source.count_head()
@@ -164,7 +194,8 @@ def describe(run: Run) -> Forecast:
     budgets = (make_budget(n, 1, source, shapes, problem.context) for n in ("kv_keep", "flops_keep", "max_bytes"))
     caches, flops, stored = ((b.total + b.outside, count_left(problem, planned.ranks, b) + b.outside) for b in budgets)
     peaks = count_peaks(run, params, params_after)
-    seconds, how = estimate_seconds(run, params + params_after)
+    costs = costs or measure_costs(run)
+    phases = estimate_phases(run, costs, params + params_after)
     found = Forecast(
         method=problem.name,
         keep_requested=problem.keep if planned.keep is None else planned.keep,
@@ -183,13 +214,17 @@ def describe(run: Run) -> Forecast:
         peak_ram_bytes=peaks.ram,
         peak_vram_bytes=peaks.vram,
         disk_bytes=peaks.disk + peaks.spill,
-        seconds=seconds,
-        needed_statistics=run.measure.started,
+        seconds=sum(p.seconds for p in phases),
+        needed_statistics=run.measures,
+        measured=not run.work,
+        phases=[{"name": p.name, "seconds": p.seconds, "steps": list(p.steps)} for p in phases],
+        n_samples=run.windows,
+        seq_len=run.seq_len,
         units=rows,
         how={
             "peak_ram": f"libraries + one block as stored and as computed + activations of {run.windows} × {run.seq_len} "
             "tokens + one block's statistics in fp64 + the largest decomposition's working space (planish.dry_run.memory)",
-            "seconds": how,
+            "seconds": explain(run, costs, phases),
             "flops": f"two per weight of the blocks and the head and token, and attention over {problem.context} tokens of context",
         },
         warnings=[

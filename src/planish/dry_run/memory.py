@@ -86,7 +86,7 @@ def count_batch(run: Run) -> Batch:
     wide = sum(n for n in grams if 8 * n >= stats.WIDE)
     sites = max(([shape.width(s) for s in {s for t in part for s in t.sites}] for part in parts), key=sum)
     widest, size = max(sites, default=0), min(run.tokens, BATCH) * run.measure.given.dtype.itemsize
-    backward = run.measure.started and any(t.site.startswith("grad:") for t in dense)
+    backward = run.measures and any(t.site.startswith("grad:") for t in dense)
     through = size * (7 * shape.inner + 13 * shape.hidden if backward else 3 * shape.inner + 3 * shape.hidden)
     measuring = through + size * (sum(sites) - widest)
     if run.tokens > BATCH:
@@ -127,7 +127,7 @@ def count_kept(run: Run) -> tuple[int, int]:
     measures gradients."""
     problem, stream = run.problem, run.measure.given
     taps = {s.block: dense_taps(problem, s.block) for s in problem.shapes}
-    if not (run.measure.started and any(t.site.startswith("grad:") for own in taps.values() for t in own)):
+    if not (run.measures and any(t.site.startswith("grad:") for own in taps.values() for t in own)):
         return 0, 0
     refit = run.planned.refit(run.windows) < run.windows
     total = sum(s.hidden for s in problem.shapes) * run.tokens * stream.dtype.itemsize

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import ceil
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from planish.calibrate.reuse import BEHIND, LAST
 from planish.calibrate.stream import BATCH
 from planish.core import Shape, Unit
 from planish.methods.method import ORDER
+from planish.plan.foreseen import Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solve import find_dense_sites
@@ -20,13 +21,24 @@ FIRST = {"attention": "q", "mlp": "up"}  # the first linears of a submodule, or 
 
 
 class Run(NamedTuple):
-    """What is foretold: a run that follows this plan, on `windows` of `seq_len` tokens."""
+    """What is foretold: a run that follows this plan, on `windows` of `seq_len` tokens; `work`: what finding the plan takes,
+    where it has not been found by measuring."""
 
     problem: Problem
     measure: Measurements
     planned: Planned
     windows: int
     seq_len: int
+    work: Sequence[Work] = ()
+
+    @property
+    def measures(self) -> bool:
+        """Whether the plan is, or was, found by measuring."""
+        return bool(self.work) or self.measure.started
+
+    def known(self, i: int) -> Collection[Tap]:
+        """What the plan has measured of block i and the solve uses again."""
+        return {t for w in self.work for t in w.stored(self.problem.shapes[i])} or self.measure.stored.taps(i)
 
     @property
     def tokens(self) -> int:
@@ -59,14 +71,14 @@ def reach(shape: Shape, taps: Iterable[Tap]) -> float:
 
 def count_passes(run: Run, i: int) -> tuple[float, list[Tap]]:
     """Forward passes through block i while it is solved, in shares of its weights, and the taps measured on them."""
-    problem, stored = run.problem, run.measure.stored
-    shape, known = problem.shapes[i], stored.taps(i)
+    problem, known = run.problem, run.known(i)
+    shape = problem.shapes[i]
     units = run.solved(i)
     stages = run.planned.stages(units) if units else [[]]
     taps = [[t for t in problem.taps(stage) if t not in known] for stage in stages]
     everything = [t for stage in taps for t in stage]
     if run.planned.prefix == "dense":
-        return 1.0 if everything or not stored else 0.0, everything
+        return 1.0 if everything or not known else 0.0, everything
     skips = 1 - 1 / ceil(run.windows / max(1, BATCH // run.seq_len))
     own = [reach(shape, [t for t in stage if any(":" not in s for s in t.sites)]) for stage in taps]
     passes = count_runs(shape, own, [list_starts(run, shape, stage) for stage in stages], skips)

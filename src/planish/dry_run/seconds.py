@@ -1,60 +1,47 @@
 """How long a run takes: this machine's rates, measured on small products, times the work; solves are rehearsed.
 
-There is no formula per solver: solves run once on random weights and statistics of a block of the same proportions, at most
-`WIDTH` channels wide, and the time is scaled by the cube of the ratio (nearly everything in them is products, factorisations
-and eigenproblems).
+There is no formula per solver: solves run on random weights and statistics of blocks of the same proportions, at rising widths
+for as long as `PATIENCE` allows, and a + b · width³ through the last two times is continued to the block's own width (nearly
+everything in solves is products, factorisations and eigenproblems).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from planish.core import Plan, Shape, Solver, Unit, Weights, count_sums
+from planish.core import Frontier, Plan, Shape, Solver, Unit, Weights, count_sums
 from planish.dry_run.passes import Run, count_passes
 from planish.plan.footprint import footprint
-from planish.plan.problem import Problem
+from planish.plan.foreseen import Work
 from planish.solvers.offload import offload
 from planish.stats import Stats, Tap, add_gram
 
-WIDTH = 1024
+WIDTH = 1024  # of the widest block that is rehearsed, unless it cannot be halved
+NARROW = 64  # no narrower block is
+PATIENCE = 1.5  # seconds that rehearsing may take, about
 CPU = torch.device("cpu")
+STREAM = ("mlp.raw", "block.out")  # sites of the residual stream
 
 
-def estimate_seconds(run: Run, moved: int) -> tuple[float, str]:
-    """Seconds, and how they were found. `moved`: numbers that are read and written."""
-    problem, stream, shape = run.problem, run.measure.given, run.largest
-    here = stream.device if stream.device.type != "cuda" or torch.cuda.is_available() else CPU
-    rates = measure_rates(here, torch.float32 if here != stream.device else stream.dtype, shape, run.seq_len)
-    blocks, passes, summing = len(problem.shapes), 0.0, 0.0
-    for s in problem.shapes:
-        through, taps = count_passes(run, s.block)
-        passes += through
-        summing += run.tokens * sum(rates.sum(s, tap) for tap in taps)
-    scores = problem.context * sum(footprint({}, s).scores for s in problem.shapes) / blocks
-    forward = 2 * shape.working / rates.single + scores / rates.attention
-    running = passes * run.tokens * (forward + (shape.inner + 6 * shape.hidden) * rates.element)
-    cut = [u for s in problem.shapes for u in run.solved(s.block)]
-    with offload("cpu"):  # elsewhere small solves say nothing about large ones
-        took = rehearse_all(problem, cut, run.planned.ranks)
-    solving, moving = sum(took[u.name] for u in cut), moved * rates.file
-    how = (
-        f"{passes / blocks:.2f} forward passes over {run.tokens} tokens at this machine's {rates.single / 1e9:.0f} GFLOP/s, "
-        "the blocks' statistics in fp64, one block's solves rehearsed on random numbers (planish.dry_run.seconds), reading "
-        f"and writing from memory: {running:.3g}, {summing:.3g}, {solving:.3g}, {moving:.3g} s"
-    )
-    how += "; this machine has no such device: its CPU's rates" if here != stream.device else ""
-    how += "; large factorisations run on the device, which is faster" if stream.device.type == "cuda" else ""
-    return running + summing + solving + moving, how
+class Phase(NamedTuple):
+    """A walk of the run over the blocks, or a part of it: what progress calls it, and the seconds of every step."""
+
+    name: str
+    steps: Sequence[float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.steps)
 
 
 class Rates(NamedTuple):
@@ -73,6 +60,113 @@ class Rates(NamedTuple):
         return count_sums(shape, [tap]) * (self.gram if tap.kind == "gram" else 2 / self.double)
 
 
+class Took(NamedTuple):
+    """Seconds of a unit's frontier, and of cutting it to one rank."""
+
+    decompose: float
+    truncate: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of a run take here. `head`: weights of the output embedding; `unlike`: the device is not this machine's."""
+
+    rates: Rates
+    took: Mapping[str, Took]
+    head: int
+    unlike: bool
+
+    def run(self, shape: Shape, seq_len: int, back: bool = False) -> float:
+        """Seconds per token of a block, forwards, or forwards and back to the gradients of its inputs (no weight has any)."""
+        scores, channels = footprint({}, shape).scores * seq_len / self.rates.attention, shape.inner + 6 * shape.hidden
+        work = 2 * shape.working / self.rates.single
+        return (2 * work + 3.5 * scores if back else work + scores) + (3 if back else 1) * channels * self.rates.element
+
+    def predict(self, shape: Shape, back: bool = False) -> float:
+        """Seconds per token of the head and the loss of its predictions."""
+        words = self.head / max(shape.hidden, 1)
+        return (3 if back else 1) * (2 * self.head / self.rates.single + 3 * words * self.rates.element)
+
+    def solve(self, units: Sequence[Unit], whole: bool = True) -> float:
+        """Seconds of these units' frontiers, with their cuts where `whole`."""
+        return sum(t.decompose + whole * t.truncate for u in units if (t := self.took.get(u.name)))
+
+
+def measure_costs(run: Run) -> Costs:
+    """On this machine, for a run: products of a few hundred milliseconds, and its solves on random numbers."""
+    problem, given = run.problem, run.measure.given
+    here = given.device if given.device.type != "cuda" or torch.cuda.is_available() else CPU
+    rates = measure_rates(here, torch.float32 if here != given.device else given.dtype, run.largest, run.seq_len)
+    units = {u: s for w in run.work if w.solvers for u, s in w.solvers.items()}
+    units |= {u: problem.units[u] for s in problem.shapes for u in run.solved(s.block)}
+    ranks = {u: run.planned.ranks.get(u, s.ranks(u, problem.shapes[u.block])[0]) for u, s in units.items()}
+    alike: dict[Shape, dict[Unit, Solver]] = {}
+    for unit in {u.name: u for u in units}.values():
+        alike.setdefault(replace(problem.shapes[unit.block], block=0), {})[unit] = units[unit]
+    with offload("cpu"):  # elsewhere small solves say nothing about large ones
+        took = {u.name: t for shape, own in alike.items() for u, t in rehearse(own, ranks, shape).items()}
+    return Costs(rates, took, given.source.count_head(), here != given.device)
+
+
+def estimate_phases(run: Run, costs: Costs, moved: int) -> list[Phase]:
+    """The walks of a run in their order, and what each takes. `moved`: numbers that are read and written."""
+    found = [phase for work in run.work for phase in list_phases(run, work, costs)]
+    blocks = walk(run, costs)
+    each = moved * costs.rates.file / max(len(blocks), 1)
+    return [*found, Phase("blocks", [s + each for s in blocks])]
+
+
+def list_phases(run: Run, work: Work, costs: Costs) -> list[Phase]:
+    """Of one walk that finding the plan takes; gradients are a walk there and one back."""
+    shapes, windows = run.problem.shapes, run.windows if work.windows is None else work.windows
+    tokens, units = windows * run.seq_len, list(work.solvers or ())
+    head = tokens * costs.predict(shapes[0], work.gradients)
+    if work.solve is not None:
+        steps = walk(run._replace(planned=work.solve, windows=windows), costs)
+        return [Phase(work.name, end(steps, work.heads * head))]
+    forward = [tokens * work.passes(s.block) * costs.run(s, run.seq_len) for s in shapes]
+    steps = []
+    for s in shapes:
+        summing = tokens * sum(costs.rates.sum(s, tap) for tap in work.taps(s))
+        steps.append(summing + costs.solve([u for u in units if u.block == s.block], whole=work.name == "scores"))
+    if not work.gradients:
+        steps = [a + b for a, b in zip(steps, forward, strict=True)]
+        return [Phase(work.name, end(steps, work.heads * head))]
+    steps = [a + tokens * costs.run(s, run.seq_len, True) for a, s in zip(steps, shapes, strict=True)][::-1]
+    return [Phase("forward", end(forward, head)), Phase(work.name, steps)]
+
+
+def end(steps: Sequence[float], last: float) -> list[float]:
+    """Steps with what comes after the last one."""
+    return [*steps[:-1], steps[-1] + last] if steps else []
+
+
+def walk(run: Run, costs: Costs) -> list[float]:
+    """Seconds of every block of the walk that solves a run's plan."""
+    tokens, found = run.planned.refit(run.windows) * run.seq_len, list[float]()
+    whole = run.planned.make is not None  # it makes all blocks itself: measures the stream twice and runs on
+    for s in run.problem.shapes:
+        passes, taps = (3.0, [Tap(site, "gram") for site in STREAM]) if whole else count_passes(run, s.block)
+        running = passes * tokens * costs.run(s, run.seq_len)
+        found.append(running + tokens * sum(costs.rates.sum(s, tap) for tap in taps) + costs.solve(run.solved(s.block)))
+    return found
+
+
+def explain(run: Run, costs: Costs, phases: Sequence[Phase]) -> str:
+    """How the seconds were found."""
+    parts: dict[str, float] = {}
+    for p in phases:
+        parts[p.name.partition(" ")[0]] = parts.get(p.name.partition(" ")[0], 0.0) + p.seconds
+    how = (
+        f"{run.windows} × {run.seq_len} tokens at this machine's {costs.rates.single / 1e9:.0f} GFLOP/s, statistics in fp64, one "
+        "block's solves rehearsed on random numbers (planish.dry_run.seconds), reading and writing from memory: "
+        + ", ".join(f"{name} {s:.3g} s" for name, s in parts.items())
+    )
+    how += "; this machine has no such device: its CPU's rates" if costs.unlike else ""
+    cuda = run.measure.given.device.type == "cuda"
+    return how + ("; large factorisations run on the device, which is faster" if cuda else "")
+
+
 def clock(run: Callable[[], Any], device: torch.device = CPU) -> float:
     """Seconds that a calculation takes with nothing beside it: the clock's, or on the CPU the processor's where these are
     fewer because other work was in the way."""
@@ -84,6 +178,7 @@ def clock(run: Callable[[], Any], device: torch.device = CPU) -> float:
     return min(took, time.process_time() - used) if device.type == "cpu" else took
 
 
+@functools.lru_cache(16)
 def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_len: int) -> Rates:
     """Of this machine, on products of at most 1024 × 2048 × 1024 numbers."""
 
@@ -113,19 +208,43 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_le
     return Rates(single, double, 4 * 4 * q.shape[-1] * length**2 / 2 / attention, gram, element, file)
 
 
-def shrink(shape: Shape) -> tuple[Shape, int]:
-    """A block of the same proportions at most `WIDTH` wide, as far as halving goes; how many times smaller it is."""
-    scale = 1
-    while shape.hidden > WIDTH and all(n % 2 == 0 for n in (shape.hidden, shape.intermediate, shape.v, shape.qk // 2)):
+def list_sizes(shape: Shape) -> list[tuple[Shape, int]]:
+    """Blocks of the same proportions as far as halving goes, the narrowest first: at most `WIDTH` wide, or as it is where it
+    cannot be halved; how many times smaller each is."""
+    sizes, scale = [(shape, 1)], 1
+    while shape.hidden > NARROW and all(n % 2 == 0 for n in (shape.hidden, shape.intermediate, shape.v, shape.qk // 2)):
         scale *= 2
-        sizes = ("hidden", "qk", "v", "intermediate", "rotary")
-        shape = replace(shape, **{n: getattr(shape, n) // 2 for n in sizes})
-    return shape, scale
+        names = ("hidden", "qk", "v", "intermediate", "rotary")
+        shape = replace(shape, **{n: getattr(shape, n) // 2 for n in names})
+        sizes.append((shape, scale))
+    return [s for s in sizes if s[0].hidden <= WIDTH][::-1] or sizes[-1:]
 
 
-def rehearse(solvers: Mapping[Unit, Solver], ranks: Mapping[Unit, int], shape: Shape) -> dict[Unit, float]:
+def rehearse(solvers: Mapping[Unit, Solver], ranks: Plan, shape: Shape) -> dict[Unit, Took]:
     """Seconds to solve these units of one block at these ranks; what cannot be rehearsed takes none."""
-    small, scale = shrink(shape)
+    before: dict[Unit, Took] = {}
+    found: dict[Unit, Took] = {}
+    start, scales = time.process_time(), list[int]()
+    for small, scale in list_sizes(shape):
+        began = time.process_time()
+        before, found = found, rehearse_at(solvers, ranks, shape, small)
+        scales.append(scale)
+        now = time.process_time()
+        if now - start + 8 * (now - began) > PATIENCE:
+            break
+    return {u: Took(*map(functools.partial(extend, scales), before.get(u, (0.0, 0.0)), t)) for u, t in found.items()}
+
+
+def extend(scales: Sequence[int], before: float, last: float) -> float:
+    """a + b · width³ through the times at the last two of these scales, at scale 1; one of them alone: b · width³."""
+    if len(scales) < 2:
+        return last * scales[-1] ** 3
+    b = max(0.0, last - before) / (scales[-1] ** -3 - scales[-2] ** -3)
+    return last + b * (1 - scales[-1] ** -3)
+
+
+def rehearse_at(solvers: Mapping[Unit, Solver], ranks: Plan, shape: Shape, small: Shape) -> dict[Unit, Took]:
+    """Seconds at another size of the block."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
@@ -137,25 +256,27 @@ def rehearse(solvers: Mapping[Unit, Solver], ranks: Mapping[Unit, int], shape: S
     tokens = max((small.width(s) for s in sites), default=0)
     stats = Stats(taps)
     stats.update({s: draw(8, tokens // 8 + 1, small.width(s)) for s in sites})
-    found: dict[Unit, float] = {}
+    found: dict[Unit, Took] = {}
     for unit, solver in solvers.items():
         admissible = solver.ranks(unit, small)
         share = ranks[unit] / max(solver.ranks(unit, shape)[-1], 1)
         rank = max((r for r in admissible if r <= share * admissible[-1]), default=admissible[0])
-        found[unit] = clock(partial(solve_once, solver, (unit, weights, stats, small), rank)) * scale**3
+        found[unit] = solve_once(solver, (unit, weights, stats, small), rank)
     return found
 
 
-def solve_once(solver: Solver, given: tuple[Unit, Weights, Stats, Shape], rank: int) -> None:
+def solve_once(solver: Solver, given: tuple[Unit, Weights, Stats, Shape], rank: int) -> Took:
     """Once, without a word; what random numbers do not satisfy stops it early."""
-    with warnings.catch_warnings(), suppress(TypeError, ValueError, RuntimeError):
+    frontiers: list[Frontier] = []
+
+    def decompose() -> None:
+        with suppress(TypeError, ValueError, RuntimeError):
+            frontiers.append(solver.decompose(*given))
+
+    def truncate() -> None:
+        with suppress(TypeError, ValueError, RuntimeError):
+            solver.truncate(frontiers[0], rank, given[-1])
+
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        solver.truncate(solver.decompose(*given), rank, given[-1])
-
-
-def rehearse_all(problem: Problem, units: Iterable[Unit], ranks: Plan) -> dict[str, float]:
-    """Unit's name → seconds that one unit of this name takes."""
-    alike: dict[Shape, dict[Unit, Solver]] = {}
-    for unit in {u.name: u for u in units}.values():
-        alike.setdefault(replace(problem.shapes[unit.block], block=0), {})[unit] = problem.units[unit]
-    return {u.name: took for shape, own in alike.items() for u, took in rehearse(own, ranks, shape).items()}
+        return Took(clock(decompose), clock(truncate) if frontiers else 0.0)

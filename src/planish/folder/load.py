@@ -78,9 +78,9 @@ def load_dequantised(
     kind = dtype if isinstance(dtype, torch.dtype) else None
     if is_gguf(path):
         model.config.dtype = kind = kind or model.config.dtype
-    for name, _ in list(model.named_parameters()):
+    for name in list(model.state_dict()):  # tables of indices among them
         weight = source.weight(name)
-        set_parameter(model, name, weight if kind is None else weight.to(kind))
+        set_parameter(model, name, weight.to(kind) if kind is not None and weight.is_floating_point() else weight)
     model.config.dtype = kind or source.stored
     model.tie_weights()
     if is_gguf(path):

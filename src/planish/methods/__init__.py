@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from math import inf
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import NothingMeasuredError
 from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.methods.method import Method
 from planish.plan.budgets import CacheNumbers
 from planish.plan.footprint import cuts_cache
+from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem, make_problem
 from planish.plan.targets import check_plan, needs_uniform
@@ -94,6 +96,25 @@ def list_cutting_cache(shape: Shape) -> list[str]:
         for name, cls in list_methods().items()
         if any(cuts_cache(s, u, shape) for s in cls().solvers() for u in s.units(shape))
     ]
+
+
+def foresee_plan(method: Method, problem: Problem, measure: Measurements, windows: int) -> Foreseen:
+    """`make_plan` as far as shapes go: the plan itself where they tell it, else what is expected; and what finding it takes.
+
+    The stream of `measure` is to raise `NothingMeasuredError` where it is asked for; `windows`: of the calibration text.
+    """
+    try:
+        planned, work = (method.plan_cache if problem.cache_only else method.plan)(problem, measure), list[Work]()
+    except NothingMeasuredError:
+        planned, found = method.foresee(problem, windows)
+        work = [*found]
+    check_plan(problem.target, method.name, planned.ranks)
+    if needs_uniform(problem.target, planned.ranks):
+        frontiers = expect_frontiers(replace(problem, units=planned.solvers))
+        planned = make_uniform(problem, measure, replace(planned, frontiers=frontiers))
+        planned = replace(planned, frontiers={})
+        work = work or [survey(problem)]
+    return Foreseen(planned, work)
 
 
 def make_plan(method: Method, problem: Problem, measure: Measurements) -> Planned:

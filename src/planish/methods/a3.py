@@ -14,6 +14,8 @@ from planish.core import Frontier, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.plan.allocate import Alternative, choose
+from planish.plan.evolve import evolve
+from planish.plan.foreseen import Foreseen, Work, survey
 from planish.plan.mixtures import level_widths
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
@@ -45,15 +47,18 @@ class A3(Method):
     `vo`: moments behind values and output, "attention" (the paper's for one query head per kv head, pooled within a
     group) or "values" (the paper's R_kv form for groups). `mlp`: score of neurons, "energy" (the paper's) or ridge
     "leverage". `refit`: least squares of o and of down on what is kept; false is the paper's plain slicing.
-    `allocation`: "uniform", or "mixed": ranks searched by the loss of the calibration text. `probes`: windows of it for
-    each unit of that search. `parts`: which of the three are cut (all); the budget is then met by those alone.
+    `allocation`: "uniform"; "mixed": ranks searched by the loss of the calibration text; "evolved": ranks that evolve from the
+    uniform ones, by the divergence of whole models (`planish.plan.evolve.evolve`, after Týr-the-Pruner, arXiv 2503.09657).
+    `probes`: windows of the text for each unit, or each model, of these searches. `passes`: what an evolution may spend, in forward
+    passes over them. `parts`: which of the three are cut (all); the budget is then met by those alone.
     `damping`: relative, makes a singular Gram invertible.
 
     Uniform means that each part keeps the share asked for. Where a part's steps are coarse (rotary pairs of narrow heads)
     some blocks lie a step above it and some below; rounding all of them down would cost far more than it saves.
     Models that normalise q and k keep them.
 
-    Differs from the paper: refit and pooling are on; its mixed ranks come without an algorithm, here they are searched.
+    Differs from the paper: refit and pooling are on; its mixed ranks come without an algorithm, here they are searched. From
+    Týr's: what is cut and how it is refitted is this method's; generations of 16 children from one parent, not of 128 from two.
     """
 
     title: ClassVar[str] = "joint reduction of Q–K, O–V and neurons to smaller dense shapes"
@@ -64,8 +69,9 @@ class A3(Method):
     vo: Literal["attention", "values"] = "attention"
     mlp: Literal["energy", "leverage"] = "energy"
     refit: bool = True
-    allocation: Literal["uniform", "mixed"] = "uniform"
+    allocation: Literal["uniform", "mixed", "evolved"] = "uniform"
     probes: int = 16
+    passes: int = 200
     damping: float = 1e-10
     parts: tuple[str, ...] = PARTS
 
@@ -80,13 +86,35 @@ class A3(Method):
         return [solver for part in PARTS if part in self.parts for solver in cut[part]]
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        uniform = self.spread(problem)
+        if self.allocation == "uniform" or problem.keep == 1:
+            return uniform
+        if self.allocation == "evolved":
+            with measure.phase("search"):
+                ranks, notes = evolve(problem, measure, uniform.ranks, self.passes, self.probes)
+            return replace(uniform, ranks=ranks, notes={"evolved": notes})
+        ranks, notes = self.search(problem, measure, uniform.ranks)
+        return replace(uniform, ranks=ranks, notes=notes)
+
+    def spread(self, problem: Problem) -> Planned:
+        """Uniform ranks."""
         normed = "qk" in self.parts and any(s.qk_norm for s in problem.shapes)
         remarks = {"qk": NORMALISED} if normed else {}
-        uniform = level_widths(problem.spread(lambda unit: 1.0, True, remarks), problem.step)
-        if self.allocation == "uniform" or problem.keep == 1:
-            return self.decide(problem, uniform, remarks=remarks)
-        ranks, notes = self.search(problem, measure, uniform)
-        return self.decide(problem, ranks, notes=notes, remarks=remarks)
+        ranks = level_widths(problem.spread(lambda unit: 1.0, True, remarks), problem.step)
+        return self.decide(problem, ranks, remarks=remarks)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        planned, n, share = self.spread(problem), len(problem.shapes), min(self.probes / max(windows, 1), 1.0)
+        if self.allocation == "evolved":
+            few = min(self.probes, windows)
+            models = Work("evolution", few, passes=lambda i: float(self.passes + 1), heads=2.0 * self.passes)
+            return Foreseen(planned, [survey(problem), models])
+        probed = replace(
+            survey(problem),
+            passes=lambda i: 1 + share * (1 + len(self.parts) * (n - i)),
+            heads=2 * len(problem.units) * share,
+        )
+        return Foreseen(planned, [probed, *(Work("search", solve=planned) for _ in range(3))])
 
     def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
         return self.plan(problem, measure)

@@ -16,6 +16,7 @@ from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.blocks import get_linear
 from planish.plan.footprint import find_rank
+from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solvers.forms import input_site
@@ -61,19 +62,40 @@ class ASVD(Method):
         return [LinearSVD(metric="diagonal", power=self.alpha, form=self.form)]
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        uniform = self.spread(problem)
+        if self.allocation == "uniform" or problem.keep == 1 or not measure.stream.batches:
+            return uniform
+        with measure.phase("sensitivity"):
+            sensitivity = Sensitivity(problem, measure, self.samples, len(problem.units) * self.levels(problem))
+            ranks = self.search(problem, sensitivity)
+        return self.decide(problem, ranks, notes={"sensitivity": {"measured": sensitivity.count}})
+
+    def spread(self, problem: Problem) -> Planned:
+        """Uniform ranks; refuses what no allocation can do."""
         if not self.alpha <= 4 or self.samples < 1:
             raise InputError(
                 f"asvd: alpha must lie in [0, 4] and samples be 1 or more, got {self.alpha:g} and {self.samples}"
             )
-        uniform = problem.spread(lambda unit: 1.0)  # also says whether the budget can be reached at all
-        if self.allocation == "uniform" or problem.keep == 1 or not measure.stream.batches:
-            return self.decide(problem, uniform)
-        if len(problem.budgets) > 1:
+        ranks = problem.spread(lambda unit: 1.0)
+        if self.allocation == "strs" and problem.keep < 1 and len(problem.budgets) > 1:
             raise InputError("asvd: allocation=strs keeps to one budget; use --set allocation=uniform for two")
-        with measure.phase("sensitivity"):
-            sensitivity = Sensitivity(problem, measure, self.samples)
-            ranks = self.search(problem, sensitivity)
-        return self.decide(problem, ranks, notes={"sensitivity": {"measured": sensitivity.count}})
+        return self.decide(problem, ranks)
+
+    def levels(self, problem: Problem) -> int:
+        """How many keeps of each linear are measured, about."""
+        return 1 + sum(keep >= problem.keep for keep in KEEPS)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        levels = self.levels(problem)
+        each = len(problem.shapes[0].roles) * levels
+
+        def taps(shape: Shape) -> list[Tap]:
+            return [Tap(s, "magnitudes") for s in sorted({input_site(r) for r in shape.roles})]
+
+        search = Work(
+            "sensitivity", min(self.samples, windows), lambda i: each * (i + 1.0), heads=len(problem.units) * levels
+        )
+        return Foreseen(self.spread(problem), [Work(taps=taps, solvers=problem.units), search])
 
     def search(self, problem: Problem, sensitivity: Sensitivity) -> Plan:
         """Lower the keep of the linear whose next step down costs least, until the budget is met."""
@@ -108,8 +130,8 @@ class ASVD(Method):
 class Sensitivity:
     """Loss of the first calibration sequences with one linear truncated and everything else dense."""
 
-    def __init__(self, problem: Problem, measure: Measurements, samples: int):
-        self.stream, self.count = measure.stream.subset(samples), 0
+    def __init__(self, problem: Problem, measure: Measurements, samples: int, expected: int):
+        self.stream, self.count, self.expected = measure.stream.subset(samples), 0, expected
         self.blocks: list[nn.Module] = []
         self.factors: dict[Unit, LowRank] = {}
         self.inputs = [self.stream.start()]
@@ -143,4 +165,5 @@ class Sensitivity:
         finally:
             linear.weight = dense
         self.count += 1
+        self.stream.report("sensitivity", self.count, max(self.count, self.expected))
         return nll(self.stream, hidden)

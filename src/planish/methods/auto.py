@@ -19,11 +19,12 @@ from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve, choose
+from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, measure_gradients
 from planish.plan.mixtures import describe_top, tie
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
-from planish.plan.scores import SCORES, correct_scores
+from planish.plan.scores import SCORES, correct_scores, foresee_errors
 from planish.plan.spread import BudgetError
 from planish.solve import run_solved
 from planish.solvers.experts import Experts
@@ -193,6 +194,19 @@ class Auto(Method):
         frontiers = self.measure(problem, measure)
         return self.settle(problem, measure, frontiers, self.allocate(problem, frontiers))
 
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
+        picked = self.allocate(problem, expect_frontiers(problem))
+        planned = self.decide(problem, picked.ranks)
+        work = [survey_back(problem, refit)] * max(self.rounds, 1)
+        for kind in (k for k in SCORES if {*k} <= {u.name for u in problem.units}):
+            work.append(foresee_errors(problem, kind, windows))
+        plain = windows - len(list_shuffled(windows, self.shuffled))
+        if min(plain, windows) >= 4 * HELD and (self.search > 1 or (problem.keep < LOW and self.units == "any")):
+            tried = max(self.search, len(BYPASSES) + len(LINEARS) - 1)
+            work += [Work("search", windows - plain // 4, solve=planned, heads=1 / 3)] * tried
+        return Foreseen(planned, work)
+
     def measure(self, problem: Problem, measure: Measurements) -> Frontiers:
         """Every unit's frontier in nats, by one pass forward and back; what the solve uses again is stored, with `rounds` all."""
         windows = sum(map(len, measure.stream.batches))
@@ -226,7 +240,7 @@ class Auto(Method):
     def sweeping(self) -> dict[str, str]:
         return {"refit_share": "0.0625"} if self.anchor else {}
 
-    def start(self, problem: Problem) -> Weighing:
+    def _start(self, problem: Problem) -> Weighing:
         """The weights that the search starts from."""
         steep = self.steep if self.steep is not None else 0.0 if problem.keep >= LOW else 3.0
         timed = self.bypass is None and problem.table is not None
@@ -242,7 +256,7 @@ class Auto(Method):
         among = plain if 2 * len(plain) >= windows else [*range(windows)]
         if picked.loss < SATURATES or len(among) < 4 * HELD or length < 2:
             return picked, {}
-        best = self.start(problem)
+        best = self._start(problem)
         make = cache(lambda weighing: self.allocate(problem, frontiers, weighing=weighing))
         tries: dict[str, tuple[float, ...]] = {"bypass": BYPASSES if self.bypass is not False else ()}
         tries["linear"] = LINEARS if self.units == "any" and problem.keep < LOW else ()
@@ -272,7 +286,7 @@ class Auto(Method):
         self, problem: Problem, frontiers: Frontiers, part: float = 1.0, weighing: Weighing | None = None
     ) -> Pick:
         """The cheapest plan in weighed predicted nats within the budgets, after this part of the cut."""
-        weighing = weighing or self.start(problem)
+        weighing = weighing or self._start(problem)
         curves = {u: weighing.apply(problem.curve(f), len(problem.shapes)) for u, f in frontiers.items()}
         try:
             ranks, _ = choose(list_ways(problem, curves), [b.part(part) for b in problem.budgets])

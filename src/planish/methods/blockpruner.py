@@ -8,9 +8,10 @@ from typing import ClassVar
 from planish.calibrate.measure import Measurements
 from planish.core import Solver, Unit
 from planish.methods.method import Method
+from planish.plan.foreseen import Foreseen
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.removal import count_removed, remove, saving, search_greedily
+from planish.plan.removal import count_removed, list_greedy, pick_some, remove, saving, search_greedily
 from planish.solvers.bypass import Bypass, drop_edit
 
 
@@ -62,3 +63,9 @@ class BlockPruner(Method):
             gone, losses = search_greedily(measure.stream.subset(self.windows), trials, enough)
         notes = {"search": {str(u): loss for u, loss in zip(gone, losses, strict=True)}}
         return remove(self.decide(problem, {}, notes=notes, remarks=remarks), problem, gone, self.sparsity)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        counts, remarks = count_removed(problem, ("attention", "ffn"), self.sparsity)
+        gone = pick_some(len(problem.shapes), counts)
+        planned = remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity)
+        return Foreseen(planned, list_greedy(problem.units, gone, min(self.windows, windows)))

@@ -12,6 +12,7 @@ from planish.core import Solver
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.plan.footprint import find_rank
+from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solve import run_solved
@@ -52,7 +53,8 @@ class ErcSVD(Method):
     def solvers(self) -> list[Solver]:
         return [TwoStageSVD(beta=self.beta, residual_metric=self.residual_metric, form=self.form)]
 
-    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+    def propose(self, problem: Problem) -> dict[int, Planned]:
+        """A plan for every number of blocks that is to be tried."""
         if not self.beta < 1 or self.candidates < 1:
             raise InputError(
                 f"erc-svd: beta must lie in [0, 1) and candidates be 1 or more, got {self.beta:g} and {self.candidates}"
@@ -74,7 +76,7 @@ class ErcSVD(Method):
                 f"beta={self.beta:g}; the smallest keep is {ceil(smallest * 10_000) / 10_000:g}"
             )
         if self.k or problem.keep == 1:
-            return self.last(problem, self.k or n)
+            return {(k := self.k or n): self.last(problem, k)}
         count = min(self.candidates, n - least + 1)
         tried = sorted({least + round(i * (n - least) / max(count - 1, 1)) for i in range(count)})
         plans: dict[int, Planned] = {}
@@ -85,6 +87,12 @@ class ErcSVD(Method):
                 refusal = error
         if not plans:
             raise refusal
+        return plans
+
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        plans = self.propose(problem)
+        if self.k or problem.keep == 1:
+            return next(iter(plans.values()))
         with measure.phase("statistics"):
             dense = measure.stream.outputs()
         errors: dict[int, float] = {}
@@ -93,6 +101,11 @@ class ErcSVD(Method):
             errors[k] = compare(measure.stream, run_solved(problem, measure, planned, measure.stream, trial), dense)
         best = min(errors, key=lambda k: errors[k])
         return replace(plans[best], notes={"k": best, "searched": errors})
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        plans = [*self.propose(problem).values()]
+        trials = [Work(f"search {n + 1}/{len(plans)}", solve=planned) for n, planned in enumerate(plans)]
+        return Foreseen(plans[len(plans) // 2], [Work(), *trials])
 
     def last(self, problem: Problem, k: int) -> Planned:
         """Uniform ranks in the last k blocks, all others whole."""

@@ -9,6 +9,7 @@ from planish.calibrate.losses import Probe
 from planish.calibrate.measure import Measurements
 from planish.core import Solver
 from planish.methods.method import Method
+from planish.plan.foreseen import Foreseen, survey_back
 from planish.plan.frontiers import measure_gradients
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem, choose_ranks
@@ -53,6 +54,9 @@ class IOSVD(Method):
         else:
             ranks = choose_ranks(problem, {u: problem.curve(f) for u, f in frontiers.items()})
         return self.decide(problem, ranks, frontiers=frontiers)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        return Foreseen(self.decide(problem, problem.spread(lambda unit: 1.0)), [survey_back(problem)])
 
     def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
         return self.plan(problem, measure)

@@ -14,6 +14,7 @@ from planish.core import Frontier, Plan, Solver, Unit
 from planish.methods.method import Method
 from planish.plan.allocate import Curve
 from planish.plan.alone import measure_alone
+from planish.plan.foreseen import Foreseen, Work, survey_back
 from planish.plan.frontiers import Frontiers, measure_gradients
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem, choose_ranks
@@ -81,6 +82,18 @@ class KFACSVD(Method):
         with measure.phase("search"):
             ranks, notes = self.search(problem, measure, frontiers)
         return self.decide(problem, ranks, frontiers=frontiers, notes=notes)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        planned, work, n = (
+            self.decide(problem, problem.spread(lambda unit: 1.0)),
+            [survey_back(problem)],
+            len(problem.shapes),
+        )
+        if self.allocation == "lems":
+            few, each = min(self.windows, windows), len(problem.block_units(0))
+            work += [Work("single cuts", few, lambda i: 1.0 + each * (n - i), heads=len(problem.units))]
+            work += [Work("search", few, solve=planned, heads=1)] * self.trials
+        return Foreseen(planned, work)
 
     def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
         return self.plan(problem, measure)

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 from planish.calibrate.measure import Measurements
 from planish.core import Solver, Unit
 from planish.methods.method import Method
+from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.removal import count_removed, lowest, remove
+from planish.plan.removal import count_removed, lowest, pick_some, remove
 from planish.solvers.bypass import Bypass
 from planish.stats import Tap
 
@@ -50,3 +51,8 @@ class LLMDrop(Method):
         gone = [u for k in self.kinds for u in lowest({u: s for u, s in turned.items() if u.name == k}, counts[k])]
         notes = {"rotation": {str(u): s for u, s in turned.items()}}
         return remove(self.decide(problem, {}, notes=notes, remarks=remarks), problem, gone, self.sparsity)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        counts, remarks = count_removed(problem, self.kinds, self.sparsity)
+        gone = pick_some(len(problem.shapes), counts)
+        return Foreseen(remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity), [Work()])

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from planish.calibrate.measure import Measurements
 from planish.core import Solver, Unit
 from planish.methods.method import Method
+from planish.plan.foreseen import Foreseen
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.removal import check_foldable, compare_windows, fit_window, remove, remove_blocks
+from planish.plan.removal import check_foldable, compare_windows, fit_window, foresee_window, remove, remove_blocks
 from planish.solvers.bypass import Bypass
 from planish.solvers.window import down_edit, fit_map_held_out
 
@@ -61,3 +62,8 @@ class LLMStreamline(Method):
         edits = {start: [down_edit(window.weights, w.T, bias)]}
         gone = [Unit(i, name) for i in range(start + 1, start + n + 1) for name in ("attention", "ffn")]
         return remove(self.decide(problem, {}, edits=edits, notes=notes, remarks=remarks), problem, gone, self.sparsity)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        n, remarks = remove_blocks(problem, self.sparsity)
+        planned = self.decide(problem, {}, remarks=remarks)
+        return foresee_window(planned, problem, n, self.sparsity, min(self.windows, windows))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from planish.calibrate.losses import Probe
 from planish.calibrate.measure import Measurements
 from planish.core import Plan, Solver, Unit
+from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 
@@ -76,6 +77,12 @@ class Method(ABC):
         """Ranks within a budget of the KV cache; the problem then has only the units that the cache holds, at their cost in it."""
         return self.decide(problem, problem.spread(lambda unit: 1.0))
 
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        """The plan before anything is measured, where `plan` measures: ranks as they are expected, and what that measuring takes
+        on so many calibration windows. Unless told: uniform ranks, and one pass over the text.
+        """
+        return Foreseen(self.decide(problem, problem.spread(lambda unit: 1.0)), [Work()])
+
     def decide(self, problem: Problem, ranks: Plan, **more: Any) -> Planned:
         """Ranks for the problem's units, solved as this recipe does; `more`: further fields of `Planned`."""
         return Planned(ranks, problem.units, self.prefix, self.stages, self.refit_share, **more)
@@ -83,8 +90,10 @@ class Method(ABC):
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         return [units]
 
-    def settings(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+def list_settings(method: Method) -> dict[str, Any]:
+    """Hyper-parameters by name."""
+    return {f.name: getattr(method, f.name) for f in fields(method)}
 
 
 def stage_roles(units: list[Unit]) -> list[list[Unit]]:

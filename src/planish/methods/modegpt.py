@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from planish.calibrate.measure import Measurements
 from planish.core import Solver
 from planish.errors import InputError
 from planish.methods.method import Method
+from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solvers.neurons import Neurons
@@ -62,14 +63,22 @@ class MoDeGPT(Method):
         ]
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
-        remarks = {"qk": NORMALISED} if any(s.qk_norm for s in problem.shapes) else {}
         if self.allocation == "uniform" or problem.keep == 1:
-            return self.decide(problem, problem.spread(lambda unit: 1.0, True, remarks), remarks=remarks)
+            return self.spread(problem, [0.0] * len(problem.shapes))
         tap = Tap("block.in", "angle", "block.out")
         influence = {i: 1 - float(stats.mean(tap, "cosine")) for i, _, stats in measure.forward(lambda shape: [tap])}
         removed = spread_removal(list(influence.values()), 1 - problem.keep, self.smoothing, self.cap)
+        return self.spread(problem, removed, notes={"influence": influence, "removed_shares": removed})
+
+    def spread(self, problem: Problem, removed: list[float], **more: Any) -> Planned:
+        """Ranks by the share that every block gives up."""
+        remarks = {"qk": NORMALISED} if any(s.qk_norm for s in problem.shapes) else {}
         ranks = problem.spread(lambda unit: 1 - removed[unit.block], True, remarks)
-        return self.decide(problem, ranks, notes={"influence": influence, "removed_shares": removed}, remarks=remarks)
+        return self.decide(problem, ranks, remarks=remarks, **more)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        equal = spread_removal([1.0] * len(problem.shapes), 1 - problem.keep, self.smoothing, self.cap)
+        return Foreseen(self.spread(problem, equal), [Work()])
 
     def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
         return self.plan(problem, measure)

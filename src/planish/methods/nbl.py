@@ -8,9 +8,10 @@ from typing import ClassVar
 from planish.calibrate.measure import Measurements
 from planish.core import Edit, Solver, Unit
 from planish.methods.method import Method
+from planish.plan.foreseen import Foreseen, survey
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.removal import count_removed, lowest, remove
+from planish.plan.removal import count_removed, lowest, pick_some, remove
 from planish.solvers.bypass import Bypass, compute_correlations
 from planish.stats import Tap
 
@@ -57,3 +58,9 @@ class NBL(Method):
         notes = {"scores": {str(u): s for u, s in scores.items()}}
         planned = self.decide(problem, {}, edits={u.block: edits[u] for u in gone}, notes=notes, remarks=remarks)
         return remove(planned, problem, gone, self.sparsity)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        counts, remarks = count_removed(problem, ("attention",), self.sparsity)
+        gone = pick_some(len(problem.shapes), counts)
+        planned = self.decide(problem, {}, edits={u.block: () for u in gone}, remarks=remarks)
+        return Foreseen(remove(planned, problem, gone, self.sparsity), [survey(problem)])

@@ -9,6 +9,7 @@ from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import read_weights
 from planish.core import Solver, Unit
 from planish.methods.method import Method
+from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solvers.key_frequency import KeyFrequency
@@ -61,10 +62,7 @@ class Palu(Method):
         return [KeyLatent(self.group) if self.keys == "rebuild" else KeyFrequency(self.group), ValuePCA()]
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
-        remarks: dict[str, str] = {}
-        if self.keys == "frequency" and any(Unit(s.block, "keys") not in problem.units for s in problem.shapes):
-            why = "normalises keys" if problem.shapes[0].qk_norm else "does not rotate every channel of its keys"
-            remarks["keys"] = f"keys are left as they are: this family {why}; keys=rebuild cuts them"
+        remarks = self.remark(problem)
         if self.allocation == "uniform" or problem.keep == 1:
             return self.decide(problem, problem.spread(lambda unit: 1.0, remarks=remarks), remarks=remarks)
         if self.allocation == "condition":
@@ -79,6 +77,18 @@ class Palu(Method):
         notes = {"fisher": {str(u): f for u, f in sorted(fisher.items())}}
         ranks = problem.spread(fisher.__getitem__, remarks=remarks)
         return self.decide(problem, ranks, notes=notes, remarks=remarks)
+
+    def remark(self, problem: Problem) -> dict[str, str]:
+        """What cannot be cut, and why."""
+        if self.keys == "rebuild" or all(Unit(s.block, "keys") in problem.units for s in problem.shapes):
+            return {}
+        why = "normalises keys" if problem.shapes[0].qk_norm else "does not rotate every channel of its keys"
+        return {"keys": f"keys are left as they are: this family {why}; keys=rebuild cuts them"}
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        remarks = self.remark(problem)
+        ranks = problem.spread(lambda unit: 1.0, remarks=remarks)
+        return Foreseen(self.decide(problem, ranks, remarks=remarks), [Work("gradients", gradients=True)])
 
     def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
         return self.plan(problem, measure)

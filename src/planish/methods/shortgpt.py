@@ -8,9 +8,10 @@ from typing import ClassVar
 from planish.calibrate.measure import Measurements
 from planish.core import Solver, Unit
 from planish.methods.method import Method
+from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.removal import remove, remove_blocks
+from planish.plan.removal import pick_some, remove, remove_blocks
 from planish.solvers.bypass import Bypass
 from planish.stats import Tap
 
@@ -45,3 +46,8 @@ class ShortGPT(Method):
         units = [Unit(i, name) for i in gone for name in ("attention", "ffn")]
         planned = self.decide(problem, {}, notes={"influence": influence}, remarks=remarks)
         return remove(planned, problem, units, self.sparsity)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        n, remarks = remove_blocks(problem, self.sparsity)
+        gone = pick_some(len(problem.shapes), {"attention": n, "ffn": n})
+        return Foreseen(remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity), [Work()])

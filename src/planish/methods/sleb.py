@@ -9,9 +9,10 @@ from planish.calibrate.measure import Measurements
 from planish.core import Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
+from planish.plan.foreseen import Foreseen
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.removal import remove, remove_blocks, saving, search_greedily
+from planish.plan.removal import list_greedy, pick_some, remove, remove_blocks, saving, search_greedily
 from planish.solvers.bypass import Bypass, drop_edit
 
 
@@ -38,7 +39,8 @@ class SLEB(Method):
     def solvers(self) -> list[Solver]:
         return [Bypass(kind="zero")]
 
-    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+    def count(self, problem: Problem) -> tuple[range, int, dict[str, str]]:
+        """(Blocks that may go, how many do, remarks on it)."""
         able = range(1, len(problem.shapes) - 1) if self.protect else range(len(problem.shapes))
         if self.protect and self.sparsity is None:
             every = [Unit(i, name) for i in able for name in ("attention", "ffn")]
@@ -51,9 +53,20 @@ class SLEB(Method):
             raise InputError(
                 f"sleb: {n} of {len(problem.shapes)} blocks would have to go, {len(able)} may (--set protect=false)"
             )
+        return able, n, remarks
+
+    def plan(self, problem: Problem, measure: Measurements) -> Planned:
+        able, n, remarks = self.count(problem)
         trials = {i: {i: [drop_edit("attention"), drop_edit("mlp")]} for i in able}
         with measure.phase("search"):
             gone, losses = search_greedily(measure.stream.subset(self.windows), trials, lambda made: len(made) >= n)
         units = [Unit(i, name) for i in gone for name in ("attention", "ffn")]
         notes = {"search": dict(zip(gone, losses, strict=True))}
         return remove(self.decide(problem, {}, notes=notes, remarks=remarks), problem, units, self.sparsity)
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        _, n, remarks = self.count(problem)
+        gone = pick_some(len(problem.shapes), {"attention": n, "ffn": n})
+        planned = remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity)
+        trials = [Unit(i, "attention") for i in range(len(problem.shapes))]
+        return Foreseen(planned, list_greedy(trials, gone[:n], min(self.windows, windows)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isfinite
 from typing import Any, ClassVar, Literal
 
@@ -14,17 +15,21 @@ from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
 from planish.core import Edit, Shape, Solver, Unit
 from planish.methods.method import Method
-from planish.plan.budgets import Budget, make_budget
+from planish.plan.budgets import Budget
+from planish.plan.foreseen import Foreseen, Work, compare_trials
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.plan.refit import fit_unit, fit_units, refit_and_repair, refit_jointly
 from planish.plan.removal import (
     check_foldable,
     count_removed,
+    count_saved,
+    find_budgets,
+    list_greedy,
     lowest,
     merge,
+    pick_some,
     remove,
-    round_half_up,
     saving,
     search_by_weight,
     search_greedily,
@@ -127,12 +132,12 @@ class SubFit(Method):
         names = ("attention_rank", "ffn_rank", "input", "gate", "basis", "ridge", "tokens")
         return Bypass(self.kinds, **{n: getattr(self, n) for n in names})
 
-    def refit_solver(self) -> Bypass:
+    def _refit_solver(self) -> Bypass:
         """With which the chosen ones are fitted at last."""
         return replace(self.solver(), target=find_target(self.fit))
 
     def solvers(self) -> list[Solver]:
-        return [self.refit_solver()]
+        return [self._refit_solver()]
 
     def stages(self, units: list[Unit]) -> list[list[Unit]]:
         """The feed-forward is fitted on what the replaced attention of its block puts out."""
@@ -158,6 +163,29 @@ class SubFit(Method):
             again = fit in ("sequential", "compensated")
             return replace(planned, edits=refit_and_repair(problem, measure, edits, again, self.ridge))
         return replace(planned, edits=edits) if fit in ("once", "joint") else planned
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        counts, remarks = count_removed(problem, self.kinds, self.sparsity, advice=SMALLER)
+        gone, few, free = pick_some(len(problem.shapes), counts), min(self.windows, windows), self.numbers == "free"
+        work: list[Work] = []
+        for kinds in [self.kinds] if free else [(k,) for k in self.kinds]:
+            units = [u for u in problem.units if u.name in kinds]
+            how = "greedy" if free else self.attention_score if kinds == ("attention",) else self.ffn_score
+            solvers = dict.fromkeys(units, self.solver())
+            work.append(Work(taps=partial(list_taps, solvers), solvers=solvers))
+            if how == "loss":
+                work.append(compare_trials([u.block for u in units], few))
+            elif how == "greedy":
+                work += list_greedy(units, [u for u in gone if u in solvers], few)
+        made: dict[int, tuple[Edit, ...]] = {u.block: () for u in gone}
+        planned = remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity)
+        for n, fit in enumerate(TRIED if self.fit == "auto" and gone else ()):
+            own = replace(planned, prefix=PREFIXES[fit], edits=made if fit == "once" else {})
+            work.append(Work(f"fit {n + 1}/{len(TRIED)}", solve=own, heads=1))
+        if self.fit == "joint" or self.repair:
+            work.append(Work("refits", passes=lambda i: 4.0 if self.repair else 2.0))
+        done = self.repair or self.fit in ("once", "joint")
+        return Foreseen(replace(planned, edits=made) if done else planned, work)
 
     def choose(self, problem: Problem, measure: Measurements) -> Choice:
         """One kind after the other, as many of each; which go, and their bypasses."""
@@ -298,7 +326,7 @@ class SubFit(Method):
             for i, _, stats in measure.forward(taps, edits):
                 if (unit := Unit(i, "ffn")) in chosen:
                     fits[unit] = fit_unit(solver, unit, stats, shapes[i])
-        return fits, dict.fromkeys(chosen, replace(self.refit_solver(), shared=basis))
+        return fits, dict.fromkeys(chosen, replace(self._refit_solver(), shared=basis))
 
 
 @dataclass(frozen=True)
@@ -335,14 +363,6 @@ def try_fits(
     return losses
 
 
-def find_budgets(problem: Problem, measure: Measurements, sparsity: float | None) -> Sequence[Budget]:
-    """What the free choice has to meet: of a sparsity, as many weights as that share of whole blocks."""
-    if sparsity is None:
-        return problem.budgets
-    share = round_half_up(sparsity * len(problem.shapes)) / len(problem.shapes)
-    return [make_budget("keep", 1 - share, measure.source, problem.shapes, problem.context)]
-
-
 def raise_ranks(
     problem: Problem, budgets: Sequence[Budget], removed: list[Unit], need: Tensor, solver: Bypass
 ) -> Problem:
@@ -365,9 +385,9 @@ def raise_ranks(
     return next(falling, at(0))
 
 
-def count_saved(problem: Problem, budgets: Sequence[Budget], units: list[Unit]) -> Tensor:
-    """What goes of every budget with these units, net of their bypasses."""
-    return torch.tensor([saving(problem, units, b) for b in budgets], dtype=torch.float64)
+def list_taps(solvers: Mapping[Unit, Solver], shape: Shape) -> list[Tap]:
+    """What these solvers of a block's units measure."""
+    return sorted({t for u, s in solvers.items() if u.block == shape.block for t in s.taps(u, shape)})
 
 
 def combine(parts: Mapping[Unit, tuple[float, float]], how: str) -> dict[Unit, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor
 from typing import Literal, TypeVar
@@ -21,7 +21,8 @@ from planish.core import Edit, Unit, Weights
 from planish.errors import InputError
 from planish.modelling.blocks import get_linear
 from planish.modelling.families import Family
-from planish.plan.budgets import Budget
+from planish.plan.budgets import Budget, make_budget
+from planish.plan.foreseen import Foreseen, Work, compare_trials
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solvers.moments import Moments
@@ -99,6 +100,19 @@ def saving(problem: Problem, units: Sequence[Unit], budget: Budget | None = None
     return saved
 
 
+def find_budgets(problem: Problem, measure: Measurements, sparsity: float | None) -> Sequence[Budget]:
+    """What a free choice of submodules has to meet: of a sparsity, as many weights as that share of whole blocks."""
+    if sparsity is None:
+        return problem.budgets
+    share = round_half_up(sparsity * len(problem.shapes)) / len(problem.shapes)
+    return [make_budget("keep", 1 - share, measure.source, problem.shapes, problem.context)]
+
+
+def count_saved(problem: Problem, budgets: Sequence[Budget], units: list[Unit]) -> Tensor:
+    """What goes of every budget with these units, net of their bypasses."""
+    return torch.tensor([saving(problem, units, b) for b in budgets], dtype=torch.float64)
+
+
 def remove(planned: Planned, problem: Problem, gone: Sequence[Unit], sparsity: float | None) -> Planned:
     """The plan in which these units go (rank 0) and the others stay (rank 1), with what it amounts to."""
     units, n = planned.solvers, len(problem.shapes)
@@ -127,6 +141,21 @@ def remove(planned: Planned, problem: Problem, gone: Sequence[Unit], sparsity: f
     )
 
 
+def pick_some(n: int, counts: Mapping[str, int]) -> list[Unit]:
+    """As many units of each kind as go of n blocks, where it is not known yet which: from the last block but one backwards."""
+    order = [*reversed(range(n - 1)), n - 1]
+    return [Unit(i, kind) for kind, count in counts.items() for i in order[:count]]
+
+
+def list_greedy(units: Iterable[Unit], gone: Iterable[Unit], windows: int) -> list[Work]:
+    """The walks of a greedy search among units that ends with some of them gone."""
+    rest, walks = list(units), list[Work]()
+    for unit in gone:
+        walks.append(compare_trials([u.block for u in rest], windows))
+        rest.remove(unit)
+    return walks
+
+
 def lowest(scores: Mapping[Unit, float], n: int) -> list[Unit]:
     """The n units with the lowest scores."""
     return sorted(scores, key=lambda u: (scores[u], u))[:n]
@@ -149,6 +178,7 @@ def trial_losses(stream: Stream, edits: Edits, trials: Mapping[Key, Edits]) -> d
     in memory together), so every block is read once.
     """
     main = stream.start()
+    stream.report("search", 0, len(stream))
     flows: dict[Key, Hidden] = {}
     for i in range(len(stream)):
         plain = stream.place(stream.block(i, edits.get(i, ())))
@@ -159,6 +189,7 @@ def trial_losses(stream: Stream, edits: Edits, trials: Mapping[Key, Edits]) -> d
             elif key in flows:
                 flows[key] = stream.run(i, plain, flows[key])
         main = stream.run(i, plain, main)
+        stream.report("search", i + 1, len(stream))
     return {key: nll(stream, flows.get(key, main)) for key in trials}
 
 
@@ -250,7 +281,17 @@ def compare_windows(measure: Measurements, n: int, windows: int, name: Literal["
 
                 stats = collect(stream, [tap], pair, measure.shapes[i])
                 found[i + 1 - n] = float(stats.mean(tap, name))
+            stream.report("search", i + 1, len(stream))
     return found
+
+
+def foresee_window(planned: Planned, problem: Problem, n: int, sparsity: float | None, windows: int) -> Foreseen:
+    """What to expect where n blocks in a row go: runs are compared on so many windows, then a map is fitted on all."""
+    gone = pick_some(len(problem.shapes), {"attention": n, "ffn": n})
+    last = min((u.block for u in gone), default=0) - 1
+    planned = remove(replace(planned, edits={last: ()} if gone else {}), problem, gone, sparsity)
+    fit = Work(passes=lambda i: float(i <= last + n))
+    return Foreseen(planned, [Work("search", windows), fit] if gone else [])
 
 
 @dataclass

@@ -22,6 +22,8 @@ from planish.calibrate.collect import Run, capture, measure_block
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import in_order, read_weights
 from planish.core import Frontier, Unit
+from planish.modelling.families import ATTENTION
+from planish.plan.foreseen import Work
 from planish.plan.frontiers import Frontiers
 from planish.plan.problem import Problem
 from planish.stats import Tap
@@ -66,6 +68,18 @@ def correct_scores(
             at = torch.tensor([ranks[n] for ranks in wanted[group]])
             found[unit] = replace(frontiers[unit], loss=loss * interpolate(torch.arange(len(loss)), at, factor).exp())
     return found
+
+
+def foresee_errors(problem: Problem, kind: Kind, windows: int) -> Work:
+    """The walk that measures the errors of one kind of units: a pass to the end, and one to the output projection per rank."""
+    shares, few = SCORES[kind]
+    solvers = {u: s for u, s in problem.units.items() if u.name in kind}
+
+    def count(i: int) -> float:
+        upto = problem.shapes[i].count(*ATTENTION) / problem.shapes[i].count()
+        return 1 + (len(shares) + 1) * upto
+
+    return Work("scores", min(few, windows), count, solvers=solvers)
 
 
 def list_ranks(problem: Problem, frontiers: Mapping[Unit, Frontier], kind: Kind) -> dict[Group, list[tuple[int, ...]]]:
@@ -122,6 +136,7 @@ def cut_errors(
                 predicted = sum(float(frontiers[u].loss[r]) for u, r in cuts.items())
                 found.setdefault(group, []).append((predicted, mean))
         hidden = after
+        few.report("scores", i + 1, len(few))
     return found
 
 

@@ -127,7 +127,10 @@ def fill(
 
     def plan_at(t: float) -> dict[Unit, int]:
         keeps = {u: 1.0 if shares[u] == float("inf") else min(1.0, t * shares[u]) for u in units}
-        return {u: c.largest(keeps[u], own[u], step) for u, c in units.items()}
+        # blocks of one shape have one `Choices`
+        alike = {(id(c), keeps[u]): (c, keeps[u], own[u]) for u, c in units.items()}
+        found = {key: c.largest(keep, priced, step) for key, (c, keep, priced) in alike.items()}
+        return {u: found[id(c), keeps[u]] for u, c in units.items()}
 
     def cost(plan: dict[Unit, int]) -> float:
         return others + sum(float(units[u].cost[b, i]) for u, i in plan.items())

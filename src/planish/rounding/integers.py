@@ -141,7 +141,9 @@ def pack(codes: Tensor, grid: Grid, kind: StorageType) -> dict[str, Tensor]:
     }
     if kind.zero:
         stored["weight_zero_point"] = library.pack_to_int32(grid.zero.to(torch.int8), kind.bits, packed_dim=0)
-    return stored
+    return {
+        end: torch.empty(t.shape, dtype=t.dtype).copy_(t) for end, t in stored.items()
+    }  # rows of one word have odd strides
 
 
 def unpack(stored: dict[str, Tensor], kind: StorageType) -> tuple[Tensor, Grid]:

@@ -107,8 +107,8 @@ class Choice:
     type: StorageType | None
     target: str
 
-    def pick(self, n: int, where: str) -> StorageType:
-        """The type of a matrix whose rows have n weights. Raises InputError where none holds them."""
+    def pick(self, n: int, where: str, out: int = WORD) -> StorageType:
+        """The type of a matrix of `out` rows of n weights. Raises InputError where none holds them."""
         if self.type is not None:
             if self.type.holds(n):
                 return self.type
@@ -124,7 +124,9 @@ class Choice:
         groups = [g for g in (VLLM["groups"] if self.target == "vllm" else range(LEAST, GROUP + 1)) if n % g == 0]
         if groups:
             best = max((g for g in groups if g <= GROUP), default=groups[0])
-            return integer(self.bits, best, zero=True)
+            return integer(
+                self.bits, best, zero=out * self.bits > WORD
+            )  # the library does not read zeros of a single word
         raise InputError(
             f"{where}: rows of {n} weights do not divide into groups for --target {self.target}; cut to other widths with "
             "--round-to 32"

@@ -1,0 +1,133 @@
+"""Calibration windows that fit the machine, and what would make a run shorter, by predicted seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from planish.checking import count_needed
+from planish.dry_run import look_ahead
+from planish.dry_run.passes import Run
+from planish.dry_run.seconds import Costs, Phase, estimate_phases, measure_costs
+from planish.durations import tell
+from planish.errors import InputError
+from planish.folder.source import Source
+from planish.methods import find_method, list_methods
+from planish.methods.method import Method
+from planish.request import Request
+
+BOUND = 1800.0  # seconds that a run on a CPU may take where nobody chose its windows
+SHORT = 512  # tokens: windows are shortened to this before there are fewer of them
+FEW = 8  # windows at least
+PER_CHANNEL = 4  # tokens at least for every channel of the widest Gram, or it is mostly noise
+CAREFUL = 60, 1e9  # passes and FLOP/s by which a run is certainly not longer than it takes
+SMALL = 60.0  # seconds within which a run needs no prediction
+CHEAPER = ("a3", "flat-llm")  # methods that are looked at
+
+Size = tuple[int, int]  # windows, tokens of each
+
+
+class Outlook:
+    """What a run would take with windows of several sizes. One plan and one rehearsal serve all of them."""
+
+    def __init__(self, request: Request, method: Method, source: Source, size: Size):
+        self.request, self.method, self.source = request.model_copy(update={"max_latency": None}), method, source
+        self.first = look_ahead(self.request, method, source, size)
+        self.costs: Costs = measure_costs(self.first)
+
+    def run(self, size: Size) -> Run:
+        """The plan is that of the first size: only where attention's FLOPs or time are limited would another one be found."""
+        problem = replace(self.first.problem, context=self.request.context or size[1])
+        work = [replace(w, windows=w.windows and min(w.windows, size[0])) for w in self.first.work]
+        return self.first._replace(problem=problem, windows=size[0], seq_len=size[1], work=work)
+
+    def serves(self, request: Request) -> bool:
+        """Whether that plan is the very one that a request asks for, whatever the size."""
+        return not {"flops_keep", "max_latency"} & set(request.given)
+
+    def phases(self, size: Size) -> list[Phase]:
+        numbers = 2 * sum(p.numel() for p in self.source.empty.parameters())
+        return estimate_phases(self.run(size), self.costs, numbers)
+
+    def seconds(self, size: Size) -> float:
+        return sum(p.seconds for p in self.phases(size))
+
+
+class Chosen(NamedTuple):
+    """Windows, and why they are not the default ones: empty where they are. `outlook`: what they were chosen by, if anything."""
+
+    size: Size
+    why: str = ""
+    outlook: Outlook | None = None
+
+
+def is_small(source: Source, size: Size, seconds: float) -> bool:
+    """Whether a run is certainly shorter, without measuring anything."""
+    passes, rate = CAREFUL
+    weights = sum(source.shape(i).working for i in range(source.n_blocks))
+    return 2 * passes * weights * size[0] * size[1] / rate < seconds
+
+
+def list_smaller(size: Size, need: int) -> list[Size]:
+    """Sizes in the order in which they are tried: shorter windows, then fewer, with at least so many tokens as the widest Gram
+    of `need` channels takes."""
+    (n, length), found = size, list[Size]()
+    while True:
+        n, length = (n, max(length // 2, SHORT)) if length > SHORT else (n // 2, length)
+        if n < FEW or n * length < PER_CHANNEL * need:
+            return found
+        found.append((n, length))
+
+
+def choose_windows(request: Request, method: Method, source: Source, size: Size) -> Chosen:
+    """The largest of the sizes with which a run on a CPU is predicted to take at most `BOUND` seconds, or the smallest."""
+    if request.device != "cpu" or is_small(source, size, BOUND):
+        return Chosen(size)
+    try:
+        outlook = Outlook(request, method, source, size)
+    except InputError:  # the run itself will say so
+        return Chosen(size)
+    sizes = list_smaller(size, count_needed(outlook.first.problem))
+    if (default := outlook.seconds(size)) <= BOUND or not sizes:
+        return Chosen(size, "", outlook)
+    found = next((s for s in sizes if outlook.seconds(s) <= BOUND), sizes[-1])
+    took = outlook.seconds(found)
+    aim = f"at most {tell(BOUND)}" if took <= BOUND else f"{tell(BOUND)}, but its statistics need so many tokens"
+    return Chosen(
+        found,
+        f"calibration windows: {found[0]} × {found[1]} tokens, chosen for this CPU: about {tell(took)}, where the default "
+        f"{size[0]} × {size[1]} would take about {tell(default)} (the aim is {aim}); --n-samples and --seq-len say otherwise",
+        outlook,
+    )
+
+
+def list_shorter(outlook: Outlook, size: Size, seconds: float) -> dict[str, float]:
+    """Options that would at least about halve a run of so many seconds → what it would take with them."""
+    (n, length), found = size, dict[str, float]()
+    for flag, other in ((f"--n-samples {n // 2}", (n // 2, length)), (f"--seq-len {length // 2}", (n, length // 2))):
+        if min(other) > 1:
+            found[flag] = outlook.seconds(other)
+    for name in CHEAPER:
+        if name != outlook.method.name and name in list_methods():
+            try:
+                cheaper = Outlook(outlook.request, find_method(name), outlook.source, size)
+                found[f"--method {name}"] = cheaper.seconds(size)
+            except InputError:
+                continue  # that method cannot do it
+    return {flag: s for flag, s in found.items() if s <= 0.6 * seconds}
+
+
+def foretell(
+    request: Request, method: Method, source: Source, size: Size, outlook: Outlook | None = None
+) -> tuple[Sequence[Phase], dict[str, float]]:
+    """The walks of a run with what each takes, and what would halve a long one; nothing where it is small or cannot be told."""
+    if is_small(source, size, SMALL):
+        return [], {}
+    try:
+        outlook = outlook or Outlook(request, method, source, size)
+    except InputError:
+        return [], {}
+    phases = outlook.phases(size)
+    whole = sum(p.seconds for p in phases)
+    return phases, list_shorter(outlook, size, whole) if whole > SMALL else {}
