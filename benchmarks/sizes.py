@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **opti
     row["cpu_seconds"] = f"{time.process_time() - start:.1f}"
     new = not book.exists()
     with book.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
@@ -142,7 +142,7 @@ def tell(rows: list[dict[str, str]]) -> str:
             above += [r["asked"]] if gap > 2 * math.hypot(float(r["stderr"]), float(best["stderr"])) else []
     where = f"above the other curves by more than two standard errors at {', '.join(above)} bytes" if above else (
         "nowhere above the other curves by more than two standard errors")  # fmt: skip
-    return f"Both together is {where}; at most {worst:.4f} nats above." if done else ""
+    return f"Both together is {where}; at most {worst:.4f} nats above." if worst > -math.inf else "Not measured: both."
 
 
 if __name__ == "__main__":
