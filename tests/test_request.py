@@ -21,8 +21,9 @@ OWN = {  # flags that are no part of a request: how a command runs, and what it 
     "eora": {"output", "bits", "rank", "quantiser", "overwrite", "json"},
 }  # fmt: skip
 LEFT_OUT = {
-    "plan": {"bits", "head-bits"},
-    "sweep": {"max-params", "max-bytes", "max-latency", "context", "method", "target", "set", "adapter", "bits", "head-bits"},
+    "plan": {"bits", "head-bits", "fit"},
+    "sweep": {"max-params", "max-bytes", "max-latency", "context", "method", "target", "set", "adapter", "bits", "head-bits",
+              "fit"},
     "eora": {FLAGS.get(n, n.replace("_", "-")) for n in OPTIONS} - {"calibration", "n-samples", "seq-len", "seed", "sampling",
                                                                   "bos", "device", "dtype", "bits"},
 }  # fmt: skip

@@ -32,6 +32,7 @@ FLOORS = [
     {"checking", "manifest", "compression", "dry_run", "single_cuts"},
     {"export", "evaluate"},
     {"evaluation"},
+    {"fit"},
     {"api", "sweep"},
     {"cli", "__init__", "__main__"},
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ from planish.evaluation import (
     load,
 )
 from planish.export.eora import Compensation, compensate, open_linears
+from planish.fit import Choice, choose_bits
 from planish.folder.owner import owning
 from planish.folder.source import FolderSource, Source, open_shapes, open_source
 from planish.folder.tokenizer import load_tokenizer
@@ -88,6 +90,7 @@ def compress(
     `method`: a name, or a method; by default "auto"; `settings`: its hyper-parameters by name.
     `calibration`: a SOURCE of `planish.calibrate.text.load_tokens` (name, file, or token ids) from which `n_samples` windows of
     `seq_len` tokens are taken: text at random by `seed`, ids side by side from the start, unless `sampling` says otherwise.
+    `bits` "auto" with `max_bytes`, or `fit` (the size with the KV cache and what running takes): cuts and rounding compete.
     Where neither number is given and a CPU would need more than half an hour, fewer tokens are taken (a warning and the manifest
     say how many and why).
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
@@ -110,11 +113,14 @@ def compress(
     files = {}
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
-    place = Destination(Path(output), overwrite, files)
+    place, choices = Destination(Path(output), overwrite, files), list[Choice]()
+    if request.fit is not None or request.bits == "auto":
+        request, choices = choose_bits(request, method, source, text, place, progress)
+        files["choices.json"] = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
     if begin is not None and lanes.is_first():
         begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
     result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
-    result.warnings = text.notes + result.warnings
+    result.warnings, result.choices = text.notes + result.warnings, [c.as_dict() for c in choices]
     return result
 
 
@@ -166,8 +172,8 @@ def forecast(
     chooses its ranks by statistics, these and what follows from them are what is expected (`Forecast.measured` is False).
     `measure`: find them as `compress` would, on the calibration text. `cache`: keep its token ids on disk.
     """
-    if options.get("bits") is not None:
-        raise InputError("a forecast counts weights as they are before rounding: leave bits out")
+    if options.get("bits") is not None or options.get("fit") is not None:
+        raise InputError("a forecast counts weights as they are before rounding: leave bits and fit out")
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer, request.adapter)
     chosen = fit_windows(request, method, source)

@@ -56,6 +56,9 @@ class Result:
     rounding: dict[str, Any] = field(
         default_factory=dict
     )  # see `planish.quantise.Report`; empty where nothing was rounded
+    choices: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # plans that were compared for a size: `planish.fit.Choice`
 
     @property
     def removed(self) -> float:

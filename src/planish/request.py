@@ -178,8 +178,12 @@ class Request(Limits):
         "any", "where the result has to run: ranks are chosen to suit it", choices=("any", "hf", "vllm", "gguf", "onnx")
     )
     bits: Bits = option(
-        None, "round every linear of the blocks, for the target: 8, 4, 3, 2 or a type's name (docs/bits.md)",
+        None, "round every linear of the blocks, for the target: 8, 4, 3, 2, a type's name, or auto (docs/bits.md)",
         metavar="BITS", shown="16: nothing is rounded",
+    )  # fmt: skip
+    fit: Annotated[int | None, size("fit", BYTES)] = option(
+        None, "bytes that weights, a KV cache of --context tokens and running may take together; --bits auto",
+        metavar="SIZE", shown=False, type=str,
     )  # fmt: skip
     head_bits: Bits = option(
         None,
@@ -247,7 +251,7 @@ class Grid(Strict):
 
 
 TEXT = tuple(Text.model_fields)[1:]  # options of the text besides its source
-COMPUTED = ("device", "dtype", "round_to", "target", "bits", "head_bits")
+COMPUTED = ("device", "dtype", "round_to", "target", "bits", "head_bits", "fit")
 RECIPE = (
     "version",
     "model",

@@ -23,6 +23,7 @@ from planish.cli.run import compare_sizes, format_bytes, format_seconds, say, se
     "target",
     "bits",
     "head_bits",
+    "fit",
     "settings",
     "adapter",
     "overwrite",
@@ -65,6 +66,7 @@ def compress(
             f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {asked}) · {escape(result.output)} ({how})",
             compare_sizes(result),
             *o.show_removed(result),
+            *show_choices(result),
             *show_rounding(result),
             *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
@@ -86,6 +88,18 @@ def read_request(
     method, own = (find_class(str(m or default_method))[0] for m in (found["method"], recipe["method"]))
     inherited = recipe["settings"] if method == own else {}  # another method has other settings
     return recipe["model"], found | {"settings": inherited | options["settings"]}
+
+
+def show_choices(result: Any) -> list[str]:
+    """Lines of plans that were compared for a size."""
+    lines = []
+    for c in result.choices:
+        what = "all weights" if c["keep"] == 1 else f"keep {c['keep']:.4f}"
+        found = c["error"] or (
+            f"{format_bytes(c['bytes'])}, KL {c['kl']:.4f}" if c["bytes"] else "the finest that fits"
+        )
+        lines.append(f"{'→' if c['chosen'] else ' '} {c['bits']} bits, {what}: {escape(found)}")
+    return ["plans of this size, by their divergence on held-out windows:", *lines] if lines else []
 
 
 def show_rounding(result: Any) -> list[str]:

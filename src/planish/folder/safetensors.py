@@ -165,7 +165,9 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
             digest.update(piece)
             write_all(file, piece)
         for name in order:
-            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            flat = tensors[name].detach().cpu().contiguous()
+            flat = flat.as_strided((flat.numel(),), (1,))  # a single number counts as contiguous whatever its stride is
+            data = flat.view(torch.uint8).numpy().data
             digest.update(data)
             write_all(file, data)
         os.fsync(file.fileno())

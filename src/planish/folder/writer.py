@@ -34,6 +34,14 @@ SAVED_NAMES = {
 }
 
 
+def check_free(output: Path, overwrite: bool) -> None:
+    """InputError where something is there that may not be replaced."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+        raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output {output} is a file")
+
+
 class Writer:
     """A compressed folder, written shard by shard into `<output>.partial` and renamed when it is complete.
 
@@ -62,10 +70,7 @@ class Writer:
             lanes.share(None)  # nobody writes into the folder before it is there
 
     def create(self, output: Path, overwrite: bool) -> None:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-            raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
-        if output.exists() and not output.is_dir():
-            raise InputError(f"output {output} is a file")
+        check_free(output, overwrite)
         if (self.state / "journal.jsonl").exists() and not overwrite:
             raise InputError(f"{self.partial} holds an unfinished run: planish resume {output}, or pass --overwrite")
         for path in (output, self.partial):

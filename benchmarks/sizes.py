@@ -1,0 +1,149 @@
+"""Bytes against nats: rounding alone, cutting alone, and both under one size; writes docs/tables/sizes.md and sizes.csv.
+
+    python benchmarks/sizes.py --text FILE --held FILE                  # the embedded model
+    python benchmarks/sizes.py --model FOLDER --name NAME --text FILE --held FILE --method auto
+
+bits: all weights, the blocks' linears in 8, 4, 3, 2 bits. cuts: 16 bits, fewer weights. both: `--bits auto` at sizes between and
+below those of the types. Nats: mean KL(dense ‖ result) on text that nothing was calibrated on, its standard error, and the
+excess of the loss. The table is resumed: a row that the CSV has is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import planish
+from planish.errors import PlanishError
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "tables" / "sizes.md"
+FIELDS = ("model", "method", "curve", "asked", "bytes", "kl", "stderr", "excess", "plan", "cpu_seconds", "protocol")
+HEAD = """# Bytes against nats
+
+Written by `benchmarks/sizes.py` from sizes.csv. bits: all weights in so many bits (integers in groups of up to 64 with zero points,
+error feedback). cuts: 16 bits, so many of the blocks' weights. both: `--bits auto --max-bytes`, the plan that it chose. KL: of
+the next token's distribution from the dense model's, nats per token on text that nothing was calibrated on, with its standard
+error; excess: of the loss there. Everything that is no linear of a block is in 16 bits.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "src" / "planish" / "data" / "demo")
+    parser.add_argument("--name", default="embedded model")
+    parser.add_argument("--text", default="builtin", help="calibration: a SOURCE")
+    parser.add_argument("--held", default="builtin", help="text to measure on")
+    parser.add_argument("--method", default="flat-llm", help="what cuts")
+    parser.add_argument("--n-samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=64, help="of the text that is measured on")
+    parser.add_argument("--keeps", default="0.9,0.8,0.65,0.5,0.35")
+    parser.add_argument(
+        "--shares", default="0.85,0.7,0.6", help="sizes of both, beside the types' own: shares of the smallest"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--only-table", action="store_true", help="write the table of what the CSV has")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    book = args.table.with_suffix(".csv")
+    if args.only_table:
+        args.table.write_text(tabulate(read(book)))
+        return
+    sizes = {}
+    for bits in ("8", "4", "3", "2"):
+        sizes[bits] = int(measure(args, book, "bits", bits, keep=1, bits=bits)["bytes"])
+    for keep in args.keeps.split(","):
+        measure(args, book, "cuts", keep, keep=float(keep))
+    between = [(a + b) // 2 for a, b in zip([*sizes.values()], [*sizes.values()][1:], strict=False)]
+    below = [int(float(s) * sizes["2"]) for s in args.shares.split(",")]
+    for size in sorted([*sizes.values(), *between, *below], reverse=True):
+        measure(args, book, "both", str(size), max_bytes=size, bits="auto")
+    args.table.write_text(tabulate(read(book)))
+
+
+def read(book: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(book.open())) if book.exists() else []
+
+
+def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **options: Any) -> dict[str, Any]:
+    """One row: from the CSV, or made, measured and added to it."""
+    protocol = f"{args.n_samples} × {args.seq_len} tokens; {args.windows} windows"
+    key = {"model": args.name, "method": args.method, "curve": curve, "asked": asked, "protocol": protocol}
+    for row in read(book):
+        if all(row[n] == v for n, v in key.items()):
+            return row
+    start, row = time.process_time(), {**dict.fromkeys(FIELDS, ""), **key}
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
+        try:
+            done = planish.compress(
+                args.model, output=out, method=args.method, calibration=args.text, n_samples=args.n_samples,
+                seq_len=args.seq_len, **options,
+            )  # fmt: skip
+            found = planish.compare(out, args.model, text=args.held, seq_len=args.seq_len, max_windows=args.windows)
+            excess = found.model.nll - found.dense.nll
+            chosen = [c for c in done.choices if c["chosen"]]
+            plan = "".join(f"{c['bits']} bits, keep {c['keep']:g}" for c in chosen)
+            row |= {"bytes": done.bytes_after, "kl": f"{found.agreement.kl:.5f}",
+                    "stderr": f"{found.agreement.kl_stderr:.5f}", "excess": f"{excess:.5f}", "plan": plan}  # fmt: skip
+        except PlanishError as error:
+            row["plan"] = f"refused: {error}"
+    row["cpu_seconds"] = f"{time.process_time() - start:.1f}"
+    new = not book.exists()
+    with book.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(*(row[n] for n in ("curve", "asked", "bytes", "kl", "excess", "plan", "cpu_seconds")), flush=True)
+    return row
+
+
+def tabulate(rows: list[dict[str, str]]) -> str:
+    lines = [HEAD]
+    for model, method, protocol in dict.fromkeys((r["model"], r["method"], r["protocol"]) for r in rows):
+        own = [r for r in rows if (r["model"], r["method"], r["protocol"]) == (model, method, protocol)]
+        lines += [f"## {model}, cuts by {method} ({protocol})\n", "| bytes | curve | asked | KL | ± | excess | plan |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for r in sorted(own, key=lambda r: -int(r["bytes"] or 0)):
+            if not r["bytes"]:
+                lines.append(f"| – | {r['curve']} | {int(r['asked']):,} | | | | {r['plan']} |")
+                continue
+            asked = f"{int(r['asked']):,}" if r["curve"] == "both" else r["asked"]
+            lines.append(
+                f"| {int(r['bytes']):,} | {r['curve']} | {asked} | {float(r['kl']):.4f} | {float(r['stderr']):.4f} | "
+                f"{float(r['excess']):.4f} | {r['plan']} |"
+            )
+        lines += ["", tell(own), ""]
+    return "\n".join(lines)
+
+
+def tell(rows: list[dict[str, str]]) -> str:
+    """Whether both is nowhere above what the others have at no more bytes, within twice the standard error."""
+    done = [r for r in rows if r["bytes"]]
+    worst, above = -math.inf, []
+    for r in (r for r in done if r["curve"] == "both"):
+        others = [o for o in done if o["curve"] != "both" and int(o["bytes"]) <= int(r["asked"])]
+        best = min(others, key=lambda o: float(o["kl"]), default=None)
+        if best is not None:
+            gap = float(r["kl"]) - float(best["kl"])
+            worst = max(worst, gap)
+            above += [r["asked"]] if gap > 2 * math.hypot(float(r["stderr"]), float(best["stderr"])) else []
+    where = f"above the other curves by more than two standard errors at {', '.join(above)} bytes" if above else (
+        "nowhere above the other curves by more than two standard errors")  # fmt: skip
+    return f"Both together is {where}; at most {worst:.4f} nats above." if worst > -math.inf else "Not measured: both."
+
+
+if __name__ == "__main__":
+    main()
