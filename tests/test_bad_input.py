@@ -182,6 +182,9 @@ def test_the_smallest_keep_that_is_named_can_be_asked_for(method, tmp_path):
     with pytest.raises(InputError) as caught:
         make(0.001)
     named = re.search(r"the smallest keep is ([\d.]*\d)", str(caught.value))
+    if method in ("reap", "hope"):  # of a model without experts
+        assert "drops experts" in str(caught.value)
+        return
     if method == "modegpt":  # its cap, not its shapes
         assert "cap" in str(caught.value)
         return

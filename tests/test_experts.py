@@ -300,14 +300,14 @@ def test_a_folder_gives_what_a_model_in_memory_gives(tmp_path):
 def test_attention_of_a_mixture_is_cut_in_our_own_format(name, tmp_path):
     """Checkpoints with other names, stacked ones, shared experts: what is loaded computes what was solved."""
     stream = Stream(open_source(tiny.save(tiny.build(name), tmp_path / "model")), WINDOWS)
-    job, hidden = pose_on(stream, "flat-llm", 0.95), stream.start()
+    job, hidden = pose_on(stream, "flat-llm", 0.8), stream.start()
 
     def emit(i: int, block: nn.Module, *_: object) -> None:
         nonlocal hidden
         hidden = stream.run(i, block, hidden)
 
     planish_solve.solve(job.problem, job.measure, job.method.plan(job.problem, job.measure), emit)
-    result = compress(tmp_path / "model", output=tmp_path / "out", windows=WINDOWS, method="flat-llm", keep=0.95)
+    result = compress(tmp_path / "model", output=tmp_path / "out", windows=WINDOWS, method="flat-llm", keep=0.8)
     loaded = tiny.load(tmp_path / "out")
     assert result.format == "planish" and result.params_after == sum(p.numel() for p in loaded.parameters())
     torch.testing.assert_close(loaded(WINDOWS).logits, compute_logits(stream, hidden[0]), rtol=1e-4, atol=1e-4)

@@ -83,6 +83,7 @@ def test_a_size_that_holds_the_model_leaves_it_as_it_is(model, tmp_path):
     assert done.rounding == {} and done.keep == 1 and [c["bits"] for c in done.choices] == ["16"]
 
 
+@pytest.mark.slow
 def test_exactly_the_bytes_of_a_type_are_enough_for_it(model, tmp_path):
     plain = compress(model, tmp_path / "plain", keep=1, bits="8")
     done = compress(model, tmp_path / "out", max_bytes=plain.bytes_after, bits="auto")

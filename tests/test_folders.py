@@ -474,7 +474,7 @@ def test_nothing_large_is_fetched_for_what_is_refused(use, tmp_path, monkeypatch
     """A family that is not supported, a text that is not there, pickles alone, an adapter, a full disk."""
     model = make(tmp_path / "model", sharded=True)
     for n, (change, text, words) in enumerate([
-        (lambda f: configure(f, model_type="mixtral"), WINDOWS.flatten(), "mixtral"),
+        (lambda f: configure(f, model_type="jamba"), WINDOWS.flatten(), "jamba"),
         (lambda f: None, "nothing.txt", "nothing.txt"),
         (pickle_all, WINDOWS.flatten(), "owner/model.* only pickles .pytorch_model.bin"),
         (adapt, WINDOWS.flatten(), "LORA adapter of owner/base"),

@@ -136,7 +136,7 @@ def test_first_block_solves_its_own_statement(method, tmp_path):
 
 def test_sensitivity_is_the_loss_of_the_model_with_that_linear_truncated():
     j = job("asvd", 0.8)
-    s = Sensitivity(j.problem, j.measure, 3)
+    s = Sensitivity(j.problem, j.measure, 3, 1)
     unit, rank = Unit(1, "o"), 5
     model = tiny.build("llama_gqa")
     low = s.factors[unit]

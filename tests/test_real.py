@@ -87,6 +87,7 @@ def inside(real, run, monkeypatch):
     monkeypatch.setattr(real, "run", call)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(ask, real, tmp_path, monkeypatch):
     """Killed within the second text: no row of that phase is there, what was there is not measured again."""
     part = ("--methods", "svd,slicegpt", "--keep", "0.7", "--phases", "compress,text")
@@ -126,6 +127,7 @@ def test_other_protocols_are_measured_beside(ask, inside):
     assert len(ask(*part)) * 2 == len(ask(*part, "--dtype", "bfloat16"))
 
 
+@pytest.mark.slow
 def test_the_page_repeats_the_csv(ask, inside, real, tmp_path):
     rows = ask("--methods", "flat-llm,llm-drop", "--keep", "0.8,0.6")
     assert {r["phase"] for r in rows if r["method"] == "flat-llm"} == {

@@ -37,7 +37,7 @@ from planish.request import LIMITS, Request, label
 
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
 FINER = 2  # so many types finer than the one that holds all weights are tried with cuts
-NEARLY = 1.03  # times the size: predicted bytes at which all weights may still fit
+NEARLY = 1.1  # times the size: predicted bytes at which all weights may still fit
 HELD = 4  # every fourth window is held out
 AGAIN = 4  # times that a cut which came out too large is made smaller
 CONTEXT = 4096  # tokens of the cache unless told, or as many as the model has positions

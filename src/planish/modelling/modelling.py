@@ -121,6 +121,11 @@ def share_config(model, plain, config) -> None:
             module.__class__ = _recording(type(module))  # type: ignore[arg-type]
     for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
         setattr(config, name, getattr(plain, name, None))
+    stacks = [p for p in model.parameters() if p.ndim == 3]
+    if any(
+        step * p.element_size() % 16 for p in stacks for step in p.stride()[:2]
+    ):  # grouped products refuse such widths
+        config._experts_implementation_internal = "eager"
     for module in model.modules():
         if getattr(module, "config", None) is plain:
             module.config = config
