@@ -152,6 +152,7 @@ def test_broken_tokenizer(refuse, folder, tmp_path, run):
     refuse(model, "cannot load the tokenizer", str(model))
 
 
+@pytest.mark.slow
 def test_links_of_the_hubs_cache(folder, ids, tmp_path, run):
     """snapshots/HASH/file → ../../blobs/…: read as it is, also through its hub id."""
     home = tmp_path / "models--owner--model"

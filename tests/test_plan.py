@@ -53,7 +53,10 @@ def test_statistics_need_weights(tmp_path):
         planish.compress(tmp_path, method="svd-llm", output=tmp_path / "out")
 
 
-@pytest.mark.parametrize(("method", "settings"), [("a3", {}), ("flat-llm", {"allocation": "uniform"}), ("svd-llm", {})])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [pytest.param("a3", {}, marks=pytest.mark.slow), ("flat-llm", {"allocation": "uniform"}), ("svd-llm", {})],
+)
 def test_70b_fits_24_gb_and_64_gb(method, settings, tmp_path, monkeypatch):
     """Activations that stay on such a device included."""
     monkeypatch.setattr(seconds, "WIDTH", 128)

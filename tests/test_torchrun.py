@@ -89,6 +89,7 @@ def test_lost_process(inputs, victim, count, tmp_path):
     assert hashes(out) == hashes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_join(inputs, tmp_path):
     """Variables of torchrun without torchrun: one line."""
     alone = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
