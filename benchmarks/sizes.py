@@ -67,7 +67,7 @@ def main() -> None:
         measure(args, book, "cuts", keep, keep=float(keep))
     between = [(a + b) // 2 for a, b in zip([*sizes.values()], [*sizes.values()][1:], strict=False)]
     below = [int(float(s) * sizes["2"]) for s in args.shares.split(",")]
-    for size in sorted([*sizes.values(), *between, *below], reverse=True):
+    for size in sorted([*sizes.values(), *between, *below]):
         measure(args, book, "both", str(size), max_bytes=size, bits="auto")
     args.table.write_text(tabulate(read(book)))
 
