@@ -188,9 +188,9 @@ def test_parts_split_the_windows():
     stats, _ = measure_block(stream, 0, stream.block(0), taps, stream.start())
     assert [stats.tokens[t] // 24 for t in taps] == [17, 15, 2]
     all_, fit, held = (stats.sums[t]["sum"] for t in taps)
-    torch.testing.assert_close(fit + held, all_, rtol=1e-6, atol=3e-6 * float(all_.diagonal().max()))
+    torch.testing.assert_close(fit + held, all_)
     x = tiny.build("llama_gqa").get_input_embeddings()(tiny.windows(17, 24)[7::8]).flatten(0, 1).double()
-    torch.testing.assert_close(held, x.T @ x, rtol=1e-6, atol=3e-6 * float(held.diagonal().max()))
+    torch.testing.assert_close(held, x.T @ x, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["svd-llm", "flat-llm", "a3"])

@@ -1,9 +1,8 @@
 """What is measured while calibration text flows through a block: additive fp64 sums, one per tap.
 
-Sums over many tokens are fp64; the products of a short run of them are summed in fp32 where activations are no wider.
-
 Every kind is a function from the tapped tensors (tokens, channels) to a dict of sums. Sums add, so batches, processes
-and interrupted runs merge by addition, and little depends on how the tokens were grouped (see `add_gram`).
+and interrupted runs merge by addition, and nothing depends on how the tokens were grouped (up to fp64 rounding; up to that of
+`add_gram` where a run is summed in fp32).
 """
 
 from __future__ import annotations
@@ -163,9 +162,10 @@ WHOLE = {
 
 
 class Stats:
-    """Sums and token counts behind a set of taps."""
+    """Sums and token counts behind a set of taps. `run`: what Grams and cross moments of a run of tokens are summed in."""
 
-    def __init__(self, taps: Iterable[Tap] = ()):
+    def __init__(self, taps: Iterable[Tap] = (), run: torch.dtype = torch.float64):
+        self.run = run
         self.sums: dict[Tap, Sums] = {}
         self.origin = ""  # the pass over the uncompressed model that all of it comes from, if it does
         self.tokens: dict[Tap, int] = dict.fromkeys(sorted(set(taps)), 0)
@@ -179,7 +179,7 @@ class Stats:
             tensors = [values[s] if tap.kind in WHOLE else values[s].flatten(0, -2) for s in tap.sites]
             sums = self.sums.setdefault(tap, {})
             if tap.kind in IN_PLACE and not tap.heads:
-                IN_PLACE[tap.kind](sums, *tensors)
+                IN_PLACE[tap.kind](sums, *tensors, self.run)
             else:
                 add(sums, KINDS[tap.kind](*tensors, **({"heads": tap.heads} if tap.heads else {})))
             self.tokens[tap] = self.tokens.get(tap, 0) + tensors[0].shape[:-1].numel()
@@ -266,36 +266,34 @@ def list_rows(n: int, tile: int) -> Iterator[slice]:
         yield slice(i, min(i + size, n))
 
 
-def add_gram(into: Sums, x: Float[Tensor, "tokens n"]) -> None:
+def add_gram(into: Sums, x: Float[Tensor, "tokens n"], run: torch.dtype = torch.float64) -> None:
     """`gram` added in place, on and above the diagonal only (see `mirror`): half the products, no second Gram.
 
-    Products of one run of `CHUNK` tokens are summed in fp32, runs in fp64: an entry is off by less than
-    3e-6 · √(Σ x_i² Σ x_j²), however large some channels are. All of it in fp64 where the input is.
+    `run`: what the products of `CHUNK` tokens are summed in, before these sums are added in fp64. With fp32 an entry is off by less
+    than 3e-6 · √(Σ x_i² Σ x_j²), however large some channels are, in half the time.
     """
     n = x.shape[-1]
     if "sum" not in into:
         into["sum"] = torch.zeros(n, n, dtype=torch.float64, device=x.device)
     total = into["sum"]
     for chunk in x.split(CHUNK if x.is_cpu else COARSE):
-        chunk = widen(chunk)
+        chunk = chunk.to(run)
         for rows in list_rows(n, TILE if x.is_cpu else COARSE):
             add_row(total[rows, rows.start :], chunk[:, rows.start :])
 
 
-def widen(x: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
-    """One run of tokens in the dtype that its products are summed in: fp32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def add_row(row: Float[Tensor, "t m"], x: Float[Tensor, "tokens m"]) -> None:
-    """Add x[:, :t]ᵀ x, x (tokens, m), to a row of tiles (t, m); below the diagonal of its first tile not all of it."""
-    t = len(row)
-    run = torch.zeros(row.shape, dtype=x.dtype, device=x.device) if x.dtype != row.dtype else row
-    add_square(run[:, :t], x[:, :t])
+    """Add x[:, :t]ᵀ x, x (tokens, m), to a row of tiles (t, m); below the diagonal of its first tile not all of it.
+
+    Products are summed in x's dtype.
+    """
+    t, same = len(row), x.dtype == row.dtype
+    into = row if same else torch.zeros(row.shape, dtype=x.dtype, device=x.device)
+    add_square(into[:, :t], x[:, :t])
     if t < row.shape[1]:
-        run[:, t:].addmm_(x[:, :t].T, x[:, t:])
-    if run is not row:
-        row += run
+        into[:, t:].addmm_(x[:, :t].T, x[:, t:])
+    if not same:
+        row += into
 
 
 def add_square(square: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"]) -> None:
@@ -324,6 +322,7 @@ def add_lane(
     read: Callable[[int], Tensor],
     count: int,
     exchange: Callable[[Tensor], Iterable[Tensor]],
+    run: torch.dtype = torch.float64,
 ) -> None:
     """Add the Gram of a lane's `count` inputs, `read(k)` (batch, seq, n) on the total's device, to `total`
     (n, n), a row of tiles at a time: it never exists.
@@ -337,21 +336,25 @@ def add_lane(
         row = torch.zeros(rows.stop - i, n - i, dtype=torch.float64, device=total.device)
         for k in range(count):
             for chunk in read(k).flatten(0, -2).split(CHUNK if total.is_cpu else COARSE):
-                add_row(row, widen(chunk[:, i:]))
+                add_row(row, chunk[:, i:].to(run))
         for part in exchange(row):
             total[rows, i:] += part
     mirror(total)
 
 
-def add_cross(into: Sums, y: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"]) -> None:
-    """`cross` added in place, in runs as `add_gram` does."""
+def add_cross(
+    into: Sums, y: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"], run: torch.dtype = torch.float64
+) -> None:
+    """`cross` added in place; `run` as in `add_gram`."""
     if "sum" not in into:
         into["sum"] = torch.zeros(y.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
     total = into["sum"]
     size = CHUNK if x.is_cpu else COARSE
     for a, b in zip(y.split(size), x.split(size), strict=True):
-        run = widen(a).T @ widen(b)
-        total += run
+        if run == total.dtype:
+            total.addmm_(a.to(run).T, b.to(run))
+        else:
+            total += a.to(run).T @ b.to(run)
 
 
 IN_PLACE: dict[str, Callable[..., None]] = {"gram": add_gram, "cross": add_cross}

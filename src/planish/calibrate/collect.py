@@ -126,11 +126,16 @@ def collect(stream: Stream, taps: list[Tap], run: Callable[[int], Values], shape
     return total
 
 
+def choose_run(stream: Stream) -> torch.dtype:
+    """What the products of a run of tokens are summed in: no finer than fp32 where what is summed comes of coarser products."""
+    return torch.float64 if stream.products == stream.dtype else torch.float32
+
+
 def sum_lane(
     stream: Stream, lane: int, narrow: list[Tap], wide: list[Tap], run: Callable[[int], Values]
 ) -> tuple[Stats, dict[Tap, Activations]]:
     """(Sums of one lane's batches for the narrow taps, their inputs for the wide Grams)."""
-    sums = Stats()
+    sums = Stats(run=choose_run(stream))
     inputs = {t: Activations(stream.limits) for t in wide}
     for n, piece in enumerate(stream.pieces):
         if piece.lane != lane:
@@ -166,7 +171,7 @@ def add_wide(
                 yield lanes.share_tensors({"": row}, owner)[""]
 
     total_device = sums["sum"].device
-    add_lane(sums["sum"], lambda k: fetch(inputs, k, total_device), len(inputs), exchange)
+    add_lane(sums["sum"], lambda k: fetch(inputs, k, total_device), len(inputs), exchange, choose_run(stream))
 
 
 def share_stats(stats: Stats, source: int) -> Stats:

@@ -118,8 +118,8 @@ class Auto(Method):
     of the model, the "text"'s own next tokens, or the "curvature" of the KL at each token's five likeliest words
     (`planish.calibrate.losses.output_gradient`).
 
-    On a CPU that multiplies in bf16 (AVX-512 BF16, AMX) calibration forms the products of large blocks in it, all else in
-    fp32, unless a dtype is asked for: `--dtype float32` for none.
+    On a CPU that multiplies in bf16 (AVX-512 BF16, AMX) calibration forms the products of large blocks in it, and sums runs of
+    1024 tokens in fp32, unless a dtype is asked for: `--dtype float32` for neither.
 
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;

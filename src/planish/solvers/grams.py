@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from planish.shapes import Float, Int
-from planish.solvers.linalg import DAMPING, ROUNDING
+from planish.solvers.linalg import DAMPING
 
 TILE = 512
 
@@ -37,7 +37,7 @@ def factored(gram: Float[Tensor, "n n"], damping: float = DAMPING) -> Iterator[f
 
 
 def take_root(gram: Float[Tensor, "n n"], diagonal: list[Float[Tensor, "_ _"]], damping: float) -> float:
-    """L into the lower triangle; λ. The damping is raised as `planish.solvers.linalg.root` does, until there is a factor."""
+    """L into the lower triangle; λ. The damping is raised tenfold, with a warning, until there is a factor."""
     level = float(gram.diagonal().mean())
     level, raised = level if level > 0 else 1.0, damping
     while not factor(gram, raised * level):
@@ -45,7 +45,7 @@ def take_root(gram: Float[Tensor, "n n"], diagonal: list[Float[Tensor, "_ _"]], 
         raised = max(raised * 10, 1e-12)
         if raised > 1:
             raise ValueError("Gram has no Cholesky factor even with damping 1: it holds NaN or is far from symmetric")
-    if raised > (damping and max(damping, ROUNDING)):
+    if raised > damping:
         warnings.warn(f"damping raised from {damping:g} to {raised:g}: Gram is not positive definite", stacklevel=4)
     return raised * level
 

@@ -18,7 +18,6 @@ from planish.shapes import Float, Inexact
 from planish.solvers.offload import offloaded
 
 DAMPING = 1e-8
-ROUNDING = 1e-6  # relative damping up to which a Gram may need more than asked for because its sums are rounded to fp32
 
 
 def symmetrise(m: Inexact[Tensor, "*batch n n"]) -> Inexact[Tensor, "*batch n n"]:
@@ -80,8 +79,7 @@ def damp(gram: Float[Tensor, "*batch n n"], damping: float) -> Float[Tensor, "*b
 
 @offloaded
 def root(gram: Float[Tensor, "*batch n n"], damping: float = DAMPING) -> Float[Tensor, "*batch n n"]:
-    """Lower L (n, n) with L Lᵀ = gram + λI; the damping is raised tenfold until Cholesky succeeds, with a warning where it was 0
-    or rises above `ROUNDING`."""
+    """Lower L (n, n) with L Lᵀ = gram + λI; the damping is raised tenfold, with a warning, until Cholesky succeeds."""
     raised = damping
     while True:
         factor, info = torch.linalg.cholesky_ex(damp(gram, raised))
@@ -90,7 +88,7 @@ def root(gram: Float[Tensor, "*batch n n"], damping: float = DAMPING) -> Float[T
         raised = max(raised * 10, 1e-12)
         if raised > 1:
             raise ValueError("Gram has no Cholesky factor even with damping 1: it holds NaN or is far from symmetric")
-    if raised > (damping and max(damping, ROUNDING)):
+    if raised > damping:
         warnings.warn(f"damping raised from {damping:g} to {raised:g}: Gram is not positive definite", stacklevel=2)
     return factor
 
