@@ -27,6 +27,9 @@ from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
 from planish.folder.writer import Writer
 from planish.modelling.families import FAMILIES
+from planish.plan.allocate import Alternative, Curve
+from planish.plan.mixtures import choose_with_experts
+from planish.plan.spread import BudgetError
 from planish.solvers.experts import Experts, choose_sets
 from posed import pose_on
 from tiny import compress
@@ -446,3 +449,26 @@ def test_a_router_with_nan_is_named(tmp_path):
 )
 def test_what_a_method_cannot_do(name, method, keep, match, tmp_path):
     refuse(match, tmp_path / "out", tiny.build(name), method=method, keep=keep)
+
+
+@pytest.mark.parametrize("budget", [6.0, 9.0, 11.0, 14.0])
+def test_the_number_of_experts_is_the_best_of_all(budget):
+    """Where the loss of dropping more and more of them is concave, so that no price would choose a number in between."""
+    ranks = torch.arange(1, 9)
+    experts = {
+        Unit(b, "experts"): Curve(Unit(b, "experts"), ranks, ranks.double(), (1 + b) * (8 - ranks).double().sqrt())
+        for b in (0, 1)
+    }
+    other = Curve(Unit(0, "qk"), torch.arange(5), torch.arange(5).double(), (4 - torch.arange(5).double()) ** 2)
+    plan, loss = choose_with_experts([[Alternative((other,))]], experts, [budget])
+    naive = [
+        (sum(float(c.loss[r - 1]) for c in experts.values()) + float(other.loss[k]), r, k)
+        for r in range(1, 9)
+        for k in range(5)
+        if 2 * r + k <= budget
+    ]
+    best, r, k = min(naive)
+    assert loss == pytest.approx(best)
+    assert plan == {Unit(0, "experts"): r, Unit(1, "experts"): r, Unit(0, "qk"): k}
+    with pytest.raises(BudgetError):
+        choose_with_experts([[Alternative((other,))]], experts, [1.0])

@@ -18,10 +18,10 @@ from planish.core import Edit, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.modelling.families import ATTENTION, MLP
-from planish.plan.allocate import Alternative, Curve, choose
+from planish.plan.allocate import Alternative, Curve
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, measure_gradients
-from planish.plan.mixtures import describe_top, tie
+from planish.plan.mixtures import choose_with_experts, describe_top
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.scores import SCORES, correct_scores, foresee_errors
@@ -289,7 +289,7 @@ class Auto(Method):
         weighing = weighing or self._start(problem)
         curves = {u: weighing.apply(problem.curve(f), len(problem.shapes)) for u, f in frontiers.items()}
         try:
-            ranks, _ = choose(list_ways(problem, curves), [b.part(part) for b in problem.budgets])
+            ranks, _ = choose_with_experts(list_ways(problem, curves), curves, [b.part(part) for b in problem.budgets])
         except BudgetError as error:
             raise problem.budgets[error.which].refuse("auto", error.smallest) from None
         loss = sum(float(frontiers[u].loss[r]) for u, r in ranks.items())
@@ -380,6 +380,4 @@ def list_ways(problem: Problem, curves: dict[Unit, Curve]) -> list[list[Alternat
         own = shape.held("experts") if Unit(shape.block, "experts") in curves else ()
         if rest := [r for r in shape.rest if r not in own]:  # no unit holds it
             groups.append([Alternative((), [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])])
-    if experts := {u: c for u, c in curves.items() if u.name == "experts"}:
-        groups.append(tie(experts, [0.0] * len(problem.budgets)))
     return groups

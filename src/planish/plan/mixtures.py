@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from planish.core import Plan, Unit
 from planish.errors import InputError
-from planish.plan.allocate import Alternative, Curve
+from planish.plan.allocate import Alternative, Curve, choose
 from planish.plan.problem import Problem, count_left
+from planish.plan.spread import BudgetError
 
 
 def count_kept(problem: Problem) -> tuple[Plan, dict[str, str]]:
@@ -45,6 +46,27 @@ def level_widths(plan: Plan, step: int) -> Plan:
         if ranks and max(ranks) - min(ranks) <= step:
             found |= {u: min(ranks) for u in plan if u.name == name}
     return found
+
+
+def choose_with_experts(
+    groups: Sequence[Sequence[Alternative]], curves: Mapping[Unit, Curve], limits: Sequence[float]
+) -> tuple[Plan, float]:
+    """`planish.plan.allocate.choose`, with one number of experts for all blocks; `groups`: of everything else.
+
+    Every number is tried: a price alone passes over those at which the loss is concave, and spends far less than the budget.
+    """
+    experts = {u: c for u, c in curves.items() if u.name == "experts"}
+    if not experts:
+        return choose(groups, limits)
+    found, refused = list[tuple[Plan, float]](), list[BudgetError]()
+    for alternative in tie(experts, [0.0] * len(limits)):
+        try:
+            found.append(choose([*groups, [alternative]], limits))
+        except BudgetError as error:
+            refused.append(error)
+    if not found:
+        raise min(refused, key=lambda error: error.smallest)
+    return min(found, key=lambda plan: plan[1])
 
 
 def tie(curves: Mapping[Unit, Curve], fixed: Sequence[float]) -> list[Alternative]:
