@@ -22,6 +22,7 @@ from planish.methods.a3 import A3
 from planish.methods.method import Method
 from planish.methods.modegpt import spread_removal
 from planish.methods.palu import Palu
+from planish.modelling.attentions import rotary_width
 from planish.modelling.blocks import find_blocks, get_linear, join_block, split_block
 from planish.modelling.families import FAMILIES
 from planish.plan.footprint import footprint, footprints
@@ -211,8 +212,7 @@ def hollow(model: nn.Module, qk: int, v: int, mlp: int) -> None:
         heads = model.config.num_attention_heads
         kv = linear["k"].out_features * heads // linear["q"].out_features
         d = linear["k"].out_features // kv
-        rope = getattr(model.config, "rope_parameters", None) or {}
-        half = int(d * rope.get("partial_rotary_factor", 1.0)) // 2 if family.rotary else 0
+        half = rotary_width(block.get_submodule(family.attention), family) // 2
         maps = {"v": torch.stack([projector(d, v, 100 * i + g) for g in range(kv)])}
         if half and not family.qk_norm:
             pairs = min((d - qk) // 2, half - 1)  # the others go from what is not rotated
@@ -337,10 +337,11 @@ def test_removal_beyond_the_cap_is_an_error():
     [
         ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "clip_qkv=6"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
-        ("exaone4", {"sliding_window": 4}, "sliding_window=4"),
         ("olmo", {"clip_qkv": 6.0}, "clip_qkv=6"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
-        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual"),
+        ("falcon", {"alibi": True}, "alibi=true"),
+        ("falcon", {"parallel_attn": False}, "parallel_attn=false"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
     ],
 )
 def test_what_cannot_be_reduced_linearly_is_refused(name, change, message, tmp_path):

@@ -27,6 +27,7 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
 _GQA = {"num_key_value_heads": 2}
+_FALCON = {"ffn_hidden_size": 44, "num_hidden_layers": 2, "tie_word_embeddings": True}
 
 
 def _rope(kind: str, **more: Any) -> dict[str, Any]:
@@ -115,6 +116,31 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Exaone4",
         {**_GQA, "sliding_window": None, "layer_types": ["full_attention"] * 2, "num_hidden_layers": 2},
     ),
+    "exaone4_windows": (
+        "Exaone4",  # only blocks with a window rotate
+        {
+            **_GQA, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2,
+        },
+    ),
+    "smollm3": ("SmolLM3", {**_GQA, "no_rope_layers": [1, 0], "num_hidden_layers": 2, "tie_word_embeddings": True}),
+    "ernie4_5": ("Ernie4_5", {**_GQA, "head_dim": 12, "use_bias": True, "num_hidden_layers": 2}),  # rotates neighbours
+    "glm4": ("Glm4", {**_GQA, "head_dim": 12, "num_hidden_layers": 2} | _rope("default", partial_rotary_factor=0.5)),
+    "cohere": ("Cohere", {**_GQA, "num_hidden_layers": 2, "tie_word_embeddings": True, "logit_scale": 0.5}),
+    "cohere2": (
+        "Cohere2",
+        {
+            **_GQA, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2,
+            "tie_word_embeddings": True, "logit_scale": 0.5,
+        },
+    ),
+    "phi": ("Phi", {"num_hidden_layers": 2} | _rope("default", partial_rotary_factor=0.5)),
+    "stablelm_parallel": ("StableLm", {**_GQA, "use_parallel_residual": True, "num_hidden_layers": 2}),
+    "falcon": ("Falcon", {**_FALCON, "bias": True}),  # one kv head, one norm for both submodules
+    "falcon_new": ("Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_new_shared": (
+        "Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "apertus": ("Apertus", {**_GQA, "num_hidden_layers": 2, "head_dim": 12} | _rope("default")),
     "olmo": ("Olmo", {**_GQA, "num_hidden_layers": 2}),
     "stablelm": ("StableLm", {**_GQA, "use_qkv_bias": True} | _rope("default", partial_rotary_factor=0.25)),
     "nemotron": ("Nemotron", {**_GQA, "head_dim": 12} | _rope("default", partial_rotary_factor=0.5)),
@@ -189,6 +215,8 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
             p.copy_(0.3 * noise + (0 if offset or name.endswith("bias") else 1))
         elif name.endswith("bias"):
             p.copy_(0.3 * noise)
+        elif "alpha" in name:  # of an activation
+            p.copy_(p + 0.3 * noise)
         elif "embed" in name or "lm_head" in name:
             p.copy_(noise * (1 / p.shape[1] ** 0.5 if scaled else 0.7))
         else:

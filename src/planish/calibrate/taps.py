@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planish.modelling.blocks import get_linear, read_factor
+from planish.modelling.blocks import find_norms, get_linear, has_module, read_factor
 from planish.modelling.families import Family
 from planish.stats import Stats, Tap
 
@@ -133,10 +133,11 @@ def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
 
 def find_end(block: nn.Module, family: Family, where: str, end: str) -> nn.Module:
     """The module that reads the residual stream for a submodule ("raw"), or gives what is added to it ("add")."""
+    attention_norm, mlp_norm = find_norms(block, family)
     if where == "attention":
-        first, own, last = family.attention_norm, family.attention, family.attention_post_norm
+        first, own, last = attention_norm, family.attention, family.attention_post_norm
     else:
-        first, own, last = family.mlp_norm, family.mlp or "", family.mlp_post_norm
+        first, own, last = mlp_norm, family.mlp or "", family.mlp_post_norm
     return block.get_submodule(first or own if end == "raw" else last or own or family.path("down"))
 
 
@@ -214,6 +215,8 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             )
         else:
             (tap_input if end in ("in", "gated") else tap_output)(get_linear(block, family, where), site)
+    if family.in_place and has_module(block, family.mlp or ""):
+        handles.append(block.get_submodule(family.mlp or "").register_forward_hook(lambda m, a, out: out.clone()))
     try:
         yield seen
     finally:
