@@ -163,7 +163,7 @@ def test_what_a_feed_forward_adds_is_seen_before_attention_is_added_to_it():
     source = MemorySource(model)
     block, inputs = source.block(0), []
     model.transformer.h[0].register_forward_pre_hook(lambda m, a, k: inputs.append((a, k)), with_kwargs=True)
-    model(IDS)
+    model(IDS, use_cache=False)
     args, kwargs = inputs[0]
     with tap_sites(block, source.family, {"mlp.add", "down.out", "attention.add", "up.in"}) as seen:
         out = block(*args, **kwargs)[0]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,15 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", {**_GQA, "sliding_window": WINDOW, "num_hidden_layers": 2}),
 }  # fmt: skip
 MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; all of them where slow tests run
+RARE = (  # of these, what is made of the same as others: all laws are slow
+    "exaone4_windows", "smollm3", "ernie4_5", "cohere", "phi", "stablelm_parallel", "falcon_new", "falcon_new_shared", "apertus",
+)  # fmt: skip
+
+
+def each(names: Sequence[str]) -> list[Any]:
+    """Parameters of a test that runs on every one of these families."""
+    return [pytest.param(n, marks=pytest.mark.slow if n in RARE else ()) for n in names]
+
 
 _EIGHT: dict[str, Any] = {
     "num_experts_per_tok": 2, "num_hidden_layers": 2, "experts_implementation": "eager",  # the others take no fp64

@@ -98,9 +98,9 @@ def find_family(config) -> Family:
         raise InputError(f"{kind} with qk_layernorm=true is not supported: norms of queries and keys that are not read")
     if read_declared(config, "use_qk_norm") and kind == "cohere":
         raise InputError(f"{kind} with use_qk_norm=true is not supported: every head has a norm of its own")
-    if kind == "falcon" and config.alibi:
+    if read_declared(config, "alibi"):
         raise InputError(f"{kind} with alibi=true is not supported: its attention adds a bias for distance by itself")
-    if kind == "falcon" and not (config.new_decoder_architecture or config.parallel_attn):
+    if read_declared(config, "parallel_attn") is False and not read_declared(config, "new_decoder_architecture"):
         raise InputError(f"{kind} with parallel_attn=false is not supported: only blocks with parallel submodules are")
     if read_declared(config, "do_layer_norm_before") is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")

@@ -352,7 +352,7 @@ def drop_norms(block: nn.Module, family: Family, spec: Spec) -> None:
         if path is not None:
             set_module(block, path, nn.Identity())
     if shared and (spec[raw[0]]["rank"] or spec[raw[0]]["gate"]):
-        block.__class__ = make_apart(type(block))  # type: ignore[assignment]
+        block.__class__ = make_apart(type(block))  # type: ignore[assignment, arg-type]
         block.apart, block.tuples = raw[0], family.tuples  # type: ignore[assignment]
         block.paths = (shared, family.attention, family.mlp)  # type: ignore[assignment]
 
