@@ -155,6 +155,13 @@ def tap_added(module: nn.Module, factor: float, see: Callable[[Tensor], None]) -
     return module.register_forward_hook(look)
 
 
+def copy_added(block: nn.Module, family: Family) -> list[Any]:
+    """A last hook that gives the block a copy of what its feed-forward adds, where it would change what others have seen."""
+    if not family.in_place or not has_module(block, family.mlp or ""):
+        return []
+    return [block.get_submodule(family.mlp or "").register_forward_hook(lambda module, args, out: out.clone())]
+
+
 class AllSeen(Exception):
     """Ends a forward pass whose sites have all been seen."""
 
@@ -165,8 +172,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
 
     `stop`: the forward ends with `AllSeen` as soon as it has them all.
     """
-    seen = Seen()
-    handles = []
+    seen, handles = Seen(), list[Any]()
     together = {site for site in sites if site.startswith("experts.")}
 
     def see(site: str, value: Tensor) -> None:
@@ -215,8 +221,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             )
         else:
             (tap_input if end in ("in", "gated") else tap_output)(get_linear(block, family, where), site)
-    if family.in_place and has_module(block, family.mlp or ""):
-        handles.append(block.get_submodule(family.mlp or "").register_forward_hook(lambda m, a, out: out.clone()))
+    handles += copy_added(block, family)
     try:
         yield seen
     finally:
