@@ -2,7 +2,7 @@
 
     python benchmarks/gauges.py                                          # the embedded model
     python benchmarks/gauges.py --model FOLDER --text FILE --name NAME   # any other; FILE is split: 3/4 to calibrate
-    python benchmarks/gauges.py --evaluate FILE --folders DIR ...        # another text; compressed folders are kept and used again
+    python benchmarks/gauges.py --evaluate FILE --cache ...              # another text; statistics are kept and used again
 
 Every linear of the blocks is rounded as `planish compress --bits` does it, embedding and head stay in 16 bits. D: nats per token
 more than the dense model in 16 bits. "own basis": without a choice of basis, in the one that the cut has left (--own). The table is
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -25,16 +24,9 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoTokenizer
 
 import planish
-from planish.calibrate.stream import Stream
-from planish.calibrate.text import load_tokens, sample_windows
-from planish.folder.source import open_folder
-from planish.folder.writer import Writer
-from planish.quantise import Asked, Quantiser
-from planish.rounding.types import choose
 
 sys.path.insert(0, str(Path(__file__).parent))
 from structural import ROOT, split_text
@@ -59,7 +51,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--bits", default="4,3")
     parser.add_argument("--own", action="store_true", help="measure roundings without a choice of basis too")
-    parser.add_argument("--folders", type=Path, help="where compressed folders are kept, METHOD each")
+    parser.add_argument(
+        "--cache", action="store_true", help="keep what calibration finds, for the next bits of a method"
+    )
     parser.add_argument("--n-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of --seq-len tokens")
@@ -71,52 +65,34 @@ def read_arguments() -> argparse.Namespace:
 
 class Bench:
     def __init__(self, args: argparse.Namespace, scratch: Path):
-        self.args, self.scratch = args, scratch
-        self.folders = args.folders or scratch
+        self.args, self.out = args, scratch / "out"
         self.book = args.table.with_suffix(".csv")
         self.protocol = f"{args.n_samples} × {args.seq_len} tokens; {args.windows} windows"
         fit, test = split_text(None if args.evaluate else args.text, scratch)
         self.fit, self.test = (str(args.text), str(args.evaluate)) if args.evaluate else (fit, test)
-        self.ids: Tensor | None = None
-
-    def open(self, method: str) -> Path:
-        """The folder that a method makes of the model, made unless it is there."""
-        args, folder = self.args, self.folders / method
-        if method == "dense" and args.model.is_dir():
-            return args.model
-        if not folder.exists():
-            more = {"keep": 1.0, "method": "flat-llm"} if method == "dense" else {"keep": args.keep, "method": method}
-            planish.compress(
-                args.model, calibration=self.fit, n_samples=args.n_samples, seq_len=args.seq_len, output=folder, **more
-            )
-        return folder
 
     def measure(self, method: str, bits: str, basis: str) -> None:
         """One row of the CSV, unless it has it."""
-        args = self.args
-        key = {"model": args.name, "method": method, "keep": "1" if method == "dense" else f"{args.keep:g}", "bits": bits,
+        args, whole = self.args, method == "dense"
+        key = {"model": args.name, "method": method, "keep": "1" if whole else f"{args.keep:g}", "bits": bits,
                "basis": basis, "protocol": self.protocol}  # fmt: skip
         if any(all(row[n] == v for n, v in key.items()) for row in read(self.book)):
             return
-        folder, start, report = self.open(method), time.process_time(), None
-        place = folder
-        if bits != "16":
-            place = self.scratch / "rounded"
-            with patch("planish.rounding.blocks.balance", lambda *a: []) if basis == "own" else nullcontext():
-                report = self.round(folder, place, bits)
+        start = time.process_time()
+        with patch("planish.rounding.blocks.balance", lambda *a: []) if basis == "own" else nullcontext():
+            done = planish.compress(
+                args.model, output=self.out, overwrite=True, method="flat-llm" if whole else method,
+                keep=1.0 if whole else args.keep, bits=bits, calibration=self.fit, n_samples=args.n_samples,
+                seq_len=args.seq_len, cache=args.cache,
+            )  # fmt: skip
         seconds = time.process_time() - start
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         found = planish.evaluate(
-            planish.load(place, dtype="float32"), self.test, args.seq_len, tokenizer=tokenizer, max_windows=args.windows
-        )
-        row = key | {
-            "ppl": f"{found.perplexity:.4f}",
-            "cpu_seconds": f"{seconds:.0f}",
-            "nats": "",
-            "bits_per_weight": "16",
-        }
-        if report is not None:
-            row |= {"nats": f"{report.nats:.4f}", "bits_per_weight": f"{report.bits_per_weight:.3f}"}
+            planish.load(self.out, dtype="float32"), self.test, args.seq_len, max_windows=args.windows,
+            tokenizer=AutoTokenizer.from_pretrained(self.out),
+        )  # fmt: skip
+        rounding = done.rounding or {"nats": 0.0, "bits_per_weight": 16.0}
+        row = key | {"ppl": f"{found.perplexity:.4f}", "nats": f"{rounding['nats']:.4f}",
+                     "bits_per_weight": f"{rounding['bits_per_weight']:.3f}", "cpu_seconds": f"{seconds:.0f}"}  # fmt: skip
         new = not self.book.exists()
         with self.book.open("a", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
@@ -124,23 +100,6 @@ class Bench:
                 writer.writeheader()
             writer.writerow(row)
         print(*row.values(), flush=True)
-
-    def round(self, folder: Path, place: Path, bits: str):
-        """The folder rounded into another, as `planish compress --bits` rounds what it has cut."""
-        args = self.args
-        if self.ids is None:
-            text = load_tokens(self.fit, AutoTokenizer.from_pretrained(folder))
-            self.ids = sample_windows(text.tokens, args.n_samples, args.seq_len, 0)
-        source, asked = open_folder(folder), choose(bits, "any")
-        assert asked is not None
-        shutil.rmtree(place, ignore_errors=True)
-        writer = Writer(place, source.n_blocks)
-        for file in folder.iterdir():
-            if file.is_file() and not file.name.endswith((".safetensors", ".index.json")):
-                shutil.copy(file, writer.partial)
-        report = Quantiser(source, lambda: Stream(source, self.ids), Asked(asked), writer).run()
-        writer.close()
-        return report
 
 
 def read(book: Path) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ from planish.folder.config import name_head
 from planish.folder.skeleton import find_embedding, set_parameter
 from planish.folder.source import FolderSource, Source, open_folder
 from planish.folder.writer import Writer
-from planish.modelling.blocks import has_module, join_block, read_layout
+from planish.modelling.blocks import join_block, list_fused, read_layout
 from planish.modelling.families import Family
 from planish.modelling.modules import Fused
 from planish.plan.targets import find_target
@@ -291,17 +291,14 @@ class Joined(NamedTuple):
 
 
 def find_joined(block: nn.Module, family: Family) -> list[Joined]:
-    """Fused linears of a canonical block all of whose parts are dense."""
+    """Linears that a canonical block's family lays out in another way, where all parts are dense."""
     found = []
-    for row in family.fused:
-        module = block.get_submodule(row.path) if has_module(block, row.path) else None
+    for row in list_fused(block, family):
+        module = block.get_submodule(row.path)
         if isinstance(module, Fused) and all(type(m) is nn.Linear for m in module.children()):
-            parts = [getattr(module, r) for r in row.roles]
-            order = list(torch.arange(sum(len(p.weight) for p in parts)).split([len(p.weight) for p in parts]))
-            if module.layout != "rows":
-                order = [torch.stack([t.unflatten(0, (module.heads, -1)) for t in order], 1).flatten()]
-            names = [f"{row.path}.{r}.weight" for r in row.roles]
-            found.append(Joined(f"{row.path}.weight", names, torch.cat(order)))
+            sizes = [len(getattr(module, r).weight) for r in row.roles]
+            order = module.rows.join(torch.arange(sum(sizes)).split(sizes))
+            found.append(Joined(f"{row.path}.weight", [f"{row.path}.{r}.weight" for r in row.roles], order))
     return found
 
 
