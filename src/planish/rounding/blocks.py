@@ -4,7 +4,7 @@
         as it is · with scales (`balance`) · with scales and maps  →  all their matrices rounded, Σ ½ tr(G E R Eᵀ)
         the least one stays in the block
 
-So no block costs more than without. What lies on the grid already is left as it is.
+So no block costs more than without. What lies on the grid already is left as it is, and so is what gets `FINE` bits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from planish.rounding.gauges_factors import round_linear
 from planish.rounding.gauges_linears import find_matrices, find_tensor, read_linear, set_data
 from planish.rounding.round import Metric, Rounded
 
+FINE = 8  # bits whose errors are not worth a choice of basis
 Round = Callable[[str, Tensor, Metric], Rounded]  # matrix's name in the block, (out, in), its metric
 Found = dict[str, Rounded]  # by the matrix's name
 
@@ -65,7 +66,8 @@ def share_basis(scene: Scene) -> list[list[str]]:
 def choose_basis(scene: Scene, roles: list[str], rounding: Round) -> tuple[State, list[str]]:
     best = keep_state(scene, roles)
     best.roles = round_roles(scene, roles, rounding, best)
-    if all(r.exact for own, _ in best.roles.values() for r in own.values()):
+    rounded = [r for own, _ in best.roles.values() for r in own.values()]
+    if all(r.exact or r.kind.bits >= FINE for r in rounded):
         return best, []
     told, lines, last = list[str](), list[str](), best
     for maps in (False, True):
