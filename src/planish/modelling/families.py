@@ -26,7 +26,8 @@ class ExpertsRow:
     `top_groups`: the config's names of how many experts there are, of their neurons, of how many a token reaches; of the groups
     that the router chooses among first, and of how many it chooses. `normalised`: the config's name of whether the gates of
     those that a token reaches add up to the same, whichever they are (empty: always, None: never); `otherwise` they are part
-    of a "softmax" over all experts, or each is "apart".
+    of a "softmax" over all experts, or each is "apart". `scale`: the router's own name of what those of all experts add up to
+    in such a softmax (empty: 1).
     """
 
     path: str = (
@@ -41,7 +42,14 @@ class ExpertsRow:
     otherwise: str = "softmax"
     groups: str = "n_group"  # where the config has it
     top_groups: str = "topk_group"
+    scale: str = ""
     stacked: bool = False  # in checkpoints too
+
+    def gates(self, settings: object) -> str:
+        """What becomes of a token's gates where an expert is missing, by the config or the router's own settings: "chosen",
+        "softmax" or "apart"."""
+        chosen = self.normalised == "" or bool(self.normalised and getattr(settings, self.normalised))
+        return "chosen" if chosen else self.otherwise
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,12 @@ _GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 _PLAIN = {r: _GATED[r] for r in ("up", "down")}
 _SPARSE = ((".block_sparse_moe.", ".mlp."),)
 _QWEN = ExpertsRow(normalised="norm_topk_prob")
+_CORRECTED = ExpertsRow(
+    count="n_routed_experts",
+    router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    normalised="norm_topk_prob",
+    otherwise="apart",
+)
 
 
 def _shared(path: str) -> dict[str, str]:
@@ -240,28 +254,18 @@ _ROWS = (
         _ATTENTION | _GATED,
         qk_norm="head",
         others=_shared("shared_experts"),
-        experts=ExpertsRow(
-            count="n_routed_experts",
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            normalised="norm_topk_prob",
-            otherwise="apart",
-        ),
+        experts=_CORRECTED,
     ),
     _latent(
         "deepseek_v2",
         _classes("DeepseekV2"),
-        ExpertsRow(count="n_routed_experts"),
-    ),
-    _latent(
-        "deepseek_v3",
-        _classes("DeepseekV3"),
         ExpertsRow(
             count="n_routed_experts",
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            normalised="norm_topk_prob",
-            otherwise="apart",
+            normalised=None,  # transformers passes over norm_topk_prob
+            scale="routed_scaling_factor",
         ),
     ),
+    _latent("deepseek_v3", _classes("DeepseekV3"), _CORRECTED),
     Family(
         "minimax_m2",
         _classes("MiniMaxM2"),
