@@ -27,7 +27,8 @@ class Reap(Method):
 
     `criterion`: "reap"; "frequency" N_j; "mass" Σ g_j; "gated" Σ g_j ‖f_j‖; "man" (1/N_j) Σ ‖f_j‖; or "nats", predicted loss: half
     the mean of (uᵀe_j)², u the gradient at the mixture's output, e_j what that changes by without j and with the expert that
-    takes its place (`planish.solvers.experts.removals`), counted together for all that go. `prior`: tokens by which means are drawn towards the mean of all experts.
+    takes its place (`planish.solvers.experts.removals`), counted together for all that go. `prior`: tokens by which means
+    are drawn towards the mean of all experts.
 
     All blocks with experts keep the same number: stock programs hold nothing else. Where a router chooses among groups, each
     keeps the same number. If fewer are left than a token reaches, it reaches all of them.
