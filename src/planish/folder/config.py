@@ -138,7 +138,7 @@ def find_stock_config(config: Any, family: Family) -> Any:
     return getattr(transformers, family.classes[0])(**settings)
 
 
-def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, int] | None:
+def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, Any] | None:
     """Config overrides under which the stock architecture holds every block, or None."""
     widths, mixtures = set[int](), set[tuple[int, int, int]]()
     for spec, shape in zip(specs, shapes, strict=True):
@@ -162,12 +162,12 @@ def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[
             mixtures |= {(form["number"], form["top"], n) for n in narrow}
     if len(widths) > 1 or len(mixtures) > 1:
         return None
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     if mixtures and family.experts is not None:
         row = family.experts
         found |= dict(zip((row.count, row.top, row.width), mixtures.pop(), strict=True))
     if family.intermediate:
-        return found | dict(zip([family.intermediate], widths, strict=False))
+        return found | dict(zip([family.intermediate], widths, strict=False)) | dict(family.settled)
     return found if widths <= {shapes[0].intermediate} else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")  # roles
 
@@ -87,6 +88,12 @@ class Family:
     head: str = "lm_head"  # what stored checkpoints call the model's `lm_head`
     others: Mapping[str, str] = field(default_factory=dict)  # role of a further group ("shared.up") → path
     cached: tuple[str, ...] = ()  # roles of `others` whose outputs the KV cache holds
+    state: tuple[
+        tuple[str | int, ...], ...
+    ] = ()  # what a mixer keeps of a sequence: a sum of products of the config's sizes
+    settled: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what a config says for `intermediate` to be the width itself
     experts: ExpertsRow | None = None
     renames: tuple[tuple[str, str], ...] = ()  # parts of tensors' names in checkpoints → in transformers' modules
 
@@ -208,6 +215,20 @@ _ROWS = (
     Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True),
     Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN, norm_offset=1.0),
     Family("starcoder2", _classes("Starcoder2"), _ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True),
+    Family(
+        "lfm2",
+        _classes("Lfm2"),
+        {r: f"self_attn.{r}_proj" for r in "qkv"}
+        | {"o": "self_attn.out_proj", "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2"},
+        mlp="feed_forward",
+        attention_norm="operator_norm",
+        mlp_norm="ffn_norm",
+        qk_norm="head",
+        norms=("q_layernorm", "k_layernorm"),
+        others={"mixer.in": "conv.in_proj", "mixer.out": "conv.out_proj"},
+        state=(("hidden_size", "conv_L_cache"),),
+        settled={"block_auto_adjust_ff_dim": False},
+    ),
     Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm="head", window=True),
     Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm="head", window=True, experts=_QWEN),
     Family(

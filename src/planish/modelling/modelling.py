@@ -53,6 +53,11 @@ def _build(family: str) -> dict[str, type]:
                 view.layer_types = [self.layer_types[i] for i in left]
             return view
 
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """transformers gives some kinds of layers other names in configurations that it takes for older ones of others."""
+            return False
+
         def validate_architecture(self):
             """Block shapes are checked against the weights when they are loaded."""
 
