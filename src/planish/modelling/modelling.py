@@ -1,7 +1,7 @@
 """Model classes for compressed folders: every family's own classes with the blocks' specs installed.
 
 `import planish` registers them, so that `AutoModelForCausalLM.from_pretrained(folder)` works; the same file travels in the
-folder for `trust_remote_code=True` where planish is not installed, with `families`, `modules`, `attentions` and `blocks`.
+folder, with its neighbours, for `trust_remote_code=True` where planish is not installed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ def class_names(family: str) -> tuple[str, str, str]:
     return tuple(f"Planish{name}" for name in FAMILIES[family].classes)  # type: ignore[return-value]
 
 
+class Stock:
+    """A configuration whose kinds of layers have the stock class's names: transformers renames some in what others define."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False
+
+
 def _build(family: str) -> dict[str, type]:
     row = FAMILIES[family]
     config_name, base_name, lm_name = class_names(family)
     stock_config, stock_base, stock_lm = (getattr(transformers, n) for n in row.classes)
 
-    class Config(stock_config):  # type: ignore[misc, valid-type]
+    class Config(Stock, stock_config):  # type: ignore[misc, valid-type]
         planish: dict | None = None
 
         def get_text_config(self, decoder=None, encoder=None):
@@ -52,11 +60,6 @@ def _build(family: str) -> dict[str, type]:
             if getattr(self, "layer_types", None):
                 view.layer_types = [self.layer_types[i] for i in left]
             return view
-
-        @classmethod
-        def is_custom_code(cls) -> bool:
-            """transformers gives some kinds of layers other names in configurations that it takes for older ones of others."""
-            return False
 
         def validate_architecture(self):
             """Block shapes are checked against the weights when they are loaded."""
