@@ -210,7 +210,7 @@ def split_block(block: nn.Module, family: Family, config) -> nn.Module:
 
 def list_fused(block: nn.Module, family: Family) -> list[FusedRow]:
     """The family's own linears of several roles, or of other orders of rows, that a block has: our attentions have none."""
-    own = isinstance(block.get_submodule(family.attention), Attention)
+    own = has_module(block, family.attention) and isinstance(block.get_submodule(family.attention), Attention)
     return [r for r in family.fused if has_module(block, r.path) and not (own and r.path.startswith(family.attention))]
 
 
