@@ -12,7 +12,6 @@ A block's `spec` is JSON; `install` builds empty modules from it, for compressin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -384,10 +383,3 @@ def find_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
         return model.get_submodule(path)
     except AttributeError:
         return model.get_submodule(path.partition(".")[2])
-
-
-def copy_config(config):
-    """The config without its per-layer overrides: what a stock constructor may read."""
-    plain = copy.copy(config)
-    plain.__dict__.pop("_heterogeneity_spec", None)
-    return plain
