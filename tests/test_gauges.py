@@ -27,7 +27,7 @@ from planish.rounding.types import StorageType, integer
 from planish.solvers.forms import low_rank_edit
 
 IDS = tiny.windows(4, 24)
-ALL = tiny.NAMES + tiny.MORE + tiny.SPARSE
+ALL = tiny.NAMES + tiny.MORE + tiny.SPARSE + tiny.HYBRIDS
 QUICK = (*tiny.CORE, "llama_bias", "gpt2", "nemotron", "qwen3", "stablelm", "qwen3_moe", "olmo2")
 
 
@@ -182,7 +182,9 @@ def as_dense(module: nn.Module) -> Tensor:
     return module.dense() if hasattr(module, "dense") else module.weight
 
 
-@pytest.mark.parametrize("form", [pytest.param(f, marks=() if f in ("dense", "pairs") else pytest.mark.slow) for f in FORMS])
+@pytest.mark.parametrize(
+    "form", [pytest.param(f, marks=() if f in ("dense", "pairs") else pytest.mark.slow) for f in FORMS]
+)
 @torch.no_grad()
 def test_rounding_never_costs_more(form, tmp_path, monkeypatch):
     """Than in the basis that the block had; nats are those of the definition; the block computes what it did."""

@@ -6,6 +6,7 @@ folder, with its neighbours, for `trust_remote_code=True` where planish is not i
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 
@@ -16,7 +17,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import output_capturing
 
 from .attentions import Attention, needs_eager
-from .blocks import copy_config, install_model, list_attentions
+from .blocks import install_model, list_attentions
 from .families import FAMILIES
 from .modules import SlicedBlock
 
@@ -32,12 +33,27 @@ def class_names(family: str) -> tuple[str, str, str]:
     return tuple(f"Planish{name}" for name in FAMILIES[family].classes)  # type: ignore[return-value]
 
 
+def copy_config(config):
+    """The config without its per-layer overrides: what a stock constructor may read."""
+    plain = copy.copy(config)
+    plain.__dict__.pop("_heterogeneity_spec", None)
+    return plain
+
+
+class Stock:
+    """A configuration whose kinds of layers have the stock class's names: transformers renames some in what others define."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False
+
+
 def _build(family: str) -> dict[str, type]:
     row = FAMILIES[family]
     config_name, base_name, lm_name = class_names(family)
     stock_config, stock_base, stock_lm = (getattr(transformers, n) for n in row.classes)
 
-    class Config(stock_config):  # type: ignore[misc, valid-type]
+    class Config(Stock, stock_config):  # type: ignore[misc, valid-type]
         planish: dict | None = None
 
         def get_text_config(self, decoder=None, encoder=None):
