@@ -74,6 +74,7 @@ class Shape:
     experts: ExpertShape | None = None
     others: tuple[tuple[str, int, int], ...] = ()
     cached: tuple[str, ...] = ()  # of `others`: their outputs lie in the KV cache
+    mrope: bool = False  # a token has several positions: keys cannot be turned anew from one
 
     @property
     def groups(self) -> int:

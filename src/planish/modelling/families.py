@@ -75,6 +75,7 @@ class Family:
     rotary: bool = True
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
+    mrope: bool = False  # a token has three positions, each for a section of the rotary pairs
     position_scale: bool = False  # queries grow with the logarithm of their position (Llama 4, Ministral 3)
     parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
     conv1d: bool = False  # linears are stored transposed
@@ -191,6 +192,8 @@ _ROWS = (
     Family("granite", _classes("Granite"), _ATTENTION | _GATED, factor="residual_multiplier"),
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
+    Family("qwen2_5_vl_text", _classes("Qwen2_5_VLText"), _ATTENTION | _GATED, window=True, mrope=True),
+    Family("qwen3_vl_text", _classes("Qwen3VLText"), _ATTENTION | _GATED, qk_norm="head", mrope=True),
     Family("seed_oss", _classes("SeedOss"), _ATTENTION | _GATED),
     Family("gemma", _classes("Gemma"), _ATTENTION | _GATED, norm_offset=1.0),
     Family(
