@@ -22,6 +22,7 @@ from planish.folder.towers import Tower, split_config
 from planish.modelling import attentions as attentions_file
 from planish.modelling import blocks as blocks_file
 from planish.modelling import families as families_file
+from planish.modelling import family as family_file
 from planish.modelling import modelling as modelling_file
 from planish.modelling import modules as modules_file
 from planish.modelling import wrappers as wrappers_file
@@ -243,7 +244,9 @@ def write_config(
             "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
             "per_layer_config": per_layer(specs, shapes, family),
         }
-        for module in (families_file, modules_file, attentions_file, blocks_file, wrappers_file, modelling_file):
+        for module in (
+            family_file, families_file, modules_file, attentions_file, blocks_file, wrappers_file, modelling_file,
+        ):  # fmt: skip
             path = Path(str(module.__file__))
             write(path.name, path.read_text(encoding="utf-8"))
     config = config if tower is None else tower.wrap(config, native is not None)
