@@ -23,6 +23,7 @@ from planish.modelling import attentions as attentions_file
 from planish.modelling import blocks as blocks_file
 from planish.modelling import families as families_file
 from planish.modelling import family as family_file
+from planish.modelling import hybrids as hybrids_file
 from planish.modelling import modelling as modelling_file
 from planish.modelling import modules as modules_file
 from planish.modelling import wrappers as wrappers_file
@@ -34,6 +35,10 @@ from planish.modelling.wrappers import WRAPPERS, Wrapper
 
 register()  # the Auto classes know compressed models from here on
 
+CARRIED = (  # the files that a folder of no stock shapes carries
+    family_file, hybrids_file, families_file, modules_file, attentions_file, blocks_file, wrappers_file, modelling_file,
+)  # fmt: skip
+PER_BLOCK = ("layer_types", "no_rope_layers")  # fields that hold a value for every block
 VISION = ("_vision", "_vision_model", "pixtral")  # what model types of vision towers end with
 NO_SOFT_CAP = "{} with eager attention: transformers' sdpa leaves out the soft cap of attention scores"
 
@@ -124,13 +129,13 @@ def find_family(config) -> Family:
             f"{kind} with clip_qkv={clip:g} is not supported: clipped queries, keys and values are not linear"
         )
     if read_declared(config, "qk_layernorm"):
-        raise InputError(f"{kind} with qk_layernorm=true is not supported: every head has a norm of its own")
-    if kind == "stablelm" and read_declared(config, "use_parallel_residual"):
-        raise InputError(f"{kind} with use_parallel_residual=true is not supported: one norm serves both submodules")
-    if kind == "exaone4" and read_declared(config, "sliding_window"):
-        raise InputError(
-            f"{kind} with sliding_window={config.sliding_window} is not supported: layers without rotation"
-        )
+        raise InputError(f"{kind} with qk_layernorm=true is not supported: norms of queries and keys that are not read")
+    if read_declared(config, "use_qk_norm") and kind == "cohere":
+        raise InputError(f"{kind} with use_qk_norm=true is not supported: every head has a norm of its own")
+    if read_declared(config, "alibi"):
+        raise InputError(f"{kind} with alibi=true is not supported: its attention adds a bias for distance by itself")
+    if read_declared(config, "parallel_attn") is False and not read_declared(config, "new_decoder_architecture"):
+        raise InputError(f"{kind} with parallel_attn=false is not supported: only blocks with parallel submodules are")
     if read_declared(config, "do_layer_norm_before") is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
     return family
@@ -177,7 +182,7 @@ def find_stock_config(config: Any, family: Family) -> Any:
     return find_classes(family.model_type)[0](**settings)
 
 
-def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, int] | None:
+def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, Any] | None:
     """Config overrides under which the stock architecture holds every block, or None."""
     widths, mixtures = set[int](), set[tuple[int, int, int]]()
     for spec, shape in zip(specs, shapes, strict=True):
@@ -201,12 +206,12 @@ def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[
             mixtures |= {(form["number"], form["top"], n) for n in narrow}
     if len(widths) > 1 or len(mixtures) > 1:
         return None
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     if mixtures and family.experts is not None:
         row = family.experts
         found |= dict(zip((row.count, row.top, row.width), mixtures.pop(), strict=True))
     if family.intermediate:
-        return found | dict(zip([family.intermediate], widths, strict=False))
+        return found | dict(zip([family.intermediate], widths, strict=False)) | dict(family.settled)
     return found if widths <= {shapes[0].intermediate} else None
 
 
@@ -227,8 +232,9 @@ def write_config(
         config.pop(name, None)
     if len(specs) < dense.num_hidden_layers:
         config["num_hidden_layers"] = len(specs)
-        if config.get("layer_types"):
-            config["layer_types"] = [config["layer_types"][s.block] for s in shapes]
+        for name in PER_BLOCK:
+            if config.get(name):
+                config[name] = [config[name][s.block] for s in shapes]
     native = find_native(specs, shapes, family)
     if native is not None:
         names = getattr(dense, "attribute_map", {})
@@ -244,9 +250,7 @@ def write_config(
             "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
             "per_layer_config": per_layer(specs, shapes, family),
         }
-        for module in (
-            family_file, families_file, modules_file, attentions_file, blocks_file, wrappers_file, modelling_file,
-        ):  # fmt: skip
+        for module in CARRIED:
             path = Path(str(module.__file__))
             write(path.name, path.read_text(encoding="utf-8"))
     config = config if tower is None else tower.wrap(config, native is not None)
