@@ -121,8 +121,7 @@ def read_state(config: Any, family: Family) -> int:
 def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> ExpertShape:
     row = family.experts
     assert row is not None
-    top, normalised = getattr(config, row.top), row.normalised
-    chosen = getattr(config, normalised) if normalised else normalised is not None
+    top = getattr(config, row.top)
     groups = (getattr(config, row.groups, None) if row.groups else None) or 1
     top_groups = (getattr(config, row.top_groups, None) if groups > 1 else None) or 1
     if number % groups or top_groups > groups:
@@ -136,7 +135,7 @@ def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> 
         groups,
         top_groups,
         tuple(path.removesuffix(".weight") for path in row.router if path.endswith(".weight")),
-        "chosen" if chosen else row.otherwise,
+        row.gates(config),
     )
     if top > found.lower_top(number):
         within = f" in {top_groups} of {groups} groups" if groups > 1 else ""

@@ -19,9 +19,9 @@ from planish.errors import InputError
 from planish.methods.method import Method, find_step
 from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve
+from planish.plan.experts import choose_with_experts, describe_top
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, measure_gradients
-from planish.plan.mixtures import choose_with_experts, describe_top
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.scores import SCORES, correct_scores, foresee_errors
