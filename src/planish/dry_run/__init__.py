@@ -155,6 +155,7 @@ def forecast(
         found.phases.insert(0, {"name": "plan", "seconds": took, "steps": [took]})
         found.seconds += took
     found.target, found.predicted = request.target, add_losses(problem, planned)
+    found.untouched = source.untouched.parts
     found.nats = bool(planned.frontiers) and all(f.nats for f in planned.frontiers.values())
     asked = request.model_copy(update={"context": problem.context})
     table = problem.table.seconds if problem.table else None
@@ -222,7 +223,6 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
         n_samples=run.windows,
         seq_len=run.seq_len,
         units=rows,
-        untouched=source.untouched.parts,
         how={
             "peak_ram": f"libraries + one block as stored and as computed + activations of {run.windows} × {run.seq_len} "
             "tokens + one block's statistics in fp64 + the largest decomposition's working space (planish.dry_run.memory)",
