@@ -26,7 +26,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import output_capturing
 
 from .attentions import Attention, needs_eager
-from .blocks import copy_config, install_model, list_attentions
+from .blocks import install_model, list_attentions
 from .families import FAMILIES
 from .modules import SlicedBlock
 from .wrappers import WRAPPERS
@@ -78,6 +78,13 @@ def _make_lm(family: str) -> type:
     LM.__module__ = __name__
     globals()[name] = LM
     return LM
+
+
+def copy_config(config):
+    """The config without its per-layer overrides: what a stock constructor may read."""
+    plain = copy.copy(config)
+    plain.__dict__.pop("_heterogeneity_spec", None)
+    return plain
 
 
 class Stock:
