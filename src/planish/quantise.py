@@ -32,7 +32,7 @@ from planish.errors import InputError
 from planish.folder.config import name_head
 from planish.folder.skeleton import find_embedding, set_parameter
 from planish.folder.source import FolderSource, Source, open_folder
-from planish.folder.writer import Writer
+from planish.folder.writer import Writer, copy_untouched
 from planish.modelling.blocks import join_block, list_fused, read_layout
 from planish.modelling.families import Family
 from planish.modelling.modules import Fused
@@ -266,6 +266,7 @@ class Quantiser:
             source.replaced[name] = found.value
         source.replaced |= {n: t for n, t in tensors.items() if n in source.reader}
         self.writer.shard(0, tensors)
+        copy_untouched(source, self.writer)
 
     def write_config(self) -> None:
         path = self.writer.partial / "config.json"
