@@ -338,7 +338,6 @@ def test_removal_beyond_the_cap_is_an_error():
         ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "clip_qkv=6"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
         ("olmo", {"clip_qkv": 6.0}, "clip_qkv=6"),
-        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
     ],
 )
 def test_what_cannot_be_reduced_linearly_is_refused(name, change, message, tmp_path):

@@ -94,10 +94,6 @@ def find_family(config) -> Family:
         raise InputError(
             f"{kind} with clip_qkv={clip:g} is not supported: clipped queries, keys and values are not linear"
         )
-    if read_declared(config, "qk_layernorm"):
-        raise InputError(f"{kind} with qk_layernorm=true is not supported: norms of queries and keys that are not read")
-    if read_declared(config, "use_qk_norm") and kind == "cohere":
-        raise InputError(f"{kind} with use_qk_norm=true is not supported: every head has a norm of its own")
     if read_declared(config, "alibi"):
         raise InputError(f"{kind} with alibi=true is not supported: its attention adds a bias for distance by itself")
     if read_declared(config, "parallel_attn") is False and not read_declared(config, "new_decoder_architecture"):

@@ -80,10 +80,12 @@ class Palu(Method):
 
     def remark(self, problem: Problem) -> dict[str, str]:
         """What cannot be cut, and why."""
-        if self.keys == "rebuild" or all(Unit(s.block, "keys") in problem.units for s in problem.shapes):
+        left = [s for s in problem.shapes if s.heads and Unit(s.block, "keys") not in problem.units]
+        if self.keys == "rebuild" or not left:
             return {}
-        why = "normalises keys" if problem.shapes[0].qk_norm else "does not rotate every channel of its keys"
-        return {"keys": f"keys are left as they are: this family {why}; keys=rebuild cuts them"}
+        where = "" if len(left) == len(problem.shapes) else f" of blocks {', '.join(str(s.block) for s in left)}"
+        why = "normalises keys" if left[0].qk_norm else "does not rotate every channel of these"
+        return {"keys": f"keys{where} are left as they are: this family {why}; keys=rebuild cuts them"}
 
     def foresee(self, problem: Problem, windows: int) -> Foreseen:
         remarks = self.remark(problem)
