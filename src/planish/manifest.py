@@ -106,7 +106,7 @@ def write_manifest(
         "result": result.as_dict() | {"output": writer.output.name},
         "plan": {str(u): r for u, r in sorted(plan.items())},
         "full": {str(u): problem.full(u) for u in sorted(problem.units)},
-        "roles": problem.shapes[0].roles,
+        "roles": list(dict.fromkeys(r for s in problem.shapes for r in s.linears)),
         "weights": {str(u): [problem.count(u, problem.full(u)), problem.count(u, r)] for u, r in sorted(plan.items())},
         **found,
         "notes": dict(planned.notes) | dict(planned.remarks),

@@ -23,7 +23,7 @@ from planish.calibrate.stream import Awaited, NothingMeasuredError, Stream
 from planish.calibrate.text import shuffle_windows
 from planish.checking import check_tokens, check_windows
 from planish.compression import pick_dtype
-from planish.core import WHOLE, Progress, describe_experts, describe_rest
+from planish.core import WHOLE, Progress, describe_experts, describe_rest, describe_state
 from planish.dry_run.memory import count_peaks
 from planish.dry_run.passes import Run
 from planish.dry_run.seconds import Costs, estimate_phases, explain, measure_costs
@@ -231,6 +231,7 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
             *planned.remarks.values(),
             *describe_experts(problem.units, shapes, run.tokens),
             *describe_rest(problem.units, shapes),
+            *describe_state(shapes, itemsize),
             *list_changes(source),
         ],
     )

@@ -22,6 +22,7 @@ from planish.modelling import attentions as attentions_file
 from planish.modelling import blocks as blocks_file
 from planish.modelling import families as families_file
 from planish.modelling import family as family_file
+from planish.modelling import hybrids as hybrids_file
 from planish.modelling import modelling as modelling_file
 from planish.modelling import modules as modules_file
 from planish.modelling.attentions import needs_eager
@@ -136,7 +137,7 @@ def find_stock_config(config: Any, family: Family) -> Any:
     return getattr(transformers, family.classes[0])(**settings)
 
 
-def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, int] | None:
+def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, Any] | None:
     """Config overrides under which the stock architecture holds every block, or None."""
     widths, mixtures = set[int](), set[tuple[int, int, int]]()
     for spec, shape in zip(specs, shapes, strict=True):
@@ -160,12 +161,12 @@ def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[
             mixtures |= {(form["number"], form["top"], n) for n in narrow}
     if len(widths) > 1 or len(mixtures) > 1:
         return None
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     if mixtures and family.experts is not None:
         row = family.experts
         found |= dict(zip((row.count, row.top, row.width), mixtures.pop(), strict=True))
     if family.intermediate:
-        return found | dict(zip([family.intermediate], widths, strict=False))
+        return found | dict(zip([family.intermediate], widths, strict=False)) | dict(family.settled)
     return found if widths <= {shapes[0].intermediate} else None
 
 
@@ -204,7 +205,8 @@ def write_config(
             "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
             "per_layer_config": per_layer(specs, shapes, family),
         }
-        for module in (family_file, families_file, modules_file, attentions_file, blocks_file, modelling_file):
+        carried = (family_file, hybrids_file, families_file, modules_file, attentions_file, blocks_file, modelling_file)
+        for module in carried:
             path = Path(str(module.__file__))
             write(path.name, path.read_text(encoding="utf-8"))
     config["transformers_version"] = transformers.__version__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from planish.core import ExpertShape, Shape
 from planish.errors import InputError
 from planish.folder.config import is_compressed
 from planish.modelling.attentions import count_heads, has_norms, head_width, rotary_width
-from planish.modelling.blocks import find_blocks, get_linear, read_layout, split_block, split_experts
+from planish.modelling.blocks import find_blocks, get_linear, has_mixer, read_layout, split_block, split_experts
 from planish.modelling.families import Family
 
 
@@ -93,14 +94,23 @@ def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
         experts=read_experts(block, family, config, experts) if experts else None,
         others=tuple((role, len(w), w.numel() // len(w)) for role, w in others),
         cached=tuple(r for r, _ in others if r in family.cached),
+        further=tuple(r for r, _ in others if r in family.others and r.partition(".")[0] in ("mixer", "attention")),
+        state=read_state(config, family) if has_mixer(block, family) else 0,
+        fixed=layout.fixed,
+        hybrid=any(has_mixer(b, family) for b in blocks),
     )
+
+
+def read_state(config: Any, family: Family) -> int:
+    """Numbers that a mixer keeps of a sequence, however long it is."""
+    sizes = ([n if isinstance(n, int) else getattr(config, n) for n in names] for names in family.state)
+    return sum(map(prod, sizes))
 
 
 def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> ExpertShape:
     row = family.experts
     assert row is not None
-    top, normalised = getattr(config, row.top), row.normalised
-    chosen = getattr(config, normalised) if normalised else normalised is not None
+    top = getattr(config, row.top)
     groups = (getattr(config, row.groups, None) if row.groups else None) or 1
     top_groups = (getattr(config, row.top_groups, None) if groups > 1 else None) or 1
     if number % groups or top_groups > groups:
@@ -114,7 +124,7 @@ def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> 
         groups,
         top_groups,
         tuple(path.removesuffix(".weight") for path in row.router if path.endswith(".weight")),
-        "chosen" if chosen else row.otherwise,
+        row.gates(config),
     )
     if top > found.lower_top(number):
         within = f" in {top_groups} of {groups} groups" if groups > 1 else ""

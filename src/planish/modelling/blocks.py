@@ -148,6 +148,11 @@ def has_module(block: nn.Module, path: str) -> bool:
         return False
 
 
+def has_mixer(block: nn.Module, family: Family) -> bool:
+    """Whether a block has a mixer, in place of attention or beside it."""
+    return any(role.startswith("mixer.") and has_module(block, path) for role, path in family.others.items())
+
+
 def split_experts(block: nn.Module, family: Family) -> nn.Module:
     """Stacked experts of a stock block become linears, in place, named as most checkpoints store them."""
     row = family.experts
@@ -362,15 +367,16 @@ def install_model(model: nn.Module, config) -> None:
     layout = config.planish
     family = FAMILIES[layout["family"]]
     blocks = find_blocks(model, family)
-    index = 0
+    gone = 0
     for i, block in enumerate(blocks):
         if family.experts is not None and not family.experts.stacked:
             split_experts(block, family)  # as they are stored
         block = blocks[i] = install(block, layout["blocks"][i], family, config)
-        attention = block.get_submodule(family.attention)
-        if not isinstance(attention, Bypass):
-            attention.layer_idx = index
-            index += 1
+        attention = block.get_submodule(family.attention) if has_module(block, family.attention) else None
+        if isinstance(attention, Bypass):
+            gone += 1
+        elif attention is not None:
+            attention.layer_idx = i - gone
 
 
 def list_attentions(config) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .family import ATTENTION, MLP, ExpertsRow, Family, Fused
+from .hybrids import HYBRIDS
 
 __all__ = ["ATTENTION", "FAMILIES", "MLP", "ExpertsRow", "Family", "Fused"]
 
@@ -16,6 +17,12 @@ _VALUES = {r: _ATTENTION[r] for r in "vo"}  # beside `_NEIGHBOURS`
 _LAYERNORMS = ("q_layernorm", "k_layernorm")
 _SPARSE = ((".block_sparse_moe.", ".mlp."),)
 _QWEN = ExpertsRow(normalised="norm_topk_prob")
+_CORRECTED = ExpertsRow(
+    count="n_routed_experts",
+    router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    normalised="norm_topk_prob",
+    otherwise="apart",
+)
 
 
 def _shared(path: str) -> dict[str, str]:
@@ -192,28 +199,18 @@ _ROWS = (
         _ATTENTION | _GATED,
         qk_norm="head",
         others=_shared("shared_experts"),
-        experts=ExpertsRow(
-            count="n_routed_experts",
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            normalised="norm_topk_prob",
-            otherwise="apart",
-        ),
+        experts=_CORRECTED,
     ),
     _latent(
         "deepseek_v2",
         _classes("DeepseekV2"),
-        ExpertsRow(count="n_routed_experts"),
-    ),
-    _latent(
-        "deepseek_v3",
-        _classes("DeepseekV3"),
         ExpertsRow(
             count="n_routed_experts",
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            normalised="norm_topk_prob",
-            otherwise="apart",
+            normalised=None,  # transformers passes over norm_topk_prob
+            scale="routed_scaling_factor",
         ),
     ),
+    _latent("deepseek_v3", _classes("DeepseekV3"), _CORRECTED),
     Family(
         "minimax_m2",
         _classes("MiniMaxM2"),
@@ -324,4 +321,4 @@ _ROWS = (
     ),
 )
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in _ROWS}
+FAMILIES: dict[str, Family] = {f.model_type: f for f in _ROWS + HYBRIDS}

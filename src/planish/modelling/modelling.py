@@ -32,12 +32,20 @@ def class_names(family: str) -> tuple[str, str, str]:
     return tuple(f"Planish{name}" for name in FAMILIES[family].classes)  # type: ignore[return-value]
 
 
+class Stock:
+    """A configuration whose kinds of layers have the stock class's names: transformers renames some in what others define."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False
+
+
 def _build(family: str) -> dict[str, type]:
     row = FAMILIES[family]
     config_name, base_name, lm_name = class_names(family)
     stock_config, stock_base, stock_lm = (getattr(transformers, n) for n in row.classes)
 
-    class Config(stock_config):  # type: ignore[misc, valid-type]
+    class Config(Stock, stock_config):  # type: ignore[misc, valid-type]
         planish: dict | None = None
 
         def get_text_config(self, decoder=None, encoder=None):
