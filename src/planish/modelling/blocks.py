@@ -12,7 +12,6 @@ A block's `spec` is JSON; `install` builds empty modules from it, for compressin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,7 +209,7 @@ def split_block(block: nn.Module, family: Family, config) -> nn.Module:
 
 def list_fused(block: nn.Module, family: Family) -> list[FusedRow]:
     """The family's own linears of several roles, or of other orders of rows, that a block has: our attentions have none."""
-    own = isinstance(block.get_submodule(family.attention), Attention)
+    own = has_module(block, family.attention) and isinstance(block.get_submodule(family.attention), Attention)
     return [r for r in family.fused if has_module(block, r.path) and not (own and r.path.startswith(family.attention))]
 
 
@@ -392,10 +391,3 @@ def find_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
         return model.get_submodule(path)
     except AttributeError:
         return model.get_submodule(path.partition(".")[2])
-
-
-def copy_config(config):
-    """The config without its per-layer overrides: what a stock constructor may read."""
-    plain = copy.copy(config)
-    plain.__dict__.pop("_heterogeneity_spec", None)
-    return plain

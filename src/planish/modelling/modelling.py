@@ -6,6 +6,7 @@ folder, with its neighbours, for `trust_remote_code=True` where planish is not i
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 
@@ -16,7 +17,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import output_capturing
 
 from .attentions import Attention, needs_eager
-from .blocks import copy_config, install_model, list_attentions
+from .blocks import install_model, list_attentions
 from .families import FAMILIES
 from .modules import SlicedBlock
 
@@ -30,6 +31,13 @@ def model_type(family: str) -> str:
 def class_names(family: str) -> tuple[str, str, str]:
     """Names of the config, base model and causal LM classes of a family."""
     return tuple(f"Planish{name}" for name in FAMILIES[family].classes)  # type: ignore[return-value]
+
+
+def copy_config(config):
+    """The config without its per-layer overrides: what a stock constructor may read."""
+    plain = copy.copy(config)
+    plain.__dict__.pop("_heterogeneity_spec", None)
+    return plain
 
 
 class Stock:
