@@ -13,18 +13,12 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
+import planish.modelling
 from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.packed.declared import FIELDS, METHODS, find_declared
 from planish.folder.recognise import refuse_file, refuse_unlike
-from planish.modelling import attentions as attentions_file
-from planish.modelling import blocks as blocks_file
-from planish.modelling import families as families_file
-from planish.modelling import family as family_file
-from planish.modelling import hybrids as hybrids_file
-from planish.modelling import modelling as modelling_file
-from planish.modelling import modules as modules_file
 from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import Spec
 from planish.modelling.families import FAMILIES, MLP, Family
@@ -205,9 +199,7 @@ def write_config(
             "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
             "per_layer_config": per_layer(specs, shapes, family),
         }
-        carried = (family_file, hybrids_file, families_file, modules_file, attentions_file, blocks_file, modelling_file)
-        for module in carried:
-            path = Path(str(module.__file__))
+        for path in sorted(Path(str(planish.modelling.__file__)).parent.glob("[!_]*.py")):
             write(path.name, path.read_text(encoding="utf-8"))
     config["transformers_version"] = transformers.__version__
     write("config.json", json.dumps(config, indent=2, default=str) + "\n")

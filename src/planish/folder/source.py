@@ -22,7 +22,8 @@ from planish.folder.model_folder import ModelFolder
 from planish.folder.skeleton import build_empty, build_skeleton, build_stock, find_embedding, read_shape, set_parameter
 from planish.folder.tokenizer import check_links, copy_files
 from planish.modelling.attentions import needs_eager
-from planish.modelling.blocks import find_blocks, split_block
+from planish.modelling.blocks import find_blocks
+from planish.modelling.canonical import split_block
 from planish.modelling.families import Family
 from planish.stats import is_finite
 
