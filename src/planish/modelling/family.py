@@ -92,6 +92,7 @@ class Family:
     twins: bool = False  # rotary tables have a pair's two values side by side, not one half after the other
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
+    mrope: bool = False  # a token has three positions, each for a section of the rotary pairs
     position_scale: bool = False  # queries grow with the logarithm of their position (Llama 4, Ministral 3)
     parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
     in_place: bool = False  # the block adds to what its feed-forward gave without a copy
