@@ -14,7 +14,8 @@ import tiny
 from planish.calibrate.linears import measure_attended
 from planish.calibrate.stream import Stream
 from planish.folder.source import open_source
-from planish.modelling.blocks import Layout, find_blocks, get_linear, read_layout, split_block
+from planish.modelling.blocks import Layout, find_blocks, get_linear, read_layout
+from planish.modelling.canonical import split_block
 from planish.modelling.families import FAMILIES
 from planish.rounding import blocks
 from planish.rounding.blocks import round_block

@@ -33,7 +33,8 @@ from planish.folder.config import name_head
 from planish.folder.skeleton import find_embedding, set_parameter
 from planish.folder.source import FolderSource, Source, open_folder
 from planish.folder.writer import Writer, copy_untouched
-from planish.modelling.blocks import join_block, list_fused, read_layout
+from planish.modelling.blocks import read_layout
+from planish.modelling.canonical import join_block, list_fused
 from planish.modelling.families import Family
 from planish.modelling.modules import Fused
 from planish.plan.targets import find_target
