@@ -26,7 +26,9 @@ def make_offers(seed: int, count: int = 5) -> dict[str, list[Offer]]:
         out, width = 8 * int(torch.randint(1, 9, (), generator=g)), 64 * int(torch.randint(1, 4, (), generator=g))
         size = float(torch.rand((), generator=g)) + 0.05
         found[str(n)] = [
-            Offer(integer(b, 64, zero=True), out, width, size * 4.0 ** -(b - 2) * float(torch.rand((), generator=g) + 0.5))
+            Offer(
+                integer(b, 64, zero=True), out, width, size * 4.0 ** -(b - 2) * float(torch.rand((), generator=g) + 0.5)
+            )
             for b in (2, 3, 4, 8)
         ]
     return found
@@ -66,10 +68,13 @@ def test_a_mean_is_read():
             choose(text, "any")
 
 
-@pytest.mark.parametrize(("name", "options"), [("llama_gqa", {}), ("phi3", {"sliding_window": None})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama_gqa", {}), pytest.param("phi3", {"sliding_window": None}, marks=pytest.mark.slow)],
+)
 def test_matrices_get_types_of_their_own(name, options, tmp_path):
     """Within the mean, counted in the file; fused linears one type; the loss no larger than that of one type of as many bytes."""
-    model = save(build(name, hidden_size=64, intermediate_size=128, num_hidden_layers=2, **options), tmp_path / "model")
+    model = save(build(name, hidden_size=32, intermediate_size=64, num_hidden_layers=2, **options), tmp_path / "model")
     text = {"calibration": IDS.flatten().numpy(), "n_samples": 12, "seq_len": 24, "keep": 1}
     plain = planish.compress(model, output=tmp_path / "plain", bits=3, **text)
     mean = plain.rounding["bits_per_weight"]
