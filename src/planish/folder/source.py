@@ -119,10 +119,13 @@ class FolderSource(Source):
     def reader(self) -> ModelFolder:
         """The folder's tensors, which are those that its configuration asks for."""
         prefix, reader = f"{self.family.blocks}.", self._opened
-        inside = {n.removeprefix(prefix).partition(".")[0] for n in reader.names if n.startswith(prefix)}
-        if self.n_blocks != len(inside):
+        asked, inside = (  # a block of which nothing is left has no tensors
+            {n.removeprefix(prefix).partition(".")[0] for n in names if n.startswith(prefix)}
+            for names in (self.model.state_dict(), reader.names)
+        )
+        if len(asked) != len(inside):
             raise InputError(
-                f"{self.folder}/config.json says {self.n_blocks} blocks, the checkpoint holds {len(inside)}: "
+                f"{self.folder}/config.json says {len(asked)} blocks, the checkpoint holds {len(inside)}: "
                 "it is incomplete or another model's"
             )
         reader.leave_out_zeros(self.model.state_dict().keys())
@@ -149,13 +152,15 @@ class FolderSource(Source):
         _ = self.reader
         return copy.deepcopy(self.model)
 
-    def block(self, i: int) -> nn.Module:
-        return split_block(self.stored_block(i), self.family, self.config)
+    def block(self, i: int, experts: bool = True) -> nn.Module:
+        return split_block(self.stored_block(i, experts), self.family, self.config)
 
-    def stored_block(self, i: int) -> nn.Module:
-        """A copy of block i under its stored names (fused linears stay fused), in the stored dtype."""
+    def stored_block(self, i: int, experts: bool = True) -> nn.Module:
+        """A copy of block i under its stored names (fused linears stay fused), in the stored dtype; `experts`: with the weights
+        of its experts, which are else left on the meta device."""
         block = copy.deepcopy(find_blocks(self.model, self.family)[i], {id(self.model.config): self.model.config})
-        for name in block.state_dict():
+        left_out = () if experts or self.family.experts is None else (f"{self.family.experts.path}.",)
+        for name in [n for n in block.state_dict() if not n.startswith(left_out or "\n")]:
             set_parameter(block, name, self.reader.tensor(f"{self.family.blocks}.{i}.{name}"))
         following = i + (1 if i >= self._last else -1)  # the stream goes up or down
         self._last = i

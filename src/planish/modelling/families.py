@@ -42,6 +42,7 @@ class ExpertsRow:
     groups: str = "n_group"  # where the config has it
     top_groups: str = "topk_group"
     stacked: bool = False  # in checkpoints too
+    shared: str = ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
 
 
 @dataclass(frozen=True)
@@ -245,12 +246,13 @@ _ROWS = (
             router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
             normalised="norm_topk_prob",
             otherwise="apart",
+            shared="n_shared_experts",
         ),
     ),
     _latent(
         "deepseek_v2",
         _classes("DeepseekV2"),
-        ExpertsRow(count="n_routed_experts"),
+        ExpertsRow(count="n_routed_experts", normalised=None, shared="n_shared_experts"),
     ),
     _latent(
         "deepseek_v3",
@@ -260,6 +262,7 @@ _ROWS = (
             router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
             normalised="norm_topk_prob",
             otherwise="apart",
+            shared="n_shared_experts",
         ),
     ),
     Family(
