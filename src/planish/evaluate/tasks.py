@@ -7,8 +7,9 @@ Local files (.jsonl), one example per line, in one of three forms; all are score
     {"context": ..., "continuation": ...}                               is the greedy continuation the given one (LAMBADA)
 
 `acc` picks the largest log-probability, `acc_norm` the largest per byte of the choice, as the Eleuther evaluation harness
-does. Any other name is a task of that harness (the `eval` extra), which runs on the same in-memory model; a .yaml file is a
-task of it with data of your own (its `!function` tags, which would run code, are refused).
+does. What is written freely is right or wrong (`planish.evaluate.exact`): {"prompt": ..., "answer": ...}, and "answers",
+200 such items that need no file. Any other name is a task of that harness (the `eval` extra), which runs on the same in-memory
+model; a .yaml file is a task of it with data of your own (its `!function` tags, which would run code, are refused).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import yaml
 from torch import Tensor, nn
 
 from planish.errors import InputError
+from planish.evaluate.exact import NAME, Item, grade, make_items, read_items
 
 
 @dataclass(frozen=True)
@@ -275,9 +277,26 @@ def evaluate_tasks(
     if tokenizer is None:
         raise InputError("tasks need a tokenizer, and the model's folder has none")
     files = [t for t in tasks if t.endswith(".jsonl") or (Path(t).exists() and not is_config(t))]
-    names = [t for t in tasks if t not in files]
+    names = [t for t in tasks if t not in files and t != NAME]
     for file in files:
         if not Path(file).is_file():
             raise InputError(f"no such task file: {file}")
-    scores = [evaluate_file(model, tokenizer, f, limit=limit, progress=progress) for f in files]
+    scores = []
+    for task in (t for t in tasks if t in files or t == NAME):
+        items = make_items()[:limit] if task == NAME else read_items(Path(task), limit)
+        if items:
+            scores += evaluate_items(model, tokenizer, items, progress)
+        else:
+            scores.append(evaluate_file(model, tokenizer, task, limit=limit, progress=progress))
     return scores + (evaluate_names(model, tokenizer, names, limit=limit) if names else [])
+
+
+def evaluate_items(
+    model: nn.Module, tokenizer: Any, items: list[Item], progress: Callable[[int, int], None] | None = None
+) -> list[Score]:
+    """A score per kind of item; `acc` is the share of right answers."""
+    scores = []
+    for kind, right in grade(model, tokenizer, items, progress).items():
+        acc = sum(right) / len(right)
+        scores.append(Score(kind, len(right), acc, stderr(acc, len(right)), answers=tuple(right)))
+    return scores

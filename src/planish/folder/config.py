@@ -21,6 +21,7 @@ from planish.folder.recognise import refuse_file, refuse_unlike
 from planish.modelling import attentions as attentions_file
 from planish.modelling import blocks as blocks_file
 from planish.modelling import families as families_file
+from planish.modelling import family as family_file
 from planish.modelling import modelling as modelling_file
 from planish.modelling import modules as modules_file
 from planish.modelling.attentions import needs_eager
@@ -214,7 +215,7 @@ def write_config(
             "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
             "per_layer_config": per_layer(specs, shapes, family),
         }
-        for module in (families_file, modules_file, attentions_file, blocks_file, modelling_file):
+        for module in (family_file, families_file, modules_file, attentions_file, blocks_file, modelling_file):
             path = Path(str(module.__file__))
             write(path.name, path.read_text(encoding="utf-8"))
     config["transformers_version"] = transformers.__version__

@@ -1,7 +1,7 @@
 """Model classes for compressed folders: every family's own classes with the blocks' specs installed.
 
 `import planish` registers them, so that `AutoModelForCausalLM.from_pretrained(folder)` works; the same file travels in the
-folder for `trust_remote_code=True` where planish is not installed, with `families`, `modules`, `attentions` and `blocks`.
+folder, with its neighbours, for `trust_remote_code=True` where planish is not installed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""What a row of the table of families says. (This file travels with compressed models.)"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")  # roles
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A linear that holds several roles. `layout`: "rows" = one role after the other; "heads" = per head q, k, v."""
+
+    path: str
+    roles: tuple[str, ...]
+    layout: str = "rows"
+
+
+@dataclass(frozen=True)
+class ExpertsRow:
+    """Feed-forwards alike, of which a router chooses a few for every token. transformers stacks their weights in one module at
+    `path`; checkpoints mostly store linears at `path`.17.name one by one, and so does the canonical block.
+
+    `router`: paths of what has a row, or an entry, for every expert, weights first. `count`, `width`, `top`, `groups`,
+    `top_groups`: the config's names of how many experts there are, of their neurons, of how many a token reaches; of the groups
+    that the router chooses among first, and of how many it chooses. `normalised`: the config's name of whether the gates of
+    those that a token reaches add up to the same, whichever they are (empty: always, None: never); `otherwise` they are part
+    of a "softmax" over all experts, or each is "apart".
+    """
+
+    path: str = (
+        "mlp.experts"  # its `gate_up_proj` is (experts, 2 · width, hidden), its `down_proj` (experts, hidden, width)
+    )
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    top: str = "num_experts_per_tok"
+    count: str = "num_experts"
+    width: str = "moe_intermediate_size"
+    router: tuple[str, ...] = ("mlp.gate.weight",)
+    normalised: str | None = ""
+    otherwise: str = "softmax"
+    groups: str = "n_group"  # where the config has it
+    top_groups: str = "topk_group"
+    stacked: bool = False  # in checkpoints too
+    shared: str = ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths are relative to the block, except `blocks`, which is relative to the causal LM.
+
+    `linears` and `fused` hold the roles of attention (q k v o) and of the dense feed-forward (gate up down). Those of other
+    groups have the group's name before them: "shared.up", "mixer.in", "expert.17.up". Which of all these a block has is
+    read off the block itself (`planish.modelling.blocks.read_layout`).
+    """
+
+    model_type: str
+    classes: tuple[str, str, str]  # config, base model, causal LM, in transformers
+    linears: dict[str, str]  # role → path of an nn.Linear; roles inside a fused linear are absent here
+    fused: tuple[Fused, ...] = ()
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    mlp: str | None = "mlp"  # None: the block itself holds the linears and `activation`
+    activation: str = ""
+    attention_norm: str | None = (
+        "input_layernorm"  # its input is the residual stream; None: the submodule reads that itself
+    )
+    mlp_norm: str | None = "post_attention_layernorm"
+    attention_post_norm: str | None = None  # applied to the contribution before it is added
+    mlp_post_norm: str | None = None
+    factor: str = ""  # the block's own name of what a contribution is multiplied by before it is added
+    qk_norm: str = (
+        ""  # of queries and keys: per "head", per head once it is "rotated", or over the "width" of all heads
+    )
+    norms: tuple[str, str] = ("q_norm", "k_norm")  # the attention's names of those norms
+    rotary: bool = True
+    window: bool = False  # attention takes a sliding window
+    softcap: bool = False
+    position_scale: bool = False  # queries grow with the logarithm of their position (Llama 4, Ministral 3)
+    parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
+    conv1d: bool = False  # linears are stored transposed
+    tuples: bool = False  # blocks return a tuple, hidden states first
+    intermediate: str = "intermediate_size"  # the config's name of the MLP width; empty where it has none
+    norm_offset: float = 0.0  # norms scale channels by this + their weight
+    # Groups in which more happens between linears than an average of values over tokens, or a product with an activated gate:
+    # values that are normalised, outputs of attention that are gated, products that are clamped.
+    fixed: tuple[str, ...] = ()
+    head: str = "lm_head"  # what stored checkpoints call the model's `lm_head`
+    others: Mapping[str, str] = field(default_factory=dict)  # role of a further group ("shared.up") → path
+    cached: tuple[str, ...] = ()  # roles of `others` whose outputs the KV cache holds
+    experts: ExpertsRow | None = None
+    renames: tuple[tuple[str, str], ...] = ()  # parts of tensors' names in checkpoints → in transformers' modules
+
+    @property
+    def gated(self) -> bool:
+        return "gate" in self.roles
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        present = set(self.linears) | {r for f in self.fused for r in f.roles}
+        return tuple(r for r in ATTENTION + MLP if r in present)
+
+    def path(self, role: str) -> str:
+        """Path of a role's linear in the canonical block, in which fused and stacked linears are split."""
+        if role.startswith("expert.") and self.experts is not None:
+            _, number, name = role.split(".")
+            return f"{self.experts.path}.{number}.{self.experts.names[MLP.index(name)]}"
+        if role in self.others:
+            return self.others[role]
+        for f in self.fused:
+            if role in f.roles:
+                return f"{f.path}.{role}"
+        return self.linears[role]
+
+    def read_name(self, stored: str) -> str:
+        """A tensor's name in the causal LM, from its name in a checkpoint."""
+        for old, new in self.renames:
+            stored = stored.replace(old, new)
+        return stored
+
+    def store_name(self, name: str) -> str:
+        """A tensor's name in checkpoints."""
+        for old, new in self.renames:
+            name = name.replace(new, old)
+        return name
