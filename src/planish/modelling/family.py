@@ -42,7 +42,9 @@ class ExpertsRow:
     groups: str = "n_group"  # where the config has it
     top_groups: str = "topk_group"
     stacked: bool = False  # in checkpoints too
-    shared: str = ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
+    shared: str = (
+        ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from planish.modelling.families import Family
+from planish.modelling.family import Family
 
 LLAMAS = {  # family → its graphs; deci and mimo2 hold some of what these do not
     "llama": ["llama"],
