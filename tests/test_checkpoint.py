@@ -49,6 +49,7 @@ CUTS += [("flat-llm", f) for f in tiny.NAMES] + [
     if method in list_methods()
 ]  # fmt: skip
 SOME = [c for c in CUTS if c[1] in (*tiny.CORE, "gemma3", "llama_bias") or c[0] not in ("flat-llm", "blockpruner")]
+SOME = [c for c in SOME if c[1] not in tiny.RARE]
 ALL = [pytest.param(*c, marks=() if c in SOME else pytest.mark.slow, id="-".join(c)) for c in CUTS]
 
 
@@ -93,7 +94,7 @@ def logits(model: nn.Module, ids: Tensor = WINDOWS, **kw: Any) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", tiny.NAMES + tiny.MORE)
+@pytest.mark.parametrize("family", tiny.each(tiny.NAMES + tiny.MORE))
 def test_uncut_attention_is_the_stock_one(family, attention):
     """Masks, windows, soft caps, norms, rotation and scale of every family, with nothing cut away."""
     if family.startswith("mpt") and attention == "sdpa":
@@ -273,6 +274,8 @@ def test_real_cache_is_as_large_as_reported(method, family, made):
     ):
         n = tiny.WINDOW - 1  # every layer holds all tokens
         cache = model(input_ids=WINDOWS[:1, :n], use_cache=True).past_key_values
+        if "falcon_new" in family and not any(isinstance(m, Attention) for m in model.modules()):
+            expected *= 2  # transformers' attention repeats keys and values for every query head before it caches them
         tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
         assert sum(t.numel() * t.element_size() for t in tensors) == expected * n
     if method in ("flat-llm", "a3"):
@@ -296,7 +299,7 @@ def test_eager_and_sdpa_agree(method, family, made):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", tiny.MORE)
+@pytest.mark.parametrize("family", tiny.each(tiny.MORE))
 def test_a_budget_for_the_cache_is_met_by_the_cache(family, tmp_path):
     """Keys as latents, rebuilt with the family's norms and rotation: tokens with a cache are those without."""
     result = compress(tiny.build(family), output=tmp_path / "m", method="palu", kv_keep=0.7, windows=WINDOWS)

@@ -89,7 +89,7 @@ def test_blocks_of_one_model_differ(sparse):
     assert shapes[1].working == shapes[1].count() == attention + 3 * 44 * 32
 
 
-@pytest.mark.parametrize("name", [*tiny.NAMES, *tiny.MORE, *tiny.SPARSE])
+@pytest.mark.parametrize("name", tiny.each([*tiny.NAMES, *tiny.MORE, *tiny.SPARSE]))
 def test_every_weight_is_a_units_or_untouched(name):
     """Also: a unit's full cost is the weights of the linears it holds."""
     source = MemorySource(tiny.build(name))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planish.modelling.blocks import get_linear, read_factor
+from planish.modelling.blocks import find_norms, get_linear, has_module, read_factor
 from planish.modelling.families import Family
 from planish.stats import Stats, Tap
 
@@ -133,10 +133,11 @@ def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
 
 def find_end(block: nn.Module, family: Family, where: str, end: str) -> nn.Module:
     """The module that reads the residual stream for a submodule ("raw"), or gives what is added to it ("add")."""
+    attention_norm, mlp_norm = find_norms(block, family)
     if where == "attention":
-        first, own, last = family.attention_norm, family.attention, family.attention_post_norm
+        first, own, last = attention_norm, family.attention, family.attention_post_norm
     else:
-        first, own, last = family.mlp_norm, family.mlp or "", family.mlp_post_norm
+        first, own, last = mlp_norm, family.mlp or "", family.mlp_post_norm
     return block.get_submodule(first or own if end == "raw" else last or own or family.path("down"))
 
 
@@ -154,6 +155,13 @@ def tap_added(module: nn.Module, factor: float, see: Callable[[Tensor], None]) -
     return module.register_forward_hook(look)
 
 
+def copy_added(block: nn.Module, family: Family) -> list[Any]:
+    """A last hook that gives the block a copy of what its feed-forward adds, where it would change what others have seen."""
+    if not family.in_place or not has_module(block, family.mlp or ""):
+        return []
+    return [block.get_submodule(family.mlp or "").register_forward_hook(lambda module, args, out: out.clone())]
+
+
 class AllSeen(Exception):
     """Ends a forward pass whose sites have all been seen."""
 
@@ -164,8 +172,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
 
     `stop`: the forward ends with `AllSeen` as soon as it has them all.
     """
-    seen = Seen()
-    handles = []
+    seen, handles = Seen(), list[Any]()
     together = {site for site in sites if site.startswith("experts.")}
 
     def see(site: str, value: Tensor) -> None:
@@ -214,6 +221,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             )
         else:
             (tap_input if end in ("in", "gated") else tap_output)(get_linear(block, family, where), site)
+    handles += copy_added(block, family)
     try:
         yield seen
     finally:

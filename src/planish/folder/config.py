@@ -31,6 +31,7 @@ from planish.modelling.modelling import FORMAT, class_names, model_type, registe
 
 register()  # the Auto classes know compressed models from here on
 
+PER_BLOCK = ("layer_types", "no_rope_layers")  # fields that hold a value for every block
 NO_SOFT_CAP = "{} with eager attention: transformers' sdpa leaves out the soft cap of attention scores"
 
 
@@ -94,13 +95,13 @@ def find_family(config) -> Family:
             f"{kind} with clip_qkv={clip:g} is not supported: clipped queries, keys and values are not linear"
         )
     if read_declared(config, "qk_layernorm"):
-        raise InputError(f"{kind} with qk_layernorm=true is not supported: every head has a norm of its own")
-    if kind == "stablelm" and read_declared(config, "use_parallel_residual"):
-        raise InputError(f"{kind} with use_parallel_residual=true is not supported: one norm serves both submodules")
-    if kind == "exaone4" and read_declared(config, "sliding_window"):
-        raise InputError(
-            f"{kind} with sliding_window={config.sliding_window} is not supported: layers without rotation"
-        )
+        raise InputError(f"{kind} with qk_layernorm=true is not supported: norms of queries and keys that are not read")
+    if read_declared(config, "use_qk_norm") and kind == "cohere":
+        raise InputError(f"{kind} with use_qk_norm=true is not supported: every head has a norm of its own")
+    if read_declared(config, "alibi"):
+        raise InputError(f"{kind} with alibi=true is not supported: its attention adds a bias for distance by itself")
+    if read_declared(config, "parallel_attn") is False and not read_declared(config, "new_decoder_architecture"):
+        raise InputError(f"{kind} with parallel_attn=false is not supported: only blocks with parallel submodules are")
     if read_declared(config, "do_layer_norm_before") is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
     return family
@@ -193,8 +194,9 @@ def write_config(
         config.pop(name, None)
     if len(specs) < dense.num_hidden_layers:
         config["num_hidden_layers"] = len(specs)
-        if config.get("layer_types"):
-            config["layer_types"] = [config["layer_types"][s.block] for s in shapes]
+        for name in PER_BLOCK:
+            if config.get(name):
+                config[name] = [config[name][s.block] for s in shapes]
     native = find_native(specs, shapes, family)
     if native is not None:
         names = getattr(dense, "attribute_map", {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .family import ATTENTION, MLP, ExpertsRow, Family, Fused
 
 __all__ = ["ATTENTION", "FAMILIES", "MLP", "ExpertsRow", "Family", "Fused"]
@@ -9,6 +11,8 @@ __all__ = ["ATTENTION", "FAMILIES", "MLP", "ExpertsRow", "Family", "Fused"]
 _ATTENTION = {r: f"self_attn.{r}_proj" for r in "qkvo"}
 _GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 _PLAIN = {r: _GATED[r] for r in ("up", "down")}
+_NEIGHBOURS = tuple(Fused(f"self_attn.{r}_proj", (r,), "neighbours") for r in "qk")
+_VALUES = {r: _ATTENTION[r] for r in "vo"}  # beside `_NEIGHBOURS`
 _SPARSE = ((".block_sparse_moe.", ".mlp."),)
 _QWEN = ExpertsRow(normalised="norm_topk_prob")
 
@@ -52,7 +56,12 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: str = "")
     )
 
 
-def _post_norm(model_type: str, classes: tuple[str, str, str], qk_norm: str = "width", window: bool = False) -> Family:
+def _one_norm(model_type: str, classes: tuple[str, str, str], linears: dict[str, str], **more: Any) -> Family:
+    """A family whose attention and feed-forward read the same normalised residual."""
+    return Family(model_type, classes, linears, mlp_norm=None, shared_norm="input_layernorm", parallel=True, **more)
+
+
+def _post_norm(model_type: str, classes: tuple[str, str, str], qk_norm: str = "width", **more: Any) -> Family:
     """A family that normalises what each submodule adds, not what it reads."""
     return Family(
         model_type,
@@ -63,7 +72,7 @@ def _post_norm(model_type: str, classes: tuple[str, str, str], qk_norm: str = "w
         mlp_norm=None,
         mlp_post_norm="post_feedforward_layernorm",
         qk_norm=qk_norm,
-        window=window,
+        **more,
     )
 
 
@@ -85,9 +94,59 @@ _ROWS = (
     _post_norm("olmo2", _classes("Olmo2")),
     _post_norm("olmo3", _classes("Olmo3"), window=True),
     Family("ministral3", _classes("Ministral3"), _ATTENTION | _GATED, window=True, position_scale=True),
-    _post_norm("exaone4", _classes("Exaone4"), qk_norm="head"),
+    _post_norm(
+        "exaone4", _classes("Exaone4"), "head", window=True, rotates="is_sliding", rotates_without="sliding_window"
+    ),
+    Family("smollm3", _classes("SmolLM3"), _ATTENTION | _GATED, window=True, rotates="use_rope"),
+    Family("ernie4_5", _classes("Ernie4_5"), _VALUES | _GATED, _NEIGHBOURS),
+    Family(
+        "glm4",
+        _classes("Glm4"),
+        _VALUES | {"down": "mlp.down_proj"},
+        (*_NEIGHBOURS, Fused("mlp.gate_up_proj", ("gate", "up"))),
+        attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+    ),
+    Family(
+        "falcon",
+        _classes("Falcon"),
+        {"o": "self_attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
+        (Fused("self_attention.query_key_value", ("q", "k", "v"), "heads"),),
+        blocks="transformer.h",
+        attention="self_attention",
+        attention_norm="ln_attn",
+        mlp_norm="ln_mlp",
+        shared_norm="input_layernorm",
+        parallel=True,
+        tuples=True,
+        in_place=True,
+        intermediate="ffn_hidden_size",
+    ),
+    Family(
+        "apertus",
+        _classes("Apertus"),
+        _ATTENTION | _PLAIN,
+        attention_norm="attention_layernorm",
+        mlp_norm="feedforward_layernorm",
+        qk_norm="head",
+    ),
     Family("olmo", _classes("Olmo"), _ATTENTION | _GATED),
-    Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True),
+    Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True, shared_norm="input_layernorm"),
+    _one_norm("cohere", _classes("Cohere"), _VALUES | _GATED, fused=_NEIGHBOURS, twins=True),
+    _one_norm(
+        "cohere2",
+        _classes("Cohere2"),
+        _VALUES | _GATED,
+        fused=_NEIGHBOURS,
+        twins=True,
+        window=True,
+        rotates="sliding_window",
+    ),
+    _one_norm(
+        "phi",
+        _classes("Phi"),
+        {r: f"self_attn.{r}_proj" for r in "qkv"} | {"o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"},
+    ),
     Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN, norm_offset=1.0),
     Family("starcoder2", _classes("Starcoder2"), _ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True),
     Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm="head", window=True),

@@ -10,7 +10,11 @@ ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")  # roles
 
 @dataclass(frozen=True)
 class Fused:
-    """A linear that holds several roles. `layout`: "rows" = one role after the other; "heads" = per head q, k, v."""
+    """A linear that stores rows otherwise than role by role. `layout`: "rows" = one role after the other; "heads" = per kv head
+    its queries, its key, its value; "neighbours" = one role, whose heads rotate channels 2j and 2j + 1 together.
+
+    In a canonical block every role is a linear of its own, and a head rotates channels j and j + half together.
+    """
 
     path: str
     roles: tuple[str, ...]
@@ -68,6 +72,7 @@ class Family:
         "input_layernorm"  # its input is the residual stream; None: the submodule reads that itself
     )
     mlp_norm: str | None = "post_attention_layernorm"
+    shared_norm: str = ""  # one for both, in blocks that have no `mlp_norm`
     attention_post_norm: str | None = None  # applied to the contribution before it is added
     mlp_post_norm: str | None = None
     factor: str = ""  # the block's own name of what a contribution is multiplied by before it is added
@@ -76,10 +81,14 @@ class Family:
     )
     norms: tuple[str, str] = ("q_norm", "k_norm")  # the attention's names of those norms
     rotary: bool = True
+    rotates: str = ""  # the attention's own name of what is set in blocks that rotate; empty: all of them do
+    rotates_without: str = ""  # the config's name of what, where it is not set, makes all blocks rotate
+    twins: bool = False  # rotary tables have a pair's two values side by side, not one half after the other
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
     position_scale: bool = False  # queries grow with the logarithm of their position (Llama 4, Ministral 3)
     parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
+    in_place: bool = False  # the block adds to what its feed-forward gave without a copy
     conv1d: bool = False  # linears are stored transposed
     tuples: bool = False  # blocks return a tuple, hidden states first
     intermediate: str = "intermediate_size"  # the config's name of the MLP width; empty where it has none
