@@ -29,7 +29,9 @@ DIFFER = "value dimensions and MLP widths per block"
 DENSE = {  # tiny model of every dense family → what it has beside its usual settings
     "arcee": {}, "granite": {}, "seed_oss": {}, "gemma": {}, "gemma2": {}, "gemma3": {}, "hunyuan": {}, "olmo": {}, "olmo2": {},
     "olmo3": {}, "exaone4": {}, "stablelm": {}, "nemotron": {"head_dim": 8}, "starcoder2": {}, "gpt2": {}, "gpt_neox": {},
-    "mpt": {},
+    "mpt": {}, "smollm3": {"no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4}, "ernie4_5": {"use_bias": False},
+    "glm4": {}, "cohere": {}, "cohere2": {}, "phi": {}, "apertus": {}, "falcon": {"bias": False}, "falcon_new": {},
+    "falcon_new_shared": {}, "stablelm_parallel": {}, "gpt_neox_serial": {}, "ministral3": {},
 }  # fmt: skip
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {}, "qwen3_moe": {"mlp_only_layers": []}, "qwen2_moe": {"mlp_only_layers": []}, "olmoe": {"num_key_value_heads": 4},
@@ -38,7 +40,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-QUICK = ("granite", "gemma2", "olmo2", "gpt2", "mixtral")
+QUICK = ("granite", "gemma2", "olmo2", "gpt2", "glm4", "mixtral")
 
 
 def quick(names: Any) -> list[Any]:
@@ -85,7 +87,7 @@ def test_llama_cpp_gives_the_logits_of_a_mixture(name, tmp_path):
 @needs_llama_cpp
 @pytest.mark.parametrize("name", quick(MIXTURES))
 def test_llama_cpp_gives_the_logits_of_a_mixture_with_fewer_experts(name, tmp_path):
-    windows = tiny.windows(8, 12)
+    windows = tiny.windows(4, 8)
     result = tiny.compress(build(name), output=tmp_path / "m", windows=windows, method="reap", keep=0.85, target="gguf")
     assert result.format == "native"
     check(tmp_path / "m")
@@ -156,6 +158,9 @@ def test_shared_experts_stay_as_wide_as_they_were(tmp_path):
         ("granite", {"hidden_act": "gelu"}, "GGUF export of granite needs the activation silu, got 'gelu'"),
         ("qwen3_moe", {}, r"graph of qwen3_moe has mlp_only_layers=\[\] built in, config.json says \[1\]"),
         ("deepseek_v2", {}, "graph of deepseek_v2 has topk_method='greedy' built in"),
+        ("falcon", {}, "graph of falcon has bias=False built in, config.json says True"),
+        ("smollm3", {}, "graph smollm3 rotates all blocks but every 4th; block 1 does otherwise"),
+        ("exaone4_windows", {}, "graph of exaone4 has sliding_window=None built in"),
         ("olmoe", {}, "graph of olmoe needs as many key/value heads as heads, got 2 for 4"),
         ("nemotron", {}, "graph of nemotron needs heads × head size = hidden size, got 4 × 12 for 32"),
     ],

@@ -25,7 +25,7 @@ from planish.errors import InputError
 from planish.export import gguf_llama as llama
 from planish.export import gguf_stock as stock
 from planish.export.gguf_blocks import StoredRows, name_file_type
-from planish.export.gguf_content import Content, Stack
+from planish.export.gguf_content import XIELU, Content, Stack
 from planish.export.plain import open_plain
 from planish.export.vocabulary import write_vocabulary
 from planish.export.written import Written, check_file, check_finite
@@ -218,4 +218,4 @@ def write_metadata(writer: Any, gguf: Any, source: FolderSource, content: Conten
         list: writer.add_array,
     }
     for name, value in content.values.items():
-        add[type(value)](f"{content.graph}.{name}", value)
+        add[type(value)](name if name.startswith(XIELU) else f"{content.graph}.{name}", value)

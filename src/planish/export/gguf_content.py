@@ -11,6 +11,9 @@ from torch import Tensor
 from planish.export.gguf_blocks import StoredRows
 
 
+XIELU = "xielu."  # metadata whose name has no graph before it
+
+
 @dataclass(frozen=True)
 class Stack:
     """Matrices of one shape, a tensor of three axes in the file, of which one is in memory at a time."""

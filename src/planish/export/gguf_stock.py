@@ -17,7 +17,7 @@ from planish.errors import InputError
 from planish.export.dense import make_padded
 from planish.export.gguf_architecture import read_rope
 from planish.export.gguf_blocks import StoredRows
-from planish.export.gguf_content import Content, Stack
+from planish.export.gguf_content import XIELU, Content, Stack
 from planish.export.gguf_llama import interleave
 from planish.export.plain import plain_block, plain_linear
 from planish.folder.skeleton import set_parameter
@@ -43,11 +43,25 @@ class Stock:
         self.blocks = [i for i, p in enumerate(plains) if not p.attention == p.mlp == "none"]
         if not self.blocks:
             raise InputError(f"nothing is left of any block of {source.folder}")
+        kinds = getattr(source.config, "layer_types", None) or []
+        sliding = {i for i, kind in enumerate(kinds) if kind == "sliding_attention"}
+        if graph.still or (graph.windows and sliding and not sliding & {*self.blocks}):
+            self.blocks = list(range(source.n_blocks))  # which blocks rotate, or that one has a window, is built in
+            self.check_still()
         self.width = max(p.width for p in plains)
         self.back = sum(p.extra for p in plains)
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
         self.names = gguf.get_tensor_name_map(kinds[graph.name], source.n_blocks)
         self.experts = self.measure_experts()
+
+    def check_still(self) -> None:
+        """InputError unless those blocks rotate that the graph rotates."""
+        for i in self.blocks if self.graph.still else ():
+            attention = find_blocks(self.source.empty, self.family)[i].get_submodule(self.family.attention)
+            if bool(getattr(attention, self.family.rotates)) != bool((i + 1) % self.graph.still):
+                raise InputError(
+                    f"llama.cpp's graph {self.graph.name} rotates all blocks but every {self.graph.still}th; block {i} does otherwise"
+                )
 
     def measure_experts(self) -> tuple[int, int]:
         """(Experts in a block, their neurons) as they are written; (0, 0) without any."""
@@ -105,7 +119,7 @@ class Stock:
         """One tensor of a block."""
         slot = full.removeprefix(f"{self.family.blocks}.").partition(".")[0]
         row = self.family.experts
-        if row is not None and name.startswith(f"{row.path}."):
+        if (row is not None and name.startswith(f"{row.path}.")) or ".act_fn." in name:
             return
         if row is not None and name in row.router:
             yield f"blk.{slot}.{ROUTER[row.router.index(name)]}", tensor
@@ -117,7 +131,8 @@ class Stock:
     def turn(self, name: str, tensor: Tensor) -> Tensor:
         """Queries and keys with their rotated channels where the graph looks for them."""
         shape = self.source.shape(0)
-        heads = {self.family.linears.get("q"): shape.heads, self.family.linears.get("k"): shape.kv_heads}
+        alone = {f.roles[0]: f.path for f in self.family.fused if len(f.roles) == 1} | self.family.linears
+        heads = {alone.get("q"): shape.heads, alone.get("k"): shape.kv_heads}
         stem = name.rpartition(".")[0]
         return interleave(tensor, heads[stem], shape.rotary) if self.graph.neighbours and stem in heads else tensor
 
@@ -185,8 +200,19 @@ class Stock:
             if any(sliding):  # the graphs refuse a window that no block has
                 found |= {"attention.sliding_window": config.sliding_window}
                 found |= {"attention.sliding_window_pattern": sliding}
+        if "xielu" in self.graph.activation:
+            found |= self.read_activations()
         named = {key: read_named(config, name) for key, name in self.graph.values.items()}
         return found | {k: v for k, v in named.items() if v is not None} | self.graph.fixed
+
+    def read_activations(self) -> dict[str, list[float]]:
+        """The numbers that every block's activation has of its own."""
+        place = [f"{self.family.blocks}.{i}.mlp.act_fn." for i in self.blocks]
+        reader = self.source.reader
+        return {  # of a removed feed-forward, which is zeros, they do not matter
+            f"{XIELU}{n}": [float(reader.tensor(f"{p}{n}")) if f"{p}{n}" in reader else 0.0 for p in place]
+            for n in ("alpha_p", "alpha_n", "beta", "eps")
+        }
 
     def describe_routing(self, config: Any) -> dict[str, Any]:
         row = self.family.experts
@@ -228,7 +254,7 @@ def describe_latent(config: Any) -> dict[str, Any]:
 def read_named(config: Any, name: str) -> Any:
     """A value of a configuration, inside another one's where the name has a dot; None where there is none."""
     for part in name.split("."):
-        config = getattr(config, part, None)
+        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
     return float(config) if isinstance(config, int) and "bias" in name else config
 
 

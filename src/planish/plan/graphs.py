@@ -21,7 +21,7 @@ LLAMAS = {  # family → its graphs; deci and mimo2 hold some of what these do n
     "qwen2": ["qwen2", "llama"],
     "qwen3": ["qwen3"],
 }
-ACTIVATION = ("hidden_activation", "hidden_act", "activation_function")  # names in configurations
+ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activation")  # names in configurations
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Graph:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     gates: int = 0
+    still: int = 0  # every so-many-th block does not rotate
     square: bool = False  # it asks for heads × head size = hidden size
     alone: bool = False  # it asks for as many key/value heads as heads
 
@@ -71,10 +72,21 @@ GRAPHS: dict[str, Graph] = {
     "olmo": Graph("olmo", neighbours=True, fixed={"attention.layer_norm_epsilon": 1e-5}),
     "olmo2": Graph("olmo2"),
     "olmo3": Graph("olmo2", windows=True),
-    "exaone4": Graph("exaone4", factors=True),
+    "exaone4": Graph("exaone4", factors=True, needs={"sliding_window": (None, 0)}),
     "stablelm": Graph("stablelm", values={"use_parallel_residual": "use_parallel_residual"}),
     "nemotron": Graph("nemotron", ("relu2",), square=True),
     "starcoder2": Graph("starcoder2", _TANH),
+    "smollm3": Graph("smollm3", neighbours=True, factors=True, still=4),
+    "ernie4_5": Graph("ernie4_5", neighbours=True, needs={"use_bias": (False,)}),
+    "glm4": Graph("glm4", neighbours=True),
+    "cohere": Graph("command-r", neighbours=True, values={"logit_scale": "logit_scale"}),
+    "cohere2": Graph("cohere2", neighbours=True, windows=True, values={"logit_scale": "logit_scale"}),
+    "apertus": Graph("apertus", ("xielu",), factors=True),
+    "phi": Graph("phi2", _TANH),
+    "falcon": Graph("falcon", _GELU, needs={"bias": (False,)}),
+    "ministral3": Graph(
+        "mistral3", neighbours=True, values={"attention.temperature_scale": "rope_parameters.llama_4_scaling_beta"}
+    ),
     "gpt2": Graph("gpt2", _TANH),
     "gpt_neox": Graph("gptneox", _GELU, values={"use_parallel_residual": "use_parallel_residual"}),
     "mpt": Graph("mpt", _GELU, values={"attention.max_alibi_bias": "attn_config.alibi_bias_max"}),
@@ -90,7 +102,7 @@ GRAPHS: dict[str, Graph] = {
     "deepseek_v3": Graph("deepseek2", neighbours=True, values=_LEADING | _ROUTED, gates=2),
     "minimax_m2": Graph("minimax-m2", gates=2),
 }
-TANH = ("gptneox", "mpt")  # graphs that compute GELU in its tanh form, whatever the model does
+TANH = ("gptneox", "mpt", "falcon")  # graphs that compute GELU in its tanh form, whatever the model does
 TABLED = {
     g.name for g in GRAPHS.values() if set(_TANH) & {*g.activation}
 }  # GELU looked up in a table of half-precision numbers
