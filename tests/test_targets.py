@@ -190,7 +190,7 @@ def test_what_is_compressed_for_gguf_needs_no_filling(family, method, tmp_path):
 
 @pytest.mark.parametrize(
     "family",
-    ["opt", "llama_yarn", "llama_dynamic", "phimoe", "olmoe"],
+    ["opt", "llama_yarn", "llama_dynamic", "phimoe", "olmoe", "lfm2"],
 )
 def test_models_that_no_file_holds_are_refused_before_anything_is_cut(family, tmp_path):
     from planish.api import forecast

@@ -193,6 +193,18 @@ _ROWS |= _MIXTURES
 SPARSE = ("qwen3_moe", *_MIXTURES)  # families with experts
 NAMES = tuple(n for n in _ROWS if n not in SPARSE + MORE)
 
+_HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": (
+        "Lfm2",
+        {
+            **_GQA, "intermediate_size": 66, "block_multiple_of": 4, "conv_L_cache": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+        },
+    ),
+}  # fmt: skip
+_ROWS |= _HYBRIDS
+HYBRIDS = tuple(_HYBRIDS)  # families with mixers in place of some attentions, or beside them
+
 # One of each block layout: what a change in how blocks are read or written has to pass first.
 CORE = ("llama_gqa", "qwen2", "phi3", "gemma2", "opt", "gpt_neox")
 

@@ -97,6 +97,8 @@ def export_gguf(
     notes = describe_cost(total - stored, content.back, content.graph) + content.notes + left_out
     if context < longest:
         notes.append(f"context limited to the sliding window, {context} of {longest} positions")
+    if source.tower is not None:
+        notes.append("the language model alone: what is around it is not in the file")
     if content.graph in TANH:
         notes.append(f"llama.cpp computes GELU in its tanh form in {content.graph}, whichever the model has")
     notes += tensors.describe(source.config.hidden_size)

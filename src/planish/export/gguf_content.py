@@ -10,7 +10,6 @@ from torch import Tensor
 
 from planish.export.gguf_blocks import StoredRows
 
-
 XIELU = "xielu."  # metadata whose name has no graph before it
 
 

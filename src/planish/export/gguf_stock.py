@@ -23,7 +23,7 @@ from planish.export.plain import plain_block, plain_linear
 from planish.folder.skeleton import set_parameter
 from planish.folder.source import FolderSource
 from planish.modelling.blocks import find_blocks, find_path
-from planish.modelling.families import MLP
+from planish.modelling.family import MLP, ExpertsRow
 from planish.modelling.modules import Fused
 from planish.plan.graphs import GRAPHS, Graph, describe_rope, split_rope
 
@@ -60,7 +60,8 @@ class Stock:
             attention = find_blocks(self.source.empty, self.family)[i].get_submodule(self.family.attention)
             if bool(getattr(attention, self.family.rotates)) != bool((i + 1) % self.graph.still):
                 raise InputError(
-                    f"llama.cpp's graph {self.graph.name} rotates all blocks but every {self.graph.still}th; block {i} does otherwise"
+                    f"llama.cpp's graph {self.graph.name} rotates all blocks but every {self.graph.still}th; "
+                    f"block {i} does otherwise"
                 )
 
     def measure_experts(self) -> tuple[int, int]:
@@ -124,7 +125,7 @@ class Stock:
         if row is not None and name in row.router:
             yield f"blk.{slot}.{ROUTER[row.router.index(name)]}", tensor
         elif name.endswith("kv_b_proj.weight"):
-            yield from self.split_latent(slot, tensor)
+            yield from split_latent(self.source.config, slot, tensor)
         else:
             yield self.rename(full), self.shift(name, self.turn(name, tensor))
 
@@ -143,15 +144,6 @@ class Stock:
             if self.family.norm_offset and name.endswith("norm.weight")
             else tensor
         )
-
-    def split_latent(self, slot: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Keys and values of all heads from the latent: (latent, keys) and (values, latent) per head."""
-        config = self.source.config
-        parts = tensor.unflatten(0, (config.num_attention_heads, -1)).split(
-            [config.qk_nope_head_dim, config.v_head_dim], 1
-        )
-        yield f"blk.{slot}.attn_k_b.weight", parts[0].transpose(1, 2).contiguous()
-        yield f"blk.{slot}.attn_v_b.weight", parts[1].contiguous()
 
     def stacks(self, block: nn.Module, i: int, slot: int, known: StoredRows) -> Iterator[tuple[str, Stack]]:
         row = self.family.experts
@@ -194,7 +186,7 @@ class Stock:
         if number and family.experts:
             top = min(getattr(config, family.experts.top), number)
             found |= {"expert_count": number, "expert_used_count": top, "expert_feed_forward_length": width}
-            found |= self.describe_routing(config)
+            found |= describe_routing(config, family.experts, self.read_shared() // width, self.graph)
         if self.graph.windows:
             sliding = [config.layer_types[i] == "sliding_attention" for i in self.blocks]
             if any(sliding):  # the graphs refuse a window that no block has
@@ -203,7 +195,7 @@ class Stock:
         if "xielu" in self.graph.activation:
             found |= self.read_activations()
         named = {key: read_named(config, name) for key, name in self.graph.values.items()}
-        return found | {k: v for k, v in named.items() if v is not None} | self.graph.fixed
+        return found | {k: v for k, v in named.items() if v is not None} | dict(self.graph.fixed)
 
     def read_activations(self) -> dict[str, list[float]]:
         """The numbers that every block's activation has of its own."""
@@ -214,17 +206,6 @@ class Stock:
             for n in ("alpha_p", "alpha_n", "beta", "eps")
         }
 
-    def describe_routing(self, config: Any) -> dict[str, Any]:
-        row = self.family.experts
-        found: dict[str, Any] = {"expert_gating_func": self.graph.gates} if self.graph.gates else {}
-        groups = getattr(config, row.groups, None) or 1 if row else 1
-        if row and groups > 1:
-            found |= {"expert_group_count": groups, "expert_group_used_count": getattr(config, row.top_groups)}
-        if shared := self.read_shared():
-            found["expert_shared_count"] = shared // self.experts[1]
-        shared = getattr(config, "shared_expert_intermediate_size", None)
-        return found | ({"expert_shared_feed_forward_length": shared} if shared else {})
-
 
 def lay_out(source: FolderSource, forced: str | None) -> Content:
     """What a file of the family's graph holds."""
@@ -234,6 +215,23 @@ def lay_out(source: FolderSource, forced: str | None) -> Content:
         raise InputError(f"{kind} can be written as {graph.name}; got {forced!r}")
     stock = Stock(source, graph)
     return Content(graph.name, stock.values(), stock.tensors, stock.back)
+
+
+def describe_routing(config: Any, row: ExpertsRow, shared: int, graph: Graph) -> dict[str, Any]:
+    found: dict[str, Any] = {"expert_gating_func": graph.gates} if graph.gates else {}
+    groups = getattr(config, row.groups, None) or 1
+    if groups > 1:
+        found |= {"expert_group_count": groups, "expert_group_used_count": getattr(config, row.top_groups)}
+    own = getattr(config, "shared_expert_intermediate_size", None)
+    found |= {"expert_shared_count": shared} if shared else {}
+    return found | ({"expert_shared_feed_forward_length": own} if own else {})
+
+
+def split_latent(config: Any, slot: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Keys and values of all heads from the latent: (latent, keys) and (values, latent) per head."""
+    parts = tensor.unflatten(0, (config.num_attention_heads, -1)).split([config.qk_nope_head_dim, config.v_head_dim], 1)
+    yield f"blk.{slot}.attn_k_b.weight", parts[0].transpose(1, 2).contiguous()
+    yield f"blk.{slot}.attn_v_b.weight", parts[1].contiguous()
 
 
 def describe_latent(config: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from planish.errors import InputError
 from planish.export import configuration_decilm
 from planish.export.llama_cpp import LlamaCpp
-from planish.folder.config import load_config, read_layout
+from planish.folder.config import load_config, open_config, read_layout
 from planish.folder.hub import find_folder
 from planish.folder.load import load
 from planish.folder.tokenizer import load_tokenizer
@@ -271,7 +271,7 @@ def read_sizes(path: Path, target: str, dense_reference: str | Path | None) -> t
     if carrier is not None:
         config = SimpleNamespace(**read_config(path))
         return config.vocab_size, config.max_position_embeddings
-    config = load_config(path)
+    config, _ = open_config(load_config(path))
     family, _ = read_layout(config)
     return config.vocab_size, limit_context(family, config) if target == "gguf" else count_positions(config)
 

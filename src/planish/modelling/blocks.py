@@ -12,7 +12,6 @@ A block's `spec` is JSON; `install` builds empty modules from it, for compressin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,6 +147,11 @@ def has_module(block: nn.Module, path: str) -> bool:
         return False
 
 
+def has_mixer(block: nn.Module, family: Family) -> bool:
+    """Whether a block has a mixer, in place of attention or beside it."""
+    return any(role.startswith("mixer.") and has_module(block, path) for role, path in family.others.items())
+
+
 def split_experts(block: nn.Module, family: Family) -> nn.Module:
     """Stacked experts of a stock block become linears, in place, named as most checkpoints store them."""
     row = family.experts
@@ -205,7 +209,7 @@ def split_block(block: nn.Module, family: Family, config) -> nn.Module:
 
 def list_fused(block: nn.Module, family: Family) -> list[FusedRow]:
     """The family's own linears of several roles, or of other orders of rows, that a block has: our attentions have none."""
-    own = isinstance(block.get_submodule(family.attention), Attention)
+    own = has_module(block, family.attention) and isinstance(block.get_submodule(family.attention), Attention)
     return [r for r in family.fused if has_module(block, r.path) and not (own and r.path.startswith(family.attention))]
 
 
@@ -318,17 +322,9 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
 
 
 def _bypass(form: Spec, like: nn.Module, config, as_tuple: bool) -> Bypass:
-    p = next(like.parameters())
-    return Bypass(
-        config.hidden_size,
-        form["rank"],
-        form["gate"],
-        form["shift"],
-        as_tuple,
-        form.get("factored", True),
-        device=p.device,
-        dtype=p.dtype,
-    )
+    p, sizes = next(like.parameters()), (config.hidden_size, form["rank"])
+    parts = form["gate"], form["shift"], as_tuple, form.get("factored", True)
+    return Bypass(*sizes, *parts, device=p.device, dtype=p.dtype)
 
 
 def find_norms(block: nn.Module, family: Family) -> tuple[str | None, str | None]:
@@ -359,18 +355,18 @@ def drop_norms(block: nn.Module, family: Family, spec: Spec) -> None:
 
 def install_model(model: nn.Module, config) -> None:
     """Install every block's spec in a base model or causal LM, and number the attentions that are left densely."""
-    layout = config.planish
-    family = FAMILIES[layout["family"]]
+    family = FAMILIES[config.planish["family"]]
     blocks = find_blocks(model, family)
-    index = 0
+    gone = 0
     for i, block in enumerate(blocks):
         if family.experts is not None and not family.experts.stacked:
             split_experts(block, family)  # as they are stored
-        block = blocks[i] = install(block, layout["blocks"][i], family, config)
-        attention = block.get_submodule(family.attention)
-        if not isinstance(attention, Bypass):
-            attention.layer_idx = index
-            index += 1
+        block = blocks[i] = install(block, config.planish["blocks"][i], family, config)
+        attention = block.get_submodule(family.attention) if has_module(block, family.attention) else None
+        if isinstance(attention, Bypass):
+            gone += 1
+        elif attention is not None:
+            attention.layer_idx = i - gone
 
 
 def list_attentions(config) -> list[int]:
@@ -386,10 +382,3 @@ def find_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
         return model.get_submodule(path)
     except AttributeError:
         return model.get_submodule(path.partition(".")[2])
-
-
-def copy_config(config):
-    """The config without its per-layer overrides: what a stock constructor may read."""
-    plain = copy.copy(config)
-    plain.__dict__.pop("_heterogeneity_spec", None)
-    return plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .family import ATTENTION, MLP, ExpertsRow, Family, Fused
+from .hybrids import HYBRIDS
 
 __all__ = ["ATTENTION", "FAMILIES", "MLP", "ExpertsRow", "Family", "Fused"]
 
@@ -15,6 +16,13 @@ _NEIGHBOURS = tuple(Fused(f"self_attn.{r}_proj", (r,), "neighbours") for r in "q
 _VALUES = {r: _ATTENTION[r] for r in "vo"}  # beside `_NEIGHBOURS`
 _SPARSE = ((".block_sparse_moe.", ".mlp."),)
 _QWEN = ExpertsRow(normalised="norm_topk_prob")
+_CORRECTED = ExpertsRow(
+    count="n_routed_experts",
+    router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    normalised="norm_topk_prob",
+    otherwise="apart",
+    shared="n_shared_experts",
+)
 
 
 def _shared(path: str) -> dict[str, str]:
@@ -82,6 +90,8 @@ _ROWS = (
     Family("granite", _classes("Granite"), _ATTENTION | _GATED, factor="residual_multiplier"),
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
+    Family("qwen2_5_vl_text", _classes("Qwen2_5_VLText"), _ATTENTION | _GATED, window=True, mrope=True),
+    Family("qwen3_vl_text", _classes("Qwen3VLText"), _ATTENTION | _GATED, qk_norm="head", mrope=True),
     Family("seed_oss", _classes("SeedOss"), _ATTENTION | _GATED),
     Family("gemma", _classes("Gemma"), _ATTENTION | _GATED, norm_offset=1.0),
     Family(
@@ -181,30 +191,19 @@ _ROWS = (
         _ATTENTION | _GATED,
         qk_norm="head",
         others=_shared("shared_experts"),
-        experts=ExpertsRow(
-            count="n_routed_experts",
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            normalised="norm_topk_prob",
-            otherwise="apart",
-            shared="n_shared_experts",
-        ),
+        experts=_CORRECTED,
     ),
     _latent(
         "deepseek_v2",
         _classes("DeepseekV2"),
-        ExpertsRow(count="n_routed_experts", normalised=None, shared="n_shared_experts"),
-    ),
-    _latent(
-        "deepseek_v3",
-        _classes("DeepseekV3"),
         ExpertsRow(
             count="n_routed_experts",
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            normalised="norm_topk_prob",
-            otherwise="apart",
+            normalised=None,  # transformers passes over norm_topk_prob
+            scale="routed_scaling_factor",
             shared="n_shared_experts",
         ),
     ),
+    _latent("deepseek_v3", _classes("DeepseekV3"), _CORRECTED),
     Family(
         "minimax_m2",
         _classes("MiniMaxM2"),
@@ -315,4 +314,4 @@ _ROWS = (
     ),
 )
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in _ROWS}
+FAMILIES: dict[str, Family] = {f.model_type: f for f in _ROWS + HYBRIDS}

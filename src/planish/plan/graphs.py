@@ -59,7 +59,7 @@ _GRANITE = {
 _LEADING = {"leading_dense_block_count": "first_k_dense_replace"}
 _SCALE = {"expert_weights_scale": "routed_scaling_factor"}
 _ROUTED = _SCALE | {"expert_weights_norm": "norm_topk_prob"}
-_ALL_SPARSE = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
+_ALL_SPARSE: dict[str, tuple[Any, ...]] = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 
 GRAPHS: dict[str, Graph] = {
     "arcee": Graph("arcee", ("relu2",), neighbours=True, factors=True),
