@@ -44,10 +44,6 @@ def export_dense(
     """
     check_dtype(dtype)
     source = open_plain(folder)
-    if pad and source.family.experts:
-        raise InputError(
-            f"a {source.family.model_type} is not filled up to its stock architecture; export it without --pad"
-        )
     check_apart(Path(output), source.folder)
     writer = Writer(Path(output), source.n_blocks, overwrite, tower=source.tower)
     shapes = [source.shape(i) for i in range(source.n_blocks)]
@@ -55,7 +51,7 @@ def export_dense(
     notes: list[str] = []
     back, wide = 0, False
     try:
-        width = max(plain_block(source, i).width for i in range(source.n_blocks)) if pad else 0
+        width = measure_width(source) if pad else 0
         for i, shape in enumerate(shapes):
             if pad:
                 plain = plain_block(source, i)
@@ -125,6 +121,15 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
+
+
+def measure_width(source: FolderSource) -> int:
+    """The widest MLP of a model that can be filled up."""
+    if source.family.experts:
+        raise InputError(
+            f"a {source.family.model_type} is not filled up to its stock architecture: export without --pad"
+        )
+    return max(plain_block(source, i).width for i in range(source.n_blocks))
 
 
 def make_padded(source: FolderSource, plain: Plain, width: int) -> tuple[nn.Module, Spec]:

@@ -71,7 +71,7 @@ def export_gguf(
     if reason:
         raise InputError(reason)
     content = (llama if source.family.model_type in LLAMAS else stock).lay_out(source, architecture)
-    context, longest = limit_context(source.family, source.config), count_positions(source.config)
+    context = limit_context(source.family, source.config)
 
     target = Path(output)
     partial = target.with_name(target.name + ".partial")
@@ -95,12 +95,7 @@ def export_gguf(
         raise
     total, stored = tensors.total, source.count()
     notes = describe_cost(total - stored, content.back, content.graph) + content.notes + left_out
-    if context < longest:
-        notes.append(f"context limited to the sliding window, {context} of {longest} positions")
-    if source.tower is not None:
-        notes.append("the language model alone: what is around it is not in the file")
-    if content.graph in TANH:
-        notes.append(f"llama.cpp computes GELU in its tanh form in {content.graph}, whichever the model has")
+    notes += describe_limits(source, content.graph, context)
     notes += tensors.describe(source.config.hidden_size)
     written = ", ".join(k.name for k in tensors.kinds) or dtype
     return Written("gguf", str(target), content.graph, written, total, stored, target.stat().st_size, tokenizer, notes)
@@ -194,6 +189,18 @@ def describe_cost(grown: int, back: int, graph: str) -> list[str]:
         notes.append(f"low-rank forms and removed rotary pairs multiplied back to dense: {back:+,} weights")
     if grown != back:
         notes.append(f"zeros to fit {graph}, less norms of removed submodules: {grown - back:+,} weights")
+    return notes
+
+
+def describe_limits(source: FolderSource, graph: str, context: int) -> list[str]:
+    """What the file does not hold, or llama.cpp does otherwise."""
+    notes, longest = [], count_positions(source.config)
+    if context < longest:
+        notes.append(f"context limited to the sliding window, {context} of {longest} positions")
+    if source.tower is not None:
+        notes.append("the language model alone: what is around it is not in the file")
+    if graph in TANH:
+        notes.append(f"llama.cpp computes GELU in its tanh form in {graph}, whichever the model has")
     return notes
 
 
