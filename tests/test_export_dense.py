@@ -264,7 +264,7 @@ def test_products_that_are_no_numbers_are_refused(tmp_path):
 
 
 def test_mixtures_are_not_filled_up(tmp_path):
-    tiny.save(build("mixtral"), tmp_path / "m")
+    build("mixtral").save_pretrained(tmp_path / "m")
     with pytest.raises(InputError, match="a mixtral is not filled up to its stock architecture: export without --pad"):
-        export_dense(tmp_path / "m", tmp_path / "d", pad=True)
+        export(tmp_path / "m", "dense", tmp_path / "d", pad=True)
     assert not (tmp_path / "d").exists()
