@@ -59,7 +59,7 @@ class Attention(nn.Module):
             self.register_buffer("pairs", torch.zeros(kv_heads, pairs, dtype=torch.int32, device=device))
         else:
             self.pairs = None
-        # q_proj, k_proj, v_proj, o_proj are set by `install`
+        self.gate_proj: nn.Module | None = None  # with q_proj, k_proj, v_proj and o_proj set by `install`
 
     def forward(
         self,
@@ -95,7 +95,13 @@ class Attention(nn.Module):
         )
         if value.shape[-1] > self.v:
             output = output[..., : self.v]
-        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+        return self.finish(output.reshape(query.shape[0], query.shape[2], -1).contiguous(), hidden_states), weights
+
+    def finish(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """What heads give (batch, tokens, heads · v), gated where the family does that, through the output projection."""
+        if self.gate_proj is not None:
+            output = output * torch.sigmoid(self.gate_proj(hidden_states))
+        return self.o_proj(output)
 
     def normalise(self, kind: str, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Through their norms, if the family's are of this kind: "width" sees (..., heads · qk), the others (..., qk)."""
@@ -162,6 +168,7 @@ class Latent(Attention):
         kw = {"device": weight.device, "dtype": weight.dtype}
         self.U = nn.Parameter(torch.zeros(groups, self.kv_heads // groups * qk, rank, **kw), requires_grad=False)
         self.layer_type = getattr(stock, "layer_type", None) or getattr(stock, "attention_type", None)
+        self.axes = family.axes
         self.tables = make_rotary(stock) if self.rotary else None
 
     def forward(
@@ -192,6 +199,7 @@ class Latent(Attention):
             layer = None if cache is None else cache.layers[self.layer_idx]
             at = find_positions(layer, kwargs.get("position_ids"), shape[1], key)
             kind = () if self.layer_type is None or not hasattr(self.tables, "layer_types") else (self.layer_type,)
+            at = at.expand(self.axes, *at.shape) if self.axes else at
             cos, sin = (self.table(t)[:, None] for t in self.tables(value, at, *kind))
             key = rotate_pairs(key, cos, sin)
             query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
@@ -207,7 +215,7 @@ class Latent(Attention):
         )
         if value.shape[-1] > self.v:
             output = output[..., : self.v]
-        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+        return self.finish(output.reshape(query.shape[0], query.shape[2], -1).contiguous(), hidden_states), weights
 
     def rebuild(self, k: Tensor) -> Tensor:
         """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
@@ -312,7 +320,7 @@ def find_positions(layer: Any, given: Tensor | None, new: int, key: Tensor) -> T
 def make_rotary(stock: nn.Module) -> nn.Module:
     """The rotary tables' module of a stock attention's own family."""
     names = vars(sys.modules[type(stock).__module__])
-    kind = next(c for n, c in names.items() if n.endswith("RotaryEmbedding"))
+    kind = next(c for n, c in names.items() if n.endswith("RotaryEmbedding") and "Vision" not in n)
     return kind(config=stock.config)
 
 
