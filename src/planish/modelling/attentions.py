@@ -168,7 +168,6 @@ class Latent(Attention):
         kw = {"device": weight.device, "dtype": weight.dtype}
         self.U = nn.Parameter(torch.zeros(groups, self.kv_heads // groups * qk, rank, **kw), requires_grad=False)
         self.layer_type = getattr(stock, "layer_type", None) or getattr(stock, "attention_type", None)
-        self.axes = family.axes
         self.tables = make_rotary(stock) if self.rotary else None
 
     def forward(
@@ -199,7 +198,6 @@ class Latent(Attention):
             layer = None if cache is None else cache.layers[self.layer_idx]
             at = find_positions(layer, kwargs.get("position_ids"), shape[1], key)
             kind = () if self.layer_type is None or not hasattr(self.tables, "layer_types") else (self.layer_type,)
-            at = at.expand(self.axes, *at.shape) if self.axes else at
             cos, sin = (self.table(t)[:, None] for t in self.tables(value, at, *kind))
             key = rotate_pairs(key, cos, sin)
             query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])

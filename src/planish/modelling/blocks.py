@@ -325,17 +325,9 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
 
 
 def _bypass(form: Spec, like: nn.Module, config, as_tuple: bool) -> Bypass:
-    p = next(like.parameters())
-    return Bypass(
-        config.hidden_size,
-        form["rank"],
-        form["gate"],
-        form["shift"],
-        as_tuple,
-        form.get("factored", True),
-        device=p.device,
-        dtype=p.dtype,
-    )
+    p, sizes = next(like.parameters()), (config.hidden_size, form["rank"])
+    parts = form["gate"], form["shift"], as_tuple, form.get("factored", True)
+    return Bypass(*sizes, *parts, device=p.device, dtype=p.dtype)
 
 
 def find_norms(block: nn.Module, family: Family) -> tuple[str | None, str | None]:
@@ -366,14 +358,13 @@ def drop_norms(block: nn.Module, family: Family, spec: Spec) -> None:
 
 def install_model(model: nn.Module, config) -> None:
     """Install every block's spec in a base model or causal LM, and number the attentions that are left densely."""
-    layout = config.planish
-    family = FAMILIES[layout["family"]]
+    family = FAMILIES[config.planish["family"]]
     blocks = find_blocks(model, family)
     gone = 0
     for i, block in enumerate(blocks):
         if family.experts is not None and not family.experts.stacked:
             split_experts(block, family)  # as they are stored
-        block = blocks[i] = install(block, layout["blocks"][i], family, config)
+        block = blocks[i] = install(block, config.planish["blocks"][i], family, config)
         attention = block.get_submodule(family.attention) if has_module(block, family.attention) else None
         if isinstance(attention, Bypass):
             gone += 1

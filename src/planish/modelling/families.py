@@ -89,6 +89,8 @@ _ROWS = (
     Family("granite", _classes("Granite"), _ATTENTION | _GATED, factor="residual_multiplier"),
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
+    Family("qwen2_5_vl_text", _classes("Qwen2_5_VLText"), _ATTENTION | _GATED, window=True, mrope=True),
+    Family("qwen3_vl_text", _classes("Qwen3VLText"), _ATTENTION | _GATED, qk_norm="head", mrope=True),
     Family("seed_oss", _classes("SeedOss"), _ATTENTION | _GATED),
     Family("gemma", _classes("Gemma"), _ATTENTION | _GATED, norm_offset=1.0),
     Family(

@@ -12,7 +12,8 @@ ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")  # roles
 @dataclass(frozen=True)
 class Fused:
     """A linear that stores rows otherwise than role by role. `layout`: "rows" = one role after the other; "heads" = per kv head
-    its queries, its key, its value, or per query head the query and its gate; "neighbours" = one role, whose heads rotate channels 2j and 2j + 1 together.
+    its queries, its key, its value, or per query head the query and its gate; "neighbours" = one role, whose heads rotate
+    channels 2j and 2j + 1 together.
 
     In a canonical block every role is a linear of its own, and a head rotates channels j and j + half together.
     """
@@ -89,10 +90,10 @@ class Family:
     rotary: bool = True
     rotates: str = ""  # the attention's own name of what is set in blocks that rotate; empty: all of them do
     rotates_without: str = ""  # the config's name of what, where it is not set, makes all blocks rotate
-    axes: int = 0  # the model's rotary tables take a position on each of so many axes, which are the same in text
     twins: bool = False  # rotary tables have a pair's two values side by side, not one half after the other
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
+    mrope: bool = False  # a token has three positions, each for a section of the rotary pairs
     position_scale: bool = False  # queries grow with the logarithm of their position (Llama 4, Ministral 3)
     parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
     in_place: bool = False  # the block adds to what its feed-forward gave without a copy

@@ -11,7 +11,7 @@ _GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 
 
 def _delta(
-    model_type: str, classes: tuple[str, str, str], names: dict[str, str], experts: bool = False, axes: int = 0
+    model_type: str, classes: tuple[str, str, str], names: dict[str, str], experts: bool = False, mrope: bool = False
 ) -> Family:
     """Gated delta nets, and in every few blocks an attention whose output is gated. `names`: of the nets' linears."""
     mixer = {f"mixer.{role}": f"linear_attn.{name}" for role, name in (names | {"out": "out_proj"}).items()}
@@ -31,7 +31,7 @@ def _delta(
             (*heads[1], "linear_conv_kernel_dim"),
             (*heads[1], "linear_key_head_dim"),
         ),
-        axes=axes,
+        mrope=mrope,
         experts=ExpertsRow(normalised="norm_topk_prob") if experts else None,
     )
 
@@ -61,6 +61,6 @@ HYBRIDS = (
         "qwen3_5_text",
         ("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
         {"in": "in_proj_qkv", "z": "in_proj_z", "b": "in_proj_b", "a": "in_proj_a"},
-        axes=3,
+        mrope=True,
     ),
 )
