@@ -21,6 +21,7 @@ from planish.calibrate.collect import measure_block
 from planish.calibrate.losses import compute_logits, output_gradient
 from planish.calibrate.measure import sweep_back
 from planish.calibrate.stream import Stream, read_weights
+from planish.calibrate.taps import tap_sites
 from planish.compression import resume
 from planish.core import Unit
 from planish.errors import InputError
@@ -28,9 +29,10 @@ from planish.folder.source import MemorySource, open_source
 from planish.folder.writer import Writer
 from planish.modelling.families import FAMILIES
 from planish.plan.allocate import Alternative, Curve
-from planish.plan.mixtures import choose_with_experts
+from planish.plan.experts import choose_with_experts
 from planish.plan.spread import BudgetError
 from planish.solvers.experts import Experts, choose_sets
+from planish.stats import KINDS
 from posed import pose_on
 from tiny import compress
 
@@ -46,25 +48,26 @@ def find_moe(model: nn.Module, i: int) -> nn.Module:
 
 
 @contextmanager
-def without(model: nn.Module, gone: dict[int, list[int]]) -> Iterator[None]:
+def masked(model: nn.Module, gone: dict[int, list[int]]) -> Iterator[None]:
     """The naive reference: a model of transformers whose routers' logits are −∞ for these experts."""
-    row, masked = FAMILIES[model.config.model_type].experts, {}
+    row, rows, biases = FAMILIES[model.config.model_type].experts, [], []
     for i, experts in gone.items():
         block = model.model.layers[i]
         for path in row.router:
             parent, _, leaf = path.rpartition(".")
             tensor = getattr(block.get_submodule(parent), leaf)
             if path.endswith(".weight"):
-                masked[tensor.data_ptr()] = experts
+                rows.append((tensor, experts))
             else:
+                biases.append((tensor, tensor.clone()))
                 tensor.data[experts] = -torch.inf  # what the choice goes by
     real = nn.functional.linear
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = real(x, weight, bias)
-        if (experts := masked.get(weight.data_ptr())) is not None:
-            y = y.clone()
-            y[..., experts] = -torch.inf
+        for own, experts in rows:
+            if own.shape == weight.shape and torch.equal(own.to(weight.dtype), weight):
+                y = y.index_fill(-1, torch.tensor(experts), -torch.inf)
         return y
 
     nn.functional.linear = linear
@@ -72,6 +75,8 @@ def without(model: nn.Module, gone: dict[int, list[int]]) -> Iterator[None]:
         yield
     finally:
         nn.functional.linear = real
+        for tensor, whole in biases:
+            tensor.data.copy_(whole)
 
 
 def read_gone(model: nn.Module, folder: Path) -> dict[int, list[int]]:
@@ -113,7 +118,7 @@ def test_logits_are_those_of_a_model_whose_router_is_masked(name, tmp_path):
         s.experts is not None for s in map(MemorySource(model).shape, range(len(model.model.layers)))
     )
     before = model(WINDOWS).logits
-    with without(model, gone):
+    with masked(model, gone):
         expected = model(WINDOWS).logits
     torch.testing.assert_close(small(WINDOWS).logits, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, before, atol=1e-2)
@@ -221,35 +226,70 @@ def test_small_sets_are_chosen_as_trying_all_would():
             assert float(loss[8 - m]) == pytest.approx(float(pairs[mine][:, mine].sum()))
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "phimoe"])
-def test_nats_of_a_removal_are_those_of_the_other_experts_alone(name):
-    """½ mean (uᵀ(y′ − y))²: u by autograd at the mixture's output, y′ of the others, with the gates that the router gives them."""
+@torch.no_grad()
+def watch_removals(model: nn.Module, i: int, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """What block i's experts put out (tokens, hidden), and what that changes by (experts, tokens, hidden) if transformers' router
+    is told not to choose one of them, so that the next comes in its place."""
+    experts, seen = find_moe(model, i).experts, []
+    handle = experts.register_forward_hook(lambda m, a, out: seen.append(out))
+    model(windows)
+    for j in range(len(experts.down_proj)):
+        with masked(model, {i: [j]}):
+            model(windows)
+    handle.remove()
+    y, *others = seen
+    return y, torch.stack(others) - y
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_nats_of_a_removal_are_those_of_a_masked_router(name):
+    """½ mean (Σ uᵀ(y′ − y))² over those that go: u by autograd at what the experts put out."""
     model, windows = tiny.build(name, torch.float64), WINDOWS[:6]
     i = len(model.model.layers) - 1
-    frontier, shape = measure(Experts("nats"), model, i, windows)
-    routed, moe, seen = route(model, i, windows), find_moe(model, i), []
-    moe.register_forward_hook(lambda m, a, out: seen.append(out))
+    frontier, _ = measure(Experts("nats"), model, i, windows)
     gradient = sampled_gradient(model, windows)
+    _, changes = watch_removals(model, i, windows)
+    seen, last = [], []
+    find_moe(model, i).experts.register_forward_hook(lambda m, a, out: seen.append(out))
     model.model.layers[i].requires_grad_(True)
-    with torch.enable_grad():
-        last = []
-        model.model.layers[-1].register_forward_hook(lambda m, a, out: last.append(out))
-        model(windows)
-        out = last[-1] if isinstance(last[-1], Tensor) else last[-1][0]
-        (u,) = torch.autograd.grad(out, seen[-1], gradient)
-    u, whole = u.flatten(0, 1), {}
-    for t, _, g, f in routed:
-        whole[t] = whole.get(t, 0) + g * f
-    effects = torch.zeros(len(u), 8, dtype=torch.float64)
-    for t, j, g, f in routed:
-        total = {"chosen": sum(h for s, _, h, _ in routed if s == t), "softmax": 1.0}.get(shape.experts.gates)
-        rest = whole[t] - g * f
-        changed = rest if total is None else rest * total / (total - g)
-        effects[t, j] = u[t] @ (changed - whole[t])
+    model.model.layers[-1].register_forward_hook(lambda m, a, out: last.append(out))
+    model(windows)
+    (u,) = torch.autograd.grad(last[0] if isinstance(last[0], Tensor) else last[0][0], seen[0], gradient)
     for m in (1, 3):
         gone = frontier.factors["sets"][m].nonzero().flatten()
-        expected = effects[:, gone].sum(1).square().mean() / 2
-        assert float(frontier.loss[8 - m]) == pytest.approx(float(expected), rel=1e-6)
+        expected = (u * changes[gone].sum(0)).sum(1).square().mean() / 2
+        assert float(frontier.loss[8 - m]) == pytest.approx(float(expected), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "all_reached"),
+    [(n, a) for n in tiny.SPARSE for a in (False, True) if n != "phimoe" or not a],  # its router reaches two
+)
+def test_what_goes_with_an_expert_is_what_goes_where_the_router_is_masked(name, all_reached):
+    """u · (y′ − y) of every token and expert. Among all groups, since a masked expert may change which of them are chosen."""
+    groups = {"topk_group": 2} if "glm" in name or "deepseek" in name else {}
+    jitter = {"router_jitter_noise": 1e-9} if name == "phimoe" else {}  # no two logits count as equal
+    if all_reached:
+        groups |= {"num_experts_per_tok": 8}
+    model = tiny.build(name, torch.float64, **groups, **jitter)
+    i, family, windows = len(model.model.layers) - 1, FAMILIES[model.config.model_type], WINDOWS[:4]
+    y, changes = watch_removals(model, i, windows)
+    u = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    expected = (u * changes).sum(-1)
+
+    stream, shape, hidden = Stream(MemorySource(model), windows, dtype=torch.float64), MemorySource(model).shape(i), []
+    model.model.layers[i].register_forward_pre_hook(lambda m, a, k: hidden.append(a[0]), with_kwargs=True)
+    model(windows)
+    stream.start()
+    block, seen = stream.block(i).requires_grad_(False), []
+    block.get_submodule(family.experts.path).register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.enable_grad(), tap_sites(block, family, {"experts.shares"}) as sites:
+        stream.forward(i, block, hidden[0].requires_grad_(True))
+        (d,) = torch.autograd.grad(seen[0], sites["experts.shares"], u)
+        found = KINDS[f"{shape.experts.gates}_removals"](sites["experts.shares"].detach(), d)["sum"]
+    torch.testing.assert_close(seen[0], y, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found, expected @ expected.T, rtol=1e-4, atol=1e-6 * float(expected.square().sum()))
 
 
 def sampled_gradient(model: nn.Module, windows: Tensor) -> Tensor:
@@ -279,7 +319,7 @@ def test_fewer_experts_than_a_token_reached(tmp_path):
     assert kept < 4 and config["num_experts_per_tok"] == kept
     assert f"it reaches {kept} of them instead of 4" in " ".join(result.warnings)
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with without(model, read_gone(model, tmp_path / "out")):
+    with masked(model, read_gone(model, tmp_path / "out")):
         torch.testing.assert_close(small(WINDOWS).logits, model(WINDOWS).logits, rtol=1e-4, atol=1e-4)
     head, attention = model.lm_head.weight.numel(), 2 * 64 * 32 + 2 * 32 * 32
     blocks = 3 * attention + 3 * 44 * 32 + 2 * (kept * 32 + kept * 3 * 12 * 32)

@@ -20,7 +20,7 @@ from planish.rounding.gauges_maps import mix_channels, round_to_nearest, spread
 from planish.solvers.forms import low_rank_edit
 
 IDS = tiny.windows(4, 24)
-ALL = tiny.NAMES + tiny.MORE + tiny.SPARSE
+ALL = tiny.NAMES + tiny.MORE + tiny.SPARSE + tiny.HYBRIDS
 QUICK = (*tiny.CORE, "llama_bias", "gpt2", "nemotron", "qwen3", "stablelm", "qwen3_moe", "olmo2")
 
 

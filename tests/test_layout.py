@@ -10,12 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    SeedOssConfig,
-    SeedOssForCausalLM,
-)
+from transformers import SeedOssConfig, SeedOssForCausalLM
 
 import planish
 import tiny
@@ -30,7 +25,7 @@ from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
 from planish.methods import list_methods
 from planish.modelling import families, modelling
-from planish.modelling.blocks import get_linear, read_layout, split_block
+from planish.modelling.blocks import get_linear
 from planish.modelling.families import ATTENTION, FAMILIES, MLP, Family
 from planish.modelling.modules import Experts
 from planish.plan.footprint import count_weights
@@ -89,7 +84,7 @@ def test_blocks_of_one_model_differ(sparse):
     assert shapes[1].working == shapes[1].count() == attention + 3 * 44 * 32
 
 
-@pytest.mark.parametrize("name", [*tiny.NAMES, *tiny.MORE, *tiny.SPARSE])
+@pytest.mark.parametrize("name", tiny.each([*tiny.NAMES, *tiny.MORE, *tiny.SPARSE, *tiny.HYBRIDS]))
 def test_every_weight_is_a_units_or_untouched(name):
     """Also: a unit's full cost is the weights of the linears it holds."""
     source = MemorySource(tiny.build(name))
@@ -98,14 +93,14 @@ def test_every_weight_is_a_units_or_untouched(name):
     stored = [count_block(b) for b in blocks]
     assert [s.count() for s in shapes] == stored
     for shape, block in zip(shapes, blocks, strict=True):
-        for role in shape.roles:
+        for role in shape.linears:
             assert tuple(get_linear(block, source.family, role).weight.shape) == shape.linear(role)
     planned = 0
     for name_of, method in list_methods().items():
         try:
             units = {u: s for s in method().solvers() for shape in shapes for u in s.units(shape)}
         except InputError:  # needs blocks that are all alike
-            assert name in tiny.SPARSE
+            assert name in tiny.SPARSE + tiny.HYBRIDS
             continue
         planned += bool(units)
         left = [[0, set(s.roles + s.rest)] for s in shapes]
@@ -324,57 +319,6 @@ def test_auto_plans_a_mixed_model_within_its_budgets(sparse):
     assert 0.8 < found.keep <= 0.9 and found.budgets["flops_keep"]["achieved"] <= 0.9
     cut = {u["block"] for u in found.units if u["rank"] < u["full"]}
     assert cut, "nothing is cut"
-
-
-MIXER = Family(
-    "lfm2",
-    ("Lfm2Config", "Lfm2Model", "Lfm2ForCausalLM"),
-    {r: f"self_attn.{r}_proj" for r in "qkv"}
-    | {"o": "self_attn.out_proj", "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2"},
-    others={"mixer.in": "conv.in_proj", "mixer.out": "conv.out_proj"},
-    mlp="feed_forward",
-    attention_norm="operator_norm",
-    mlp_norm="ffn_norm",
-    qk_norm="head",
-)
-
-
-def test_a_mixer_in_place_of_attention(monkeypatch):
-    """One row of data: blocks of short convolutions and blocks of attention go through shapes, stream, taps and a plan."""
-    monkeypatch.setitem(FAMILIES, "lfm2", MIXER)
-    torch.manual_seed(0)
-    config = Lfm2Config(
-        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False, pad_token_id=0,
-    )  # fmt: skip
-    model = Lfm2ForCausalLM(config).double().eval()
-    source = MemorySource(model)
-    layouts = [read_layout(split_block(source.block(i), MIXER, config), MIXER, config) for i in range(3)]
-    assert [tuple(g.name for g in layout.groups) for layout in layouts] == [
-        ("mlp", "mixer"),
-        ("attention", "mlp"),
-        ("mlp", "mixer"),
-    ]
-    shapes = [source.shape(i) for i in range(3)]
-    assert [s.roles for s in shapes] == [MLP, ATTENTION + MLP, MLP]
-    assert shapes[0].linear("mixer.in") == (96, 32) and shapes[0].heads == 0
-    assert [s.count() for s in shapes] == [count_block(source.block(i)) for i in range(3)]
-    tap = Tap("mixer.out.in", "gram")
-    stream = Stream(source, WINDOWS, dtype=torch.float64)
-    every = sweep_forward(stream, lambda shape: [Tap("down.in", "gram"), *([] if shape.heads else [tap])])
-    found, out = {i: stats for i, _, stats in every}, stream.outputs()
-    rows = []
-    model.model.layers[2].conv.out_proj.register_forward_pre_hook(lambda m, a: rows.append(a[0].flatten(0, 1)))
-    with torch.no_grad():
-        logits = model(WINDOWS).logits
-    torch.testing.assert_close(found[2].sums[tap]["sum"], rows[0].T @ rows[0])
-    torch.testing.assert_close(torch.cat([compute_logits(stream, h) for h in out]), logits)
-    plan = planish.forecast(model.float(), keep=0.8, method="svd-llm", calibration=IDS, n_samples=4, seq_len=12)
-    assert plan.block_params_before == sum(s.count() for s in shapes)
-    assert [n.partition(", ")[0] for n in plan.warnings[-3:]] == [
-        f"untouched: {w} of blocks 0" for w in ("mixer.in", "mixer.out", "conv.conv")
-    ]
-    assert plan.kv_bytes_per_token_before == 4 * 2 * 2 * 8  # of the one block with attention
 
 
 @pytest.mark.parametrize("name", ["olmo2", "granite", "gemma2", "gpt_neox"])

@@ -189,7 +189,10 @@ def test_what_is_compressed_for_gguf_needs_no_filling(family, method, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family", ["gpt2", "gemma2", "gemma3", "opt", "gpt_neox", "mpt", "llama_yarn", "llama_dynamic", *tiny.MORE]
+    "family",
+    tiny.each(
+        ["gpt2", "gemma2", "gemma3", "opt", "gpt_neox", "mpt", "llama_yarn", "llama_dynamic", *tiny.MORE, *tiny.HYBRIDS]
+    ),
 )
 def test_models_that_no_file_holds_are_refused_before_anything_is_cut(family, tmp_path):
     from planish.api import forecast

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
 _GQA = {"num_key_value_heads": 2}
+_FALCON = {"ffn_hidden_size": 44, "num_hidden_layers": 2, "tie_word_embeddings": True}
 
 
 def _rope(kind: str, **more: Any) -> dict[str, Any]:
@@ -115,12 +117,46 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Exaone4",
         {**_GQA, "sliding_window": None, "layer_types": ["full_attention"] * 2, "num_hidden_layers": 2},
     ),
+    "exaone4_windows": (
+        "Exaone4",  # only blocks with a window rotate
+        {
+            **_GQA, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2,
+        },
+    ),
+    "smollm3": ("SmolLM3", {**_GQA, "no_rope_layers": [1, 0], "num_hidden_layers": 2, "tie_word_embeddings": True}),
+    "ernie4_5": ("Ernie4_5", {**_GQA, "head_dim": 12, "use_bias": True, "num_hidden_layers": 2}),  # rotates neighbours
+    "glm4": ("Glm4", {**_GQA, "head_dim": 12, "num_hidden_layers": 2} | _rope("default", partial_rotary_factor=0.5)),
+    "cohere": ("Cohere", {**_GQA, "num_hidden_layers": 2, "tie_word_embeddings": True, "logit_scale": 0.5}),
+    "cohere2": (
+        "Cohere2",
+        {
+            **_GQA, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2,
+            "tie_word_embeddings": True, "logit_scale": 0.5,
+        },
+    ),
+    "phi": ("Phi", {"num_hidden_layers": 2} | _rope("default", partial_rotary_factor=0.5)),
+    "stablelm_parallel": ("StableLm", {**_GQA, "use_parallel_residual": True, "num_hidden_layers": 2}),
+    "falcon": ("Falcon", {**_FALCON, "bias": True}),  # one kv head, one norm for both submodules
+    "falcon_new": ("Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_new_shared": (
+        "Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "apertus": ("Apertus", {**_GQA, "num_hidden_layers": 2, "head_dim": 12} | _rope("default")),
     "olmo": ("Olmo", {**_GQA, "num_hidden_layers": 2}),
     "stablelm": ("StableLm", {**_GQA, "use_qkv_bias": True} | _rope("default", partial_rotary_factor=0.25)),
     "nemotron": ("Nemotron", {**_GQA, "head_dim": 12} | _rope("default", partial_rotary_factor=0.5)),
     "starcoder2": ("Starcoder2", {**_GQA, "sliding_window": WINDOW, "num_hidden_layers": 2}),
 }  # fmt: skip
 MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; all of them where slow tests run
+RARE = (  # of these, what is made of the same as others: all laws are slow
+    "exaone4_windows", "smollm3", "ernie4_5", "cohere", "phi", "stablelm_parallel", "falcon_new", "falcon_new_shared", "apertus",
+)  # fmt: skip
+
+
+def each(names: Sequence[str]) -> list[Any]:
+    """Parameters of a test that runs on every one of these families."""
+    return [pytest.param(n, marks=pytest.mark.slow if n in RARE else ()) for n in names]
+
 
 _EIGHT: dict[str, Any] = {
     "num_experts_per_tok": 2, "num_hidden_layers": 2, "experts_implementation": "eager",  # the others take no fp64
@@ -157,6 +193,18 @@ _ROWS |= _MIXTURES
 SPARSE = ("qwen3_moe", *_MIXTURES)  # families with experts
 NAMES = tuple(n for n in _ROWS if n not in SPARSE + MORE)
 
+_HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": (
+        "Lfm2",
+        {
+            **_GQA, "intermediate_size": 66, "block_multiple_of": 4, "conv_L_cache": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+        },
+    ),
+}  # fmt: skip
+_ROWS |= _HYBRIDS
+HYBRIDS = tuple(_HYBRIDS)  # families with mixers in place of some attentions, or beside them
+
 # One of each block layout: what a change in how blocks are read or written has to pass first.
 CORE = ("llama_gqa", "qwen2", "phi3", "gemma2", "opt", "gpt_neox")
 
@@ -189,6 +237,8 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
             p.copy_(0.3 * noise + (0 if offset or name.endswith("bias") else 1))
         elif name.endswith("bias"):
             p.copy_(0.3 * noise)
+        elif "alpha" in name:  # of an activation
+            p.copy_(p + 0.3 * noise)
         elif "embed" in name or "lm_head" in name:
             p.copy_(noise * (1 / p.shape[1] ** 0.5 if scaled else 0.7))
         else:

@@ -1,11 +1,14 @@
-"""Train the embedded demo model: a small LLaMA on the Python standard library's own source.
+"""Train the embedded demo model, a small LLaMA, or a mixture of experts, on the Python standard library's own source.
 
     python tools/train_demo_model.py -o src/planish/data/demo --log docs/demo_model_log.csv
+    python tools/train_demo_model.py --experts 16 --fp32 --log docs/demo_mixture_log.csv
 
 Text: `planish.calibrate.documents.builtin_text("train")` and, where the installation has it, Python's test suite; whole
-modules are held out by a hash of their names. Byte-level BPE of 4,096 tokens. `--experts 16` trains a mixture (Mixtral, two
-experts per token, balanced by its auxiliary loss) instead. Muon for the blocks' matrices, AdamW for the rest; trapezoid
-learning rate; bf16 autocast on fp32 weights. Seeds are fixed; the result is reproducible up to the arithmetic of the machine.
+modules are held out by a hash of their names. Byte-level BPE of 4,096 tokens. `--experts 16` trains a mixture (Qwen3-MoE, two
+experts per token, balanced by its auxiliary loss) with the embedded model's tokenizer, embeddings and, of as many blocks as it
+has, attentions to start from; it is not part of planish and goes to the cache folder, where benchmarks and tests look for it.
+Muon for the blocks' matrices, AdamW for the rest; trapezoid learning rate; bf16 autocast on fp32 weights. Seeds are fixed; the
+result is reproducible up to the arithmetic of the machine.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from planish.calibrate.cache import find_root
 from planish.calibrate.documents import builtin_text
+
+DEMO = Path(__file__).parents[1] / "src" / "planish" / "data" / "demo"
 
 
 def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -51,7 +57,7 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
 @torch.no_grad()
 def orthogonalise(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Newton–Schulz iteration towards the nearest semi-orthogonal matrix, of each of several stacked ones."""
-    x = g.bfloat16()
+    x = g.bfloat16() if g.is_cuda else g  # many CPUs only emulate bf16
     transposed = x.shape[-2] > x.shape[-1]
     if transposed:
         x = x.mT
@@ -86,15 +92,35 @@ def build(args: argparse.Namespace) -> torch.nn.Module:
     }  # fmt: skip
     model: torch.nn.Module
     if args.experts:
-        mixture = {"num_local_experts": args.experts, "num_experts_per_tok": 2, "output_router_logits": True}
-        config = MixtralConfig(intermediate_size=args.intermediate or 48, sliding_window=None, **common, **mixture)
-        model = MixtralForCausalLM(config)
+        mixture = {
+            "num_experts": args.experts,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "output_router_logits": True,
+        }
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(moe_intermediate_size=args.intermediate or 128, **common, **mixture))
     else:
         model = LlamaForCausalLM(LlamaConfig(intermediate_size=args.intermediate or 576, **common))
     for name, p in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
             torch.nn.init.zeros_(p)
+    if args.experts:
+        start_from(model, LlamaForCausalLM.from_pretrained(DEMO, dtype=torch.float32))
     return model.to(args.device)
+
+
+@torch.no_grad()
+def start_from(model: Any, trained: Any) -> None:
+    """Embeddings, last norm, and attentions of blocks spread over all of them, of a trained model with the same sizes."""
+    model.model.embed_tokens.weight.copy_(trained.model.embed_tokens.weight)
+    model.model.norm.weight.copy_(trained.model.norm.weight)
+    blocks = trained.model.layers
+    for i, block in enumerate(model.model.layers):
+        found = blocks[i * len(blocks) // len(model.model.layers)]
+        for role in ("q", "k", "v", "o"):
+            own, other = (b.self_attn.get_submodule(f"{role}_proj").weight for b in (block, found))
+            own.copy_(other)
+        block.input_layernorm.weight.copy_(found.input_layernorm.weight)
 
 
 def save(model: Any, folder: Path) -> None:
@@ -108,15 +134,15 @@ def save(model: Any, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, help="folder; of a mixture: mixture in planish's cache folder")
     parser.add_argument("--log", type=Path)
-    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--blocks", type=int, help="12, or 4 of a mixture")
     parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--intermediate", type=int, help="neurons: 576, or 48 of each expert")
+    parser.add_argument("--intermediate", type=int, help="neurons: 576, or 128 of each expert")
     parser.add_argument("--experts", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=2800)
-    parser.add_argument("--batch", type=int, default=10, help="sequences of --seq-len per step")
+    parser.add_argument("--steps", type=int, help="2800, or 300 of a mixture")
+    parser.add_argument("--batch", type=int, help="10, or 8 for a mixture: sequences of --seq-len per step")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW's is a seventh of it")
     parser.add_argument("--cooldown", type=float, default=0.5, help="share of the steps over which the rate falls to 0")
@@ -125,13 +151,21 @@ def main() -> None:
         "--resume", action="store_true", help="go on from -o and the last row of --log (momentum starts afresh)"
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fp32", action="store_true", help="no autocast: faster where the CPU only emulates bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    for name, dense, mixture in (("blocks", 12, 4), ("steps", 2800, 300), ("batch", 10, 8)):
+        if getattr(args, name) is None:
+            setattr(args, name, mixture if args.experts else dense)
+    args.output = args.output or (find_root() / "mixture" if args.experts else DEMO)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
     train_text, heldout_text = builtin_text("train", with_tests=True), builtin_text("heldout")
-    tokenizer = train_tokenizer(train_text, args.vocab)
+    if args.experts:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(DEMO)
+    else:
+        tokenizer = train_tokenizer(train_text, args.vocab)
     if not args.resume:
         tokenizer.save_pretrained(args.output)
     ids, heldout = (
@@ -165,11 +199,12 @@ def main() -> None:
         model.train()
         return total / len(windows)
 
+    every = min(250, max(25, args.steps // 6))
     generator = torch.Generator().manual_seed(args.seed + first)
     start, running = time.time(), 0.0
     model.train()
     for step in range(first, args.steps):
-        scale = min(1.0, (step + 1) / 100, (args.steps - step) / (args.steps * args.cooldown))
+        scale = min(1.0, (step + 1) / min(100, args.steps / 10), (args.steps - step) / (args.steps * args.cooldown))
         for optimizer, lr in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
@@ -177,7 +212,7 @@ def main() -> None:
         seq_len = args.seq_len // halves
         at = torch.randint(len(ids) - seq_len - 1, (args.batch * halves,), generator=generator)
         batch = torch.stack([ids[i : i + seq_len] for i in at]).long().to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
             out = model(input_ids=batch)
         logits, balance = out.logits, getattr(out, "aux_loss", None)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
@@ -187,9 +222,9 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         running = loss.item() if step == first else 0.98 * running + 0.02 * loss.item()
-        if (step + 1) % 250 == 0 or step + 1 == args.steps:
+        if (step + 1) % every == 0 or step + 1 == args.steps:
             final = step + 1 == args.steps
-            nll = heldout_nll(10**9 if final else 100)
+            nll = heldout_nll(len(heldout) if final and not args.experts else 100)
             rows.append(
                 f"{step + 1},{(step + 1) * batch.numel()},{time.time() - start:.0f},{scale * args.lr:.5f},{running:.4f},{nll:.4f}"
             )

@@ -74,6 +74,11 @@ class Shape:
     experts: ExpertShape | None = None
     others: tuple[tuple[str, int, int], ...] = ()
     cached: tuple[str, ...] = ()  # of `others`: their outputs lie in the KV cache
+    further: tuple[str, ...] = ()  # of `others`: linears that may be cut alone, those of a mixer
+    state: int = 0  # numbers that a mixer keeps of a sequence, however long it is
+    fixed: tuple[str, ...] = ()  # see `Family.fixed`
+    hybrid: bool = False  # some block of the model has a mixer
+    mrope: bool = False  # a token has several positions: keys cannot be turned anew from one
 
     @property
     def groups(self) -> int:
@@ -81,10 +86,20 @@ class Shape:
         return self.heads // max(self.kv_heads, 1)
 
     @property
+    def averages(self) -> bool:
+        """Whether attention does no more with values than to average them over tokens."""
+        return bool(self.heads) and "attention" not in self.fixed
+
+    @property
     def roles(self) -> tuple[str, ...]:
-        """Linears of attention and of the dense feed-forward: what solvers cut."""
+        """Linears of attention and of the dense feed-forward."""
         mlp = (MLP if self.gated else MLP[1:]) if self.intermediate else ()
         return (ATTENTION if self.heads else ()) + mlp
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Linears that may be cut alone."""
+        return self.roles + self.further
 
     @property
     def rest(self) -> tuple[str, ...]:
@@ -130,7 +145,7 @@ class Shape:
         if name in ("experts", "neurons"):
             own = self.experts.router if self.experts and name == "experts" else ()
             return tuple(r for r in self.rest if r.startswith("expert.") or r in own)
-        return tuple(r for r in HELD.get(name, (name,)) if r in self.roles)
+        return tuple(r for r in HELD.get(name, (name,)) if r in self.linears)
 
     @property
     def inner(self) -> int:
@@ -208,6 +223,13 @@ def describe_rest(units: Iterable[Unit], shapes: Sequence[Shape]) -> list[str]:
             weights[what] = weights.get(what, 0) + n
             blocks.setdefault(what, []).append(str(i))
     return [f"untouched: {what} of blocks {', '.join(blocks[what])}, {n:,} weights" for what, n in weights.items()]
+
+
+def describe_state(shapes: Sequence[Shape], itemsize: int) -> list[str]:
+    """What mixers keep of a sequence beside the cache."""
+    size = itemsize * sum(s.state for s in shapes)
+    blocks = ", ".join(str(s.block) for s in shapes if s.state)
+    return [f"mixers of blocks {blocks} keep {size:,} bytes of a sequence of any length"] if size else []
 
 
 FEW = 256  # calibration tokens of an expert below which its statistics say little

@@ -165,7 +165,7 @@ def predict(request: Request, source: Source, bits: str) -> tuple[float, float]:
         return itemsize * rest + count_headers(source), float(
             sum(footprint({}, s, itemsize=itemsize).bytes for s in shapes)
         )
-    linears = [shape.linear(role) for shape in shapes for role in shape.roles]
+    linears = [shape.linear(role) for shape in shapes for role in shape.linears]
     blocks = sum(asked.blocks.pick(n, "").count(out, n) for out, n in linears)
     outside = 2.0 * rest
     if asked.head is not None:

@@ -30,7 +30,7 @@ from planish.errors import InputError
 from planish.folder.config import name_head
 from planish.folder.skeleton import find_embedding, set_parameter
 from planish.folder.source import FolderSource, Source, open_folder
-from planish.folder.writer import Writer
+from planish.folder.writer import Writer, copy_untouched
 from planish.plan.targets import find_target
 from planish.request import Request
 from planish.rounding.round import GGML, Metric, Rounded, round_matrix
@@ -225,6 +225,7 @@ class Quantiser:
             source.replaced[name] = found.value
         source.replaced |= {n: t for n, t in tensors.items() if n in source.reader}
         self.writer.shard(0, tensors)
+        copy_untouched(source, self.writer)
 
     def write_config(self) -> None:
         path = self.writer.partial / "config.json"

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planish.modelling.blocks import get_linear, read_factor
-from planish.modelling.families import Family
+from planish.modelling.blocks import find_norms, get_linear, has_module, read_factor
+from planish.modelling.families import ExpertsRow, Family
 from planish.stats import Stats, Tap
 
 
@@ -32,39 +32,99 @@ class Seen(dict[str, Tensor]):
     """Site → the tensor as the forward has it: (…, channels), an expert's (tokens that reach it, channels)."""
 
     length = 0  # tokens of a window
-    chosen: Tensor  # (tokens, top): the experts that each token reaches
+    chosen: Tensor  # (tokens, top): the experts that each token reaches; what further columns hold is not looked at
     weights: Tensor  # (tokens, top): what their outputs are multiplied by
+    top = 0
     norms: Tensor  # (tokens, experts): of what each puts out
 
-    def watch(self, block: nn.Module, experts: Any, sites: set[str], see: Callable[[str, Tensor], None]) -> list[Any]:
-        """Hooks that see which expert the tokens of the next forward reach, and what `watch_gates` says at `sites`."""
+    def watch(
+        self, block: nn.Module, row: ExpertsRow, sites: set[str], see: Callable[[str, Tensor], None]
+    ) -> list[Any]:
+        """Hooks that see which expert the tokens of the next forward reach, and what is asked of all experts at once."""
+        experts: Any = block.get_submodule(row.path)
 
         def see_length(module, args, kwargs) -> None:
             self.length = first(args, kwargs).shape[1]
 
         def see_chosen(module, args, kwargs) -> None:
             _, self.chosen, self.weights = args
+            self.top = self.chosen.shape[1]
 
         hooks = ((block, see_length), (experts, see_chosen))
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+        if "experts.shares" in sites:
+            handles += self.watch_shares(block, row, see)
         return handles + self.watch_gates(experts, sites, see)
+
+    def watch_shares(self, block: nn.Module, row: ExpertsRow, see: Callable[[str, Tensor], None]) -> list[Any]:
+        """Hooks for "experts.shares" (tokens, experts): what the router gives each expert that a token reaches, before its
+        `scale`; minus what it would give the one that comes next if one of these were missing but the others kept theirs; and
+        in a softmax over all experts minus what it has of it for the others.
+
+        The one that comes next is called as well, times 0, so that its gradient is what the loss would gain by it.
+        """
+        experts: Any = block.get_submodule(row.path)
+        router: Any = block.get_submodule(row.router[0].rpartition(".")[0])
+        scale = float(getattr(router, row.scale)) if row.scale else 1.0
+        wider: list[Tensor] = []  # what the router says if a token may reach one expert more, and its logits
+
+        def look_further(module, args, kwargs, out) -> None:
+            wider.clear()
+            if 0 < (top := getattr(module, "top_k", 0)) < len(experts.numbers):
+                module.top_k = top + 1
+                try:
+                    found = module.forward(*args, **kwargs)
+                finally:
+                    module.top_k = top
+                at = [n for n, t in enumerate(out) if t.shape[-1] == top]
+                (logits,) = (t for n, t in enumerate(out) if n not in at)
+                chosen, given = sorted((found[n] for n in at), key=torch.is_floating_point)
+                if (
+                    chosen.shape[1] == top
+                ):  # it knows no other number: the next by its logits, given what the last one is
+                    after = logits.scatter(1, chosen, -torch.inf).argmax(1, keepdim=True)
+                    chosen, given = torch.cat([chosen, after], dim=1), torch.cat([given, given[:, -1:]], dim=1)
+                wider.extend((chosen, given, logits))
+
+        def see_shares(module, args):
+            hidden, chosen, weights = args
+            shares, reached = weights.new_zeros(len(weights), len(experts.numbers)), chosen
+            if wider:
+                index, given, logits = wider
+                if row.gates(router) == "softmax":
+                    shares = -logits.float().softmax(-1).to(weights.dtype)
+                new = (index[:, :, None] != chosen[:, None]).all(-1)
+                known = given.masked_fill(new, 0).sum(1, keepdim=True).clamp(min=torch.finfo(given.dtype).tiny)
+                at = new.int().argmax(1, keepdim=True)
+                least = (given * new).gather(1, at) * weights.sum(1, keepdim=True) / known / scale
+                shares = shares.scatter(1, index.gather(1, at), -least.to(shares.dtype))
+                reached = torch.cat([chosen, index.gather(1, at)], dim=1)
+            shares = shares.scatter(1, chosen, weights / scale)
+            see("experts.shares", shares)
+            used = shares.gather(1, reached) * scale
+            used = torch.cat([used[:, : self.top], used[:, self.top :] - used[:, self.top :].detach()], dim=1)
+            self.chosen, self.weights = reached, used
+            return hidden, reached, used
+
+        return [
+            router.register_forward_hook(look_further, with_kwargs=True),
+            experts.register_forward_pre_hook(see_shares),
+        ]
 
     def watch_gates(self, experts: Any, sites: set[str], see: Callable[[str, Tensor], None]) -> list[Any]:
         """Hooks for what is seen of all experts at once, each (tokens, experts) and zero where a token does not reach one:
         "experts.gates", what their outputs are multiplied by, and "experts.norms", those outputs' lengths."""
 
         def see_gates(module, args):
-            hidden, chosen, weights = args
-            gates = weights.new_zeros(len(weights), len(experts.numbers)).scatter(1, chosen, weights)
-            see("experts.gates", gates)
-            return hidden, chosen, gates.gather(1, chosen)  # gradients reach the gates
+            _, chosen, weights = args
+            see("experts.gates", weights.new_zeros(len(weights), len(experts.numbers)).scatter(1, chosen, weights))
 
         def start(module, args) -> None:
             self.norms = args[0].new_zeros(len(args[0]), len(experts.numbers))
 
         def see_norm(number: int, out: Tensor) -> None:
-            token, _ = torch.where(self.chosen == number)
-            self.norms[token, number] = out.detach().norm(dim=-1).to(self.norms.dtype)
+            token, real = self.find(number)
+            self.norms[token, number] = out.detach()[real].norm(dim=-1).to(self.norms.dtype)
 
         hooks = []
         if "experts.gates" in sites:
@@ -77,14 +137,22 @@ class Seen(dict[str, Tensor]):
                 hooks.append(down.register_forward_hook(lambda module, args, out, n=n: see_norm(n, out)))
         return hooks
 
+    def find(self, number: int) -> tuple[Tensor, Tensor | slice]:
+        """Which tokens reach an expert, and which rows of what it is called on they are."""
+        token, slot = torch.where(self.chosen == number)
+        real = slot < self.top if self.chosen.shape[1] > self.top else slice(None)
+        return token[real], real
+
     def fold(self, values: Mapping[str, Tensor], batch: int) -> Values:
         """What belongs to these sites, by whatever prefix, as (batch, seq, channels) or `Routed`."""
         found: Values = {}
         for site, value in values.items():
             where, _, rest = site.rpartition(":")[2].partition(".")
             if where == "expert":
-                token, slot = torch.where(self.chosen == int(rest.partition(".")[0]))
-                rows = value * self.weights[token, slot, None] if site.endswith(".gated") else value
+                number = int(rest.partition(".")[0])
+                token, real = self.find(number)
+                gates = self.weights[:, : self.top][self.chosen[:, : self.top] == number]
+                rows = value[real] * gates[:, None] if site.endswith(".gated") else value[real]
                 found[site] = Routed(rows, token // self.length)
             else:
                 found[site] = value.reshape(batch, -1, value.shape[-1])
@@ -133,10 +201,11 @@ def find_gap(where: str, values: dict[str, Tensor], parallel: bool) -> Tensor:
 
 def find_end(block: nn.Module, family: Family, where: str, end: str) -> nn.Module:
     """The module that reads the residual stream for a submodule ("raw"), or gives what is added to it ("add")."""
+    attention_norm, mlp_norm = find_norms(block, family)
     if where == "attention":
-        first, own, last = family.attention_norm, family.attention, family.attention_post_norm
+        first, own, last = attention_norm, family.attention, family.attention_post_norm
     else:
-        first, own, last = family.mlp_norm, family.mlp or "", family.mlp_post_norm
+        first, own, last = mlp_norm, family.mlp or "", family.mlp_post_norm
     return block.get_submodule(first or own if end == "raw" else last or own or family.path("down"))
 
 
@@ -154,6 +223,13 @@ def tap_added(module: nn.Module, factor: float, see: Callable[[Tensor], None]) -
     return module.register_forward_hook(look)
 
 
+def copy_added(block: nn.Module, family: Family) -> list[Any]:
+    """A last hook that gives the block a copy of what its feed-forward adds, where it would change what others have seen."""
+    if not family.in_place or not has_module(block, family.mlp or ""):
+        return []
+    return [block.get_submodule(family.mlp or "").register_forward_hook(lambda module, args, out: out.clone())]
+
+
 class AllSeen(Exception):
     """Ends a forward pass whose sites have all been seen."""
 
@@ -164,8 +240,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
 
     `stop`: the forward ends with `AllSeen` as soon as it has them all.
     """
-    seen = Seen()
-    handles = []
+    seen, handles = Seen(), list[Any]()
     together = {site for site in sites if site.startswith("experts.")}
 
     def see(site: str, value: Tensor) -> None:
@@ -197,7 +272,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
         )
 
     if family.experts is not None and any(site.startswith("expert") for site in sites):
-        handles += seen.watch(block, block.get_submodule(family.experts.path), together, see)
+        handles += seen.watch(block, family.experts, together, see)
     for site in sites - together:
         where, _, end = site.rpartition(".")
         if end == "back":
@@ -214,6 +289,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             )
         else:
             (tap_input if end in ("in", "gated") else tap_output)(get_linear(block, family, where), site)
+    handles += copy_added(block, family)
     try:
         yield seen
     finally:

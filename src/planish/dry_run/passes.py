@@ -10,7 +10,7 @@ from planish.calibrate.measure import Measurements
 from planish.calibrate.reuse import BEHIND, LAST
 from planish.calibrate.stream import BATCH
 from planish.core import Shape, Unit
-from planish.methods.method import ORDER
+from planish.methods.method import ORDER, find_step
 from planish.plan.foreseen import Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
@@ -64,9 +64,9 @@ def reach(shape: Shape, taps: Iterable[Tap]) -> float:
     depth = 0
     for site in (s.rpartition(":")[2] for tap in taps for s in tap.sites):
         where, _, end = site.rpartition(".")
-        at = next((n for n, roles in enumerate(ORDER) if where in roles), len(ORDER) - 1)
-        depth = max(depth, at if end == "in" and where in shape.roles else at + 1)
-    return sum(shape.count(r) for roles in ORDER[:depth] for r in roles if r in shape.roles) / shape.count()
+        at = find_step(where) if where in shape.linears else len(ORDER) - 1
+        depth = max(depth, at if end == "in" and where in shape.linears else at + 1)
+    return sum(shape.count(r) for r in shape.linears if find_step(r) < depth) / shape.count()
 
 
 def count_passes(run: Run, i: int) -> tuple[float, list[Tap]]:

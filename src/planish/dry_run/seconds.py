@@ -213,10 +213,14 @@ def list_sizes(shape: Shape) -> list[tuple[Shape, int]]:
     """Blocks of the same proportions as far as halving goes, the narrowest first: at most `WIDTH` wide, or as it is where it
     cannot be halved; how many times smaller each is."""
     sizes, scale = [(shape, 1)], 1
-    while shape.hidden > NARROW and all(n % 2 == 0 for n in (shape.hidden, shape.intermediate, shape.v, shape.qk // 2)):
+    further = [n for r in shape.further for n in shape.linear(r)]
+    while shape.hidden > NARROW and all(
+        n % 2 == 0 for n in (shape.hidden, shape.intermediate, shape.v, shape.qk // 2, *(n // scale for n in further))
+    ):
         scale *= 2
         names = ("hidden", "qk", "v", "intermediate", "rotary")
-        shape = replace(shape, **{n: getattr(shape, n) // 2 for n in names})
+        others = tuple((r, out // 2, n // 2) if r in shape.further else (r, out, n) for r, out, n in shape.others)
+        shape = replace(shape, others=others, **{n: getattr(shape, n) // 2 for n in names})
         sizes.append((shape, scale))
     return [s for s in sizes if s[0].hidden <= WIDTH][::-1] or sizes[-1:]
 
@@ -251,7 +255,7 @@ def rehearse_at(solvers: Mapping[Unit, Solver], ranks: Plan, shape: Shape, small
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
-    weights: Weights = {r: draw(*small.linear(r)) / small.linear(r)[1] ** 0.5 for r in small.roles}
+    weights: Weights = {r: draw(*small.linear(r)) / small.linear(r)[1] ** 0.5 for r in small.linears}
     taps: list[Tap] = sorted({t for u, s in solvers.items() for t in s.taps(u, small)})
     sites = sorted({s for t in taps for s in t.sites})
     tokens = max((small.width(s) for s in sites), default=0)

@@ -23,7 +23,7 @@ from planish.export.written import (
 from planish.folder.config import name_head, write_config
 from planish.folder.skeleton import set_parameter
 from planish.folder.source import FolderSource
-from planish.folder.writer import Writer
+from planish.folder.writer import Writer, copy_untouched
 from planish.modelling.attentions import Attention
 from planish.modelling.blocks import Spec, find_blocks, get_linear, split_block
 from planish.modelling.modules import Bypass, set_module
@@ -45,7 +45,7 @@ def export_dense(
     check_dtype(dtype)
     source = open_plain(folder)
     check_apart(Path(output), source.folder)
-    writer = Writer(Path(output), source.n_blocks, overwrite)
+    writer = Writer(Path(output), source.n_blocks, overwrite, tower=source.tower)
     shapes = [source.shape(i) for i in range(source.n_blocks)]
     specs: list[Spec] = []
     notes: list[str] = []
@@ -70,8 +70,9 @@ def export_dense(
         config = copy.deepcopy(source.stock_config)
         if dtype or wide:
             config.dtype = DTYPES[dtype or "f32"]
-        kind = write_config(writer.text, config, source.family, specs, shapes)
+        kind = write_config(writer.text, config, source.family, specs, shapes, source.tower)
         writer.shard(0, keep_dtype(name_head(source.outside(), source.family, kind), dtype))
+        copy_untouched(source, writer)
         source.copy_files(writer.partial)
         size, total = writer.bytes, writer.parameters
         weights, stored = size - writer.index_bytes, source.count()

@@ -14,7 +14,7 @@ from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.source import FolderSource, open_folder
 from planish.modelling.attentions import Attention, Frequencies, Latent
-from planish.modelling.blocks import Spec, get_linear
+from planish.modelling.blocks import Spec, find_norms, get_linear
 from planish.modelling.modules import Bypass
 
 
@@ -115,7 +115,7 @@ def plain_block(source: FolderSource, i: int) -> Plain:
         plain.v = attention.v
         if attention.qk != shape.qk or attention.pairs is not None:
             _restore_pairs(plain, attention)
-    for name, path in (("attention_norm", family.attention_norm), ("mlp_norm", family.mlp_norm)):
+    for name, path in zip(("attention_norm", "mlp_norm"), find_norms(block, family), strict=True):
         norm = block.get_submodule(path)
         if not isinstance(norm, nn.Identity):
             tensors[name] = norm.weight.data  # type: ignore[assignment]

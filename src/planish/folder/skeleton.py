@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from planish.core import ExpertShape, Shape
 from planish.errors import InputError
 from planish.folder.config import is_compressed
+from planish.folder.towers import Tower
 from planish.modelling.attentions import count_heads, has_norms, head_width, rotary_width
-from planish.modelling.blocks import find_blocks, get_linear, read_layout, split_block, split_experts
+from planish.modelling.blocks import find_blocks, get_linear, has_mixer, read_layout, split_block, split_experts
 from planish.modelling.families import Family
+from planish.modelling.modelling import find_classes
 
 
 def build_stock(config: Any, family: Family) -> PreTrainedModel:
@@ -22,9 +24,18 @@ def build_stock(config: Any, family: Family) -> PreTrainedModel:
     try:
         if is_compressed(config):
             return AutoModelForCausalLM.from_config(config)
-        return getattr(transformers, family.classes[2])(config)
+        return find_classes(family.model_type)[2](config)  # type: ignore[return-value]
     except Exception as error:  # sizes that do not fit together, or into memory
         raise InputError(f"config.json is no valid {family.model_type}: {type(error).__name__}: {error}") from None
+
+
+def build_whole(tower: Tower) -> PreTrainedModel:
+    """The whole model, dense or compressed, that a language model is in; the caller says where."""
+    try:
+        return AutoModelForImageTextToText.from_config(tower.config)
+    except Exception as error:
+        kind = tower.wrapper.model_type
+        raise InputError(f"config.json is no valid {kind}: {type(error).__name__}: {error}") from None
 
 
 def build_skeleton(config: Any, family: Family) -> PreTrainedModel:
@@ -93,14 +104,24 @@ def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
         experts=read_experts(block, family, config, experts) if experts else None,
         others=tuple((role, len(w), w.numel() // len(w)) for role, w in others),
         cached=tuple(r for r, _ in others if r in family.cached),
+        further=tuple(r for r, _ in others if r in family.others and r.partition(".")[0] in ("mixer", "attention")),
+        state=read_state(config, family) if has_mixer(block, family) else 0,
+        fixed=layout.fixed,
+        hybrid=any(has_mixer(b, family) for b in blocks),
+        mrope=family.mrope,
     )
+
+
+def read_state(config: Any, family: Family) -> int:
+    """Numbers that a mixer keeps of a sequence, however long it is."""
+    sizes = ([n if isinstance(n, int) else getattr(config, n) for n in names] for names in family.state)
+    return sum(map(prod, sizes))
 
 
 def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> ExpertShape:
     row = family.experts
     assert row is not None
-    top, normalised = getattr(config, row.top), row.normalised
-    chosen = getattr(config, normalised) if normalised else normalised is not None
+    top = getattr(config, row.top)
     groups = (getattr(config, row.groups, None) if row.groups else None) or 1
     top_groups = (getattr(config, row.top_groups, None) if groups > 1 else None) or 1
     if number % groups or top_groups > groups:
@@ -114,7 +135,7 @@ def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> 
         groups,
         top_groups,
         tuple(path.removesuffix(".weight") for path in row.router if path.endswith(".weight")),
-        "chosen" if chosen else row.otherwise,
+        row.gates(config),
     )
     if top > found.lower_top(number):
         within = f" in {top_groups} of {groups} groups" if groups > 1 else ""

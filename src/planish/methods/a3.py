@@ -15,8 +15,8 @@ from planish.errors import InputError
 from planish.methods.method import Method
 from planish.plan.allocate import Alternative, choose
 from planish.plan.evolve import evolve
+from planish.plan.experts import level_widths
 from planish.plan.foreseen import Foreseen, Work, survey
-from planish.plan.mixtures import level_widths
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solve import run_solved

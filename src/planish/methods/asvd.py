@@ -86,14 +86,16 @@ class ASVD(Method):
         return 1 + sum(keep >= problem.keep for keep in KEEPS)
 
     def foresee(self, problem: Problem, windows: int) -> Foreseen:
-        levels = self.levels(problem)
-        each = len(problem.shapes[0].roles) * levels
+        levels, linears = self.levels(problem), [len(s.linears) for s in problem.shapes]
 
         def taps(shape: Shape) -> list[Tap]:
-            return [Tap(s, "magnitudes") for s in sorted({input_site(r) for r in shape.roles})]
+            return [Tap(s, "magnitudes") for s in sorted({input_site(r) for r in shape.linears})]
 
         search = Work(
-            "sensitivity", min(self.samples, windows), lambda i: each * (i + 1.0), heads=len(problem.units) * levels
+            "sensitivity",
+            min(self.samples, windows),
+            lambda i: levels * float(sum(linears[: i + 1])),
+            heads=len(problem.units) * levels,
         )
         return Foreseen(self.spread(problem), [Work(taps=taps, solvers=problem.units), search])
 
@@ -137,7 +139,7 @@ class Sensitivity:
         self.inputs = [self.stream.start()]
 
         def taps(shape: Shape) -> list[Tap]:
-            return [Tap(s, "magnitudes") for s in sorted({input_site(r) for r in shape.roles})]
+            return [Tap(s, "magnitudes") for s in sorted({input_site(r) for r in shape.linears})]
 
         stats = {i: s.only(taps(problem.shapes[i])) for i, _, s in measure.forward(taps)}
         for i in range(len(self.stream)):

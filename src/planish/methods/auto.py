@@ -16,12 +16,12 @@ from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import list_shuffled
 from planish.core import Edit, Plan, Shape, Solver, Unit
 from planish.errors import InputError
-from planish.methods.method import Method
+from planish.methods.method import Method, find_step
 from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve
+from planish.plan.experts import choose_with_experts, describe_top
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, measure_gradients
-from planish.plan.mixtures import choose_with_experts, describe_top
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.scores import SCORES, correct_scores, foresee_errors
@@ -78,7 +78,7 @@ class Weighing:
         weight = exp(self.tilt * (1 - 2 * depth))
         weight *= self.attention if name in ATTENTION_UNITS else 1.0
         weight *= self.keys if name in ("q", "k", "qk", "keys") else 1.0
-        weight *= self.linear if name in ATTENTION + MLP else 1.0
+        weight *= self.linear if name in ATTENTION + MLP or "." in name else 1.0
         weight *= self.bypass if name in ("attention", "ffn") else 1.0
         loss = weight * curve.loss
         return replace(curve, loss=loss * (1 + self.steep * loss))
@@ -172,7 +172,9 @@ class Auto(Method):
             ("gate", "up", "ffn"),
             ("down", "mlp", "experts"),
         )
-        return [s for s in ([u for u in units if u.name in names] for names in order) if s]
+        steps = {u: find_step(u.name) if "." in u.name else -1 for u in units}
+        staged = ([u for u in units if u.name in names or steps[u] == n] for n, names in enumerate(order))
+        return [stage for stage in staged if stage]
 
     def __post_init__(self) -> None:
         if not 0 < self.refit_share <= 1:
@@ -377,7 +379,9 @@ def list_ways(problem: Problem, curves: dict[Unit, Curve]) -> list[list[Alternat
                 chosen = tuple(curves[Unit(shape.block, n)] for n in present)
                 found[present] = Alternative(chosen, [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])
             groups.append(list(found.values()))
-        own = shape.held("experts") if Unit(shape.block, "experts") in curves else ()
+        alone = [u for r in shape.further if (u := Unit(shape.block, r)) in curves]
+        groups += [[Alternative((curves[u],), [0.0] * len(problem.budgets))] for u in alone]
+        own = {*(shape.held("experts") if Unit(shape.block, "experts") in curves else ()), *(u.name for u in alone)}
         if rest := [r for r in shape.rest if r not in own]:  # no unit holds it
             groups.append([Alternative((), [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])])
     return groups

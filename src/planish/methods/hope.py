@@ -8,7 +8,7 @@ from typing import ClassVar
 from planish.calibrate.measure import Measurements
 from planish.core import Solver
 from planish.methods.method import Method
-from planish.plan.mixtures import count_kept
+from planish.plan.experts import count_kept
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solvers.experts import Experts

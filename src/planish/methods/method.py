@@ -17,6 +17,13 @@ from planish.plan.problem import Problem
 ORDER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # in which activations reach the linears
 
 
+def find_step(role: str) -> int:
+    """Which of `ORDER` a linear belongs to, those of a mixer with attention's ("mixer.out" with o); -1 for what is none."""
+    if "." in role:
+        return 1 if role.endswith(".out") else 0
+    return next((n for n, roles in enumerate(ORDER) if role in roles), -1)
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A published recipe as data: its fields are its hyper-parameters, its file name is its name.
@@ -98,5 +105,5 @@ def list_settings(method: Method) -> dict[str, Any]:
 
 def stage_roles(units: list[Unit]) -> list[list[Unit]]:
     """Units of single linears in the order in which activations reach them: q, k, v → o → gate, up → down."""
-    staged = [[u for u in units if u.name in roles] for roles in ORDER]
+    staged = [[u for u in units if find_step(u.name) == n] for n in range(len(ORDER))]
     return [stage for stage in staged if stage] or [[]]

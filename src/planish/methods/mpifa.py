@@ -81,10 +81,10 @@ class MPIFA(Method):
         """Each block's share of weights that count as outliers."""
         found: dict[int, float] = {}
         for i, block, stats in measure.forward(
-            lambda shape: sorted({Tap(input_site(r), "squares") for r in shape.roles})
+            lambda shape: sorted({Tap(input_site(r), "squares") for r in shape.linears})
         ):
             large = total = 0
-            for role in problem.shapes[i].roles:
+            for role in problem.shapes[i].linears:
                 w = get_linear(block, measure.stream.family, role).weight.detach().double().abs()
                 size = w * stats.mean(Tap(input_site(role), "squares")).sqrt()
                 large += int((size > self.threshold * size.mean()).sum())

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from planish.calibrate.measure import Measurements
 from planish.core import Solver
 from planish.methods.method import Method
-from planish.plan.mixtures import count_kept
+from planish.plan.experts import count_kept
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solvers.experts import Experts
@@ -26,8 +26,9 @@ class Reap(Method):
     (`planish.solvers.experts.Experts`). The router's rows, biases and correction biases go with them.
 
     `criterion`: "reap"; "frequency" N_j; "mass" Σ g_j; "gated" Σ g_j ‖f_j‖; "man" (1/N_j) Σ ‖f_j‖; or "nats", predicted loss: half
-    the mean of (uᵀe_j)², u the gradient at the mixture's output, e_j = g_j (y − f_j) / (1 − g_j) what it changes by without j,
-    counted together for all that go. `prior`: tokens by which means are drawn towards the mean of all experts.
+    the mean of (uᵀe_j)², u the gradient at the mixture's output, e_j what that changes by without j and with the expert that
+    takes its place (`planish.solvers.experts.removals`), counted together for all that go. `prior`: tokens by which means
+    are drawn towards the mean of all experts.
 
     All blocks with experts keep the same number: stock programs hold nothing else. Where a router chooses among groups, each
     keeps the same number. If fewer are left than a token reaches, it reaches all of them.

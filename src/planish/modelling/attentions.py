@@ -17,10 +17,12 @@ from .modules import take
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2·p channels of x (..., d) as pairs (j, j + p); cos, sin (..., p); the rest passes through."""
+    """Rotate the first 2·p channels of x (..., d) as pairs (j, j + p); cos, sin (..., p), maybe wider; the rest passes."""
     p = cos.shape[-1]
     a, b, *rest = x.split([p, p, x.shape[-1] - 2 * p] if x.shape[-1] > 2 * p else p, dim=-1)
-    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), *rest], dim=-1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), *rest], dim=-1).to(
+        x.dtype
+    )
 
 
 class Attention(nn.Module):
@@ -38,15 +40,17 @@ class Attention(nn.Module):
         self.config, self.layer_idx, self.is_causal = config, stock.layer_idx, getattr(stock, "is_causal", True)
         self.heads, self.kv_heads, self.qk, self.v = heads, kv_heads, qk, v
         self.head_dim, self.num_key_value_groups = qk, heads // kv_heads
-        self.scaling = stock.scaling if hasattr(stock, "scaling") else stock.softmax_scale
-        self.dropout = float(getattr(stock, "attention_dropout", getattr(stock, "dropout", 0.0)) or 0.0)
+        scales = ("scaling", "softmax_scale", "inv_norm_factor")  # as families call it
+        self.scaling = next(getattr(stock, name) for name in scales if hasattr(stock, name))
+        dropout = getattr(stock, "attention_dropout", getattr(stock, "dropout", 0.0))
+        self.dropout = float(getattr(dropout, "p", dropout) or 0.0)
         window = getattr(stock, "sliding_window", None) if hasattr(stock, "sliding_window") else None
         if family.window and not hasattr(stock, "sliding_window"):
             window = getattr(config, "sliding_window", None)
-        self.sliding_window = window
+        self.sliding_window = window if getattr(stock, "is_sliding", True) else None
         self.softcap = getattr(stock, "attn_logit_softcapping", None) if family.softcap else None
-        self.rotary, self.training = family.rotary, stock.training
-        self.position_scale = family.position_scale
+        self.rotary, self.training = has_rotation(stock, family), stock.training
+        self.position_scale, self.twins = family.position_scale, family.twins
         self.qk_norm, self.norms = family.qk_norm if has_norms(stock, family) else "", family.norms
         for name in self.norms if self.qk_norm else ():
             setattr(self, name, getattr(stock, name))
@@ -111,12 +115,15 @@ class Attention(nn.Module):
 
     def turn(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """cos and sin (batch, tokens, kv_heads or 1, 1, pairs) of the pairs that every kv group has."""
-        cos, sin = position_embeddings
+        cos, sin = map(self.table, position_embeddings)
         if self.pairs is None:
-            half = cos.shape[-1] // 2
-            return cos[..., None, None, :half], sin[..., None, None, :half]
+            return cos[..., None, None, :], sin[..., None, None, :]
         at, shape = self.pairs.flatten(), (*cos.shape[:-1], self.kv_heads, 1, -1)
         return take(cos, at).view(shape), take(sin, at).view(shape)
+
+    def table(self, t: Tensor) -> Tensor:
+        """A rotary table (…, 2 · pairs) of the model's, cos or sin, with one value for each pair."""
+        return t[..., ::2] if self.twins else t[..., : t.shape[-1] // 2]
 
     def level(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads filled up with zeros to one size where PyTorch's attention is several times slower without: on the CPU.
@@ -155,7 +162,7 @@ class Latent(Attention):
         kw = {"device": weight.device, "dtype": weight.dtype}
         self.U = nn.Parameter(torch.zeros(groups, self.kv_heads // groups * qk, rank, **kw), requires_grad=False)
         self.layer_type = getattr(stock, "layer_type", None) or getattr(stock, "attention_type", None)
-        self.tables = make_rotary(stock) if family.rotary else None
+        self.tables = make_rotary(stock) if self.rotary else None
 
     def forward(
         self,
@@ -185,7 +192,7 @@ class Latent(Attention):
             layer = None if cache is None else cache.layers[self.layer_idx]
             at = find_positions(layer, kwargs.get("position_ids"), shape[1], key)
             kind = () if self.layer_type is None or not hasattr(self.tables, "layer_types") else (self.layer_type,)
-            cos, sin = (t[:, None, :, : t.shape[-1] // 2] for t in self.tables(value, at, *kind))
+            cos, sin = (self.table(t)[:, None] for t in self.tables(value, at, *kind))
             key = rotate_pairs(key, cos, sin)
             query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
         query, key = self.normalise("rotated", query, key)
@@ -237,7 +244,8 @@ class Frequencies(Attention):
         assert position_embeddings is not None
         shape = hidden_states.shape[:-1]
         at = self.frequencies.flatten()
-        cos, sin = (take(t, at).unflatten(-1, self.frequencies.shape).transpose(1, 2) for t in position_embeddings)
+        tables = [take(self.table(t), at).unflatten(-1, self.frequencies.shape) for t in position_embeddings]
+        cos, sin = (t.transpose(1, 2) for t in tables)
         query = self.pick(self.q_proj(hidden_states)).view(*shape, self.heads, -1).transpose(1, 2)
         real, imaginary = self.U.repeat_interleave(self.heads // self.kv_heads, 1).unsqueeze(2).unbind(0)
         query = rotate_pairs(query, real, -imaginary)  # by ū
@@ -339,18 +347,30 @@ def has_norms(stock: nn.Module, family: Family) -> bool:
     return bool(family.qk_norm) and hasattr(stock, family.norms[0])
 
 
+def has_rotation(stock: nn.Module, family: Family) -> bool:
+    """Whether a stock attention rotates queries and keys: in some families blocks differ."""
+    if not family.rotary or not family.rotates:
+        return family.rotary
+    everywhere = family.rotates_without and getattr(stock.config, family.rotates_without, None) is None
+    return bool(everywhere or getattr(stock, family.rotates))
+
+
 def head_width(stock: nn.Module) -> int:
     return getattr(stock, "head_dim", None) or stock.head_size
 
 
 def rotary_width(stock: nn.Module, family: Family) -> int:
     """How many channels of a head are rotated."""
-    if not family.rotary:
+    if not has_rotation(stock, family):
         return 0
     parameters = getattr(stock.config, "rope_parameters", None) or {}
     return int(head_width(stock) * parameters.get("partial_rotary_factor", 1.0))
 
 
 def count_heads(config) -> tuple[int, int]:
-    heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads
+    """Query heads and kv heads."""
+    heads, declared = config.num_attention_heads, type(config)
+    if hasattr(declared, "multi_query") and config.multi_query and not config.new_decoder_architecture:
+        return heads, 1
+    name = "num_kv_heads" if hasattr(declared, "num_kv_heads") else "num_key_value_heads"
+    return heads, getattr(config, name, None) or heads

@@ -12,7 +12,6 @@ A block's `spec` is JSON; `install` builds empty modules from it, for compressin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .attentions import Attention, Frequencies, Latent, count_heads, head_width
+from .attentions import Attention, Frequencies, Latent, count_heads, head_width, rotary_width
 from .families import ATTENTION, FAMILIES, MLP, Family
+from .families import Fused as FusedRow
 from .modules import (
     Bypass,
     Experts,
@@ -30,11 +30,12 @@ from .modules import (
     HeadPair,
     Pair,
     Pivoted,
+    Rows,
     SlicedBlock,
     Spec,
+    make_apart,
     make_linear,
     set_module,
-    split_fused,
 )
 
 
@@ -111,23 +112,24 @@ def read_layout(block: nn.Module, family: Family, config) -> Layout:
         tuple(n for n, p in block.named_parameters() if p.ndim >= 2 and n not in known),
         parallel,
         read_factor(block, family),
-        list_norms(block, family, {n for n, linears in found.items() if linears}, parallel),
+        list_norms(block, family, {n for n, linears in found.items() if linears}),
         heads,
         kv_heads,
         family.fixed,
     )
 
 
-def list_norms(block: nn.Module, family: Family, groups: set[str], parallel: bool) -> tuple[Norm, ...]:
+def list_norms(block: nn.Module, family: Family, groups: set[str]) -> tuple[Norm, ...]:
     """Norms of a block with these groups that nothing but linears of its attention or its dense feed-forward reads."""
     others = {g for g in groups if not g.startswith("expert.")} - {"attention", "mlp", "shared"}
     norms = dict[str, str]()
+    attention_norm, mlp_norm = find_norms(block, family)
     if "attention" in groups and not others:
-        norms["attention"] = family.attention_norm or ""
+        norms["attention"] = attention_norm or ""
     if "mlp" in groups and groups <= {"attention", "mlp"}:
-        norms["mlp"] = family.mlp_norm or ""
+        norms["mlp"] = mlp_norm or ""
     roles = {"attention": ATTENTION[:3], "mlp": tuple(r for r in MLP[:2] if r in family.roles)}
-    if parallel and not (family.mlp_norm and has_module(block, family.mlp_norm)):  # both read one
+    if attention_norm and attention_norm == mlp_norm:  # both read one
         roles = {"attention": roles["attention"] + roles["mlp"]} if norms.keys() == roles.keys() else {}
     found = {norms[g]: own for g, own in roles.items() if norms.get(g) and has_module(block, norms[g])}
     return tuple(Norm(path, own, family.norm_offset) for path, own in found.items())
@@ -143,6 +145,11 @@ def has_module(block: nn.Module, path: str) -> bool:
         return block.get_submodule(path) is not None
     except AttributeError:  # another kind of block, or an edit has replaced what held it
         return False
+
+
+def has_mixer(block: nn.Module, family: Family) -> bool:
+    """Whether a block has a mixer, in place of attention or beside it."""
+    return any(role.startswith("mixer.") and has_module(block, path) for role, path in family.others.items())
 
 
 def split_experts(block: nn.Module, family: Family) -> nn.Module:
@@ -188,23 +195,34 @@ def split_block(block: nn.Module, family: Family, config) -> nn.Module:
     heads, kv_heads = count_heads(config)
     if family.conv1d:
         swap_linears(block, family, Conv1D, lambda c: make_linear(c.weight.data.T, c.bias.data))
-    for row in family.fused:
-        if not has_module(block, row.path):
-            continue
+    for row in list_fused(block, family):
         stock = block.get_submodule(row.path)
         if isinstance(stock, Fused):
             continue
-        out = stock.out_features
-        if "q" in row.roles:
-            width = head_width(block.get_submodule(family.attention))  # of queries and keys; values have what is left
-            sizes = [heads * width, kv_heads * width, out - (heads + kv_heads) * width]
-        else:
-            sizes = [out // len(row.roles)] * len(row.roles)
-        weights = split_fused(stock.weight.data, row, sizes, heads)
-        biases = [None] * len(sizes) if stock.bias is None else split_fused(stock.bias.data, row, sizes, heads)
+        rows = read_rows(block, family, row, heads, kv_heads)
+        weights = rows.split(stock.weight.data)
+        biases = [None] * len(weights) if stock.bias is None else rows.split(stock.bias.data)
         parts = {r: make_linear(w, b) for r, w, b in zip(row.roles, weights, biases, strict=True)}
-        set_module(block, row.path, Fused(parts, row.layout, heads))
+        set_module(block, row.path, Fused(parts, rows))
     return block
+
+
+def list_fused(block: nn.Module, family: Family) -> list[FusedRow]:
+    """The family's own linears of several roles, or of other orders of rows, that a block has: our attentions have none."""
+    own = has_module(block, family.attention) and isinstance(block.get_submodule(family.attention), Attention)
+    return [r for r in family.fused if has_module(block, r.path) and not (own and r.path.startswith(family.attention))]
+
+
+def read_rows(block: nn.Module, family: Family, row: FusedRow, heads: int, kv_heads: int) -> Rows:
+    """How one of a stock block's fused linears lays out its rows."""
+    out = block.get_submodule(row.path).out_features
+    if row.layout == "neighbours":
+        attention = block.get_submodule(family.attention)
+        return Rows(row.layout, [out], heads if row.roles == ("q",) else kv_heads, rotary_width(attention, family))
+    if "q" not in row.roles:
+        return Rows(row.layout, [out // len(row.roles)] * len(row.roles))
+    width = head_width(block.get_submodule(family.attention))  # of queries and keys; values have what is left
+    return Rows(row.layout, [heads * width, kv_heads * width, out - (heads + kv_heads) * width], kv_heads)
 
 
 def join_block(block: nn.Module, family: Family) -> nn.Module:
@@ -215,8 +233,8 @@ def join_block(block: nn.Module, family: Family) -> nn.Module:
         split = block.get_submodule(experts.path)
         if isinstance(split, Experts) and split.alike:
             set_module(block, experts.path, split.stack())
-    for row in family.fused:
-        fused = block.get_submodule(row.path) if has_module(block, row.path) else None
+    for row in list_fused(block, family):
+        fused = block.get_submodule(row.path)
         if not isinstance(fused, Fused) or not all(type(getattr(fused, r)) is nn.Linear for r in fused.roles):
             continue
         set_module(block, row.path, make_linear(*fused.join()))
@@ -289,7 +307,6 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
         set_module(block, family.attention, own)
     elif form.get("kind") == "bypass":
         set_module(block, family.attention, _bypass(form, stock, config, as_tuple=True))
-        _drop_norms(block, family.attention_norm if form["raw"] else None, family.attention_post_norm)
     form = spec.get("mlp", {})
     if form.get("kind") == "bypass":
         bypass = _bypass(form, linears["down"], config, as_tuple=False)
@@ -299,45 +316,57 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
             set_module(block, family.path("up"), bypass)
             set_module(block, family.activation, nn.Identity())
             set_module(block, family.path("down"), nn.Identity())
-        _drop_norms(block, family.mlp_norm if form["raw"] else None, family.mlp_post_norm)
+    drop_norms(block, family, spec)
     join_block(block, family)
     return SlicedBlock(block, family, spec["slice"], config.hidden_size) if "slice" in spec else block
 
 
 def _bypass(form: Spec, like: nn.Module, config, as_tuple: bool) -> Bypass:
-    p = next(like.parameters())
-    return Bypass(
-        config.hidden_size,
-        form["rank"],
-        form["gate"],
-        form["shift"],
-        as_tuple,
-        form.get("factored", True),
-        device=p.device,
-        dtype=p.dtype,
-    )
+    p, sizes = next(like.parameters()), (config.hidden_size, form["rank"])
+    parts = form["gate"], form["shift"], as_tuple, form.get("factored", True)
+    return Bypass(*sizes, *parts, device=p.device, dtype=p.dtype)
 
 
-def _drop_norms(block: nn.Module, *paths: str | None) -> None:
-    for path in paths:
+def find_norms(block: nn.Module, family: Family) -> tuple[str | None, str | None]:
+    """Paths of the norms before attention and before the feed-forward; one path twice where one serves both."""
+    if family.shared_norm and not (family.mlp_norm and has_module(block, family.mlp_norm)):
+        return family.shared_norm, family.shared_norm
+    return family.attention_norm, family.mlp_norm
+
+
+def drop_norms(block: nn.Module, family: Family, spec: Spec) -> None:
+    """Norms that nothing reads go, in place: those of bypassed submodules, before them where they read the stream itself.
+
+    A norm that the other submodule shares stays, and the bypass reads past it.
+    """
+    gone = [n for n in ("attention", "mlp") if spec.get(n, {}).get("kind") == "bypass"]
+    first = dict(zip(("attention", "mlp"), find_norms(block, family), strict=True))
+    last = {"attention": family.attention_post_norm, "mlp": family.mlp_post_norm}
+    raw = [n for n in gone if spec[n]["raw"]]
+    shared = first["attention"] if first["attention"] == first["mlp"] and len(raw) == 1 else None
+    for path in {last[n] for n in gone} | {first[n] for n in raw} - {shared, None}:
         if path is not None:
             set_module(block, path, nn.Identity())
+    if shared and (spec[raw[0]]["rank"] or spec[raw[0]]["gate"]):
+        block.__class__ = make_apart(type(block))  # type: ignore[assignment, arg-type]
+        block.apart, block.tuples = raw[0], family.tuples  # type: ignore[assignment]
+        block.paths = (shared, family.attention, family.mlp)  # type: ignore[assignment]
 
 
 def install_model(model: nn.Module, config) -> None:
     """Install every block's spec in a base model or causal LM, and number the attentions that are left densely."""
-    layout = config.planish
-    family = FAMILIES[layout["family"]]
+    family = FAMILIES[config.planish["family"]]
     blocks = find_blocks(model, family)
-    index = 0
+    gone = 0
     for i, block in enumerate(blocks):
         if family.experts is not None and not family.experts.stacked:
             split_experts(block, family)  # as they are stored
-        block = blocks[i] = install(block, layout["blocks"][i], family, config)
-        attention = block.get_submodule(family.attention)
-        if not isinstance(attention, Bypass):
-            attention.layer_idx = index
-            index += 1
+        block = blocks[i] = install(block, config.planish["blocks"][i], family, config)
+        attention = block.get_submodule(family.attention) if has_module(block, family.attention) else None
+        if isinstance(attention, Bypass):
+            gone += 1
+        elif attention is not None:
+            attention.layer_idx = i - gone
 
 
 def list_attentions(config) -> list[int]:
@@ -353,10 +382,3 @@ def find_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
         return model.get_submodule(path)
     except AttributeError:
         return model.get_submodule(path.partition(".")[2])
-
-
-def copy_config(config):
-    """The config without its per-layer overrides: what a stock constructor may read."""
-    plain = copy.copy(config)
-    plain.__dict__.pop("_heterogeneity_spec", None)
-    return plain

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .family import ATTENTION, MLP, ExpertsRow, Family, Fused
+from .hybrids import HYBRIDS
 
 __all__ = ["ATTENTION", "FAMILIES", "MLP", "ExpertsRow", "Family", "Fused"]
 
 _ATTENTION = {r: f"self_attn.{r}_proj" for r in "qkvo"}
 _GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 _PLAIN = {r: _GATED[r] for r in ("up", "down")}
+_NEIGHBOURS = tuple(Fused(f"self_attn.{r}_proj", (r,), "neighbours") for r in "qk")
+_VALUES = {r: _ATTENTION[r] for r in "vo"}  # beside `_NEIGHBOURS`
 _SPARSE = ((".block_sparse_moe.", ".mlp."),)
 _QWEN = ExpertsRow(normalised="norm_topk_prob")
+_CORRECTED = ExpertsRow(
+    count="n_routed_experts",
+    router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    normalised="norm_topk_prob",
+    otherwise="apart",
+)
 
 
 def _shared(path: str) -> dict[str, str]:
@@ -52,7 +63,12 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: str = "")
     )
 
 
-def _post_norm(model_type: str, classes: tuple[str, str, str], qk_norm: str = "width", window: bool = False) -> Family:
+def _one_norm(model_type: str, classes: tuple[str, str, str], linears: dict[str, str], **more: Any) -> Family:
+    """A family whose attention and feed-forward read the same normalised residual."""
+    return Family(model_type, classes, linears, mlp_norm=None, shared_norm="input_layernorm", parallel=True, **more)
+
+
+def _post_norm(model_type: str, classes: tuple[str, str, str], qk_norm: str = "width", **more: Any) -> Family:
     """A family that normalises what each submodule adds, not what it reads."""
     return Family(
         model_type,
@@ -63,7 +79,7 @@ def _post_norm(model_type: str, classes: tuple[str, str, str], qk_norm: str = "w
         mlp_norm=None,
         mlp_post_norm="post_feedforward_layernorm",
         qk_norm=qk_norm,
-        window=window,
+        **more,
     )
 
 
@@ -73,6 +89,8 @@ _ROWS = (
     Family("granite", _classes("Granite"), _ATTENTION | _GATED, factor="residual_multiplier"),
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
+    Family("qwen2_5_vl_text", _classes("Qwen2_5_VLText"), _ATTENTION | _GATED, window=True, mrope=True),
+    Family("qwen3_vl_text", _classes("Qwen3VLText"), _ATTENTION | _GATED, qk_norm="head", mrope=True),
     Family("seed_oss", _classes("SeedOss"), _ATTENTION | _GATED),
     Family("gemma", _classes("Gemma"), _ATTENTION | _GATED, norm_offset=1.0),
     Family(
@@ -85,9 +103,59 @@ _ROWS = (
     _post_norm("olmo2", _classes("Olmo2")),
     _post_norm("olmo3", _classes("Olmo3"), window=True),
     Family("ministral3", _classes("Ministral3"), _ATTENTION | _GATED, window=True, position_scale=True),
-    _post_norm("exaone4", _classes("Exaone4"), qk_norm="head"),
+    _post_norm(
+        "exaone4", _classes("Exaone4"), "head", window=True, rotates="is_sliding", rotates_without="sliding_window"
+    ),
+    Family("smollm3", _classes("SmolLM3"), _ATTENTION | _GATED, window=True, rotates="use_rope"),
+    Family("ernie4_5", _classes("Ernie4_5"), _VALUES | _GATED, _NEIGHBOURS),
+    Family(
+        "glm4",
+        _classes("Glm4"),
+        _VALUES | {"down": "mlp.down_proj"},
+        (*_NEIGHBOURS, Fused("mlp.gate_up_proj", ("gate", "up"))),
+        attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+    ),
+    Family(
+        "falcon",
+        _classes("Falcon"),
+        {"o": "self_attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
+        (Fused("self_attention.query_key_value", ("q", "k", "v"), "heads"),),
+        blocks="transformer.h",
+        attention="self_attention",
+        attention_norm="ln_attn",
+        mlp_norm="ln_mlp",
+        shared_norm="input_layernorm",
+        parallel=True,
+        tuples=True,
+        in_place=True,
+        intermediate="ffn_hidden_size",
+    ),
+    Family(
+        "apertus",
+        _classes("Apertus"),
+        _ATTENTION | _PLAIN,
+        attention_norm="attention_layernorm",
+        mlp_norm="feedforward_layernorm",
+        qk_norm="head",
+    ),
     Family("olmo", _classes("Olmo"), _ATTENTION | _GATED),
-    Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True),
+    Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True, shared_norm="input_layernorm"),
+    _one_norm("cohere", _classes("Cohere"), _VALUES | _GATED, fused=_NEIGHBOURS, twins=True),
+    _one_norm(
+        "cohere2",
+        _classes("Cohere2"),
+        _VALUES | _GATED,
+        fused=_NEIGHBOURS,
+        twins=True,
+        window=True,
+        rotates="sliding_window",
+    ),
+    _one_norm(
+        "phi",
+        _classes("Phi"),
+        {r: f"self_attn.{r}_proj" for r in "qkv"} | {"o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"},
+    ),
     Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN, norm_offset=1.0),
     Family("starcoder2", _classes("Starcoder2"), _ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True),
     Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm="head", window=True),
@@ -122,28 +190,18 @@ _ROWS = (
         _ATTENTION | _GATED,
         qk_norm="head",
         others=_shared("shared_experts"),
-        experts=ExpertsRow(
-            count="n_routed_experts",
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            normalised="norm_topk_prob",
-            otherwise="apart",
-        ),
+        experts=_CORRECTED,
     ),
     _latent(
         "deepseek_v2",
         _classes("DeepseekV2"),
-        ExpertsRow(count="n_routed_experts"),
-    ),
-    _latent(
-        "deepseek_v3",
-        _classes("DeepseekV3"),
         ExpertsRow(
             count="n_routed_experts",
-            router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
-            normalised="norm_topk_prob",
-            otherwise="apart",
+            normalised=None,  # transformers passes over norm_topk_prob
+            scale="routed_scaling_factor",
         ),
     ),
+    _latent("deepseek_v3", _classes("DeepseekV3"), _CORRECTED),
     Family(
         "minimax_m2",
         _classes("MiniMaxM2"),
@@ -254,4 +312,4 @@ _ROWS = (
     ),
 )
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in _ROWS}
+FAMILIES: dict[str, Family] = {f.model_type: f for f in _ROWS + HYBRIDS}

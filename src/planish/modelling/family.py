@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")  # roles
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A linear that holds several roles. `layout`: "rows" = one role after the other; "heads" = per head q, k, v."""
+    """A linear that stores rows otherwise than role by role. `layout`: "rows" = one role after the other; "heads" = per kv head
+    its queries, its key, its value; "neighbours" = one role, whose heads rotate channels 2j and 2j + 1 together.
+
+    In a canonical block every role is a linear of its own, and a head rotates channels j and j + half together.
+    """
 
     path: str
     roles: tuple[str, ...]
@@ -26,7 +31,8 @@ class ExpertsRow:
     `top_groups`: the config's names of how many experts there are, of their neurons, of how many a token reaches; of the groups
     that the router chooses among first, and of how many it chooses. `normalised`: the config's name of whether the gates of
     those that a token reaches add up to the same, whichever they are (empty: always, None: never); `otherwise` they are part
-    of a "softmax" over all experts, or each is "apart".
+    of a "softmax" over all experts, or each is "apart". `scale`: the router's own name of what those of all experts add up to
+    in such a softmax (empty: 1).
     """
 
     path: str = (
@@ -41,7 +47,14 @@ class ExpertsRow:
     otherwise: str = "softmax"
     groups: str = "n_group"  # where the config has it
     top_groups: str = "topk_group"
+    scale: str = ""
     stacked: bool = False  # in checkpoints too
+
+    def gates(self, settings: object) -> str:
+        """What becomes of a token's gates where an expert is missing, by the config or the router's own settings: "chosen",
+        "softmax" or "apart"."""
+        chosen = self.normalised == "" or bool(self.normalised and getattr(settings, self.normalised))
+        return "chosen" if chosen else self.otherwise
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Family:
         "input_layernorm"  # its input is the residual stream; None: the submodule reads that itself
     )
     mlp_norm: str | None = "post_attention_layernorm"
+    shared_norm: str = ""  # one for both, in blocks that have no `mlp_norm`
     attention_post_norm: str | None = None  # applied to the contribution before it is added
     mlp_post_norm: str | None = None
     factor: str = ""  # the block's own name of what a contribution is multiplied by before it is added
@@ -73,10 +87,15 @@ class Family:
     )
     norms: tuple[str, str] = ("q_norm", "k_norm")  # the attention's names of those norms
     rotary: bool = True
+    rotates: str = ""  # the attention's own name of what is set in blocks that rotate; empty: all of them do
+    rotates_without: str = ""  # the config's name of what, where it is not set, makes all blocks rotate
+    twins: bool = False  # rotary tables have a pair's two values side by side, not one half after the other
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
+    mrope: bool = False  # a token has three positions, each for a section of the rotary pairs
     position_scale: bool = False  # queries grow with the logarithm of their position (Llama 4, Ministral 3)
     parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
+    in_place: bool = False  # the block adds to what its feed-forward gave without a copy
     conv1d: bool = False  # linears are stored transposed
     tuples: bool = False  # blocks return a tuple, hidden states first
     intermediate: str = "intermediate_size"  # the config's name of the MLP width; empty where it has none
@@ -87,6 +106,12 @@ class Family:
     head: str = "lm_head"  # what stored checkpoints call the model's `lm_head`
     others: Mapping[str, str] = field(default_factory=dict)  # role of a further group ("shared.up") → path
     cached: tuple[str, ...] = ()  # roles of `others` whose outputs the KV cache holds
+    state: tuple[
+        tuple[str | int, ...], ...
+    ] = ()  # numbers that a mixer keeps of a sequence: a sum of products of sizes
+    settled: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what configs say for `intermediate` to be the width itself
     experts: ExpertsRow | None = None
     renames: tuple[tuple[str, str], ...] = ()  # parts of tensors' names in checkpoints → in transformers' modules
 

@@ -7,15 +7,15 @@ family's fused linear while its roles have different forms. Attentions are in `a
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .families import Family
-from .families import Fused as FusedRow
 
 Spec = dict[str, Any]  # what a block is made of; see `blocks`
 
@@ -84,35 +84,57 @@ class HeadPair(nn.Module):
         return (self.U @ self.A.weight.unflatten(0, (self.U.shape[0], -1))).flatten(0, 1)
 
 
-class Fused(nn.Module):
-    """Several linears over one input whose outputs are laid out as a family's own fused linear lays them out."""
+class Rows(NamedTuple):
+    """How a family's own linear lays out the rows of its roles (see `families.Fused`).
 
-    def __init__(self, parts: dict[str, nn.Module], layout: str, heads: int):
+    `sizes`: rows of each role. `heads`: kv heads ("heads"), or the role's own ("neighbours"), of whose channels the first
+    `rotary` are rotated.
+    """
+
+    layout: str
+    sizes: Sequence[int]
+    heads: int = 1
+    rotary: int = 0
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """(rows, …) → the rows of each role."""
+        if self.layout == "rows":
+            return list(x.split(list(self.sizes)))
+        by_head = x.unflatten(0, (self.heads, -1))
+        if self.layout == "heads":
+            return [t.flatten(0, 1) for t in by_head.split([n // self.heads for n in self.sizes], 1)]
+        pairs, rest = by_head[:, : self.rotary].unflatten(1, (-1, 2)), by_head[:, self.rotary :]
+        return [torch.cat([pairs.transpose(1, 2).flatten(1, 2), rest], 1).flatten(0, 1)]
+
+    def join(self, parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+        """The inverse of `split`, along any axis."""
+        if self.layout == "rows":
+            return torch.cat(list(parts), dim)
+        dim %= parts[0].ndim
+        by_head = torch.cat([p.unflatten(dim, (self.heads, -1)) for p in parts], dim + 1)
+        if self.layout == "neighbours":
+            halves, rest = by_head.split([self.rotary, by_head.shape[dim + 1] - self.rotary], dim + 1)
+            pairs = halves.unflatten(dim + 1, (2, -1)).transpose(dim + 1, dim + 2).flatten(dim + 1, dim + 2)
+            by_head = torch.cat([pairs, rest], dim + 1)
+        return by_head.flatten(dim, dim + 1)
+
+
+class Fused(nn.Module):
+    """Linears over one input whose outputs are laid out as a family's own linear lays them out."""
+
+    def __init__(self, parts: dict[str, nn.Module], rows: Rows):
         super().__init__()
-        self.roles, self.layout, self.heads = tuple(parts), layout, heads
+        self.roles, self.rows = tuple(parts), rows
         for role, module in parts.items():
             setattr(self, role, module)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [getattr(self, r)(x) for r in self.roles]
-        if self.layout == "rows":
-            return torch.cat(parts, dim=-1)
-        return torch.stack([p.unflatten(-1, (self.heads, -1)) for p in parts], dim=-2).flatten(-3)
+        return self.rows.join([getattr(self, r)(x) for r in self.roles], -1)
 
     def join(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the family's own linear; all parts must be dense."""
         weights, biases = ([getattr(getattr(self, r), n) for r in self.roles] for n in ("weight", "bias"))
-        if self.layout == "rows":
-            return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
-        join = lambda ts: torch.stack([t.unflatten(0, (self.heads, -1)) for t in ts], 1).flatten(0, 2)  # noqa: E731
-        return join(weights), None if biases[0] is None else join(biases)
-
-
-def split_fused(w: Tensor, row: FusedRow, sizes: list[int], heads: int) -> list[Tensor]:
-    """Rows of a fused weight (or bias) for each role; the inverse of `Fused.join`."""
-    if row.layout == "rows":
-        return list(w.split(sizes))
-    return [t.flatten(0, 1) for t in w.unflatten(0, (heads, len(row.roles), -1)).unbind(1)]
+        return self.rows.join(weights), None if biases[0] is None else self.rows.join(biases)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -210,6 +232,33 @@ class Bypass(nn.Module):
             z = self.V(x)
             y = y + (z if self.W is None else self.W(z))
         return (y, None) if self.as_tuple else y
+
+
+class Apart:
+    """Mixed into the class of a block with one norm for two submodules, of which one reads the residual stream itself.
+
+    y = x + attention(norm(x)) + mlp(norm(x)), where what is `apart` ("attention" or "mlp") reads x in place of norm(x).
+    """
+
+    apart: str
+    paths: Sequence[str]  # of norm, attention, mlp
+    tuples: bool
+
+    def forward(self, hidden_states: Tensor, **kwargs):
+        norm, attention, mlp = (self.get_submodule(p) for p in self.paths)  # type: ignore[attr-defined]
+        x = norm(hidden_states)
+        attended = attention(hidden_states if self.apart == "attention" else x, **kwargs)
+        attended = attended[0] if isinstance(attended, tuple) else attended
+        y = hidden_states + attended + mlp(hidden_states if self.apart == "mlp" else x)
+        return (y, None) if self.tuples else y
+
+
+@functools.cache
+def make_apart(stock: type) -> type:
+    """A family's class of blocks with `Apart` mixed in."""
+    made = type(stock.__name__, (Apart, stock), {"__module__": __name__})
+    globals()[made.__name__] = made  # for pickle
+    return made
 
 
 class SlicedNorm(nn.Module):

@@ -123,7 +123,7 @@ def cut_errors(
             stats.merge(measure_block(few, i, placed, rest, hidden, Run(placed, hidden), outputs=False)[0])
         with measure.phase("frontiers"):
             frontiers = {u: problem.units[u].decompose(u, weights, stats, shape) for u in sorted(units)}
-        seen, after = capture(few, i, placed, {site}, hidden)
+        seen, after = capture(few, i, placed, {site} if groups else set(), hidden)
         for group in groups:
             for ranks in wanted[group]:
                 cuts = dict(zip(group, ranks, strict=True))

@@ -146,6 +146,8 @@ class Bypass(Solver):
             raise InputError(
                 f"whole submodules are removed where every block has them; block {shape.block} has no {what}"
             )
+        if shape.hybrid:
+            raise InputError("whole submodules are removed where no block has a mixer; this model's have")
         return [Unit(shape.block, name) for name in self.submodules]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:

@@ -43,38 +43,49 @@ def coactivation(g: Float[Tensor, "tokens experts"], f: Float[Tensor, "tokens ex
 
 
 def removals(
-    g: Float[Tensor, "tokens experts"], d: Float[Tensor, "tokens experts"], total: Float[Tensor, "tokens 1"]
+    shares: Float[Tensor, "tokens experts"], d: Float[Tensor, "tokens experts"], gates: str
 ) -> dict[str, Tensor]:
-    """Σ s_i s_j, s_j = uᵀe_j = q (uᵀy − total · d_j) / (1 − q) with q = g_j / total: (experts, experts), and the number of tokens.
+    """Σ s_i s_j over tokens, s_j = uᵀe_j: (experts, experts), and the number of tokens that reach each expert (experts,).
 
-    g: gates; d = uᵀf: what the loss gains by each gate; y = Σ g f; e_j: what the mixture's output changes by without j.
-    An expert that was the only one leaves nothing behind: e_j = −g_j f_j.
+    e_j: what the mixture's output y = Σ g f changes by if expert j is missing and the next one, n, comes in its place,
+
+        e_j = (c_j y − g_j f_j + h f_n) / (1 − c_j),
+
+    h what n would be given if the other gates kept theirs, and c_j what lets them grow: "softmax": g_j; "chosen", where all
+    add up to 1: g_j − h; "apart": 0. Without a next one, h = 0, it is the known g_j (y − f_j) / (1 − g_j) of gates that add up
+    to 1. Tokens that do not reach j change too if gates are part of a softmax: e_j = c_j y / (1 − c_j).
+
+    `shares`: g of those that a token reaches, −h, and in a softmax minus the others' parts of it; d = uᵀf, the gradient there,
+    0 for these others. An expert that was the only one leaves nothing behind: e_j = −g_j f_j.
     """
-    q = g / total.clamp(min=torch.finfo(g.dtype).tiny)
-    rest = 1 - q
-    s = torch.where(rest > 1e-9, q * ((g * d).sum(1, keepdim=True) - total * d) / rest.clamp(min=1e-9), -g * d)
-    return {"sum": s.T @ s, "number": (g > 0).double().sum(0)}
+    shares, d = shares.double(), d.double()
+    g, h = shares.clamp(min=0), (-shares).clamp(min=0)
+    if gates == "chosen":
+        total = g.sum(1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
+        g, h, d = g / total, h / total, d * total
+    y, come, reached = (g * d).sum(1, keepdim=True), (h * d).sum(1, keepdim=True), g > 0
+    grow = {"chosen": reached * (g - h.sum(1, keepdim=True)), "softmax": g + h, "apart": torch.zeros_like(g)}[gates]
+    grow = torch.where(1 - grow > 1e-9, grow, 0)
+    s = (grow * y + reached * (come - g * d)) / (1 - grow)
+    return {"sum": s.T @ s, "number": reached.double().sum(0)}
 
 
 @kind
-def chosen_removals(g: Float[Tensor, "tokens experts"], d: Float[Tensor, "tokens experts"]) -> dict[str, Tensor]:
-    """`removals` where the other gates of a token add up to what all did."""
-    g, d = g.double(), d.double()
-    return removals(g, d, g.sum(1, keepdim=True))
+def chosen_removals(shares: Float[Tensor, "tokens experts"], d: Float[Tensor, "tokens experts"]) -> dict[str, Tensor]:
+    """`removals` where the gates of a token add up to the same, whichever experts it reaches."""
+    return removals(shares, d, "chosen")
 
 
 @kind
-def softmax_removals(g: Float[Tensor, "tokens experts"], d: Float[Tensor, "tokens experts"]) -> dict[str, Tensor]:
+def softmax_removals(shares: Float[Tensor, "tokens experts"], d: Float[Tensor, "tokens experts"]) -> dict[str, Tensor]:
     """`removals` where gates are part of a softmax over all experts."""
-    g, d = g.double(), d.double()
-    return removals(g, d, torch.ones_like(g[:, :1]))
+    return removals(shares, d, "softmax")
 
 
 @kind
-def apart_removals(g: Float[Tensor, "tokens experts"], d: Float[Tensor, "tokens experts"]) -> dict[str, Tensor]:
-    """Σ s_i s_j, s_j = −g_j d_j: the other gates stay."""
-    s = g.double() * d.double()
-    return {"sum": s.T @ s, "number": (g > 0).double().sum(0)}
+def apart_removals(shares: Float[Tensor, "tokens experts"], d: Float[Tensor, "tokens experts"]) -> dict[str, Tensor]:
+    """`removals` where the other gates stay."""
+    return removals(shares, d, "apart")
 
 
 @dataclass(frozen=True)
@@ -106,9 +117,9 @@ class Experts(Solver):
         return {"experts": keep_form(e, rank)} if rank < e.number else {}
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
-        gates = "experts.gates"
+        gates, shares = "experts.gates", "experts.shares"
         if self.criterion == "nats":
-            return [Tap(gates, f"{find_experts(shape).gates}_removals", f"grad:{gates}")]
+            return [Tap(shares, f"{find_experts(shape).gates}_removals", f"grad:{shares}")]
         if self.criterion in ("frequency", "mass"):
             return [Tap(gates, "expert_counts")]
         return [Tap(gates, "coactivation" if self.criterion == "together" else "expert_sums", "experts.norms")]

@@ -35,7 +35,10 @@ class FisherBypass(Solver):
     anchor: float = 0.0
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, name) for name in PARTS if shape.held(name)]
+        parts = [
+            n for n in PARTS if n != "attention" or not shape.hybrid
+        ]  # one has to stay, whose cache knows positions
+        return [Unit(shape.block, name) for name in parts if shape.held(name)]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return [*range((shape.hidden + 1) // 2), shape.hidden, shape.hidden + 1]

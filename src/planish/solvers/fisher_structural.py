@@ -121,7 +121,7 @@ class FisherValues(Solver):
     damping: float = 1e-4
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "vo")] if shape.heads else []
+        return [Unit(shape.block, "vo")] if shape.averages else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.v + 1)

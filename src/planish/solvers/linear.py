@@ -38,7 +38,7 @@ class LinearSVD(Solver):
     update: bool = False
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, r) for r in shape.roles if not self.roles or r in self.roles]
+        return [Unit(shape.block, r) for r in shape.linears if not self.roles or r in self.roles]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return list_ranks(shape.linear(unit.name), self.form)

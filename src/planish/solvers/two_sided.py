@@ -35,7 +35,7 @@ class TwoSided(Solver):
     ridge: float = 1e-3
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, r) for r in shape.roles]
+        return [Unit(shape.block, r) for r in shape.linears]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return list_ranks(shape.linear(unit.name), self.form)

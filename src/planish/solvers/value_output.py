@@ -46,7 +46,7 @@ class ValueOutput(Solver):
         return {} if self.refit else {"monotone": "heads may cancel"}
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "vo")] if shape.heads else []
+        return [Unit(shape.block, "vo")] if shape.averages else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.v + 1)

@@ -26,7 +26,7 @@ class ValuePCA(Solver):
     name: ClassVar[str] = "value-pca"
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "vo")] if shape.heads else []
+        return [Unit(shape.block, "vo")] if shape.averages else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         return range(1, shape.v + 1)

@@ -1,0 +1,110 @@
+"""Models that have mixers in place of some attentions, or beside them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import planish
+import tiny
+from planish.calibrate.losses import compute_logits
+from planish.calibrate.measure import sweep_forward
+from planish.calibrate.stream import Stream
+from planish.errors import InputError
+from planish.folder.source import MemorySource
+from planish.modelling.blocks import read_layout, split_block
+from planish.modelling.families import ATTENTION, MLP
+from planish.stats import Tap
+
+WINDOWS = tiny.windows(8, 24)
+IDS = tiny.windows(1, 2000)[0].numpy()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny.HYBRIDS)
+def test_hidden_states_and_what_mixers_read_are_the_models_own(name):
+    """Every block's input, the logits, and the moments of the inputs of a mixer's last linear, by transformers' own forward."""
+    model = tiny.build(name, torch.float64)
+    source = MemorySource(model)
+    stream, tap = Stream(source, WINDOWS, dtype=torch.float64), Tap("mixer.out.in", "gram")
+    every = sweep_forward(stream, lambda shape: [tap] if shape.state else [])
+    found, out = {i: stats for i, _, stats in every if stats.sums}, stream.outputs()
+    rows = {}
+    for i in found:
+        path = source.family.path("mixer.out")
+        mixer = model.get_submodule(source.family.blocks)[i].get_submodule(path)
+        mixer.register_forward_pre_hook(lambda m, args, i=i: rows.update({i: args[0].flatten(0, 1)}))
+    logits = model(WINDOWS, use_cache=False).logits
+    assert found and found.keys() == rows.keys()
+    for i, stats in found.items():
+        torch.testing.assert_close(stats.sums[tap]["sum"], rows[i].T @ rows[i])
+    torch.testing.assert_close(torch.cat([compute_logits(stream, h) for h in out]), logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny.HYBRIDS)
+def test_what_mixers_keep_of_a_sequence_is_what_the_cache_holds_beside_keys_and_values(name):
+    model = tiny.build(name)
+    shapes = [MemorySource(model).shape(i) for i in range(model.config.num_hidden_layers)]
+    for length in (5, 20):
+        cache = model(WINDOWS[:1, :length], use_cache=True).past_key_values
+        held = [
+            [
+                t
+                for kind in ("conv_states", "recurrent_states")
+                for t in getattr(layer, kind, {}).values()
+                if t is not None
+            ]
+            for layer in cache.layers
+        ]
+        assert [sum(t.numel() for t in tensors) for tensors in held] == [s.state for s in shapes]
+
+
+def test_a_mixer_in_place_of_attention():
+    model = tiny.build("lfm2")
+    source = MemorySource(model)
+    family, config = source.family, source.config
+    layouts = [read_layout(split_block(source.block(i), family, config), family, config) for i in range(3)]
+    assert [tuple(g.name for g in layout.groups) for layout in layouts] == [
+        ("mlp", "mixer"),
+        ("attention", "mlp"),
+        ("mlp", "mixer"),
+    ]
+    shapes = [source.shape(i) for i in range(3)]
+    assert [s.roles for s in shapes] == [MLP, ATTENTION + MLP, MLP]
+    assert shapes[0].further == ("mixer.in", "mixer.out") and shapes[0].linear("mixer.in") == (96, 32)
+    plan = planish.forecast(model, keep=0.8, method="svd-llm", calibration=IDS, n_samples=4, seq_len=12)
+    assert plan.block_params_before == sum(s.count() for s in shapes)
+    assert {u["unit"] for u in plan.units if u["block"] != 1} == {"mixer.in", "mixer.out", *MLP}
+    assert plan.warnings[-2:] == [
+        "untouched: conv.conv of blocks 0, 2, 192 weights",
+        f"mixers of blocks 0, 2 keep {4 * 2 * 32 * 3} bytes of a sequence of any length",
+    ]
+    assert plan.kv_bytes_per_token_before == 4 * 2 * 2 * 8  # of the one block with attention
+    structural = planish.forecast(model, keep=0.8, method="a3", calibration=IDS, n_samples=4, seq_len=12)
+    assert [w.partition(",")[0] for w in structural.warnings[-4:-1]] == [
+        f"untouched: {what} of blocks 0" for what in ("mixer.in", "mixer.out", "conv.conv")
+    ]
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "blockpruner", "slicegpt", "nbl", "cocurve"])
+def test_what_needs_attention_everywhere_refuses_a_mixer_by_name(method, tmp_path):
+    with pytest.raises(InputError, match=r"block 0 has (no attention|others)"):
+        tiny.compress(tiny.build("lfm2"), output=tmp_path / "m", keep=0.7, method=method, windows=WINDOWS)
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_auto_removes_feed_forwards_but_no_attention_of_a_hybrid(tmp_path):
+    """Caches count positions by an attention."""
+    model = tiny.build("lfm2")
+    settings = {"bypass": "true", "units": "structural"}
+    tiny.compress(
+        model, output=tmp_path / "m", keep=0.45, method="auto", settings=settings, windows=tiny.windows(24, 24)
+    )
+    small = tiny.load(tmp_path / "m")
+    specs = small.config.planish["blocks"]
+    assert any("mlp" in spec for spec in specs) and not any("bypass" in str(spec.get("attention")) for spec in specs)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = small.generate(WINDOWS[:2, :13], use_cache=False, **options)
+    assert torch.equal(plain, small.generate(WINDOWS[:2, :13], **options))
