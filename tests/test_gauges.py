@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import compressed
 import tiny
-from planish.modelling.blocks import Layout, find_blocks, get_linear, read_layout, split_block
+from planish.modelling.blocks import Layout, find_blocks, get_linear, read_layout
+from planish.modelling.canonical import split_block
 from planish.modelling.families import FAMILIES
 from planish.modelling.modules import Pair, Pivoted
 from planish.rounding.gauges import balance

@@ -134,6 +134,11 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True, "logit_scale": 0.5,
         },
     ),
+    "cohere_norms": ("Cohere", {**_GQA, "num_hidden_layers": 2, "use_qk_norm": True, "attention_bias": True}),
+    "phi_norms": ("Phi", {"num_hidden_layers": 2, "qk_layernorm": True}),
+    "stablelm_norms": (
+        "StableLm", {**_GQA, "use_parallel_residual": True, "qk_layernorm": True, "num_hidden_layers": 2},
+    ),
     "phi": ("Phi", {"num_hidden_layers": 2} | _rope("default", partial_rotary_factor=0.5)),
     "stablelm_parallel": ("StableLm", {**_GQA, "use_parallel_residual": True, "num_hidden_layers": 2}),
     "falcon": ("Falcon", {**_FALCON, "bias": True}),  # one kv head, one norm for both submodules
@@ -149,7 +154,8 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; all of them where slow tests run
 RARE = (  # of these, what is made of the same as others: all laws are slow
-    "exaone4_windows", "smollm3", "ernie4_5", "cohere", "phi", "stablelm_parallel", "falcon_new", "falcon_new_shared", "apertus",
+    "exaone4_windows", "smollm3", "ernie4_5", "cohere", "cohere_norms", "phi", "phi_norms", "stablelm_parallel",
+    "stablelm_norms", "falcon_new", "falcon_new_shared", "apertus",
 )  # fmt: skip
 
 

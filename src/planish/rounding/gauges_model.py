@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from planish.modelling.blocks import Layout, find_blocks, get_linear, has_linear, join_block, read_layout, split_block
+from planish.modelling.blocks import Layout, find_blocks, get_linear, has_linear, read_layout
+from planish.modelling.canonical import join_block, split_block
 from planish.modelling.families import FAMILIES, Family
 from planish.rounding.gauges import Grams, balance
 from planish.rounding.gauges_linears import Rounding
