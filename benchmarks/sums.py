@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import planish
+from planish.calibrate.text import load_tokens, sample_windows
 from planish.slices import PRODUCTS, SLICED
 from planish.stats import add_gram, mirror
 
@@ -36,11 +38,9 @@ def main() -> None:
     args = parser.parse_args()
     model = args.model or find_wheel()
     lm = planish.load(model, dtype="float32")
-    from planish.calibrate.text import load_tokens, sample_windows
-    from planish.folder.hub import find_folder
-    from planish.folder.tokenizer import load_tokenizer
-
-    text = load_tokens(args.text, load_tokenizer(find_folder(model, weights=False)))
+    place = {"gguf_file": model.name} if model.is_file() else {}
+    tokenizer = AutoTokenizer.from_pretrained(model.parent if place else model, **place)
+    text = load_tokens(args.text, tokenizer)
     windows = sample_windows(text.tokens, args.n_samples, args.seq_len, begin=text.begin)
     lines = [
         "# How exact sums are", "",
