@@ -60,7 +60,7 @@ class Attention(nn.Module):
             self.register_buffer("pairs", torch.zeros(kv_heads, pairs, dtype=torch.int32, device=device))
         else:
             self.pairs = None
-        # q_proj, k_proj, v_proj, o_proj are set by `install`
+        self.gate_proj: nn.Module | None = None  # with q_proj, k_proj, v_proj and o_proj set by `install`
 
     def forward(
         self,
@@ -96,7 +96,13 @@ class Attention(nn.Module):
         )
         if value.shape[-1] > self.v:
             output = output[..., : self.v]
-        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+        return self.finish(output.reshape(query.shape[0], query.shape[2], -1).contiguous(), hidden_states), weights
+
+    def finish(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """What heads give (batch, tokens, heads · v), gated where the family does that, through the output projection."""
+        if self.gate_proj is not None:
+            output = output * torch.sigmoid(self.gate_proj(hidden_states))
+        return self.o_proj(output)
 
     def normalise(self, kind: str, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Through their norms, if the family's are of this kind: "width" sees (..., heads · qk), as do "each" and "listed"; the
@@ -218,7 +224,7 @@ class Latent(Attention):
         )
         if value.shape[-1] > self.v:
             output = output[..., : self.v]
-        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+        return self.finish(output.reshape(query.shape[0], query.shape[2], -1).contiguous(), hidden_states), weights
 
     def rebuild(self, k: Tensor) -> Tensor:
         """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
@@ -323,7 +329,7 @@ def find_positions(layer: Any, given: Tensor | None, new: int, key: Tensor) -> T
 def make_rotary(stock: nn.Module) -> nn.Module:
     """The rotary tables' module of a stock attention's own family."""
     names = vars(sys.modules[type(stock).__module__])
-    kind = next(c for n, c in names.items() if n.endswith("RotaryEmbedding"))
+    kind = next(c for n, c in names.items() if n.endswith("RotaryEmbedding") and "Vision" not in n)
     return kind(config=stock.config)
 
 

@@ -64,8 +64,9 @@ def get_linear(block: nn.Module, family: Family, role: str) -> nn.Module:
 
 def find_path(block: nn.Module, family: Family, role: str) -> str:
     """Where a role's module is in a canonical block, wherever an edit has moved it."""
-    if role in ATTENTION and isinstance(block.get_submodule(family.attention), Attention):
-        return f"{family.attention}.{role}_proj"
+    own = role.removeprefix("attention.")
+    if (role in ATTENTION or own != role) and isinstance(block.get_submodule(family.attention), Attention):
+        return f"{family.attention}.{own}_proj"
     return family.path(role)
 
 
@@ -112,7 +113,8 @@ def list_norms(block: nn.Module, family: Family, groups: set[str]) -> tuple[Norm
         norms["attention"] = attention_norm or ""
     if "mlp" in groups and groups <= {"attention", "mlp"}:
         norms["mlp"] = mlp_norm or ""
-    roles = {"attention": ATTENTION[:3], "mlp": tuple(r for r in MLP[:2] if r in family.roles)}
+    readers = (*ATTENTION[:3], *(r for r in family.others if r.startswith("attention.")))
+    roles = {"attention": readers, "mlp": tuple(r for r in MLP[:2] if r in family.roles)}
     if attention_norm and attention_norm == mlp_norm:  # both read one
         roles = {"attention": roles["attention"] + roles["mlp"]} if norms.keys() == roles.keys() else {}
     found = {norms[g]: own for g, own in roles.items() if norms.get(g) and has_module(block, norms[g])}
@@ -160,7 +162,8 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
     experts = spec.get("experts")
     if experts and count_experts(block, family) > experts["number"]:
         keep_experts(block, family, range(experts["number"]), experts["top"])
-    linears = {r: get_linear(block, family, r) for r in family.roles if has_linear(block, family, r)}
+    roles = (*family.roles, *family.others)
+    linears = {r: get_linear(block, family, r) for r in roles if has_linear(block, family, r)}
     for role, f in spec.get("linears", {}).items():
         linears[role] = build_linear(f, get_linear(block, family, role))
         set_module(block, family.path(role), linears[role])
@@ -170,8 +173,8 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
             own = kind(stock, config, family, form["qk"], form["v"], form["k_rank"], form["k_groups"])
         else:
             own = Attention(stock, config, family, form["qk"], form["v"], form.get("pairs"))
-        for role in "qkvo":
-            setattr(own, f"{role}_proj", linears[role])
+        for role in (*ATTENTION, *(r for r in linears if r.startswith("attention."))):
+            setattr(own, f"{role.removeprefix('attention.')}_proj", linears[role])
         set_module(block, family.attention, own)
     elif form.get("kind") == "bypass":
         set_module(block, family.attention, _bypass(form, stock, config, as_tuple=True))

@@ -89,8 +89,8 @@ def read_rows(block: nn.Module, family: Family, row: FusedRow, heads: int, kv_he
     if row.layout == "neighbours":
         attention = block.get_submodule(family.attention)
         return Rows(row.layout, [out], heads if row.roles == ("q",) else kv_heads, rotary_width(attention, family))
-    if "q" not in row.roles:
-        return Rows(row.layout, [out // len(row.roles)] * len(row.roles))
+    if "k" not in row.roles:
+        return Rows(row.layout, [out // len(row.roles)] * len(row.roles), heads if row.layout == "heads" else 1)
     width = head_width(block.get_submodule(family.attention))  # of queries and keys; values have what is left
     return Rows(row.layout, [heads * width, kv_heads * width, out - (heads + kv_heads) * width], kv_heads)
 

@@ -12,7 +12,8 @@ ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")  # roles
 @dataclass(frozen=True)
 class Fused:
     """A linear that stores rows otherwise than role by role. `layout`: "rows" = one role after the other; "heads" = per kv head
-    its queries, its key, its value; "neighbours" = one role, whose heads rotate channels 2j and 2j + 1 together.
+    its queries, its key, its value, or per query head the query and its gate; "neighbours" = one role, whose heads rotate
+    channels 2j and 2j + 1 together.
 
     In a canonical block every role is a linear of its own, and a head rotates channels j and j + half together.
     """
@@ -49,6 +50,9 @@ class ExpertsRow:
     top_groups: str = "topk_group"
     scale: str = ""
     stacked: bool = False  # in checkpoints too
+    shared: str = (
+        ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
+    )
 
     def gates(self, settings: object) -> str:
         """What becomes of a token's gates where an expert is missing, by the config or the router's own settings: "chosen",

@@ -127,8 +127,8 @@ class Fused(nn.Module):
 
     def __init__(self, parts: dict[str, nn.Module], rows: Rows):
         super().__init__()
-        self.roles, self.rows = tuple(parts), rows
-        for role, module in parts.items():
+        self.roles, self.rows = tuple(role.rpartition(".")[2] for role in parts), rows
+        for role, module in zip(self.roles, parts.values(), strict=True):
             setattr(self, role, module)
 
     def forward(self, x: Tensor) -> Tensor:
