@@ -25,7 +25,8 @@ from planish.folder.skeleton import set_parameter
 from planish.folder.source import FolderSource
 from planish.folder.writer import Writer, copy_untouched
 from planish.modelling.attentions import Attention
-from planish.modelling.blocks import Spec, find_blocks, get_linear, split_block
+from planish.modelling.blocks import Spec, find_blocks, get_linear
+from planish.modelling.canonical import split_block
 from planish.modelling.modules import Bypass, set_module
 
 LOW_RANK = ("pair", "pivoted", "head_pair")

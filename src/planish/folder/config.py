@@ -13,20 +13,13 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
+import planish.modelling
 from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.packed.declared import FIELDS, METHODS, find_declared
 from planish.folder.recognise import refuse_file, refuse_unlike
 from planish.folder.towers import Tower, split_config
-from planish.modelling import attentions as attentions_file
-from planish.modelling import blocks as blocks_file
-from planish.modelling import families as families_file
-from planish.modelling import family as family_file
-from planish.modelling import hybrids as hybrids_file
-from planish.modelling import modelling as modelling_file
-from planish.modelling import modules as modules_file
-from planish.modelling import wrappers as wrappers_file
 from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import Spec
 from planish.modelling.families import FAMILIES, MLP, Family
@@ -35,9 +28,6 @@ from planish.modelling.wrappers import WRAPPERS, Wrapper
 
 register()  # the Auto classes know compressed models from here on
 
-CARRIED = (  # the files that a folder of no stock shapes carries
-    family_file, hybrids_file, families_file, modules_file, attentions_file, blocks_file, wrappers_file, modelling_file,
-)  # fmt: skip
 PER_BLOCK = ("layer_types", "no_rope_layers")  # fields that hold a value for every block
 VISION = ("_vision", "_vision_model", "pixtral")  # what model types of vision towers end with
 NO_SOFT_CAP = "{} with eager attention: transformers' sdpa leaves out the soft cap of attention scores"
@@ -128,10 +118,6 @@ def find_family(config) -> Family:
         raise InputError(
             f"{kind} with clip_qkv={clip:g} is not supported: clipped queries, keys and values are not linear"
         )
-    if read_declared(config, "qk_layernorm"):
-        raise InputError(f"{kind} with qk_layernorm=true is not supported: norms of queries and keys that are not read")
-    if read_declared(config, "use_qk_norm") and kind == "cohere":
-        raise InputError(f"{kind} with use_qk_norm=true is not supported: every head has a norm of its own")
     if read_declared(config, "alibi"):
         raise InputError(f"{kind} with alibi=true is not supported: its attention adds a bias for distance by itself")
     if read_declared(config, "parallel_attn") is False and not read_declared(config, "new_decoder_architecture"):
@@ -250,8 +236,7 @@ def write_config(
             "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
             "per_layer_config": per_layer(specs, shapes, family),
         }
-        for module in CARRIED:
-            path = Path(str(module.__file__))
+        for path in sorted(Path(str(planish.modelling.__file__)).parent.glob("[!_]*.py")):
             write(path.name, path.read_text(encoding="utf-8"))
     config = config if tower is None else tower.wrap(config, native is not None)
     config["transformers_version"] = transformers.__version__

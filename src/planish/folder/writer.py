@@ -18,7 +18,8 @@ from planish.folder.skeleton import set_parameter
 from planish.folder.source import Source
 from planish.folder.tokenizer import TEMPLATES
 from planish.folder.towers import Tower
-from planish.modelling.blocks import install, join_block, split_block
+from planish.modelling.blocks import install
+from planish.modelling.canonical import join_block, split_block
 from planish.modelling.families import Family
 
 # what savers of models, the hub and planish put into a model's folder

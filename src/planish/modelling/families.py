@@ -14,6 +14,7 @@ _GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 _PLAIN = {r: _GATED[r] for r in ("up", "down")}
 _NEIGHBOURS = tuple(Fused(f"self_attn.{r}_proj", (r,), "neighbours") for r in "qk")
 _VALUES = {r: _ATTENTION[r] for r in "vo"}  # beside `_NEIGHBOURS`
+_LAYERNORMS = ("q_layernorm", "k_layernorm")
 _SPARSE = ((".block_sparse_moe.", ".mlp."),)
 _QWEN = ExpertsRow(normalised="norm_topk_prob")
 _CORRECTED = ExpertsRow(
@@ -140,8 +141,16 @@ _ROWS = (
         qk_norm="head",
     ),
     Family("olmo", _classes("Olmo"), _ATTENTION | _GATED),
-    Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True, shared_norm="input_layernorm"),
-    _one_norm("cohere", _classes("Cohere"), _VALUES | _GATED, fused=_NEIGHBOURS, twins=True),
+    Family(
+        "stablelm",
+        _classes("StableLm"),
+        _ATTENTION | _GATED,
+        parallel=True,
+        shared_norm="input_layernorm",
+        qk_norm="listed",
+        norms=_LAYERNORMS,
+    ),
+    _one_norm("cohere", _classes("Cohere"), _VALUES | _GATED, fused=_NEIGHBOURS, twins=True, qk_norm="each"),
     _one_norm(
         "cohere2",
         _classes("Cohere2"),
@@ -155,6 +164,8 @@ _ROWS = (
         "phi",
         _classes("Phi"),
         {r: f"self_attn.{r}_proj" for r in "qkv"} | {"o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"},
+        qk_norm="head",
+        norms=_LAYERNORMS,
     ),
     Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN, norm_offset=1.0),
     Family("starcoder2", _classes("Starcoder2"), _ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True),
