@@ -96,6 +96,9 @@ def export_gguf(
     total, stored = tensors.total, source.count()
     notes = describe_cost(total - stored, sum(s.extra for s in sketches), architecture, reasons) + notes + left_out
     notes += tensors.describe(source.config.hidden_size)
+    if source.tower:
+        parts, kind = ", ".join(source.untouched.parts), source.tower.wrapper.model_type
+        notes.append(f"the language model alone: {parts} of {kind} are left out")
     written = ", ".join(k.name for k in tensors.kinds) or dtype
     return Written("gguf", str(target), architecture, written, total, stored, target.stat().st_size, tokenizer, notes)
 

@@ -24,6 +24,7 @@ from planish.folder.config import load_config
 from planish.folder.hub import find_folder
 from planish.folder.load import load
 from planish.folder.tokenizer import load_tokenizer
+from planish.folder.towers import refuse_wrapped
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
 TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit
@@ -266,7 +267,7 @@ def read_sizes(path: Path, target: str, dense_reference: str | Path | None) -> t
         raise InputError(
             "transformers has no class for a DeciLM folder: --target vllm with --dense-reference, the folder it was exported from"
         )
-    config = load_config(path) if carrier is None else SimpleNamespace(**read_config(path))
+    config = SimpleNamespace(**read_config(path)) if carrier else load_config(path).get_text_config()
     longest = config.max_position_embeddings
     if target == "gguf":
         longest = min(longest, getattr(config, "sliding_window", None) or longest)
@@ -303,6 +304,7 @@ def open_target(path: Path, target: str, file: str | Path | None, context: int, 
             model = load(path, dtype=torch.float32)
         return Transformers(model, load_tokenizer(path)), str(path)
     if target == "vllm":
+        refuse_wrapped(load_config(path), "what planish runs in vLLM", "a folder in stock shapes is served without it")
         return Vllm(path, context), str(path)
     if file is None:
         from planish.export.gguf import export_gguf
