@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from planish.errors import InputError
-from planish.folder.config import NO_SOFT_CAP, load_config, open_config
+from planish.folder.config import NO_SOFT_CAP, is_compressed, load_config, open_config, read_layout
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.gguf_tokenizer import read_generation_config
 from planish.folder.hub import find_folder
@@ -54,6 +54,9 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
         warnings.warn(NO_SOFT_CAP.format(f"{folder} is loaded"), stacklevel=2)
     if is_gguf(path) or find_declared(path):
         return load_dequantised(path, **kwargs)
+    row = read_layout(text)[0].experts
+    if row is not None and not is_compressed(text) and getattr(text, row.width) % 8:
+        kwargs.setdefault("experts_implementation", "eager")  # grouped products refuse rows of no multiple of 16 bytes
     if getattr(config, "quantization_config", None):  # transformers' own matter
         open_weights(path)
     else:
