@@ -198,9 +198,18 @@ def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[
     if mixtures and family.experts is not None:
         row = family.experts
         found |= dict(zip((row.count, row.top, row.width), mixtures.pop(), strict=True))
+        for shared in {n for s in shapes for role, n, _ in s.others if role == "shared.up"} if row.shared else ():
+            if shared % found[row.width]:  # it would have to become narrower too
+                return None
+            if found[row.width] != width_of_experts(shapes):
+                found[row.shared] = shared // found[row.width]
     if family.intermediate:
         return found | dict(zip([family.intermediate], widths, strict=False)) | dict(family.settled)
     return found if widths <= {shapes[0].intermediate} else None
+
+
+def width_of_experts(shapes: list[Shape]) -> int:
+    return next(s.experts.intermediate for s in shapes if s.experts)
 
 
 def write_config(

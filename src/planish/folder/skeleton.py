@@ -30,10 +30,15 @@ def build_stock(config: Any, family: Family) -> PreTrainedModel:
         raise InputError(f"config.json is no valid {family.model_type}: {type(error).__name__}: {error}") from None
 
 
+def find_whole(tower: Tower) -> type[PreTrainedModel]:
+    """The class of the whole model that a language model is in."""
+    return AutoModelForImageTextToText._model_mapping[type(tower.config)]
+
+
 def build_whole(tower: Tower) -> PreTrainedModel:
     """The whole model, dense or compressed, that a language model is in; the caller says where."""
     try:
-        return AutoModelForImageTextToText.from_config(tower.config)
+        return find_whole(tower)(tower.config)
     except Exception as error:
         kind = tower.wrapper.model_type
         raise InputError(f"config.json is no valid {kind}: {type(error).__name__}: {error}") from None

@@ -35,7 +35,7 @@ from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import find_blocks
 from planish.modelling.canonical import split_block
 from planish.modelling.families import Family
-from planish.modelling.wrappers import find_language_model
+from planish.modelling.wrappers import MODULES, find_language_model
 from planish.stats import is_finite
 
 HEAD = "lm_head.weight"
@@ -168,13 +168,15 @@ class FolderSource(Source):
         _ = self.reader
         return copy.deepcopy(self.model)
 
-    def block(self, i: int) -> nn.Module:
-        return split_block(self.stored_block(i), self.family, self.config)
+    def block(self, i: int, experts: bool = True) -> nn.Module:
+        return split_block(self.stored_block(i, experts), self.family, self.config)
 
-    def stored_block(self, i: int) -> nn.Module:
-        """A copy of block i under its stored names (fused linears stay fused), in the stored dtype."""
+    def stored_block(self, i: int, experts: bool = True) -> nn.Module:
+        """A copy of block i under its stored names (fused linears stay fused), in the stored dtype; `experts`: with the weights
+        of its experts, which are else left on the meta device."""
         block = copy.deepcopy(find_blocks(self.model, self.family)[i], {id(self.model.config): self.model.config})
-        for name in block.state_dict():
+        row = None if experts else self.family.experts
+        for name in [n for n in block.state_dict() if row is None or not n.startswith(f"{row.path}.")]:
             set_parameter(block, name, self.reader.tensor(f"{self.family.blocks}.{i}.{name}"))
         following = i + (1 if i >= self._last else -1)  # the stream goes up or down
         self._last = i
@@ -315,6 +317,11 @@ def name_stored(source: Source, name: str) -> str:
     """What checkpoints call a tensor of the causal LM."""
     stored = source.family.store_name(name)
     return stored if source.tower is None else source.tower.store_name(stored)
+
+
+def name_module(source: Source, name: str) -> str:
+    """What a module of the causal LM is called in the whole model."""
+    return name if source.tower is None else MODULES + name.removeprefix("model.")
 
 
 def find_origin(source: Source) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ _CORRECTED = ExpertsRow(
     router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
     normalised="norm_topk_prob",
     otherwise="apart",
+    shared="n_shared_experts",
 )
 
 
@@ -210,6 +211,7 @@ _ROWS = (
             count="n_routed_experts",
             normalised=None,  # transformers passes over norm_topk_prob
             scale="routed_scaling_factor",
+            shared="n_shared_experts",
         ),
     ),
     _latent("deepseek_v3", _classes("DeepseekV3"), _CORRECTED),

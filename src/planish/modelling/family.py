@@ -50,6 +50,9 @@ class ExpertsRow:
     top_groups: str = "topk_group"
     scale: str = ""
     stacked: bool = False  # in checkpoints too
+    shared: str = (
+        ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
+    )
 
     def gates(self, settings: object) -> str:
         """What becomes of a token's gates where an expert is missing, by the config or the router's own settings: "chosen",
