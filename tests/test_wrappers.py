@@ -163,6 +163,18 @@ def test_removed_blocks_add_nothing(name, dense, tmp_path):
     assert near(read_text(small), read_text(model))
 
 
+def test_an_empty_block_has_no_file(tmp_path):
+    """The first of qwen3's may be one: what is read off names of blocks is read off the others."""
+    gone = compressed.both(compressed.bypass("attention", raw=True), compressed.bypass("mlp", raw=True))
+    model = wrapped.build("qwen3_vl")
+    out = compressed.make_folder(model, tmp_path / "out", [gone, None, None])
+    assert not any(".layers.0." in n for n in wrapped.read(out) if "language_model" in n)
+    with torch.no_grad():
+        block = find_language_model(model).layers[0]
+        block.self_attn.o_proj.weight.zero_(), block.mlp.down_proj.weight.zero_()
+    assert near(wrapped.see(planish.load(out), "qwen3_vl"), wrapped.see(model, "qwen3_vl"))
+
+
 @pytest.mark.parametrize("name", some("gemma3"))
 def test_names_of_checkpoints_old_and_new(name, dense, tmp_path):
     """Both are read as transformers reads them, and written as they were."""
