@@ -158,6 +158,7 @@ def test_shared_experts_stay_as_wide_as_they_were(tmp_path):
         ("granite", {"hidden_act": "gelu"}, "GGUF export of granite needs the activation silu, got 'gelu'"),
         ("qwen3_moe", {}, r"graph of qwen3_moe has mlp_only_layers=\[\] built in, config.json says \[1\]"),
         ("deepseek_v2", {}, "graph of deepseek_v2 has topk_method='greedy' built in"),
+        ("stablelm_norms", {}, "graph of stablelm has qk_layernorm=False built in, config.json says True"),
         ("falcon", {}, "graph of falcon has bias=False built in, config.json says True"),
         ("smollm3", {}, "graph smollm3 rotates all blocks but every 4th; block 1 does otherwise"),
         ("exaone4_windows", {}, "graph of exaone4 has sliding_window=None built in"),
