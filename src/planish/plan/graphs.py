@@ -59,7 +59,6 @@ _GRANITE = {
 _LEADING = {"leading_dense_block_count": "first_k_dense_replace"}
 _SCALE = {"expert_weights_scale": "routed_scaling_factor"}
 _ROUTED = _SCALE | {"expert_weights_norm": "norm_topk_prob"}
-_NO_NORMS = {"qk_layernorm": (False, None)}
 _ALL_SPARSE: dict[str, tuple[Any, ...]] = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 
 GRAPHS: dict[str, Graph] = {
@@ -74,7 +73,9 @@ GRAPHS: dict[str, Graph] = {
     "olmo2": Graph("olmo2"),
     "olmo3": Graph("olmo2", windows=True),
     "exaone4": Graph("exaone4", factors=True, needs={"sliding_window": (None, 0)}),
-    "stablelm": Graph("stablelm", values={"use_parallel_residual": "use_parallel_residual"}, needs=_NO_NORMS),
+    "stablelm": Graph(
+        "stablelm", values={"use_parallel_residual": "use_parallel_residual"}, needs={"qk_layernorm": (False,)}
+    ),
     "nemotron": Graph("nemotron", ("relu2",), square=True),
     "starcoder2": Graph("starcoder2", _TANH),
     "smollm3": Graph("smollm3", neighbours=True, factors=True, still=4),
@@ -85,7 +86,7 @@ GRAPHS: dict[str, Graph] = {
     ),
     "cohere2": Graph("cohere2", neighbours=True, windows=True, values={"logit_scale": "logit_scale"}),
     "apertus": Graph("apertus", ("xielu",), factors=True),
-    "phi": Graph("phi2", _TANH, needs=_NO_NORMS),
+    "phi": Graph("phi2", _TANH, needs={"qk_layernorm": (False,)}),
     "falcon": Graph("falcon", _GELU, needs={"bias": (False,)}),
     "ministral3": Graph(
         "mistral3", neighbours=True, values={"attention.temperature_scale": "rope_parameters.llama_4_scaling_beta"}
