@@ -98,7 +98,8 @@ class Experts(Solver):
     the mean over all tokens of s_i s_j (`removals`), which is predicted nats per token.
 
     Means are drawn towards the mean of all experts by `prior` tokens, so that an expert which few tokens reached is neither
-    worthless nor precious; one that none reached is named. Predicted loss: of "nats"; the others predict nothing.
+    worthless nor precious, and what "nats" predicts for an expert is that of so many tokens more; one that none reached is
+    named. Predicted loss: of "nats"; the others predict nothing.
     """
 
     name: ClassVar[str] = "experts"
@@ -138,7 +139,9 @@ class Experts(Solver):
             order = order_alone(score(self.criterion, stats.sums[tap], self.prior), e.groups)
             return Frontier(unit, [nan] * e.number + [0.0], {"order": order})
         if self.criterion == "nats":
-            pairs = stats.mean(tap) / 2
+            total = stats.sums[tap]["sum"]
+            few = self.prior * total.trace() / number.sum().clamp(min=1)
+            pairs = (total + few * torch.eye(e.number, dtype=total.dtype)) / max(stats.tokens[tap], 1) / 2
         else:
             pairs = shrink(stats.sums[tap]["sum"], number, self.prior)
         sets, loss = choose_sets(pairs, e)
