@@ -30,9 +30,10 @@ TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "memory.md"
 HEAD = """# Peak memory of `planish compress`
 
 Measured by `python benchmarks/memory.py`: peak resident memory of the whole process (Python and its libraries included)
-on random-weight LLaMA folders (with experts: Qwen3-MoE); "predicted" = `planish plan`; "of it" = peak / size of the weights on disk. The aim for whole
-models is below 35 %. Shape 70b: real blocks of a 70 B model (hidden 8192, intermediate 28,672, 64 / 8 heads), a few of them.
-Minutes of the clock, of its phases, and predicted; on a busy machine more than predicted.
+on random-weight LLaMA folders, with experts Qwen3-MoE of which a token reaches 8; "predicted" = `planish plan`; "of it" = peak /
+size of the weights on disk. The aim for whole models is below 35 %. Shape 70b: real blocks of a 70 B model (hidden 8192,
+intermediate 28,672, 64 / 8 heads), a few of them. Minutes of the clock, of its phases, and predicted; on a busy machine more than
+predicted.
 
 | model | blocks | on disk | method | tokens | predicted | peak | of it | minutes |
 |---|---|---|---|---|---|---|---|---|

@@ -179,7 +179,7 @@ def factor_experts(args: argparse.Namespace, way: str, keep: float, out: Path) -
             gate, up = experts.gate_up_proj.data[n].chunk(2)
             for role, w in zip(MLP, (gate, up, experts.down_proj.data[n]), strict=True):
                 tap = Tap(f"expert.{n}.{'down' if role == 'down' else 'up'}.in", "gram")
-                b, a = whitened_svd(w, damp(stats.sums[tap]["sum"], 1e-2) + 1e-9).factors(rank)
+                b, a = whitened_svd(w, damp(stats.sums[tap]["sum"], 1e-2) + 1e-9).at(rank)
                 w.copy_(b @ a)
     return lm, size
 

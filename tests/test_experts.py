@@ -316,11 +316,10 @@ def test_experts_that_no_token_reached_are_not_free():
     idle = [j for j in range(8) if j not in {k for _, k, *_ in route(model, 0, few)}]
     assert len(idle) >= 4
     with pytest.warns(UserWarning, match="no calibration token reaches"):
-        frontier, _ = measure(Experts("nats", prior=2.0), model, 0, few)
-        double, _ = measure(Experts("nats", prior=4.0), model, 0, few)
+        (frontier, _), (double, _) = (measure(Experts("nats", prior=p), model, 0, few) for p in (2.0, 4.0))
     assert set(frontier.factors["sets"][4].nonzero().flatten().tolist()) <= set(idle)
     losses = torch.as_tensor(frontier.loss)
-    assert 0 < losses[7] and torch.allclose(losses[[6, 5, 4]], losses[7] * torch.tensor([2.0, 3.0, 4.0]).double())
+    assert losses[7] > 0 and torch.allclose(losses[[6, 5, 4]], losses[7] * torch.tensor([2.0, 3.0, 4.0]).double())
     assert torch.allclose(torch.as_tensor(double.loss)[4:8], 2 * losses[4:8])
 
 
@@ -432,6 +431,21 @@ def test_other_ways_to_choose_run(method, criterion, tmp_path):
         tiny.build("olmoe"), output=tmp_path / "out", windows=WINDOWS, method=method, keep=0.8, settings=settings
     )
     assert result.format == "native" and 0.65 < result.keep <= 0.8
+
+
+@pytest.mark.slow
+def test_prices_tell_which_experts_of_a_trained_mixture_go(mixture_dir, tmp_path):
+    """Half of the experts: the loss by their prices and by auto is below that without the other half, those with high prices."""
+
+    def lose(method: str, **settings: str) -> float:
+        out = tmp_path / f"{method}{settings}"
+        asked = {"keep": 0.6, "calibration": "builtin", "n_samples": 32, "seq_len": 128, "settings": settings}
+        planish.compress(mixture_dir, output=out, method=method, **asked)
+        return planish.evaluate(out, "builtin", 128, max_windows=32).nll
+
+    dense = planish.evaluate(mixture_dir, "builtin", 128, max_windows=32).nll
+    nats, auto, frequency = lose("reap", criterion="nats"), lose("auto"), lose("reap", criterion="frequency")
+    assert nats < dense + 0.2 and auto < dense + 0.2 and min(nats, auto) < frequency
 
 
 @pytest.mark.parametrize(("name", "method"), [("mixtral", "reap"), ("granitemoe", "flat-llm")])

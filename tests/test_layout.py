@@ -269,6 +269,26 @@ def test_stacked_experts_of_another_shape_are_refused(sparse, tmp_path):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.mT.contiguous(), r"tensor .*gate_up_proj .* has shape"),  # as gpt-oss and llama4 stack them
+        (lambda t: t[:7].contiguous(), r"tensor .*experts\.7\.gate_proj\.weight is missing"),
+        (lambda t: torch.cat([t, t[:1]]), r"experts\.8"),
+        (lambda t: t.index_fill(0, torch.tensor(3), torch.nan), r"gate_up_proj.* NaN"),
+    ],
+)
+def test_stacks_of_another_layout_are_refused(change, match, sparse, tmp_path):
+    """Transposed, with an expert too few or too many, with one that is no number: in one line, and nothing is written."""
+    sparse.save_pretrained(tmp_path / "model", save_original_format=False)
+    file = tmp_path / "model" / "model.safetensors"
+    stored, name = load_file(file), "model.layers.0.mlp.experts.gate_up_proj"
+    save_file(stored | {name: change(stored[name])}, file)
+    with pytest.raises(InputError, match=match) as error:
+        tiny.compress(tmp_path / "model", output=tmp_path / "out", windows=WINDOWS, method="reap", keep=0.8)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
+
+
 def test_experts_of_a_block_share_its_memory(sparse):
     block = MemorySource(sparse).block(0)
     experts = block.mlp.experts

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from planish.core import Edit, ExpertShape, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float, Int, Shaped
-from planish.solvers.forms import dense, neuron_edits
+from planish.solvers.forms import dense, keep_neurons, neuron_edits
 from planish.solvers.grams import Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap, kind
 
@@ -219,12 +219,8 @@ class ExpertNeurons(Solver):
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         e, edits = find_experts(shape), list[Edit]()
         for n, f in frontier.factors.items() if rank < e.intermediate else ():
-            if self.refit:
-                kept, down = f["refits"].at(rank)
-            else:
-                kept = f["order"][:rank].sort().values
-                down = f["down"].double()[:, kept]
-            edits += [replace(edit, target=f"expert.{n}.{edit.target}") for edit in neuron_edits(f, kept, down)]
+            own = neuron_edits(f, *keep_neurons(f, rank))
+            edits += [replace(edit, target=f"expert.{n}.{edit.target}") for edit in own]
         return edits
 
 
