@@ -1,43 +1,44 @@
-"""Rounding to nearest, without and with a choice of the basis before: perplexity; writes docs/tables/gauges.md.
+"""Cut models in 16 bits and rounded, in the basis that planish chooses; writes docs/tables/gauges.md and gauges.csv.
 
     python benchmarks/gauges.py                                          # the embedded model
     python benchmarks/gauges.py --model FOLDER --text FILE --name NAME   # any other; FILE is split: 3/4 to calibrate
-    python benchmarks/gauges.py --evaluate FILE --folders DIR ...        # another text; compressed folders are kept and used again
+    python benchmarks/gauges.py --evaluate FILE --cache ...              # another text; statistics are kept and used again
 
-Every linear of the blocks is rounded, asymmetric, in groups of 64 inputs. "basis":
-`planish.rounding.gauges_model.balance_model` before.
-"again": the second factor of pairs and pivoted linears is solved again for the first one as it was rounded.
+Every linear of the blocks is rounded as `planish compress --bits` does it, embedding and head stay in 16 bits. D: nats per token
+more than the dense model in 16 bits. "own basis": without a choice of basis, in the one that the cut has left (--own). The table is
+resumed: a row that the CSV has is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import math
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import transformers
-from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import planish
-from planish.calibrate.text import load_tokens, sample_windows
-from planish.modelling.modules import Pair, Pivoted
-from planish.rounding.gauges_factors import round_factors
-from planish.rounding.gauges_linears import read_linear, write_linear
-from planish.rounding.gauges_maps import round_to_nearest
-from planish.rounding.gauges_model import balance_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from structural import ROOT, split_text, write_section
+from structural import ROOT, split_text
 
 TABLE = ROOT / "docs" / "tables" / "gauges.md"
-START = (
-    "# The basis that weights are rounded in\n\nWritten by `benchmarks/gauges.py`; rounding to nearest, groups of 64.\n"
-)
+FIELDS = ("model", "method", "keep", "bits", "basis", "protocol", "ppl", "nats", "bits_per_weight", "cpu_seconds")
+HEAD = """# The basis that weights are rounded in
+
+Written by `benchmarks/gauges.py` from gauges.csv. Cells: D, nats per token more than the dense model in 16 bits on the same
+windows, log(perplexity / dense perplexity); all linears of the blocks rounded to integers in groups of at most 64 with zero points.
+"own basis": the one that the cut has left; else the one that planish chooses. A dash was not measured.
+"""
 
 
 def read_arguments() -> argparse.Namespace:
@@ -46,122 +47,96 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--name", default="embedded model")
     parser.add_argument("--text", type=Path, help="text to calibrate and to evaluate on (default: builtin)")
     parser.add_argument("--evaluate", type=Path, help="another text to evaluate on; all of --text is for calibration")
-    parser.add_argument("--methods", default="dense,flat-llm,a3,modegpt,svd-llm,auto")
+    parser.add_argument("--methods", default="dense,flat-llm,a3,svd-llm,auto")
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--bits", default="4,3")
-    parser.add_argument("--folders", type=Path, help="where compressed folders are kept, METHOD each")
+    parser.add_argument("--own", action="store_true", help="measure roundings without a choice of basis too")
+    parser.add_argument(
+        "--cache", action="store_true", help="keep what calibration finds, for the next bits of a method"
+    )
     parser.add_argument("--n-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of --seq-len tokens")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--only-table", action="store_true", help="write the table of what the CSV has")
     return parser.parse_args()
-
-
-def list_linears(model: nn.Module) -> list[nn.Linear]:
-    head = model.get_output_embeddings()
-    return [m for m in model.modules() if type(m) is nn.Linear and m is not head]
-
-
-def measure_factored(model: nn.Module, ids: Tensor) -> dict[nn.Module, Tensor]:
-    """Σ x xᵀ of the inputs of pairs and pivoted linears."""
-    grams: dict[nn.Module, Tensor] = {}
-
-    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2)
-        grams[module] = grams.get(module, 0) + x.T @ x
-
-    handles = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, (Pair, Pivoted))]
-    for row in ids:
-        model(row[None], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return grams
-
-
-def round_model(model: nn.Module, bits: int, grams: dict[nn.Module, Tensor]) -> None:
-    """Every linear of the blocks in place, those of `grams` with their second factor solved again."""
-    rounding: Callable[[Tensor], Tensor] = lambda w: round_to_nearest(w, bits)  # noqa: E731
-    done = set()
-    for module, gram in grams.items():
-        linear = read_linear(module)
-        assert linear is not None
-        write_linear(module, round_factors(linear, gram.double(), lambda w, gram: rounding(w)))
-        done |= set(module.modules())
-    for linear in list_linears(model):
-        if linear not in done:
-            linear.weight = nn.Parameter(
-                rounding(linear.weight.data.float()).to(linear.weight.dtype), requires_grad=False
-            )
 
 
 class Bench:
     def __init__(self, args: argparse.Namespace, scratch: Path):
-        self.args = args
-        self.folders = args.folders or scratch
+        self.args, self.out = args, scratch / "out"
+        self.book = args.table.with_suffix(".csv")
+        self.protocol = f"{args.n_samples} × {args.seq_len} tokens; {args.windows} windows"
         fit, test = split_text(None if args.evaluate else args.text, scratch)
-        self.fit, self.test = (str(args.text), args.evaluate) if args.evaluate else (fit, test)
-        self.ids: Tensor | None = None
+        self.fit, self.test = (str(args.text), str(args.evaluate)) if args.evaluate else (fit, test)
 
-    def open(self, method: str) -> Path:
-        """The folder that a method makes of the model, made unless it is there."""
-        args, folder = self.args, self.folders / method
-        if method == "dense" and args.model.is_dir():
-            return args.model
-        if not folder.exists():
-            more = {"keep": 1.0, "method": "flat-llm"} if method == "dense" else {"keep": args.keep, "method": method}
-            planish.compress(
-                args.model, calibration=self.fit, n_samples=args.n_samples, seq_len=args.seq_len, output=folder, **more
-            )
-        return folder
-
-    def perplexity(self, model: nn.Module, tokenizer) -> str:
+    def measure(self, method: str, bits: str, basis: str) -> None:
+        """One row of the CSV, unless it has it."""
+        args, whole = self.args, method == "dense"
+        key = {"model": args.name, "method": method, "keep": "1" if whole else f"{args.keep:g}", "bits": bits,
+               "basis": basis, "protocol": self.protocol}  # fmt: skip
+        if any(all(row[n] == v for n, v in key.items()) for row in read(self.book)):
+            return
+        start = time.process_time()
+        with patch("planish.rounding.blocks.balance", lambda *a: []) if basis == "own" else nullcontext():
+            done = planish.compress(
+                args.model, output=self.out, overwrite=True, method="flat-llm" if whole else method,
+                keep=1.0 if whole else args.keep, bits=bits, calibration=self.fit, n_samples=args.n_samples,
+                seq_len=args.seq_len, cache=args.cache,
+            )  # fmt: skip
+        seconds = time.process_time() - start
         found = planish.evaluate(
-            model, self.test, self.args.seq_len, tokenizer=tokenizer, max_windows=self.args.windows
-        )
-        return f"{found.perplexity:.2f}"
-
-    def row(self, method: str) -> str:
-        args, folder = self.args, self.open(method)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if self.ids is None:
-            text = load_tokens(self.fit, tokenizer)
-            self.ids = sample_windows(text.tokens, args.n_samples, args.seq_len, 0)
-        model = planish.load(folder, dtype="float32")
-        cells = [method, self.perplexity(model, tokenizer)]
-        for bits in (int(b) for b in args.bits.split(",")):
-            for basis, again in ((False, False), (True, False), (True, True)):
-                model = planish.load(folder, dtype="float32")
-                if basis:
-                    balance_model(model, self.ids)
-                grams = measure_factored(model, self.ids) if again else {}
-                if again and not grams:
-                    cells.append("–")
-                    continue
-                round_model(model, bits, grams)
-                cells.append(self.perplexity(model, tokenizer))
-        return "| " + " | ".join(cells) + " |"
+            planish.load(self.out, dtype="float32"), self.test, args.seq_len, max_windows=args.windows,
+            tokenizer=AutoTokenizer.from_pretrained(self.out),
+        )  # fmt: skip
+        rounding = done.rounding or {"nats": 0.0, "bits_per_weight": 16.0}
+        row = key | {"ppl": f"{found.perplexity:.4f}", "nats": f"{rounding['nats']:.4f}",
+                     "bits_per_weight": f"{rounding['bits_per_weight']:.3f}", "cpu_seconds": f"{seconds:.0f}"}  # fmt: skip
+        new = not self.book.exists()
+        with self.book.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(*row.values(), flush=True)
 
 
-@torch.no_grad()
+def read(book: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(book.open())) if book.exists() else []
+
+
+def tabulate(rows: list[dict[str, str]]) -> str:
+    lines = [HEAD]
+    for model, protocol in dict.fromkeys((r["model"], r["protocol"]) for r in rows):
+        own = [r for r in rows if (r["model"], r["protocol"]) == (model, protocol)]
+        found = {(r["method"], r["bits"], r["basis"]): float(r["ppl"]) for r in own}
+        dense = found.get(("dense", "16", "chosen"))
+        columns = sorted({(b, s) for _, b, s in found}, key=lambda c: (-int(c[0]), c[1] != "own"))
+        names = [f"{b} bits" + (", own basis" if s == "own" else "") for b, s in columns]
+        lines += [f"## {model} ({protocol})\n", f"Dense: perplexity {dense:.2f}.\n" if dense else ""]
+        lines += ["| method | keep | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+        for method, keep in dict.fromkeys((r["method"], r["keep"]) for r in own):
+            cells = [found.get((method, b, s)) for b, s in columns]
+            shown = ["–" if c is None or dense is None else f"{math.log(c / dense):.3f}" for c in cells]
+            lines.append(f"| {method} | {keep} | " + " | ".join(shown) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = read_arguments()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    bits = args.bits.split(",")
-    headings = ["method", "16 bits", *(f"{b} bits{more}" for b in bits for more in ("", ", basis", ", basis, again"))]
-    rows = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args, Path(scratch))
-        for method in args.methods.split(","):
-            rows.append(bench.row(method))
-            print(rows[-1], flush=True)
-    facts = (
-        f"Perplexity of {args.windows} × {args.seq_len} tokens, methods at keep {args.keep:g}. "
-        f"Calibration {args.n_samples} × {args.seq_len} tokens."
-    )
-    write_section(TABLE, START, args.name, f"{facts}\n\n" + "\n".join(rows) + "\n")
+        for bits in ("16", *args.bits.split(",")) if not args.only_table else ():
+            for method in args.methods.split(","):
+                for basis in ("chosen", "own") if args.own and bits != "16" else ("chosen",):
+                    bench.measure(method, bits, basis)
+        args.table.write_text(tabulate(read(bench.book)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Bytes against nats: rounding alone, cutting alone, and both under one size; writes docs/tables/sizes.md and sizes.csv.
 
-    python benchmarks/sizes.py --text FILE --held FILE                  # the embedded model
-    python benchmarks/sizes.py --model FOLDER --name NAME --text FILE --held FILE --method auto
+    python benchmarks/sizes.py                                               # the embedded model
+    python benchmarks/sizes.py --model FOLDER --name NAME --text FILE --method auto   # FILE is split: 3/4 to calibrate
+    python benchmarks/sizes.py ... --held FILE                               # all of --text for calibration
 
 bits: all weights, the blocks' linears in 8, 4, 3, 2 bits. cuts: 16 bits, fewer weights. both: `--bits auto` at sizes between and
 below those of the types. Nats: mean KL(dense ‖ result) on text that nothing was calibrated on, its standard error, and the
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import sys
 import tempfile
 import time
 import warnings
@@ -24,8 +26,11 @@ import torch
 import planish
 from planish.errors import PlanishError
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+from structural import ROOT, split_text
+
 TABLE = ROOT / "docs" / "tables" / "sizes.md"
+BITS = ("8", "4", "3", "2")
 FIELDS = ("model", "method", "curve", "asked", "bytes", "kl", "stderr", "excess", "plan", "cpu_seconds", "protocol")
 HEAD = """# Bytes against nats
 
@@ -40,12 +45,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "src" / "planish" / "data" / "demo")
     parser.add_argument("--name", default="embedded model")
-    parser.add_argument("--text", default="builtin", help="calibration: a SOURCE")
-    parser.add_argument("--held", default="builtin", help="text to measure on")
+    parser.add_argument("--text", type=Path, help="text to calibrate on (default: builtin)")
+    parser.add_argument("--held", type=Path, help="text to measure on (default: the last quarter of --text)")
     parser.add_argument("--method", default="flat-llm", help="what cuts")
     parser.add_argument("--n-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64, help="of the text that is measured on")
+    parser.add_argument("--curves", default="bits,cuts,both", help="which to measure; bits are needed for both")
     parser.add_argument("--keeps", default="0.9,0.8,0.65,0.5,0.35")
     parser.add_argument(
         "--shares", default="0.85,0.7,0.6", help="sizes of both, beside the types' own: shares of the smallest"
@@ -60,16 +66,23 @@ def main() -> None:
     if args.only_table:
         args.table.write_text(tabulate(read(book)))
         return
-    sizes = {}
-    for bits in ("8", "4", "3", "2"):
+    with tempfile.TemporaryDirectory() as scratch:
+        fit, held = split_text(None if args.held else args.text, Path(scratch))
+        args.fit, args.held = (str(args.text or "builtin"), str(args.held)) if args.held else (fit, held)
+        measure_all(args, book)
+    args.table.write_text(tabulate(read(book)))
+
+
+def measure_all(args: argparse.Namespace, book: Path) -> None:
+    curves, sizes = args.curves.split(","), {}
+    for bits in BITS:
         sizes[bits] = int(measure(args, book, "bits", bits, keep=1, bits=bits)["bytes"])
-    for keep in args.keeps.split(","):
+    for keep in args.keeps.split(",") if "cuts" in curves else ():
         measure(args, book, "cuts", keep, keep=float(keep))
     between = [(a + b) // 2 for a, b in zip([*sizes.values()], [*sizes.values()][1:], strict=False)]
     below = [int(float(s) * sizes["2"]) for s in args.shares.split(",")]
-    for size in sorted([*sizes.values(), *between, *below]):
+    for size in sorted([*sizes.values(), *between, *below]) if "both" in curves else ():
         measure(args, book, "both", str(size), max_bytes=size, bits="auto")
-    args.table.write_text(tabulate(read(book)))
 
 
 def read(book: Path) -> list[dict[str, str]]:
@@ -88,7 +101,7 @@ def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **opti
         out = Path(scratch) / "out"
         try:
             done = planish.compress(
-                args.model, output=out, method=args.method, calibration=args.text, n_samples=args.n_samples,
+                args.model, output=out, method=args.method, calibration=args.fit, n_samples=args.n_samples,
                 seq_len=args.seq_len, **options,
             )  # fmt: skip
             found = planish.compare(out, args.model, text=args.held, seq_len=args.seq_len, max_windows=args.windows)

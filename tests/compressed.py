@@ -12,7 +12,7 @@ from planish.apply import apply_edits, count_block
 from planish.core import Edit, Shape, Weights
 from planish.folder.config import write_config
 from planish.folder.source import open_source
-from planish.folder.writer import Writer
+from planish.folder.writer import Writer, copy_untouched
 from planish.modelling.blocks import get_linear
 from planish.solvers.forms import low_rank_edit, neuron_edits, value_edits
 
@@ -22,7 +22,7 @@ Make = Callable[[Shape, Weights, torch.Generator], list[Edit]]
 def make_folder(model: nn.Module, output: Path, forms: list[Make | None], tokenizer=None) -> Path:
     """Write `model` with block i edited by forms[i]."""
     source = open_source(model, tokenizer)
-    writer = Writer(output, source.n_blocks)
+    writer = Writer(output, source.n_blocks, tower=source.tower)
     specs, shapes = [], []
     generator = torch.Generator().manual_seed(7)
     for i in range(source.n_blocks):
@@ -42,7 +42,8 @@ def make_folder(model: nn.Module, output: Path, forms: list[Make | None], tokeni
     if source.config.tie_word_embeddings:
         outside.pop("lm_head.weight", None)
     writer.shard(0, outside)
-    write_config(writer.text, source.config, source.family, specs, shapes)
+    copy_untouched(source, writer)
+    write_config(writer.text, source.config, source.family, specs, shapes, source.tower)
     source.copy_files(writer.partial)
     writer.close()
     return output

@@ -23,7 +23,8 @@ from planish.methods.method import Method
 from planish.methods.modegpt import spread_removal
 from planish.methods.palu import Palu
 from planish.modelling.attentions import rotary_width
-from planish.modelling.blocks import find_blocks, get_linear, join_block, split_block
+from planish.modelling.blocks import find_blocks, get_linear
+from planish.modelling.canonical import join_block, split_block
 from planish.modelling.families import FAMILIES
 from planish.plan.footprint import footprint, footprints
 from planish.plan.planned import Planned
@@ -338,7 +339,6 @@ def test_removal_beyond_the_cap_is_an_error():
         ("mpt", {"attn_config": {"clip_qkv": 6.0}}, "clip_qkv=6"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
         ("olmo", {"clip_qkv": 6.0}, "clip_qkv=6"),
-        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
     ],
 )
 def test_what_cannot_be_reduced_linearly_is_refused(name, change, message, tmp_path):

@@ -20,6 +20,7 @@ from planish.export.verify import verify
 from planish.folder.gguf_file import GGUF
 from planish.folder.source import open_folder
 from planish.quantise import Quantiser
+from planish.rounding import blocks
 from planish.rounding.round import Metric, round_matrix
 from planish.rounding.types import TYPES, find_type
 from planish.stats import Tap
@@ -96,8 +97,9 @@ def test_every_linear_is_recorded(model, tmp_path):
     assert manifest["result"]["params_after"] == manifest["result"]["params_before"]
 
 
-def test_blocks_are_rounded_for_the_rounded_prefix(model, tmp_path):
-    """The second block's queries, rounded again for the inputs that the written model gives them."""
+def test_blocks_are_rounded_for_the_rounded_prefix(model, tmp_path, monkeypatch):
+    """The second block's queries, in the basis that they have, rounded again for the inputs that the written model gives them."""
+    monkeypatch.setattr(blocks, "balance", lambda *a: [])
     compress(model, tmp_path / "out", bits=3)
     loaded = planish.load(tmp_path / "out").float()
     seen = []

@@ -307,7 +307,7 @@ def test_eager_and_sdpa_agree(method, family, made):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", tiny.each(tiny.MORE + tiny.HYBRIDS))
+@pytest.mark.parametrize("family", tiny.each(n for n in tiny.MORE + tiny.HYBRIDS if n != "qwen3_5"))
 def test_a_budget_for_the_cache_is_met_by_the_cache(family, tmp_path):
     """Keys as latents, rebuilt with the family's norms and rotation: tokens with a cache are those without."""
     result = compress(tiny.build(family), output=tmp_path / "m", method="palu", kv_keep=0.7, windows=WINDOWS)

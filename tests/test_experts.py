@@ -96,7 +96,9 @@ def load_shards(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in tiny.SPARSE])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in tiny.SPARSE + tiny.MIXED]
+)
 def test_logits_are_those_of_a_model_whose_router_is_masked(name, tmp_path):
     """Loaded by transformers alone; the router chooses as if the experts had never been there."""
     model = tiny.build(name)

@@ -261,3 +261,10 @@ def test_products_that_are_no_numbers_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight holds NaN or infinity"):
         export(folder, "gguf", tmp_path / "m.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_mixtures_are_not_filled_up(tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match="a mixtral is not filled up to its stock architecture: export without --pad"):
+        export(tmp_path / "m", "dense", tmp_path / "d", pad=True)
+    assert not (tmp_path / "d").exists()

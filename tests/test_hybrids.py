@@ -12,7 +12,8 @@ from planish.calibrate.measure import sweep_forward
 from planish.calibrate.stream import Stream
 from planish.errors import InputError
 from planish.folder.source import MemorySource
-from planish.modelling.blocks import read_layout, split_block
+from planish.modelling.blocks import read_layout
+from planish.modelling.canonical import split_block
 from planish.modelling.families import ATTENTION, MLP
 from planish.stats import Tap
 

@@ -177,9 +177,6 @@ def test_what_a_feed_forward_adds_is_seen_before_attention_is_added_to_it():
     [
         ("falcon", {"alibi": True}, "falcon with alibi=true is not supported: its attention adds a bias"),
         ("falcon", {"parallel_attn": False}, "parallel_attn=false"),
-        ("cohere", {"use_qk_norm": True}, "cohere with use_qk_norm=true is not supported: every head has a norm"),
-        ("phi", {"qk_layernorm": True}, "qk_layernorm=true"),
-        ("stablelm", {"qk_layernorm": True}, "qk_layernorm=true"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(name, change, message, tmp_path):

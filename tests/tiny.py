@@ -134,6 +134,11 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True, "logit_scale": 0.5,
         },
     ),
+    "cohere_norms": ("Cohere", {**_GQA, "num_hidden_layers": 2, "use_qk_norm": True, "attention_bias": True}),
+    "phi_norms": ("Phi", {"num_hidden_layers": 2, "qk_layernorm": True}),
+    "stablelm_norms": (
+        "StableLm", {**_GQA, "use_parallel_residual": True, "qk_layernorm": True, "num_hidden_layers": 2},
+    ),
     "phi": ("Phi", {"num_hidden_layers": 2} | _rope("default", partial_rotary_factor=0.5)),
     "stablelm_parallel": ("StableLm", {**_GQA, "use_parallel_residual": True, "num_hidden_layers": 2}),
     "falcon": ("Falcon", {**_FALCON, "bias": True}),  # one kv head, one norm for both submodules
@@ -149,7 +154,8 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; all of them where slow tests run
 RARE = (  # of these, what is made of the same as others: all laws are slow
-    "exaone4_windows", "smollm3", "ernie4_5", "cohere", "phi", "stablelm_parallel", "falcon_new", "falcon_new_shared", "apertus",
+    "exaone4_windows", "smollm3", "ernie4_5", "cohere", "cohere_norms", "phi", "phi_norms", "stablelm_parallel",
+    "stablelm_norms", "falcon_new", "falcon_new_shared", "apertus",
 )  # fmt: skip
 
 
@@ -193,6 +199,10 @@ _ROWS |= _MIXTURES
 SPARSE = ("qwen3_moe", *_MIXTURES)  # families with experts
 NAMES = tuple(n for n in _ROWS if n not in SPARSE + MORE)
 
+_DELTA: dict[str, Any] = {
+    "head_dim": 16, "linear_key_head_dim": 6, "linear_value_head_dim": 5, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
 _HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": (
         "Lfm2",
@@ -201,9 +211,18 @@ _HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["conv", "full_attention", "conv"],
         },
     ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            **_GQA, **_DELTA, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "num_experts": 8,
+            "num_experts_per_tok": 2, "mlp_only_layers": [1], "experts_implementation": "eager",
+        },
+    ),
+    "qwen3_5": ("Qwen3_5Text", {**_GQA, **_DELTA}),
 }  # fmt: skip
 _ROWS |= _HYBRIDS
 HYBRIDS = tuple(_HYBRIDS)  # families with mixers in place of some attentions, or beside them
+MIXED = ("qwen3_next",)  # of these, those with experts
 
 # One of each block layout: what a change in how blocks are read or written has to pass first.
 CORE = ("llama_gqa", "qwen2", "phi3", "gemma2", "opt", "gpt_neox")
@@ -217,7 +236,7 @@ def configure(name: str, **overrides: Any):
 
 def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
     """A causal LM in evaluation mode, random but the same every time."""
-    stem = _ROWS[name][0].replace("Gemma3Text", "Gemma3")
+    stem = _ROWS[name][0].removesuffix("Text")
     torch.manual_seed(0)
     model = getattr(transformers, f"{stem}Model" if stem.endswith("LMHead") else f"{stem}ForCausalLM")(
         configure(name, **overrides)
@@ -230,14 +249,18 @@ def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Attention that is far from uniform, norms that scale every channel differently, biases that matter."""
     scaled = "gemma" in model.config.model_type  # embeddings are multiplied by √width
-    offset = scaled or model.config.model_type == "nemotron"  # norms scale by 1 + weight
+    offset = scaled or model.config.model_type in (
+        "nemotron",
+        "qwen3_next",
+        "qwen3_5_text",
+    )  # norms scale by 1 + weight
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn(p.shape, generator=generator)
         if "norm" in name or ".ln_" in name:
             p.copy_(0.3 * noise + (0 if offset or name.endswith("bias") else 1))
         elif name.endswith("bias"):
             p.copy_(0.3 * noise)
-        elif "alpha" in name:  # of an activation
+        elif p.ndim == 1:  # of an activation or a recurrence
             p.copy_(p + 0.3 * noise)
         elif "embed" in name or "lm_head" in name:
             p.copy_(noise * (1 / p.shape[1] ** 0.5 if scaled else 0.7))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from planish.core import Edit, Shape
 from planish.errors import InputError
-from planish.modelling.blocks import Spec, get_linear, install, keep_experts, read_factor, split_block
+from planish.modelling.blocks import Spec, get_linear, install, read_factor
+from planish.modelling.canonical import keep_experts, split_block
 from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
 from planish.stats import is_finite

@@ -30,7 +30,7 @@ from planish.folder.config import name_head, write_config
 from planish.folder.owner import owning
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
-from planish.folder.writer import Writer, tidy, unseal
+from planish.folder.writer import Writer, copy_untouched, tidy, unseal
 from planish.manifest import Result, note_origin, read_result, write_manifest
 from planish.methods import find_method, make_plan, pose
 from planish.methods.method import Method, list_settings
@@ -93,10 +93,11 @@ def compress(
     start = time.perf_counter()
     reuse_memory()
     device, windows = join_lanes(request.device), text.windows
+    source.sizes()  # of a hub id: its weights are fetched here
     asked = read_asked(request, source)
     check_windows(windows, source)
     check_apart(place.output, source)
-    writer = Writer(place.output, source.n_blocks, place.overwrite, place.resume)
+    writer = Writer(place.output, source.n_blocks, place.overwrite, place.resume, source.tower)
     try:
         kind = getattr(torch, request.dtype) if request.dtype else pick_dtype(source, device)
         measured = shared.measured
@@ -259,6 +260,7 @@ def write(
 ) -> Written:
     """Solve and write every block, then what is outside the blocks and the configuration."""
     source, done = measure.stream.source, Written()
+    pinned = source.tower.pinned if source.tower else 0
     for entry in writer.finished.values():
         done.errors |= entry["errors"]
 
@@ -267,13 +269,13 @@ def write(
         if i in writer.finished:
             spec, errors = writer.finished[i]["spec"], writer.finished[i]["errors"]
         entry = {"spec": spec, "errors": errors, "warnings": read_warnings(caught)}
-        if is_empty(spec):
+        if is_empty(spec) and i >= pinned:
             writer.block(i, None, source.family, len(done.specs), entry)
             return
         done.counted.append(count_block(block))
         done.specs.append(spec)
         done.shapes.append(problem.shapes[i])
-        done.itemsize = next(block.parameters()).element_size()
+        done.itemsize = next((p.element_size() for p in block.parameters()), done.itemsize)
         with measure.phase("write"):
             writer.block(i, block, source.family, len(done.specs) - 1, entry)
 
@@ -281,10 +283,11 @@ def write(
     if writer.active:  # first: what cannot be copied or saved is found before the work
         source.copy_files(writer.partial)
     solve(problem, measure, planned, emit, finished=finished)
-    done.kind = write_config(writer.text, source.config, source.family, done.specs, done.shapes)
+    done.kind = write_config(writer.text, source.config, source.family, done.specs, done.shapes, source.tower)
     outside = source.outside()
-    done.outer = sum(t.numel() for t in outside.values())
+    done.outer = sum(t.numel() for t in outside.values()) + source.untouched.count
     writer.shard(0, name_head(outside, source.family, done.kind))
+    copy_untouched(source, writer)
     return done
 
 
@@ -311,13 +314,16 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         format=done.kind,
         output=str(writer.output),
         peak_rss_bytes=peak_rss(),
-        bytes_before=sum(n * dtype.itemsize for n, dtype in source.sizes().values()) + count_headers(source),
+        bytes_before=sum(n * dtype.itemsize for n, dtype in source.sizes().values())
+        + source.untouched.bytes
+        + count_headers(source),
         bytes_after=writer.bytes + writer.headers,
         flops_per_token_before=flops[0] + 2 * source.count_head(),
         flops_per_token_after=flops[1] + 2 * source.count_head(),
         context=problem.context,
         submodules={name: dict(gone) for name, gone in planned.removed.items()},
         rounding=done.rounded.summary() if done.rounded else {},
+        untouched=source.untouched.parts,
     )
     if problem.table is not None:
         result.latency_ms_before = problem.table.predict(dense, problem.shapes) * 1e3

@@ -78,6 +78,7 @@ class Shape:
     state: int = 0  # numbers that a mixer keeps of a sequence, however long it is
     fixed: tuple[str, ...] = ()  # see `Family.fixed`
     hybrid: bool = False  # some block of the model has a mixer
+    mrope: bool = False  # a token has several positions: keys cannot be turned anew from one
 
     @property
     def groups(self) -> int:

@@ -82,7 +82,7 @@ def evaluate(
         folder = find_folder(model, weights=False)
         config = load_config(folder)  # before the weights: wrong text is found at once
         tokenizer = tokenizer or load_tokenizer(folder)
-        found = read(tokenizer, vocab_size=config.vocab_size)
+        found = read(tokenizer, vocab_size=config.get_text_config().vocab_size)
         lm = load_to_measure(model, device, dtype)
     limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
     if isinstance(model, nn.Module):

@@ -56,6 +56,7 @@ class Result:
     rounding: dict[str, Any] = field(
         default_factory=dict
     )  # see `planish.quantise.Report`; empty where nothing was rounded
+    untouched: dict[str, int] = field(default_factory=dict)  # part of a wrapper that is copied as it is → bytes
     choices: list[dict[str, Any]] = field(
         default_factory=list
     )  # plans that were compared for a size: `planish.fit.Choice`
@@ -97,6 +98,7 @@ def write_manifest(
         "source": name_only(stream.source.name),
         **({"source_file": origin} if (origin := find_origin(stream.source)) else {}),
         **({"adapter": adapter.record} if (adapter := find_adapter(stream.source)) else {}),
+        **({"wrapper": tower.wrapper.model_type} if (tower := stream.source.tower) else {}),
         "method": result.method,
         "settings": list_settings(method) | dict(planned.settings),
         "round_to": problem.step,
@@ -129,7 +131,8 @@ def make_card(manifest: dict[str, Any]) -> str:
     name = manifest["source"]
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
     base = f"base_model: {name}\n" if is_hub_id else ""
-    load = "from transformers import AutoModelForCausalLM\n"
+    auto = "AutoModelForImageTextToText" if "wrapper" in manifest else "AutoModelForCausalLM"
+    load = f"from transformers import {auto}\n"
     if r["format"] != "native":
         load = "import planish  # or trust_remote_code=True: the folder carries the modelling files\n" + load
     kv = (r["kv_bytes_per_token_before"], r["kv_bytes_per_token_after"])
@@ -140,6 +143,7 @@ def make_card(manifest: dict[str, Any]) -> str:
     if r["latency_ms_after"] is not None:
         times = (r["latency_ms_before"], r["latency_ms_after"])
         latency = f"| predicted ms per decoded token | {times[0]:.3g} | {times[1]:.3g} |\n"
+    untouched = "".join(f"Copied as it was: `{name}`, {size:,} bytes.\n" for name, size in r["untouched"].items())
     return f"""---
 {base}library_name: transformers
 tags: [planish, compressed, {manifest["method"]}]
@@ -158,10 +162,10 @@ tags: [planish, compressed, {manifest["method"]}]
 Asked: {asked}.
 
 ```python
-{load}model = AutoModelForCausalLM.from_pretrained("this folder")
+{load}model = {auto}.from_pretrained("this folder")
 ```
 
-{origin}Calibration: {calibration}. Hyper-parameters: {settings}.
+{origin}{untouched}Calibration: {calibration}. Hyper-parameters: {settings}.
 The plan, per-unit errors and versions are in `planish.json`.
 """
 

@@ -1,9 +1,11 @@
 """A written model rounded: one walk over its blocks, each for the inputs that the rounded blocks before it give.
 
     G of every linear, by one pass back through the model as it is         (what an error costs in nats)
-    for block: R of every linear's inputs · rounded matrices · outputs     (of the prefix that is rounded so far)
+    for block: R of every linear's inputs · basis · rounded matrices · outputs     (of the prefix that is rounded so far)
 
-What a cut has made of the blocks is rounded as it is stored: factors of a pair are matrices of their own. Embedding and head
+What a cut has made of the blocks is rounded as it is stored: factors of a pair are matrices of their own, the second solved again
+for the first. Errors of v are weighed by what attention averages its inputs to: a token counts as much as it is looked at, which
+in the moments of single tokens the first one, with its massive activations, does not. Embedding and head
 are rounded for llama.cpp alone; elsewhere, and with everything else that is no linear of a block, they are written in 16 bits.
 The walk runs in one process.
 """
@@ -12,16 +14,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from planish import lanes
 from planish.calibrate.activations import MemoryLimits
-from planish.calibrate.linears import list_linears, measure_gradients, measure_grams
+from planish.calibrate.linears import list_linears, list_seen, measure_attended, measure_gradients, measure_grams
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream
@@ -30,10 +32,17 @@ from planish.errors import InputError
 from planish.folder.config import name_head
 from planish.folder.skeleton import find_embedding, set_parameter
 from planish.folder.source import FolderSource, Source, open_folder
-from planish.folder.writer import Writer
+from planish.folder.writer import Writer, copy_untouched
+from planish.modelling.blocks import read_layout
+from planish.modelling.canonical import join_block, list_fused
+from planish.modelling.families import Family
+from planish.modelling.modules import Fused
 from planish.plan.targets import find_target
 from planish.request import Request
-from planish.rounding.round import GGML, Metric, Rounded, round_matrix
+from planish.rounding.blocks import round_block
+from planish.rounding.gauges import Scene
+from planish.rounding.gauges_linears import set_data
+from planish.rounding.round import GGML, Metric, Rounded, join_rows, round_matrix
 from planish.rounding.types import Choice, StorageType, choose
 
 PACKED = "pack-quantized"  # compressed-tensors' format of integers
@@ -163,38 +172,70 @@ class Quantiser:
 
     def round_block(self, i: int, hidden: Hidden, gradients: dict[str, Tensor]) -> Hidden:
         """Round block i for these inputs and write it; its outputs."""
-        stored = self.source.stored_block(i)
-        tensors, linears = self.narrow(stored.state_dict()), list_linears(stored)
-        block = self.stream.place(stored)
-        weights = {f"{n}.weight" for n in linears}
-        for name in tensors.keys() - weights:  # as they are written
-            tensor = tensors[name].to(self.stream.device)
-            set_parameter(block, name, tensor.to(self.stream.dtype) if tensor.is_floating_point() else tensor)
-        grams = measure_grams(self.stream, i, block, list(linears), hidden) if linears else {}
-        tokens = sum(h.shape[0] * h.shape[1] for h in hidden)
-        prefix = f"{self.source.family.blocks}.{i}."
-        for name, linear in linears.items():
-            metric = Metric(grams[name] / max(tokens, 1), gradients.get(name))
-            kind = self.asked.blocks.pick(linear.in_features, f"block {i}, {name}", linear.out_features)
-            found = self.round(prefix + name, linear.weight.data, kind, metric)
-            del tensors[f"{name}.weight"]
-            tensors |= {f"{name}.{end}": t for end, t in name_parts(found).items()}
-            set_parameter(block, f"{name}.weight", found.value.to(self.stream.device, self.stream.dtype))
+        family, stream = self.source.family, self.stream
+        block = stream.place(stream.block(i))
+        layout = read_layout(block, family, self.source.config)
+        names = list_seen(block, layout)
+        self.settle(block, {f"{n}.weight" for n in list_linears(block)})
+        paths = {r: p for g in layout.groups for r, p in g.linears.items()}
+        tokens = max(sum(h.shape[0] * h.shape[1] for h in hidden), 1)
+        grams = {n: g / tokens for n, g in measure_grams(stream, i, block, names, hidden).items()} if names else {}
+        attended = measure_attended(stream, i, block, layout, hidden)
+        scene = Scene(
+            block, layout, {r: grams[p] for r, p in paths.items()}, {r: gradients[p] for r, p in paths.items() if p in gradients},
+            lambda n: self.asked.blocks.pick(n, f"block {i}"), self.dtype, attended is not None,
+        )  # fmt: skip
+        if attended is not None:
+            scene.grams["v"] = attended
+        joined = find_joined(block, family)
+        prefix = f"{family.blocks}.{i}."
+
+        def rounding(name: str, weight: Tensor, metric: Metric) -> Rounded:
+            rows = next((j.rows for j in joined if name in j.parts), len(weight))
+            kind = self.asked.blocks.pick(weight.shape[1], f"block {i}, {name}", rows)
+            return self.round(prefix + name, weight, kind, metric)
+
+        found, _ = round_block(scene, rounding)
+        for name in names:
+            if name not in paths.values():
+                weight = block.get_submodule(name).weight.detach().cpu()  # type: ignore[union-attr, operator]
+                found[f"{name}.weight"] = rounding(f"{name}.weight", weight, Metric(grams[name], gradients.get(name)))
+        for name, rounded in found.items():
+            set_data(block, name, rounded.value.to(stream.device, stream.dtype))
+        self.settle(block, found)
+        hidden = stream.run(i, block, hidden)
+        for whole in joined:
+            found[whole.name] = join_rows([found.pop(part) for part in whole.parts], whole.order)
+        tensors = self.narrow(join_block(block, family).state_dict())
+        for name, rounded in found.items():
+            self.note(prefix + name.removesuffix(".weight"), rounded)
+            del tensors[name]
+            stem = name.removesuffix("weight")
+            tensors |= {f"{stem}{end}": t for end, t in name_parts(rounded).items()}
         self.writer.shard(i + 1, {prefix + n: t for n, t in tensors.items()})
-        return self.stream.run(i, block, hidden)
+        return hidden
+
+    def settle(self, block: nn.Module, but: Collection[str]) -> None:
+        """Everything in a block but these tensors as it is written."""
+        rest = {n: t for n, t in block.state_dict().items() if n not in but}
+        for name, tensor in self.narrow(rest).items():
+            kind = self.stream.dtype if tensor.is_floating_point() else tensor.dtype
+            set_parameter(block, name, tensor.to(self.stream.device, kind))
 
     def round(self, name: str, weight: Tensor, kind: StorageType, metric: Metric = UNKNOWN) -> Rounded:
-        """One matrix, and a note of it."""
-        found = round_matrix(weight, kind, metric, where=name, dtype=self.dtype if self.asked.packed else torch.float32)
-        self.kinds[name], self.weights = kind, self.weights + weight.numel()
+        """One matrix."""
+        return round_matrix(weight, kind, metric, where=name, dtype=self.dtype if self.asked.packed else torch.float32)
+
+    def note(self, name: str, found: Rounded) -> None:
+        """What a module's matrix was rounded to."""
+        self.kinds[name], self.weights = found.kind, self.weights + found.value.numel()
         entry = {
-            "type": kind.name,
+            "type": found.kind.name,
             "bytes": found.bytes,
             "how": "exact" if found.exact else found.how,
             "error": found.error,
         }
         self.linears[name] = entry | ({} if found.nats is None else {"nats": found.nats})
-        return found
 
     def narrow(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """In the dtype of what is not rounded."""
@@ -221,10 +262,12 @@ class Quantiser:
             assert self.asked.head is not None
             weight, module = tensors.pop(name), name.removesuffix(".weight")
             found = self.round(module, weight, self.asked.head.pick(weight.shape[1], name))
+            self.note(module, found)
             tensors |= {f"{module}.{end}": t for end, t in name_parts(found).items()}
             source.replaced[name] = found.value
         source.replaced |= {n: t for n, t in tensors.items() if n in source.reader}
         self.writer.shard(0, tensors)
+        copy_untouched(source, self.writer)
 
     def write_config(self) -> None:
         path = self.writer.partial / "config.json"
@@ -235,6 +278,30 @@ class Quantiser:
             describe_integers(self.kinds) if self.asked.packed else describe_blocks(self.kinds)
         )
         self.writer.text("config.json", json.dumps(config, indent=2) + "\n")
+
+
+class Joined(NamedTuple):
+    """A fused linear that is stored as one matrix: its parts' names, and their rows, one after the other, as it has them."""
+
+    name: str
+    parts: list[str]
+    order: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.order)
+
+
+def find_joined(block: nn.Module, family: Family) -> list[Joined]:
+    """Linears that a canonical block's family lays out in another way, where all parts are dense."""
+    found = []
+    for row in list_fused(block, family):
+        module = block.get_submodule(row.path)
+        if isinstance(module, Fused) and all(type(m) is nn.Linear for m in module.children()):
+            sizes = [len(getattr(module, r).weight) for r in row.roles]
+            order = module.rows.join(torch.arange(sum(sizes)).split(sizes))
+            found.append(Joined(f"{row.path}.weight", [f"{row.path}.{r}.weight" for r in row.roles], order))
+    return found
 
 
 def name_parts(found: Rounded) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""Every `nn.Linear` of a block as it is stored, factors of low-rank forms among them: inputs, and gradients at outputs.
+"""Every linear of a block, of any form: inputs, gradients at outputs, and what attention makes of the inputs of values.
 
-Unlike taps these know no roles, only modules' names; they run in one process.
+Unlike taps these know modules' names, not roles alone, and a block may be compressed; they run in one process.
 """
 
 from __future__ import annotations
@@ -13,14 +13,23 @@ from torch import Tensor, nn
 from planish.calibrate.activations import Activations, fetch
 from planish.calibrate.losses import output_gradient
 from planish.calibrate.stream import Hidden, Stream
+from planish.modelling.blocks import Layout, read_layout
+from planish.modelling.modules import set_module
 from planish.stats import Sums, add_gram, mirror
 
+ROWS = 1 << 14  # averages of attention that are summed per batch
 FULL = 2048  # outputs up to which all products of their gradients are summed, of more only the squares
 
 
 def list_linears(block: nn.Module) -> dict[str, nn.Linear]:
     """What weight-only quantisation rounds in a block, of every form: name → linear."""
     return {n: m for n, m in block.named_modules() if type(m) is nn.Linear}
+
+
+def list_seen(block: nn.Module, layout: Layout) -> list[str]:
+    """Modules of a canonical block with a weight of a linear's: every role's, whatever its form, and linears of no role."""
+    paths = [p for g in layout.groups for p in g.linears.values()]
+    return paths + [n for n in list_linears(block) if not any(n == p or n.startswith(f"{p}.") for p in paths)]
 
 
 @torch.no_grad()
@@ -53,8 +62,88 @@ def measure_grams(stream: Stream, i: int, block: nn.Module, names: list[str], hi
     return {n: sums[leader[n]]["sum"].cpu() for n in names}
 
 
+class Values(nn.Module):
+    """In the place of v while attention is watched: gives some channels of its input as the values of every kv head."""
+
+    def __init__(self, width: int, kv_heads: int):
+        super().__init__()
+        self.width, self.kv_heads, self.first, self.channels = width, kv_heads, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.channels = x.shape[-1]
+        part = x[..., self.first : self.first + self.width]
+        return nn.functional.pad(part, (0, self.width - part.shape[-1])).repeat(1, 1, self.kv_heads)
+
+
+class Averages(nn.Module):
+    """In the place of o: keeps (tokens, heads, width) of what attention has averaged."""
+
+    def __init__(self, heads: int, hidden: int, rows: int):
+        super().__init__()
+        self.heads, self.hidden, self.rows = heads, hidden, rows
+        self.parts: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = x.flatten(0, -2).unflatten(-1, (self.heads, -1))
+        self.parts.append(each[:: max(1, each.shape[0] * self.heads // self.rows)])
+        return x.new_zeros(*x.shape[:-1], self.hidden)
+
+
+class Watched(Exception):
+    """Attention has been watched: the rest of the block need not run."""
+
+
+@torch.no_grad()
+def measure_attended(stream: Stream, i: int, block: nn.Module, layout: Layout, hidden: Any) -> Tensor | None:
+    """Mean over tokens and heads of x̄ x̄ᵀ (in, in), x̄ = Σ_t a_t x_t what attention averages v's inputs to; fp64.
+
+    The naive program: attention's weights (heads, tokens, tokens) times x. Here attention itself averages x, given as values a
+    head's width of channels at a time, so that every family's kind of attention does it. Of a batch with more than `ROWS`
+    averages evenly spaced tokens count. None for a block without attention, and where more happens to values.
+    """
+    paths = next((g.linears for g in layout.groups if g.name == "attention"), {})
+    if not {"v", "o"} <= paths.keys() or "attention" in layout.fixed or not layout.kv_heads:
+        return None
+    v, o = (block.get_submodule(paths[r]) for r in "vo")
+    width, wide = v.out_features // layout.kv_heads, layout.heads // layout.kv_heads * v.out_features
+    if o.in_features != wide or not width:
+        return None
+    values, averages = Values(width, layout.kv_heads), Averages(layout.heads, o.out_features, ROWS)  # type: ignore[arg-type]
+    sums: Sums = {}
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle.remove()
+        values.first = 0
+        averages.parts.clear()
+        while not averages.parts or values.first < values.channels:
+            module(*args, **kwargs)
+            values.first += width
+        x = torch.cat(averages.parts, -1)[..., : values.channels].flatten(0, 1)
+        add_gram(sums, x.cpu() if x.device.type == "mps" else x)
+        raise Watched
+
+    attention = block.get_submodule(stream.family.attention)
+    set_module(block, paths["v"], values)
+    set_module(block, paths["o"], averages)
+    count = 0
+    try:
+        for n in range(len(hidden)):
+            handle = attention.register_forward_pre_hook(watch, with_kwargs=True)
+            try:
+                stream.forward(i, block, fetch(hidden, n, stream.device))
+            except Watched:
+                count += len(averages.parts[0]) * layout.heads
+    finally:
+        set_module(block, paths["v"], v)
+        set_module(block, paths["o"], o)
+    if not count:
+        return None
+    mirror(sums["sum"])
+    return sums["sum"].cpu() / count
+
+
 def measure_gradients(stream: Stream, seed: int = 0) -> tuple[list[dict[str, Tensor]], Hidden]:
-    """Per block and linear the second moment of the gradient at its output, and what the last block puts out.
+    """Per block and module (`list_seen`) the second moment of the gradient at its output, and what the last block puts out.
 
     Gradients are of the NLL of labels that the model's own predictions draw (see `planish.calibrate.losses.output_gradient`);
     the moment is (out, out) in fp64, or (out,) its diagonal where out exceeds `FULL`.
@@ -74,8 +163,10 @@ def measure_gradients(stream: Stream, seed: int = 0) -> tuple[list[dict[str, Ten
 
 def step_back(stream: Stream, i: int, hidden: Hidden, into: Hidden) -> tuple[dict[str, Tensor], Hidden]:
     """Moments of block i from its inputs and the gradients at its outputs; the gradients at its inputs."""
-    block = stream.place(stream.source.stored_block(i)).requires_grad_(False)  # type: ignore[attr-defined]
-    linears, seen, earlier = list_linears(block), dict[str, Tensor](), Activations(stream.limits)
+    block = stream.place(stream.block(i)).requires_grad_(False)
+    names = list_seen(block, read_layout(block, stream.family, stream.source.config))
+    linears = {n: block.get_submodule(n) for n in names}
+    seen, earlier = dict[str, Tensor](), Activations(stream.limits)
     sums: dict[str, Sums] = {n: {} for n in linears}
     squares: dict[str, Tensor] = {}
     tokens = 0

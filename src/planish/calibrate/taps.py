@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planish.modelling.blocks import find_norms, get_linear, has_module, read_factor
+from planish.modelling.blocks import find_norms, get_linear, read_factor
+from planish.modelling.canonical import has_module
 from planish.modelling.families import ExpertsRow, Family
 from planish.stats import Stats, Tap
 

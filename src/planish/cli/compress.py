@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from planish.cli import options as o
-from planish.cli.run import compare_sizes, format_bytes, format_seconds, say, session
+from planish.cli.run import compare_sizes, format_bytes, format_seconds, say, session, show_untouched
 
 
 @o.asks(
@@ -65,6 +65,7 @@ def compress(
             result.as_dict(),
             f"[bold]{result.method}[/] · keep {result.keep:.4f} (asked {asked}) · {escape(result.output)} ({how})",
             compare_sizes(result),
+            *show_untouched(result),
             *o.show_removed(result),
             *show_choices(result),
             *show_rounding(result),

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from planish.cli import options as o
-from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_table, say, session
+from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_table, say, session, show_untouched
 
 
 @o.asks(*o.BUDGETS, "sparsity", "method", *o.TEXT, *o.COMPUTE, "round_to", "target", "settings", "adapter")
@@ -36,6 +36,7 @@ def plan(
             make_ranks(found.units, "" if found.measured else "~"),
             *tell_measuring(found),
             compare_sizes(found),
+            *show_untouched(found),
             *make_losses(found),
             *o.show_latency(found),
             f"compressing on {found.n_samples} × {found.seq_len} tokens takes about {format_seconds(found.seconds)}, "

@@ -241,6 +241,12 @@ def compare_sizes(found: Result | Forecast) -> Table:
     return table
 
 
+def show_untouched(found: Result | Forecast) -> list[str]:
+    """A line about what of a model around a language model is copied as it is."""
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in found.untouched.items())
+    return [f"left untouched, copied as it is: {parts}"] if parts else []
+
+
 def format_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":

@@ -81,6 +81,7 @@ class Forecast:
     nats: bool = False  # predicted losses are nats per token, else squared errors of the units' outputs
     predicted: dict[str, float] = field(default_factory=dict)  # kind of unit → predicted loss, where it is known
     predicted_any: dict[str, float] = field(default_factory=dict)  # the same without the target's limits
+    untouched: dict[str, int] = field(default_factory=dict)  # part of a wrapper that is copied as it is → bytes
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -154,6 +155,7 @@ def forecast(
         found.phases.insert(0, {"name": "plan", "seconds": took, "steps": [took]})
         found.seconds += took
     found.target, found.predicted = request.target, add_losses(problem, planned)
+    found.untouched = source.untouched.parts
     found.nats = bool(planned.frontiers) and all(f.nats for f in planned.frontiers.values())
     asked = request.model_copy(update={"context": problem.context})
     table = problem.table.seconds if problem.table else None
@@ -190,18 +192,18 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
         )
     params, blocks = sum(p.numel() for p in source.empty.parameters()), sum(s.count() for s in shapes)
     gone = sum(r["before"] - r["after"] for r in rows)
-    params_after = count_written(run)
+    params_after, rest = count_written(run), source.untouched.count
     budgets = (make_budget(n, 1, source, shapes, problem.context) for n in ("kv_keep", "flops_keep", "max_bytes"))
     caches, flops, stored = ((b.total + b.outside, count_left(problem, planned.ranks, b) + b.outside) for b in budgets)
     peaks = count_peaks(run, params, params_after)
     costs = costs or measure_costs(run)
-    phases = estimate_phases(run, costs, params + params_after)
+    phases = estimate_phases(run, costs, params + params_after + 2 * rest)
     found = Forecast(
         method=problem.name,
         keep_requested=problem.keep if planned.keep is None else planned.keep,
         keep=(blocks - gone) / blocks,
-        params_before=params,
-        params_after=params_after,
+        params_before=params + rest,
+        params_after=params_after + rest,
         block_params_before=blocks,
         block_params_after=blocks - gone,
         bytes_before=int(stored[0]),
@@ -213,7 +215,7 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
         context=problem.context,
         peak_ram_bytes=peaks.ram,
         peak_vram_bytes=peaks.vram,
-        disk_bytes=peaks.disk + peaks.spill,
+        disk_bytes=peaks.disk + peaks.spill + source.untouched.bytes,
         seconds=sum(p.seconds for p in phases),
         needed_statistics=run.measures,
         measured=not run.work,
@@ -262,7 +264,7 @@ def count_written(run: Run) -> int:
             continue
         block = source.empty_block(shape.block)
         total -= sum(p.numel() for p in block.parameters())
-        if not is_empty(spec):
+        if not is_empty(spec) or (source.tower and shape.block < source.tower.pinned):
             made = install(copy.deepcopy(block), spec, source.family, source.config)
             total += sum(p.numel() for p in made.parameters())
     return total

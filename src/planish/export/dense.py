@@ -23,9 +23,10 @@ from planish.export.written import (
 from planish.folder.config import name_head, write_config
 from planish.folder.skeleton import set_parameter
 from planish.folder.source import FolderSource
-from planish.folder.writer import Writer
+from planish.folder.writer import Writer, copy_untouched
 from planish.modelling.attentions import Attention
-from planish.modelling.blocks import Spec, find_blocks, get_linear, split_block
+from planish.modelling.blocks import Spec, find_blocks, get_linear, has_linear
+from planish.modelling.canonical import split_block
 from planish.modelling.modules import Bypass, set_module
 
 LOW_RANK = ("pair", "pivoted", "head_pair")
@@ -45,13 +46,13 @@ def export_dense(
     check_dtype(dtype)
     source = open_plain(folder)
     check_apart(Path(output), source.folder)
-    writer = Writer(Path(output), source.n_blocks, overwrite)
+    writer = Writer(Path(output), source.n_blocks, overwrite, tower=source.tower)
     shapes = [source.shape(i) for i in range(source.n_blocks)]
     specs: list[Spec] = []
     notes: list[str] = []
     back, wide = 0, False
     try:
-        width = max(plain_block(source, i).width for i in range(source.n_blocks)) if pad else 0
+        width = measure_width(source) if pad else 0
         for i, shape in enumerate(shapes):
             if pad:
                 plain = plain_block(source, i)
@@ -70,8 +71,9 @@ def export_dense(
         config = copy.deepcopy(source.stock_config)
         if dtype or wide:
             config.dtype = DTYPES[dtype or "f32"]
-        kind = write_config(writer.text, config, source.family, specs, shapes)
+        kind = write_config(writer.text, config, source.family, specs, shapes, source.tower)
         writer.shard(0, keep_dtype(name_head(source.outside(), source.family, kind), dtype))
+        copy_untouched(source, writer)
         source.copy_files(writer.partial)
         size, total = writer.bytes, writer.parameters
         weights, stored = size - writer.index_bytes, source.count()
@@ -122,37 +124,46 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
+def measure_width(source: FolderSource) -> int:
+    """The widest MLP of a model that can be filled up."""
+    if source.family.experts:
+        raise InputError(
+            f"a {source.family.model_type} is not filled up to its stock architecture: export without --pad"
+        )
+    return max(plain_block(source, i).width for i in range(source.n_blocks))
+
+
 def make_padded(source: FolderSource, plain: Plain, width: int) -> tuple[nn.Module, Spec]:
-    """One block with stock shapes and the given MLP width, and its spec."""
+    """One block with stock shapes and the given MLP width, and its spec; experts are left out."""
     shape, i = plain.shape, plain.shape.block
     if "linear" in (plain.attention, plain.mlp):
         raise InputError(f"block {i} holds a linear map in place of a submodule; no stock block can hold that exactly")
     source.shape(i)
     block = copy.deepcopy(find_blocks(source.empty, source.family)[i])
     split_block(block, source.family, source.stock_config)
-    biases = [r for r in source.family.roles if get_linear(block, source.family, r).bias is not None]
+    roles = [r for r in source.family.roles if has_linear(block, source.family, r)]
+    biases = [r for r in roles if get_linear(block, source.family, r).bias is not None]
     if plain.attention == "none":
         zero_attention(plain, shape.v, biases)
         if "o" in biases:
             plain.tensors["o.bias"] = torch.zeros(shape.hidden, dtype=plain.tensors["o"].dtype)
-    pad_values(plain, shape.v)
+    if plain.attention != "other":
+        pad_values(plain, shape.v)
     pad_width(plain, width)
-    for role in source.family.roles:
+    for role in roles:
         linear = get_linear(block, source.family, role)
         linear.weight = nn.Parameter(plain.tensors[role], requires_grad=False)
         if linear.bias is not None:
             zeros = plain.tensors[role].new_zeros(len(plain.tensors[role]))
             linear.bias = nn.Parameter(plain.tensors.get(f"{role}.bias", zeros), requires_grad=False)
-    original = source.block(i)
-    for name, parameter in list(block.named_parameters()):
-        if not parameter.is_meta:
+    original = source.block(i, experts=False).state_dict()
+    for name, parameter in block.state_dict().items():
+        if not parameter.is_meta or (source.family.experts and name.startswith(f"{source.family.experts.path}.")):
             continue
-        try:
-            set_parameter(block, name, original.get_parameter(name).data)
-        except AttributeError:  # a norm that a removed submodule left behind
-            like = plain.tensors["q"]
-            ones = 0 if name.endswith("bias") or "gemma" in source.family.model_type else 1
-            set_parameter(block, name, torch.full(parameter.shape, ones, dtype=like.dtype))
+        # what is not there is a norm that a removed submodule left behind
+        ones = 0.0 if name.endswith("bias") else 1 - source.family.norm_offset
+        left = torch.full(parameter.shape, ones, dtype=next(iter(plain.tensors.values())).dtype)
+        set_parameter(block, name, original.get(name, left))
     if width == shape.intermediate:
         return block, {}
     sizes = {"gate": (width, shape.hidden), "up": (width, shape.hidden), "down": (shape.hidden, width)}

@@ -10,7 +10,8 @@ from torch import Tensor
 from planish.errors import InputError
 from planish.export.plain import Plain
 from planish.folder.source import FolderSource
-from planish.plan.targets import GRAPHS, refuse_rotary
+from planish.plan.graphs import LLAMAS
+from planish.plan.targets import refuse_rotary
 
 ZERO_WIDTH = 32  # neurons of zeros that stand for no MLP
 NEIGHBOURS = ("llama", "deci")  # rotate channels 2j and 2j + 1; the others j and j + d/2
@@ -85,7 +86,7 @@ def read_rope(source: FolderSource) -> Rope:
 def choose(source: FolderSource, sketches: list[Sketch], rope: Rope, forced: str | None) -> tuple[str, dict[str, str]]:
     """The architecture with the fewest weights, and why the others were refused."""
     kind, tied = source.family.model_type, source.config.tie_word_embeddings
-    candidates = [*GRAPHS[kind], "deci", "mimo2"]
+    candidates = [*LLAMAS[kind], "deci", "mimo2"]
     if forced is not None and forced not in candidates:
         raise InputError(f"{kind} can be written as {', '.join(candidates)}; got {forced!r}")
     costs: dict[str, int] = {}

@@ -28,18 +28,22 @@ class StoredRows:
         weights = source.reader.weights
         known = isinstance(weights, PackedWeights) and isinstance(weights.declared, Ggml)
         self.weights = weights if known and isinstance(weights, PackedWeights) else None
-        self.prefix = f"{source.family.blocks}."
+        self.prefix, experts = f"{source.family.blocks}.", source.family.experts
+        self.experts = f".{source.family.store_name(experts.path)}." if experts else ""
         self.rows: dict[bytes, tuple[StorageType, np.ndarray]] = {}
         self.widths: set[int] = set()
 
-    def open(self, block: int | None) -> None:
-        """Remember the rows of a block, or (None) of what is outside the blocks, and no others."""
+    def open(self, block: int | None, part: str = "") -> None:
+        """Remember the rows of a block, or of a part of it, or (None) of what is outside the blocks, and no others; of a whole
+        block not those of its experts."""
         self.rows, self.widths = {}, set()
         if self.weights is None:
             return
         for name, packed in self.weights.packed.items():
             inside = name.startswith(self.prefix)
-            if not (name.startswith(f"{self.prefix}{block}.") if block is not None else not inside):
+            if not (name.startswith(f"{self.prefix}{block}.{part}") if block is not None else not inside):
+                continue
+            if not part and self.experts and self.experts in name:
                 continue
             kind = packed.packing.kind  # type: ignore[attr-defined]
             blocks = self.weights.stored.read(f"{name}{END}")

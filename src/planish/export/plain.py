@@ -14,7 +14,7 @@ from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.source import FolderSource, open_folder
 from planish.modelling.attentions import Attention, Frequencies, Latent
-from planish.modelling.blocks import Spec, find_norms, get_linear
+from planish.modelling.blocks import Spec, find_norms, get_linear, has_linear
 from planish.modelling.modules import Bypass
 
 
@@ -34,7 +34,8 @@ class Plain:
     """One block as plain matrices, whatever forms it was stored in.
 
     `attention`: "full"; "none" (adds nothing); "linear" (adds `linear` @ normed input + `linear.bias`). `mlp`: "full";
-    "none"; "linear" (adds `down` @ (`up` @ normed input) + `down.bias`).
+    "none"; "linear" (adds `down` @ (`up` @ normed input) + `down.bias`). Either is "other" where the block has no linears of
+    these roles: experts, attention on latents.
     `tensors`: role → weight (out, in), "role.bias" → (out,), and the norms "attention_norm", "mlp_norm", "q_norm",
     "k_norm". `extra`: weights that multiplying low-rank forms back costs.
     """
@@ -69,13 +70,13 @@ def count_weights(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.ndim >= 2) + (0 if gate is None else gate.numel())
 
 
-def plain_block(source: FolderSource, i: int) -> Plain:
-    """Block i as plain matrices. Refuses (InputError) what no plain block can hold, with the reason."""
-    block, family, shape, spec = source.block(i), source.family, source.shape(i), source.specs[i]
+def plain_block(source: FolderSource, i: int, experts: bool = True) -> Plain:
+    """Block i as plain matrices; `experts`: read them too. Refuses (InputError) what no plain block can hold, with the reason."""
+    block, family, shape, spec = source.block(i, experts), source.family, source.shape(i), source.specs[i]
     plain = Plain(shape, "full", "full", shape.v, shape.intermediate)
     tensors = plain.tensors
     attention = block.get_submodule(family.attention)
-    roles = list(family.roles)
+    roles = [r for r in family.roles if has_linear(block, family, r)]
     if isinstance(attention, Bypass):
         plain.attention = (
             "linear" if attention.rank or attention.gate is not None or attention.shift is not None else "none"
@@ -99,6 +100,8 @@ def plain_block(source: FolderSource, i: int) -> Plain:
             plain.width = len(up)
             if mlp.shift is not None:
                 tensors["down.bias"] = mlp.shift.data
+    plain.attention = plain.attention if shape.heads else "other"
+    plain.mlp = plain.mlp if shape.intermediate else "other"
     for role in roles:
         module = get_linear(block, family, role)
         weight, bias = plain_linear(module)
@@ -116,8 +119,8 @@ def plain_block(source: FolderSource, i: int) -> Plain:
         if attention.qk != shape.qk or attention.pairs is not None:
             _restore_pairs(plain, attention)
     for name, path in zip(("attention_norm", "mlp_norm"), find_norms(block, family), strict=True):
-        norm = block.get_submodule(path)
-        if not isinstance(norm, nn.Identity):
+        norm = block.get_submodule(path) if path else nn.Identity()
+        if getattr(norm, "weight", None) is not None:
             tensors[name] = norm.weight.data  # type: ignore[assignment]
     for name in ("q_norm", "k_norm"):
         if getattr(attention, name, None) is not None:
@@ -204,7 +207,7 @@ def pad_values(plain: Plain, v: int) -> None:
 def pad_width(plain: Plain, width: int) -> None:
     """Give the MLP `width` neurons: the new ones are zero, so nothing changes."""
     t, grow = plain.tensors, width - plain.width
-    if grow == 0:
+    if grow == 0 or plain.mlp == "other":
         return
     like = next(iter(t.values()))
     hidden = plain.shape.hidden

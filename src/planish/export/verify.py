@@ -20,14 +20,16 @@ from transformers import AutoModelForCausalLM
 from planish.errors import InputError
 from planish.export import configuration_decilm
 from planish.export.llama_cpp import LlamaCpp
-from planish.folder.config import load_config
+from planish.folder.config import load_config, open_config, read_layout
 from planish.folder.hub import find_folder
 from planish.folder.load import load
 from planish.folder.tokenizer import load_tokenizer
+from planish.plan.graphs import TABLED, count_positions, limit_context
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
 TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit
 GGUF_TOLERANCES = {"0": 1e-4, "1": 5e-3, "32": 2e-2, "7": 5e-2}  # by general.file_type: f32, f16, bf16, q8_0
+TABLE = 2e-3  # in fp32, where llama.cpp looks GELU up in a table of half-precision numbers
 QUANTISED = 1e-1  # other types: llama.cpp rounds activations to 8 bits as well
 ONNX_TOLERANCES = {"tensor(float16)": 5e-3}  # by the type that the graph computes in
 PROBE = "def main(argv):\n    return 0  # It costs 12.50, isn't it? Über 1000 Ω\n"
@@ -266,11 +268,12 @@ def read_sizes(path: Path, target: str, dense_reference: str | Path | None) -> t
         raise InputError(
             "transformers has no class for a DeciLM folder: --target vllm with --dense-reference, the folder it was exported from"
         )
-    config = load_config(path) if carrier is None else SimpleNamespace(**read_config(path))
-    longest = config.max_position_embeddings
-    if target == "gguf":
-        longest = min(longest, getattr(config, "sliding_window", None) or longest)
-    return config.vocab_size, longest
+    if carrier is not None:
+        config = SimpleNamespace(**read_config(path))
+        return config.vocab_size, config.max_position_embeddings
+    config, _ = open_config(load_config(path))
+    family, _ = read_layout(config)
+    return config.vocab_size, limit_context(family, config) if target == "gguf" else count_positions(config)
 
 
 def read_carrier(path: Path) -> str | None:
@@ -316,4 +319,6 @@ def open_target(path: Path, target: str, file: str | Path | None, context: int, 
         return OnnxRuntime(Path(file)), str(file)
     runner = LlamaCpp(Path(file), context)
     runner.tolerance = GGUF_TOLERANCES.get(runner.metadata("general.file_type") or "0", QUANTISED)
+    if runner.metadata("general.architecture") in TABLED:
+        runner.tolerance = max(runner.tolerance, TABLE)
     return runner, str(file)

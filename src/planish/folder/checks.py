@@ -12,10 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from planish.errors import InputError
-from planish.folder.config import find_family
+from planish.folder.config import find_family, open_config
 from planish.folder.safetensors import NAMES
 from planish.folder.stored import Stored
 from planish.modelling.blocks import find_blocks
+from planish.modelling.modelling import find_classes
+from planish.modelling.wrappers import find_language_model
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 QUANTISED = re.compile(  # what GPTQ, AWQ, bitsandbytes, AQLM, compressed-tensors and ModelOpt store beside or for weights
@@ -98,11 +100,16 @@ def check_model(model: nn.Module) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"the model in memory is a {kind}, not a causal language model of transformers")
-    family = find_family(model.config)
-    if not isinstance(model, getattr(transformers, family.classes[2])):
-        raise InputError(
-            f"the model in memory is a {kind}, not a causal language model: load it as {family.classes[2]} (AutoModelForCausalLM)"
-        )
+    config, tower = open_config(model.config)
+    family = find_family(config)
+    if tower is not None:
+        name, auto = tower.wrapper.classes[2], "AutoModelForImageTextToText"
+        right = isinstance(model, getattr(transformers, name))
+    else:
+        name, auto = family.classes[2], "AutoModelForCausalLM"
+        right = isinstance(model, find_classes(family.model_type)[2])
+    if not right:
+        raise InputError(f"the model in memory is a {kind}, not a causal language model: load it as {name} ({auto})")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise InputError(
@@ -114,7 +121,7 @@ def check_model(model: nn.Module) -> None:
                 f"tensor {name} of the model in memory is a {type(tensor).__name__}: quantised or sharded ones are not read, give "
                 "the original model"
             )
-    told, held = model.config.num_hidden_layers, len(find_blocks(model, family))
+    told, held = config.num_hidden_layers, len(find_blocks(find_language_model(model) if tower else model, family))
     if told != held:
         raise InputError(
             f"the model in memory has {held} blocks, its configuration says {told}: set model.config.num_hidden_layers = {held}"

@@ -13,33 +13,30 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
+import planish.modelling
 from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.packed.declared import FIELDS, METHODS, find_declared
 from planish.folder.recognise import refuse_file, refuse_unlike
-from planish.modelling import attentions as attentions_file
-from planish.modelling import blocks as blocks_file
-from planish.modelling import families as families_file
-from planish.modelling import family as family_file
-from planish.modelling import hybrids as hybrids_file
-from planish.modelling import modelling as modelling_file
-from planish.modelling import modules as modules_file
+from planish.folder.towers import Tower, split_config
 from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import Spec
 from planish.modelling.families import FAMILIES, MLP, Family
-from planish.modelling.modelling import FORMAT, class_names, model_type, register
+from planish.modelling.modelling import FORMAT, class_names, find_classes, list_auto, model_type, register
+from planish.modelling.wrappers import WRAPPERS, Wrapper
 
 register()  # the Auto classes know compressed models from here on
 
 PER_BLOCK = ("layer_types", "no_rope_layers")  # fields that hold a value for every block
+VISION = ("_vision", "_vision_model", "pixtral")  # what model types of vision towers end with
 NO_SOFT_CAP = "{} with eager attention: transformers' sdpa leaves out the soft cap of attention scores"
 
 
 def load_config(folder: Path) -> Any:
     """A folder's configuration; models built from it have an attention that computes all that it says."""
     config = copy.deepcopy(open_gguf(folder).config) if is_gguf(folder) else read_config(folder)
-    if needs_eager(config):
+    if needs_eager(split_config(config)[0]):
         config._attn_implementation = "eager"
     return config
 
@@ -50,13 +47,16 @@ def read_config(folder: Path) -> Any:
         refuse_file(folder)
         refuse_unlike(folder)
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kind = found.get("model_type")
     except (ValueError, AttributeError, OSError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     if not isinstance(kind, str):
         raise InputError(f"{path} names no model_type")
-    if not kind.startswith("planish"):
-        find_family(type("config", (), {"model_type": kind})())
+    if wrapper := WRAPPERS.get(kind):
+        check_text(found, wrapper, path)
+    elif not kind.startswith("planish"):
+        check_kind(kind)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -68,15 +68,38 @@ def read_config(folder: Path) -> Any:
     return config
 
 
+def check_kind(kind: str, inside: str = "") -> None:
+    """InputError for a model_type that no row of the tables has, with the nearest ones; `inside`: the wrapper it is in."""
+    known = FAMILIES if inside else {**FAMILIES, **WRAPPERS}
+    if kind in known:
+        return
+    if kind.endswith(VISION) and not inside:
+        raise InputError(f"{kind!r} is a vision tower, without a language model: give the whole model's folder")
+    near = get_close_matches(kind, known, n=3, cutoff=0.4)
+    nearest = f"; nearest: {', '.join(near)}" if near else ""
+    what = f"{inside} around a language model of the family {kind!r}" if inside else f"model family {kind!r}"
+    raise InputError(f"{what} is not supported{nearest} (supported: {', '.join(sorted(known))})")
+
+
+def check_text(found: dict[str, Any], wrapper: Wrapper, path: Path) -> None:
+    """InputError for a wrapper's config.json that does not say what its language model is."""
+    text = found.get("text_config")
+    if isinstance(text, dict):
+        if isinstance(kind := text.get("model_type"), str):
+            check_kind(kind, wrapper.model_type)
+    elif not (wrapper.flat and text is None and "hidden_size" in found):
+        raise InputError(
+            f"{path} has no text_config: nothing says what the language model inside {wrapper.model_type} is; "
+            "take config.json from the release again"
+        )
+
+
 def find_family(config) -> Family:
-    """The table row of a config, or a clear error that names the nearest ones."""
+    """The table row of a language model's config, or a clear error that names the nearest ones."""
     kind = config.model_type
     if kind.startswith("planish"):
         raise InputError(f"model is already compressed by planish (model_type {kind!r}); start from the original model")
-    if kind not in FAMILIES:
-        near = get_close_matches(kind, FAMILIES, n=3, cutoff=0.4)
-        nearest = f"; nearest: {', '.join(near)}" if near else ""
-        raise InputError(f"model family {kind!r} is not supported{nearest} (supported: {', '.join(sorted(FAMILIES))})")
+    check_kind(kind)
     if quantised := getattr(config, "quantization_config", None):
         how = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
         raise InputError(
@@ -95,10 +118,6 @@ def find_family(config) -> Family:
         raise InputError(
             f"{kind} with clip_qkv={clip:g} is not supported: clipped queries, keys and values are not linear"
         )
-    if read_declared(config, "qk_layernorm"):
-        raise InputError(f"{kind} with qk_layernorm=true is not supported: norms of queries and keys that are not read")
-    if read_declared(config, "use_qk_norm") and kind == "cohere":
-        raise InputError(f"{kind} with use_qk_norm=true is not supported: every head has a norm of its own")
     if read_declared(config, "alibi"):
         raise InputError(f"{kind} with alibi=true is not supported: its attention adds a bias for distance by itself")
     if read_declared(config, "parallel_attn") is False and not read_declared(config, "new_decoder_architecture"):
@@ -132,13 +151,21 @@ def read_layout(config: Any) -> tuple[Family, list[Spec]]:
     return family, [{} for _ in range(config.num_hidden_layers)]
 
 
+def open_config(config: Any) -> tuple[Any, Tower | None]:
+    """A language model's configuration, and the tower that it is in, as one that is written anew calls its tensors."""
+    text, wrapper = split_config(config)
+    if wrapper is not None and not is_compressed(text):
+        check_kind(text.model_type, wrapper.model_type)
+    return text, None if wrapper is None else Tower(wrapper, config)
+
+
 def find_stock_config(config: Any, family: Family) -> Any:
     """The configuration of the original model that a folder was made from; of a dense one its own."""
     if not is_compressed(config):
         return config
     ours = ("planish", "per_layer_config", "auto_map", "architectures", "model_type")
     settings = {k: v for k, v in config.to_dict().items() if k not in ours}
-    return getattr(transformers, family.classes[0])(**settings)
+    return find_classes(family.model_type)[0](**settings)
 
 
 def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, Any] | None:
@@ -169,17 +196,31 @@ def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[
     if mixtures and family.experts is not None:
         row = family.experts
         found |= dict(zip((row.count, row.top, row.width), mixtures.pop(), strict=True))
+        for shared in {n for s in shapes for role, n, _ in s.others if role == "shared.up"} if row.shared else ():
+            if shared % found[row.width]:  # it would have to become narrower too
+                return None
+            if found[row.width] != width_of_experts(shapes):
+                found[row.shared] = shared // found[row.width]
     if family.intermediate:
         return found | dict(zip([family.intermediate], widths, strict=False)) | dict(family.settled)
     return found if widths <= {shapes[0].intermediate} else None
 
 
+def width_of_experts(shapes: list[Shape]) -> int:
+    return next(s.experts.intermediate for s in shapes if s.experts)
+
+
 def write_config(
-    write: Callable[[str, str], None], dense: Any, family: Family, specs: list[Spec], shapes: list[Shape]
+    write: Callable[[str, str], None],
+    dense: Any,
+    family: Family,
+    specs: list[Spec],
+    shapes: list[Shape],
+    tower: Tower | None = None,
 ) -> str:
     """`write(name, text)` config.json, and the modelling files where no stock architecture holds the shapes.
 
-    `dense`: the uncompressed model's configuration. Returns "native" or "planish".
+    `dense`: the uncompressed language model's configuration; `tower`: what it is in. Returns "native" or "planish".
     """
     config = dense.to_dict()
     for name in ("_name_or_path", "auto_map", "transformers_weights"):  # neither code nor files of the source's own
@@ -197,22 +238,16 @@ def write_config(
         if needs_eager(dense):
             config["attn_implementation"] = "eager"  # what transformers then takes unless it is told
     else:
-        config_name, base_name, lm_name = class_names(family.model_type)
         config |= {
-            "architectures": [lm_name],
+            "architectures": [class_names(family.model_type)[2]],
             "model_type": model_type(family.model_type),
-            "auto_map": {
-                "AutoConfig": f"modelling.{config_name}",
-                "AutoModel": f"modelling.{base_name}",
-                "AutoModelForCausalLM": f"modelling.{lm_name}",
-            },
+            "auto_map": {auto: f"modelling.{name}" for auto, name in list_auto(family.model_type).items()},
             "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
             "per_layer_config": per_layer(specs, shapes, family),
         }
-        carried = (family_file, hybrids_file, families_file, modules_file, attentions_file, blocks_file, modelling_file)
-        for module in carried:
-            path = Path(str(module.__file__))
+        for path in sorted(Path(str(planish.modelling.__file__)).parent.glob("[!_]*.py")):
             write(path.name, path.read_text(encoding="utf-8"))
+    config = config if tower is None else tower.wrap(config, native is not None)
     config["transformers_version"] = transformers.__version__
     write("config.json", json.dumps(config, indent=2, default=str) + "\n")
     return "native" if native is not None else "planish"

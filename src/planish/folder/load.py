@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from planish.errors import InputError
-from planish.folder.config import NO_SOFT_CAP, load_config
+from planish.folder.config import NO_SOFT_CAP, is_compressed, load_config, open_config, read_layout
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.gguf_tokenizer import read_generation_config
 from planish.folder.hub import find_folder
@@ -40,25 +40,31 @@ def silence() -> None:
 
 
 def load(folder: str | Path, **kwargs) -> PreTrainedModel:
-    """A causal LM from a dense or compressed folder; runs no code but planish's own and transformers'.
+    """A causal LM, or the whole model that a language model is in, from a dense or compressed folder; runs no code but planish's
+    own and transformers'.
 
     Its attention computes all that the configuration says, unless `attn_implementation` asks for another. `kwargs` are
     `from_pretrained`'s.
     """
     path = find_folder(folder)
     config = load_config(path)
-    if needs_eager(config) and "attn_implementation" not in kwargs:
+    text, tower = open_config(config)
+    if needs_eager(text) and "attn_implementation" not in kwargs:
         kwargs["attn_implementation"] = "eager"
         warnings.warn(NO_SOFT_CAP.format(f"{folder} is loaded"), stacklevel=2)
     if is_gguf(path) or find_declared(path):
         return load_dequantised(path, **kwargs)
+    row = read_layout(text)[0].experts
+    if row is not None and not is_compressed(text) and getattr(text, row.width) % 8:
+        kwargs.setdefault("experts_implementation", "eager")  # grouped products refuse rows of no multiple of 16 bytes
     if getattr(config, "quantization_config", None):  # transformers' own matter
         open_weights(path)
     else:
         open_folder(path)  # says what is missing or not what the configuration asks for
     try:
         kwargs |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
-        model, found = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        auto = AutoModelForCausalLM if tower is None else AutoModelForImageTextToText
+        model, found = auto.from_pretrained(path, **kwargs)
     except Exception as error:  # whatever a damaged folder makes the model's own code raise
         raise InputError(f"cannot load {folder}: {type(error).__name__}: {error}") from None
     for name in sorted(found["missing_keys"]):  # transformers would go on with random numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from planish.errors import InputError
 from planish.folder.adapter import Adapter
-from planish.folder.config import is_compressed, load_config, read_layout
+from planish.folder.config import is_compressed, load_config, open_config, read_layout
 from planish.folder.hub import find_folder
 from planish.folder.stored import Stored, Weights
+from planish.folder.towers import Tower, Untouched, open_tower
 from planish.folder.weights import open_weights
 from planish.modelling.families import Family
+from planish.modelling.wrappers import PREFIXES
 from planish.stats import is_finite
 
 
@@ -28,7 +31,8 @@ class ModelFolder:
     the block is a stock one. `path` is the folder or the GGUF file, `name` what the user called
     it. A hub id is read as far as it is needed: its configuration at once, its weights with the first question about them.
     `adapter`: a LoRA adapter that is merged as tensors are read. `left_out`: stored tensors of next-token prediction layers,
-    which no causal LM of transformers runs.
+    which no causal LM of transformers runs. Of a language model inside a wrapper names are those that it would have alone, and
+    `untouched` is everything else.
 
     Formats of weights plug in below this class, at `planish.folder.weights.open_weights`.
     """
@@ -36,12 +40,14 @@ class ModelFolder:
     def __init__(self, model: str | Path, adapter: str | Path | None = None):
         self.path, self.name = find_folder(model, weights=False), str(model)
         self.remote = not Path(model).exists()  # weights on the hub are fetched when the first is asked for
-        self.config = load_config(self.path)
+        self.config, self._wrapped = open_config(load_config(self.path))
         self.compressed = is_compressed(self.config)
         self.family, self.specs = read_layout(self.config)
         self.adapter = None if adapter is None else Adapter(adapter)
         changed = [*self.adapter.deltas, *self.adapter.replaced] if self.adapter else []
-        self._changed = {name_adapted(n, self.family): n for n in changed}  # name → what the adapter calls it
+        self._changed = {
+            name_adapted(n, self.family, self._wrapped is not None): n for n in changed
+        }  # name → what the adapter calls it
         first, more = self.config.num_hidden_layers, getattr(self.config, "num_nextn_predict_layers", None) or 0
         self._predictors = tuple(f"{self.family.blocks}.{i}." for i in range(first, first + more)) + (
             "mtp.",
@@ -55,9 +61,28 @@ class ModelFolder:
         return open_weights(find_folder(self.name) if self.remote else self.path)
 
     @cached_property
+    def tower(self) -> Tower | None:
+        """What the language model is in, and what the checkpoint calls its tensors there."""
+        if self._wrapped is None:
+            return None
+        where, wrapped = str(self.path), self._wrapped
+        return open_tower(wrapped.wrapper, wrapped.config, self.family.blocks, self.weights.names, where)
+
+    @property
+    def untouched(self) -> Untouched:
+        """What is no language model's."""
+        names = (n for n in self.weights.names if self.tower and self.tower.read_name(n) is None)
+        entries = {n: self.weights.entry(n) for n in names}
+        return Untouched({n: (math.prod(e.shape), e.dtype) for n, e in entries.items()}, self.weights.read)
+
+    @cached_property
     def _places(self) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
         """Name → stored name; name → rows of the stored tensor, where it is a part of one."""
-        names = match_names(self.weights.names, self.family, self.compressed)
+        if self.tower is None:
+            names = match_names(self.weights.names, self.family, self.compressed)
+        else:
+            inside = {n: self.tower.read_name(n) for n in self.weights.names}
+            names = {self.family.read_name(name): n for n, name in inside.items() if name is not None}
         for name in [n for n in names if n.startswith(self._predictors)]:
             self.left_out.append(names.pop(name))
         return names, split_experts(names, self.family, self.weights)
@@ -154,8 +179,11 @@ def split_experts(names: dict[str, str], family: Family, weights: Weights) -> di
     return found
 
 
-def name_adapted(name: str, family: Family) -> str:
-    """Name in the causal LM of a weight that an adapter changes: of one that was trained on the base model without its prefix."""
+def name_adapted(name: str, family: Family, wrapped: bool = False) -> str:
+    """Name in the causal LM of a weight that an adapter changes: of one that was trained on the base model without its prefix,
+    or on what the language model is in."""
+    inside = next((p for p in PREFIXES[:-1] if wrapped and name.startswith(p)), None)
+    name = name if inside is None else "model." + name.removeprefix(inside)
     first, head = family.blocks.partition(".")[0] + ".", f"{family.head}."
     if name.startswith(head):
         return f"lm_head.{name.removeprefix(head)}"

@@ -6,16 +6,18 @@ from math import prod
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from planish.core import ExpertShape, Shape
 from planish.errors import InputError
 from planish.folder.config import is_compressed
+from planish.folder.towers import Tower
 from planish.modelling.attentions import count_heads, has_norms, head_width, rotary_width
-from planish.modelling.blocks import find_blocks, get_linear, has_mixer, read_layout, split_block, split_experts
+from planish.modelling.blocks import find_blocks, get_linear, has_mixer, read_layout
+from planish.modelling.canonical import split_block, split_experts
 from planish.modelling.families import Family
+from planish.modelling.modelling import find_classes
 
 
 def build_stock(config: Any, family: Family) -> PreTrainedModel:
@@ -23,9 +25,18 @@ def build_stock(config: Any, family: Family) -> PreTrainedModel:
     try:
         if is_compressed(config):
             return AutoModelForCausalLM.from_config(config)
-        return getattr(transformers, family.classes[2])(config)
+        return find_classes(family.model_type)[2](config)  # type: ignore[return-value]
     except Exception as error:  # sizes that do not fit together, or into memory
         raise InputError(f"config.json is no valid {family.model_type}: {type(error).__name__}: {error}") from None
+
+
+def build_whole(tower: Tower) -> PreTrainedModel:
+    """The whole model, dense or compressed, that a language model is in; the caller says where."""
+    try:
+        return AutoModelForImageTextToText.from_config(tower.config)
+    except Exception as error:
+        kind = tower.wrapper.model_type
+        raise InputError(f"config.json is no valid {kind}: {type(error).__name__}: {error}") from None
 
 
 def build_skeleton(config: Any, family: Family) -> PreTrainedModel:
@@ -98,6 +109,7 @@ def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
         state=read_state(config, family) if has_mixer(block, family) else 0,
         fixed=layout.fixed,
         hybrid=any(has_mixer(b, family) for b in blocks),
+        mrope=family.mrope,
     )
 
 

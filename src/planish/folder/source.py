@@ -13,17 +13,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from planish.apply import is_empty
 from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.adapter import Adapter
 from planish.folder.checks import check_model, check_tensors
-from planish.folder.config import NO_SOFT_CAP, find_family, find_stock_config, load_config
+from planish.folder.config import NO_SOFT_CAP, find_family, find_stock_config, load_config, open_config
 from planish.folder.model_folder import ModelFolder
-from planish.folder.skeleton import build_empty, build_skeleton, build_stock, find_embedding, read_shape, set_parameter
+from planish.folder.skeleton import (
+    build_empty,
+    build_skeleton,
+    build_stock,
+    build_whole,
+    find_embedding,
+    read_shape,
+    set_parameter,
+)
 from planish.folder.tokenizer import check_links, copy_files
+from planish.folder.towers import Tower, Untouched
 from planish.modelling.attentions import needs_eager
-from planish.modelling.blocks import find_blocks, split_block
+from planish.modelling.blocks import find_blocks
+from planish.modelling.canonical import split_block
 from planish.modelling.families import Family
+from planish.modelling.wrappers import find_language_model
 from planish.stats import is_finite
 
 HEAD = "lm_head.weight"
@@ -31,13 +43,18 @@ T = TypeVar("T")
 
 
 class Source:
-    """A model, read one block at a time. `stock_config` is the original model's where `config` is a compressed one's."""
+    """A model, read one block at a time. `stock_config` is the original model's where `config` is a compressed one's.
+
+    Of a model in a wrapper (`tower`) this is the language model alone; all else is `untouched`.
+    """
 
     config: Any
     stock_config: Any
     folder: Path | None = None
     family: Family
     name: str
+    tower: Tower | None = None
+    untouched = Untouched()
 
     def skeleton(self) -> PreTrainedModel:
         """A causal LM of its own on the meta device; only buffers hold values."""
@@ -56,7 +73,7 @@ class Source:
         raise NotImplementedError
 
     def copy_files(self, target: Path) -> None:
-        """Tokenizer and generation files."""
+        """Tokenizer, processor and generation files."""
         raise NotImplementedError
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
@@ -119,8 +136,9 @@ class FolderSource(Source):
     def reader(self) -> ModelFolder:
         """The folder's tensors, which are those that its configuration asks for."""
         prefix, reader = f"{self.family.blocks}.", self._opened
+        self.tower, self.untouched = reader.tower, reader.untouched
         inside = {n.removeprefix(prefix).partition(".")[0] for n in reader.names if n.startswith(prefix)}
-        if self.n_blocks != len(inside):
+        if not self.n_blocks - sum(map(is_empty, self.specs)) <= len(inside) <= self.n_blocks:
             raise InputError(
                 f"{self.folder}/config.json says {self.n_blocks} blocks, the checkpoint holds {len(inside)}: "
                 "it is incomplete or another model's"
@@ -137,7 +155,8 @@ class FolderSource(Source):
 
     @property
     def stored(self) -> torch.dtype:
-        first = next(n for n, _ in self.model.named_parameters() if n in self.reader.inside(0))
+        inside = f"{self.family.blocks}."
+        first = next(n for n, _ in self.model.named_parameters() if n.startswith(inside) and n in self.reader)
         return self.reader.entry(first).dtype
 
     @cached_property
@@ -149,13 +168,15 @@ class FolderSource(Source):
         _ = self.reader
         return copy.deepcopy(self.model)
 
-    def block(self, i: int) -> nn.Module:
-        return split_block(self.stored_block(i), self.family, self.config)
+    def block(self, i: int, experts: bool = True) -> nn.Module:
+        return split_block(self.stored_block(i, experts), self.family, self.config)
 
-    def stored_block(self, i: int) -> nn.Module:
-        """A copy of block i under its stored names (fused linears stay fused), in the stored dtype."""
+    def stored_block(self, i: int, experts: bool = True) -> nn.Module:
+        """A copy of block i under its stored names (fused linears stay fused), in the stored dtype; `experts`: with the weights
+        of its experts, which are else left on the meta device."""
         block = copy.deepcopy(find_blocks(self.model, self.family)[i], {id(self.model.config): self.model.config})
-        for name in block.state_dict():
+        row = None if experts else self.family.experts
+        for name in [n for n in block.state_dict() if row is None or not n.startswith(f"{row.path}.")]:
             set_parameter(block, name, self.reader.tensor(f"{self.family.blocks}.{i}.{name}"))
         following = i + (1 if i >= self._last else -1)  # the stream goes up or down
         self._last = i
@@ -207,9 +228,15 @@ class ConfigSource(Source):
     """A config.json without weights: enough to plan with. `whole`: the model that it is of, where its weights can be had."""
 
     def __init__(self, folder: Path, name: str | None = None, whole: FolderSource | None = None):
-        self.config, self.name, self.whole = load_config(folder), name or str(folder), whole
+        self.config, self.tower = open_config(load_config(folder))
+        self.name, self.whole = name or str(folder), whole
         self.stock_config, self.folder = self.config, folder
         self.family = find_family(self.config)
+        if self.tower is not None:
+            with torch.device("meta"):
+                tensors = build_whole(self.tower).state_dict()
+            around = {n: t for n, t in tensors.items() if self.tower.read_name(n) is None}
+            self.untouched = Untouched({n: (t.numel(), self.stored) for n, t in around.items()})
 
     @property
     def stored(self) -> torch.dtype:
@@ -233,13 +260,20 @@ class MemorySource(Source):
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
         check_model(model)
         self.model, self.tokenizer = model, tokenizer
-        self.config = self.stock_config = copy.deepcopy(model.config)
+        self.config, self.tower = open_config(copy.deepcopy(model.config))
+        self.stock_config, self._language = self.config, find_language_model(model) if self.tower else model
         if needs_eager(self.config) and self.config._attn_implementation == "sdpa":
             self.config._attn_implementation = "eager"
             warnings.warn(NO_SOFT_CAP.format("the model is calibrated"), stacklevel=4)
         self.family = find_family(self.config)
         self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self._tensors = {n: t.detach() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+        tensors = {n: t.detach() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+        names = {n: n if self.tower is None else self.tower.read_name(n) for n in tensors}
+        self._tensors = {name: tensors[n] for n, name in names.items() if name is not None}
+        around = {n: t for n, t in tensors.items() if names[n] is None}
+        self.untouched = Untouched(
+            {n: (t.numel(), t.dtype) for n, t in around.items()}, lambda name: around[name].cpu()
+        )
         with torch.device("meta"):
             check_tensors(self._tensors, build_stock(self.config, self.family), {}, "the model in memory")
         for name, tensor in self._tensors.items():
@@ -251,8 +285,8 @@ class MemorySource(Source):
             del self.empty
 
     def block(self, i: int) -> nn.Module:
-        memo = {id(self.model.config): self.config}
-        block = copy.deepcopy(find_blocks(self.model, self.family)[i], memo).cpu().eval().requires_grad_(False)
+        memo = {id(self._language.config): self.config}
+        block = copy.deepcopy(find_blocks(self._language, self.family)[i], memo).cpu().eval().requires_grad_(False)
         return split_block(block, self.family, self.config)
 
     def outside(self) -> dict[str, Tensor]:
@@ -277,6 +311,12 @@ class MemorySource(Source):
         if getattr(self.model, "generation_config", None) is not None:
             # as it is: `save_pretrained` refuses settings that several released models have
             self.model.generation_config.to_json_file(target / "generation_config.json", keys_to_pop=["compile_config"])
+
+
+def name_stored(source: Source, name: str) -> str:
+    """What checkpoints call a tensor of the causal LM."""
+    stored = source.family.store_name(name)
+    return stored if source.tower is None else source.tower.store_name(stored)
 
 
 def find_origin(source: Source) -> dict[str, Any] | None:

@@ -17,7 +17,9 @@ from planish.folder.safetensors import Shard, hash_file, make_header, sync_folde
 from planish.folder.skeleton import set_parameter
 from planish.folder.source import Source
 from planish.folder.tokenizer import TEMPLATES
-from planish.modelling.blocks import install, join_block, split_block
+from planish.folder.towers import Tower
+from planish.modelling.blocks import install
+from planish.modelling.canonical import join_block, split_block
 from planish.modelling.families import Family
 
 # what savers of models, the hub and planish put into a model's folder
@@ -47,11 +49,13 @@ class Writer:
 
     `resume/` inside it holds what was asked (`keep_request`) and a journal: one line per finished block, added after its
     shard is durable. `finished`: the journal's entries by block, where an interrupted run is taken up. Of several
-    processes only the first writes.
+    processes only the first writes. `tower`: what the model is in, which says how its tensors are called there.
     """
 
-    def __init__(self, output: Path, n_blocks: int, overwrite: bool = False, resume: bool = False):
-        self.output, self.n_shards = output, n_blocks + 1
+    def __init__(
+        self, output: Path, n_blocks: int, overwrite: bool = False, resume: bool = False, tower: Tower | None = None
+    ):
+        self.output, self.n_shards, self.tower = output, n_blocks + 1, tower
         self.active = lanes.rank() == 0
         self.weight_map: dict[str, str] = {}
         self.bytes = 0  # of tensors
@@ -120,8 +124,13 @@ class Writer:
             request = json.loads(json.dumps(request | {"windows": digest}, default=str))
             write_text(self.state / "request.json", json.dumps(seal(request), indent=2) + "\n")
 
-    def shard(self, number: int, tensors: dict[str, Tensor], write: bool = True) -> tuple[str, str]:
-        """Write shard `number` (0 = what is outside the blocks, i + 1 = block i); its name and SHA-256."""
+    def shard(
+        self, number: int, tensors: dict[str, Tensor], write: bool = True, named: bool = False
+    ) -> tuple[str, str]:
+        """Write shard `number` (0 = what is outside the blocks, i + 1 = block i); its name and SHA-256. `named`: the tensors have
+        the names that they are stored under."""
+        if self.tower is not None and not named:
+            tensors = {self.tower.store_name(n): t for n, t in tensors.items()}
         name, digest = f"{self.stem}-{number + 1:05d}-of-{self.n_shards:05d}.safetensors", ""
         try:
             if write and self.active:
@@ -151,7 +160,8 @@ class Writer:
         if block is not None:
             join_block(block, family)
             tensors = {family.store_name(f"{family.blocks}.{at}.{k}"): v for k, v in block.state_dict().items()}
-            name, digest = self.shard(at + 1, tensors, write=i not in self.finished)
+            if tensors:
+                name, digest = self.shard(at + 1, tensors, write=i not in self.finished)
             stored = block.state_dict().keys()
             self.parameters -= sum(
                 b.numel() for n, b in block.named_buffers() if n in stored and b.is_floating_point()
@@ -174,8 +184,9 @@ class Writer:
         join_block(block, source.family)
         if entry["shard"]:
             shard, prefix = Shard(self.partial / entry["shard"]), f"{source.family.blocks}.{entry['at']}."
-            for name in shard.entries:
-                set_parameter(block, source.family.read_name(name).removeprefix(prefix), shard.read(name))
+            for stored in shard.entries:
+                name = stored if self.tower is None else self.tower.read_name(stored) or stored
+                set_parameter(block, source.family.read_name(name).removeprefix(prefix), shard.read(stored))
         return split_block(block, source.family, source.config)
 
     def text(self, name: str, text: str) -> None:
@@ -236,6 +247,13 @@ class Writer:
         """
         if self.active and (wrong_input or not (self.state / "journal.jsonl").exists()):
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def copy_untouched(source: Source, writer: Writer) -> None:
+    """Write the source's untouched tensors, behind all others, a few at a time."""
+    rest, first = source.untouched, len(set(writer.weight_map.values()))
+    for n, names in enumerate(rest.chunks()):
+        writer.shard(first + n, {name: rest.read(name) for name in names}, named=True)
 
 
 def list_foreign(folder: Path) -> list[Path]:

@@ -80,10 +80,24 @@ class Palu(Method):
 
     def remark(self, problem: Problem) -> dict[str, str]:
         """What cannot be cut, and why."""
-        if self.keys == "rebuild" or all(Unit(s.block, "keys") in problem.units for s in problem.shapes):
+        left = [s for s in problem.shapes if s.heads and Unit(s.block, "keys") not in problem.units]
+        if not left:
             return {}
-        why = "normalises keys" if problem.shapes[0].qk_norm else "does not rotate every channel of its keys"
-        return {"keys": f"keys are left as they are: this family {why}; keys=rebuild cuts them"}
+        shape, other = left[0], ""
+        if shape.mrope and (self.keys == "rebuild" or shape.qk_norm):
+            why = (
+                "turns keys by several positions of each token, and normalises them"
+                if shape.qk_norm
+                else ("turns keys by several positions of each token")
+            )
+            other = "" if shape.qk_norm else "; keys=frequency cuts them"
+        elif self.keys == "rebuild":
+            return {}
+        else:
+            why = "normalises keys" if shape.qk_norm else "does not rotate every channel of these"
+            other = "; keys=rebuild cuts them"
+        where = "" if len(left) == len(problem.shapes) else f" of blocks {', '.join(str(s.block) for s in left)}"
+        return {"keys": f"keys{where} are left as they are: this family {why}{other}"}
 
     def foresee(self, problem: Problem, windows: int) -> Foreseen:
         remarks = self.remark(problem)

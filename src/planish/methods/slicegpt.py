@@ -18,7 +18,8 @@ from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.methods.method import Method
-from planish.modelling.blocks import get_linear, install, split_block
+from planish.modelling.blocks import get_linear, install
+from planish.modelling.canonical import split_block
 from planish.modelling.families import ATTENTION
 from planish.plan.footprint import count_weights
 from planish.plan.planned import Emit, Planned

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .families import Family
-from .modules import take
+from .modules import Rows, take
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -52,6 +52,7 @@ class Attention(nn.Module):
         self.rotary, self.training = has_rotation(stock, family), stock.training
         self.position_scale, self.twins = family.position_scale, family.twins
         self.qk_norm, self.norms = family.qk_norm if has_norms(stock, family) else "", family.norms
+        self.neighbours = rotary_width(stock, family) if any(f.layout == "neighbours" for f in family.fused) else 0
         for name in self.norms if self.qk_norm else ():
             setattr(self, name, getattr(stock, name))
         if pairs:
@@ -59,7 +60,7 @@ class Attention(nn.Module):
             self.register_buffer("pairs", torch.zeros(kv_heads, pairs, dtype=torch.int32, device=device))
         else:
             self.pairs = None
-        # q_proj, k_proj, v_proj, o_proj are set by `install`
+        self.gate_proj: nn.Module | None = None  # with q_proj, k_proj, v_proj and o_proj set by `install`
 
     def forward(
         self,
@@ -95,14 +96,30 @@ class Attention(nn.Module):
         )
         if value.shape[-1] > self.v:
             output = output[..., : self.v]
-        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+        return self.finish(output.reshape(query.shape[0], query.shape[2], -1).contiguous(), hidden_states), weights
+
+    def finish(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """What heads give (batch, tokens, heads · v), gated where the family does that, through the output projection."""
+        if self.gate_proj is not None:
+            output = output * torch.sigmoid(self.gate_proj(hidden_states))
+        return self.o_proj(output)
 
     def normalise(self, kind: str, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Through their norms, if the family's are of this kind: "width" sees (..., heads · qk), the others (..., qk)."""
-        if self.qk_norm != kind:
+        """Through their norms, if the family's are of this kind: "width" sees (..., heads · qk), as do "each" and "listed"; the
+        others (..., qk)."""
+        if self.qk_norm != kind and not (kind == "width" and self.qk_norm in ("each", "listed")):
             return query, key
         q_norm, k_norm = (getattr(self, name) for name in self.norms)
+        if self.qk_norm != "width" and kind == "width":
+            return self.normalise_each(q_norm, query), self.normalise_each(k_norm, key)
         return q_norm(query), k_norm(key)
+
+    def normalise_each(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """x (..., heads · qk) through a norm that has weights for each head, in the order in which the family stores channels."""
+        rows = Rows("neighbours", (), x.shape[-1] // self.qk, self.neighbours)
+        x = (rows.join([x], -1) if self.neighbours else x).unflatten(-1, (-1, self.qk))
+        x = (norm(x.transpose(1, 2)).transpose(1, 2) if self.qk_norm == "listed" else norm(x)).flatten(-2)
+        return rows.split(x, -1)[0] if self.neighbours else x
 
     def scale(self, query: Tensor, positions: Tensor | None) -> Tensor:
         """Queries (batch, heads, tokens, qk) · (1 + β ln(1 + ⌊position / original length⌋)), where the family has that."""
@@ -184,7 +201,7 @@ class Latent(Attention):
                 raise NotImplementedError("attention on latent keys needs a cache that grows, such as DynamicCache")
             latent, value = cache.update(latent, value, self.layer_idx)
         key = (latent @ self.U.mT).unflatten(-1, (-1, self.qk)).transpose(2, 3).flatten(1, 2)
-        if self.qk_norm == "width":
+        if self.qk_norm in ("width", "each", "listed"):
             query, key = self.normalise("width", *(x.transpose(1, 2).flatten(2) for x in (query, key)))
             query, key = (x.unflatten(-1, (-1, self.qk)).transpose(1, 2) for x in (query, key))
         query, key = self.normalise("head", query, key)
@@ -207,7 +224,7 @@ class Latent(Attention):
         )
         if value.shape[-1] > self.v:
             output = output[..., : self.v]
-        return self.o_proj(output.reshape(query.shape[0], query.shape[2], -1).contiguous()), weights
+        return self.finish(output.reshape(query.shape[0], query.shape[2], -1).contiguous(), hidden_states), weights
 
     def rebuild(self, k: Tensor) -> Tensor:
         """k_proj's weight (groups · rank, hidden) or bias (groups · rank,) as that of the keys themselves."""
@@ -312,7 +329,7 @@ def find_positions(layer: Any, given: Tensor | None, new: int, key: Tensor) -> T
 def make_rotary(stock: nn.Module) -> nn.Module:
     """The rotary tables' module of a stock attention's own family."""
     names = vars(sys.modules[type(stock).__module__])
-    kind = next(c for n, c in names.items() if n.endswith("RotaryEmbedding"))
+    kind = next(c for n, c in names.items() if n.endswith("RotaryEmbedding") and "Vision" not in n)
     return kind(config=stock.config)
 
 

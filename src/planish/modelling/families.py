@@ -14,6 +14,7 @@ _GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 _PLAIN = {r: _GATED[r] for r in ("up", "down")}
 _NEIGHBOURS = tuple(Fused(f"self_attn.{r}_proj", (r,), "neighbours") for r in "qk")
 _VALUES = {r: _ATTENTION[r] for r in "vo"}  # beside `_NEIGHBOURS`
+_LAYERNORMS = ("q_layernorm", "k_layernorm")
 _SPARSE = ((".block_sparse_moe.", ".mlp."),)
 _QWEN = ExpertsRow(normalised="norm_topk_prob")
 _CORRECTED = ExpertsRow(
@@ -21,6 +22,7 @@ _CORRECTED = ExpertsRow(
     router=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
     normalised="norm_topk_prob",
     otherwise="apart",
+    shared="n_shared_experts",
 )
 
 
@@ -89,6 +91,8 @@ _ROWS = (
     Family("granite", _classes("Granite"), _ATTENTION | _GATED, factor="residual_multiplier"),
     Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
     Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
+    Family("qwen2_5_vl_text", _classes("Qwen2_5_VLText"), _ATTENTION | _GATED, window=True, mrope=True),
+    Family("qwen3_vl_text", _classes("Qwen3VLText"), _ATTENTION | _GATED, qk_norm="head", mrope=True),
     Family("seed_oss", _classes("SeedOss"), _ATTENTION | _GATED),
     Family("gemma", _classes("Gemma"), _ATTENTION | _GATED, norm_offset=1.0),
     Family(
@@ -138,8 +142,16 @@ _ROWS = (
         qk_norm="head",
     ),
     Family("olmo", _classes("Olmo"), _ATTENTION | _GATED),
-    Family("stablelm", _classes("StableLm"), _ATTENTION | _GATED, parallel=True, shared_norm="input_layernorm"),
-    _one_norm("cohere", _classes("Cohere"), _VALUES | _GATED, fused=_NEIGHBOURS, twins=True),
+    Family(
+        "stablelm",
+        _classes("StableLm"),
+        _ATTENTION | _GATED,
+        parallel=True,
+        shared_norm="input_layernorm",
+        qk_norm="listed",
+        norms=_LAYERNORMS,
+    ),
+    _one_norm("cohere", _classes("Cohere"), _VALUES | _GATED, fused=_NEIGHBOURS, twins=True, qk_norm="each"),
     _one_norm(
         "cohere2",
         _classes("Cohere2"),
@@ -153,6 +165,8 @@ _ROWS = (
         "phi",
         _classes("Phi"),
         {r: f"self_attn.{r}_proj" for r in "qkv"} | {"o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"},
+        qk_norm="head",
+        norms=_LAYERNORMS,
     ),
     Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN, norm_offset=1.0),
     Family("starcoder2", _classes("Starcoder2"), _ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True),
@@ -197,6 +211,7 @@ _ROWS = (
             count="n_routed_experts",
             normalised=None,  # transformers passes over norm_topk_prob
             scale="routed_scaling_factor",
+            shared="n_shared_experts",
         ),
     ),
     _latent("deepseek_v3", _classes("DeepseekV3"), _CORRECTED),

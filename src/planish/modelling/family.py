@@ -12,7 +12,8 @@ ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")  # roles
 @dataclass(frozen=True)
 class Fused:
     """A linear that stores rows otherwise than role by role. `layout`: "rows" = one role after the other; "heads" = per kv head
-    its queries, its key, its value; "neighbours" = one role, whose heads rotate channels 2j and 2j + 1 together.
+    its queries, its key, its value, or per query head the query and its gate; "neighbours" = one role, whose heads rotate
+    channels 2j and 2j + 1 together.
 
     In a canonical block every role is a linear of its own, and a head rotates channels j and j + half together.
     """
@@ -49,6 +50,9 @@ class ExpertsRow:
     top_groups: str = "topk_group"
     scale: str = ""
     stacked: bool = False  # in checkpoints too
+    shared: str = (
+        ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
+    )
 
     def gates(self, settings: object) -> str:
         """What becomes of a token's gates where an expert is missing, by the config or the router's own settings: "chosen",
@@ -82,9 +86,9 @@ class Family:
     attention_post_norm: str | None = None  # applied to the contribution before it is added
     mlp_post_norm: str | None = None
     factor: str = ""  # the block's own name of what a contribution is multiplied by before it is added
-    qk_norm: str = (
-        ""  # of queries and keys: per "head", per head once it is "rotated", or over the "width" of all heads
-    )
+    # Of queries and keys: per "head", per head once it is "rotated", over the "width" of all heads; with weights for "each"
+    # head (…, heads, d), or with a module for each, "listed", which take (batch, heads, tokens, d).
+    qk_norm: str = ""
     norms: tuple[str, str] = ("q_norm", "k_norm")  # the attention's names of those norms
     rotary: bool = True
     rotates: str = ""  # the attention's own name of what is set in blocks that rotate; empty: all of them do
@@ -92,6 +96,7 @@ class Family:
     twins: bool = False  # rotary tables have a pair's two values side by side, not one half after the other
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
+    mrope: bool = False  # a token has three positions, each for a section of the rotary pairs
     position_scale: bool = False  # queries grow with the logarithm of their position (Llama 4, Ministral 3)
     parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
     in_place: bool = False  # the block adds to what its feed-forward gave without a copy

@@ -3,9 +3,38 @@ models.)"""
 
 from __future__ import annotations
 
-from .family import Family
+from .family import ExpertsRow, Family, Fused
 
 _ATTENTION = {r: f"self_attn.{r}_proj" for r in "qkvo"}
+
+_GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+
+
+def _delta(
+    model_type: str, classes: tuple[str, str, str], names: dict[str, str], experts: bool = False, mrope: bool = False
+) -> Family:
+    """Gated delta nets, and in every few blocks an attention whose output is gated. `names`: of the nets' linears."""
+    mixer = {f"mixer.{role}": f"linear_attn.{name}" for role, name in (names | {"out": "out_proj"}).items()}
+    shared = {f"shared.{r}": f"mlp.shared_expert.{r}_proj" for r in ("gate", "up", "down")} if experts else {}
+    heads = ("linear_num_key_heads", "linear_key_head_dim"), ("linear_num_value_heads", "linear_value_head_dim")
+    return Family(
+        model_type,
+        classes,
+        {r: p for r, p in (_ATTENTION | _GATED).items() if r != "q"},
+        fused=(Fused("self_attn.q_proj", ("q", "attention.gate"), "heads"),),
+        qk_norm="head",
+        norm_offset=1.0,
+        fixed=("attention",),
+        others={"attention.gate": "self_attn.q_proj.gate"} | mixer | shared,
+        state=(
+            (2, *heads[0], "linear_conv_kernel_dim"),
+            (*heads[1], "linear_conv_kernel_dim"),
+            (*heads[1], "linear_key_head_dim"),
+        ),
+        mrope=mrope,
+        experts=ExpertsRow(normalised="norm_topk_prob") if experts else None,
+    )
+
 
 HYBRIDS = (
     Family(
@@ -21,5 +50,17 @@ HYBRIDS = (
         others={"mixer.in": "conv.in_proj", "mixer.out": "conv.out_proj"},
         state=(("hidden_size", "conv_L_cache"),),
         settled={"block_auto_adjust_ff_dim": False},
+    ),
+    _delta(
+        "qwen3_next",
+        ("Qwen3NextConfig", "Qwen3NextModel", "Qwen3NextForCausalLM"),
+        {"in": "in_proj_qkvz", "gates": "in_proj_ba"},
+        experts=True,
+    ),
+    _delta(
+        "qwen3_5_text",
+        ("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
+        {"in": "in_proj_qkv", "z": "in_proj_z", "b": "in_proj_b", "a": "in_proj_a"},
+        mrope=True,
     ),
 )

@@ -96,27 +96,30 @@ class Rows(NamedTuple):
     heads: int = 1
     rotary: int = 0
 
-    def split(self, x: Tensor) -> list[Tensor]:
-        """(rows, …) → the rows of each role."""
+    def split(self, x: Tensor, dim: int = 0) -> list[Tensor]:
+        """All rows, along an axis → those of each role."""
         if self.layout == "rows":
-            return list(x.split(list(self.sizes)))
-        by_head = x.unflatten(0, (self.heads, -1))
+            return list(x.split(list(self.sizes), dim))
+        dim %= x.ndim
+        by_head = x.unflatten(dim, (self.heads, -1))
         if self.layout == "heads":
-            return [t.flatten(0, 1) for t in by_head.split([n // self.heads for n in self.sizes], 1)]
-        pairs, rest = by_head[:, : self.rotary].unflatten(1, (-1, 2)), by_head[:, self.rotary :]
-        return [torch.cat([pairs.transpose(1, 2).flatten(1, 2), rest], 1).flatten(0, 1)]
+            return [t.flatten(dim, dim + 1) for t in by_head.split([n // self.heads for n in self.sizes], dim + 1)]
+        return [self.transpose(by_head, dim + 1, (self.rotary // 2, 2)).flatten(dim, dim + 1)]
 
     def join(self, parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-        """The inverse of `split`, along any axis."""
+        """The inverse of `split`."""
         if self.layout == "rows":
             return torch.cat(list(parts), dim)
         dim %= parts[0].ndim
         by_head = torch.cat([p.unflatten(dim, (self.heads, -1)) for p in parts], dim + 1)
         if self.layout == "neighbours":
-            halves, rest = by_head.split([self.rotary, by_head.shape[dim + 1] - self.rotary], dim + 1)
-            pairs = halves.unflatten(dim + 1, (2, -1)).transpose(dim + 1, dim + 2).flatten(dim + 1, dim + 2)
-            by_head = torch.cat([pairs, rest], dim + 1)
+            by_head = self.transpose(by_head, dim + 1, (2, self.rotary // 2))
         return by_head.flatten(dim, dim + 1)
+
+    def transpose(self, x: Tensor, dim: int, shape: tuple[int, int]) -> Tensor:
+        """The rotated channels of every head along an axis, a matrix of this shape read row by row → column by column."""
+        rotated, rest = x.split([self.rotary, x.shape[dim] - self.rotary], dim)
+        return torch.cat([rotated.unflatten(dim, shape).transpose(dim, dim + 1).flatten(dim, dim + 1), rest], dim)
 
 
 class Fused(nn.Module):
@@ -124,8 +127,8 @@ class Fused(nn.Module):
 
     def __init__(self, parts: dict[str, nn.Module], rows: Rows):
         super().__init__()
-        self.roles, self.rows = tuple(parts), rows
-        for role, module in parts.items():
+        self.roles, self.rows = tuple(role.rpartition(".")[2] for role in parts), rows
+        for role, module in zip(self.roles, parts.values(), strict=True):
             setattr(self, role, module)
 
     def forward(self, x: Tensor) -> Tensor:

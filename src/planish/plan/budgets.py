@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from planish.core import Shape, Solver, Unit
 from planish.errors import InputError
-from planish.folder.source import Source
+from planish.folder.source import Source, name_stored
 from planish.plan.footprint import Footprint, count_headers, footprints
 from planish.plan.latency import Table, UnmeasuredError
 from planish.request import SHARES, label, show
@@ -125,6 +125,7 @@ class Weights(Budget):
     @classmethod
     def read(cls, model: Uncut) -> dict[str, Any]:
         numbers = sum(n for n, dtype in model.source.sizes().values() if dtype.is_floating_point)
+        numbers += model.source.untouched.count
         return {"outside": numbers - sum(s.count() for s in model.shapes)}
 
     def measure(self, found: Footprint) -> float:
@@ -143,10 +144,12 @@ class Bytes(Budget):
         sizes, blocks = model.source.sizes(), model.source.family.blocks
         itemsize = next(d.itemsize for n, (_, d) in sizes.items() if n.startswith(blocks) and d.is_floating_point)
         whole = sum(n * dtype.itemsize for n, dtype in sizes.values()) + count_headers(model.source)
+        whole += model.source.untouched.bytes
         return {
             "itemsize": itemsize,
             "outside": whole - itemsize * sum(s.count() for s in model.shapes),
-            "entry": 100 + max(map(len, sizes)),  # dtype, shape, offsets; names of factors are longer by two
+            # dtype, shape, offsets; names of factors are longer by two
+            "entry": 100 + max(len(name_stored(model.source, n)) for n in sizes),
         }
 
     def measure(self, found: Footprint) -> float:

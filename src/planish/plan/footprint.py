@@ -18,7 +18,7 @@ from torch import Tensor
 
 from planish.core import SUBMODULES, Shape, Solver, Spec, Unit
 from planish.folder.safetensors import make_header
-from planish.folder.source import Source
+from planish.folder.source import Source, name_stored
 from planish.modelling.families import ATTENTION, MLP
 from planish.rounding.types import find_type
 
@@ -259,12 +259,16 @@ def find_rank(solver: Solver, unit: Unit, shape: Shape, keep: float, step: int =
 
 
 def count_headers(source: Source) -> int:
-    """Bytes of the headers of the files that the uncut model is written in: one per block, one for the rest."""
+    """Bytes of the headers of the files that the uncut model is written in: one per block, one for the rest, and those of what
+    is left untouched."""
     files: dict[str, dict[str, Tensor]] = {}
     prefix = f"{source.family.blocks}."
     for name, (count, dtype) in source.sizes().items():
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
-        files.setdefault(block, {})[source.family.store_name(name)] = torch.empty(
+        files.setdefault(block, {})[name_stored(source, name)] = torch.empty(
             count, 1, dtype=dtype, device="meta"
         )  # as many digits as any shape
+    for n, names in enumerate(source.untouched.chunks()):
+        sizes = {name: source.untouched.sizes[name] for name in names}
+        files[f"untouched {n}"] = {k: torch.empty(c, 1, dtype=d, device="meta") for k, (c, d) in sizes.items()}
     return sum(8 + len(make_header(tensors)[0]) for tensors in files.values())

@@ -30,7 +30,8 @@ from planish.calibrate.cache import find_root
 from planish.core import Progress, Shape
 from planish.folder.safetensors import write_text
 from planish.folder.source import Source
-from planish.modelling.blocks import Spec, find_blocks, get_linear, install, split_block
+from planish.modelling.blocks import Spec, find_blocks, get_linear, install
+from planish.modelling.canonical import split_block
 from planish.modelling.modules import Pair, Pivoted, set_module
 from planish.plan.footprint import Footprint, Piece, footprint
 

@@ -30,6 +30,7 @@ from planish.folder.source import Source
 from planish.modelling.blocks import get_linear
 from planish.plan.allocate import Curve
 from planish.plan.footprint import Need, footprints
+from planish.plan.graphs import GRAPHS, refuse_family, refuse_rope
 from planish.plan.spread import BudgetError
 from planish.rounding.types import Choice, head_step
 from planish.stats import Stats, Tap
@@ -74,8 +75,8 @@ TARGETS: dict[str, Target] = {
             Need.RAW_ATTENTION: "llama.cpp has no linear map of the residual stream before the norm",
             Need.RAW_MLP: "llama.cpp has no linear map of the residual stream before the norm",
         },
-        steps={"vo": 8, "mlp": 32},
-        wide={"mlp": 64},  # AVX-512 multiplies f16 rows 64 at a time, the rest one by one
+        steps={"vo": 8, "mlp": 32, "neurons": 32},
+        wide={"mlp": 64, "neurons": 64},  # AVX-512 multiplies f16 rows 64 at a time, the rest one by one
         uniform=("vo", "mlp"),
     ),
 }
@@ -85,24 +86,6 @@ def find_target(name: str) -> Target:
     if name not in TARGETS:
         raise InputError(f"unknown target {name!r}; expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
-
-
-GRAPHS = {  # family → llama.cpp's graphs of it; deci and mimo2 hold some of what these do not
-    "llama": ["llama"],
-    "mistral": ["llama"],
-    "phi3": ["llama"],
-    "qwen2": ["qwen2", "llama"],
-    "qwen3": ["qwen3"],
-}
-
-
-def refuse_family(kind: str, config: Any) -> str | None:
-    """Why no GGUF file can be written of a family's models, or None."""
-    if kind not in GRAPHS:
-        return f"GGUF export writes {', '.join(GRAPHS)}; got {kind}. Export to dense and use llama.cpp's own converter"
-    if config.hidden_act != "silu":
-        return f"GGUF export needs the activation silu, got {config.hidden_act!r}"
-    return None
 
 
 def refuse_rotary(config: Any, rotary: Any) -> str | None:
@@ -123,13 +106,20 @@ def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
         return target
     family, config = source.family, source.config
     block = source.empty_block(0)
-    reason = refuse_family(family.model_type, config) or refuse_rotary(config, source.empty.base_model.rotary_emb)
+    own = family.model_type in GRAPHS  # the family's own graph, whose blocks are all alike
+    reason = refuse_family(family.model_type, config)
+    if not reason and own:
+        reason = refuse_rope(family.model_type, config) if family.rotary else None
+    elif not reason:
+        reason = refuse_rotary(config, source.empty.base_model.rotary_emb)
     if reason:
         raise InputError(f"--target gguf: {reason}; or compress for --target any")
     refuses = dict(target.refuses)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     mimo = None  # why mimo2, the one graph with fewer value dimensions, does not hold them
-    if family.qk_norm:
+    if own:
+        mimo = "has all blocks alike"
+    elif family.qk_norm:
         mimo = "has no norms of queries and keys"
     elif any(get_linear(block, family, r).bias is not None for r in family.roles):
         mimo = "has no biases"
@@ -140,10 +130,10 @@ def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
     if mimo:
         refuses[Need.VALUES] = f"llama.cpp's graph for it {mimo}, and filled up again it saves nothing"
     uniform = () if mimo else target.uniform
-    if family.qk_norm:  # deci, the one graph with blocks of several shapes, has none either
+    if family.qk_norm or own:  # deci, the one graph with blocks of several shapes, has none either
         refuses |= dict.fromkeys((Need.LINEAR_ATTENTION, Need.LINEAR_MLP), _NO_GRAPH)
-        uniform = ("mlp",)
-    return replace(target, refuses=refuses, uniform=uniform, whole=bool(family.qk_norm))
+        uniform = ("neurons", "mlp") if any(s.experts for s in shapes) else ("mlp",)
+    return replace(target, refuses=refuses, uniform=uniform, whole=bool(family.qk_norm) or own)
 
 
 def fit_bits(target: Target, bits: Choice | None, shapes: Sequence[Shape]) -> Target:
@@ -160,7 +150,7 @@ def fit_bits(target: Target, bits: Choice | None, shapes: Sequence[Shape]) -> Ta
     return replace(target, steps={**target.steps, **steps}, wide=wide)
 
 
-NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons"}
+NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons", "neurons": "neurons of experts"}
 FEWER = {"vo": Need.VALUES, "qk": Need.QK, "mlp": Need.NEURONS}
 
 

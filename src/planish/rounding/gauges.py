@@ -7,9 +7,10 @@
 | a scale per neuron | up and down | their product with the activated gate is linear in up |
 | any invertible map | the factors of a low-rank pair | nothing is between them |
 
-Of each a few closed-form choices are rounded for trial, and the best is kept if the error falls: of the output of the linears
-that read a norm, each of them; of what v and o make of the attention's input together; of a pair's product. Layouts say where
-more happens between two linears (`Layout.fixed`) and which norms others read as well; nothing is changed there.
+Of each a few closed-form choices are compared by a forecast of what rounding with feedback will cost in nats
+(`planish.rounding.gauges_maps.foresee`), and the best is kept if it falls. Whether the real rounding is better for it is for the
+caller to see (`planish.rounding.blocks`). Layouts say where more happens between two linears (`Layout.fixed`) and which norms
+others read as well; nothing is changed there.
 
 Left alone: a scale per rotary pair of queries and keys, because scales of rows change no relative error where weights of one row
 share a step; neurons without a gate, whose activation is not linear; the rows of pivoted forms; keys' latents and low-rank heads,
@@ -26,220 +27,223 @@ import torch
 from torch import Tensor, nn
 
 from planish.modelling.blocks import Group, Layout, Norm
-from planish.modelling.families import MLP
 from planish.modelling.modules import Pair
-from planish.rounding.gauges_linears import Linear, Rounding, apply, fits, read_linear, set_data, write_linear
-from planish.rounding.gauges_maps import mix_channels, round_to_nearest, scale_columns
+from planish.rounding.gauges_linears import Linear, apply, fits, read_linear, set_data, write_linear
+from planish.rounding.gauges_maps import foresee, measure_energy, mix_channels, scale_columns
+from planish.rounding.types import StorageType
 
-GAIN = 0.99  # an error that is kept is at most so much of the one before
-Grams = dict[
-    str, Tensor
-]  # role → Σ x xᵀ, or its mean, over the linear's inputs (in, in); for all of a block over the same tokens
+GAIN = 0.99  # a cost that is kept is at most so much of the one before
+Moments = dict[str, Tensor]  # role → second moments per token
 T = TypeVar("T")
 
 
-@torch.no_grad()
-def balance(
-    block: nn.Module, layout: Layout, grams: Grams | None = None, rounding: Rounding = round_to_nearest
-) -> list[str]:
-    """Choose the basis of a canonical block, in place; a line for everything that changed.
+@dataclass
+class Scene:
+    """A canonical block and what is known of its linears, by role.
 
-    `layout`: of the block as it is (`planish.modelling.blocks.read_layout`). `grams`: role → second moments of the inputs,
-    those that changed are replaced by the new basis's; roles that are missing are taken as if the norm's output before its
-    scale, or the attention's input, were white. Of v best those of Σ_t a_t x_t, what attention averages its inputs to: a token
-    then counts as much as attention looks at it. `rounding`: what is tried; to nearest with 4 bits in groups of 64 unless told.
-    Computed in fp64, stored in the block's dtype. Twice changes little more than once, and never for the worse.
+    `layout`: of the block as it is (`planish.modelling.blocks.read_layout`). `grams`: R (in, in) of the inputs; `attended`: that
+    of v is of Σ_t a_t x_t, the mean over heads of what attention averages its inputs to. `gradients`: G (out, out) or its
+    diagonal (out,) of the loss's gradient at the outputs; missing ones count as 1. `pick`: width → the type that weights of
+    such rows will get. `dtype`: what norms are stored in.
     """
-    grams = {} if grams is None else grams
-    told = [line for norm in layout.norms for line in scale_inputs(block, norm, layout, grams, rounding)]
-    for group in layout.groups:
-        if group.name not in layout.fixed:
-            change = mix_values if group.name == "attention" else scale_neurons
-            told += change(block, group, layout, grams, rounding)
-    for role in (r for group in layout.groups for r in group.linears):
-        told += mix_pair(block, role, layout, grams, rounding)
+
+    block: nn.Module
+    layout: Layout
+    grams: Moments
+    gradients: Moments
+    pick: Callable[[int], StorageType]
+    dtype: torch.dtype = torch.float32
+    attended: bool = False
+
+    def path(self, role: str) -> str | None:
+        return next((g.linears[role] for g in self.layout.groups if role in g.linears), None)
+
+    def open(self, roles: Iterable[str]) -> dict[str, tuple[nn.Module, Linear]]:
+        """Role → module and matrices; nothing if one of the roles is missing, no linear or not measured."""
+        paths = {r: path for r in roles if (path := self.path(r)) is not None and r in self.grams}
+        modules = {r: self.block.get_submodule(path) for r, path in paths.items()}
+        found = {r: (m, linear) for r, m in modules.items() if (linear := read_linear(m)) is not None}
+        return found if set(found) == set(roles) else {}
+
+    def price(self, w: Tensor, energy: Tensor, weights: Tensor) -> float:
+        """Forecast of what rounding w (out, in) costs, its rows' errors weighed by `weights` (out,)."""
+        return float(foresee(w, energy, self.pick(w.shape[1])) @ weights)
+
+    def gradient(self, role: str) -> Tensor | None:
+        """G of a role's outputs; that of v, where its inputs are what attention averages, from o's."""
+        if role == "v" and self.attended and (values := self.weigh_values()) is not None:
+            return torch.block_diag(*values)
+        return self.gradients.get(role)
+
+    def weigh(self, role: str, out: int) -> Tensor:
+        """G's diagonal (out,)."""
+        g = self.gradient(role)
+        return torch.ones(out, dtype=torch.float64) if g is None else g if g.ndim == 1 else g.diagonal()
+
+    def weigh_values(self) -> Tensor | None:
+        """Σ over a kv head's query heads h of O_hᵀ G O_h (kv, d, d): what errors of values cost behind o."""
+        found, heads, kv = self.open("vo"), self.layout.heads, self.layout.kv_heads
+        if not found or not kv:
+            return None
+        o, g = found["o"][1].dense(), self.gradients.get("o")
+        if o.shape[1] % heads or len(found["v"][1].dense()) != kv * (o.shape[1] // heads):
+            return None
+        own = o.unflatten(1, (heads, -1)).transpose(0, 1)
+        pulled = own if g is None else g[:, None] * own if g.ndim == 1 else g @ own
+        return (own.mT @ pulled).unflatten(0, (kv, heads // kv)).sum(1)
+
+
+@torch.no_grad()
+def balance(scene: Scene, roles: Iterable[str], maps: bool = False) -> list[str]:
+    """Choose the basis of these roles, in place, moments included: scales, or with `maps` what mixes values and the factors of
+    pairs; a line for everything that changed. Computed in fp64, stored in the block's dtype, norms in `scene.dtype`: scales
+    are those that the stored norm has."""
+    roles, told = set(roles), list[str]()
+    if not maps:
+        for norm in scene.layout.norms:
+            told += scale_inputs(scene, norm) if set(norm.roles) <= roles else []
+    for group in scene.layout.groups:
+        if group.name not in scene.layout.fixed and set(group.linears) <= roles:
+            attention = group.name == "attention"
+            told += [] if attention != maps else mix_values(scene) if maps else scale_neurons(scene, group)
+    for role in sorted(roles) if maps else ():
+        told += mix_pair(scene, role)
     return told
 
 
-def read_roles(block: nn.Module, layout: Layout, roles: Iterable[str]) -> dict[str, tuple[nn.Module, Linear]]:
-    """Role → module and matrices; nothing if one of the roles is missing or no linear."""
-    paths = {r: path for group in layout.groups for r, path in group.linears.items()}
-    modules = {r: block.get_submodule(paths[r]) for r in roles if r in paths}
-    found = {r: (m, linear) for r, m in modules.items() if (linear := read_linear(m)) is not None}
-    return found if set(found) == set(roles) else {}
-
-
-def choose(before: T, candidates: Iterable[T], cost: Callable[[T], list[float]]) -> tuple[T, float]:
-    """Of candidates of which no cost is higher than before the one with the least mean ratio, and that; else `before`, 1."""
-    best, least = before, GAIN
-    old = cost(before)
+def choose(before: T, candidates: Iterable[T], cost: Callable[[T], float]) -> tuple[T, float]:
+    """The candidate that costs least, and how much of `before`; `before` and 1 where none costs less than `GAIN` of it."""
+    best, old = before, cost(before)
+    least = GAIN * old
     for candidate in candidates:
-        ratios = [new / c if c > 0 else 1.0 + new for new, c in zip(cost(candidate), old, strict=True)]
-        if max(ratios) <= 1 and sum(ratios) / len(ratios) < least:
-            best, least = candidate, sum(ratios) / len(ratios)
-    return best, least if best is not before else 1.0
+        if (found := cost(candidate)) < least:
+            best, least = candidate, found
+    return best, least / old if best is not before else 1.0
 
 
-def scale_inputs(block: nn.Module, norm: Norm, layout: Layout, grams: Grams, rounding: Rounding) -> list[str]:
+def scale_inputs(scene: Scene, norm: Norm) -> list[str]:
     """Norm's channels divided by s, columns of what reads it multiplied by s."""
-    module, found = block.get_submodule(norm.path), read_roles(block, layout, norm.roles)
+    module, found = scene.block.get_submodule(norm.path), scene.open(norm.roles)
     weight = getattr(module, "weight", None)
     if weight is None or not found:
         return []
-    scale = weight.double() + norm.offset
-    shared = next((grams[r] for r in norm.roles if r in grams), scale.square().diag())
-    seen = {r: grams.get(r, shared).double() for r in norm.roles}
-    metrics = {r: weigh_output(block, layout, r, grams, seen[r]) for r in norm.roles}
+    scale = weight.detach().cpu().double() + norm.offset
+    grams = {r: scene.grams[r].double() for r in found}
+    known: dict[int, Tensor] = {}
+    for r in found:
+        known.setdefault(id(scene.grams[r]), measure_energy(grams[r]))
+    energies = {r: known[id(scene.grams[r])] for r in found}
+    weights = {r: f.weigh_right(scene.weigh(r, len(f.dense()))) for r, (_, f) in found.items()}
 
-    def cost(s: Tensor) -> list[float]:
-        return [f.read(s).error(seen[r] / s / s[:, None], rounding, metrics[r]) for r, (_, f) in found.items()]
+    def cost(s: Tensor) -> float:
+        return sum(scene.price(f.right * s, energies[r] / s / s, weights[r]) for r, (_, f) in found.items())
 
-    energy = torch.stack([g.diagonal() / g.diagonal().mean().clamp(min=1e-300) for g in seen.values()]).mean(0)
-    candidates = scale_columns([linear.right for _, linear in found.values()], energy)
-    s, ratio = choose(torch.ones_like(scale), candidates, cost)
-    if ratio == 1 or not all(fits(linear.read(s), m) for m, linear in found.values()):
+    def candidates() -> Iterable[Tensor]:
+        rights = [linear.right for _, linear in found.values()]
+        for seen in ({r: g.diagonal() for r, g in grams.items()}, energies):
+            level = torch.stack([e / e.mean().clamp(min=1e-300) for e in seen.values()]).mean(0)
+            for s in scale_columns(rights, level):
+                s = scale / ((scale / s - norm.offset).to(scene.dtype).double() + norm.offset)  # as it is stored
+                if bool((s.isfinite() & (s > 0)).all()):
+                    yield s
+
+    s, ratio = choose(torch.ones_like(scale), candidates(), cost)
+    if ratio == 1 or not all(fits(linear.read(s), next(m.parameters()).dtype) for m, linear in found.values()):
         return []
     for owner, linear in found.values():
         write_linear(owner, linear.read(s))
-    set_data(module, "weight", (scale / s - norm.offset).to(weight.dtype))
+    set_data(module, "weight", (scale / s - norm.offset).to(weight.device, weight.dtype))
     if (bias := getattr(module, "bias", None)) is not None:
-        set_data(module, "bias", (bias.double() / s).to(bias.dtype))
-    grams.update({r: gram / s / s[:, None] for r, gram in seen.items() if r in grams})
-    return [
-        f"{norm.path}: channels rescaled for {', '.join(norm.roles)}; their rounding errors × {ratio:.2f} on average"
-    ]
+        set_data(module, "bias", (bias.double() / s.to(bias.device)).to(bias.dtype))
+    scene.grams.update({r: gram / s / s[:, None] for r, gram in grams.items()})
+    return [f"{norm.path}: channels rescaled for {', '.join(norm.roles)}; forecast × {ratio:.2f}"]
 
 
-def scale_neurons(block: nn.Module, group: Group, layout: Layout, grams: Grams, rounding: Rounding) -> list[str]:
+def scale_neurons(scene: Scene, group: Group) -> list[str]:
     """Rows of up divided by s, columns of down multiplied by s, where a gate makes the product linear in up."""
     names = {role.rpartition(".")[2]: role for role in group.linears}
     if not {"gate", "up", "down"} <= names.keys():
         return []
-    found = read_roles(block, layout, (names["up"], names["down"]))
+    found = scene.open((names["up"], names["down"]))
     if not found or not (up := found[names["up"]])[1].mixes:
         return []
-    down = found[names["down"]]
-    energy = up[1].dense().square().sum(1)
-    gram = grams.get(names["down"], energy.diag()).double()
+    module, down = found[names["down"]]
+    gram = scene.grams[names["down"]].double()
+    energy, weights = measure_energy(gram), down.weigh_right(scene.weigh(names["down"], len(down.dense())))
     s, ratio = choose(
         torch.ones_like(energy),
-        scale_columns([down[1].right], gram.diagonal()),
-        lambda s: [down[1].read(s).error(gram / s / s[:, None], rounding)],
+        (s for seen in (gram.diagonal(), energy) for s in scale_columns([down.right], seen)),
+        lambda s: scene.price(down.right * s, energy / s / s, weights),
     )
-    if ratio == 1 or not (fits(up[1].give(1 / s), up[0]) and fits(down[1].read(s), down[0])):
+    kind = next(module.parameters()).dtype
+    if ratio == 1 or not (fits(up[1].give(1 / s), kind) and fits(down.read(s), kind)):
         return []
     write_linear(up[0], up[1].give(1 / s))
-    write_linear(down[0], down[1].read(s))
-    if names["down"] in grams:
-        grams[names["down"]] = gram / s / s[:, None]
-    return [f"{group.name}: neurons rescaled; rounding error of {names['down']} × {ratio:.2f}"]
+    write_linear(module, down.read(s))
+    scene.grams[names["down"]] = gram / s / s[:, None]
+    if (g := scene.gradients.get(names["up"])) is not None:
+        scene.gradients[names["up"]] = g * s * s if g.ndim == 1 else g * s * s[:, None]
+    return [f"{group.name}: neurons rescaled; forecast of {names['down']} × {ratio:.2f}"]
 
 
-@dataclass(frozen=True)
-class Values:
-    """Second moments around the values of each kv head: `outer` Σ Oᵀ O over its query heads, `seen` Σ of the inputs of o, both
-    (kv, d, d); `averaged` (kv,): the share of its energy that is left of v's output when attention has averaged it over tokens,
-    and so of v's rounding error; `gram` of o's inputs (heads · d)²."""
-
-    outer: Tensor
-    seen: Tensor
-    averaged: Tensor
-    gram: Tensor
-
-    @property
-    def metric(self) -> Tensor:
-        """What an error of v's outputs costs o's output: (kv, d, d)."""
-        return self.outer * self.averaged[:, None, None]
-
-
-def measure_values(layout: Layout, v: Linear, o: Linear, grams: Grams, read: Tensor) -> Values | None:
-    """`read`: second moments of v's inputs. Without those of o attention is taken to average nothing."""
-    heads, kv = layout.heads, layout.kv_heads
-    v_dense, o_dense = v.dense(), o.dense()
-    d = o_dense.shape[1] // heads if heads else 0
-    if not kv or len(v_dense) != kv * d:
-        return None
-    rows, share = v_dense.unflatten(0, (kv, d)), heads // kv
-    made = (rows @ read) @ rows.mT
-    gram = grams["o"].double() if "o" in grams else torch.block_diag(*made.repeat_interleave(share, 0))
-    own = o_dense.unflatten(1, (heads, d)).transpose(0, 1)
-    outer, seen = own.mT @ own, gram.view(heads, d, heads, d).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    pool = lambda m: m.unflatten(0, (kv, share)).sum(1)  # noqa: E731 — over the query heads of a kv head
-    whole = (pool(outer) * made).sum((1, 2)).clamp(min=1e-300)
-    return Values(pool(outer), pool(seen), pool((outer * seen).sum((1, 2))) / whole, gram)
-
-
-def weigh_output(block: nn.Module, layout: Layout, role: str, grams: Grams, read: Tensor) -> Tensor | None:
-    """What squared errors of v's output cost behind o, of up's behind down, as `Linear.error` takes it; None for other roles.
-
-    `read`: second moments of the role's inputs.
-    """
-    if role == "v" and "attention" not in layout.fixed and (found := read_roles(block, layout, "vo")):
-        values = measure_values(layout, found["v"][1], found["o"][1], grams, read)
-        return None if values is None else values.metric
-    if role == "up" and "mlp" not in layout.fixed and (found := read_roles(block, layout, MLP)):
-        up, down = (found[r][1].dense() for r in MLP[1:])
-        made = ((up @ read) * up).sum(1).clamp(min=1e-300)
-        seen = grams["down"].diagonal().double() if "down" in grams else made
-        return down.square().sum(0) * seen / made
-    return None
-
-
-def mix_values(block: nn.Module, group: Group, layout: Layout, grams: Grams, rounding: Rounding) -> list[str]:
+def mix_values(scene: Scene) -> list[str]:
     """Values of every kv head mapped by M, what o does to them by M⁻¹."""
-    found = read_roles(block, layout, "vo")
-    if not found or not found["v"][1].mixes:
+    found, metric = scene.open("vo"), scene.weigh_values()
+    if metric is None or not scene.attended or not found["v"][1].mixes:
         return []
     (v_module, v), (o_module, o) = found["v"], found["o"]
-    eye = torch.eye(v.right.shape[1], dtype=torch.float64)
-    read = next((grams[r] for r in "vqk" if r in grams), eye).double()
-    values = measure_values(layout, v, o, grams, read)
-    if values is None:
-        return []
-    kv, share = layout.kv_heads, layout.heads // layout.kv_heads
-    rows = v.dense().unflatten(0, (kv, -1))
+    heads, kv = scene.layout.heads, scene.layout.kv_heads
+    rows, read, gram = v.right, scene.grams["v"].double(), scene.grams["o"].double()
+    if v.left is not None:
+        rows, read = v.left, v.right @ read @ v.right.T
+    energy, weights = measure_energy(read), o.weigh_right(scene.weigh("o", len(o.dense())))
+    per_head = rows.unflatten(0, (kv, -1))
+    own = gram.unflatten(0, (heads, -1)).unflatten(2, (heads, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
-    def change(maps: tuple[Tensor, Tensor]) -> tuple[Linear, Linear, Tensor]:
-        forth, back = (m.repeat_interleave(share, 0) for m in maps)
-        return v.give(maps[0]), o.read(back), apply(forth, apply(forth, values.gram).T)
+    def spread(m: Tensor) -> Tensor:
+        return m.repeat_interleave(heads // kv, 0)
 
-    def cost(maps: tuple[Tensor, Tensor]) -> list[float]:
-        new_v, new_o, seen = change(maps)
-        metric = maps[1].mT @ values.metric @ maps[1]
-        return [new_o.error(seen, rounding) + new_v.error(read, rounding, metric)]
+    def move(forth: Tensor) -> Tensor:
+        return apply(spread(forth), apply(spread(forth), gram).T)
 
-    one = torch.eye(rows.shape[1], dtype=torch.float64).expand(kv, -1, -1)
-    maps, ratio = choose((one, one), mix_channels(values.outer, values.seen, rows @ rows.mT), cost)
-    v, o, gram = change(maps)
-    if ratio == 1 or not (fits(v, v_module) and fits(o, o_module)):
+    def cost(maps: tuple[Tensor, Tensor]) -> float:
+        forth, back = maps
+        behind = (back.mT @ metric @ back).diagonal(dim1=1, dim2=2).flatten()
+        values = scene.price(apply(forth, rows), energy, behind)
+        return values + scene.price(o.read(spread(back)).right, measure_energy(move(forth)), weights)
+
+    one = torch.eye(per_head.shape[1], dtype=torch.float64).expand(kv, -1, -1)
+    seen = own.unflatten(0, (kv, heads // kv)).sum(1)
+    maps, ratio = choose((one, one), mix_channels(metric, seen, per_head @ per_head.mT), cost)
+    v, o, kind = v.give(maps[0]), o.read(spread(maps[1])), next(v_module.parameters()).dtype
+    if ratio == 1 or not (fits(v, kind) and fits(o, kind)):
         return []
     write_linear(v_module, v)
     write_linear(o_module, o)
-    if "o" in grams:
-        grams["o"] = gram
-    return [f"{group.name}: value dimensions mixed; rounding error of v and o × {ratio:.2f}"]
+    scene.grams["o"] = move(maps[0])
+    return [f"attention: value dimensions mixed; forecast of v and o × {ratio:.2f}"]
 
 
-def mix_pair(block: nn.Module, role: str, layout: Layout, grams: Grams, rounding: Rounding) -> list[str]:
+def mix_pair(scene: Scene, role: str) -> list[str]:
     """A ← M A, B ← B M⁻¹."""
-    found = read_roles(block, layout, (role,))
+    found = scene.open((role,))
     if not found or not isinstance(found[role][0], Pair):
         return []
     module, pair = found[role]
-    a, b = pair.right, pair.left
+    a, b, gram = pair.right, pair.left, scene.grams[role].double()
     assert b is not None
-    leader = {"k": "q", "v": "q", "gate": "up"}.get(role, role)
-    gram = next((grams[r] for r in (role, leader) if r in grams), torch.eye(a.shape[1], dtype=torch.float64)).double()
-    metric = weigh_output(block, layout, role, grams, gram)
+    energy, weights, seen = measure_energy(gram), scene.weigh(role, len(b)), a @ gram @ a.T
+    outer = b.T @ (weights[:, None] * b)
 
-    def change(maps: tuple[Tensor, Tensor]) -> Linear:
-        return Linear(maps[0][0] @ a, b @ maps[1][0], bias=pair.bias)
+    def cost(maps: tuple[Tensor, Tensor]) -> float:
+        forth, back = maps[0][0], maps[1][0]
+        inner = scene.price(forth @ a, energy, (back.T @ outer @ back).diagonal())
+        return inner + scene.price(b @ back, measure_energy(forth @ seen @ forth.T), weights)
 
     one = torch.eye(len(a), dtype=torch.float64)[None]
-    outer = b.T @ (b if metric is None else apply(metric, b))
-    candidates = mix_channels(outer[None], (a @ gram @ a.T)[None], (a @ a.T)[None])
-    maps, ratio = choose((one, one), candidates, lambda maps: [change(maps).error(gram, rounding, metric)])
-    if ratio == 1 or not fits(change(maps), module):
+    maps, ratio = choose((one, one), mix_channels(outer[None], seen[None], (a @ a.T)[None]), cost)
+    changed = Linear(maps[0][0] @ a, b @ maps[1][0], bias=pair.bias)
+    if ratio == 1 or not fits(changed, next(module.parameters()).dtype):
         return []
-    write_linear(module, change(maps))
-    return [f"{role}: its two factors balanced; their rounding error × {ratio:.2f}"]
+    write_linear(module, changed)
+    return [f"{role}: its two factors balanced; forecast × {ratio:.2f}"]

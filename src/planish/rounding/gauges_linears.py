@@ -1,17 +1,13 @@
-"""The matrices of a linear in any of its forms, what changes of basis on either side make of them, and of rounding them."""
+"""The matrices of a linear in any of its forms, and what changes of basis on either side make of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from planish.modelling.modules import HeadPair, Pair, Pivoted
-
-Rounding = Callable[[Tensor], Tensor]  # matrix (out, in) → what a reader makes of the stored one, same shape
-ROWS = 512  # of a matrix, evenly spread, in which an error is measured
 
 
 @dataclass(frozen=True)
@@ -26,15 +22,30 @@ class Linear:
     order: Tensor | None = None
     bias: Tensor | None = None
 
-    def dense(self, rounding: Rounding = lambda w: w) -> Tensor:
-        """W (out, in), of rounded matrices if so asked; those of heads are not linears and stay."""
-        right = rounding(self.right)
+    def dense(self) -> Tensor:
+        """W (out, in)."""
         if self.left is None:
-            return right
+            return self.right
         if self.left.ndim == 3:
-            return (self.left @ right.unflatten(0, (len(self.left), -1))).flatten(0, 1)
-        product = rounding(self.left) @ right
-        return product if self.order is None else torch.cat([right, product]).index_select(0, self.order)
+            return (self.left @ self.right.unflatten(0, (len(self.left), -1))).flatten(0, 1)
+        product = self.left @ self.right
+        return product if self.order is None else torch.cat([self.right, product]).index_select(0, self.order)
+
+    def behind(self) -> Tensor | None:
+        """J (out, rows of `right`) with W = J `right`; None where that is the identity."""
+        if self.left is None:
+            return None
+        if self.left.ndim == 3:
+            return torch.block_diag(*self.left)
+        if self.order is None:
+            return self.left
+        eye = torch.eye(self.left.shape[1], dtype=self.left.dtype)
+        return torch.cat([eye, self.left]).index_select(0, self.order)
+
+    def weigh_right(self, weights: Tensor) -> Tensor:
+        """What a squared error in the rows of `right` costs, from what one of the outputs does (out,): diag(Jᵀ diag(w) J)."""
+        behind = self.behind()
+        return weights if behind is None else (behind.square() * weights[:, None]).sum(0)
 
     @property
     def mixes(self) -> bool:
@@ -52,21 +63,6 @@ class Linear:
             return replace(self, right=apply(maps, self.right), bias=bias)
         return replace(self, left=apply(maps, self.left), bias=bias)
 
-    def error(self, gram: Tensor, rounding: Rounding, metric: Tensor | None = None) -> float:
-        """tr(L E R Eᵀ), E the error that rounding makes, R = `gram`, L = `metric`: 1, a diagonal (out,), or blocks (n, d, d) on it.
-
-        Unless L is blocks it is estimated from at most `ROWS` rows.
-        """
-        e = self.dense(rounding) - self.dense()
-        rows = len(e)
-        if metric is None:
-            metric = e.new_ones(rows)
-        if metric.ndim == 1:
-            step = -(-rows // ROWS)
-            e, metric = e[::step], metric[::step]
-        sums = float((e.float() @ gram.float() * apply(metric, e).float()).sum(dtype=torch.float64))
-        return sums * rows / len(e)
-
 
 def apply(maps: Tensor, m: Tensor) -> Tensor:
     """Rows of m (rows, columns) multiplied by a vector (rows,), or by blocks (n, d, d), n · d = rows."""
@@ -83,7 +79,7 @@ def find_matrices(module: nn.Module) -> dict[str, str] | None:
         return {"right": "P.weight", "left": "C.weight", "order": "order", "bias": "bias"}
     if isinstance(module, HeadPair):
         return {"right": "A.weight", "left": "U", "bias": "bias"}
-    return {"right": "weight", "bias": "bias"} if isinstance(module, nn.Linear) else None
+    return {"right": "weight", "bias": "bias"} if type(module) is nn.Linear else None
 
 
 def find_tensor(module: nn.Module, name: str) -> Tensor | None:
@@ -97,13 +93,18 @@ def read_linear(module: nn.Module) -> Linear | None:
     if names is None:
         return None
     found = {part: find_tensor(module, name) for part, name in names.items()}
-    return Linear(**{p: t.detach() if p == "order" else t.detach().double() for p, t in found.items() if t is not None})
+    return Linear(
+        **{
+            p: t.detach().cpu() if p == "order" else t.detach().cpu().double()
+            for p, t in found.items()
+            if t is not None
+        }
+    )
 
 
-def fits(linear: Linear, module: nn.Module) -> bool:
-    """Whether a module's dtype can hold these matrices."""
-    kind = next(module.parameters()).dtype
-    return all(bool(t.to(kind).isfinite().all()) for t in (linear.right, linear.left, linear.bias) if t is not None)
+def fits(linear: Linear, dtype: torch.dtype) -> bool:
+    """Whether a dtype can hold these matrices."""
+    return all(bool(t.to(dtype).isfinite().all()) for t in (linear.right, linear.left, linear.bias) if t is not None)
 
 
 def write_linear(module: nn.Module, linear: Linear) -> None:
@@ -111,7 +112,7 @@ def write_linear(module: nn.Module, linear: Linear) -> None:
     for part, name in (find_matrices(module) or {}).items():
         old, new = find_tensor(module, name), getattr(linear, part)
         if old is not None and part != "order":
-            set_data(module, name, new.to(old.dtype).contiguous())
+            set_data(module, name, new.to(old.device, old.dtype).contiguous())
 
 
 def set_data(module: nn.Module, name: str, value: Tensor) -> None:

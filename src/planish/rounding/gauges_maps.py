@@ -1,4 +1,4 @@
-"""Changes of basis that rounding a product of two matrices costs little in, and a plain rounding to compare them by."""
+"""Changes of basis that rounding a product of two matrices costs little in, and a forecast to compare them by."""
 
 from __future__ import annotations
 
@@ -7,27 +7,33 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from planish.rounding.round import DAMPING as FEEDBACK
+from planish.rounding.round import upper_root
+from planish.rounding.types import StorageType
 from planish.solvers.linalg import root, svd
 
 DAMPING = 1e-8
+FINE = 32  # weights of a block of llama.cpp that share a scale, or a part of one
 EXPONENTS = ((0.25, 0.25), (0.25, 0.5), (0.35, 0.5), (0.5, 0.25), (0.5, 0.5))  # of inputs and of columns
 SHARES = (0.0, 0.3, 0.7)  # of the inner factor's own error
 
 
-def round_to_nearest(w: Tensor, bits: int = 4, group: int = 64) -> Tensor:
-    """w (out, in) on 2^bits levels between the least and the largest (and zero) of every `group` inputs of a row.
+def foresee(w: Tensor, energy: Tensor, kind: StorageType) -> Tensor:
+    """What rounding each row of w (out, in) with feedback costs, about: Σ_groups step² Σ_j V_jj² / 12, (out,).
 
-    The last group may be shorter.
+    `energy` (in,): V_jj² (`measure_energy`). The step is that of even levels between the least and the largest (and zero) of
+    every group, of at most `FINE` weights, since blocks of 256 have scales inside.
     """
-    out, n = w.shape
-    groups = pad(w, (0, -n % group), value=math.nan).unflatten(1, (-1, group)) if n % group else w.view(out, -1, group)
-    low = groups.nan_to_num(0.0).amin(-1, keepdim=True).clamp(max=0)
-    high = groups.nan_to_num(0.0).amax(-1, keepdim=True).clamp(min=0)
-    step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(w.dtype).tiny)
-    zero = (-low / step).round()
-    return (((groups / step).round() + zero).clamp(0, 2**bits - 1).sub(zero) * step).flatten(1)[:, :n]
+    size = kind.group if kind.kind == "integer" else min(kind.group, FINE)
+    groups = w.unflatten(1, (-1, size))
+    steps = (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)) / (2**kind.bits - 1)
+    return steps.square() @ energy.unflatten(0, (-1, size)).sum(1) / 12
+
+
+def measure_energy(gram: Tensor, damping: float = FEEDBACK) -> Tensor:
+    """V_jj² (in,) of R + λI = V Vᵀ, V upper triangular: what an error in column j costs that feedback cannot undo."""
+    return upper_root(gram, damping).diagonal().square()
 
 
 def spread(n: int) -> Tensor:

@@ -17,8 +17,9 @@ of GPTQ's code. Differs from them: relative damping; the better of it and plain 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,34 +30,16 @@ from planish.rounding.types import StorageType
 from planish.solvers.linalg import root
 
 DAMPING = 0.01
-LEAF = 128  # columns whose feedback is summed one by one
+LEAF = 64  # columns whose feedback is summed one by one
 GGML = "weight_ggml"  # end of the name of a matrix in blocks of ggml
 
 
 @dataclass
-class Rounded:
-    """A matrix in a type: `stored` by the ends of its tensors' names, `value` (out, in) what a reader makes of them.
-
-    `how`: "nearest" or "feedback"; `error`: share of the output's energy that is lost; `exact`: the matrix lay on
-    the grid already; `nats`: lost per token, where G is known.
-    """
-
-    kind: StorageType
-    stored: dict[str, Tensor]
-    value: Tensor
-    how: str
-    error: float
-    exact: bool
-    nats: float | None = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.nbytes for t in self.stored.values())
-
-
-@dataclass
 class Draft:
-    """A rounding that is compared with others: what it makes of the matrix, and blocks of ggml or codes and their grid."""
+    """A rounding that is compared with others: what it makes of the matrix, and blocks of ggml or codes and their grid.
+
+    Rows stand for themselves: some of one and some of another are a draft again.
+    """
 
     value: Tensor
     blocks: Tensor | None = None
@@ -70,6 +53,34 @@ class Draft:
         return integers.pack(self.codes, self.grid, kind)
 
 
+@dataclass
+class Rounded:
+    """A matrix in a type: `value` (out, in) is what a reader makes of it, `stored` its tensors by the ends of their names.
+
+    `how`: "nearest" or "feedback"; `error`: share of the output's energy that is lost; `exact`: the matrix lay on
+    the grid already; `nats`: lost per token, where G is known.
+    """
+
+    kind: StorageType
+    draft: Draft
+    how: str
+    error: float
+    exact: bool
+    nats: float | None = None
+
+    @property
+    def value(self) -> Tensor:
+        return self.draft.value
+
+    @cached_property
+    def stored(self) -> dict[str, Tensor]:
+        return self.draft.store(self.kind)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in self.stored.values())
+
+
 @dataclass(frozen=True)
 class Metric:
     """What an error costs: `moment` R (in, in), `gradient` G (out, out) or its diagonal (out,), each None where not known."""
@@ -77,23 +88,23 @@ class Metric:
     moment: Tensor | None = None
     gradient: Tensor | None = None
 
+    def move(self, m: Tensor) -> Tensor:
+        """M R (out, in)."""
+        return m if self.moment is None else m @ self.moment
+
     def energy(self, m: Tensor) -> float:
         """tr(M R Mᵀ)."""
-        return float(self.rows(m).sum())
-
-    def rows(self, m: Tensor) -> Tensor:
-        """M R Mᵀ's diagonal (out,)."""
         m = m.double()
-        return (m.square() if self.moment is None else (m @ self.moment) * m).sum(1).clamp(min=0)
+        return float((self.move(m) * m).sum().clamp(min=0))
 
-    def cost(self, error: Tensor) -> float:
-        """tr(G E R Eᵀ)."""
-        if self.gradient is None or self.gradient.ndim == 1:
-            rows = self.rows(error)
-            return float((rows if self.gradient is None else rows * self.gradient).sum())
+    def cost(self, error: Tensor, moved: Tensor | None = None) -> float:
+        """tr(G E R Eᵀ); `moved`: E R, where it is known."""
         error = error.double()
-        back = error if self.moment is None else error @ self.moment
-        return float(((self.gradient @ error) * back).sum().clamp(min=0))
+        moved = self.move(error) if moved is None else moved
+        if self.gradient is None or self.gradient.ndim == 1:
+            rows = (error * moved).sum(1).clamp(min=0)
+            return float((rows if self.gradient is None else rows * self.gradient).sum())
+        return float(((self.gradient @ error) * moved).sum().clamp(min=0))
 
 
 def round_matrix(
@@ -119,20 +130,68 @@ def round_matrix(
     if not bool(torch.isfinite(w).all()):
         raise InputError(f"{where} holds NaN or infinity: nothing to round")
     plain = round_integers if kind.kind == "integer" else round_blocks
-    best = plain(w, kind, metric.moment, dtype)
-    w, exact = w.double(), torch.equal(best.value.double(), w.double())
-    lost, how = metric.cost(w - best.value), "nearest"
+    drafts, w = [plain(w, kind, metric.moment, dtype)], w.double()
+    exact = torch.equal(drafts[0].value.double(), w)
     if feedback and metric.moment is not None and not exact and float(metric.moment.trace()) > 0:
-        for other in round_with_feedback(w, kind, metric.moment, damping, dtype):
-            for candidate in (other, mix(w, best, other, metric)):
-                found = metric.cost(w - candidate.value)
-                if found < lost:
-                    best, lost, how = candidate, found, "feedback"
+        drafts += round_with_feedback(w, kind, metric.moment, damping, dtype)
+    best, lost, how = choose(w, drafts, metric)
     if not bool(torch.isfinite(best.value).all()):
         raise InputError(f"{where} in {kind.name} is not finite: the weights reach beyond what it can hold")
     whole, nats = metric.energy(w), None if metric.gradient is None else lost / 2
     share = metric.energy(w - best.value) / whole if whole > 0 else 0.0
-    return Rounded(kind, best.store(kind), best.value, how, share, exact, nats)
+    return Rounded(kind, best, how, share, exact, nats)
+
+
+def choose(w: Tensor, drafts: Sequence[Draft], metric: Metric) -> tuple[Draft, float, str]:
+    """The first draft, or of every row the one with the least E R Eᵀ, whichever costs less: it, its cost, and its name.
+
+    Without G, or with its diagonal alone, rows cost apart, and nothing made of these drafts costs less.
+    """
+    errors = [w - d.value for d in drafts]
+    moved = [metric.move(e) for e in errors]
+    best, lost = drafts[0], metric.cost(errors[0], moved[0])
+    if len(drafts) == 1:
+        return best, lost, "nearest"
+    at = torch.stack([(e * m).sum(1) for e, m in zip(errors, moved, strict=True)]).nan_to_num(torch.inf).argmin(0)
+    mixed = metric.cost(pick_rows(errors, at), pick_rows(moved, at))
+    return (pick_drafts(drafts, at), mixed, "feedback") if mixed < lost else (best, lost, "nearest")
+
+
+def pick_rows(matrices: Sequence[Tensor], at: Tensor) -> Tensor:
+    """Row i of matrix at[i] (out, …)."""
+    found = matrices[0].clone()
+    for n, m in enumerate(matrices[1:], 1):
+        found[at == n] = m[at == n]
+    return found
+
+
+def pick_drafts(drafts: Sequence[Draft], at: Tensor) -> Draft:
+    """Row i of draft at[i]."""
+
+    def pick(parts: Sequence[Tensor | None]) -> Tensor | None:
+        return None if parts[0] is None else pick_rows([p for p in parts if p is not None], at)
+
+    grids = [d.grid for d in drafts if d.grid is not None]
+    grid = integers.Grid(*(pick_rows(parts, at) for parts in zip(*grids, strict=True))) if grids else None
+    value = pick_rows([d.value for d in drafts], at)
+    return Draft(value, pick([d.blocks for d in drafts]), pick([d.codes for d in drafts]), grid)
+
+
+def join_rows(parts: Sequence[Rounded], order: Tensor) -> Rounded:
+    """Matrices of one type and width as one: their rows one after the other, those numbered `order` (out,). Nats add up."""
+    kind, drafts = parts[0].kind, [p.draft for p in parts]
+
+    def join(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        return None if tensors[0] is None else torch.cat([t for t in tensors if t is not None])[order]
+
+    grids = [d.grid for d in drafts if d.grid is not None]
+    grid = integers.Grid(*(torch.cat(g)[order] for g in zip(*grids, strict=True))) if grids else None
+    value = torch.cat([d.value for d in drafts])[order]
+    draft = Draft(value, join([d.blocks for d in drafts]), join([d.codes for d in drafts]), grid)
+    how = "feedback" if any(p.how == "feedback" for p in parts) else "nearest"
+    nats = None if any(p.nats is None for p in parts) else sum(p.nats or 0.0 for p in parts)
+    error = sum(p.error * len(p.value) for p in parts) / len(value)
+    return Rounded(kind, draft, how, error, all(p.exact for p in parts), nats)
 
 
 def read(stored: dict[str, Tensor], kind: StorageType, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,17 +199,6 @@ def read(stored: dict[str, Tensor], kind: StorageType, dtype: torch.dtype = torc
     if kind.kind == "integer":
         return integers.read(stored, kind, dtype)
     return ggml.dequantise(stored[GGML], kind).to(dtype)
-
-
-def mix(w: Tensor, a: Draft, b: Draft, metric: Metric) -> Draft:
-    """Of every row the rounding with the smaller E R Eᵀ: the best of both where rows cost apart, a third one where they do not."""
-    better = (metric.rows(w - b.value) < metric.rows(w - a.value))[:, None]
-
-    def pick(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-        return None if x is None or y is None else torch.where(better, y, x)
-
-    grid = a.grid and b.grid and integers.Grid(*map(pick, a.grid, b.grid))  # type: ignore[arg-type]
-    return Draft(torch.where(better, b.value, a.value), pick(a.blocks, b.blocks), pick(a.codes, b.codes), grid)
 
 
 # ------------------------------------------------------------------ to nearest
@@ -214,38 +262,45 @@ def round_with_feedback(
 
 
 class Feed:
-    """Columns of w (out, in) rounded one after the other, errors going on to those that come."""
+    """Columns of w (out, in) rounded one after the other, errors going on to those that come. Columns lie in memory as rows."""
 
     def __init__(self, w: Tensor, root: Tensor):
-        self.w, self.root, self.steps = w.double(), root, root.diagonal()
+        self.w, self.root, self.steps = w.double().T.contiguous(), root, root.diagonal()
         self.error = torch.zeros_like(self.w)
         self.first, self.pull = 0, self.w.new_zeros(0)
 
     def begin(self, at: int, count: int) -> None:
         """The next `count` columns: add up what those before `at` feed to them."""
-        self.first, self.pull = at, self.error[:, :at] @ self.root[:at, at : at + count]
+        self.first, self.pull = at, self.root[:at, at : at + count].T @ self.error[:at]
 
     def target(self, j: int) -> Tensor:
         """What column j should be, (out,)."""
         near = slice(self.first, j)
-        fed = self.pull[:, j - self.first] + self.error[:, near] @ self.root[near, j]
-        return self.w[:, j] + fed / self.steps[j]
+        fed = torch.addmv(self.pull[j - self.first], self.error[near].T, self.root[near, j])
+        return torch.add(self.w[j], fed, alpha=1 / float(self.steps[j]))
 
     def aim(self, at: int, count: int) -> Tensor:
-        """What the next columns should be for the errors before them to cost nothing: w + E V[before, part] V[part]⁻¹."""
+        """What the next columns (out, count) should be for errors before them to cost nothing: w + E V[before, part] V[part]⁻¹."""
         part = slice(at, at + count)
         if at == 0:
-            return self.w[:, part]
-        return self.w[:, part] + torch.linalg.solve_triangular(self.root[part, part], self.pull, upper=True, left=False)
+            return self.w[part].T
+        return self.w[part].T + torch.linalg.solve_triangular(
+            self.root[part, part], self.pull.T, upper=True, left=False
+        )
 
     def note(self, j: int, value: Tensor) -> None:
         """Column j became `value` (out,)."""
-        self.error[:, j] = self.w[:, j] - value
+        torch.sub(self.w[j], value, out=self.error[j])
+
+    def put(self, at: int, values: Tensor) -> None:
+        """The columns from `at` on became `values` (out, count)."""
+        part = slice(at, at + values.shape[1])
+        self.error[part] = self.w[part] - values.T
 
 
 def feed_groups(w: Tensor, kind: StorageType, root: Tensor, dtype: torch.dtype) -> Draft:
     """Group by group, each on the best grid for its targets."""
-    feed, codes, grids = Feed(w, root), torch.zeros_like(w, dtype=torch.float32), []
+    feed, codes, grids = Feed(w, root), torch.zeros(w.shape[::-1]), []
     for at in range(0, w.shape[1], kind.group):
         feed.begin(at, kind.group)
         weights = feed.steps[at : at + kind.group].square()[None]
@@ -254,29 +309,30 @@ def feed_groups(w: Tensor, kind: StorageType, root: Tensor, dtype: torch.dtype) 
         for j in range(at, at + kind.group):
             round_column(feed, codes, j, grid, kind, dtype)
     scale, zero = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
-    return draft_integers(codes, integers.Grid(scale, zero), kind, dtype)
+    return draft_integers(codes.T.contiguous(), integers.Grid(scale, zero), kind, dtype)
 
 
 def feed_ordered(
     w: Tensor, kind: StorageType, root: Tensor, grid: integers.Grid, order: Tensor, dtype: torch.dtype
 ) -> Draft:
     """Column by column in an order, on fixed grids."""
-    feed, codes = Feed(w[:, order], root), torch.zeros_like(w, dtype=torch.float32)
+    feed, codes = Feed(w[:, order], root), torch.zeros(w.shape[::-1])
     for at in range(0, w.shape[1], LEAF):
         feed.begin(at, LEAF)
         for j in range(at, min(at + LEAF, w.shape[1])):
             group = int(order[j]) // kind.group
             own = integers.Grid(grid.scale[:, group, None], grid.zero[:, group, None])
             round_column(feed, codes, j, own, kind, dtype)
-    back = torch.empty_like(codes)
-    back[:, order] = codes
+    back = torch.empty(w.shape)
+    back[:, order] = codes.T
     return draft_integers(back, grid, kind, dtype)
 
 
 def round_column(feed: Feed, codes: Tensor, j: int, grid: integers.Grid, kind: StorageType, dtype: torch.dtype) -> None:
-    code = integers.nearest(feed.target(j)[:, None], grid.zero, grid.scale, kind)
-    codes[:, j] = code[:, 0]
-    feed.note(j, integers.multiply(code, grid.zero, grid.scale, dtype)[:, 0])
+    """`codes` (in, out); `grid` of the column's group, (out, 1)."""
+    scale, zero = grid.scale[:, 0], grid.zero[:, 0]
+    codes[j] = integers.nearest(feed.target(j), zero, scale, kind)
+    feed.note(j, integers.multiply(codes[j], zero, scale, dtype))
 
 
 def feed_blocks(w: Tensor, kind: StorageType, root: Tensor, dtype: torch.dtype) -> Draft:
@@ -292,6 +348,6 @@ def feed_blocks(w: Tensor, kind: StorageType, root: Tensor, dtype: torch.dtype) 
                 codes[:, j], value = levels.pick(feed.target(at + j), j)
                 feed.note(at + j, value)
             block = ggml.put_codes(block, kind, codes)
-        feed.error[:, at : at + kind.group] = feed.w[:, at : at + kind.group] - ggml.dequantise(block, kind).double()
+        feed.put(at, ggml.dequantise(block, kind).double())
         found.append(block)
     return draft_blocks(torch.cat(found, 1), kind, dtype)

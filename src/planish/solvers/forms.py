@@ -16,7 +16,10 @@ from planish.solvers.pivots import pivot
 
 def input_site(role: str) -> str:
     """Linears that read the same input share its statistics."""
-    return {"q": "q.in", "k": "q.in", "v": "q.in", "gate": "up.in", "up": "up.in"}.get(role, f"{role}.in")
+    first = {"q": "q", "k": "q", "v": "q", "attention.gate": "q", "gate": "up"}
+    if role.startswith("mixer.") and role != "mixer.out":
+        return "mixer.in.in"
+    return f"{first.get(role, role)}.in"
 
 
 def list_ranks(size: tuple[int, int], form: str) -> Sequence[int]:

@@ -20,7 +20,7 @@ class KeyLatent(Solver):
 
     Q: top eigenvectors of E[k kᵀ] of the group before norm and rotation, biases included, which is the whitened SVD of
     the group's W_k without a root. Costs r · groups · (hidden + group · d) and the product Q z per cached token at every
-    step; works with rotary positions and with normalised keys. Predicted loss: Σ of dropped eigenvalues.
+    step; works with rotary positions (one of each token) and with normalised keys. Predicted loss: Σ of dropped eigenvalues.
     `nats`: in place of Q the best k ≈ B A k in the metric of E[g gᵀ], g the gradient of the loss at the keys (sampled
     labels); predicted loss ½ tr(E[g gᵀ] E[e eᵀ]) summed over the groups, in nats per token.
     Reference: Palu (arXiv 2407.21118), G-LRD. Differs from the paper: biases are part of the latent.
@@ -36,7 +36,7 @@ class KeyLatent(Solver):
         return max(n for n in range(1, self.group + 1) if shape.kv_heads % n == 0)
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "keys")] if shape.heads else []
+        return [Unit(shape.block, "keys")] if shape.heads and not shape.mrope else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         full = self.heads(shape) * shape.qk

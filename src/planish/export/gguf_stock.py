@@ -1,0 +1,269 @@
+"""Models of every other family that llama.cpp has a graph of (`planish.plan.graphs`), as that graph.
+
+Its blocks are all alike, so low-rank linears are multiplied back, and removed parts, dimensions and neurons return as zeros.
+Names are those of the gguf library's own maps; stacked experts are read and written one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planish.errors import InputError
+from planish.export.dense import make_padded
+from planish.export.gguf_architecture import read_rope
+from planish.export.gguf_blocks import StoredRows
+from planish.export.gguf_content import XIELU, Content, Stack
+from planish.export.gguf_llama import interleave
+from planish.export.plain import plain_block, plain_linear
+from planish.folder.skeleton import set_parameter
+from planish.folder.source import FolderSource
+from planish.modelling.blocks import find_blocks, find_path
+from planish.modelling.family import MLP, ExpertsRow
+from planish.modelling.modules import Fused
+from planish.plan.graphs import GRAPHS, Graph, describe_rope, split_rope
+
+EPSILON = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+EXPERTS = dict(zip(MLP, ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), strict=True))
+ROUTER = ("ffn_gate_inp.weight", "exp_probs_b.bias")
+
+
+class Stock:
+    """A model as one graph. `blocks`: those of which something is left."""
+
+    def __init__(self, source: FolderSource, graph: Graph):
+        import gguf
+
+        self.source, self.graph, self.family = source, graph, source.family
+        plains = [plain_block(source, i, experts=False) for i in range(source.n_blocks)]
+        self.blocks = [i for i, p in enumerate(plains) if not p.attention == p.mlp == "none"]
+        if not self.blocks:
+            raise InputError(f"nothing is left of any block of {source.folder}")
+        kinds = getattr(source.config, "layer_types", None) or []
+        sliding = {i for i, kind in enumerate(kinds) if kind == "sliding_attention"}
+        if graph.still or (graph.windows and sliding and not sliding & {*self.blocks}):
+            self.blocks = list(range(source.n_blocks))  # which blocks rotate, or that one has a window, is built in
+            self.check_still()
+        self.width = max(p.width for p in plains)
+        self.back = sum(p.extra for p in plains)
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        self.names = gguf.get_tensor_name_map(kinds[graph.name], source.n_blocks)
+        self.experts = self.measure_experts()
+
+    def check_still(self) -> None:
+        """InputError unless those blocks rotate that the graph rotates."""
+        for i in self.blocks if self.graph.still else ():
+            attention = find_blocks(self.source.empty, self.family)[i].get_submodule(self.family.attention)
+            if bool(getattr(attention, self.family.rotates)) != bool((i + 1) % self.graph.still):
+                raise InputError(
+                    f"llama.cpp's graph {self.graph.name} rotates all blocks but every {self.graph.still}th; "
+                    f"block {i} does otherwise"
+                )
+
+    def measure_experts(self) -> tuple[int, int]:
+        """(Experts in a block, their neurons) as they are written; (0, 0) without any."""
+        row = self.family.experts
+        if row is None:
+            return 0, 0
+        sizes, narrow = set[int](), 0
+        for i in self.blocks:
+            held = find_blocks(self.source.model, self.family)[i].get_submodule(row.path.rpartition(".")[0])
+            experts = getattr(held, row.path.rpartition(".")[2], None)
+            if experts is None:
+                continue
+            sizes.add(len(experts.numbers))
+            narrow = max(narrow, *(experts.linears(n)[-1].in_features for n in experts.numbers))
+        if len(sizes) > 1:
+            raise InputError(
+                f"blocks keep {' and '.join(map(str, sorted(sizes)))} experts; llama.cpp's graphs have one number"
+            )
+        if shared := self.read_shared():  # its width is a multiple of theirs
+            narrow = next(n for n in range(narrow, shared + 1) if shared % n == 0)
+        return (sizes or {0}).pop(), narrow
+
+    def read_shared(self) -> int:
+        """Neurons of the feed-forward that every token reaches beside its experts, where the graph counts them in experts."""
+        shapes = (
+            (self.source.shape(i) for i in self.blocks) if self.family.experts and self.family.experts.shared else ()
+        )
+        return next((n for s in shapes for role, n, _ in s.others if role == "shared.up"), 0)
+
+    def rename(self, name: str) -> str:
+        """The file's name of a tensor of the canonical model."""
+        found = self.names.get_name(name, (".weight", ".bias"))
+        if found is None:
+            found = self.names.get_name(self.family.store_name(name), (".weight", ".bias"))
+        if found is None:
+            raise InputError(f"llama.cpp's graph {self.graph.name} has no place for {name}")
+        return str(found)
+
+    def tensors(self, known: StoredRows) -> Iterator[tuple[str, Tensor | Stack]]:
+        known.open(None)
+        for name, tensor in self.source.outside().items():
+            yield self.rename(name), self.shift(name, tensor)
+        if split_rope(self.source.config)[0].get("rope_type") == "llama3":
+            rope = read_rope(self.source)
+            yield "rope_freqs.weight", rope.factors[: rope.width // 2]
+        for slot, i in enumerate(self.blocks):
+            known.open(i)
+            block, _ = make_padded(self.source, plain_block(self.source, i, experts=False), self.width)
+            place = f"{self.family.blocks}.{slot}."
+            for name, tensor in join_fused(block):
+                yield from self.convert(name, f"{place}{name}", tensor)
+            yield from self.stacks(block, i, slot, known)
+
+    def convert(self, name: str, full: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """One tensor of a block."""
+        slot = full.removeprefix(f"{self.family.blocks}.").partition(".")[0]
+        row = self.family.experts
+        if (row is not None and name.startswith(f"{row.path}.")) or ".act_fn." in name:
+            return
+        if row is not None and name in row.router:
+            yield f"blk.{slot}.{ROUTER[row.router.index(name)]}", tensor
+        elif name.endswith("kv_b_proj.weight"):
+            yield from split_latent(self.source.config, slot, tensor)
+        else:
+            yield self.rename(full), self.shift(name, self.turn(name, tensor))
+
+    def turn(self, name: str, tensor: Tensor) -> Tensor:
+        """Queries and keys with their rotated channels where the graph looks for them."""
+        shape = self.source.shape(0)
+        alone = {f.roles[0]: f.path for f in self.family.fused if len(f.roles) == 1} | self.family.linears
+        heads = {alone.get("q"): shape.heads, alone.get("k"): shape.kv_heads}
+        stem = name.rpartition(".")[0]
+        return interleave(tensor, heads[stem], shape.rotary) if self.graph.neighbours and stem in heads else tensor
+
+    def shift(self, name: str, tensor: Tensor) -> Tensor:
+        """Norms that scale by an offset + their weight, with the sum."""
+        return (
+            tensor.float() + self.family.norm_offset
+            if self.family.norm_offset and name.endswith("norm.weight")
+            else tensor
+        )
+
+    def stacks(self, block: nn.Module, i: int, slot: int, known: StoredRows) -> Iterator[tuple[str, Stack]]:
+        row = self.family.experts
+        if row is None or not hasattr(block.get_submodule(row.path.rpartition(".")[0]), row.path.rpartition(".")[2]):
+            return
+        (number, width), hidden = self.experts, self.source.config.hidden_size
+        for role, name in EXPERTS.items():
+            shape = (hidden, width) if role == "down" else (width, hidden)
+            matrices = (self.read_expert(i, n, role, shape, known) for n in range(number))
+            yield f"blk.{slot}.{name}.weight", Stack(number, shape, matrices)
+
+    def read_expert(self, i: int, number: int, role: str, shape: tuple[int, int], known: StoredRows) -> Tensor:
+        """One linear of one expert, filled up with zeros."""
+        block = find_blocks(self.source.model, self.family)[i]
+        path = find_path(block, self.family, f"expert.{number}.{role}")
+        module = copy.deepcopy(block.get_submodule(path))
+        for name in module.state_dict():
+            set_parameter(module, name, self.source.reader.tensor(f"{self.family.blocks}.{i}.{path}.{name}"))
+        known.open(i, path)
+        weight, bias = plain_linear(module)
+        if bias is not None:
+            raise InputError(f"{path} of block {i} has a bias, and llama.cpp's graph {self.graph.name} has none there")
+        return nn.functional.pad(weight, (0, shape[1] - weight.shape[1], 0, shape[0] - weight.shape[0]))
+
+    def values(self) -> dict[str, Any]:
+        """Metadata."""
+        config, family, (number, width) = self.source.config, self.family, self.experts
+        shape = self.source.shape(self.blocks[0])
+        epsilon = next((float(getattr(config, n)) for n in EPSILON if getattr(config, n, None) is not None), 1e-5)
+        found: dict[str, Any] = {"block_count": len(self.blocks), "feed_forward_length": self.width or width}
+        found |= {"attention.head_count": config.num_attention_heads, "attention.layer_norm_epsilon": epsilon}
+        found |= {"attention.layer_norm_rms_epsilon": epsilon}
+        if shape.heads:
+            found |= {"attention.head_count_kv": shape.kv_heads, "attention.key_length": shape.qk}
+            found |= {"attention.value_length": shape.v, "rope.dimension_count": shape.rotary}
+        else:
+            found |= describe_latent(config)
+        if family.rotary:
+            found |= describe_rope(config)
+        if number and family.experts:
+            top = min(getattr(config, family.experts.top), number)
+            found |= {"expert_count": number, "expert_used_count": top, "expert_feed_forward_length": width}
+            found |= describe_routing(config, family.experts, self.read_shared() // width, self.graph)
+        if self.graph.windows:
+            sliding = [config.layer_types[i] == "sliding_attention" for i in self.blocks]
+            if any(sliding):  # the graphs refuse a window that no block has
+                found |= {"attention.sliding_window": config.sliding_window}
+                found |= {"attention.sliding_window_pattern": sliding}
+        if "xielu" in self.graph.activation:
+            found |= self.read_activations()
+        named = {key: read_named(config, name) for key, name in self.graph.values.items()}
+        return found | {k: v for k, v in named.items() if v is not None} | dict(self.graph.fixed)
+
+    def read_activations(self) -> dict[str, list[float]]:
+        """The numbers that every block's activation has of its own."""
+        place = [f"{self.family.blocks}.{i}.mlp.act_fn." for i in self.blocks]
+        reader = self.source.reader
+        return {  # of a removed feed-forward, which is zeros, they do not matter
+            f"{XIELU}{n}": [float(reader.tensor(f"{p}{n}")) if f"{p}{n}" in reader else 0.0 for p in place]
+            for n in ("alpha_p", "alpha_n", "beta", "eps")
+        }
+
+
+def lay_out(source: FolderSource, forced: str | None) -> Content:
+    """What a file of the family's graph holds."""
+    kind = source.family.model_type
+    graph = GRAPHS[kind]
+    if forced not in (None, graph.name):
+        raise InputError(f"{kind} can be written as {graph.name}; got {forced!r}")
+    stock = Stock(source, graph)
+    return Content(graph.name, stock.values(), stock.tensors, stock.back)
+
+
+def describe_routing(config: Any, row: ExpertsRow, shared: int, graph: Graph) -> dict[str, Any]:
+    found: dict[str, Any] = {"expert_gating_func": graph.gates} if graph.gates else {}
+    groups = getattr(config, row.groups, None) or 1
+    if groups > 1:
+        found |= {"expert_group_count": groups, "expert_group_used_count": getattr(config, row.top_groups)}
+    own = getattr(config, "shared_expert_intermediate_size", None)
+    found |= {"expert_shared_count": shared} if shared else {}
+    return found | ({"expert_shared_feed_forward_length": own} if own else {})
+
+
+def split_latent(config: Any, slot: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Keys and values of all heads from the latent: (latent, keys) and (values, latent) per head."""
+    parts = tensor.unflatten(0, (config.num_attention_heads, -1)).split([config.qk_nope_head_dim, config.v_head_dim], 1)
+    yield f"blk.{slot}.attn_k_b.weight", parts[0].transpose(1, 2).contiguous()
+    yield f"blk.{slot}.attn_v_b.weight", parts[1].contiguous()
+
+
+def describe_latent(config: Any) -> dict[str, Any]:
+    """DeepSeek's attention on latents, which llama.cpp runs as one head of keys that are the latents themselves."""
+    keys, values = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    found = {
+        "attention.head_count_kv": 1,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": keys,
+        "attention.value_length_mla": values,
+        "rope.dimension_count": config.qk_rope_head_dim,
+    }
+    return found | ({"attention.q_lora_rank": config.q_lora_rank} if config.q_lora_rank else {})
+
+
+def read_named(config: Any, name: str) -> Any:
+    """A value of a configuration, inside another one's where the name has a dot; None where there is none."""
+    for part in name.split("."):
+        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
+    return float(config) if isinstance(config, int) and "bias" in name else config
+
+
+def join_fused(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A canonical block's tensors, fused linears whole: q above k above v, gate above up."""
+    joined = {name: m for name, m in block.named_modules() if isinstance(m, Fused)}
+    for name, tensor in block.state_dict().items():
+        if not any(name.startswith(f"{path}.") for path in joined):
+            yield name, tensor
+    for path, fused in joined.items():
+        parts = [getattr(fused, role) for role in fused.roles]
+        yield f"{path}.weight", torch.cat([p.weight.data for p in parts])
+        if parts[0].bias is not None:
+            yield f"{path}.bias", torch.cat([p.bias.data for p in parts])
