@@ -40,7 +40,7 @@ from planish.stats import Tap
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "mixture.md"
 FIELDS = ("model", "way", "asked", "bytes", "nats", "seconds", "note", "protocol")
 CRITERIA = ("reap", "frequency", "mass", "gated", "man", "nats")
-SHARES = (0.125, 0.25, 0.375, 0.5)
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 HEAD = """# Mixtures of experts
 
 Written by `benchmarks/mixture.py` from mixture.csv, on a mixture that `tools/train_demo_model.py --experts 16` trains
