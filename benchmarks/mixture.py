@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import planish
@@ -33,7 +34,6 @@ from planish.calibrate.text import load_tokens, sample_windows
 from planish.errors import PlanishError
 from planish.folder.source import open_source
 from planish.modelling.families import MLP
-from planish.rounding.gauges_maps import round_to_nearest
 from planish.solvers.linalg import damp, whitened_svd
 from planish.stats import Tap
 
@@ -150,9 +150,18 @@ def round_experts(model: Path, bits: int, out: Path) -> tuple[Any, int]:
     size = sum(t.nbytes for t in {id(p): p for p in lm.parameters()}.values())
     for module in find_experts(lm):
         for p in (module.gate_up_proj, module.down_proj):
-            p.data = torch.stack([round_to_nearest(w.float(), bits) for w in p.data]).to(p.dtype)
+            p.data = round_groups(p.data.float(), bits).to(p.dtype)
             size -= p.numel() * (16 - bits - (16 + bits) / 64) / 8
     return lm, int(size)
+
+
+def round_groups(w: Tensor, bits: int, group: int = 64) -> Tensor:
+    """w on 2^bits levels between the least and the largest (and zero) of every `group` inputs of a row."""
+    groups = w.unflatten(-1, (-1, group))
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(w.dtype).tiny)
+    zero = (-low / step).round()
+    return (((groups / step).round() + zero).clamp(0, 2**bits - 1).sub(zero) * step).flatten(-2)
 
 
 def factor_experts(args: argparse.Namespace, way: str, keep: float, out: Path) -> tuple[Any, int]:

@@ -261,6 +261,7 @@ def test_stacked_experts_of_another_shape_are_refused(sparse, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {key: 6}))
     with pytest.raises(InputError, match=r"has shape \(8, (24|32), (32|12)\), expected \(6, .* from config"):
         open_source(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     file = tmp_path / "model.safetensors"
     stored = load_file(file)
     name = "model.layers.0.mlp.experts.gate_up_proj"
