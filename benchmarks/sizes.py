@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--shares", default="0.85,0.7,0.6", help="sizes of both, beside the types' own: shares of the smallest"
     )
+    parser.add_argument("--sizes", help="bytes of both, instead of these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--only-table", action="store_true", help="write the table of what the CSV has")
@@ -81,7 +82,8 @@ def measure_all(args: argparse.Namespace, book: Path) -> None:
         measure(args, book, "cuts", keep, keep=float(keep))
     between = [(a + b) // 2 for a, b in zip([*sizes.values()], [*sizes.values()][1:], strict=False)]
     below = [int(float(s) * sizes["2"]) for s in args.shares.split(",")]
-    for size in sorted([*sizes.values(), *between, *below]) if "both" in curves else ():
+    wanted = map(int, args.sizes.split(",")) if args.sizes else sorted([*sizes.values(), *between, *below])
+    for size in wanted if "both" in curves else ():
         measure(args, book, "both", str(size), max_bytes=size, bits="auto")
 
 
@@ -94,7 +96,7 @@ def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **opti
     protocol = f"{args.n_samples} × {args.seq_len} tokens; {args.windows} windows"
     key = {"model": args.name, "method": args.method, "curve": curve, "asked": asked, "protocol": protocol}
     for row in read(book):
-        if all(row[n] == v for n, v in key.items()):
+        if all(row[n] == v for n, v in key.items() if curve != "bits" or n != "method"):  # where no method cuts
             return row
     start, row = time.process_time(), {**dict.fromkeys(FIELDS, ""), **key}
     with tempfile.TemporaryDirectory() as scratch:
@@ -126,7 +128,8 @@ def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **opti
 def tabulate(rows: list[dict[str, str]]) -> str:
     lines = [HEAD]
     for model, method, protocol in dict.fromkeys((r["model"], r["method"], r["protocol"]) for r in rows):
-        own = [r for r in rows if (r["model"], r["method"], r["protocol"]) == (model, method, protocol)]
+        alike = [r for r in rows if (r["model"], r["protocol"]) == (model, protocol)]
+        own = [r for r in alike if r["method"] == method or r["curve"] == "bits"]
         lines += [f"## {model}, cuts by {method} ({protocol})\n", "| bytes | curve | asked | KL | ± | excess | plan |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for r in sorted(own, key=lambda r: -int(r["bytes"] or 0)):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import planish
 from planish.errors import InputError
-from planish.fit import hold_out, predict, reserve
+from planish.fit import hold_out, list_choices, predict, reserve
 from planish.folder.safetensors import write_shard
 from planish.folder.source import open_source
 from planish.request import Request
@@ -18,7 +18,7 @@ from tiny import build, save, windows
 
 pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")
 IDS = windows(16, 24)
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_predicted_bytes_are_those_written(model, tmp_path, target):
     for bits in ("8", "4", "3", "2") if target == "any" else ("8", "6", "4"):
         outside, blocks = predict(Request.ask(model="", target=target), source, bits)
         done = compress(model, tmp_path / bits, keep=1, bits=bits, target=target)
-        assert 0.9 * (outside + blocks) < done.bytes_after <= outside + blocks
+        assert 0.85 * (outside + blocks) < done.bytes_after <= outside + blocks
 
 
 def test_the_least_divergence_within_the_size_is_taken(model, tmp_path):
@@ -64,7 +64,7 @@ def test_the_least_divergence_within_the_size_is_taken(model, tmp_path):
     made = [c for c in tried if not c["error"]]
     assert all(c["bytes"] <= size for c in made)
     plain = [c for c in tried if c["keep"] == 1]
-    assert [c["bits"] for c in plain] == ["4"] and len(tried) > 1
+    assert [c["bits"] for c in plain] == ["4"] and any("." in c["bits"] and c["keep"] < 1 for c in tried)
     best = min(made, key=lambda c: c["kl"])
     assert best["chosen"] and sum(c["chosen"] for c in tried) == 1
     asked = {"keep": best["keep"]} | ({} if best["bits"] == "16" else {"bits": best["bits"]})
@@ -75,6 +75,23 @@ def test_the_least_divergence_within_the_size_is_taken(model, tmp_path):
     compress(model, tmp_path / "few", **asked | few)
     assert measure(tmp_path / "few", model) == pytest.approx(best["kl"], rel=1e-3)
     assert not [p for p in tmp_path.iterdir() if ".sizes-" in p.name]
+
+
+def test_room_above_a_type_is_offered_to_finer_ones(model):
+    """Types that differ, as many bits on average as fit; and between the two coarsest plans."""
+    source = open_source(model)
+    request = Request.ask(model="", target="any")
+    sizes = {b: sum(predict(request, source, b)) for b in ("4", "3")}
+    size = int((sizes["4"] + sizes["3"]) / 2)
+    choices = list_choices(request, source, size)
+    plain = next(c for c in choices if c.keep == 1 and c.bits == "3")
+    mixed = [c for c in choices if "." in c.bits]
+    assert mixed[0].keep == 1 and 3.3 < float(mixed[0].bits) < 4.3 and choices.index(plain) < choices.index(mixed[0])
+    for c in mixed:
+        outside, blocks = predict(request, source, c.bits)
+        assert outside + c.keep * blocks <= size * 1.001
+    least = int(predict(request, source, "2")[0] + 0.8 * predict(request, source, "2")[1])
+    assert all(c.keep < 1 for c in list_choices(request, source, least) if "." in c.bits)
 
 
 def test_a_size_that_holds_the_model_leaves_it_as_it_is(model, tmp_path):

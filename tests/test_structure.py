@@ -22,7 +22,7 @@ CLASSES = {f"{m.name}.{n}": c for m in MODULES.values() for n, c in m.classes().
 FLOORS = [
     {"errors", "version", "shapes", "declare", "request", "mixture", "durations"},
     {"modelling"},
-    {"stats", "core", "lanes", "apply"},
+    {"slices", "stats", "core", "lanes", "apply"},
     {"solvers", "rounding"},
     {"folder"},
     {"calibrate"},

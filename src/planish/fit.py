@@ -3,6 +3,7 @@
     for bits in the target's types:                       (16, 8, 4, 3, 2 and so on)
         all weights, if they fit in these bits            (plain rounding: the finest that fits, always among the plans)
         else the share of the blocks' weights that fits   (the next finer types, cut by the method and then rounded)
+    types that differ among matrices, as many bits on average as fit: all weights; a share between the last two plans'
     each made from three quarters of the windows · KL(dense ‖ plan) on the rest · the least one is made from all of them
 
 So the result is never worse, in that measure, than the finest plain rounding of the size or than cutting alone.
@@ -50,8 +51,9 @@ LADDER = ("16", "8", "4", "3", "2")
 
 @dataclass
 class Choice:
-    """A plan that was tried: `bits` of the blocks' weights, `keep` of them; what it came out as, in `bytes`, and how far it
-    is from the dense model on the windows held out: `kl`, nats per token. `error`: why it could not be made."""
+    """A plan that was tried: `bits` of the blocks' weights (with a point: a mean of types that differ) and `keep` of them; what
+    it came out as, in `bytes`, and how far it is from the dense model on the windows held out: `kl`, nats per token. `error`:
+    why it could not be made."""
 
     bits: str
     keep: float
@@ -140,7 +142,7 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
             continue
         if outside + blocks <= size:
             finer = list(dict.fromkeys(c.bits for c in found))[-FINER:]
-            return [c for c in found if c.bits in finer] + [Choice(bits, 1.0)]
+            return mix([c for c in found if c.bits in finer] + [Choice(bits, 1.0)], request, source, size)
         if outside + blocks <= NEARLY * size:  # what is predicted may be a little too much
             found.append(Choice(bits, 1.0))
         smallest.append(outside + LEAST * blocks)
@@ -150,7 +152,25 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
         raise InputError(
             f"--max-bytes {size:,}: the smallest that can be made for --target {request.target} is about {min(smallest):,.0f}"
         )
-    return found
+    return mix(found, request, source, size)
+
+
+def mix(found: list[Choice], request: Request, source: Source, size: int) -> list[Choice]:
+    """Plans, and those whose types differ: of all weights where the last plan leaves room for finer ones, and of a share
+    between the last two plans'."""
+    last = found[-1]
+    if last.bits == "16":
+        return found
+    outside, blocks = predict(request, source, last.bits)
+    weights = sum(out * n for s in map(source.shape, range(source.n_blocks)) for out, n in map(s.linear, s.roles))
+    keeps = [1.0] if last.keep == 1 else []
+    if len(found) > 1 and found[-2].bits not in ("16", last.bits):
+        keeps.append(int(1e4 * (found[-2].keep + last.keep) / 2) / 1e4)
+    means = {keep: int(8e3 * (size - outside) / weights / keep) / 1e3 for keep in keeps}
+    finer = len(found) > 1 or last.bits != "8"
+    return found + [
+        Choice(f"{m:.3f}", k) for k, m in means.items() if finer and (k < 1 or m > 1.01 * 8 * blocks / weights)
+    ]
 
 
 def predict(request: Request, source: Source, bits: str) -> tuple[float, float]:
@@ -167,6 +187,8 @@ def predict(request: Request, source: Source, bits: str) -> tuple[float, float]:
         )
     linears = [shape.linear(role) for shape in shapes for role in shape.linears]
     blocks = sum(asked.blocks.pick(n, "").count(out, n) for out, n in linears)
+    if asked.blocks.mean is not None:
+        blocks = int(asked.blocks.mean * sum(out * n for out, n in linears) / 8)
     outside = 2.0 * rest
     if asked.head is not None:
         hidden, words = shapes[0].hidden, source.config.get_text_config().vocab_size
@@ -218,12 +240,15 @@ class Runner:
             choice.error, choice.kl = str(error), inf
 
     def shrink(self, choice: Choice, size: int) -> Iterator[float]:
-        """Its keep, and smaller ones as long as what comes out is too large and cut."""
+        """Its keep, and smaller ones, or fewer bits on average, as long as what comes out is too large and either is free."""
         keep = choice.keep
         for _ in range(AGAIN):
             yield keep
-            if choice.bytes <= size or keep >= 1:
+            if choice.bytes <= size or (keep >= 1 and "." not in choice.bits):
                 return
+            if "." in choice.bits:
+                choice.bits = f"{float(choice.bits) * (1 - 1.1 * (choice.bytes / size - 1)):.3f}"
+                continue
             keep = int(1e4 * keep * (1 - 1.1 * (choice.bytes / size - 1))) / 1e4
 
     def load(self, place: Path | str) -> Any:

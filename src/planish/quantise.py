@@ -1,6 +1,7 @@
 """A written model rounded: one walk over its blocks, each for the inputs that the rounded blocks before it give.
 
     G of every linear, by one pass back through the model as it is         (what an error costs in nats)
+    where types may differ: every matrix rounded to each · the least sum of nats within a mean of bits per weight
     for block: R of every linear's inputs · basis · rounded matrices · outputs     (of the prefix that is rounded so far)
 
 What a cut has made of the blocks is rounded as it is stored: factors of a pair are matrices of their own, the second solved again
@@ -38,11 +39,12 @@ from planish.modelling.canonical import join_block, list_fused
 from planish.modelling.families import Family
 from planish.modelling.modules import Fused
 from planish.plan.targets import find_target
+from planish.plan.types import Offer, choose_types
 from planish.request import Request
 from planish.rounding.blocks import round_block
 from planish.rounding.gauges import Scene
 from planish.rounding.gauges_linears import set_data
-from planish.rounding.round import GGML, Metric, Rounded, join_rows, round_matrix
+from planish.rounding.round import GGML, Draft, Metric, Rounded, join_rows, round_matrix
 from planish.rounding.types import Choice, StorageType, choose
 
 PACKED = "pack-quantized"  # compressed-tensors' format of integers
@@ -143,6 +145,7 @@ class Quantiser:
         narrow = source.stored in (torch.float16, torch.bfloat16)
         self.dtype = source.stored if narrow or not asked.packed else torch.float16
         self.linears: dict[str, dict[str, Any]] = {}
+        self.chosen: dict[str, StorageType] = {}  # matrix's name → its type, where each has its own
         self.kinds: dict[str, StorageType] = {}
         self.weights = 0
 
@@ -155,6 +158,8 @@ class Quantiser:
         before = nll(few, outputs)
         self.write_outside()
         self.stream = self.open_stream()  # with the embedding as it is written
+        if self.asked.blocks.mean is not None:
+            self.chosen = choose_types(self.price(gradients, progress), self.asked.blocks.mean)
         hidden = self.stream.start()
         for i in range(len(self.stream)):
             hidden = self.round_block(i, hidden, gradients[i])
@@ -167,11 +172,62 @@ class Quantiser:
         nats = sum(entry.get("nats", 0.0) for entry in self.linears.values())
         types = dict(Counter(kind.name for kind in self.kinds.values()).most_common())
         asked, windows = self.asked.blocks, sum(map(len, few.batches))
-        name = asked.type.name if asked.type else str(asked.bits)
-        return Report(name, asked.target, types, 8 * size / self.weights, nats, after - before, windows, self.linears)
+        return Report(
+            asked.name, asked.target, types, 8 * size / self.weights, nats, after - before, windows, self.linears
+        )
+
+    def price(self, gradients: list[dict[str, Tensor]], progress: Progress | None) -> dict[str, list[Offer]]:
+        """What every matrix costs in every type that it may have, by its name in the file: rounded, each as if it were alone."""
+        offers: dict[str, list[Offer]] = {}
+        hidden = self.stream.start()
+        for i in range(len(self.stream)):
+
+            def look(name: str, weight: Tensor, metric: Metric, whole: Joined | None) -> Rounded:
+                rows, own = (whole.rows, whole.name) if whole else (len(weight), name)
+                kinds = self.asked.blocks.ladder(weight.shape[1], name, rows)
+                found = [self.round(name, weight, kind, metric) for kind in kinds]
+                before = offers.get(own, [Offer(k, rows, weight.shape[1], 0.0) for k in kinds])
+                offers[own] = [o._replace(nats=o.nats + (r.nats or 0.0)) for o, r in zip(before, found, strict=True)]
+                return Rounded(kinds[-1], Draft(weight), "exact", 0.0, True, 0.0)  # and nothing changes
+
+            block, _, _ = self.visit(i, hidden, gradients[i], look)
+            hidden = self.stream.run(i, block, hidden)
+            if progress:
+                progress("types", i + 1, len(self.stream))
+        return offers
 
     def round_block(self, i: int, hidden: Hidden, gradients: dict[str, Tensor]) -> Hidden:
         """Round block i for these inputs and write it; its outputs."""
+
+        def rounding(name: str, weight: Tensor, metric: Metric, whole: Joined | None) -> Rounded:
+            rows, own = (whole.rows, whole.name) if whole else (len(weight), name)
+            kind = self.chosen.get(own) or self.asked.blocks.pick(weight.shape[1], name, rows)
+            return self.round(name, weight, kind, metric)
+
+        family, stream = self.source.family, self.stream
+        block, found, joined = self.visit(i, hidden, gradients, rounding)
+        prefix = f"{family.blocks}.{i}."
+        for name, rounded in found.items():
+            set_data(block, name, rounded.value.to(stream.device, stream.dtype))
+        self.settle(block, found)
+        hidden = stream.run(i, block, hidden)
+        for whole in joined:
+            own = whole.name.removeprefix(prefix)
+            found[own] = join_rows([found.pop(part) for part in whole.parts], whole.order)
+        tensors = self.narrow(join_block(block, family).state_dict())
+        for name, rounded in found.items():
+            self.note(prefix + name.removesuffix(".weight"), rounded)
+            del tensors[name]
+            stem = name.removesuffix("weight")
+            tensors |= {f"{stem}{end}": t for end, t in name_parts(rounded).items()}
+        self.writer.shard(i + 1, {prefix + n: t for n, t in tensors.items()})
+        return hidden
+
+    def visit(
+        self, i: int, hidden: Hidden, gradients: dict[str, Tensor], rounding: Rounding
+    ) -> tuple[nn.Module, dict[str, Rounded], list[Joined]]:
+        """Block i, canonical and in the basis chosen for these inputs; its matrices as `rounding` makes them, by name; those that
+        are stored as one."""
         family, stream = self.source.family, self.stream
         block = stream.place(stream.block(i))
         layout = read_layout(block, family, self.source.config)
@@ -187,33 +243,18 @@ class Quantiser:
         )  # fmt: skip
         if attended is not None:
             scene.grams["v"] = attended
-        joined = find_joined(block, family)
         prefix = f"{family.blocks}.{i}."
+        joined = find_joined(block, family, prefix)
 
-        def rounding(name: str, weight: Tensor, metric: Metric) -> Rounded:
-            rows = next((j.rows for j in joined if name in j.parts), len(weight))
-            kind = self.asked.blocks.pick(weight.shape[1], f"block {i}, {name}", rows)
-            return self.round(prefix + name, weight, kind, metric)
+        def named(name: str, weight: Tensor, metric: Metric) -> Rounded:
+            return rounding(prefix + name, weight, metric, next((j for j in joined if name in j.parts), None))
 
-        found, _ = round_block(scene, rounding)
+        found, _ = round_block(scene, named)
         for name in names:
             if name not in paths.values():
                 weight = block.get_submodule(name).weight.detach().cpu()  # type: ignore[union-attr, operator]
-                found[f"{name}.weight"] = rounding(f"{name}.weight", weight, Metric(grams[name], gradients.get(name)))
-        for name, rounded in found.items():
-            set_data(block, name, rounded.value.to(stream.device, stream.dtype))
-        self.settle(block, found)
-        hidden = stream.run(i, block, hidden)
-        for whole in joined:
-            found[whole.name] = join_rows([found.pop(part) for part in whole.parts], whole.order)
-        tensors = self.narrow(join_block(block, family).state_dict())
-        for name, rounded in found.items():
-            self.note(prefix + name.removesuffix(".weight"), rounded)
-            del tensors[name]
-            stem = name.removesuffix("weight")
-            tensors |= {f"{stem}{end}": t for end, t in name_parts(rounded).items()}
-        self.writer.shard(i + 1, {prefix + n: t for n, t in tensors.items()})
-        return hidden
+                found[f"{name}.weight"] = named(f"{name}.weight", weight, Metric(grams[name], gradients.get(name)))
+        return block, found, joined
 
     def settle(self, block: nn.Module, but: Collection[str]) -> None:
         """Everything in a block but these tensors as it is written."""
@@ -281,7 +322,8 @@ class Quantiser:
 
 
 class Joined(NamedTuple):
-    """A fused linear that is stored as one matrix: its parts' names, and their rows, one after the other, as it has them."""
+    """A fused linear that is stored as one matrix: its name in the file, its parts' in the block, and their rows, one after the
+    other, as it has them."""
 
     name: str
     parts: list[str]
@@ -292,7 +334,7 @@ class Joined(NamedTuple):
         return len(self.order)
 
 
-def find_joined(block: nn.Module, family: Family) -> list[Joined]:
+def find_joined(block: nn.Module, family: Family, prefix: str) -> list[Joined]:
     """Linears that a canonical block's family lays out in another way, where all parts are dense."""
     found = []
     for row in list_fused(block, family):
@@ -300,8 +342,13 @@ def find_joined(block: nn.Module, family: Family) -> list[Joined]:
         if isinstance(module, Fused) and all(type(m) is nn.Linear for m in module.children()):
             sizes = [len(getattr(module, r).weight) for r in row.roles]
             order = module.rows.join(torch.arange(sum(sizes)).split(sizes))
-            found.append(Joined(f"{row.path}.weight", [f"{row.path}.{r}.weight" for r in row.roles], order))
+            found.append(Joined(f"{prefix}{row.path}.weight", [f"{row.path}.{r}.weight" for r in row.roles], order))
     return found
+
+
+Rounding = Callable[
+    [str, Tensor, Metric, "Joined | None"], Rounded
+]  # name in the file, (out, in), and what it is a part of
 
 
 def name_parts(found: Rounded) -> dict[str, Tensor]:

@@ -178,7 +178,8 @@ class Request(Limits):
         "any", "where the result has to run: ranks are chosen to suit it", choices=("any", "hf", "vllm", "gguf", "onnx")
     )
     bits: Bits = option(
-        None, "round every linear of the blocks, for the target: 8, 4, 3, 2, a type's name, or auto (docs/bits.md)",
+        None,
+        "round every linear of the blocks, for the target: 8, 4, 3, 2, a mean like 3.4, a type's name, or auto (docs/bits.md)",
         metavar="BITS", shown="16: nothing is rounded",
     )  # fmt: skip
     fit: Annotated[int | None, size("fit", BYTES)] = option(

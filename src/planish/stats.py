@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from planish.shapes import Float, Shaped
+from planish.slices import RUN, SLICED, Digits, Precision, cut_digits
 
 Sums = dict[str, Tensor]
 KINDS: dict[str, Callable[..., Sums]] = {}
@@ -164,7 +165,7 @@ WHOLE = {
 class Stats:
     """Sums and token counts behind a set of taps. `run`: what Grams and cross moments of a run of tokens are summed in."""
 
-    def __init__(self, taps: Iterable[Tap] = (), run: torch.dtype = torch.float64):
+    def __init__(self, taps: Iterable[Tap] = (), run: Precision = torch.float64):
         self.run = run
         self.sums: dict[Tap, Sums] = {}
         self.origin = ""  # the pass over the uncompressed model that all of it comes from, if it does
@@ -266,28 +267,42 @@ def list_rows(n: int, tile: int) -> Iterator[slice]:
         yield slice(i, min(i + size, n))
 
 
-def add_gram(into: Sums, x: Float[Tensor, "tokens n"], run: torch.dtype = torch.float64) -> None:
+def add_gram(into: Sums, x: Float[Tensor, "tokens n"], run: Precision = torch.float64) -> None:
     """`gram` added in place, on and above the diagonal only (see `mirror`): half the products, no second Gram.
 
     `run`: what the products of `CHUNK` tokens are summed in, before these sums are added in fp64. With fp32 an entry is off by less
-    than 3e-6 · √(Σ x_i² Σ x_j²), however large some channels are, in half the time.
+    than 3e-6 · √(Σ x_i² Σ x_j²), however large some channels are, in half the time. "sliced": by `planish.slices`, an entry off by
+    less than 2^−38 · tokens · max |x_i| max |x_j|, without a product in fp64.
     """
     n = x.shape[-1]
     if "sum" not in into:
         into["sum"] = torch.zeros(n, n, dtype=torch.float64, device=x.device)
     total = into["sum"]
-    for chunk in x.split(CHUNK if x.is_cpu else COARSE):
-        chunk = chunk.to(run)
+    for chunk in list_chunks(x, run):
+        numbers = cut_digits(chunk) if run == SLICED else chunk.to(run)
         for rows in list_rows(n, TILE if x.is_cpu else COARSE):
-            add_row(total[rows, rows.start :], chunk[:, rows.start :])
+            add_row(total[rows, rows.start :], columns(numbers, rows.start))
 
 
-def add_row(row: Float[Tensor, "t m"], x: Float[Tensor, "tokens m"]) -> None:
+def list_chunks(x: Float[Tensor, "tokens n"], run: Precision) -> tuple[Float[Tensor, "_ n"], ...]:
+    """Runs of tokens whose products are summed before they are added."""
+    return x.split(RUN if run == SLICED else CHUNK if x.is_cpu else COARSE)
+
+
+def columns(x: Float[Tensor, "tokens n"] | Digits, first: int) -> Float[Tensor, "tokens m"] | Digits:
+    """The channels of a run of tokens from `first` on."""
+    return x.columns(first) if isinstance(x, Digits) else x[:, first:]
+
+
+def add_row(row: Float[Tensor, "t m"], x: Float[Tensor, "tokens m"] | Digits) -> None:
     """Add x[:, :t]ᵀ x, x (tokens, m), to a row of tiles (t, m); below the diagonal of its first tile not all of it.
 
     Products are summed in x's dtype.
     """
-    t, same = len(row), x.dtype == row.dtype
+    t = len(row)
+    if isinstance(x, Digits):
+        return x.columns(0, t).add_product(x, row)
+    same = x.dtype == row.dtype
     into = row if same else torch.zeros(row.shape, dtype=x.dtype, device=x.device)
     add_square(into[:, :t], x[:, :t])
     if t < row.shape[1]:
@@ -322,7 +337,7 @@ def add_lane(
     read: Callable[[int], Tensor],
     count: int,
     exchange: Callable[[Tensor], Iterable[Tensor]],
-    run: torch.dtype = torch.float64,
+    run: Precision = torch.float64,
 ) -> None:
     """Add the Gram of a lane's `count` inputs, `read(k)` (batch, seq, n) on the total's device, to `total`
     (n, n), a row of tiles at a time: it never exists.
@@ -335,23 +350,24 @@ def add_lane(
         i = rows.start
         row = torch.zeros(rows.stop - i, n - i, dtype=torch.float64, device=total.device)
         for k in range(count):
-            for chunk in read(k).flatten(0, -2).split(CHUNK if total.is_cpu else COARSE):
-                add_row(row, chunk[:, i:].to(run))
+            for chunk in list_chunks(read(k).flatten(0, -2), run):
+                add_row(row, cut_digits(chunk[:, i:]) if run == SLICED else chunk[:, i:].to(run))
         for part in exchange(row):
             total[rows, i:] += part
     mirror(total)
 
 
 def add_cross(
-    into: Sums, y: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"], run: torch.dtype = torch.float64
+    into: Sums, y: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"], run: Precision = torch.float64
 ) -> None:
     """`cross` added in place; `run` as in `add_gram`."""
     if "sum" not in into:
         into["sum"] = torch.zeros(y.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
     total = into["sum"]
-    size = CHUNK if x.is_cpu else COARSE
-    for a, b in zip(y.split(size), x.split(size), strict=True):
-        if run == total.dtype:
+    for a, b in zip(list_chunks(y, run), list_chunks(x, run), strict=True):
+        if run == SLICED:
+            cut_digits(a).add_product(cut_digits(b), total)
+        elif run == total.dtype:
             total.addmm_(a.to(run).T, b.to(run))
         else:
             total += a.to(run).T @ b.to(run)

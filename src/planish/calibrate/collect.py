@@ -17,6 +17,7 @@ from planish.calibrate.stream import Hidden, Stream, return_memory
 from planish.calibrate.taps import AllSeen, Values, add_batch, choose_windows, find_gap, take_windows, tap_sites
 from planish.core import Shape
 from planish.errors import InputError
+from planish.slices import SLICED, Precision, is_fp64_slow
 from planish.stats import Stats, Tap, add_lane, is_finite
 
 
@@ -126,9 +127,12 @@ def collect(stream: Stream, taps: list[Tap], run: Callable[[int], Values], shape
     return total
 
 
-def choose_run(stream: Stream) -> torch.dtype:
-    """What the products of a run of tokens are summed in: no finer than fp32 where what is summed comes of coarser products."""
-    return torch.float64 if stream.products == stream.dtype else torch.float32
+def choose_run(stream: Stream) -> Precision:
+    """What the products of a run of tokens are summed in: no finer than fp32 where what is summed comes of coarser products, and
+    by digits where the device is slow in fp64."""
+    if stream.products != stream.dtype:
+        return torch.float32
+    return SLICED if is_fp64_slow(stream.device) else torch.float64
 
 
 def sum_lane(

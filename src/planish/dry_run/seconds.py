@@ -23,6 +23,7 @@ from planish.core import Frontier, Plan, Shape, Solver, Unit, Weights, count_sum
 from planish.dry_run.passes import Run, count_passes
 from planish.plan.footprint import footprint
 from planish.plan.foreseen import Work
+from planish.slices import SLICED, is_fp64_slow
 from planish.solvers.offload import offload
 from planish.stats import Stats, Tap, add_gram
 
@@ -192,7 +193,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_le
     x, y = a.to(sums).double()[:512], b.to(sums).double()
     double = 2 * 512 * n * m / seconds(lambda: x @ y.T)
     wide, total = torch.ones(512, m, device=sums, dtype=dtype), dict[str, Tensor]()
-    gram = seconds(lambda: add_gram(total, wide)) / 512 / m**2
+    gram = seconds(lambda: add_gram(total, wide, SLICED if is_fp64_slow(sums) else torch.float64)) / 512 / m**2
     length = max(1, min(seq_len, 1024))
     q = torch.ones(1, 4, length, max(shape.qk, 1), device=device, dtype=dtype)
     attention = seconds(lambda: nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))

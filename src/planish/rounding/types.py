@@ -23,6 +23,7 @@ HEADER = 16  # bytes that say the shape of a packed matrix
 DENSE = 16  # --bits that round nothing
 GROUP = 64  # of integers, unless a type's name says another
 LEAST = 8  # of a group that is chosen to divide a width
+MEAN = re.compile(r"\d+(\.\d+)?$")
 INTEGER = re.compile(r"int([2348])(?:-(\d+))?(-asym)?$")
 
 
@@ -78,7 +79,7 @@ TYPES: dict[str, StorageType] = {**INTEGERS, **GGML}
 HELD = {  # target → kinds that its files hold; groups of integers that it multiplies
     "any": "integer", "hf": "integer", "vllm": "integer", "gguf": "ggml",
 }  # fmt: skip
-VLLM = {"bits": (8, 4), "groups": (32, 64, 128)}  # its kernels for integer weights
+VLLM: dict[str, tuple[int, ...]] = {"bits": (8, 4), "groups": (32, 64, 128)}  # its kernels for integer weights
 STEPS = {  # --bits → types of ggml, the first whose blocks divide the width; the last are of a step more
     8: ("q8_0",), 6: ("q6_K", "q8_0"), 5: ("q5_K", "q5_0"), 4: ("q4_K", "iq4_nl"), 3: ("q3_K", "iq4_nl"), 2: ("q2_K", "iq4_nl"),
 }  # fmt: skip
@@ -99,13 +100,31 @@ def find_type(name: str) -> StorageType:
     )
 
 
+def list_bits(target: str) -> tuple[int, ...]:
+    """Numbers of bits that a target has types of, most first."""
+    return tuple(STEPS) if HELD[target] == "ggml" else VLLM["bits"] if target == "vllm" else (8, 4, 3, 2)
+
+
 @dataclass(frozen=True)
 class Choice:
-    """What `--bits` asks for: a number of `bits`, for which every width gets a type that holds it, or one `type`; for a target."""
+    """What `--bits` asks for: a number of `bits`, for which every width gets a type that holds it, or one `type`; for a target.
+
+    `mean`: bits per weight that all matrices together may have, each a type of its own; `bits` is the next number below.
+    """
 
     bits: int
     type: StorageType | None
     target: str
+    mean: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.type.name if self.type else f"{self.mean or self.bits:g}"
+
+    def ladder(self, n: int, where: str, out: int = WORD) -> list[StorageType]:
+        """The types that a matrix of `out` rows of n weights may have, smallest first."""
+        held = {Choice(b, None, self.target).pick(n, where, out) for b in list_bits(self.target)}
+        return sorted(held, key=lambda t: t.count(out, n))
 
     def pick(self, n: int, where: str, out: int = WORD) -> StorageType:
         """The type of a matrix of `out` rows of n weights. Raises InputError where none holds them."""
@@ -149,13 +168,15 @@ def choose(asked: str | int, target: str) -> Choice | None:
     kind = HELD.get(target)
     if kind is None:
         raise InputError(f"--target {target} has no rounded weights: leave --bits out, or choose {', '.join(HELD)}")
-    if text.isdecimal():
-        known = sorted(STEPS) if kind == "ggml" else VLLM["bits"] if target == "vllm" else (8, 4, 3, 2)
-        if int(text) not in known:
+    if MEAN.match(text):
+        known, whole = list_bits(target), float(text) == int(float(text)) and "." not in text
+        below = [b for b in known if b <= float(text)]
+        if (whole and int(text) not in known) or not below or float(text) > DENSE:
             raise InputError(
-                f"--bits {text} --target {target}: expected {DENSE}, {', '.join(map(str, known))} or a type's name"
+                f"--bits {text} --target {target}: expected {DENSE}, {', '.join(map(str, known))}, a mean like "
+                f"{known[-1]}.5 or a type's name"
             )
-        return Choice(int(text), None, target)
+        return Choice(below[0], None, target, None if whole else float(text))
     found = find_type(text)
     if found.kind != kind:
         other = "gguf" if found.kind == "ggml" else "any, hf or vllm"
