@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import tempfile
 import time
 import warnings
@@ -27,17 +28,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import planish
-from planish.calibrate.cache import find_root
-from planish.calibrate.measure import sweep_forward
-from planish.calibrate.stream import Stream
 from planish.calibrate.text import load_tokens, sample_windows
 from planish.errors import PlanishError
-from planish.folder.source import open_source
-from planish.modelling.families import MLP
 from planish.solvers.linalg import damp, whitened_svd
-from planish.stats import Tap
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "mixture.md"
+CACHE = Path(os.environ.get("PLANISH_CACHE") or "~/.cache/planish").expanduser()
 FIELDS = ("model", "way", "asked", "bytes", "nats", "seconds", "note", "protocol")
 CRITERIA = ("reap", "frequency", "mass", "gated", "man", "nats")
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
@@ -51,7 +47,7 @@ calibrating, choosing and writing, over the number of experts.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=find_root() / "mixture")
+    parser.add_argument("--model", type=Path, default=CACHE / "mixture")
     parser.add_argument("--name", default="small mixture")
     parser.add_argument("--n-samples", type=int, default=48)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -77,13 +73,9 @@ def main() -> None:
 
 def find_keep(model: Path, share: float) -> float:
     """The keep that is left without this share of the experts and of their rows of the router."""
-    source = open_source(model)
-    shapes = [source.shape(i) for i in range(source.n_blocks)]
-    gone = 0
-    for s in shapes:
-        if s.experts:
-            gone += round(share * s.experts.number) * (3 * s.experts.intermediate + 1) * s.hidden
-    return 1 - gone / sum(s.count() for s in shapes)
+    layers = planish.load(model).model.layers
+    total = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
+    return 1 - share * sum(p.numel() for n, p in layers.named_parameters() if ".mlp." in n) / total
 
 
 def measure(args: argparse.Namespace, way: str, asked: str, make: Callable[[Path], Any]) -> None:
@@ -166,31 +158,46 @@ def round_groups(w: Tensor, bits: int, group: int = 64) -> Tensor:
 
 def factor_experts(args: argparse.Namespace, way: str, keep: float, out: Path) -> tuple[Any, int]:
     """B A in place of every expert's W, of the rank that leaves this keep, best for the inputs that its tokens bring."""
-    source, tokenizer = open_source(args.model), AutoTokenizer.from_pretrained(args.model)
-    text = load_tokens("builtin", tokenizer).tokens
-    stream = Stream(source, sample_windows(text, args.n_samples, args.seq_len, 0), dtype=torch.float32)
-    lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    shapes = [source.shape(i) for i in range(source.n_blocks)]
-    gone = (1 - keep) * sum(s.count() for s in shapes)
-    held = sum(3 * s.experts.number * s.experts.intermediate * s.hidden for s in shapes if s.experts)
+    lm = planish.load(args.model, dtype="float32")
+    text = load_tokens("builtin", AutoTokenizer.from_pretrained(args.model)).tokens
+    grams = measure_grams(lm, sample_windows(text, args.n_samples, args.seq_len, 0))
+    gone = (1 - keep) * sum(p.numel() for p in lm.model.layers.parameters() if p.ndim > 1)
+    held = sum(m.gate_up_proj.numel() + m.down_proj.numel() for m in find_experts(lm))
     size = sum(t.nbytes for t in {id(p): p for p in lm.parameters()}.values()) // 2
-
-    def taps(shape: Any) -> list[Tap]:
-        numbers = range(shape.experts.number) if shape.experts else ()
-        return [Tap(f"expert.{n}.{r}.in", "gram") for n in numbers for r in ("up", "down")]
-
-    for i, _, stats in sweep_forward(stream, taps):
-        e, experts = shapes[i].experts, lm.model.layers[i].mlp.experts
-        inner, hidden = e.intermediate, shapes[i].hidden
+    for module, (wide, narrow) in grams.items():
+        number, hidden, inner = module.down_proj.shape
         rank = int((1 - gone / held) * inner * hidden / (inner + hidden))
-        size -= 2 * 3 * e.number * (inner * hidden - rank * (inner + hidden))
-        for n in range(e.number):
-            gate, up = experts.gate_up_proj.data[n].chunk(2)
-            for role, w in zip(MLP, (gate, up, experts.down_proj.data[n]), strict=True):
-                tap = Tap(f"expert.{n}.{'down' if role == 'down' else 'up'}.in", "gram")
-                b, a = whitened_svd(w, damp(stats.sums[tap]["sum"], 1e-2) + 1e-9).at(rank)
+        size -= 2 * 3 * number * (inner * hidden - rank * (inner + hidden))
+        for n in range(number):
+            gate, up = module.gate_up_proj.data[n].chunk(2)
+            for w, gram in ((gate, wide[n]), (up, wide[n]), (module.down_proj.data[n], narrow[n])):
+                b, a = whitened_svd(w, damp(gram, 1e-2)).at(rank)
                 w.copy_(b @ a)
     return lm, size
+
+
+@torch.no_grad()
+def measure_grams(lm: Any, windows: Tensor) -> dict[Any, tuple[Tensor, Tensor]]:
+    """Of every module of experts: Σ x xᵀ of their inputs (experts, hidden, hidden), and of their down's."""
+    found, handles = {}, []
+    for module in find_experts(lm):
+        number, hidden, inner = module.down_proj.shape
+        found[module] = tuple(1e-9 * torch.eye(n, dtype=torch.float64).repeat(number, 1, 1) for n in (hidden, inner))
+
+        def look(m, args, wide=found[module][0], narrow=found[module][1]):
+            hidden, chosen, _ = args
+            for n in range(len(wide)):
+                x = hidden[(chosen == n).any(1)]
+                gate, up = (x @ m.gate_up_proj[n].T).chunk(2, -1)
+                for total, rows in ((wide, x), (narrow, m.act_fn(gate) * up)):
+                    total[n] += rows.double().T @ rows.double()
+
+        handles.append(module.register_forward_pre_hook(look))
+    for few in windows.split(8):
+        lm(few)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def find_experts(lm: Any) -> list[Any]:
