@@ -60,12 +60,15 @@ def build_empty(config: Any, family: Family) -> PreTrainedModel:
     """
     with torch.device("meta"):
         model = build_skeleton(config, family).eval().requires_grad_(False)
+    filled = []
     for module in model.modules():
         buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
         for name, buffer in buffers.items():
             setattr(module, name, torch.zeros_like(buffer, device="cpu"))
-        if buffers:
-            model._init_weights(module)
+        if buffers or isinstance(module, PreTrainedModel):
+            filled.append(module)
+    for module in reversed(filled):  # models, which may fill those of their blocks, last
+        model._init_weights(module)
     return model
 
 

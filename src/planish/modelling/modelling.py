@@ -88,7 +88,8 @@ def copy_config(config):
 
 
 class Stock:
-    """A configuration whose kinds of layers have the stock class's names: transformers renames some in what others define."""
+    """Of a stock class. In what others define transformers renames kinds of layers, and leaves buffers as they are that a model
+    fills for its blocks."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -121,7 +122,7 @@ def _build(family: str) -> dict[str, type]:
 
     Config.model_type = model_type(family)
 
-    class Exact:
+    class Exact(Stock):
         def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
             """Unless told, an attention that computes all that the configuration says."""
             if requested_attention is None and needs_eager(self.config):  # type: ignore[attr-defined]
