@@ -130,7 +130,8 @@ def read_state(config: Any, family: Family) -> int:
 
 def check_rotation(block: nn.Module, family: Family) -> None:
     """InputError where a stock block's heads rotate channels that make no pairs, which transformers finds out when it runs."""
-    attention = block.get_submodule(family.attention) if has_module(block, family.attention) else None
+    heads = "o" in family.roles and has_module(block, family.attention)  # no latent attention
+    attention = block.get_submodule(family.attention) if heads else None
     if attention is not None and (width := rotary_width(attention, family)) % 2:
         raise InputError(
             f"config.json is no valid {family.model_type}: partial_rotary_factor rotates {width} of a head's "
