@@ -231,7 +231,9 @@ def test_uniform_neurons_load_with_stock_classes(family, tmp_path):
     assert type(loaded) is type(model) and not any(
         found[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
     )
-    assert 28 in (getattr(loaded.config, k, 0) for k in ("intermediate_size", "ffn_dim", "n_inner"))
+    assert 28 in (
+        getattr(loaded.config, k, 0) for k in ("intermediate_size", "ffn_dim", "n_inner", "shared_intermediate_size")
+    )
     assert torch.isfinite(logits(loaded)).all()
 
 

@@ -396,7 +396,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "architecture 'mamba'; read are arcee, gemma2, gemma3, gpt2, .*qwen3",
     ),
     "no architecture": ({"extra": {"general.architecture": None}}, "no general.architecture"),
-    "experts": ({"extra": {"llama.expert_count": 8}}, "llama.expert_count is 8, which planish does not read"),
+    "experts": ({"extra": {"llama.expert_count": 8}}, "tensor blk.0.ffn_down_exps.weight is missing"),
     "unequal blocks": ({"extra": {"llama.feed_forward_length": [44, 44, 40]}}, "differs from block to block"),
     "no width": ({"extra": {"llama.embedding_length": None}}, "no llama.embedding_length in its metadata"),
     "odd width": ({"extra": {"llama.attention.head_count": 0}}, "head_count is 0, expected a positive whole number"),
@@ -658,3 +658,57 @@ def test_a_real_models_perplexity(smollm, data_path):
     text = data_path("text", "wikitext2_test.txt")
     found = planish.evaluate(smollm, str(text), 1024, device="cpu", max_windows=2)
     assert found.perplexity == pytest.approx(20.2855, rel=1e-3)
+
+
+# ------------------------------------------------------------------ mixtures
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"sliding_window": None}, "qwen2_moe": {"mlp_only_layers": []}, "qwen3_moe": {"mlp_only_layers": []},
+    "olmoe": {"num_key_value_heads": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n if n == "qwen2_moe" else pytest.param(n, marks=pytest.mark.slow) for n in MIXTURES])
+def test_a_mixture_is_what_was_written(name, tmp_path):
+    """Stacked experts become linears of their own, each read by itself; the result of dropping some is a stock folder."""
+    from planish.export.gguf import export_gguf
+
+    model = build(name, **MIXTURES[name])
+    model.save_pretrained(tmp_path / "m")
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf", dtype="f32")
+    loaded = load(tmp_path / "m.gguf")
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=0)
+    result = tiny.compress(
+        tmp_path / "m.gguf", output=tmp_path / "out", windows=tiny.windows(4, 8), method="reap", keep=0.85
+    )
+    assert result.format == "native" and result.keep <= 0.85
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+def test_one_expert_of_a_stack_is_read_by_itself(tmp_path):
+    """The bytes of one matrix, whatever the type: its numbers are those of the library for the whole stack."""
+    from planish.export.gguf import export_gguf
+
+    build("mixtral", hidden_size=64, intermediate_size=32, sliding_window=None).save_pretrained(tmp_path / "m")
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf", dtype="q8_0")
+    stacks = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if "_exps" in t.name}
+    weights = open_gguf(tmp_path / "m.gguf")
+    for name, stack in stacks.items():
+        whole = gguf.dequantize(stack.data, stack.tensor_type)
+        place = {"gate": "w1", "up": "w3", "down": "w2"}[name.split("_")[1]]
+        for n in (0, 3, 7):
+            stored = f"model.layers.{name.split('.')[1]}.mlp.experts.{n}.{place}.weight"
+            np.testing.assert_array_equal(weights.read(stored).numpy(), whole[n])
+            assert weights.entry(stored).shape == whole[n].shape
+
+
+def test_a_stack_of_another_layout_is_refused(tmp_path):
+    flat = {f"blk.{i}.ffn_{n}_exps.weight": torch.zeros(8, 32) for i in range(3) for n in ("gate", "up", "down")}
+    path = gguf_files.write(tmp_path / "m.gguf", build("llama_gqa"), tensors=flat, extra={
+        "llama.expert_count": 8, "llama.expert_used_count": 2,
+    })  # fmt: skip
+    with pytest.raises(
+        InputError, match=r"_exps.weight in .* has shape \(8, 32\), expected \(experts, rows, columns\)"
+    ):
+        load(path)

@@ -109,3 +109,9 @@ def test_auto_removes_feed_forwards_but_no_attention_of_a_hybrid(tmp_path):
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     plain = small.generate(WINDOWS[:2, :13], use_cache=False, **options)
     assert torch.equal(plain, small.generate(WINDOWS[:2, :13], **options))
+
+
+def test_nemotron_h_with_experts_is_refused():
+    kinds = ["linear_attention", "moe", "full_attention", "mlp"]
+    with pytest.raises(InputError, match="nemotron_h with experts is not supported: they have no gate"):
+        MemorySource(tiny.build("nemotron_h", layers_block_type=kinds))

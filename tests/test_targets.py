@@ -195,7 +195,9 @@ def test_what_is_compressed_for_gguf_needs_no_filling(family, method, tmp_path):
 def test_models_that_no_file_holds_are_refused_before_anything_is_cut(family, tmp_path):
     from planish.api import forecast
 
-    messages = {"opt": "llama.cpp has no graph of opt", "phimoe": "GGUF export does not write phimoe"}
+    messages = {n: f"llama.cpp has no graph of {n}" for n in ("opt", "lfm2")} | {
+        "phimoe": "GGUF export does not write phimoe"
+    }
     message = messages.get(
         family, "llama.cpp's graph of olmoe needs as many" if family == "olmoe" else "rotary embedding"
     )

@@ -176,6 +176,12 @@ def test_what_a_feed_forward_adds_is_seen_before_attention_is_added_to_it():
     ("name", "change", "message"),
     [
         ("falcon", {"alibi": True}, "falcon with alibi=true is not supported: its attention adds a bias"),
+        ("phi", tiny._rope("default", partial_rotary_factor=0.4), "no valid phi: .* rotates 3 of a head's 8 channels"),
+        (
+            "glm4",
+            tiny._rope("default", partial_rotary_factor=0.45),
+            "no valid glm4: .* rotates 5 of a head's 12 channels",
+        ),
         ("falcon", {"parallel_attn": False}, "parallel_attn=false"),
     ],
 )

@@ -155,7 +155,8 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; all of them where slow tests run
 RARE = (  # of these, what is made of the same as others: all laws are slow
     "exaone4_windows", "smollm3", "ernie4_5", "cohere", "cohere_norms", "phi", "phi_norms", "stablelm_parallel",
-    "stablelm_norms", "falcon_new", "falcon_new_shared", "apertus",
+    "stablelm_norms", "falcon_new", "falcon_new_shared", "apertus", "qwen3_5",
+    "granite_hybrid", "granite_dense", "falcon_h1",
 )  # fmt: skip
 
 
@@ -203,6 +204,7 @@ _DELTA: dict[str, Any] = {
     "head_dim": 16, "linear_key_head_dim": 6, "linear_value_head_dim": 5, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }  # fmt: skip
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_state": 5, "mamba_n_groups": 2, "mamba_chunk_size": 8}
 _HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": (
         "Lfm2",
@@ -219,10 +221,42 @@ _HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_5": ("Qwen3_5Text", {**_GQA, **_DELTA}),
+    "granite_hybrid": (
+        "GraniteMoeHybrid",
+        {
+            **_GQA, **_MAMBA, "layer_types": ["linear_attention", "full_attention", "linear_attention"], "residual_multiplier": 0.6,
+            "attention_multiplier": 0.4, "shared_intermediate_size": 44, "intermediate_size": 12, "num_local_experts": 8,
+            "num_experts_per_tok": 2, "experts_implementation": "eager",
+        },
+    ),
+    "granite_dense": (
+        "GraniteMoeHybrid",
+        {
+            **_GQA, **_MAMBA, "layer_types": ["linear_attention", "full_attention"], "residual_multiplier": 0.6,
+            "attention_multiplier": 0.4, "shared_intermediate_size": 44, "num_local_experts": 0, "num_hidden_layers": 2,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1",
+        {
+            **_GQA, **_MAMBA, "mamba_d_ssm": 24, "num_hidden_layers": 2, "key_multiplier": 0.7,
+            "attention_in_multiplier": 0.8, "attention_out_multiplier": 0.9, "mlp_multipliers": [0.8, 1.3],
+            "ssm_multipliers": [0.9, 0.8, 1.2, 1.1, 0.7], "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.8,
+            "embedding_multiplier": 1.5, "lm_head_multiplier": 0.6,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            **_GQA, "head_dim": 12, "mamba_num_heads": 4, "mamba_head_dim": 6, "n_groups": 2, "ssm_state_size": 5, "chunk_size": 8,
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "num_hidden_layers": 4,
+        },
+    ),
 }  # fmt: skip
 _ROWS |= _HYBRIDS
 HYBRIDS = tuple(_HYBRIDS)  # families with mixers in place of some attentions, or beside them
-MIXED = ("qwen3_next",)  # of these, those with experts
+MIXED = ("qwen3_next", "granite_hybrid")  # of these, those with experts
 
 # One of each block layout: what a change in how blocks are read or written has to pass first.
 CORE = ("llama_gqa", "qwen2", "phi3", "gemma2", "opt", "gpt_neox")

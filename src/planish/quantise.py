@@ -33,7 +33,8 @@ from planish.errors import InputError
 from planish.folder.config import name_head
 from planish.folder.skeleton import find_embedding, set_parameter
 from planish.folder.source import FolderSource, Source, open_folder
-from planish.folder.writer import Writer, copy_untouched
+from planish.folder.towers import refuse_wrapped
+from planish.folder.writer import Writer
 from planish.modelling.blocks import read_layout
 from planish.modelling.canonical import join_block, list_fused
 from planish.modelling.families import Family
@@ -119,6 +120,10 @@ def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> No
     if "max_bytes" in limits:
         raise InputError(
             "--max-bytes cannot hold beside --bits: ranks are planned by the bytes of unrounded weights; give --keep"
+        )
+    if source.tower:
+        refuse_wrapped(
+            source.tower.config, "a folder that --bits writes", "leave it out, or export --to gguf with a type"
         )
     if lanes.count() > 1:
         raise InputError("--bits rounds in one process: run it without torchrun")
@@ -308,7 +313,6 @@ class Quantiser:
             source.replaced[name] = found.value
         source.replaced |= {n: t for n, t in tensors.items() if n in source.reader}
         self.writer.shard(0, tensors)
-        copy_untouched(source, self.writer)
 
     def write_config(self) -> None:
         path = self.writer.partial / "config.json"

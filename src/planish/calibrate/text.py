@@ -81,7 +81,7 @@ def load_tokens(
 
     Raises `InputError` for whatever the user can correct.
     """
-    begin = find_begin(tokenizer, bos)
+    begin = find_begin(tokenizer := getattr(tokenizer, "tokenizer", tokenizer), bos)  # a processor's own
     name = str(source) if isinstance(source, str | Path) else "texts"
     if (ids := read_ids(source)) is not None:
         name, where = (name, name) if isinstance(source, str | Path) else ("ids", "the given ids")

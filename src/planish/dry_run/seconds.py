@@ -186,7 +186,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_le
     def seconds(run: Callable[[], Any]) -> float:
         return min(clock(run, device) for _ in range(3))
 
-    n, m = min(shape.hidden, 1024), min(shape.inner, 2048)
+    n, m = min(shape.hidden, 1024), min(shape.inner or shape.hidden, 2048)
     sums = CPU if device.type == "mps" else device  # it has no fp64
     a, b = torch.ones(1024, n, device=device, dtype=dtype), torch.ones(m, n, device=device, dtype=dtype)
     single = 2 * 1024 * n * m / seconds(lambda: nn.functional.linear(a, b))

@@ -13,6 +13,7 @@ from planish.calibrate.text import eval_windows
 from planish.folder.config import is_compressed
 from planish.modelling.blocks import find_blocks
 from planish.modelling.families import FAMILIES
+from planish.modelling.wrappers import find_language_model
 
 TOKENS, LOGITS = 1024, 1 << 26  # at most so many tokens, and so many logits
 
@@ -53,7 +54,7 @@ def trace(model: nn.Module, windows: Tensor) -> Trace:
     def see(module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
         seen.append((out[0] if isinstance(out, tuple) else out).float().cpu())
 
-    handles = [block.register_forward_hook(see) for block in find_blocks(model, family)]
+    handles = [block.register_forward_hook(see) for block in find_blocks(find_language_model(model), family)]
     try:
         logits = model(input_ids=windows.to(model.get_input_embeddings().weight.device), use_cache=False).logits
     finally:

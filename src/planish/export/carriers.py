@@ -14,6 +14,7 @@ from planish.export import configuration_decilm as decilm
 from planish.export.plain import Plain, open_plain, pad_values, pad_width, plain_block, zero_attention
 from planish.export.written import DTYPES, Written, check_apart, check_dtype, describe_products, keep_dtype
 from planish.folder.source import FolderSource
+from planish.folder.towers import refuse_wrapped
 from planish.folder.writer import Writer
 
 WIDTHS = 256  # DeciLM's MLPs are multiples of it
@@ -170,6 +171,8 @@ def find_carrier(folder: str | Path) -> str | None:
 
 def open_carrier(folder: str | Path, target: str) -> FolderSource:
     source = open_plain(folder)
+    if source.tower:
+        refuse_wrapped(source.tower.config, f"a folder for {target}", "export --to dense, or --to gguf")
     kind, config = source.family.model_type, source.stock_config
     if kind not in FAMILIES:
         raise InputError(f"{target} can carry {', '.join(FAMILIES)}; got {kind}")

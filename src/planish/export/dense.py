@@ -76,7 +76,7 @@ def export_dense(
         copy_untouched(source, writer)
         source.copy_files(writer.partial)
         size, total = writer.bytes, writer.parameters
-        weights, stored = size - writer.index_bytes, source.count()
+        weights, stored = size - writer.index_bytes, source.count() + source.untouched.count
         writer.close()
     except BaseException:
         writer.abort()

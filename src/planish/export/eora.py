@@ -30,7 +30,7 @@ from planish.errors import InputError
 from planish.export.plain import open_plain
 from planish.folder.safetensors import write_shard, write_text
 from planish.folder.skeleton import set_parameter
-from planish.folder.source import FolderSource
+from planish.folder.source import FolderSource, name_module
 from planish.solvers.linalg import DAMPING, damp, whitened_svd
 
 BITS = (4, 8)
@@ -105,7 +105,8 @@ def compensate(
         for name, linear in linears.items():
             weight = linear.weight.data
             size += count_bytes(weight, bits)
-            whole = adapter.add(f"{source.family.blocks}.{i}.{name}", weight, rounding(weight), grams[name], dtype)
+            rounded, path = rounding(weight), name_module(source, f"{source.family.blocks}.{i}.{name}")
+            whole = adapter.add(path, weight, rounded, grams[name], dtype)
             set_parameter(current, f"{name}.weight", whole.to(stream.device))
         hidden = stream.run(i, current, hidden)
         if progress:

@@ -97,6 +97,9 @@ def export_gguf(
     notes = describe_cost(total - stored, content.back, content.graph) + content.notes + left_out
     notes += describe_limits(source, content.graph, context)
     notes += tensors.describe(source.config.hidden_size)
+    if source.tower:
+        parts, kind = ", ".join(source.untouched.parts), source.tower.wrapper.model_type
+        notes.append(f"the language model alone: {parts} of {kind} are left out")
     written = ", ".join(k.name for k in tensors.kinds) or dtype
     return Written("gguf", str(target), content.graph, written, total, stored, target.stat().st_size, tokenizer, notes)
 

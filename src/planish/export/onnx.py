@@ -25,6 +25,7 @@ from planish.export.written import Written, check_file, check_finite
 from planish.folder.config import load_config
 from planish.folder.hub import find_folder
 from planish.folder.load import load
+from planish.folder.towers import refuse_wrapped
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 INLINE = 1 << 30  # bytes of weights beyond which they go to a file of their own, FILE.data
@@ -65,6 +66,7 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
         raise InputError(f"unknown ONNX type {dtype!r}; expected one of {', '.join(DTYPES)}")
     path = find_folder(folder)
     config = load_config(path)
+    refuse_wrapped(config, "an ONNX graph as planish writes it")
     check_file(Path(output), path, ".onnx")
     model = load(path, dtype=DTYPES[dtype])
     for name, parameter in model.named_parameters():

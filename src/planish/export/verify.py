@@ -24,6 +24,7 @@ from planish.folder.config import load_config, open_config, read_layout
 from planish.folder.hub import find_folder
 from planish.folder.load import load
 from planish.folder.tokenizer import load_tokenizer
+from planish.folder.towers import refuse_wrapped
 from planish.plan.graphs import TABLED, count_positions, limit_context
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
@@ -306,6 +307,7 @@ def open_target(path: Path, target: str, file: str | Path | None, context: int, 
             model = load(path, dtype=torch.float32)
         return Transformers(model, load_tokenizer(path)), str(path)
     if target == "vllm":
+        refuse_wrapped(load_config(path), "what planish runs in vLLM", "a folder in stock shapes is served without it")
         return Vllm(path, context), str(path)
     if file is None:
         from planish.export.gguf import export_gguf

@@ -25,12 +25,15 @@ from transformers import CONFIG_MAPPING
 
 from planish.errors import InputError
 from planish.folder.gguf_file import GGUF
+from planish.modelling.families import FAMILIES as MODELS
 
 FAMILIES = {  # general.architecture → model_type
     "llama": "llama", "arcee": "arcee", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3",
     "gpt2": "gpt2", "gptneox": "gpt_neox", "mpt": "mpt",
+    "qwen3moe": "qwen3_moe", "qwen2moe": "qwen2_moe", "olmoe": "olmoe",
 }  # fmt: skip
+SPARSE = {"qwen3moe": True, "qwen2moe": False, "olmoe": False}  # do gates of the chosen experts add up to 1?
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B models, whose score scale follows hidden size / heads
 REFUSED = {  # metadata key → values that change nothing
     "expert_count": (0,), "attention.causal": (True,), "attention.scale": (0.0,), "logit_scale": (0.0, 1.0),
@@ -41,6 +44,7 @@ REFUSED = {  # metadata key → values that change nothing
 ALLOWED = {  # … by architectures that have a place for them
     "gemma2": {"attn_logit_softcapping", "final_logit_softcapping"}, "gemma3": {"final_logit_softcapping"},
     "phi3": {"rope.scaling.attn_factor"}, "mpt": {"attention.clamp_kqv"},
+    "llama": {"expert_count"}, **{name: {"expert_count"} for name in SPARSE},
 }  # fmt: skip
 
 
@@ -91,13 +95,19 @@ def read_config(file: GGUF) -> Any:
         key = "tokenizer.ggml.padding_token_id" if name == "pad" else f"tokenizer.ggml.{name}_token_id"
         found = file.metadata.get(key)
         values[f"{name}_token_id"] = found if isinstance(found, int) and found < values["vocab_size"] else None
-    kind = FAMILIES[meta.architecture]
+    kind = find_kind(file)
     try:
         return CONFIG_MAPPING[kind](**values)
     except Exception as error:  # whatever values of a damaged header make the configuration raise
         raise InputError(
             f"{file.path}: its metadata is no valid {kind}: {' '.join(str(error).split())[:300]}"
         ) from None
+
+
+def find_kind(file: GGUF) -> str:
+    """The model_type of transformers; a llama with experts is a mixtral."""
+    architecture = str(file.metadata["general.architecture"])
+    return "mixtral" if architecture == "llama" and file.metadata.get("llama.expert_count") else FAMILIES[architecture]
 
 
 def check_known(meta: Metadata) -> None:
@@ -137,7 +147,7 @@ def set_llama(meta: Metadata) -> dict[str, Any]:
     """llama, arcee, qwen2, qwen3, gemma2, gemma3 and phi3: RMS norms, gated MLP, rotary positions."""
     values = set_sizes(meta) | {"rms_norm_eps": clean(meta.need("attention.layer_norm_rms_epsilon"))}
     head, hidden, heads = values["head_dim"], values["hidden_size"], values["num_attention_heads"]
-    if meta.architecture in ("qwen2", "phi3"):
+    if meta.architecture in ("qwen2", "phi3", "qwen2moe", "olmoe"):
         if head * heads != hidden:
             raise InputError(
                 f"{meta.file.path}: {heads} heads of {head} in a {meta.architecture} of hidden size {hidden}"
@@ -155,7 +165,22 @@ def set_llama(meta: Metadata) -> dict[str, Any]:
         values["sliding_window"] = meta.get("attention.sliding_window") or None
     if meta.architecture.startswith("gemma"):
         values |= set_gemma(meta, values)
-    return values
+    return values | (set_experts(meta) if meta.get("expert_count") else {})
+
+
+def set_experts(meta: Metadata) -> dict[str, Any]:
+    """Numbers of experts, and their width; of olmoe and mixtral it is the only one."""
+    kind, width = find_kind(meta.file), shape_of(meta.file, "blk.0.ffn_down_exps.weight")[-1]
+    row = MODELS[kind].experts
+    assert row is not None
+    found: dict[str, Any] = {
+        row.count: meta.number("expert_count"), row.top: meta.number("expert_used_count"), row.width: width,
+    }  # fmt: skip
+    if meta.architecture in SPARSE:
+        found["norm_topk_prob"] = SPARSE[meta.architecture]
+    if "blk.0.ffn_up_shexp.weight" in meta.file.tensors:
+        found["shared_expert_intermediate_size"] = shape_of(meta.file, "blk.0.ffn_up_shexp.weight")[0]
+    return found
 
 
 def set_gemma(meta: Metadata, values: dict[str, Any]) -> dict[str, Any]:

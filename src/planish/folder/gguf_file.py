@@ -84,9 +84,13 @@ class GGUF:
         """How many tensors are stored in each type, the most frequent first."""
         return dict(Counter(t.kind for t in self.tensors.values()).most_common())
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor in `dtype`, by default the model's; needs memory for itself and for one chunk."""
+    def read(self, name: str, dtype: torch.dtype | None = None, part: int | None = None) -> Tensor:
+        """One tensor in `dtype`, by default the model's, or (part) one matrix of a stack; needs memory for itself and for one
+        chunk."""
         info = self.tensors[name]
+        if part is not None:
+            size = info.size // info.shape[0]
+            info = info._replace(shape=info.shape[1:], start=info.start + part * size, size=size)
         out = torch.empty(info.shape, dtype=dtype or self.dtype)
         flat = out.view(-1, info.shape[-1]) if info.shape else out.view(1, 1)
         width = info.size // max(len(flat), 1)  # bytes per row

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from planish.errors import InputError
-from planish.folder.gguf_config import read_config
+from planish.folder.gguf_config import SPARSE, read_config
 from planish.folder.gguf_file import GGUF, SPLIT, list_parts
 from planish.folder.safetensors import Entry
+from planish.modelling.families import FAMILIES
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LLAMA = {
@@ -31,6 +32,11 @@ _GEMMA = _LLAMA | {
     "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }  # fmt: skip
+_MOE = _LLAMA | {
+    "ffn_gate_inp": "mlp.gate", "ffn_gate_inp_shexp": "mlp.shared_expert_gate", "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj", "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}  # fmt: skip
+STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # experts, in the order of `ExpertsRow.names`
 _PHI = _LLAMA | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _GPT2_OUTER = {
     "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f", "output": "lm_head",
@@ -50,7 +56,8 @@ _MPT = {
     "ffn_up": "ffn.up_proj", "ffn_down": "ffn.down_proj",
 }  # fmt: skip
 NAMES: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # architecture → blocks, names outside, names in a block
-    "llama": ("model.layers", _OUTER, _LLAMA), "arcee": ("model.layers", _OUTER, _LLAMA),
+    "llama": ("model.layers", _OUTER, _MOE), **dict.fromkeys(SPARSE, ("model.layers", _OUTER, _MOE)),
+    "arcee": ("model.layers", _OUTER, _LLAMA),
     "qwen2": ("model.layers", _OUTER, _LLAMA),
     "qwen3": ("model.layers", _OUTER, _LLAMA), "gemma2": ("model.layers", _OUTER, _GEMMA),
     "gemma3": ("model.layers", _OUTER, _GEMMA), "phi3": ("model.layers", _OUTER, _PHI),
@@ -66,6 +73,7 @@ class Origin(NamedTuple):
 
     name: str
     turn: str = ""
+    part: int | None = None  # of a stack
 
 
 class GGUFWeights:
@@ -76,6 +84,7 @@ class GGUFWeights:
         self.path = self.file.path
         self.config = read_config(self.file)
         self.architecture = str(self.file.metadata["general.architecture"])
+        self.sparse = FAMILIES[self.config.model_type].experts
         self.origins = self.match_names()
         self.entries = {name: self.describe(name) for name in self.origins}
 
@@ -96,6 +105,9 @@ class GGUFWeights:
             if name in ELSEWHERE or stem.endswith(IGNORED[0]) or name.endswith(IGNORED[1]):
                 continue
             prefix, _, role = stem.partition(".")[2].partition(".") if stem.startswith("blk.") else ("", "", stem)
+            if role in STACKS and leaf == "weight" and self.sparse is not None:
+                found |= self.split_stack(name, f"{blocks}.{prefix}", role)
+                continue
             known = (inside if prefix else outside).get(role)
             if known is None or leaf not in ("weight", "bias"):
                 raise InputError(f"tensor {name} in {self.path} is none that a {self.architecture} has")
@@ -103,11 +115,20 @@ class GGUFWeights:
             found[stored] = Origin(name, pick_turn(self.architecture, role, leaf))
         return found | self.fill_biases(found)
 
+    def split_stack(self, name: str, place: str, role: str) -> dict[str, Origin]:
+        """Every expert's linear of a stack."""
+        row, shape = self.sparse, self.file.tensors[name].shape
+        assert row is not None
+        if len(shape) != 3:
+            raise InputError(f"tensor {name} in {self.path} has shape {shape}, expected (experts, rows, columns)")
+        linear = row.names[STACKS.index(role)]
+        return {f"{place}.{row.path}.{n}.{linear}.weight": Origin(name, "", n) for n in range(shape[0])}
+
     def fill_biases(self, found: dict[str, Origin]) -> dict[str, Origin]:
         """Llamas have biases on all linears of a submodule or on none; GGUF files may hold some."""
         if self.architecture not in ("llama", "arcee", "qwen3"):
             return {}
-        roles = [f"self_attn.{r}_proj" for r in "qkvo"] if self.config.attention_bias else []
+        roles = [f"self_attn.{r}_proj" for r in "qkvo"] if getattr(self.config, "attention_bias", False) else []
         if getattr(self.config, "mlp_bias", False):
             roles += [f"mlp.{r}_proj" for r in ("gate", "up", "down")]
         added = {}
@@ -122,6 +143,9 @@ class GGUFWeights:
         origin = self.origins[name]
         info = self.file.tensors[origin.name]
         shape = {"transpose": info.shape[::-1], "zeros": info.shape[:1]}.get(origin.turn, info.shape)
+        if origin.part is not None:
+            size = info.size // shape[0]
+            return Entry(self.file.dtype, shape[1:], info.start + origin.part * size, size)
         return Entry(self.file.dtype, shape, info.start, info.size)
 
     def entry(self, name: str) -> Entry:
@@ -135,7 +159,7 @@ class GGUFWeights:
             return torch.zeros(entry.shape, dtype=entry.dtype)
         if origin.turn == "minus one":  # before it is rounded
             return (self.file.read(origin.name, torch.float32) - 1).to(entry.dtype)
-        return turn_back(self.file.read(origin.name), origin.turn, self.config)
+        return turn_back(self.file.read(origin.name, part=origin.part), origin.turn, self.config)
 
     def read_rows(self, name: str, first: int, count: int) -> Tensor:
         return self.read(name).flatten(0, -2)[first : first + count].clone()

@@ -16,8 +16,8 @@ from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.gguf_tokenizer import read_generation_config
 from planish.folder.hub import find_folder
 from planish.folder.packed.declared import find_declared
-from planish.folder.skeleton import set_parameter
-from planish.folder.source import open_folder
+from planish.folder.skeleton import find_whole, set_parameter
+from planish.folder.source import FolderSource, name_stored, open_folder
 from planish.folder.weights import open_weights
 from planish.modelling.attentions import needs_eager
 
@@ -78,10 +78,12 @@ def load_dequantised(
     """A causal LM from a GGUF file or a checkpoint in low precision, dequantised tensor by tensor into `dtype` (unless given,
     what the weights are read in)."""
     source = open_folder(path)
+    kind = dtype if isinstance(dtype, torch.dtype) else None
+    if source.tower is not None:
+        return load_whole(source, kind, attn_implementation)
     model = source.model
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
-    kind = dtype if isinstance(dtype, torch.dtype) else None
     if is_gguf(path):
         model.config.dtype = kind = kind or model.config.dtype
     for name in list(model.state_dict()):  # tables of indices among them
@@ -94,4 +96,18 @@ def load_dequantised(
     elif (path / "generation_config.json").is_file():
         with suppress(Exception):  # whatever settings it holds: advice for `generate`
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model.eval()
+
+
+def load_whole(source: FolderSource, dtype: torch.dtype | None, attention: str | None) -> PreTrainedModel:
+    """The whole model that a folder's language model is in, dequantised as in `load_dequantised`."""
+    assert source.tower is not None
+    names = [n for n in source.model.state_dict() if n in source.reader]
+    tensors = {name_stored(source, n): source.weight(n) for n in names}
+    tensors |= {n: source.untouched.read(n) for n in source.untouched.sizes}
+    cls, config = find_whole(source.tower), source.tower.config
+    settings = {} if attention is None else {"attn_implementation": attention}
+    model = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype or source.stored, **settings)
+    with suppress(Exception):  # whatever settings it holds: advice for `generate`
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source.folder)
     return model.eval()

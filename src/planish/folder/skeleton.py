@@ -15,7 +15,7 @@ from planish.folder.config import is_compressed
 from planish.folder.towers import Tower
 from planish.modelling.attentions import count_heads, has_norms, head_width, rotary_width
 from planish.modelling.blocks import find_blocks, get_linear, has_mixer, read_layout
-from planish.modelling.canonical import split_block, split_experts
+from planish.modelling.canonical import has_module, split_block, split_experts
 from planish.modelling.families import Family
 from planish.modelling.modelling import find_classes
 
@@ -30,10 +30,15 @@ def build_stock(config: Any, family: Family) -> PreTrainedModel:
         raise InputError(f"config.json is no valid {family.model_type}: {type(error).__name__}: {error}") from None
 
 
+def find_whole(tower: Tower) -> type[PreTrainedModel]:
+    """The class of the whole model that a language model is in."""
+    return AutoModelForImageTextToText._model_mapping[type(tower.config)]
+
+
 def build_whole(tower: Tower) -> PreTrainedModel:
     """The whole model, dense or compressed, that a language model is in; the caller says where."""
     try:
-        return AutoModelForImageTextToText.from_config(tower.config)
+        return find_whole(tower)(tower.config)
     except Exception as error:
         kind = tower.wrapper.model_type
         raise InputError(f"config.json is no valid {kind}: {type(error).__name__}: {error}") from None
@@ -55,12 +60,15 @@ def build_empty(config: Any, family: Family) -> PreTrainedModel:
     """
     with torch.device("meta"):
         model = build_skeleton(config, family).eval().requires_grad_(False)
+    filled = []
     for module in model.modules():
         buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
         for name, buffer in buffers.items():
             setattr(module, name, torch.zeros_like(buffer, device="cpu"))
-        if buffers:
-            model._init_weights(module)
+        if buffers or isinstance(module, PreTrainedModel):
+            filled.append(module)
+    for module in reversed(filled):  # models, which may fill those of their blocks, last
+        model._init_weights(module)
     return model
 
 
@@ -82,6 +90,7 @@ def find_embedding(model: PreTrainedModel) -> str:
 def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
     """Sizes of block i of a stock causal LM, with or without weights; the block is made canonical."""
     blocks, config = find_blocks(model, family), model.config
+    check_rotation(blocks[i], family)
     block = split_block(blocks[i], family, config)
     layout = read_layout(block, family, config)
     heads, kv_heads = count_heads(config) if layout.has("attention") else (0, 0)
@@ -117,6 +126,16 @@ def read_state(config: Any, family: Family) -> int:
     """Numbers that a mixer keeps of a sequence, however long it is."""
     sizes = ([n if isinstance(n, int) else getattr(config, n) for n in names] for names in family.state)
     return sum(map(prod, sizes))
+
+
+def check_rotation(block: nn.Module, family: Family) -> None:
+    """InputError where a stock block's heads rotate channels that make no pairs, which transformers finds out when it runs."""
+    attention = block.get_submodule(family.attention) if has_module(block, family.attention) else None
+    if attention is not None and (width := rotary_width(attention, family)) % 2:
+        raise InputError(
+            f"config.json is no valid {family.model_type}: partial_rotary_factor rotates {width} of a head's "
+            f"{head_width(attention)} channels, expected an even number; correct it"
+        )
 
 
 def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> ExpertShape:

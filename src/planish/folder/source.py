@@ -35,7 +35,7 @@ from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import find_blocks
 from planish.modelling.canonical import split_block
 from planish.modelling.families import Family
-from planish.modelling.wrappers import find_language_model
+from planish.modelling.wrappers import MODULES, find_language_model
 from planish.stats import is_finite
 
 HEAD = "lm_head.weight"
@@ -317,6 +317,11 @@ def name_stored(source: Source, name: str) -> str:
     """What checkpoints call a tensor of the causal LM."""
     stored = source.family.store_name(name)
     return stored if source.tower is None else source.tower.store_name(stored)
+
+
+def name_module(source: Source, name: str) -> str:
+    """What a module of the causal LM is called in the whole model."""
+    return name if source.tower is None else MODULES + name.removeprefix("model.")
 
 
 def find_origin(source: Source) -> dict[str, Any] | None:

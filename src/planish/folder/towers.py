@@ -11,7 +11,7 @@ from torch import Tensor
 
 from planish.errors import InputError
 from planish.modelling.modelling import FORMAT, class_names, list_auto, model_type
-from planish.modelling.wrappers import HEADS, WRAPPERS, Wrapper, find_prefix
+from planish.modelling.wrappers import HEADS, MODULES, WRAPPERS, Wrapper, find_prefix
 
 CHUNK = 256 << 20  # bytes of untouched tensors that are copied at a time, into one file
 
@@ -23,7 +23,7 @@ class Tower:
 
     wrapper: Wrapper
     config: Any
-    prefix: str = "model.language_model."
+    prefix: str = MODULES
     head: str = "lm_head."
 
     @property
@@ -57,6 +57,15 @@ class Tower:
             auto = {a: f"modelling.{name}" for a, name in list_auto(kind).items()}
             names = {"architectures": [class_names(kind)[2]], "model_type": model_type(kind), "auto_map": auto}
         return whole | shared | names | {"text_config": inner}
+
+
+def refuse_wrapped(config: Any, what: str, instead: str = "") -> None:
+    """InputError where a whole model's configuration says that its language model is inside another; `instead`: what to do."""
+    if wrapper := find_wrapper(config):
+        raise InputError(
+            f"{what} holds a language model alone, and this is {wrapper.model_type}, with more around it"
+            + (f": {instead}" if instead else "")
+        )
 
 
 def find_wrapper(config: Any) -> Wrapper | None:

@@ -42,6 +42,7 @@ class Attention(nn.Module):
         self.head_dim, self.num_key_value_groups = qk, heads // kv_heads
         scales = ("scaling", "softmax_scale", "inv_norm_factor")  # as families call it
         self.scaling = next(getattr(stock, name) for name in scales if hasattr(stock, name))
+        self.scaling *= getattr(stock, "key_multiplier", 1.0)  # falcon_h1
         dropout = getattr(stock, "attention_dropout", getattr(stock, "dropout", 0.0))
         self.dropout = float(getattr(dropout, "p", dropout) or 0.0)
         window = getattr(stock, "sliding_window", None) if hasattr(stock, "sliding_window") else None
@@ -366,6 +367,9 @@ def has_norms(stock: nn.Module, family: Family) -> bool:
 
 def has_rotation(stock: nn.Module, family: Family) -> bool:
     """Whether a stock attention rotates queries and keys: in some families blocks differ."""
+    if family.rotates_where:
+        name, value = family.rotates_where
+        return getattr(stock.config, name) == value
     if not family.rotary or not family.rotates:
         return family.rotary
     everywhere = family.rotates_without and getattr(stock.config, family.rotates_without, None) is None

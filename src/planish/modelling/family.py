@@ -92,6 +92,7 @@ class Family:
     norms: tuple[str, str] = ("q_norm", "k_norm")  # the attention's names of those norms
     rotary: bool = True
     rotates: str = ""  # the attention's own name of what is set in blocks that rotate; empty: all of them do
+    rotates_where: tuple[str, str] | None = None  # all blocks rotate where the config says this, else none
     rotates_without: str = ""  # the config's name of what, where it is not set, makes all blocks rotate
     twins: bool = False  # rotary tables have a pair's two values side by side, not one half after the other
     window: bool = False  # attention takes a sliding window

@@ -36,6 +36,16 @@ def _delta(
     )
 
 
+def _mamba(prefix: str) -> dict[str, str]:
+    return {f"mixer.{role}": f"{prefix}.{role}_proj" for role in ("in", "out")}
+
+
+_MAMBA_STATE = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_d_conv"),
+    (2, "mamba_n_groups", "mamba_d_state", "mamba_d_conv"),
+    ("mamba_n_heads", "mamba_d_head", "mamba_d_state"),
+)
+
 HYBRIDS = (
     Family(
         "lfm2",
@@ -62,5 +72,56 @@ HYBRIDS = (
         ("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
         {"in": "in_proj_qkv", "z": "in_proj_z", "b": "in_proj_b", "a": "in_proj_a"},
         mrope=True,
+    ),
+    Family(
+        "granitemoehybrid",
+        ("GraniteMoeHybridConfig", "GraniteMoeHybridModel", "GraniteMoeHybridForCausalLM"),
+        _ATTENTION | {"down": "shared_mlp.output_linear"},
+        fused=(Fused("shared_mlp.input_linear", ("gate", "up")),),
+        mlp="shared_mlp",
+        factor="residual_multiplier",
+        rotates_where=("position_embedding_type", "rope"),
+        intermediate="shared_intermediate_size",
+        others=_mamba("mamba"),
+        state=_MAMBA_STATE,
+        experts=ExpertsRow(
+            path="block_sparse_moe.experts",
+            count="num_local_experts",
+            width="intermediate_size",
+            router=("block_sparse_moe.router.weight",),
+            stacked=True,
+        ),
+        renames=(
+            (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+            (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+            (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
+        ),
+    ),
+    Family(
+        "falcon_h1",
+        ("FalconH1Config", "FalconH1Model", "FalconH1ForCausalLM"),
+        _ATTENTION | {r: f"feed_forward.{r}_proj" for r in ("gate", "up", "down")},
+        mlp="feed_forward",
+        mlp_norm="pre_ff_layernorm",
+        tuples=True,
+        others=_mamba("mamba"),
+        state=_MAMBA_STATE,
+    ),
+    Family(
+        "nemotron_h",
+        ("NemotronHConfig", "NemotronHModel", "NemotronHForCausalLM"),
+        {r: f"mixer.{r}_proj" for r in ("q", "k", "v", "o", "up", "down")},
+        attention="mixer",
+        mlp="mixer",
+        attention_norm="norm",
+        mlp_norm="norm",
+        rotary=False,
+        others=_mamba("mixer"),
+        state=(
+            ("mamba_num_heads", "mamba_head_dim", "conv_kernel"),
+            (2, "n_groups", "ssm_state_size", "conv_kernel"),
+            ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),
+        ),
+        renames=(("backbone.", "model."),),
     ),
 )

@@ -88,7 +88,8 @@ def copy_config(config):
 
 
 class Stock:
-    """A configuration whose kinds of layers have the stock class's names: transformers renames some in what others define."""
+    """Of a stock class. In what others define transformers renames kinds of layers, and leaves buffers as they are that a model
+    fills for its blocks."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -121,7 +122,7 @@ def _build(family: str) -> dict[str, type]:
 
     Config.model_type = model_type(family)
 
-    class Exact:
+    class Exact(Stock):
         def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
             """Unless told, an attention that computes all that the configuration says."""
             if requested_attention is None and needs_eager(self.config):  # type: ignore[attr-defined]
@@ -135,8 +136,7 @@ def _build(family: str) -> dict[str, type]:
         def __init__(self, config):
             plain = copy_config(config)
             super().__init__(plain)
-            if config.planish:
-                install_model(self, config)
+            install_model(self, config)
             share_config(self, plain, config)
 
     class LM(Exact, stock_lm):  # type: ignore[misc, valid-type]
@@ -179,12 +179,12 @@ def _build_wrapper(kind: str) -> dict[str, type]:
 
     def build(model, stock, config) -> None:
         """Build the stock model, and the compressed language model in the place of its own."""
-        plain = copy.copy(config)
+        family, plain = config.text_config.planish["family"], copy.copy(config)
         plain.text_config = copy_config(config.text_config)
-        plain.text_config.planish = None
+        plain.text_config.__class__ = find_classes(family)[0]
         stock.__init__(model, plain)
         inner = model.model if stock is stock_lm else model
-        inner.language_model = globals()[class_names(config.text_config.planish["family"])[1]](config.text_config)
+        inner.language_model = globals()[class_names(family)[1]](config.text_config)
         replace_config(model, plain, config)
 
     class Model(stock_base):  # type: ignore[misc, valid-type]

@@ -14,6 +14,7 @@ from torch import nn
 # What checkpoints put before the names of the language model's tensors, by the age of transformers that wrote them; of two
 # that fit the longer one is meant.
 PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
+MODULES = PREFIXES[1]  # what stands there in names of modules
 HEADS = ("language_model.lm_head.", "lm_head.")
 
 
@@ -55,6 +56,5 @@ def find_prefix(stored: Sequence[str], inside: str) -> str | None:
 
 
 def find_language_model(model: nn.Module) -> nn.Module:
-    """The base model of the language model inside a wrapper, or inside its base model."""
-    inner = getattr(model, "model", model)
-    return inner.language_model
+    """The base model of the language model inside a wrapper, or inside its base model; any other model itself."""
+    return getattr(getattr(model, "model", model), "language_model", model)

@@ -73,16 +73,20 @@ GRAPHS: dict[str, Graph] = {
     "olmo2": Graph("olmo2"),
     "olmo3": Graph("olmo2", windows=True),
     "exaone4": Graph("exaone4", factors=True, needs={"sliding_window": (None, 0)}),
-    "stablelm": Graph("stablelm", values={"use_parallel_residual": "use_parallel_residual"}),
+    "stablelm": Graph(
+        "stablelm", values={"use_parallel_residual": "use_parallel_residual"}, needs={"qk_layernorm": (False,)}
+    ),
     "nemotron": Graph("nemotron", ("relu2",), square=True),
     "starcoder2": Graph("starcoder2", _TANH),
     "smollm3": Graph("smollm3", neighbours=True, factors=True, still=4),
     "ernie4_5": Graph("ernie4_5", neighbours=True, needs={"use_bias": (False,)}),
     "glm4": Graph("glm4", neighbours=True),
-    "cohere": Graph("command-r", neighbours=True, values={"logit_scale": "logit_scale"}),
+    "cohere": Graph(
+        "command-r", neighbours=True, values={"logit_scale": "logit_scale"}, needs={"use_qk_norm": (False, None)}
+    ),
     "cohere2": Graph("cohere2", neighbours=True, windows=True, values={"logit_scale": "logit_scale"}),
     "apertus": Graph("apertus", ("xielu",), factors=True),
-    "phi": Graph("phi2", _TANH),
+    "phi": Graph("phi2", _TANH, needs={"qk_layernorm": (False,)}),
     "falcon": Graph("falcon", _GELU, needs={"bias": (False,)}),
     "ministral3": Graph(
         "mistral3", neighbours=True, values={"attention.temperature_scale": "rope_parameters.llama_4_scaling_beta"}

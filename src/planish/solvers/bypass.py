@@ -148,6 +148,10 @@ class Bypass(Solver):
             )
         if shape.hybrid:
             raise InputError("whole submodules are removed where no block has a mixer; this model's have")
+        if shape.experts:
+            raise InputError(
+                f"whole submodules are removed where no experts stand beside them, as in block {shape.block}"
+            )
         return [Unit(shape.block, name) for name in self.submodules]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:

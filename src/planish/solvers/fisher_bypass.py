@@ -38,6 +38,7 @@ class FisherBypass(Solver):
         parts = [
             n for n in PARTS if n != "attention" or not shape.hybrid
         ]  # one has to stay, whose cache knows positions
+        parts = [n for n in parts if n != "ffn" or not shape.experts]  # which read the same norm
         return [Unit(shape.block, name) for name in parts if shape.held(name)]
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
