@@ -65,6 +65,20 @@ def read_text(model: nn.Module) -> Tensor:
     return model(input_ids=WINDOWS[:3], use_cache=False).logits
 
 
+@torch.no_grad()
+def write_on(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tensor:
+    """The likeliest tokens one by one, no images among them, without a cache."""
+    inputs = dict(inputs)
+    for _ in range(count):
+        logits = model(**inputs, use_cache=False).logits[:, -1]
+        logits[:, [wrapped.IMAGE, 91]] = -torch.inf
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], logits.argmax(-1, keepdim=True)], 1)
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in inputs:
+                inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1))
+    return inputs["input_ids"]
+
+
 def own_attention(shape: Shape, w: Weights, g: torch.Generator) -> list[Edit]:
     """The stock attention in the form of a compressed one: all value dimensions, and all rotary pairs in another order."""
     if shape.qk_norm:
@@ -147,6 +161,18 @@ def test_removed_blocks_add_nothing(name, dense, tmp_path):
             block.self_attn.o_proj.weight.zero_(), block.mlp.down_proj.weight.zero_()
     assert near(wrapped.see(small, name), wrapped.see(model, name))
     assert near(read_text(small), read_text(model))
+
+
+def test_an_empty_block_has_no_file(tmp_path):
+    """The first of qwen3's may be one: what is read off names of blocks is read off the others."""
+    gone = compressed.both(compressed.bypass("attention", raw=True), compressed.bypass("mlp", raw=True))
+    model = wrapped.build("qwen3_vl")
+    out = compressed.make_folder(model, tmp_path / "out", [gone, None, None])
+    assert not any(".layers.0." in n for n in wrapped.read(out) if "language_model" in n)
+    with torch.no_grad():
+        block = find_language_model(model).layers[0]
+        block.self_attn.o_proj.weight.zero_(), block.mlp.down_proj.weight.zero_()
+    assert near(wrapped.see(planish.load(out), "qwen3_vl"), wrapped.see(model, "qwen3_vl"))
 
 
 @pytest.mark.parametrize("name", some("gemma3"))
@@ -238,13 +264,12 @@ def test_methods(name, method, dense, tmp_path):
     result = tiny.compress(dense(name), output=out, windows=WINDOWS, method=method, keep=0.6)
     assert result.keep <= 0.6
     small = planish.load(out)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "suppress_tokens": [wrapped.IMAGE, 91]}
     for inputs in (wrapped.picture(name), {"input_ids": WINDOWS[:2, :9]}):
-        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-        assert torch.equal(small.generate(**inputs, **options), small.generate(**inputs, **options, use_cache=False))
+        assert torch.equal(small.generate(**inputs, **options), write_on(small, inputs, 5))
     small.save_pretrained(tmp_path / "again")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
     assert torch.equal(wrapped.see(again, name), wrapped.see(small, name))
-    assert small.config.vision_config.to_dict() == wrapped.build(name).config.vision_config.to_dict()
 
 
 REMOTE = """
@@ -336,7 +361,7 @@ def test_a_vision_tower_alone_is_refused(dense, tmp_path):
     place = change(dense("qwen3_vl"), tmp_path / "vision")
     vision = {n: t for n, t in wrapped.read(dense("qwen3_vl")).items() if "visual" in n}
     save_file(vision, place / "model.safetensors")
-    with pytest.raises(InputError, match=r"holds no language model: of its \d+ tensors none is called …layers.0."):
+    with pytest.raises(InputError, match=r"holds no language model: of its \d+ tensors none is called …layers.…"):
         tiny.compress(place, output=tmp_path / "out", windows=WINDOWS)
 
 

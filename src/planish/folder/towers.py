@@ -86,7 +86,7 @@ def split_config(config: Any) -> tuple[Any, Wrapper | None]:
 
 def open_tower(wrapper: Wrapper, config: Any, blocks: str, stored: Collection[str], where: str) -> Tower:
     """The tower of a checkpoint with these names; `blocks`: path of the causal LM's blocks ("model.layers")."""
-    inside = f"{blocks.partition('.')[2]}.0."
+    inside = f"{blocks.partition('.')[2]}."
     prefix = find_prefix(list(stored), inside)
     if prefix is None:
         raise InputError(

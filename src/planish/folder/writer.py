@@ -251,7 +251,7 @@ class Writer:
 
 def copy_untouched(source: Source, writer: Writer) -> None:
     """Write the source's untouched tensors, behind all others, a few at a time."""
-    rest, first = source.untouched, len(set(writer.weight_map.values()))
+    rest, first = source.untouched, max(int(n.split("-")[1]) for n in writer.weight_map.values())
     for n, names in enumerate(rest.chunks()):
         writer.shard(first + n, {name: rest.read(name) for name in names}, named=True)
 

@@ -51,7 +51,7 @@ WRAPPERS: dict[str, Wrapper] = {w.model_type: w for w in _ROWS}
 
 
 def find_prefix(stored: Sequence[str], inside: str) -> str | None:
-    """What stands before `inside` ("layers.0.") in a checkpoint's names."""
+    """What stands before `inside` ("layers.") in a checkpoint's names."""
     return next((p for p in PREFIXES if any(n.startswith(p + inside) for n in stored)), None)
 
 
