@@ -1,4 +1,4 @@
-"""Cut models in 16 bits and rounded, in the basis that planish chooses; writes docs/tables/gauges.md and gauges.csv.
+"""Cut models in 8 bits and fewer, in the basis that planish chooses; writes docs/tables/gauges.md and gauges.csv.
 
     python benchmarks/gauges.py                                          # the embedded model
     python benchmarks/gauges.py --model FOLDER --text FILE --name NAME   # any other; FILE is split: 3/4 to calibrate
@@ -37,6 +37,7 @@ HEAD = """# The basis that weights are rounded in
 
 Written by `benchmarks/gauges.py` from gauges.csv. Cells: D, nats per token more than the dense model in 16 bits on the same
 windows, log(perplexity / dense perplexity); all linears of the blocks rounded to integers in groups of at most 64 with zero points.
+Ranks are such that groups divide them: the cut in 8 bits, which cost next to nothing, is what fewer bits are to be compared with.
 "own basis": the one that the cut has left; else the one that planish chooses. A dash was not measured.
 """
 
@@ -49,7 +50,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate", type=Path, help="another text to evaluate on; all of --text is for calibration")
     parser.add_argument("--methods", default="dense,flat-llm,a3,svd-llm,auto")
     parser.add_argument("--keep", type=float, default=0.8)
-    parser.add_argument("--bits", default="4,3")
+    parser.add_argument("--bits", default="8,4,3")
     parser.add_argument("--own", action="store_true", help="measure roundings without a choice of basis too")
     parser.add_argument(
         "--cache", action="store_true", help="keep what calibration finds, for the next bits of a method"
@@ -132,9 +133,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args, Path(scratch))
-        for bits in ("16", *args.bits.split(",")) if not args.only_table else ():
+        if not args.only_table:
+            bench.measure("dense", "16", "chosen")
+        for bits in args.bits.split(",") if not args.only_table else ():
             for method in args.methods.split(","):
-                for basis in ("chosen", "own") if args.own and bits != "16" else ("chosen",):
+                for basis in ("chosen", "own") if args.own and bits != "8" else ("chosen",):
                     bench.measure(method, bits, basis)
         args.table.write_text(tabulate(read(bench.book)), encoding="utf-8")
 

@@ -28,7 +28,7 @@ def make_folder(model: nn.Module, output: Path, forms: list[Make | None], tokeni
     for i in range(source.n_blocks):
         block, shape, form = source.block(i), source.shape(i), forms[i % len(forms)]
         weights: Weights = {}
-        for role in source.family.roles:
+        for role in shape.roles:
             linear = get_linear(block, source.family, role)
             weights[role] = linear.weight.detach()
             if linear.bias is not None:

@@ -28,9 +28,12 @@ from planish.modelling.wrappers import WRAPPERS, find_language_model
 WINDOWS = tiny.windows()
 
 
-def some(*quick: str):
+def some(*quick: str, names: tuple[str, ...] = wrapped.NAMES):
     """All wrappers; these where slow tests are not run."""
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in wrapped.NAMES]
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+ALL = wrapped.NAMES + wrapped.HYBRIDS
 
 
 PROCESSOR = (
@@ -106,7 +109,7 @@ def test_attention_of_full_rank_sees_what_the_stock_one_sees(name, tmp_path):
     assert near(read_text(again), read_text(model))
 
 
-@pytest.mark.parametrize("name", some("mistral3"))
+@pytest.mark.parametrize("name", some("mistral3", names=ALL))
 def test_keep_one_is_the_model_as_it_was(name, dense, tmp_path):
     """Tensor for tensor; and for a text the language model alone gives the same."""
     folder = dense(name)
@@ -122,7 +125,7 @@ def test_keep_one_is_the_model_as_it_was(name, dense, tmp_path):
     assert near(read_text(alone), read_text(model), 1e-6)
 
 
-@pytest.mark.parametrize("name", some("qwen3_vl"))
+@pytest.mark.parametrize("name", some("qwen3_vl", names=ALL))
 def test_what_is_around_the_language_model_is_copied_bit_for_bit(name, dense, tmp_path):
     folder, out = dense(name), tmp_path / "out"
     result = tiny.compress(folder, output=out, windows=WINDOWS, method="flat-llm", keep=0.7)
@@ -175,7 +178,7 @@ def test_an_empty_block_has_no_file(tmp_path):
     assert near(wrapped.see(planish.load(out), "qwen3_vl"), wrapped.see(model, "qwen3_vl"))
 
 
-@pytest.mark.parametrize("name", some("gemma3"))
+@pytest.mark.parametrize("name", some("gemma3", names=ALL))
 def test_names_of_checkpoints_old_and_new(name, dense, tmp_path):
     """Both are read as transformers reads them, and written as they were."""
     model = wrapped.build(name)
@@ -186,7 +189,7 @@ def test_names_of_checkpoints_old_and_new(name, dense, tmp_path):
         outputs.append(planish.load(tmp_path / str(n)))
         stems = [{".".join(k.split(".")[:2]) for k in wrapped.read(f)} for f in (folder, tmp_path / str(n))]
         assert stems[0] == stems[1]
-    assert (wrapped.read(dense(name)).keys() == wrapped.read(renamed).keys()) == (name == "qwen3_vl")
+    assert (wrapped.read(dense(name)).keys() == wrapped.read(renamed).keys()) == name.startswith("qwen3")
     assert torch.equal(*(wrapped.see(m, name) for m in outputs))
 
 
@@ -197,10 +200,10 @@ def test_rows_are_what_transformers_has():
         assert config.model_type == kind and "text_config" in config.sub_configs
         assert AutoModelForImageTextToText._model_mapping[config] is lm
         assert row.causal == (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) == row.classes[2])
-    assert {wrapped.build(n).config.model_type for n in wrapped.NAMES} == set(WRAPPERS)
+    assert {wrapped.build(n).config.model_type for n in ALL} == set(WRAPPERS)
 
 
-@pytest.mark.parametrize("name", some("qwen2_5_vl"))
+@pytest.mark.parametrize("name", some("qwen2_5_vl", names=ALL))
 def test_forecast_counts_what_is_written(name, dense, tmp_path):
     options = {"keep": 0.7, "method": "a3", "calibration": WINDOWS.flatten(), "n_samples": 8, "seq_len": 24}
     told = planish.forecast(dense(name), measure=True, **options)
@@ -224,7 +227,7 @@ def test_a_limit_on_bytes_counts_the_vision_tower(dense, tmp_path):
     assert written == result.bytes_after
 
 
-@pytest.mark.parametrize("name", some("mistral3"))
+@pytest.mark.parametrize("name", some("mistral3", names=ALL))
 def test_in_memory(name, dense, tmp_path):
     """The same weights as from a folder; the model that was given stays as it is."""
     options = {"keep": 0.7, "method": "a3", "calibration": WINDOWS.flatten(), "n_samples": 8, "seq_len": 24}
@@ -256,8 +259,11 @@ def test_keys_are_not_rebuilt_where_a_token_has_three_positions(name, dense, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["auto", "flat-llm", "a3", "svd-llm", "blockpruner"])
-@pytest.mark.parametrize("name", wrapped.NAMES)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(n, m) for n in wrapped.NAMES for m in ("auto", "flat-llm", "a3", "svd-llm", "blockpruner")]
+    + [(n, m) for n in wrapped.HYBRIDS for m in ("auto", "svd-llm")],
+)
 def test_methods(name, method, dense, tmp_path):
     """Saved, loaded, generating with every kind of input; with the cache as without."""
     out = tmp_path / "out"
@@ -305,11 +311,12 @@ torch.save(found, sys.argv[2])
 def test_without_planish(dense, tmp_path):
     """Stock shapes with nothing of ours in the wrapper's own class; others with the modelling files in the folder."""
     asked, expected = {}, {}
-    for name in wrapped.NAMES:
+    for name in ALL:
         torch.save(wrapped.picture(name), tmp_path / f"{name}.pt")
+        own = compressed.low_rank("pair", 4, "up", "down") if name in wrapped.HYBRIDS else compressed.values(5)
         for key in (f"{name} stock", f"{name} own"):
             out, row = tmp_path / key, WRAPPERS[wrapped.build(name).config.model_type]
-            forms = [compressed.neurons(24)] if key.endswith("stock") else [compressed.values(5), None]
+            forms = [compressed.neurons(24)] if key.endswith("stock") else [own, None]
             compressed.make_folder(wrapped.build(name), out, forms)
             stock = row.classes[2] if not list(out.glob("*.py")) else None
             assert (stock is not None) == key.endswith("stock")

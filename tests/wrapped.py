@@ -1,7 +1,7 @@
 """Tiny random models around a language model: vision towers of two or three blocks, and text towers like `tiny`'s.
 
-`build(name)` gives one of `NAMES` in fp32, the same every time; `picture(name)` what its forward takes for a text with an image
-in it; `rename` writes its checkpoint with the names of the modules.
+`build(name)` gives one of `NAMES` or `HYBRIDS` in fp32, the same every time; `picture(name)` what its forward takes for a text
+with an image in it; `rename` writes its checkpoint with the names of the modules.
 """
 
 from __future__ import annotations
@@ -73,8 +73,16 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {**_QWEN, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}, **_TOKENS,
         },
     ),
+    "qwen3_5": (
+        "Qwen3_5",
+        {
+            "text_config": {**_TEXT, **tiny._DELTA},
+            "vision_config": {**_QWEN, "num_position_embeddings": 16}, **_TOKENS,
+        },
+    ),
 }  # fmt: skip
-NAMES = tuple(_ROWS)
+HYBRIDS = ("qwen3_5",)  # with mixers in place of some attentions: a few laws
+NAMES = tuple(n for n in _ROWS if n not in HYBRIDS)
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
@@ -83,7 +91,7 @@ def build(name: str, **overrides: Any) -> nn.Module:
     torch.manual_seed(0)
     config = getattr(transformers, f"{stem}Config")(**json.loads(json.dumps(settings)) | overrides)
     model = getattr(transformers, f"{stem}ForConditionalGeneration")(config)
-    tiny.randomise(model, torch.Generator().manual_seed(1 + NAMES.index(name)))
+    tiny.randomise(model, torch.Generator().manual_seed(1 + list(_ROWS).index(name)))
     return model.eval()
 
 

@@ -44,6 +44,7 @@ _ROWS = (
     Wrapper("gemma3", _classes("Gemma3"), causal=True),
     Wrapper("mistral3", _classes("Mistral3")),
     Wrapper("qwen2_5_vl", _classes("Qwen2_5_VL"), flat=True),
+    Wrapper("qwen3_5", _classes("Qwen3_5")),
     Wrapper("qwen3_vl", _classes("Qwen3VL"), deepstack="deepstack_visual_indexes"),
 )
 
