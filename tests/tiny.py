@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 import planish.folder.load
+from planish.modelling.families import FAMILIES
 
 VOCABULARY = 97
 POSITIONS = 64
@@ -266,6 +267,15 @@ def configure(name: str, **overrides: Any):
     """The configuration of one of `NAMES`."""
     stem, settings = _ROWS[name]
     return getattr(transformers, f"{stem.removesuffix('LMHead')}Config")(**(_COMMON | settings | overrides))
+
+
+def name_families() -> dict[str, str]:
+    """Every family that one of the models is of → the one with its name, or the first."""
+    found: dict[str, str] = {}
+    for name in _ROWS:
+        kind = configure(name).model_type
+        found[kind] = name if name == kind else found.get(kind, name)
+    return {kind: found[kind] for kind in FAMILIES if kind in found}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
