@@ -4,6 +4,7 @@
     python benchmarks/memory.py --method svd-llm --blocks 80 --dtype float32
     python benchmarks/memory.py --method auto --blocks 40      # statistics of every block kept on disk in between
     python benchmarks/memory.py --dtype float8_e4m3fn --size 4.2   # a checkpoint in FP8 of so many GB, dequantised as it is read
+    python benchmarks/memory.py --experts 64 --intermediate 512 --size 4.2 --method reap    # Qwen3-MoE, 8 of them per token
     python benchmarks/memory.py --shape 70b --blocks 2 --method a3    # blocks of 0.86 B weights, Grams of 28,672² (6.6 GB)
 
 Writes the model to a temporary folder (twice its size is needed on disk), runs the compression in a process of its own
@@ -29,9 +30,10 @@ TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "memory.md"
 HEAD = """# Peak memory of `planish compress`
 
 Measured by `python benchmarks/memory.py`: peak resident memory of the whole process (Python and its libraries included)
-on random-weight LLaMA folders; "predicted" = `planish plan`; "of it" = peak / size of the weights on disk. The aim for whole
-models is below 35 %. Shape 70b: real blocks of a 70 B model (hidden 8192, intermediate 28,672, 64 / 8 heads), a few of them.
-Minutes of the clock, of its phases, and predicted; on a busy machine more than predicted.
+on random-weight LLaMA folders, with experts Qwen3-MoE of which a token reaches 8; "predicted" = `planish plan`; "of it" = peak /
+size of the weights on disk. The aim for whole models is below 35 %. Shape 70b: real blocks of a 70 B model (hidden 8192,
+intermediate 28,672, 64 / 8 heads), a few of them. Minutes of the clock, of its phases, and predicted; on a busy machine more than
+predicted.
 
 | model | blocks | on disk | method | tokens | predicted | peak | of it | minutes |
 |---|---|---|---|---|---|---|---|---|
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=2816)
     parser.add_argument("--shape", choices=SHAPES, help="in place of hidden and intermediate")
     parser.add_argument("--blocks", type=int, default=168)
+    parser.add_argument("--experts", type=int, default=0, help="in every block, each of --intermediate neurons")
     parser.add_argument("--dtype", default="bfloat16", help="float8_e4m3fn: FP8 in blocks of 128 × 128")
     parser.add_argument("--size", type=float, help="in place of blocks: about so many GB on disk")
     parser.add_argument("--samples", type=int, default=4)
@@ -63,13 +66,14 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="stop after so many blocks: every one of them is alike")
     parser.add_argument("--set", action="append", help="settings; by default the damping that few tokens need")
     args = parser.parse_args()
-    args.set = args.set or ["ridge=0.001" if args.method == "auto" else "damping=0.01"]
+    if args.set is None:
+        args.set = {"auto": ["ridge=0.001"], "reap": [], "hope": []}.get(args.method, ["damping=0.01"])
     with tempfile.TemporaryDirectory(prefix="planish-memory-") as folder:
         chosen = SHAPES.get(args.shape, (args.hidden, args.intermediate, args.hidden // 64, args.hidden // 128, 32000))
         args.hidden, args.intermediate, heads, kv_heads, vocabulary = chosen
         if args.size:
             width, inner = args.hidden, args.intermediate
-            weights = width * (width + 2 * width * kv_heads // heads + width + 3 * inner)
+            weights = width * (width + 2 * width * kv_heads // heads + width + 3 * inner * max(args.experts, 1))
             kind = getattr(torch, args.dtype)
             outer = 2 * vocabulary * width * max(kind.itemsize, 2)
             args.blocks = max(1, round((args.size * 1e9 - outer) / (weights * kind.itemsize)))
@@ -77,6 +81,8 @@ def main() -> None:
             "vocab_size": vocabulary, "hidden_size": args.hidden, "intermediate_size": args.intermediate,
             "num_hidden_layers": args.blocks, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         }  # fmt: skip
+        if args.experts:
+            sizes |= {"num_experts": args.experts, "moe_intermediate_size": args.intermediate, "head_dim": 64}
         model, out, text = (Path(folder) / n for n in ("model", "out", "text.npy"))
         size = write_model(model, getattr(torch, args.dtype), **sizes)
         np.save(text, np.random.default_rng(0).integers(0, vocabulary, args.samples * args.seq_len))
@@ -110,6 +116,7 @@ def main() -> None:
             parts = [f"{phase} {s / 60:.1f}" for phase, s in phases.items() if phase != "total" and s >= 3]
             minutes += f" ({', '.join(parts)}; predicted {plan['seconds'] / 60:.1f})"
     shape = (f"{args.shape}: " if args.shape else "") + f"{args.hidden}/{args.intermediate} {args.dtype}"
+    shape += f", {args.experts} experts" if args.experts else ""
     blocks = f"first {args.first} of {args.blocks}" if args.first else str(args.blocks)
     row = (
         f"| {shape} | {blocks} | {size / 1e9:.2f} GB | {args.method} | {args.samples * args.seq_len} | "

@@ -1,4 +1,4 @@
-"""Random-weight LLaMA folders of any size, written one block at a time."""
+"""Random-weight LLaMA and Qwen3-MoE folders of any size, written one block at a time."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 
 def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **sizes: int) -> int:
-    """Write a LLaMA of these config sizes; returns its bytes on disk. Weights ~ N(0, 1/in), norms 1.
+    """Write a LLaMA of these config sizes, or with `num_experts` a Qwen3-MoE; returns its bytes on disk. Weights ~ N(0, 1/in),
+    norms 1.
 
     `dtype` float8_e4m3fn: the blocks' linears in FP8 with a scale per 128 × 128 block, everything else in bf16.
     """
     fp8, dtype = dtype == torch.float8_e4m3fn, torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
-    config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=False)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
+    kind = Qwen3MoeConfig if "num_experts" in sizes else LlamaConfig
+    config = kind(**sizes, max_position_embeddings=4096, tie_word_embeddings=False)
+    config.architectures, config.dtype = [kind.__name__.replace("Config", "ForCausalLM")], dtype
     if fp8:
         config.quantization_config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,8 +34,15 @@ def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 
     linears = {
         "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
-        "mlp.gate_proj": (m, d), "mlp.up_proj": (m, d), "mlp.down_proj": (d, m),
     }  # fmt: skip
+    norms = {"input_layernorm": d, "post_attention_layernorm": d}
+    owners = ["mlp"]
+    if experts := sizes.get("num_experts", 0):
+        linears["mlp.gate"], m = (experts, d), config.moe_intermediate_size
+        owners = [f"mlp.experts.{j}" for j in range(experts)]
+        norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
+    for owner in owners:
+        linears |= {f"{owner}.gate_proj": (m, d), f"{owner}.up_proj": (m, d), f"{owner}.down_proj": (d, m)}
     weight_map: dict[str, str] = {}
 
     def shard(number: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -52,7 +61,7 @@ def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0
         block = {f"{name}.weight": matrix(*size) for name, size in linears.items()}
         if fp8:
             block = {n: t for name, weight in block.items() for n, t in quantise(name, weight).items()}
-        block |= {"input_layernorm.weight": ones.clone(), "post_attention_layernorm.weight": ones.clone()}
+        block |= {f"{name}.weight": torch.ones(size, dtype=dtype) for name, size in norms.items()}
         shard(i + 1, {f"model.layers.{i}.{name}": t for name, t in block.items()})
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

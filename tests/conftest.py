@@ -42,6 +42,9 @@ def optional_data(*parts: str) -> Path:
     return path
 
 
+MIXTURE = Path(os.environ.get("PLANISH_CACHE") or "~/.cache/planish").expanduser() / "mixture"  # the user's
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> None:
     """Commands that the tests run keep their statistics here, not in the user's cache."""
@@ -67,6 +70,14 @@ def demo_model_dir() -> Path:
     if not (path / "config.json").exists():
         pytest.skip("the embedded demo model is absent from this checkout")
     return path
+
+
+@pytest.fixture(scope="session")
+def mixture_dir() -> Path:
+    """A small trained mixture, where its user has trained it."""
+    if not (MIXTURE / "config.json").exists():
+        pytest.skip(f"no trained mixture at {MIXTURE}: python tools/train_demo_model.py --experts 16 --fp32")
+    return MIXTURE
 
 
 @pytest.fixture(scope="session")

@@ -248,7 +248,7 @@ def test_nats_of_a_removal_are_those_of_a_masked_router(name):
     """½ mean (Σ uᵀ(y′ − y))² over those that go: u by autograd at what the experts put out."""
     model, windows = tiny.build(name, torch.float64), WINDOWS[:6]
     i = len(model.model.layers) - 1
-    frontier, _ = measure(Experts("nats"), model, i, windows)
+    frontier, _ = measure(Experts("nats", prior=0.0), model, i, windows)
     gradient = sampled_gradient(model, windows)
     _, changes = watch_removals(model, i, windows)
     seen, last = [], []
@@ -310,6 +310,29 @@ def test_few_tokens_neither_crash_nor_condemn(tmp_path):
     assert set(range(8)) - set(edit.tensors["kept"].tolist()) <= reached
     result = compress(tiny.build("qwen3_moe"), output=tmp_path / "out", windows=few, method="reap", keep=0.8)
     assert any("no calibration token reaches" in w for w in result.warnings)
+
+
+def test_experts_that_no_token_reached_are_not_free():
+    """Predicted nats of dropping one of them are those of `prior` tokens; of several, of so many times more."""
+    model, few = tiny.build("qwen3_moe", torch.float64), WINDOWS[:1, :2]
+    idle = [j for j in range(8) if j not in {k for _, k, *_ in route(model, 0, few)}]
+    assert len(idle) >= 4
+    with pytest.warns(UserWarning, match="no calibration token reaches"):
+        (frontier, _), (double, _) = (measure(Experts("nats", prior=p), model, 0, few) for p in (2.0, 4.0))
+    assert set(frontier.factors["sets"][4].nonzero().flatten().tolist()) <= set(idle)
+    losses = torch.as_tensor(frontier.loss)
+    assert losses[7] > 0 and torch.allclose(losses[[6, 5, 4]], losses[7] * torch.tensor([2.0, 3.0, 4.0]).double())
+    assert torch.allclose(torch.as_tensor(double.loss)[4:8], 2 * losses[4:8])
+
+
+def test_a_configuration_that_asks_for_router_logits(tmp_path):
+    """As of models that were trained with a loss that balances experts: gradients are measured all the same."""
+    model = tiny.build("mixtral", output_router_logits=True)
+    result = compress(
+        model, output=tmp_path / "out", windows=WINDOWS, method="reap", keep=0.8, settings={"criterion": "nats"}
+    )
+    assert result.keep <= 0.8 and model.config.output_router_logits
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["output_router_logits"]
 
 
 @torch.no_grad()
@@ -410,6 +433,21 @@ def test_other_ways_to_choose_run(method, criterion, tmp_path):
         tiny.build("olmoe"), output=tmp_path / "out", windows=WINDOWS, method=method, keep=0.8, settings=settings
     )
     assert result.format == "native" and 0.65 < result.keep <= 0.8
+
+
+@pytest.mark.slow
+def test_prices_tell_which_experts_of_a_trained_mixture_go(mixture_dir, tmp_path):
+    """Half of the experts: the loss by their prices and by auto is below that without the other half, those with high prices."""
+
+    def lose(method: str, **settings: str) -> float:
+        out = tmp_path / f"{method}{settings}"
+        asked = {"keep": 0.6, "calibration": "builtin", "n_samples": 32, "seq_len": 128, "settings": settings}
+        planish.compress(mixture_dir, output=out, method=method, **asked)
+        return planish.evaluate(out, "builtin", 128, max_windows=32).nll
+
+    dense = planish.evaluate(mixture_dir, "builtin", 128, max_windows=32).nll
+    nats, auto, frequency = lose("reap", criterion="nats"), lose("auto"), lose("reap", criterion="frequency")
+    assert nats < dense + 0.2 and auto < dense + 0.2 and min(nats, auto) < frequency
 
 
 @pytest.mark.parametrize(("name", "method"), [("mixtral", "reap"), ("granitemoe", "flat-llm")])

@@ -259,14 +259,35 @@ def test_stacked_experts_of_another_shape_are_refused(sparse, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     key = next(k for k in ("num_experts", "num_local_experts") if k in config)
     (tmp_path / "config.json").write_text(json.dumps(config | {key: 6}))
-    with pytest.raises(InputError, match=r"mlp\.gate\.weight .* has shape \(8, 32\), expected \(6, 32\)"):
+    with pytest.raises(InputError, match=r"has shape \(8, (24|32), (32|12)\), expected \(6, .* from config"):
         open_source(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     file = tmp_path / "model.safetensors"
     stored = load_file(file)
     name = "model.layers.0.mlp.experts.gate_up_proj"
     save_file(stored | {name: stored[name].flatten(0, 1)}, file)
     with pytest.raises(InputError, match=r"gate_up_proj has shape \(192, 32\), expected \(experts, rows, columns\)"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.mT.contiguous(), r"gate_up_proj has shape \(8, 32, 24\), expected \(8, 24, 32\)"),  # as llama4's
+        (lambda t: t[:7].contiguous(), r"gate_up_proj has shape \(7, 24, 32\), expected \(8, 24, 32\)"),
+        (lambda t: torch.cat([t, t[:1]]), r"gate_up_proj has shape \(9, 24, 32\), expected \(8, 24, 32\)"),
+        (lambda t: t.index_fill(0, torch.tensor(3), torch.nan), r"experts\.3\.gate_proj\.weight .* NaN"),
+    ],
+)
+def test_stacks_of_another_layout_are_refused(change, match, sparse, tmp_path):
+    """Transposed, with an expert too few or too many, with one that is no number: in one line, and nothing is written."""
+    sparse.save_pretrained(tmp_path / "model", save_original_format=False)
+    file = tmp_path / "model" / "model.safetensors"
+    stored, name = load_file(file), "model.layers.0.mlp.experts.gate_up_proj"
+    save_file(stored | {name: change(stored[name])}, file)
+    with pytest.raises(InputError, match=match) as error:
+        tiny.compress(tmp_path / "model", output=tmp_path / "out", windows=WINDOWS, method="reap", keep=0.8)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
 
 
 def test_experts_of_a_block_share_its_memory(sparse):

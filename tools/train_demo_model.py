@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, help="neurons: 576, or 128 of each expert")
     parser.add_argument("--experts", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--steps", type=int, help="2800, or 300 of a mixture")
+    parser.add_argument("--steps", type=int, help="2800, or 200 of a mixture")
     parser.add_argument("--batch", type=int, help="10, or 8 for a mixture: sequences of --seq-len per step")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW's is a seventh of it")
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--fp32", action="store_true", help="no autocast: faster where the CPU only emulates bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    for name, dense, mixture in (("blocks", 12, 4), ("steps", 2800, 300), ("batch", 10, 8)):
+    for name, dense, mixture in (("blocks", 12, 4), ("steps", 2800, 200), ("batch", 10, 8)):
         if getattr(args, name) is None:
             setattr(args, name, mixture if args.experts else dense)
     args.output = args.output or (find_root() / "mixture" if args.experts else DEMO)

@@ -84,6 +84,9 @@ class Stream:
         self.limits.device_limit = find_device_limit(self.device)
         self.family: Family = source.family
         self.model = source.skeleton()
+        if getattr(self.model.config, "output_router_logits", False):  # without blocks there are none to balance
+            self.model.config = copy.copy(self.model.config)
+            self.model.config.output_router_logits = False
         for p in self.model.parameters():  # not buffers: rotary frequencies stay fp32
             p.data = p.data.to(self.dtype)
         self.resident: list[

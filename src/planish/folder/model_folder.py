@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class ModelFolder:
             names = {self.family.read_name(name): n for n, name in inside.items() if name is not None}
         for name in [n for n in names if n.startswith(self._predictors)]:
             self.left_out.append(names.pop(name))
-        return names, split_experts(names, self.family, self.weights)
+        return names, split_experts(names, self.family, self.weights, None if self.compressed else self.config)
 
     @cached_property
     def left_out(self) -> list[str]:
@@ -157,9 +157,11 @@ class Rows(NamedTuple):
     shape: tuple[int, ...]
 
 
-def split_experts(names: dict[str, str], family: Family, weights: Weights) -> dict[str, tuple[int, int]]:
+def split_experts(
+    names: dict[str, str], family: Family, weights: Weights, config: Any = None
+) -> dict[str, tuple[int, int]]:
     """Where experts are stored stacked: name of each of their linears → which rows (first, count) it is of its stored tensor.
-    In `names` (name → stored name) these linears take the place of the whole."""
+    In `names` (name → stored name) these linears take the place of the whole. Stacks have the shapes that `config` asks for."""
     found: dict[str, tuple[int, int]] = {}
     row = family.experts
     if row is None:
@@ -172,6 +174,11 @@ def split_experts(names: dict[str, str], family: Family, weights: Weights) -> di
         shape = weights.entry(stored).shape
         if len(shape) != 3 or shape[1] % len(parts):
             raise InputError(f"tensor {stored} has shape {shape}, expected (experts, rows, columns) of stacked experts")
+        if config is not None:
+            width, hidden = getattr(config, row.width), config.hidden_size
+            asked = (getattr(config, row.count), *((2 * width, hidden) if len(parts) > 1 else (hidden, width)))
+            if tuple(shape) != asked:
+                raise InputError(f"tensor {stored} has shape {tuple(shape)}, expected {asked} from config.json")
         count = shape[1] // len(parts)
         del names[name]
         for n, part in enumerate(f"{where}.{j}.{part}.weight" for j in range(shape[0]) for part in parts):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from planish.core import Edit, ExpertShape, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float, Int, Shaped
-from planish.solvers.forms import dense, neuron_edits
+from planish.solvers.forms import dense, keep_neurons, neuron_edits
 from planish.solvers.grams import Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap, kind
 
@@ -98,7 +98,8 @@ class Experts(Solver):
     the mean over all tokens of s_i s_j (`removals`), which is predicted nats per token.
 
     Means are drawn towards the mean of all experts by `prior` tokens, so that an expert which few tokens reached is neither
-    worthless nor precious; one that none reached is named. Predicted loss: of "nats"; the others predict nothing.
+    worthless nor precious, and what "nats" predicts for an expert is that of so many tokens more; one that none reached is
+    named. Predicted loss: of "nats"; the others predict nothing.
     """
 
     name: ClassVar[str] = "experts"
@@ -138,7 +139,9 @@ class Experts(Solver):
             order = order_alone(score(self.criterion, stats.sums[tap], self.prior), e.groups)
             return Frontier(unit, [nan] * e.number + [0.0], {"order": order})
         if self.criterion == "nats":
-            pairs = stats.mean(tap) / 2
+            total = stats.sums[tap]["sum"]
+            few = self.prior * total.trace() / number.sum().clamp(min=1)
+            pairs = (total + few * torch.eye(e.number, dtype=total.dtype)) / max(stats.tokens[tap], 1) / 2
         else:
             pairs = shrink(stats.sums[tap]["sum"], number, self.prior)
         sets, loss = choose_sets(pairs, e)
@@ -216,12 +219,8 @@ class ExpertNeurons(Solver):
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         e, edits = find_experts(shape), list[Edit]()
         for n, f in frontier.factors.items() if rank < e.intermediate else ():
-            if self.refit:
-                kept, down = f["refits"].at(rank)
-            else:
-                kept = f["order"][:rank].sort().values
-                down = f["down"].double()[:, kept]
-            edits += [replace(edit, target=f"expert.{n}.{edit.target}") for edit in neuron_edits(f, kept, down)]
+            own = neuron_edits(f, *keep_neurons(f, rank))
+            edits += [replace(edit, target=f"expert.{n}.{edit.target}") for edit in own]
         return edits
 
 

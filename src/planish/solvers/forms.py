@@ -3,7 +3,7 @@ specs (see `planish.modelling.blocks`), and as edits with their tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,6 +146,14 @@ def qk_edits(
     if pairs is None:
         return [*edits, Edit("attention", form, {})]
     return [*edits, Edit("attention", form | {"pairs": pairs.shape[1]}, {"pairs": pairs})]
+
+
+def keep_neurons(factors: Mapping[str, Any], rank: int) -> tuple[Int[Tensor, " rank"], Float[Tensor, "hidden rank"]]:
+    """The first `rank` neurons of an order, and down's columns for them: refitted if `factors` have refits, else as they are."""
+    if "refits" in factors:
+        return factors["refits"].at(rank)
+    kept = factors["order"][:rank].sort().values
+    return kept, factors["down"].double()[:, kept]
 
 
 def neuron_edits(weights: Weights, kept: Int[Tensor, " rank"], down: Float[Tensor, "hidden rank"]) -> list[Edit]:

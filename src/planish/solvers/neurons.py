@@ -10,7 +10,7 @@ import torch
 
 from planish import stats as stats_file
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
-from planish.solvers.forms import neuron_edits, neuron_spec
+from planish.solvers.forms import keep_neurons, neuron_edits, neuron_spec
 from planish.solvers.grams import TILE, Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap
 
@@ -64,13 +64,7 @@ class Neurons(Solver):
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= shape.intermediate:
             return []
-        f = frontier.factors
-        if self.refit:
-            kept, down = f["refits"].at(rank)
-        else:
-            kept = f["order"][:rank].sort().values
-            down = f["down"].double()[:, kept]
-        return neuron_edits(f, kept, down)
+        return neuron_edits(frontier.factors, *keep_neurons(frontier.factors, rank))
 
 
 @dataclass(frozen=True)
