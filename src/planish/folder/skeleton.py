@@ -130,17 +130,11 @@ def read_state(config: Any, family: Family) -> int:
 
 def check_rotation(block: nn.Module, family: Family) -> None:
     """InputError where a stock block's heads rotate channels that make no pairs, which transformers finds out when it runs."""
-<<<<<<< HEAD
-    heads = "o" in family.roles and has_module(block, family.attention)  # no latent attention
-    attention = block.get_submodule(family.attention) if heads else None
-    if attention is not None and (width := rotary_width(attention, family)) % 2:
-=======
     attention = block.get_submodule(family.attention) if has_module(block, family.attention) else None
     if not any(hasattr(attention, n) for n in ("head_dim", "head_size")):  # none, or one on latents
         return
     assert attention is not None
     if (width := rotary_width(attention, family)) % 2:
->>>>>>> main
         raise InputError(
             f"config.json is no valid {family.model_type}: partial_rotary_factor rotates {width} of a head's "
             f"{head_width(attention)} channels, expected an even number; correct it"
