@@ -21,7 +21,7 @@ from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve
 from planish.plan.experts import choose_with_experts, describe_top
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
-from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, measure_gradients
+from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, judging_taps, measure_gradients
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.scores import SCORES, correct_scores, foresee_errors
@@ -340,8 +340,8 @@ def measure_again(problem: Problem, measure: Measurements, plan: Plan, probe: Pr
         missing = {f"grad:{r}.{end}" for name in cut for r in gone.get(name, ()) for end in ("out", "back")}
         missing |= {"grad:attention.add"} if "attention" in cut else set()
         missing |= {"grad:mlp.add"} if "ffn" in cut else set()
-        known = dense_taps(problem, shape.block)
-        return [t for t in known if t.site.startswith("grad:") and t.site not in missing]
+        known = [*dense_taps(problem, shape.block), *judging_taps(problem, shape.block)]
+        return sorted({t for t in known if t.site.startswith("grad:") and t.site not in missing})
 
     frontiers: Frontiers = {}
     for i, _, stats in measure.backward(taps, solve_stored(problem, measure, plan), probe):

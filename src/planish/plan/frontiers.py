@@ -8,11 +8,13 @@ from planish import lanes
 from planish.calibrate.losses import Probe
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import read_weights
-from planish.core import Frontier, Solver, Unit
+from planish.core import Frontier, Shape, Solver, Unit
 from planish.plan.problem import Problem
 from planish.stats import Stats, Tap
 
 Frontiers = dict[Unit, Frontier]
+SCORED = ("q", "k", "qk", "keys")  # units whose cuts change what is attended to
+SITE = "o.out"  # where their errors are measured
 
 
 def measure_frontiers(problem: Problem, measure: Measurements) -> Frontiers:
@@ -29,9 +31,13 @@ def measure_gradients(
     """Every unit's frontier, without the factors, by one pass forward and back of the uncompressed model; what the solve uses
     again is stored (see `stored_taps`), or with `whole` all of it."""
     found: Frontiers = {}
-    for i, block, stats in measure.backward(lambda shape: dense_taps(problem, shape.block), probe=probe):
+
+    def taps(shape: Shape) -> list[Tap]:
+        return sorted({*dense_taps(problem, shape.block), *judging_taps(problem, shape.block)})
+
+    for i, block, stats in measure.backward(taps, probe=probe):
         found |= decompose_block(problem, measure, block, stats, i)
-        measure.stored[i] = stats if whole else stats.only(stored_taps(problem, i, refit))
+        measure.stored[i] = stats if whole else stats.only(stored_taps(problem, i, refit) | judging_taps(problem, i))
     return found
 
 
@@ -58,6 +64,11 @@ def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, s
 def dense_taps(problem: Problem, i: int) -> list[Tap]:
     """Taps of block i's units that the uncompressed model alone answers: those of their frontiers to plan by."""
     return sorted({t for u in problem.block_units(i) for t in problem.units[u].dense_taps(u, problem.shapes[i])})
+
+
+def judging_taps(problem: Problem, i: int) -> set[Tap]:
+    """By what the error of cut queries and keys of block i is weighed (`planish.plan.scores`), where any may be cut."""
+    return {Tap(f"grad:{SITE}", "gram")} if any(u.name in SCORED for u in problem.block_units(i)) else set()
 
 
 def stored_taps(problem: Problem, i: int, refit: bool) -> set[Tap]:

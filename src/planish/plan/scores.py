@@ -24,7 +24,7 @@ from planish.calibrate.stream import in_order, read_weights
 from planish.core import Frontier, Unit
 from planish.modelling.families import ATTENTION
 from planish.plan.foreseen import Work
-from planish.plan.frontiers import Frontiers
+from planish.plan.frontiers import SITE, Frontiers
 from planish.plan.problem import Problem
 from planish.stats import Tap
 
@@ -35,7 +35,6 @@ SCORES: dict[Kind, tuple[tuple[float, ...], int]] = {  # shares of ranks at whic
     ("qk",): ((0.125, 0.25, 0.5, 0.75), 8),
     ("keys",): ((0.125, 0.25, 0.5, 0.75), 8),
 }
-SITE = "o.out"
 TINY = 1e-300
 
 
