@@ -11,7 +11,7 @@ from planish.calibrate.losses import compute_logits
 from planish.calibrate.measure import sweep_forward
 from planish.calibrate.stream import Stream
 from planish.errors import InputError
-from planish.folder.source import MemorySource
+from planish.folder.source import MemorySource, open_source
 from planish.modelling.blocks import read_layout
 from planish.modelling.canonical import split_block
 from planish.modelling.families import ATTENTION, MLP
@@ -115,3 +115,13 @@ def test_nemotron_h_with_experts_is_refused():
     kinds = ["linear_attention", "moe", "full_attention", "mlp"]
     with pytest.raises(InputError, match="nemotron_h with experts is not supported: they have no gate"):
         MemorySource(tiny.build("nemotron_h", layers_block_type=kinds))
+
+
+@pytest.mark.parametrize("name", tiny.HYBRIDS)
+def test_folders_are_read_by_the_names_that_transformers_writes(name, tmp_path):
+    model = tiny.build(name)
+    source, memory = open_source(tiny.save(model, tmp_path / "m")), MemorySource(model)
+    for i in range(source.n_blocks):
+        expected = memory.block(i).state_dict()
+        assert source.shape(i) == memory.shape(i)
+        assert all(torch.equal(t, expected[n]) for n, t in source.block(i).state_dict().items())

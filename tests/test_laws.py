@@ -229,11 +229,11 @@ def some(ranks, n: int = 4) -> list[int]:
 
 @functools.cache
 def cases(family: str, solver: Solver) -> list[tuple[Unit, Frontier, Shape]]:
-    """Every unit of the last block of each kind, decomposed."""
+    """Every unit of the last block of each kind, decomposed; of experts those of `tests/test_experts.py` are enough."""
     b = bench(family)
     last = {s.linears: s for s in map(b.stream.source.shape, range(len(b.blocks)))}
     try:
-        units = [unit for shape in last.values() for unit in solver.units(shape)]
+        units = [u for s in last.values() for u in solver.units(s) if u.name not in ("experts", "neurons")]
     except InputError as refusal:
         assert family in tiny.HYBRIDS
         pytest.skip(str(refusal))
@@ -579,8 +579,11 @@ def test_loaded_model_computes_what_was_solved(method, family, tmp_path):
     planish_solve.solve(job.problem, job.measure, job.method.plan(job.problem, job.measure), emit)
     solved = compute_logits(stream, hidden[0])
     run(tmp_path / "model", tmp_path / "out", method, 0.7)
-    compressed = load(tmp_path / "out")
-    assert torch.equal(compressed(input_ids=WINDOWS).logits, solved)
+    logits = load(tmp_path / "out")(input_ids=WINDOWS).logits
+    if family in tiny.MIXED:  # stacked experts are added up in another order
+        torch.testing.assert_close(logits, solved, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(logits, solved)
 
 
 # ---------------------------------------------------------------- recipes against naive forms

@@ -200,7 +200,7 @@ def name_adapted(name: str, family: Family, wrapped: bool = False) -> str:
 def match_names(stored: Iterable[str], family: Family, compressed: bool = False) -> dict[str, str]:
     """Name in the causal LM → stored name. Checkpoints of base models drop the prefix; some families call the head otherwise."""
     first, head = family.blocks.partition(".")[0] + ".", f"{family.head}."
-    names = {n: f"lm_head.{n.removeprefix(head)}" if n.startswith(head) else n for n in stored}
-    if not compressed and not any(n.startswith(family.blocks + ".") for n in names):
+    names = {n: family.read_name(f"lm_head.{n.removeprefix(head)}" if n.startswith(head) else n) for n in stored}
+    if not compressed and not any(n.startswith(family.blocks + ".") for n in names.values()):
         names = {n: name if name.startswith("lm_head.") else first + name for n, name in names.items()}
-    return {family.read_name(name): n for n, name in names.items()}
+    return {name: n for n, name in names.items()}
