@@ -333,6 +333,11 @@ def test_a_configuration_that_asks_for_router_logits(tmp_path):
     )
     assert result.keep <= 0.8 and model.config.output_router_logits
     assert json.loads((tmp_path / "out" / "config.json").read_text())["output_router_logits"]
+    compress(model, output=tmp_path / "own", windows=tiny.windows(12, 24), method="auto", keep=0.6)
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["planish"]
+    own = planish.load(tmp_path / "own")
+    with torch.no_grad():
+        assert own(tiny.windows(2, 12), labels=tiny.windows(2, 12)).loss.isfinite()
 
 
 @torch.no_grad()

@@ -247,6 +247,8 @@ def write_config(
             "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
             "per_layer_config": per_layer(specs, shapes, family),
         }
+        if config.get("output_router_logits"):  # its loss of unbalanced routing takes all experts to be there
+            config["output_router_logits"] = False
         for path in sorted(Path(str(planish.modelling.__file__)).parent.glob("[!_]*.py")):
             write(path.name, path.read_text(encoding="utf-8"))
     config = config if tower is None else tower.wrap(config, native is not None)
