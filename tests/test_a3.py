@@ -22,7 +22,7 @@ from planish.methods.a3 import A3
 from planish.methods.method import Method
 from planish.methods.modegpt import spread_removal
 from planish.methods.palu import Palu
-from planish.modelling.attentions import rotary_width
+from planish.modelling.attentions import has_norms, rotary_width
 from planish.modelling.blocks import find_blocks, get_linear
 from planish.modelling.canonical import join_block, split_block
 from planish.modelling.families import FAMILIES
@@ -213,9 +213,10 @@ def hollow(model: nn.Module, qk: int, v: int, mlp: int) -> None:
         heads = model.config.num_attention_heads
         kv = linear["k"].out_features * heads // linear["q"].out_features
         d = linear["k"].out_features // kv
-        half = rotary_width(block.get_submodule(family.attention), family) // 2
+        stock = block.get_submodule(family.attention)
+        half, normed = rotary_width(stock, family) // 2, has_norms(stock, family)
         maps = {"v": torch.stack([projector(d, v, 100 * i + g) for g in range(kv)])}
-        if half and not family.qk_norm:
+        if half and not normed:
             pairs = min((d - qk) // 2, half - 1)  # the others go from what is not rotated
             rest = qk - 2 * (half - pairs)
             keep = torch.ones(kv, d, dtype=torch.float64)
@@ -225,7 +226,7 @@ def hollow(model: nn.Module, qk: int, v: int, mlp: int) -> None:
             maps["k"] = torch.diag_embed(keep)
             for g in range(kv):
                 maps["k"][g, 2 * half :, 2 * half :] = projector(d - 2 * half, rest, 100 * i + 50 + g)
-        elif not family.qk_norm:
+        elif not normed:
             maps["k"] = torch.stack([projector(d, qk, 100 * i + 50 + g) for g in range(kv)])
         for role, m in maps.items():
             w = linear[role].weight

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import tiny
 from planish.methods import find_method
 from planish.modelling.blocks import build_linear
-from planish.modelling.modules import Fused, Pivoted, Rows
+from planish.modelling.modules import Fused, FusedRows, Pivoted
 from planish.solvers.forms import low_rank_edit
 from planish.solvers.pivots import _find_pivots, pivot
 from tiny import compress, load
@@ -120,7 +120,7 @@ def test_pivots_do_not_depend_on_scales():
 
 def test_gradients_and_inside_a_fused_linear():
     modules = {r: build(*factors(out, 12, 3, seed=out)) for r, out in (("gate", 10), ("up", 14))}
-    fused = Fused(modules, Rows("rows", []))
+    fused = Fused(modules, FusedRows("rows", []))
     x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
     dense = torch.cat([m.dense() for m in modules.values()])
     fused(x).square().sum().backward()

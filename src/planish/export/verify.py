@@ -307,7 +307,8 @@ def open_target(path: Path, target: str, file: str | Path | None, context: int, 
             model = load(path, dtype=torch.float32)
         return Transformers(model, load_tokenizer(path)), str(path)
     if target == "vllm":
-        refuse_wrapped(load_config(path), "what planish runs in vLLM", "a folder in stock shapes is served without it")
+        if read_carrier(path) is None:
+            refuse_wrapped(load_config(path), "what planish runs in vLLM", "stock shapes are served without it")
         return Vllm(path, context), str(path)
     if file is None:
         from planish.export.gguf import export_gguf

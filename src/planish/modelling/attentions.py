@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .families import Family
-from .modules import Rows, take
+from .modules import FusedRows, take
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Attention(nn.Module):
 
     def normalise_each(self, norm: nn.Module, x: Tensor) -> Tensor:
         """x (..., heads · qk) through a norm that has weights for each head, in the order in which the family stores channels."""
-        rows = Rows("neighbours", (), x.shape[-1] // self.qk, self.neighbours)
+        rows = FusedRows("neighbours", (), x.shape[-1] // self.qk, self.neighbours)
         x = (rows.join([x], -1) if self.neighbours else x).unflatten(-1, (-1, self.qk))
         x = (norm(x.transpose(1, 2)).transpose(1, 2) if self.qk_norm == "listed" else norm(x)).flatten(-2)
         return rows.split(x, -1)[0] if self.neighbours else x

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .attentions import Attention, count_heads, head_width, rotary_width
 from .family import Family
 from .family import Fused as FusedRow
-from .modules import Experts, Fused, Rows, make_linear, set_module
+from .modules import Experts, Fused, FusedRows, make_linear, set_module
 
 
 def has_module(block: nn.Module, path: str) -> bool:
@@ -83,16 +83,16 @@ def list_fused(block: nn.Module, family: Family) -> list[FusedRow]:
     return [r for r in family.fused if has_module(block, r.path) and not (own and r.path.startswith(family.attention))]
 
 
-def read_rows(block: nn.Module, family: Family, row: FusedRow, heads: int, kv_heads: int) -> Rows:
+def read_rows(block: nn.Module, family: Family, row: FusedRow, heads: int, kv_heads: int) -> FusedRows:
     """How one of a stock block's fused linears lays out its rows."""
     out = block.get_submodule(row.path).out_features
     if row.layout == "neighbours":
         attention = block.get_submodule(family.attention)
-        return Rows(row.layout, [out], heads if row.roles == ("q",) else kv_heads, rotary_width(attention, family))
+        return FusedRows(row.layout, [out], heads if row.roles == ("q",) else kv_heads, rotary_width(attention, family))
     if "k" not in row.roles:
-        return Rows(row.layout, [out // len(row.roles)] * len(row.roles), heads if row.layout == "heads" else 1)
+        return FusedRows(row.layout, [out // len(row.roles)] * len(row.roles), heads if row.layout == "heads" else 1)
     width = head_width(block.get_submodule(family.attention))  # of queries and keys; values have what is left
-    return Rows(row.layout, [heads * width, kv_heads * width, out - (heads + kv_heads) * width], kv_heads)
+    return FusedRows(row.layout, [heads * width, kv_heads * width, out - (heads + kv_heads) * width], kv_heads)
 
 
 def join_block(block: nn.Module, family: Family) -> nn.Module:

@@ -84,7 +84,7 @@ class HeadPair(nn.Module):
         return (self.U @ self.A.weight.unflatten(0, (self.U.shape[0], -1))).flatten(0, 1)
 
 
-class Rows(NamedTuple):
+class FusedRows(NamedTuple):
     """How a family's own linear lays out the rows of its roles (see `families.Fused`).
 
     `sizes`: rows of each role. `heads`: kv heads ("heads"), or the role's own ("neighbours"), of whose channels the first
@@ -125,7 +125,7 @@ class Rows(NamedTuple):
 class Fused(nn.Module):
     """Linears over one input whose outputs are laid out as a family's own linear lays them out."""
 
-    def __init__(self, parts: dict[str, nn.Module], rows: Rows):
+    def __init__(self, parts: dict[str, nn.Module], rows: FusedRows):
         super().__init__()
         self.roles, self.rows = tuple(role.rpartition(".")[2] for role in parts), rows
         for role, module in zip(self.roles, parts.values(), strict=True):
