@@ -24,6 +24,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from book import append_row
 from transformers import AutoTokenizer
 
 import planish
@@ -94,12 +95,7 @@ class Bench:
         rounding = done.rounding or {"nats": 0.0, "bits_per_weight": 16.0}
         row = key | {"ppl": f"{found.perplexity:.4f}", "nats": f"{rounding['nats']:.4f}",
                      "bits_per_weight": f"{rounding['bits_per_weight']:.3f}", "cpu_seconds": f"{seconds:.0f}"}  # fmt: skip
-        new = not self.book.exists()
-        with self.book.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(self.book, FIELDS, row)
         print(*row.values(), flush=True)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from book import append_row
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,12 +107,7 @@ def measure(args: argparse.Namespace, way: str, asked: str, make: Callable[[Path
                 cache=True,
             )
             row["nats"] = f"{found.nll:.5f}"
-    new = not book.exists()
-    with book.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_row(book, FIELDS, row)
     print(*(row[n] for n in ("way", "asked", "bytes", "nats", "seconds", "note")), flush=True)
 
 

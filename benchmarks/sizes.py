@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from book import append_row
 
 import planish
 from planish.errors import PlanishError
@@ -115,12 +116,7 @@ def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **opti
         except PlanishError as error:
             row["plan"] = f"refused: {error}"
     row["cpu_seconds"] = f"{time.process_time() - start:.1f}"
-    new = not book.exists()
-    with book.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_row(book, FIELDS, row)
     print(*(row[n] for n in ("curve", "asked", "bytes", "kl", "excess", "plan", "cpu_seconds")), flush=True)
     return row
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .family import ATTENTION, MLP, ExpertsRow, Family, Fused
+from .family import ATTENTION, GATED_MLP, GRANITE_EXPERTS, GRANITE_NAMES, MLP, SELF_ATTENTION, ExpertsRow, Family, Fused
 from .hybrids import HYBRIDS
 
 __all__ = ["ATTENTION", "FAMILIES", "MLP", "ExpertsRow", "Family", "Fused"]
 
-_ATTENTION = {r: f"self_attn.{r}_proj" for r in "qkvo"}
-_GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-_PLAIN = {r: _GATED[r] for r in ("up", "down")}
+_PLAIN = {r: GATED_MLP[r] for r in ("up", "down")}
 _NEIGHBOURS = tuple(Fused(f"self_attn.{r}_proj", (r,), "neighbours") for r in "qk")
-_VALUES = {r: _ATTENTION[r] for r in "vo"}  # beside `_NEIGHBOURS`
+_VALUES = {r: SELF_ATTENTION[r] for r in "vo"}  # beside `_NEIGHBOURS`
 _LAYERNORMS = ("q_layernorm", "k_layernorm")
 _SPARSE = ((".block_sparse_moe.", ".mlp."),)
 _QWEN = ExpertsRow(normalised="norm_topk_prob")
@@ -38,7 +36,7 @@ def _latent(model_type: str, classes: tuple[str, str, str], experts: ExpertsRow)
     return Family(
         model_type,
         classes,
-        dict(_GATED),
+        dict(GATED_MLP),
         others=attention | _shared("shared_experts"),
         cached=("latent.kv_a",),
         experts=experts,
@@ -54,7 +52,7 @@ def _sandwich(model_type: str, classes: tuple[str, str, str], qk_norm: str = "")
     return Family(
         model_type,
         classes,
-        _ATTENTION | _GATED,
+        SELF_ATTENTION | GATED_MLP,
         qk_norm=qk_norm,
         attention_post_norm="post_attention_layernorm",
         mlp_norm="pre_feedforward_layernorm",
@@ -75,7 +73,7 @@ def _post_norm(model_type: str, classes: tuple[str, str, str], qk_norm: str = "w
     return Family(
         model_type,
         classes,
-        _ATTENTION | _GATED,
+        SELF_ATTENTION | GATED_MLP,
         attention_norm=None,
         attention_post_norm="post_attention_layernorm",
         mlp_norm=None,
@@ -86,30 +84,30 @@ def _post_norm(model_type: str, classes: tuple[str, str, str], qk_norm: str = "w
 
 
 _ROWS = (
-    Family("llama", _classes("Llama"), _ATTENTION | _GATED),
-    Family("arcee", _classes("Arcee"), _ATTENTION | _PLAIN),
-    Family("granite", _classes("Granite"), _ATTENTION | _GATED, factor="residual_multiplier"),
-    Family("mistral", _classes("Mistral"), _ATTENTION | _GATED, window=True),
-    Family("qwen2", _classes("Qwen2"), _ATTENTION | _GATED, window=True),
-    Family("qwen2_5_vl_text", _classes("Qwen2_5_VLText"), _ATTENTION | _GATED, window=True, mrope=True),
-    Family("qwen3_vl_text", _classes("Qwen3VLText"), _ATTENTION | _GATED, qk_norm="head", mrope=True),
-    Family("seed_oss", _classes("SeedOss"), _ATTENTION | _GATED),
-    Family("gemma", _classes("Gemma"), _ATTENTION | _GATED, norm_offset=1.0),
+    Family("llama", _classes("Llama"), SELF_ATTENTION | GATED_MLP),
+    Family("arcee", _classes("Arcee"), SELF_ATTENTION | _PLAIN),
+    Family("granite", _classes("Granite"), SELF_ATTENTION | GATED_MLP, factor="residual_multiplier"),
+    Family("mistral", _classes("Mistral"), SELF_ATTENTION | GATED_MLP, window=True),
+    Family("qwen2", _classes("Qwen2"), SELF_ATTENTION | GATED_MLP, window=True),
+    Family("qwen2_5_vl_text", _classes("Qwen2_5_VLText"), SELF_ATTENTION | GATED_MLP, window=True, mrope=True),
+    Family("qwen3_vl_text", _classes("Qwen3VLText"), SELF_ATTENTION | GATED_MLP, qk_norm="head", mrope=True),
+    Family("seed_oss", _classes("SeedOss"), SELF_ATTENTION | GATED_MLP),
+    Family("gemma", _classes("Gemma"), SELF_ATTENTION | GATED_MLP, norm_offset=1.0),
     Family(
         "hunyuan_v1_dense",
         _classes("HunYuanDenseV1"),
-        _ATTENTION | _GATED,
+        SELF_ATTENTION | GATED_MLP,
         qk_norm="rotated",
         norms=("query_layernorm", "key_layernorm"),
     ),
     _post_norm("olmo2", _classes("Olmo2")),
     _post_norm("olmo3", _classes("Olmo3"), window=True),
-    Family("ministral3", _classes("Ministral3"), _ATTENTION | _GATED, window=True, position_scale=True),
+    Family("ministral3", _classes("Ministral3"), SELF_ATTENTION | GATED_MLP, window=True, position_scale=True),
     _post_norm(
         "exaone4", _classes("Exaone4"), "head", window=True, rotates="is_sliding", rotates_without="sliding_window"
     ),
-    Family("smollm3", _classes("SmolLM3"), _ATTENTION | _GATED, window=True, rotates="use_rope"),
-    Family("ernie4_5", _classes("Ernie4_5"), _VALUES | _GATED, _NEIGHBOURS),
+    Family("smollm3", _classes("SmolLM3"), SELF_ATTENTION | GATED_MLP, window=True, rotates="use_rope"),
+    Family("ernie4_5", _classes("Ernie4_5"), _VALUES | GATED_MLP, _NEIGHBOURS),
     Family(
         "glm4",
         _classes("Glm4"),
@@ -136,26 +134,26 @@ _ROWS = (
     Family(
         "apertus",
         _classes("Apertus"),
-        _ATTENTION | _PLAIN,
+        SELF_ATTENTION | _PLAIN,
         attention_norm="attention_layernorm",
         mlp_norm="feedforward_layernorm",
         qk_norm="head",
     ),
-    Family("olmo", _classes("Olmo"), _ATTENTION | _GATED),
+    Family("olmo", _classes("Olmo"), SELF_ATTENTION | GATED_MLP),
     Family(
         "stablelm",
         _classes("StableLm"),
-        _ATTENTION | _GATED,
+        SELF_ATTENTION | GATED_MLP,
         parallel=True,
         shared_norm="input_layernorm",
         qk_norm="listed",
         norms=_LAYERNORMS,
     ),
-    _one_norm("cohere", _classes("Cohere"), _VALUES | _GATED, fused=_NEIGHBOURS, twins=True, qk_norm="each"),
+    _one_norm("cohere", _classes("Cohere"), _VALUES | GATED_MLP, fused=_NEIGHBOURS, twins=True, qk_norm="each"),
     _one_norm(
         "cohere2",
         _classes("Cohere2"),
-        _VALUES | _GATED,
+        _VALUES | GATED_MLP,
         fused=_NEIGHBOURS,
         twins=True,
         window=True,
@@ -168,21 +166,23 @@ _ROWS = (
         qk_norm="head",
         norms=_LAYERNORMS,
     ),
-    Family("nemotron", _classes("Nemotron"), _ATTENTION | _PLAIN, norm_offset=1.0),
-    Family("starcoder2", _classes("Starcoder2"), _ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True),
-    Family("qwen3", _classes("Qwen3"), _ATTENTION | _GATED, qk_norm="head", window=True),
-    Family("qwen3_moe", _classes("Qwen3Moe"), _ATTENTION | _GATED, qk_norm="head", window=True, experts=_QWEN),
+    Family("nemotron", _classes("Nemotron"), SELF_ATTENTION | _PLAIN, norm_offset=1.0),
+    Family(
+        "starcoder2", _classes("Starcoder2"), SELF_ATTENTION | {"up": "mlp.c_fc", "down": "mlp.c_proj"}, window=True
+    ),
+    Family("qwen3", _classes("Qwen3"), SELF_ATTENTION | GATED_MLP, qk_norm="head", window=True),
+    Family("qwen3_moe", _classes("Qwen3Moe"), SELF_ATTENTION | GATED_MLP, qk_norm="head", window=True, experts=_QWEN),
     Family(
         "qwen2_moe",
         _classes("Qwen2Moe"),
-        _ATTENTION | _GATED,
+        SELF_ATTENTION | GATED_MLP,
         others=_shared("shared_expert"),
         experts=_QWEN,
     ),
     Family(
         "mixtral",
         _classes("Mixtral"),
-        _ATTENTION,
+        SELF_ATTENTION,
         window=True,
         intermediate="",
         experts=ExpertsRow(names=("w1", "w3", "w2"), count="num_local_experts", width="intermediate_size"),
@@ -191,7 +191,7 @@ _ROWS = (
     Family(
         "olmoe",
         _classes("Olmoe"),
-        _ATTENTION,
+        SELF_ATTENTION,
         qk_norm="width",
         intermediate="",
         experts=ExpertsRow(width="intermediate_size", normalised="norm_topk_prob"),
@@ -199,7 +199,7 @@ _ROWS = (
     Family(
         "glm4_moe",
         _classes("Glm4Moe"),
-        _ATTENTION | _GATED,
+        SELF_ATTENTION | GATED_MLP,
         qk_norm="head",
         others=_shared("shared_experts"),
         experts=_CORRECTED,
@@ -218,7 +218,7 @@ _ROWS = (
     Family(
         "minimax_m2",
         _classes("MiniMaxM2"),
-        _ATTENTION,
+        SELF_ATTENTION,
         qk_norm="width",
         intermediate="",
         experts=ExpertsRow(
@@ -232,27 +232,17 @@ _ROWS = (
     Family(
         "granitemoe",
         _classes("GraniteMoe"),
-        _ATTENTION,
+        SELF_ATTENTION,
         mlp="block_sparse_moe",
         factor="residual_multiplier",
         intermediate="",
-        experts=ExpertsRow(
-            path="block_sparse_moe.experts",
-            count="num_local_experts",
-            width="intermediate_size",
-            router=("block_sparse_moe.router.weight",),
-            stacked=True,
-        ),
-        renames=(
-            (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
-            (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
-            (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
-        ),
+        experts=GRANITE_EXPERTS,
+        renames=GRANITE_NAMES,
     ),
     Family(
         "phimoe",
         _classes("Phimoe"),
-        _ATTENTION,
+        SELF_ATTENTION,
         intermediate="",
         experts=ExpertsRow(
             names=("w1", "w3", "w2"),

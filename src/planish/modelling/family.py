@@ -152,3 +152,20 @@ class Family:
         for old, new in self.renames:
             name = name.replace(new, old)
         return name
+
+
+# What several rows have alike.
+SELF_ATTENTION = {r: f"self_attn.{r}_proj" for r in "qkvo"}
+GATED_MLP = {r: f"mlp.{r}_proj" for r in MLP}
+GRANITE_EXPERTS = ExpertsRow(
+    path="block_sparse_moe.experts",
+    count="num_local_experts",
+    width="intermediate_size",
+    router=("block_sparse_moe.router.weight",),
+    stacked=True,
+)
+GRANITE_NAMES = (
+    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+    (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+    (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
+)

@@ -3,11 +3,7 @@ models.)"""
 
 from __future__ import annotations
 
-from .family import ExpertsRow, Family, Fused
-
-_ATTENTION = {r: f"self_attn.{r}_proj" for r in "qkvo"}
-
-_GATED = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+from .family import GATED_MLP, GRANITE_EXPERTS, GRANITE_NAMES, SELF_ATTENTION, ExpertsRow, Family, Fused
 
 
 def _delta(
@@ -20,7 +16,7 @@ def _delta(
     return Family(
         model_type,
         classes,
-        {r: p for r, p in (_ATTENTION | _GATED).items() if r != "q"},
+        {r: p for r, p in (SELF_ATTENTION | GATED_MLP).items() if r != "q"},
         fused=(Fused("self_attn.q_proj", ("q", "attention.gate"), "heads"),),
         qk_norm="head",
         norm_offset=1.0,
@@ -50,7 +46,7 @@ HYBRIDS = (
     Family(
         "lfm2",
         ("Lfm2Config", "Lfm2Model", "Lfm2ForCausalLM"),
-        _ATTENTION
+        SELF_ATTENTION
         | {"o": "self_attn.out_proj", "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2"},
         mlp="feed_forward",
         attention_norm="operator_norm",
@@ -76,7 +72,7 @@ HYBRIDS = (
     Family(
         "granitemoehybrid",
         ("GraniteMoeHybridConfig", "GraniteMoeHybridModel", "GraniteMoeHybridForCausalLM"),
-        _ATTENTION | {"down": "shared_mlp.output_linear"},
+        SELF_ATTENTION | {"down": "shared_mlp.output_linear"},
         fused=(Fused("shared_mlp.input_linear", ("gate", "up")),),
         mlp="shared_mlp",
         factor="residual_multiplier",
@@ -84,23 +80,13 @@ HYBRIDS = (
         intermediate="shared_intermediate_size",
         others=_mamba("mamba"),
         state=_MAMBA_STATE,
-        experts=ExpertsRow(
-            path="block_sparse_moe.experts",
-            count="num_local_experts",
-            width="intermediate_size",
-            router=("block_sparse_moe.router.weight",),
-            stacked=True,
-        ),
-        renames=(
-            (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
-            (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
-            (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
-        ),
+        experts=GRANITE_EXPERTS,
+        renames=GRANITE_NAMES,
     ),
     Family(
         "falcon_h1",
         ("FalconH1Config", "FalconH1Model", "FalconH1ForCausalLM"),
-        _ATTENTION | {r: f"feed_forward.{r}_proj" for r in ("gate", "up", "down")},
+        SELF_ATTENTION | {r: f"feed_forward.{r}_proj" for r in ("gate", "up", "down")},
         mlp="feed_forward",
         mlp_norm="pre_ff_layernorm",
         tuples=True,
