@@ -18,12 +18,13 @@ from tiny import build, save, windows
 
 pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")
 IDS = windows(16, 24)
-WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save(build("llama_gqa", **WIDE), tmp_path_factory.mktemp("fit") / "model")
+    return save(build("llama_gqa", **SMALL), tmp_path_factory.mktemp("fit") / "model")
 
 
 def compress(model, output, **options):
@@ -43,15 +44,16 @@ def measure(folder, dense) -> float:
 
 
 @pytest.mark.parametrize("target", ["any", "gguf"])
-def test_predicted_bytes_are_those_written(model, tmp_path, target):
+def test_predicted_bytes_are_those_written(tmp_path, target):
     """Of every type, and within what names in headers take not less."""
+    model = save(build("llama_gqa", **WIDE), tmp_path / "model")
     if target == "gguf":
         pytest.importorskip("xllamacpp", reason="llama.cpp is absent: pip install 'planish[gguf]'")
     source = open_source(model)
     for bits in ("8", "4", "3", "2") if target == "any" else ("8", "6", "4"):
         outside, blocks = predict(Request.ask(model="", target=target), source, bits)
         done = compress(model, tmp_path / bits, keep=1, bits=bits, target=target)
-        assert 0.85 * (outside + blocks) < done.bytes_after <= outside + blocks
+        assert 0.9 * (outside + blocks) < done.bytes_after <= outside + blocks
 
 
 def test_the_least_divergence_within_the_size_is_taken(model, tmp_path):
