@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -275,6 +276,19 @@ def test_silu_of_the_constant_gate_is_one():
 
 
 # ------------------------------------------------------------------ tokenizers
+
+
+def test_bytes_that_have_no_token(tmp_path):
+    """llama.cpp ends the process where it looks for one in vain: for a line's end as soon as it loads a file."""
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", compressed.FORMS["dense"])
+    train_tokenizer(folder, byte_level=False)
+    written = export_gguf(folder, tmp_path / "m.gguf")
+    assert any(re.search(r"no token for \d+ of 256 bytes", n) for n in written.notes), written.notes
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("<0x0A>", "<0xZZ>"))
+    with pytest.raises(InputError, match=r"falls back to bytes and has no token <0x0A>; llama.cpp aborts"):
+        export_gguf(folder, tmp_path / "other.gguf")
+    assert not (tmp_path / "other.gguf").exists()
 
 
 @pytest.mark.parametrize("byte_level", [True, False])

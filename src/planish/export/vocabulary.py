@@ -41,7 +41,9 @@ def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True
             f"{file} holds a {model['type']} tokenizer; GGUF export writes BPE (pass --no-vocabulary to leave it out)"
         )
     tokens, types, beyond = list_tokens(data, config.vocab_size)
+    notes: list[str] = []
     if model.get("byte_fallback"):
+        notes += check_bytes(tokens, file)
         kind = "llama"
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -56,11 +58,25 @@ def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True
         writer.add_token_merges([" ".join(p) for p in pairs if "".join(p) not in beyond])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    notes = []
     if beyond:
         named = ", ".join(map(repr, list(beyond)[:3])) + (" …" if len(beyond) > 3 else "")
         notes.append(f"{len(beyond)} tokens beyond the embedding's {config.vocab_size} rows are left out: {named}")
     return kind, notes + write_special(writer, folder, config.vocab_size)
+
+
+def check_bytes(tokens: list[str], file: Path) -> list[str]:
+    """Refuses what llama.cpp ends the whole process at: a vocabulary that falls back to bytes, and no token for a line's end,
+    which it looks up when it loads the file. Notes about other bytes, which it looks up where a text needs them."""
+    known = set(tokens)
+    missing = [b for b in range(256) if f"<0x{b:02X}>" not in known and chr(b) not in known]
+    if 10 in missing:
+        raise InputError(
+            f"{file} falls back to bytes and has no token <0x0A>; llama.cpp aborts on such a file. Take the model's own "
+            "tokenizer, or pass --no-vocabulary to leave it out"
+        )
+    return [f"the tokenizer has no token for {len(missing)} of 256 bytes: llama.cpp ends where it needs one"] * bool(
+        missing
+    )
 
 
 def list_tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[int], dict[str, int]]:
