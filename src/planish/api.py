@@ -78,7 +78,6 @@ def compress(
     sparsity: float | None = None,
     overwrite: bool = False,
     cache: bool = False,
-    ladder: bool = True,
     progress: Progress | None = None,
     begin: Begin | None = None,
     **options: Any,
@@ -92,7 +91,6 @@ def compress(
     `calibration`: a SOURCE of `planish.calibrate.text.load_tokens` (name, file, or token ids) from which `n_samples` windows of
     `seq_len` tokens are taken: text at random by `seed`, ids side by side from the start, unless `sampling` says otherwise.
     `bits` "auto" with `max_bytes`, or `fit` (the size with the KV cache and what running takes): cuts and rounding compete.
-    `ladder`: beside a result of so many bytes, measure what plain rounding gives at as many (`planish.ladder`).
     Where neither number is given and a CPU would need more than half an hour, fewer tokens are taken (a warning and the manifest
     say how many and why).
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
@@ -104,8 +102,7 @@ def compress(
         with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as folder:
             inside = Path(folder) / "model"
             compress(
-                model, tokenizer, output=inside, sparsity=sparsity, cache=cache, ladder=ladder, progress=progress, begin=begin,
-                **options,
+                model, tokenizer, output=inside, sparsity=sparsity, cache=cache, progress=progress, begin=begin, **options,
             )  # fmt: skip
             return load(inside)
     request, method = read_options(options, sparsity)
@@ -118,18 +115,15 @@ def compress(
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
     place = Destination(Path(output), overwrite, files)
     asked = request
-    request, choices, beside = choose_size(request, method, source, text, place, progress, cache=cache, ladder=ladder)
+    request, choices, beside = choose_size(request, method, source, text, place, progress, cache=cache)
     if choices:
         files["choices.json"] = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
     if begin is not None and lanes.is_first():
         begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
     result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
     result.warnings, result.choices = text.notes + result.warnings, [c.as_dict() for c in choices]
-    if ladder and not choices:
-        beside = climb_beside(asked, method, source, text, place, progress, cache=cache)
-    if beside is not None:
-        result.ladder = beside.as_dict()
-        beside.write(Path(output))
+    beside = beside or climb_beside(asked, method, source, text, place, progress, cache=cache)
+    result.ladder = beside.write(Path(output)) if beside else {}
     return result
 
 

@@ -70,10 +70,12 @@ class Ladder:
             "why": self.why,
         }  # fmt: skip
 
-    def write(self, folder: Path) -> None:
-        """ladder.json of a written model."""
+    def write(self, folder: Path) -> dict[str, Any]:
+        """What ladder.json of a written model says."""
+        found = self.as_dict()
         if lanes.is_first():
-            write_text(folder / "ladder.json", json.dumps(self.as_dict(), indent=2) + "\n")
+            write_text(folder / "ladder.json", json.dumps(found, indent=2) + "\n")
+        return found
 
 
 def choose_size(
@@ -85,7 +87,6 @@ def choose_size(
     progress: Progress | None = None,
     *,
     cache: bool = False,
-    ladder: bool = True,
 ) -> tuple[Request, list[Choice], Ladder | None]:
     """A request with `fit`, or with `bits` "auto" and `max_bytes` → the same with the bits and the keep that are best at this
     size; the plans that competed; the ladder, where there were several. Any other request stays as it is.
@@ -103,13 +104,13 @@ def choose_size(
         tried[0].chosen = True
         return settle(request, tried[0]), tried, None
     with open_runner(request, method, source, text, place, progress, cache) as runner:
-        rungs = list_rungs(request, source, size) if ladder else []
+        rungs = list_rungs(request, source, size) if request.ladder else []
         more = [r for r in rungs if (r.bits, r.keep) not in {(c.bits, c.keep) for c in tried}]
         measure_all(runner, tried, size, len(more), progress)
         best = choose_best(tried, size)
         measure_all(runner, more, inf, 0, progress)
     found = Ladder(size, len(runner.held), best, order_rungs([*more, *(c for c in tried if c.keep == 1)]))
-    return settle(request, best), tried, found if ladder else None
+    return settle(request, best), tried, found if request.ladder else None
 
 
 def choose_best(tried: Sequence[Choice], size: int) -> Choice:
@@ -143,7 +144,7 @@ def climb_beside(
     """The ladder beside a cut to `max_bytes` in 16 bits, which is made again from the windows that plain types see. None where
     nothing is asked for, the size holds the dense model, or the target has no rounded weights."""
     size = int(request.max_bytes or 0)
-    asked = size and request.bits is None and request.target in HELD
+    asked = request.ladder and size and request.bits is None and request.target in HELD
     if not asked or sum(predict(request, source, "16")) <= size:
         return None
     if why := refuse(source, text):

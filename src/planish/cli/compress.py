@@ -24,6 +24,7 @@ from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_ta
     "bits",
     "head_bits",
     "fit",
+    "ladder",
     "settings",
     "adapter",
     "overwrite",
@@ -37,10 +38,6 @@ def compress(
     sparsity: o.SparsityOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the model in the output folder")] = False,
     cache: o.CacheOption = True,
-    ladder: Annotated[
-        bool,
-        typer.Option("--ladder/--no-ladder", help="beside a size, measure plain rounding to each type (docs/bits.md)"),
-    ] = True,
     as_json: o.JsonOption = False,
     **options: Any,
 ) -> None:
@@ -55,8 +52,8 @@ def compress(
         asked = o.tell_asked(options, sparsity)
         try:
             result = run.api.compress(
-                model, output=output, overwrite=overwrite, cache=cache, ladder=ladder, progress=run.progress,
-                begin=run.begin, **options,
+                model, output=output, overwrite=overwrite, cache=cache, progress=run.progress, begin=run.begin,
+                **options,
             )  # fmt: skip
         except (KeyboardInterrupt, lanes.ProcessLost):
             if output.with_name(output.name + ".partial").exists():
