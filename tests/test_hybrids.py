@@ -95,6 +95,13 @@ def test_what_needs_attention_everywhere_refuses_a_mixer_by_name(method, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_budget_for_a_cache_that_nothing_cuts_is_refused(tmp_path):
+    """Values whose average is gated, keys that are normalised and have several positions."""
+    options = {"method": "palu", "kv_keep": 0.7, "windows": WINDOWS}
+    with pytest.raises(InputError, match=r"palu cuts neither keys nor values of this model.*; no other method does"):
+        tiny.compress(tiny.build("qwen3_5"), output=tmp_path / "m", **options)
+
+
 @torch.no_grad()
 def test_auto_removes_feed_forwards_but_no_attention_of_a_hybrid(tmp_path):
     """Caches count positions by an attention."""
