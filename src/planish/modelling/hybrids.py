@@ -119,7 +119,16 @@ HYBRIDS = (
         attention_norm="norm",
         mlp_norm="norm",
         rotary=False,
-        others=_mamba("mixer"),
+        others=_mamba("mixer") | {f"shared.{r}": f"mixer.shared_experts.{r}_proj" for r in ("up", "down")},
+        experts=ExpertsRow(
+            path="mixer.experts",
+            names=("", "up_proj", "down_proj"),
+            hidden="moe_latent_size",
+            count="n_routed_experts",
+            router=("mixer.gate.weight", "mixer.gate.e_score_correction_bias"),
+            normalised="norm_topk_prob",
+            otherwise="apart",
+        ),
         state=(
             ("mamba_num_heads", "mamba_head_dim", "conv_kernel"),
             (2, "n_groups", "ssm_state_size", "conv_kernel"),
