@@ -32,7 +32,7 @@ FLOORS = [
     {"checking", "manifest", "compression", "dry_run", "single_cuts"},
     {"export", "evaluate"},
     {"evaluation"},
-    {"trials", "fit", "ladder"},
+    {"trials", "fit", "ladder", "grid"},
     {"api", "sweep"},
     {"cli", "__init__", "__main__"},
 ]

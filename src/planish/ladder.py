@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from planish import lanes
+from planish.calibrate.cache import Cache
 from planish.compression import Calibration, Destination
 from planish.core import Progress
 from planish.errors import InputError, PlanishError
@@ -86,12 +87,13 @@ def choose_size(
     place: Destination,
     progress: Progress | None = None,
     *,
-    cache: bool = False,
+    cache: Cache | bool = False,
 ) -> tuple[Request, list[Choice], Ladder | None]:
     """A request with `fit`, or with `bits` "auto" and `max_bytes` → the same with the bits and the keep that are best at this
     size; the plans that competed; the ladder, where there were several. Any other request stays as it is.
 
-    Raises InputError, before any work, where nothing of this size can be reached. `cache`: remember plain types on disk.
+    Raises InputError, before any work, where nothing of this size can be reached. `cache`: remember plain types in it, or
+    (True) on disk.
     """
     if request.fit is None and request.bits != "auto":
         return request, [], None
@@ -139,7 +141,7 @@ def climb_beside(
     place: Destination,
     progress: Progress | None = None,
     *,
-    cache: bool = False,
+    cache: Cache | bool = False,
 ) -> Ladder | None:
     """The ladder beside a cut to `max_bytes` in 16 bits, which is made again from the windows that plain types see. None where
     nothing is asked for, the size holds the dense model, or the target has no rounded weights."""

@@ -71,7 +71,7 @@ def settle(request: Request, choice: Choice) -> Request:
 
 class Runner:
     """Makes plans from most of the windows and measures them on the others, beside the dense model. `cache`: remember plain
-    types on disk."""
+    types in it, or (True) on disk."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Runner:
         text: Calibration,
         folder: Path,
         progress: Progress | None,
-        cache: bool = False,
+        cache: Cache | bool = False,
     ):
         self.request, self.method, self.source, self.progress = request, method, source, progress
         self.folder = folder / "plan"
@@ -91,7 +91,8 @@ class Runner:
         limits = MemoryLimits(folder=folder)
         stream = Stream(source, fit, device=request.device, dtype=kind, limits=limits)
         self.shared = Shared(stream, Cache(memory=limits.limit // 2))
-        self.known = (open_cache(stream) if cache else None) or Cache(memory=1 << 20)
+        on_disk = open_cache(stream) if cache is True else None
+        self.known = cache if isinstance(cache, Cache) else on_disk or Cache(memory=1 << 20)
         self.dtype = kind
 
     def measure(self, choice: Choice, size: float = inf) -> None:
@@ -160,7 +161,7 @@ def open_runner(
     text: Calibration,
     place: Destination,
     progress: Progress | None = None,
-    cache: bool = False,
+    cache: Cache | bool = False,
 ) -> Iterator[Runner]:
     """A runner whose plans are written beside the destination, one at a time, and deleted."""
     with tempfile.TemporaryDirectory(prefix=f"{place.output.name}.sizes-", dir=place.output.parent) as scratch:
