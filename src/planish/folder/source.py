@@ -31,10 +31,10 @@ from planish.folder.skeleton import (
 )
 from planish.folder.tokenizer import check_links, copy_files
 from planish.folder.towers import Tower, Untouched
-from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import find_blocks
 from planish.modelling.canonical import split_block
 from planish.modelling.families import Family
+from planish.modelling.heads import needs_eager
 from planish.modelling.wrappers import MODULES, find_language_model
 from planish.stats import is_finite
 
