@@ -105,7 +105,9 @@ def find_tiles(points: Sequence[Point]) -> list[tuple[str, str, list[str]]]:
     """The plan nearest to the dense model within every size: heading, figure, lines; what the best of each other curve is."""
     tiles = []
     for size in find_sizes(points):
-        held = sorted((p for p in points if p.bytes <= size and isfinite(p.kl)), key=lambda p: p.kl)
+        held = sorted(
+            (p for p in points if p.bytes <= size and isfinite(p.kl)), key=lambda p: (p.kl, p.curve != "both")
+        )
         if not held:
             continue
         best, lines = (
@@ -121,10 +123,12 @@ def find_tiles(points: Sequence[Point]) -> list[tuple[str, str, list[str]]]:
 def find_curves(points: Sequence[Point], dense: Point, colours: dict[str, int]) -> tuple[list[tuple[str, Markup]], str]:
     """Divergence and excess loss against bytes, a line for each curve; a note on both."""
 
+    chosen = {p.label for p in points if p.curve == "both"}
+
     def plot(value: Callable[[Point], float], name: str) -> Markup:
         series = [
-            Series(m, n, [Mark(p.bytes, value(p), hover(p)) for p in points if p.label == m and value(p) > 0])
-            for m, n in colours.items()
+            Series(m, colours[m], [Mark(p.bytes, value(p), hover(p)) for p in points if p.label == m and value(p) > 0])
+            for m in sorted(colours, key=lambda m: m not in chosen)  # on top: a chosen plan may be one of another curve
         ]
         return Markup(
             chart(series, Quantity("bytes of the files", show_size, log=True), Quantity(name, short, log=True))
@@ -158,7 +162,8 @@ def tell_losers(points: Sequence[Point]) -> str:
 
 
 def describe_point(p: Point) -> str:
-    return f"{p.bits or p.asked_bits or '16'} bits" + (f", keep {p.keep:.3f}" if p.keep < 1 else "")
+    parts = [f"{p.bits or p.asked_bits} bits"] * (p.curve != "cuts") + [f"keep {p.keep:.3f}"] * (p.keep < 1)
+    return ", ".join(parts) or "all weights"
 
 
 def hover(p: Point) -> str:
