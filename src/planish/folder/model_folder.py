@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ class ModelFolder:
             names = {self.family.read_name(name): n for n, name in inside.items() if name is not None}
         for name in [n for n in names if n.startswith(self._predictors)]:
             self.left_out.append(names.pop(name))
-        return names, split_experts(names, self.family, self.weights, None if self.compressed else self.config)
+        return names, split_experts(names, self.family, self.weights.entry, None if self.compressed else self.config)
 
     @cached_property
     def left_out(self) -> list[str]:
@@ -158,7 +158,7 @@ class Rows(NamedTuple):
 
 
 def split_experts(
-    names: dict[str, str], family: Family, weights: Weights, config: Any = None
+    names: dict[str, str], family: Family, entry: Callable[[str], Stored], config: Any = None
 ) -> dict[str, tuple[int, int]]:
     """Where experts are stored stacked: name of each of their linears → which rows (first, count) it is of its stored tensor.
     In `names` (name → stored name) these linears take the place of the whole. Stacks have the shapes that `config` asks for."""
@@ -171,7 +171,7 @@ def split_experts(
         parts = {"gate_up_proj": row.names[:2], "down_proj": row.names[2:]}.get(leaf, ())
         if not parts or not where.endswith(f".{row.path}"):
             continue
-        shape = weights.entry(stored).shape
+        shape = entry(stored).shape
         if len(shape) != 3 or shape[1] % len(parts):
             raise InputError(f"tensor {stored} has shape {shape}, expected (experts, rows, columns) of stacked experts")
         if config is not None:

@@ -101,7 +101,7 @@ def join_block(block: nn.Module, family: Family) -> nn.Module:
     experts = family.experts
     if experts is not None and experts.stacked and has_module(block, experts.path):
         split = block.get_submodule(experts.path)
-        if isinstance(split, Experts) and split.alike:
+        if isinstance(split, Experts) and split.plain and split.alike:
             set_module(block, experts.path, split.stack())
     for row in list_fused(block, family):
         fused = block.get_submodule(row.path)

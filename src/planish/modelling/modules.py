@@ -187,6 +187,11 @@ class Experts(nn.Module):
         sizes = [[tuple(p.shape) for m in self.linears(n) for p in m.parameters()] for n in self.numbers]
         return all(s == sizes[0] and len(s) == len(self.names) for s in sizes)
 
+    @property
+    def plain(self) -> bool:
+        """Whether all linears are torch's own, with their weights in memory."""
+        return all(type(m) is nn.Linear for n in self.numbers for m in self.linears(n))
+
     def stack(self) -> nn.Module:
         """The module of transformers with these experts' weights in memory of its own."""
         stock = copy.copy(self.hollow)
