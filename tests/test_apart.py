@@ -25,7 +25,12 @@ from tiny import compress
 
 WINDOWS = tiny.windows(6, 12)
 NEVER = 1 << 60
-MODELS = ("qwen3_moe", "granitemoe", "deepseek_v3")  # linears one by one, stacked, beside dense blocks
+MODELS = (
+    "qwen3_moe",
+    "granitemoe",
+    "deepseek_v3",
+    "gpt_oss",
+)  # linears one by one, stacked, beside dense blocks, with biases
 
 
 def find_stored(block: torch.nn.Module) -> list[StoredLinear]:
@@ -64,7 +69,13 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 WRITTEN = [("mixtral", "reap"), ("granitemoe", "reap")]
-FURTHER = [("granitemoe", "flat-llm"), ("deepseek_v3", "hope"), ("qwen3_moe", "auto"), ("qwen3_moe", "svd-llm")]
+FURTHER = [
+    ("gpt_oss", "reap"),
+    ("granitemoe", "flat-llm"),
+    ("deepseek_v3", "hope"),
+    ("qwen3_moe", "auto"),
+    ("qwen3_moe", "svd-llm"),
+]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER]
 
 
@@ -138,7 +149,7 @@ def test_a_linear_in_a_file_is_one(tmp_path):
         reads.append(1)
         return weight
 
-    linear = StoredLinear(read, 5, 3, weight.dtype)
+    linear = StoredLinear(read, (5, 3), weight.dtype)
     x = torch.randn(4, 3)
     assert torch.equal(linear(x), x @ weight.T) and linear(x[:0]).shape == (0, 5) and len(reads) == 1
     double = linear.to(torch.float64)

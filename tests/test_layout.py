@@ -26,8 +26,8 @@ from planish.folder.source import MemorySource, open_source
 from planish.methods import list_methods
 from planish.modelling import families, modelling
 from planish.modelling.blocks import get_linear
+from planish.modelling.experts import Experts
 from planish.modelling.families import ATTENTION, FAMILIES, MLP, Family
-from planish.modelling.modules import Experts
 from planish.plan.footprint import count_weights
 from planish.stats import Stats, Tap
 

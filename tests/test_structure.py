@@ -32,7 +32,7 @@ FLOORS = [
     {"checking", "manifest", "compression", "dry_run", "single_cuts"},
     {"export", "evaluate"},
     {"evaluation"},
-    {"fit"},
+    {"trials", "fit", "ladder"},
     {"api", "sweep"},
     {"cli", "__init__", "__main__"},
 ]

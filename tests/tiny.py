@@ -195,10 +195,17 @@ _MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": (
         "GraniteMoe", {**_LOCAL, "residual_multiplier": 0.6, "attention_multiplier": 0.4, "embedding_multiplier": 1.5},
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **_LOCAL, "head_dim": 12, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"],
+        } | _rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
+    ),
     "phimoe": ("Phimoe", {**_LOCAL, "attention_bias": True, "lm_head_bias": True, "sliding_window": None}),
 }  # fmt: skip
 _ROWS |= _MIXTURES
 SPARSE = ("qwen3_moe", *_MIXTURES)  # families with experts
+OTHERWISE = ("gpt_oss",)  # of these, those whose attention does what no other does
 NAMES = tuple(n for n in _ROWS if n not in SPARSE + MORE)
 
 _DELTA: dict[str, Any] = {
@@ -302,7 +309,7 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
         noise = torch.randn(p.shape, generator=generator)
         if "norm" in name or ".ln_" in name:
             p.copy_(0.3 * noise + (0 if offset or name.endswith("bias") else 1))
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             p.copy_(0.3 * noise)
         elif p.ndim == 1:  # of an activation or a recurrence
             p.copy_(p + 0.3 * noise)

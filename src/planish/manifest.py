@@ -60,7 +60,10 @@ class Result:
     untouched: dict[str, int] = field(default_factory=dict)  # part of a wrapper that is copied as it is → bytes
     choices: list[dict[str, Any]] = field(
         default_factory=list
-    )  # plans that were compared for a size: `planish.fit.Choice`
+    )  # plans that were compared for a size: `planish.trials.Choice`
+    ladder: dict[str, Any] = field(
+        default_factory=dict
+    )  # plain rounding beside a size: `planish.ladder.Ladder`; empty without one
 
     @property
     def removed(self) -> float:

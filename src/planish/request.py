@@ -186,6 +186,10 @@ class Request(Limits):
         None, "bytes that weights, a KV cache of --context tokens and running may take together; --bits auto",
         metavar="SIZE", shown=False, type=str,
     )  # fmt: skip
+    ladder: bool = option(
+        True, "beside a size, measure plain rounding to each type of the target (docs/bits.md)",
+        name="--ladder/--no-ladder",
+    )  # fmt: skip
     head_bits: Bits = option(
         None,
         "of the embedding and the head, in files for llama.cpp",
@@ -252,7 +256,7 @@ class Grid(Strict):
 
 
 TEXT = tuple(Text.model_fields)[1:]  # options of the text besides its source
-COMPUTED = ("device", "dtype", "round_to", "target", "bits", "head_bits", "fit")
+COMPUTED = ("device", "dtype", "round_to", "target", "bits", "head_bits", "fit", "ladder")
 RECIPE = (
     "version",
     "model",

@@ -26,6 +26,7 @@ from planish.folder.config import load_config
 from planish.folder.hub import find_folder
 from planish.folder.load import load
 from planish.folder.towers import refuse_wrapped
+from planish.modelling.experts import Experts
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 INLINE = 1 << 30  # bytes of weights beyond which they go to a file of their own, FILE.data
@@ -69,6 +70,7 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
     refuse_wrapped(config, "an ONNX graph as planish writes it")
     check_file(Path(output), path, ".onnx")
     model = load(path, dtype=DTYPES[dtype])
+    batch_experts(model)
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.data)
     step = Step(model)
@@ -96,6 +98,19 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
     return Written(
         "onnx", str(target), config.model_type, dtype, total, total, sum(f.stat().st_size for f in files), "none"
     )
+
+
+def batch_experts(model: nn.Module) -> None:
+    """Have a mixture compute every token's experts in one product, without loops over those that are reached; InputError where
+    experts are linears of their own."""
+    if any(isinstance(m, Experts) for m in model.modules()):
+        raise InputError(
+            "experts that planish stores one by one are computed in a loop over tokens, which no ONNX graph holds; drop whole "
+            "experts (--method reap), or cut neurons alone (--method a3 --set parts=mlp): the result is the stock model"
+        )
+    for module in model.modules():
+        if hasattr(module, "is_transposed"):  # transformers' experts
+            module.config._experts_implementation_internal = "batched_mm"  # type: ignore[union-attr]
 
 
 def save_whole(save: Callable[[Path], Any], target: Path) -> list[Path]:

@@ -20,9 +20,9 @@ from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.packed.declared import FIELDS, METHODS, find_declared
 from planish.folder.recognise import refuse_file, refuse_unlike
 from planish.folder.towers import Tower, split_config
-from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import Spec
 from planish.modelling.families import FAMILIES, MLP, Family
+from planish.modelling.heads import needs_eager
 from planish.modelling.modelling import FORMAT, class_names, find_classes, list_auto, model_type, register
 from planish.modelling.wrappers import WRAPPERS, Wrapper
 

@@ -20,7 +20,7 @@ from planish.folder.packed.declared import find_declared
 from planish.folder.skeleton import find_whole, set_parameter
 from planish.folder.source import FolderSource, open_folder
 from planish.folder.weights import open_weights
-from planish.modelling.attentions import needs_eager
+from planish.modelling.heads import needs_eager
 
 
 def build_random(seed: int = 0) -> PreTrainedModel:

@@ -103,6 +103,9 @@ class Shard:
             raise InputError(f"cannot read tensor {name} of {self.path}: {error}; download it again") from None
         return data.view(entry.dtype).reshape(entry.shape)
 
+    def read_rows(self, name: str, first: int, count: int) -> Tensor:
+        return self.read(name, (first, count))
+
     def expect(self, names: Iterable[str]) -> None:
         """Ask the system to read these tensors ahead, into its own cache; costs no memory of this process."""
         if not hasattr(os, "posix_fadvise"):

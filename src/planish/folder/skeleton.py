@@ -13,10 +13,10 @@ from planish.core import ExpertShape, Shape
 from planish.errors import InputError
 from planish.folder.config import is_compressed
 from planish.folder.towers import Tower
-from planish.modelling.attentions import count_heads, has_norms, head_width, rotary_width
 from planish.modelling.blocks import find_blocks, get_linear, has_mixer, read_layout
 from planish.modelling.canonical import has_module, split_block, split_experts
 from planish.modelling.families import Family
+from planish.modelling.heads import count_heads, has_norms, head_width, rotary_width
 from planish.modelling.modelling import find_classes
 
 

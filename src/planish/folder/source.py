@@ -31,10 +31,10 @@ from planish.folder.skeleton import (
 from planish.folder.stored_linear import StoredLinear, find_experts, list_apart
 from planish.folder.tokenizer import check_links, copy_files
 from planish.folder.towers import Tower, Untouched
-from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import find_blocks
 from planish.modelling.canonical import split_block
 from planish.modelling.families import Family
+from planish.modelling.heads import needs_eager
 from planish.modelling.modules import set_module
 from planish.modelling.wrappers import find_language_model
 from planish.stats import is_finite
@@ -179,9 +179,10 @@ class FolderSource(Source):
         left = list_apart(find_blocks(self.model, self.family)[i], self.family) if apart else {}
         block, reader = self.stored_block(i, experts and not left), self.reader
         for path, linear in left.items():
-            name = f"{self.family.blocks}.{i}.{path}.weight"
-            size, kind = (linear.out_features, linear.in_features), reader.entry(name).dtype
-            set_module(block, path, StoredLinear(lambda name=name: reader.tensor(name), *size, kind))  # type: ignore[misc]
+            name = f"{self.family.blocks}.{i}.{path}"
+            bias = None if linear.bias is None else reader.tensor(f"{name}.bias")
+            entry, read = reader.entry(f"{name}.weight"), lambda name=name: reader.tensor(f"{name}.weight")  # type: ignore[misc]
+            set_module(block, path, StoredLinear(read, entry.shape, entry.dtype, bias))
         return split_block(block, self.family, self.config)
 
     def stored_block(self, i: int, experts: bool = True) -> nn.Module:

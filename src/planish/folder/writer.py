@@ -193,7 +193,12 @@ class Writer:
             split = find_experts(block, source.family) is not None
             rows = split_experts(names, source.family, shard.entry) if split else {}
             for name, stored in names.items():
-                set_read(block, name.removeprefix(prefix), partial(shard.read, stored, rows.get(name)))
+                read = (
+                    partial(shard.read, stored)
+                    if name not in rows
+                    else partial(rows[name].read, partial(shard.read_rows, stored))
+                )
+                set_read(block, name.removeprefix(prefix), read)
         return split_block(block, source.family, source.config)
 
     def text(self, name: str, text: str) -> None:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .attentions import Attention, Frequencies, Latent, count_heads
+from .attentions import Attention, Frequencies, Latent
 from .canonical import count_experts, has_module, join_block, keep_experts, split_block, split_experts
 from .families import ATTENTION, FAMILIES, MLP, Family
+from .heads import count_heads
 from .modules import Bypass, HeadPair, Pair, Pivoted, SlicedBlock, Spec, make_apart, set_module
 
 

@@ -39,6 +39,8 @@ class ExpertsRow:
     path: str = (
         "mlp.experts"  # its `gate_up_proj` is (experts, 2 · width, hidden), its `down_proj` (experts, hidden, width)
     )
+    transposed: bool = False  # stacked weights have their last two axes the other way round
+    alternating: bool = False  # of what is stacked, gate's channels and up's take turns
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     top: str = "num_experts_per_tok"
     count: str = "num_experts"
@@ -53,6 +55,11 @@ class ExpertsRow:
     shared: str = (
         ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
     )
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """Stacked parameter → names of the linears whose weights it holds; "_bias" behind it: their biases, where they have any."""
+        return {"gate_up_proj": self.names[:2], "down_proj": self.names[2:]}
 
     def gates(self, settings: object) -> str:
         """What becomes of a token's gates where an expert is missing, by the config or the router's own settings: "chosen",
@@ -94,7 +101,12 @@ class Family:
     rotates: str = ""  # the attention's own name of what is set in blocks that rotate; empty: all of them do
     rotates_where: tuple[str, str] | None = None  # all blocks rotate where the config says this, else none
     rotates_without: str = ""  # the config's name of what, where it is not set, makes all blocks rotate
-    twins: bool = False  # rotary tables have a pair's two values side by side, not one half after the other
+    tables: str = (
+        "halves"  # rotary tables have two values for a pair: one half after the other, "twins" side by side; or "one"
+    )
+    sinks: str = (
+        ""  # the attention's own name of a score for each head that stands beside those of the tokens, with no value
+    )
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
     mrope: bool = False  # a token has three positions, each for a section of the rotary pairs

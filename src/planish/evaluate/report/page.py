@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from planish.errors import InputError
 from planish.evaluate.report.points import NAN, Point, read_points
+from planish.evaluate.report.sizes import read_ladder
 from planish.evaluate.report.svg import Mark, Quantity, Series, chart, heat_map, shape
 from planish.folder.safetensors import write_text
 from planish.request import TEXT, label
@@ -35,6 +36,8 @@ class Results:
     request: dict[str, Any] = field(default_factory=dict)
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     drifts: dict[str, list[float]] = field(default_factory=dict)
+    ladder: dict[str, Any] = field(default_factory=dict)  # of a folder of one size: `planish.ladder.Ladder`
+    choices: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def dense(self) -> Point | None:
@@ -103,16 +106,17 @@ def read_results(folder: Path) -> Results:
         request = {"model": manifest["source"], "calibration": manifest["calibration"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {folder / 'planish.json'}: {error!r}") from None
-    return Results(folder, [dense, point], request, {name: manifest})
+    sizes = {"ladder": read_json(folder / "ladder.json"), "choices": read_json(folder / "choices.json", list)}
+    return Results(folder, [dense, point], request, {name: manifest}, **sizes)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is none, or none that can be read."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Empty where there is none of this kind, or none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return kind()
+    return found if isinstance(found, kind) else kind()
 
 
 def make_page(r: Results) -> str:
@@ -123,7 +127,8 @@ def make_page(r: Results) -> str:
     return render(
         "report.html", title=f"planish · {model.rsplit('/', 1)[-1] or r.folder.name}", lead=describe_setup(r), colours=colours,
         tiles=[find_tile(r, b) for b in r.budgets], charts=charts, charts_note=note, maps=find_maps(r),
-        drifts=find_drifts(r, colours), columns=columns, rows=rows, failed=[p for p in r.points if p.error],
+        drifts=find_drifts(r, colours), beside=read_ladder(r.ladder, r.choices), columns=columns, rows=rows,
+        failed=[p for p in r.points if p.error],
         commands=[f"# {p.label}, {p.asked_text}\n{make_command(r, p)}" for p in r.done],
     )  # fmt: skip
 
