@@ -234,7 +234,7 @@ class Quantiser:
         """Block i, canonical and in the basis chosen for these inputs; its matrices as `rounding` makes them, by name; those that
         are stored as one."""
         family, stream = self.source.family, self.stream
-        block = stream.place(stream.block(i))
+        block = stream.place(stream.block(i, whole=True))
         layout = read_layout(block, family, self.source.config)
         names = list_seen(block, layout)
         self.settle(block, {f"{n}.weight" for n in list_linears(block)})
