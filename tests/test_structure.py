@@ -27,7 +27,7 @@ FLOORS = [
     {"folder"},
     {"calibrate"},
     {"plan"},
-    {"solve", "quantise"},
+    {"solve", "bits", "quantise"},
     {"methods"},
     {"checking", "manifest", "compression", "dry_run", "single_cuts"},
     {"export", "evaluate"},

@@ -22,7 +22,7 @@ from planish.calibrate.cache import Cache
 from planish.compression import Calibration, Destination
 from planish.core import Progress
 from planish.errors import InputError, PlanishError
-from planish.fit import LADDER, LADDERS, find_size, list_choices, predict
+from planish.fit import LADDER, LADDERS, find_size, list_choices, list_plans, predict, vary_head
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source
 from planish.folder.writer import check_free
@@ -57,7 +57,7 @@ class Ladder:
         best, result = self.best, self.result
         if best is None or result is None or not result.measured:
             return ""
-        if (best.bits, best.keep) == (result.bits, result.keep):
+        if (best.bits, best.keep, best.head) == (result.bits, result.keep, result.head):
             return "plain"
         if abs(gap := result.kl - best.kl) <= NOISE * hypot(result.stderr, best.stderr):
             return "alike"
@@ -101,7 +101,7 @@ def choose_size(
     if not isinstance(source, FolderSource):
         raise InputError("--bits auto and --fit compare models that are loaded from folders: save this one first")
     check_free(place.output, place.overwrite)
-    tried = list_choices(request, source, size)
+    tried = list_plans(request, source, size)
     if len(tried) == 1:
         tried[0].chosen = True
         return settle(request, tried[0]), tried, None
@@ -109,7 +109,10 @@ def choose_size(
         rungs = list_rungs(request, source, size) if request.ladder else []
         more = [r for r in rungs if (r.bits, r.keep) not in {(c.bits, c.keep) for c in tried}]
         measure_all(runner, tried, size, len(more), progress)
-        best = choose_best(tried, size)
+        heads = vary_head(choose_best(tried, size), request, source, size)
+        measure_all(runner, heads, size, len(more), progress)
+        best = choose_best(tried := [*tried, *heads], size)
+        best.chosen = True
         measure_all(runner, more, inf, 0, progress)
     found = Ladder(size, len(runner.held), best, order_rungs([*more, *(c for c in tried if c.keep == 1)]))
     return settle(request, best), tried, found if request.ladder else None
@@ -121,7 +124,6 @@ def choose_best(tried: Sequence[Choice], size: int) -> Choice:
         raise InputError(
             f"nothing of {size:,} bytes could be made: " + "; ".join(f"{c.bits} bits: {c.error}" for c in tried)
         )
-    best.chosen = True
     return best
 
 
@@ -188,7 +190,7 @@ def list_rungs(request: Request, source: Source, size: int) -> list[Choice]:
         (held if fits else larger).append(Choice(bits, 1.0))
     try:
         mixed = [c for c in list_choices(request, source, size) if c.keep == 1 and "." in c.bits]
-    except InputError:
+    except InputError:  # nothing, or nothing whole, fits
         mixed = []
     return [*larger[-1:], *mixed, *held]
 

@@ -280,7 +280,7 @@ class Runner:
             result = compress(
                 request, trial.method, self.source, text, place, shared=self.shared, progress=self.progress
             )
-            point.bits = request.bits or "16"
+            point.bits = (request.bits or "16") + f", head {request.head_bits}" * (request.head_bits is not None)
             point.keep, point.params, point.block_params = result.keep, result.params_after, result.block_params_after
             point.kv_bytes_per_token, point.format = result.kv_bytes_per_token_after, result.format
             point.bytes, point.flops_per_token = result.bytes_after, result.flops_per_token_after

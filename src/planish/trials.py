@@ -39,7 +39,7 @@ AGAIN = 4  # times that a cut which came out too large is made smaller
 class Choice:
     """A plan that was tried: `bits` of the blocks' weights (with a point: a mean of types that differ) and `keep` of them; what
     it came out as, in `bytes`, and how far it is from the dense model on the windows held out: `kl`, nats per token, and its
-    standard error. `error`: why it could not be made."""
+    standard error. `error`: why it could not be made. `head`: bits of embedding and head, where they are not the default."""
 
     bits: str
     keep: float
@@ -48,6 +48,7 @@ class Choice:
     error: str = ""
     chosen: bool = False
     stderr: float = inf
+    head: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it: None where nothing was measured."""
@@ -66,7 +67,10 @@ class Choice:
 def settle(request: Request, choice: Choice) -> Request:
     """The request that makes a plan."""
     bits = None if choice.bits == "16" else choice.bits
-    return request.model_copy(update={"bits": bits, "keep": choice.keep, "max_bytes": None, "fit": None})
+    head = choice.head or request.head_bits
+    return request.model_copy(
+        update={"bits": bits, "keep": choice.keep, "max_bytes": None, "fit": None, "head_bits": head}
+    )
 
 
 class Runner:
@@ -97,7 +101,7 @@ class Runner:
 
     def measure(self, choice: Choice, size: float = inf) -> None:
         """Fill in what a plan comes out as; what goes wrong becomes its `error`, and so does that it is larger than `size`."""
-        record = f"plain|{self.request.target}|{choice.bits}|{self.request.head_bits}|{fingerprint(self.held)}"
+        record = f"plain|{self.request.target}|{choice.bits}|{choice.head or self.request.head_bits}|{fingerprint(self.held)}"
         if choice.plain and self.known.has([record]):
             found = self.known.get(record)
             choice.bytes = int(found["bytes"])

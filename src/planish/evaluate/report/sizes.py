@@ -85,7 +85,8 @@ def cells(name: str, r: dict[str, Any], size: int) -> list[str]:
 
 
 def describe(r: dict[str, Any]) -> str:
-    return f"{r['bits']} bits" + ("" if r["keep"] == 1 else f", keep {r['keep']:.4f}")
+    head = f", embedding and head {r['head']}" if r.get("head") else ""
+    return f"{r['bits']} bits{head}" + ("" if r["keep"] == 1 else f", keep {r['keep']:.4f}")
 
 
 def tell(name: str, r: dict[str, Any]) -> str:
