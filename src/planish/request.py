@@ -192,9 +192,9 @@ class Request(Limits):
     )  # fmt: skip
     head_bits: Bits = option(
         None,
-        "of the embedding and the head, in files for llama.cpp",
+        "of the embedding and the head in files for llama.cpp; of a head of its own in packed folders",
         metavar="BITS",
-        shown="8 where the blocks are rounded",
+        shown="8 for --target gguf, else 16",
     )
     published: Published | None = None
 
