@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from planish.modelling.families import ATTENTION, MLP
 from planish.modelling.modules import Spec
 from planish.stats import KINDS, Stats, Tap
 
-Weights = dict[str, Tensor]  # role → weight (out, in), "role.bias" → bias (out,)
+Weights = Mapping[str, Tensor]  # role → weight (out, in), "role.bias" → bias (out,)
 
 
 HELD = {  # unit of several linears → their roles

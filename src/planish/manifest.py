@@ -12,7 +12,8 @@ import torch
 
 from planish.calibrate.stream import Stream
 from planish.errors import InputError
-from planish.folder.source import Source, find_adapter, find_origin, list_changes
+from planish.folder.origin import find_adapter, find_origin, list_changes
+from planish.folder.source import Source
 from planish.folder.writer import Writer
 from planish.methods.method import Method, list_settings
 from planish.mixture import join_mixture, split_mixture

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ class ModelFolder:
             names = {self.family.read_name(name): n for n, name in inside.items() if name is not None}
         for name in [n for n in names if n.startswith(self._predictors)]:
             self.left_out.append(names.pop(name))
-        return names, split_experts(names, self.family, self.weights, None if self.compressed else self.config)
+        return names, split_experts(names, self.family, self.weights.entry, None if self.compressed else self.config)
 
     @cached_property
     def left_out(self) -> list[str]:
@@ -118,7 +118,7 @@ class ModelFolder:
         if part is None:
             tensor = self.weights.read(stored)
         else:
-            tensor = part.take(self.weights.read_rows(stored, part.first, part.height))
+            tensor = part.read(partial(self.weights.read_rows, stored))
         if self.adapter and name in self._changed:
             tensor = self.adapter.merge(self._changed[name], tensor, self._transposed(name))
         if not is_finite(tensor):
@@ -175,12 +175,18 @@ class Part(NamedTuple):
     several: int = 1
     vector: bool = False
 
+    def read(self, rows: Callable[[int, int], Tensor]) -> Tensor:
+        """The same of what `rows` (first, count) gives."""
+        return self.take(rows(self.first, self.height))
+
     def take(self, matrix: Tensor) -> Tensor:
         """(height, columns) as they are stored → (out, in), or (out,)."""
         return self.rows.split(matrix[0] if self.vector else matrix, self.several)[self.number].contiguous()
 
 
-def split_experts(names: dict[str, str], family: Family, weights: Weights, config: Any = None) -> dict[str, Part]:
+def split_experts(
+    names: dict[str, str], family: Family, entry: Callable[[str], Stored], config: Any = None
+) -> dict[str, Part]:
     """Where experts are stored stacked: name of each of their linears' tensors → which part it is of its stored tensor.
     In `names` (name → stored name) these take the place of the whole. Stacks have the shapes that `config` asks for."""
     found: dict[str, Part] = {}
@@ -192,7 +198,7 @@ def split_experts(names: dict[str, str], family: Family, weights: Weights, confi
         parts = row.stacks.get(leaf.removesuffix("_bias"), ())
         if not parts or not where.endswith(f".{row.path}"):
             continue
-        shape, vector = tuple(weights.entry(stored).shape), leaf.endswith("_bias")
+        shape, vector = tuple(entry(stored).shape), leaf.endswith("_bias")
         check_stack(stored, shape, row, parts, vector, config)
         del names[name]
         for number in range(shape[0]):
