@@ -69,7 +69,8 @@ class Limits(Strict):
         "share of the decoder blocks' linear weights that stays, in (0, 1]  [default: 0.8 where no other budget is given]",
     )
     kv_keep: float | None = share(
-        "kv_keep", "share of the KV cache's bytes per token that stays; alone it cuts only what the cache holds"
+        "kv_keep",
+        "share of the numbers in the KV cache that stays, in however many bits; alone it cuts only what the cache holds",
     )
     flops_keep: float | None = share(
         "flops_keep", "share of the blocks' FLOPs per token that stays, attention included"

@@ -84,6 +84,7 @@ class Forecast:
     predicted_any: dict[str, float] = field(default_factory=dict)  # the same without the target's limits
     untouched: dict[str, int] = field(default_factory=dict)  # part of a wrapper that is copied as it is → bytes
     warnings: list[str] = field(default_factory=list)
+    kv_bits: int = 0  # of a number of the cache, as the bytes count it
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"removed": 1 - self.keep, "keep_whole_model": self.params_after / self.params_before}
@@ -156,7 +157,7 @@ def forecast(
         found.phases.insert(0, {"name": "plan", "seconds": took, "steps": [took]})
         found.seconds += took
     found.target, found.predicted = request.target, add_losses(problem, planned)
-    found.untouched = source.untouched.parts
+    found.untouched, found.kv_bits = source.untouched.parts, 8 * source.stored.itemsize
     found.nats = bool(planned.frontiers) and all(f.nats for f in planned.frontiers.values())
     asked = request.model_copy(update={"context": problem.context})
     table = problem.table.seconds if problem.table else None
