@@ -22,7 +22,7 @@ OWN = {  # flags that are no part of a request: how a command runs, and what it 
 }  # fmt: skip
 LEFT_OUT = {
     "plan": {"bits", "head-bits", "fit", "ladder"},
-    "sweep": {"max-params", "max-bytes", "max-latency", "context", "method", "target", "set", "adapter", "bits", "head-bits",
+    "sweep": {"max-params", "max-latency", "context", "method", "set", "adapter", "bits", "head-bits",
               "fit", "ladder"},
     "eora": {FLAGS.get(n, n.replace("_", "-")) for n in OPTIONS} - {"calibration", "n-samples", "seq-len", "seed", "sampling",
                                                                   "bos", "device", "dtype", "bits"},

@@ -11,11 +11,12 @@ So the result is never worse, in that measure, than the finest plain rounding of
 
 from __future__ import annotations
 
+from planish.bits import HEAD, find_heads, read_asked, refuse_head
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.plan.footprint import count_headers, footprint
-from planish.quantise import read_asked
 from planish.request import LIMITS, Request, label
+from planish.rounding.types import choose
 from planish.trials import Choice, settle
 
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
@@ -27,6 +28,7 @@ PARTS, ENTRY = 3, 112  # tensors of a rounded linear beside one; bytes of a tens
 SUFFIX = 8  # bytes that its name is longer, where it is but one
 LADDERS = {"gguf": ("16", "8", "6", "5", "4", "3", "2"), "vllm": ("16", "8", "4")}
 LADDER = ("16", "8", "4", "3", "2")
+HEADS = {"gguf": ("6", "5", "4", "3"), "hf": ("8", "4")}  # bits of embedding and head that compete with the default
 
 
 def find_size(request: Request, source: Source) -> int:
@@ -76,6 +78,52 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
     return mix(found, request, source, size)
 
 
+def list_plans(request: Request, source: Source, size: int) -> list[Choice]:
+    """`list_choices` with embedding and head as they are by default, or with larger ones of the next smaller types where else
+    nothing of this size can be reached."""
+    try:
+        return list_choices(request, source, size)
+    except InputError:
+        for head in list_heads(request, source):
+            try:
+                found = list_choices(request.model_copy(update={"head_bits": head}), source, size)
+            except InputError:
+                continue
+            for choice in found:
+                choice.head = head
+            return found
+        raise
+
+
+def list_heads(request: Request, source: Source) -> list[str]:
+    """Bits of embedding and head, most first, that are another type than the default; none where the user has chosen."""
+    target = request.target
+    if request.head_bits is not None or target not in HEADS or refuse_head(target, source):
+        return []
+    hidden, found = source.shape(0).hidden, dict[str, str]()
+    for bits in (*([HEAD] if target == "gguf" else []), *HEADS[target]):
+        try:
+            kind = choose(bits, target)
+            found.setdefault(kind.pick(hidden, "the head").name if kind else bits, bits)
+        except InputError:
+            continue
+    return [b for b in found.values() if not (target == "gguf" and b == HEAD)]
+
+
+def vary_head(best: Choice, request: Request, source: Source, size: int) -> list[Choice]:
+    """The best plan again with embedding and head in other types: what that leaves goes to the blocks, as types mixed to fill the
+    size, or as more weights where some were cut."""
+    weights = sum(out * n for s in map(source.shape, range(source.n_blocks)) for out, n in map(s.linear, s.roles))
+    found = []
+    for head in list_heads(request, source) if best.bits not in ("8", "16") else ():
+        outside, blocks = predict(request.model_copy(update={"head_bits": head}), source, best.bits)
+        if best.keep < 1 and (keep := min(1.0, (size - outside) / blocks)) >= LEAST:
+            found.append(Choice(best.bits, int(keep * 1e4) / 1e4, head=head))
+        elif best.keep == 1 and outside < size:
+            found.append(Choice(f"{min(8.0, int(8e3 * (size - outside) / weights) / 1e3):.3f}", 1.0, head=head))
+    return found
+
+
 def mix(found: list[Choice], request: Request, source: Source, size: int) -> list[Choice]:
     """Plans, and those whose types differ: of all weights where the last plan leaves room for finer ones, and of a share
     between the last two plans'."""
@@ -110,8 +158,9 @@ def predict(request: Request, source: Source, bits: str) -> tuple[float, float]:
     outside = 2.0 * rest
     if asked.head is not None:
         hidden, words = shapes[0].hidden, source.config.get_text_config().vocab_size
-        heads = [c for n, c in sizes.items() if c == hidden * words]
-        outside = 4.0 * (rest - sum(heads)) + len(heads) * asked.head.pick(hidden, "").count(words, hidden)
+        heads = find_heads(source)[: 1 if asked.packed else 2]
+        size = asked.head.pick(hidden, "", words).count(words, hidden)
+        outside = (2.0 if asked.packed else 4.0) * (rest - len(heads) * hidden * words) + len(heads) * size
     named = PARTS * (ENTRY + max(map(len, sizes))) if asked.packed else SUFFIX  # a rounded linear is several tensors
     parts = len(linears) * named
     return outside + count_headers(source) + parts, float(blocks)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from planish import lanes
+from planish.calibrate.cache import Cache
 from planish.compression import Calibration, Destination
 from planish.core import Progress
 from planish.errors import InputError, PlanishError
-from planish.fit import LADDER, LADDERS, find_size, list_choices, predict
+from planish.fit import LADDER, LADDERS, find_size, list_choices, list_plans, predict, vary_head
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source
 from planish.folder.writer import check_free
@@ -56,7 +57,7 @@ class Ladder:
         best, result = self.best, self.result
         if best is None or result is None or not result.measured:
             return ""
-        if (best.bits, best.keep) == (result.bits, result.keep):
+        if (best.bits, best.keep, best.head) == (result.bits, result.keep, result.head):
             return "plain"
         if abs(gap := result.kl - best.kl) <= NOISE * hypot(result.stderr, best.stderr):
             return "alike"
@@ -86,12 +87,13 @@ def choose_size(
     place: Destination,
     progress: Progress | None = None,
     *,
-    cache: bool = False,
+    cache: Cache | bool = False,
 ) -> tuple[Request, list[Choice], Ladder | None]:
     """A request with `fit`, or with `bits` "auto" and `max_bytes` → the same with the bits and the keep that are best at this
     size; the plans that competed; the ladder, where there were several. Any other request stays as it is.
 
-    Raises InputError, before any work, where nothing of this size can be reached. `cache`: remember plain types on disk.
+    Raises InputError, before any work, where nothing of this size can be reached. `cache`: remember plain types in it, or
+    (True) on disk.
     """
     if request.fit is None and request.bits != "auto":
         return request, [], None
@@ -99,7 +101,7 @@ def choose_size(
     if not isinstance(source, FolderSource):
         raise InputError("--bits auto and --fit compare models that are loaded from folders: save this one first")
     check_free(place.output, place.overwrite)
-    tried = list_choices(request, source, size)
+    tried = list_plans(request, source, size)
     if len(tried) == 1:
         tried[0].chosen = True
         return settle(request, tried[0]), tried, None
@@ -107,7 +109,10 @@ def choose_size(
         rungs = list_rungs(request, source, size) if request.ladder else []
         more = [r for r in rungs if (r.bits, r.keep) not in {(c.bits, c.keep) for c in tried}]
         measure_all(runner, tried, size, len(more), progress)
-        best = choose_best(tried, size)
+        heads = vary_head(choose_best(tried, size), request, source, size)
+        measure_all(runner, heads, size, len(more), progress)
+        best = choose_best(tried := [*tried, *heads], size)
+        best.chosen = True
         measure_all(runner, more, inf, 0, progress)
     found = Ladder(size, len(runner.held), best, order_rungs([*more, *(c for c in tried if c.keep == 1)]))
     return settle(request, best), tried, found if request.ladder else None
@@ -119,7 +124,6 @@ def choose_best(tried: Sequence[Choice], size: int) -> Choice:
         raise InputError(
             f"nothing of {size:,} bytes could be made: " + "; ".join(f"{c.bits} bits: {c.error}" for c in tried)
         )
-    best.chosen = True
     return best
 
 
@@ -139,7 +143,7 @@ def climb_beside(
     place: Destination,
     progress: Progress | None = None,
     *,
-    cache: bool = False,
+    cache: Cache | bool = False,
 ) -> Ladder | None:
     """The ladder beside a cut to `max_bytes` in 16 bits, which is made again from the windows that plain types see. None where
     nothing is asked for, the size holds the dense model, or the target has no rounded weights."""
@@ -186,7 +190,7 @@ def list_rungs(request: Request, source: Source, size: int) -> list[Choice]:
         (held if fits else larger).append(Choice(bits, 1.0))
     try:
         mixed = [c for c in list_choices(request, source, size) if c.keep == 1 and "." in c.bits]
-    except InputError:
+    except InputError:  # nothing, or nothing whole, fits
         mixed = []
     return [*larger[-1:], *mixed, *held]
 

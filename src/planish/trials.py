@@ -39,7 +39,7 @@ AGAIN = 4  # times that a cut which came out too large is made smaller
 class Choice:
     """A plan that was tried: `bits` of the blocks' weights (with a point: a mean of types that differ) and `keep` of them; what
     it came out as, in `bytes`, and how far it is from the dense model on the windows held out: `kl`, nats per token, and its
-    standard error. `error`: why it could not be made."""
+    standard error. `error`: why it could not be made. `head`: bits of embedding and head, where they are not the default."""
 
     bits: str
     keep: float
@@ -48,6 +48,7 @@ class Choice:
     error: str = ""
     chosen: bool = False
     stderr: float = inf
+    head: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it: None where nothing was measured."""
@@ -66,12 +67,15 @@ class Choice:
 def settle(request: Request, choice: Choice) -> Request:
     """The request that makes a plan."""
     bits = None if choice.bits == "16" else choice.bits
-    return request.model_copy(update={"bits": bits, "keep": choice.keep, "max_bytes": None, "fit": None})
+    head = choice.head or request.head_bits
+    return request.model_copy(
+        update={"bits": bits, "keep": choice.keep, "max_bytes": None, "fit": None, "head_bits": head}
+    )
 
 
 class Runner:
     """Makes plans from most of the windows and measures them on the others, beside the dense model. `cache`: remember plain
-    types on disk."""
+    types in it, or (True) on disk."""
 
     def __init__(
         self,
@@ -81,7 +85,7 @@ class Runner:
         text: Calibration,
         folder: Path,
         progress: Progress | None,
-        cache: bool = False,
+        cache: Cache | bool = False,
     ):
         self.request, self.method, self.source, self.progress = request, method, source, progress
         self.folder = folder / "plan"
@@ -91,12 +95,13 @@ class Runner:
         limits = MemoryLimits(folder=folder)
         stream = Stream(source, fit, device=request.device, dtype=kind, limits=limits)
         self.shared = Shared(stream, Cache(memory=limits.limit // 2))
-        self.known = (open_cache(stream) if cache else None) or Cache(memory=1 << 20)
+        on_disk = open_cache(stream) if cache is True else None
+        self.known = cache if isinstance(cache, Cache) else on_disk or Cache(memory=1 << 20)
         self.dtype = kind
 
     def measure(self, choice: Choice, size: float = inf) -> None:
         """Fill in what a plan comes out as; what goes wrong becomes its `error`, and so does that it is larger than `size`."""
-        record = f"plain|{self.request.target}|{choice.bits}|{self.request.head_bits}|{fingerprint(self.held)}"
+        record = f"plain|{self.request.target}|{choice.bits}|{choice.head or self.request.head_bits}|{fingerprint(self.held)}"
         if choice.plain and self.known.has([record]):
             found = self.known.get(record)
             choice.bytes = int(found["bytes"])
@@ -160,7 +165,7 @@ def open_runner(
     text: Calibration,
     place: Destination,
     progress: Progress | None = None,
-    cache: bool = False,
+    cache: Cache | bool = False,
 ) -> Iterator[Runner]:
     """A runner whose plans are written beside the destination, one at a time, and deleted."""
     with tempfile.TemporaryDirectory(prefix=f"{place.output.name}.sizes-", dir=place.output.parent) as scratch:

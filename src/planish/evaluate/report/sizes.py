@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from markupsafe import Markup
 
+from planish.evaluate.report.points import Point
 from planish.evaluate.report.svg import Mark, Quantity, Series, chart
 
-PLAIN, CUTS, BOTH = "bits alone", "cuts at 16 bits", "both"
-CURVES = {PLAIN: 0, CUTS: 1, BOTH: 2}  # and their colours
 AXIS = "KL to the dense model, nats per token"
 
 
@@ -84,9 +85,88 @@ def cells(name: str, r: dict[str, Any], size: int) -> list[str]:
 
 
 def describe(r: dict[str, Any]) -> str:
-    return f"{r['bits']} bits" + ("" if r["keep"] == 1 else f", keep {r['keep']:.4f}")
+    head = f", embedding and head {r['head']}" if r.get("head") else ""
+    return f"{r['bits']} bits{head}" + ("" if r["keep"] == 1 else f", keep {r['keep']:.4f}")
 
 
 def tell(name: str, r: dict[str, Any]) -> str:
     """What pointing at a mark shows."""
     return f"{describe(r)}, {name}\n{r['bytes']:,} bytes\nKL {r['kl']:.4f}"
+
+
+# ------------------------------------------------------------------ of a sweep
+
+
+def find_sizes(points: Sequence[Point]) -> list[int]:
+    """The sizes that were asked for, the largest first."""
+    return sorted({int(p.asked["max_bytes"]) for p in points if p.curve and "max_bytes" in p.asked}, reverse=True)
+
+
+def find_tiles(points: Sequence[Point]) -> list[tuple[str, str, list[str]]]:
+    """The plan nearest to the dense model within every size: heading, figure, lines; what the best of each other curve is."""
+    tiles = []
+    for size in find_sizes(points):
+        held = sorted(
+            (p for p in points if p.bytes <= size and isfinite(p.kl)), key=lambda p: (p.kl, p.curve != "both")
+        )
+        if not held:
+            continue
+        best, lines = (
+            held[0],
+            ["KL to the dense model, nats per token", f"{describe_point(held[0])}, {held[0].bytes:,} bytes"],
+        )
+        others = {p.label: p for p in reversed(held) if p.label != best.label}
+        lines += [f"{p.label}: {p.kl:.4f} ({describe_point(p)})" for p in sorted(others.values(), key=lambda p: p.kl)]
+        tiles.append((f"{show_size(size)} · {best.label}", f"{best.kl:.4f}", lines))
+    return tiles
+
+
+def find_curves(points: Sequence[Point], dense: Point, colours: dict[str, int]) -> tuple[list[tuple[str, Markup]], str]:
+    """Divergence and excess loss against bytes, a line for each curve; a note on both."""
+
+    chosen = {p.label for p in points if p.curve == "both"}
+
+    def plot(value: Callable[[Point], float], name: str) -> Markup:
+        series = [
+            Series(m, colours[m], [Mark(p.bytes, value(p), hover(p)) for p in points if p.label == m and value(p) > 0])
+            for m in sorted(colours, key=lambda m: m not in chosen)  # on top: a chosen plan may be one of another curve
+        ]
+        return Markup(
+            chart(series, Quantity("bytes of the files", show_size, log=True), Quantity(name, short, log=True))
+        )
+
+    cards = [("Divergence and size", plot(lambda p: p.kl, AXIS)),
+             ("Loss over dense and size", plot(lambda p: p.excess, "log(perplexity / dense), nats"))]  # fmt: skip
+    note = (
+        f"The dense model takes {show_size(dense.bytes)}. Logarithmic axes; down and left is better. "
+        if dense.bytes
+        else ""
+    )
+    if below := sum(p.excess <= 0 for p in points):
+        note += f"No worse than dense in its loss, so not in the second picture: {below} point{'s' * (below != 1)}. "
+    note += "Point at a mark for its values, or reach it by Tab and the arrow keys. "
+    return cards, note + tell_losers(points)
+
+
+def tell_losers(points: Sequence[Point]) -> str:
+    """At which sizes a plan of the other curves, no larger, is nearer to the dense model than the one that was chosen."""
+    behind = []
+    for p in points:
+        if p.curve != "both" or not isfinite(p.kl):
+            continue
+        size = int(p.asked["max_bytes"])
+        held = [o for o in points if o.curve != "both" and o.bytes <= size and isfinite(o.kl)]
+        best = min(held, key=lambda o: o.kl, default=p)
+        if best.kl < p.kl:
+            behind.append(f"at {size:,} bytes {best.label} by {p.kl - best.kl:.4f} nats")
+    return f"Nearer to the dense model than the plan that was chosen: {'; '.join(behind)}." if behind else ""
+
+
+def describe_point(p: Point) -> str:
+    parts = [f"{p.bits or p.asked_bits} bits"] * (p.curve != "cuts") + [f"keep {p.keep:.3f}"] * (p.keep < 1)
+    return ", ".join(parts) or "all weights"
+
+
+def hover(p: Point) -> str:
+    lines = [f"{p.label}: {describe_point(p)}", f"{p.bytes:,} bytes", f"KL {p.kl:.4f}"]
+    return "\n".join([*lines, f"loss over dense {p.excess:.4f}"])
