@@ -123,12 +123,10 @@ def compress(
             with offload(stream.device):
                 with measure.phase("plan"):
                     planned = decide(method, problem, measure, request, windows)
-                writer.released = None if asked else find_kept(problem, planned, source)
-                done = write(problem, measure, planned, writer, caught)
+                done = write(problem, measure, planned, writer, caught, rounds=asked is not None)
                 done.rounded = quantise(asked, measure, writer, windows) if asked else None
         result = report(problem, planned, source, writer, done)
-        stays = [writer.released.describe()] if writer.released else []
-        said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *stays, *done.notes]
+        said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
         result.warnings = sorted({*said, *writer.warned})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
         write_manifest(writer, method, problem, planned, stream, result, done.details, text.record)
@@ -249,6 +247,9 @@ class Written:
     outer: int = 0
     errors: dict[str, float] = field(default_factory=dict)
     rounded: Report | None = None
+    stays: list[str] = field(
+        default_factory=list
+    )  # what there is to say about tensors that are written as they are stored
 
     @property
     def details(self) -> dict[str, Any]:
@@ -256,14 +257,21 @@ class Written:
 
     @property
     def notes(self) -> list[str]:
-        return self.rounded.notes() if self.rounded else []
+        return self.rounded.notes() if self.rounded else self.stays
 
 
 def write(
-    problem: Problem, measure: Measurements, planned: Planned, writer: Writer, caught: list[warnings.WarningMessage]
+    problem: Problem,
+    measure: Measurements,
+    planned: Planned,
+    writer: Writer,
+    caught: list[warnings.WarningMessage],
+    rounds: bool,
 ) -> Written:
-    """Solve and write every block, then what is outside the blocks and the configuration."""
+    """Solve and write every block, then what is outside the blocks and the configuration. `rounds`: all of it is rounded then."""
     source, done = measure.stream.source, Written()
+    writer.released = None if rounds else find_kept(problem, planned, source)
+    done.stays = [writer.released.describe()] if writer.released else []
     pinned = source.tower.pinned if source.tower else 0
     for entry in writer.finished.values():
         done.errors |= entry["errors"]
