@@ -217,7 +217,7 @@ def check_stack(
         raise InputError(f"tensor {stored} has shape {shape}, expected ({', '.join(axes)}) of stacked experts")
     if config is None:
         return
-    width, hidden = getattr(config, row.width), config.hidden_size
+    width, hidden = getattr(config, row.width), row.reads(config)
     out, n = (hidden, width) if parts == row.names[2:] else (several * width, hidden)
     asked = (getattr(config, row.count), *((out,) if vector else (n, out) if row.transposed else (out, n)))
     if shape != asked:

@@ -124,6 +124,13 @@ class Experts(nn.Module):
         out = torch.zeros_like(hidden_states)
         for number in self.numbers:
             *wide, down = self.linears(number)
+            if (
+                torch.compiler.is_exporting()
+            ):  # graphs hold no choice of tokens: all of them, times 0 where it is not reached
+                gates = torch.where(top_k_index == number, top_k_weights, 0).sum(-1, keepdim=True)
+                y = down(self.activate(*(linear(hidden_states) for linear in wide))) * gates
+                out = out + y.to(out.dtype)
+                continue
             token, slot = torch.where(top_k_index == number)
             x = hidden_states[token]
             y = down(self.activate(*(linear(x) for linear in wide))) * top_k_weights[token, slot, None]
