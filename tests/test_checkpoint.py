@@ -52,6 +52,7 @@ CUTS += [("flat-llm", f) for f in tiny.NAMES] + [
 ]  # fmt: skip
 SOME = [c for c in CUTS if c[1] in (*tiny.CORE, "gemma3", "llama_bias") or c[0] not in ("flat-llm", "blockpruner")]
 SOME = [c for c in SOME if c[1] not in tiny.RARE + tiny.OTHERWISE and c not in [("auto", f) for f in tiny.HYBRIDS]]
+GATED = ("qwen3_next", "qwen3_5", "qwen3_5_moe")  # whose outputs of attention are: values stay
 ALL = [pytest.param(*c, marks=() if c in SOME else pytest.mark.slow, id="-".join(c)) for c in CUTS]
 
 
@@ -219,7 +220,8 @@ def test_folders_carry_their_own_code(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family", [n for n in tiny.NAMES + tiny.HYBRIDS if n != "mpt"]
+    "family",
+    [n for n in tiny.NAMES + tiny.HYBRIDS if n not in ("mpt", "qwen3_5_moe")],  # the latter has experts everywhere
 )  # mpt: whole multiples of the width only
 def test_uniform_neurons_load_with_stock_classes(family, tmp_path):
     model = tiny.build(family)
@@ -289,7 +291,7 @@ def test_real_cache_is_as_large_as_reported(method, family, made):
             t for layer in cache.layers for end in ("keys", "values") if (t := getattr(layer, end, None)) is not None
         ]
         assert sum(t.numel() * t.element_size() for t in tensors) == expected * n
-    if method in ("flat-llm", "a3"):
+    if method in ("flat-llm", "a3") and family not in GATED:
         assert result.kv_bytes_per_token_after < result.kv_bytes_per_token_before
 
 
@@ -310,7 +312,9 @@ def test_eager_and_sdpa_agree(method, family, made):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", tiny.each(n for n in tiny.MORE + tiny.HYBRIDS + tiny.OTHERWISE if n != "qwen3_5"))
+@pytest.mark.parametrize(
+    "family", tiny.each(n for n in tiny.MORE + tiny.HYBRIDS + tiny.OTHERWISE if "qwen3_5" not in n)
+)
 def test_a_budget_for_the_cache_is_met_by_the_cache(family, tmp_path):
     """Keys as latents, rebuilt with the family's norms and rotation: tokens with a cache are those without."""
     result = compress(tiny.build(family), output=tmp_path / "m", method="palu", kv_keep=0.7, windows=WINDOWS)

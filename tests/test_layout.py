@@ -290,6 +290,12 @@ def test_stacks_of_another_layout_are_refused(change, match, sparse, tmp_path):
     assert "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
 
 
+def test_solving_neurons_of_experts_is_rehearsed():
+    """Their weights are among those that are drawn for it."""
+    options = {"keep": 0.7, "calibration": IDS, "n_samples": 4, "seq_len": 12}
+    assert planish.forecast(tiny.build("qwen3_moe"), measure=True, method="a3", **options).keep <= 0.7
+
+
 def test_experts_of_a_block_share_its_memory(sparse):
     block = MemorySource(sparse).block(0)
     experts = block.mlp.experts

@@ -157,6 +157,7 @@ MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; a
 RARE = (  # of these, what is made of the same as others: all laws are slow
     "exaone4_windows", "smollm3", "ernie4_5", "cohere", "cohere_norms", "phi", "phi_norms", "stablelm_parallel",
     "stablelm_norms", "falcon_new", "falcon_new_shared", "apertus", "qwen3_5",
+    "qwen3_5_moe", "nemotron_h_moe",
     "granite_hybrid", "granite_dense", "falcon_h1",
 )  # fmt: skip
 
@@ -229,6 +230,13 @@ _HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_5": ("Qwen3_5Text", {**_GQA, **_DELTA}),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeText",
+        {
+            **_GQA, **_DELTA, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "num_experts": 8,
+            "num_experts_per_tok": 2, "experts_implementation": "eager",
+        },
+    ),
     "granite_hybrid": (
         "GraniteMoeHybrid",
         {
@@ -261,10 +269,20 @@ _HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "num_hidden_layers": 4,
         },
     ),
+    "nemotron_h_moe": (
+        "NemotronH",
+        {
+            **_GQA, "head_dim": 12, "mamba_num_heads": 4, "mamba_head_dim": 6, "n_groups": 2, "ssm_state_size": 5, "chunk_size": 8,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4,
+            "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "moe_latent_size": 20,
+            "moe_shared_expert_intermediate_size": 28, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5,
+            "experts_implementation": "eager",
+        },
+    ),
 }  # fmt: skip
 _ROWS |= _HYBRIDS
 HYBRIDS = tuple(_HYBRIDS)  # families with mixers in place of some attentions, or beside them
-MIXED = ("qwen3_next", "granite_hybrid")  # of these, those with experts
+MIXED = ("qwen3_next", "granite_hybrid", "qwen3_5_moe", "nemotron_h_moe")  # of these, those with experts
 
 # One of each block layout: what a change in how blocks are read or written has to pass first.
 CORE = ("llama_gqa", "qwen2", "phi3", "gemma2", "opt", "gpt_neox")
@@ -304,6 +322,7 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
         "nemotron",
         "qwen3_next",
         "qwen3_5_text",
+        "qwen3_5_moe_text",
     )  # norms scale by 1 + weight
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn(p.shape, generator=generator)

@@ -255,7 +255,8 @@ def rehearse_at(solvers: Mapping[Unit, Solver], ranks: Plan, shape: Shape, small
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
-    weights: Weights = {r: draw(*small.linear(r)) / small.linear(r)[1] ** 0.5 for r in small.linears}
+    roles = *small.linears, *(r for r in small.rest if r.startswith("expert."))
+    weights: Weights = {r: draw(*small.linear(r)) / small.linear(r)[1] ** 0.5 for r in roles}
     taps: list[Tap] = sorted({t for u, s in solvers.items() for t in s.taps(u, small)})
     sites = sorted({s for t in taps for s in t.sites})
     tokens = max((small.width(s) for s in sites), default=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,6 @@ def find_family(config) -> Family:
         raise InputError(f"{kind} with alibi=true is not supported: its attention adds a bias for distance by itself")
     if read_declared(config, "parallel_attn") is False and not read_declared(config, "new_decoder_architecture"):
         raise InputError(f"{kind} with parallel_attn=false is not supported: only blocks with parallel submodules are")
-    if kind == "nemotron_h" and "moe" in config.layer_types:
-        raise InputError("nemotron_h with experts is not supported: they have no gate")
     if read_declared(config, "do_layer_norm_before") is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
     return family
@@ -189,7 +187,7 @@ def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[
         if shape.experts:
             form = spec.get("experts", {"number": shape.experts.number, "top": shape.experts.top})
             narrow = {n for r, n in inner.items() if "." in r}
-            if sum("." in r for r in inner) < 3 * form["number"]:
+            if sum("." in r for r in inner) < len(family.experts.roles if family.experts else ()) * form["number"]:
                 narrow.add(shape.experts.intermediate)
             mixtures |= {(form["number"], form["top"], n) for n in narrow}
     if len(widths) > 1 or len(mixtures) > 1:
@@ -219,10 +217,12 @@ def write_config(
     specs: list[Spec],
     shapes: list[Shape],
     tower: Tower | None = None,
+    declared: Mapping[str, Any] | None = None,
 ) -> str:
     """`write(name, text)` config.json, and the modelling files where no stock architecture holds the shapes.
 
-    `dense`: the uncompressed language model's configuration; `tower`: what it is in. Returns "native" or "planish".
+    `dense`: the uncompressed language model's configuration; `tower`: what it is in; `declared`: fields that say how
+    weights are stored. Returns "native" or "planish".
     """
     config = dense.to_dict()
     for name in ("_name_or_path", "auto_map", "transformers_weights"):  # neither code nor files of the source's own
@@ -251,7 +251,7 @@ def write_config(
             config["output_router_logits"] = False
         for path in sorted(Path(str(planish.modelling.__file__)).parent.glob("[!_]*.py")):
             write(path.name, path.read_text(encoding="utf-8"))
-    config = config if tower is None else tower.wrap(config, native is not None)
+    config = (config if tower is None else tower.wrap(config, native is not None)) | dict(declared or {})
     config["transformers_version"] = transformers.__version__
     write("config.json", json.dumps(config, indent=2, default=str) + "\n")
     return "native" if native is not None else "planish"

@@ -39,9 +39,12 @@ class ExpertsRow:
     path: str = (
         "mlp.experts"  # its `gate_up_proj` is (experts, 2 · width, hidden), its `down_proj` (experts, hidden, width)
     )
+    hidden: str = (
+        ""  # the config's name of the width of what they read and give, where that is not the residual stream's
+    )
     transposed: bool = False  # stacked weights have their last two axes the other way round
     alternating: bool = False  # of what is stacked, gate's channels and up's take turns
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # the first is empty where there is no gate
     top: str = "num_experts_per_tok"
     count: str = "num_experts"
     width: str = "moe_intermediate_size"
@@ -59,7 +62,18 @@ class ExpertsRow:
     @property
     def stacks(self) -> dict[str, tuple[str, ...]]:
         """Stacked parameter → names of the linears whose weights it holds; "_bias" behind it: their biases, where they have any."""
+        if not self.names[0]:
+            return {"up_proj": self.names[1:2], "down_proj": self.names[2:]}
         return {"gate_up_proj": self.names[:2], "down_proj": self.names[2:]}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Those of one expert's linears."""
+        return tuple(role for role, name in zip(MLP, self.names, strict=True) if name)
+
+    def reads(self, config: Any) -> int:
+        """The width of what experts read, by a model's configuration."""
+        return (getattr(config, self.hidden) if self.hidden else None) or config.hidden_size
 
     def gates(self, settings: object) -> str:
         """What becomes of a token's gates where an expert is missing, by the config or the router's own settings: "chosen",

@@ -185,8 +185,7 @@ class ExpertNeurons(Solver):
         e = find_experts(shape)
         if rank >= e.intermediate:
             return {}
-        wide, narrow = dense(rank, shape.hidden), dense(shape.hidden, rank)
-        forms = {"gate": wide, "up": wide, "down": narrow}
+        forms = {r: dense(e.hidden, rank) if r == "down" else dense(rank, e.hidden) for r in e.roles}
         return {"linears": {f"expert.{n}.{r}": f for n in range(e.number) for r, f in forms.items()}}
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
@@ -199,7 +198,7 @@ class ExpertNeurons(Solver):
         name_idle(unit.block, number)
         loss, factors = torch.zeros(e.intermediate + 1, dtype=torch.float64), dict[str, Any]()
         for n, tap in enumerate(taps):
-            names = [f"{r}{end}" for r in ("gate", "up", "down") for end in ("", ".bias")]
+            names = [f"{r}{end}" for r in e.roles for end in ("", ".bias")]
             own = {r: weights[f"expert.{n}.{r}"] for r in names if f"expert.{n}.{r}" in weights}
             gram, _ = stats.take(tap)
             few = 1 / (float(number[n]) + 1) if number[n] < 2 * e.intermediate else 0.0
