@@ -220,8 +220,8 @@ class Request(Limits):
         return values | text
 
     def recipe(self) -> dict[str, Any]:
-        """What a recipe says, as plain data."""
-        found = self.model_dump(mode="json", exclude_none=True)
+        """What a recipe says, as plain data; that there is a ladder goes without saying."""
+        found = self.model_dump(mode="json", exclude_none=True, exclude={"ladder"} if self.ladder else None)
         return {n: found[n] for n in RECIPE if n in found}
 
     def text(self) -> str:
