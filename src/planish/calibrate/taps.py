@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -75,21 +75,8 @@ class Seen(dict[str, Tensor]):
 
         def look_further(module, args, kwargs, out) -> None:
             wider.clear()
-            if 0 < (top := getattr(module, "top_k", 0)) < len(experts.numbers):
-                module.top_k = top + 1
-                try:
-                    found = module.forward(*args, **kwargs)
-                finally:
-                    module.top_k = top
-                at = [n for n, t in enumerate(out) if t.shape[-1] == top]
-                (logits,) = (t for n, t in enumerate(out) if n not in at)
-                chosen, given = sorted((found[n] for n in at), key=torch.is_floating_point)
-                if (
-                    chosen.shape[1] == top
-                ):  # it knows no other number: the next by its logits, given what the last one is
-                    after = logits.scatter(1, chosen, -torch.inf).argmax(1, keepdim=True)
-                    chosen, given = torch.cat([chosen, after], dim=1), torch.cat([given, given[:, -1:]], dim=1)
-                wider.extend((chosen, given, logits))
+            if 0 < getattr(module, "top_k", 0) < len(experts.numbers):
+                wider.extend(ask_wider(module, args, kwargs, out))
 
         def see_shares(module, args):
             hidden, chosen, gates = args
@@ -174,6 +161,24 @@ class Seen(dict[str, Tensor]):
             else:
                 found[site] = value.reshape(batch, -1, value.shape[-1])
         return found
+
+
+def ask_wider(router: Any, args: Any, kwargs: Any, out: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts (tokens, top + 1) that tokens would reach if they might reach one more, what the router gives each, and its
+    logits. `out`: what it says as it is."""
+    top = router.top_k
+    router.top_k = top + 1
+    try:
+        found = router.forward(*args, **kwargs)
+    finally:
+        router.top_k = top
+    at = [n for n, t in enumerate(out) if t.shape[-1] == top]
+    (logits,) = (t for n, t in enumerate(out) if n not in at)
+    chosen, given = sorted((found[n] for n in at), key=torch.is_floating_point)
+    if chosen.shape[1] == top:  # it knows no other number: the next by its logits, given what the last one is
+        after = logits.scatter(1, chosen, -torch.inf).argmax(1, keepdim=True)
+        chosen, given = torch.cat([chosen, after], dim=1), torch.cat([given, given[:, -1:]], dim=1)
+    return chosen, given, logits
 
 
 def choose_windows(part: str, first: int, n: int) -> Any:
