@@ -152,7 +152,7 @@ class Seen(dict[str, Tensor]):
             if where == "expert":
                 number = int(rest.partition(".")[0])
                 token, real = self.find(number)
-                gates = self.weights[:, : self.top][self.chosen[:, : self.top] == number]
+                gates = self.weights.detach()[:, : self.top][self.chosen[:, : self.top] == number]
                 rows = value[real] * gates[:, None] if site.endswith(".gated") else value[real]
                 found[site] = Routed(rows, token // self.length)
             else:
@@ -242,7 +242,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
     `stop`: the forward ends with `AllSeen` as soon as it has them all.
     """
     seen, handles = Seen(), list[Any]()
-    together = {site for site in sites if site.startswith("experts.")}
+    together = {site for site in sites if site.startswith("experts.")} - {"experts.out"}
 
     def see(site: str, value: Tensor) -> None:
         seen[site] = value
@@ -280,6 +280,9 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             tap_back(get_linear(block, family, where), site)
         elif end == "product":
             tap_product(get_linear(block, family, where), site)
+        elif where == "experts":
+            assert family.experts is not None
+            tap_output(block.get_submodule(family.experts.path), site)
         elif where == "block":
             (tap_input if end == "in" else tap_output)(block, site)
         elif end == "raw":

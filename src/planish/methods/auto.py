@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from math import exp
 from typing import Any, ClassVar, Literal
 
@@ -14,12 +14,12 @@ from planish.calibrate.losses import Probe, nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import list_shuffled
-from planish.core import Edit, Plan, Shape, Solver, Unit
+from planish.core import INSIDE, Edit, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method, find_step
 from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve
-from planish.plan.experts import choose_with_experts, describe_top
+from planish.plan.experts import choose_with_experts, describe_top, list_inside
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, judging_taps, measure_gradients
 from planish.plan.planned import Planned, count_refit
@@ -29,6 +29,7 @@ from planish.plan.spread import BudgetError
 from planish.solve import run_solved
 from planish.solvers.experts import Experts
 from planish.solvers.fisher_bypass import FisherBypass
+from planish.solvers.fisher_experts import FisherExpertNeurons
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.two_sided import TwoSided
@@ -149,7 +150,7 @@ class Auto(Method):
 
     def solvers(self) -> list[Solver]:
         structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
-        structural += [FisherPairs(), Experts("nats")]
+        structural += [FisherPairs(), Experts("nats"), FisherExpertNeurons()]
         if self.bypass or (self.bypass is None and self.units == "any"):
             structural += [FisherBypass(self.ridge, self.anchor)]
         linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge), KeyLatent(nats=True)]
@@ -170,7 +171,7 @@ class Auto(Method):
             ("q", "k", "qk", "keys", "v", "attention"),
             ("o", "vo"),
             ("gate", "up", "ffn"),
-            ("down", "mlp", "experts"),
+            ("down", "mlp", "experts", *INSIDE),
         )
         steps = {u: find_step(u.name) if "." in u.name else -1 for u in units}
         staged = ([u for u in units if u.name in names or steps[u] == n] for n, names in enumerate(order))
@@ -291,7 +292,9 @@ class Auto(Method):
         weighing = weighing or self._start(problem)
         curves = {u: weighing.apply(problem.curve(f), len(problem.shapes)) for u, f in frontiers.items()}
         try:
-            ranks, _ = choose_with_experts(list_ways(problem, curves), curves, [b.part(part) for b in problem.budgets])
+            inside = partial(list_inside, problem, frontiers, curves)
+            limits = [b.part(part) for b in problem.budgets]
+            ranks, _ = choose_with_experts(list_ways(problem, curves), curves, limits, inside)
         except BudgetError as error:
             raise problem.budgets[error.which].refuse("auto", error.smallest) from None
         loss = sum(float(frontiers[u].loss[r]) for u, r in ranks.items())
@@ -381,7 +384,8 @@ def list_ways(problem: Problem, curves: dict[Unit, Curve]) -> list[list[Alternat
             groups.append(list(found.values()))
         alone = [u for r in shape.further if (u := Unit(shape.block, r)) in curves]
         groups += [[Alternative((curves[u],), [0.0] * len(problem.budgets))] for u in alone]
-        own = {*(shape.held("experts") if Unit(shape.block, "experts") in curves else ()), *(u.name for u in alone)}
+        mixture = (n for n in ("experts", *INSIDE) if Unit(shape.block, n) in curves)
+        own = {*(r for n in mixture for r in shape.held(n)), *(u.name for u in alone)}
         if rest := [r for r in shape.rest if r not in own]:  # no unit holds it
             groups.append([Alternative((), [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])])
     return groups

@@ -33,10 +33,12 @@ def make_uniform(problem: Problem, measure: Measurements, planned: Planned) -> P
     others = []
     for b in problem.budgets:
         taken = count_left(problem, plan, b)
-        others.append(taken - sum(problem.cost(u, r, b) for u, r in plan.items() if u.name in uniform))
+        own = ((u, r) for u, r in plan.items() if u.name in uniform)
+        others.append(taken - sum(problem.cost(u, r, b, problem.beside(u, plan)) for u, r in own))
     limits = [b.limit - o for b, o in zip(problem.budgets, others, strict=True)]
     try:
-        plan = targets.make_uniform(problem.target, plan, {u: problem.curve(frontiers[u]) for u in plan}, limits)
+        curves = {u: problem.curve(frontiers[u], problem.beside(u, plan)) for u in plan}
+        plan = targets.make_uniform(problem.target, plan, curves, limits)
     except BudgetError as error:
         who = f"{problem.name} for {problem.target.name}"
         raise problem.budgets[error.which].refuse(who, error.smallest + others[error.which]) from None

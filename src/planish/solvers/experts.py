@@ -182,12 +182,7 @@ class ExpertNeurons(Solver):
         return range(1, find_experts(shape).intermediate + 1)
 
     def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
-        e = find_experts(shape)
-        if rank >= e.intermediate:
-            return {}
-        wide, narrow = dense(rank, shape.hidden), dense(shape.hidden, rank)
-        forms = {"gate": wide, "up": wide, "down": narrow}
-        return {"linears": {f"expert.{n}.{r}": f for n in range(e.number) for r, f in forms.items()}}
+        return narrow_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap(f"expert.{n}.down.gated", "gram") for n in range(find_experts(shape).number)]
@@ -219,9 +214,23 @@ class ExpertNeurons(Solver):
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         e, edits = find_experts(shape), list[Edit]()
         for n, f in frontier.factors.items() if rank < e.intermediate else ():
-            own = neuron_edits(f, *keep_neurons(f, rank))
-            edits += [replace(edit, target=f"expert.{n}.{edit.target}") for edit in own]
+            edits += of_expert(n, neuron_edits(f, *keep_neurons(f, rank)))
         return edits
+
+
+def narrow_spec(shape: Shape, rank: int) -> Spec:
+    """`rank` neurons in every expert."""
+    e = find_experts(shape)
+    if rank >= e.intermediate:
+        return {}
+    wide, narrow = dense(rank, shape.hidden), dense(shape.hidden, rank)
+    forms = {"gate": wide, "up": wide, "down": narrow}
+    return {"linears": {f"expert.{n}.{r}": f for n in range(e.number) for r, f in forms.items()}}
+
+
+def of_expert(number: str, edits: Sequence[Edit]) -> list[Edit]:
+    """Edits of a feed-forward's linears as those of an expert's."""
+    return [replace(edit, target=f"expert.{number}.{edit.target}") for edit in edits]
 
 
 def name_idle(block: int, number: Float[Tensor, " experts"]) -> None:
