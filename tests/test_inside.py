@@ -106,7 +106,9 @@ def test_few_tokens_neither_crash_nor_make_an_expert_worthless():
 def pose(keep: float, **more):
     """(problem, frontiers) of experts and their neurons in both blocks of a tiny mixture."""
     model = tiny.build("qwen3_moe", torch.float64, moe_intermediate_size=6)
-    problem = make_problem(MemorySource(model), "auto", [Experts("nats"), FisherExpertNeurons()], Limits(keep=keep), **more)
+    problem = make_problem(
+        MemorySource(model), "auto", [Experts("nats"), FisherExpertNeurons()], Limits(keep=keep), **more
+    )
     frontiers = {}
     for unit, solver in problem.units.items():
         frontiers[unit] = measure(solver, model, unit.block, WINDOWS)[0]
@@ -118,14 +120,20 @@ def test_experts_and_neurons_are_chosen_as_trying_all_would(keep):
     """One number of experts, a width per block: costs multiply, and nothing within the budget is predicted to lose less."""
     problem, frontiers = pose(keep)
     curves = {u: problem.curve(f) for u, f in frontiers.items()}
-    rest = [Alternative((), [problem.main.total - sum(problem.cost(u, problem.full(u)) for u in curves if u.name == "experts")])]
+    rest = [
+        Alternative(
+            (), [problem.main.total - sum(problem.cost(u, problem.full(u)) for u in curves if u.name == "experts")]
+        )
+    ]
     plan, loss = choose_with_experts(
         [rest], curves, [b.limit for b in problem.budgets], lambda kept: list_inside(problem, frontiers, curves, kept)
     )
     blocks = sorted({u.block for u in plan})
     best = torch.inf
     for n, *widths in product(range(1, 9), *(range(1, 7) for _ in blocks)):
-        other = {Unit(b, "experts"): n for b in blocks} | {Unit(b, "neurons"): w for b, w in zip(blocks, widths, strict=True)}
+        other = {Unit(b, "experts"): n for b in blocks} | {
+            Unit(b, "neurons"): w for b, w in zip(blocks, widths, strict=True)
+        }
         if count_left(problem, other, problem.main) <= problem.main.limit:
             best = min(best, sum(float(frontiers[u].loss[r]) for u, r in other.items()))
     assert count_left(problem, plan, problem.main) <= problem.main.limit

@@ -34,7 +34,9 @@ def merge_specs(shape: Shape, several: Iterable[Spec]) -> Spec:
                 spec[target] = {"kind": "own", "qk": shape.qk, "v": shape.v}
             spec.setdefault(target, {}).update(form)
     if "experts" in spec and "linears" in spec:  # those that stay are numbered anew
-        gone = {r for r in spec["linears"] if r.startswith("expert.") and int(r.split(".")[1]) >= spec["experts"]["number"]}
+        gone = {
+            r for r in spec["linears"] if r.startswith("expert.") and int(r.split(".")[1]) >= spec["experts"]["number"]
+        }
         spec["linears"] = {r: form for r, form in spec["linears"].items() if r not in gone}
     return spec
 

@@ -217,7 +217,8 @@ def list_sizes(shape: Shape) -> list[tuple[Shape, int]]:
     further = [n for r in shape.further for n in shape.linear(r)]
     inner = shape.experts.intermediate if shape.experts else 0
     while shape.hidden > NARROW and all(
-        n % 2 == 0 for n in (shape.hidden, shape.intermediate, shape.v, shape.qk // 2, *(n // scale for n in (inner, *further)))
+        n % 2 == 0
+        for n in (shape.hidden, shape.intermediate, shape.v, shape.qk // 2, *(n // scale for n in (inner, *further)))
     ):
         scale *= 2
         names = ("hidden", "qk", "v", "intermediate", "rotary")
@@ -233,7 +234,11 @@ def rehearse(solvers: Mapping[Unit, Solver], ranks: Plan, shape: Shape) -> dict[
 
     What is inside experts is rehearsed with few of them.
     """
-    if (e := shape.experts) and e.number > EXPERTS and (inside := {u: s for u, s in solvers.items() if u.name in INSIDE}):
+    if (
+        (e := shape.experts)
+        and e.number > EXPERTS
+        and (inside := {u: s for u, s in solvers.items() if u.name in INSIDE})
+    ):
         few = replace(shape, experts=replace(e, number=EXPERTS, top=1, groups=1, top_groups=1))
         some, rest = rehearse(inside, ranks, few), {u: s for u, s in solvers.items() if u not in inside}
         return rehearse(rest, ranks, shape) | {u: Took(*(e.number / EXPERTS * s for s in t)) for u, t in some.items()}

@@ -47,6 +47,7 @@ LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by stee
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
+INSIDES = (NEVER, 2.0)  # and for neurons of experts, beside 1
 SATURATES = 0.01  # predicted nats per token above which plans are compared by measured loss
 HELD = 8  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
@@ -62,8 +63,8 @@ MOVES = {  # how a search changes the weights of predictions: one step either wa
 class Weighing:
     """What predicted losses are multiplied by when ranks are chosen: l becomes w · l · (1 + steep · w · l).
 
-    w = `attention` for what belongs to an attention, times `keys` for q and k, `linear` for low-rank linears, `bypass` for whole
-    submodules, times e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by kind and by
+    w = `attention` for what belongs to an attention, times `keys` for q and k, `linear` for low-rank linears, `inside` for cuts
+    inside experts, `bypass` for whole submodules, times e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by kind and by
     depth; measured losses of whole plans tell by how much.
     """
 
@@ -72,6 +73,7 @@ class Weighing:
     keys: float = 1.0
     tilt: float = 0.0
     linear: float = 1.0
+    inside: float = 1.0
     bypass: float = NEVER
 
     def apply(self, curve: Curve, blocks: int) -> Curve:
@@ -80,6 +82,7 @@ class Weighing:
         weight *= self.attention if name in ATTENTION_UNITS else 1.0
         weight *= self.keys if name in ("q", "k", "qk", "keys") else 1.0
         weight *= self.linear if name in ATTENTION + MLP or "." in name else 1.0
+        weight *= self.inside if name in INSIDE else 1.0
         weight *= self.bypass if name in ("attention", "ffn") else 1.0
         loss = weight * curve.loss
         return replace(curve, loss=loss * (1 + self.steep * loss))
@@ -124,7 +127,8 @@ class Auto(Method):
 
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
-    below keep 0.6, where all units may be cut, also those with the loss of low-rank linears counted two and four times.
+    below keep 0.6, where all units may be cut, also those with the loss of low-rank linears counted two and four times. Where
+    neurons of experts go, at any loss: also the plan with none of them, and with their loss counted twice.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
@@ -205,8 +209,9 @@ class Auto(Method):
         for kind in (k for k in SCORES if {*k} <= {u.name for u in problem.units}):
             work.append(foresee_errors(problem, kind, windows))
         plain = windows - len(list_shuffled(windows, self.shuffled))
-        if min(plain, windows) >= 4 * HELD and (self.search > 1 or (problem.keep < LOW and self.units == "any")):
-            tried = max(self.search, len(BYPASSES) + len(LINEARS) - 1)
+        tried = (len(BYPASSES) + len(LINEARS) - 1) * (problem.keep < LOW and self.units == "any")
+        tried = max(self.search, tried + len(INSIDES) * any(u.name in INSIDE for u in problem.units))
+        if min(plain, windows) >= 4 * HELD and tried > 1:
             work += [Work("search", windows - plain // 4, solve=planned, heads=1 / 3)] * tried
         return Foreseen(planned, work)
 
@@ -257,12 +262,15 @@ class Auto(Method):
         windows, length = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
         plain = sorted({*range(windows)} - {*list_shuffled(windows, self.shuffled)})
         among = plain if 2 * len(plain) >= windows else [*range(windows)]
-        if picked.loss < SATURATES or len(among) < 4 * HELD or length < 2:
+        narrow = any(n in INSIDE for n in picked.cut)
+        if (picked.loss < SATURATES and not narrow) or len(among) < 4 * HELD or length < 2:
             return picked, {}
         best = self._start(problem)
         make = cache(lambda weighing: self.allocate(problem, frontiers, weighing=weighing))
-        tries: dict[str, tuple[float, ...]] = {"bypass": BYPASSES if self.bypass is not False else ()}
-        tries["linear"] = LINEARS if self.units == "any" and problem.keep < LOW else ()
+        tries: dict[str, tuple[float, ...]] = {"inside": INSIDES if narrow else ()}
+        if picked.loss >= SATURATES:
+            tries["bypass"] = BYPASSES if self.bypass is not False else ()
+            tries["linear"] = LINEARS if self.units == "any" and problem.keep < LOW else ()
         others = [replace(best, **{name: w}) for name, weights in tries.items() for w in weights]
         if self.search < 2 and all(make(w).ranks == picked.ranks for w in others):
             return make(best), {}
