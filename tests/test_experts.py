@@ -420,7 +420,7 @@ def test_narrower_experts_are_a_stock_model(tmp_path):
 
 @torch.no_grad()
 def test_all_cuts_compete_with_experts(tmp_path):
-    """auto: equal numbers of experts in all blocks and widths of their own, predicted in nats beside what else it cuts; loaded as it was solved."""
+    """auto: equal numbers of experts in all blocks, and their widths, in nats beside what else it cuts; loaded as solved."""
     model = tiny.build("qwen3_moe")
     result = compress(model, output=tmp_path / "out", windows=tiny.windows(40, 12), method="auto", keep=0.7)
     plan = json.loads((tmp_path / "out" / "planish.json").read_text())["plan"]

@@ -64,8 +64,8 @@ class Weighing:
     """What predicted losses are multiplied by when ranks are chosen: l becomes w · l · (1 + steep · w · l).
 
     w = `attention` for what belongs to an attention, times `keys` for q and k, `linear` for low-rank linears, `inside` for cuts
-    inside experts, `bypass` for whole submodules, times e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by kind and by
-    depth; measured losses of whole plans tell by how much.
+    inside experts, `bypass` for whole submodules, times e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by
+    kind and by depth; measured losses of whole plans tell by how much.
     """
 
     steep: float = 0.0
