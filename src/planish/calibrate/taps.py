@@ -113,8 +113,9 @@ class Seen(dict[str, Tensor]):
         ]
 
     def watch_gates(self, experts: Any, sites: set[str], see: Callable[[str, Tensor], None]) -> list[Any]:
-        """Hooks for what is seen of all experts at once, each (tokens, experts) and zero where a token does not reach one:
-        "experts.gates", what their outputs are multiplied by, and "experts.norms", those outputs' lengths."""
+        """Hooks for what is seen of all experts at once: "experts.out", their sum (tokens, hidden); and, each (tokens, experts)
+        and zero where a token does not reach one, "experts.gates", what their outputs are multiplied by, and "experts.norms",
+        those outputs' lengths."""
 
         def see_gates(module, args):
             _, chosen, weights = args
@@ -128,6 +129,8 @@ class Seen(dict[str, Tensor]):
             self.norms[token, number] = out.detach()[real].norm(dim=-1).to(self.norms.dtype)
 
         hooks = []
+        if "experts.out" in sites:
+            hooks.append(experts.register_forward_hook(lambda module, args, out: see("experts.out", out)))
         if "experts.gates" in sites:
             hooks.append(experts.register_forward_pre_hook(see_gates))
         if "experts.norms" in sites:
@@ -242,7 +245,7 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
     `stop`: the forward ends with `AllSeen` as soon as it has them all.
     """
     seen, handles = Seen(), list[Any]()
-    together = {site for site in sites if site.startswith("experts.")} - {"experts.out"}
+    together = {site for site in sites if site.startswith("experts.")}
 
     def see(site: str, value: Tensor) -> None:
         seen[site] = value
@@ -280,9 +283,6 @@ def tap_sites(block: nn.Module, family: Family, sites: set[str], stop: bool = Fa
             tap_back(get_linear(block, family, where), site)
         elif end == "product":
             tap_product(get_linear(block, family, where), site)
-        elif where == "experts":
-            assert family.experts is not None
-            tap_output(block.get_submodule(family.experts.path), site)
         elif where == "block":
             (tap_input if end == "in" else tap_output)(block, site)
         elif end == "raw":

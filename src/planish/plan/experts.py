@@ -8,7 +8,7 @@ from dataclasses import replace
 from planish.core import INSIDE, Frontier, Plan, Unit
 from planish.errors import InputError
 from planish.plan.allocate import Alternative, Curve, choose
-from planish.plan.problem import Problem, count_left
+from planish.plan.problem import Problem, count_left, find_beside
 from planish.plan.spread import BudgetError
 
 
@@ -84,7 +84,7 @@ def list_inside(
     """
     found = dict[Unit, Curve]()
     for unit in (u for u in curves if u.name in INSIDE):
-        beside = problem.beside(unit, kept)
+        beside = find_beside(problem, unit, kept)
         cost = problem.curve(frontiers[unit], beside).cost
         alone = 0.0 if beside or Unit(unit.block, "experts") in kept else cost[:, -1:]
         found[unit] = replace(curves[unit], cost=cost - cost[:, -1:] + alone)

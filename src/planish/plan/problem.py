@@ -79,10 +79,6 @@ class Problem:
         """Of the main budget, or another one, in a block with this spec."""
         return (budget or self.main).cost(self.units[unit], unit, self.shapes[unit.block], rank, beside)
 
-    def save(self, unit: Unit, rank: int, budget: Budget, beside: Spec | None = None) -> float:
-        """What cutting a unit to this rank saves of a budget, in a block with this spec."""
-        return self.cost(unit, self.full(unit), budget, beside) - self.cost(unit, rank, budget, beside)
-
     def count(self, unit: Unit, rank: int) -> int:
         """Weights left in the unit at this rank, whatever the budgets count."""
         return count_weights(self.units[unit], unit, self.shapes[unit.block], rank)
@@ -98,13 +94,6 @@ class Problem:
             self._choices[key] = solver, Choices(torch.tensor(ranks), cost.double(), fixed.double())
         return self._choices[key][1]
 
-    def beside(self, unit: Unit, plan: Plan) -> Spec:
-        """What a plan makes of the block that changes how much the unit holds: experts that go, if it is inside experts."""
-        experts = Unit(unit.block, "experts")
-        if unit.name not in INSIDE or experts not in plan:
-            return {}
-        return self.units[experts].spec(experts, self.shapes[unit.block], plan[experts])
-
     def curve(self, frontier: Frontier, beside: Spec | None = None) -> Curve:
         """Admissible ranks of a unit with their costs, in a block with this spec, and predicted losses; leaving it whole loses
         nothing."""
@@ -112,18 +101,9 @@ class Problem:
         kept = choices.allowed(self.step)
         loss = torch.as_tensor(frontier.loss, dtype=torch.float64)[choices.ranks[kept]]
         ranks, cost = choices.ranks[kept], choices.cost[:, kept]
-        return Curve(frontier.unit, ranks, self.scale(frontier.unit, ranks, cost, beside) if beside else cost, loss)
-
-    def scale(self, unit: Unit, ranks: Tensor, cost: Tensor, beside: Spec) -> Tensor:
-        """Costs (budgets, ranks) of a unit → those in a block with this spec: straight between the lowest and the highest rank
-        below full, as what is inside experts costs."""
-        known = [0, len(ranks) - 2] if len(ranks) > 2 else [0]
-        rows = []
-        for b, own in zip(self.budgets, cost, strict=True):
-            full, *some = (self.cost(unit, int(ranks[n]), b, beside) for n in (-1, *known))
-            share = (own[:-1] - own[0]) / span if len(some) > 1 and (span := float(own[known[1]] - own[0])) else 0.0
-            rows.append(torch.cat([some[0] + share * (some[-1] - some[0]) + 0 * own[:-1], own.new_tensor([full])]))
-        return torch.stack(rows)
+        if beside:
+            cost = cost_beside(self, frontier.unit, ranks, cost, beside)
+        return Curve(frontier.unit, ranks, cost, loss)
 
     def spread(
         self, share: Callable[[Unit], float], by_kind: bool = False, remarks: Mapping[str, str] | None = None
@@ -143,6 +123,26 @@ class Problem:
             raise InputError(f"{refusal} ({why})" if why else str(refusal)) from None
 
 
+def find_beside(problem: Problem, unit: Unit, plan: Plan) -> Spec:
+    """What a plan makes of a block that changes how much the unit holds: experts that go, if it is inside experts."""
+    experts = Unit(unit.block, "experts")
+    if unit.name not in INSIDE or experts not in plan:
+        return {}
+    return problem.units[experts].spec(experts, problem.shapes[unit.block], plan[experts])
+
+
+def cost_beside(problem: Problem, unit: Unit, ranks: Tensor, cost: Tensor, beside: Spec) -> Tensor:
+    """Costs (budgets, ranks) of a unit → those in a block with this spec: straight between the lowest and the highest rank
+    below full, as what is inside experts costs."""
+    known, rows = [0, len(ranks) - 2] if len(ranks) > 2 else [0], []
+    for b, own in zip(problem.budgets, cost, strict=True):
+        full, *some = (problem.cost(unit, int(ranks[n]), b, beside) for n in (-1, *known))
+        span = float(own[known[-1]] - own[0])
+        share = (own[:-1] - own[0]) / span if span else torch.zeros_like(own[:-1])
+        rows.append(torch.cat([some[0] + share * (some[-1] - some[0]), own.new_tensor([full])]))
+    return torch.stack(rows)
+
+
 def choose_ranks(problem: Problem, curves: Mapping[Unit, Curve]) -> Plan:
     """One rank per unit, with the least sum of the curves' losses within all budgets (see `planish.plan.allocate.choose`)."""
     try:
@@ -154,7 +154,11 @@ def choose_ranks(problem: Problem, curves: Mapping[Unit, Curve]) -> Plan:
 
 def count_left(problem: Problem, plan: Plan, budget: Budget) -> float:
     """What all blocks cost of a budget under a plan; a cut inside experts saves nothing of those that have gone."""
-    return budget.total - sum(problem.save(u, r, budget, problem.beside(u, plan)) for u, r in plan.items())
+    left = budget.total
+    for unit, rank in plan.items():
+        beside = find_beside(problem, unit, plan)
+        left -= problem.cost(unit, problem.full(unit), budget, beside) - problem.cost(unit, rank, budget, beside)
+    return left
 
 
 def make_problem(

@@ -8,7 +8,7 @@ from planish.calibrate.measure import Measurements
 from planish.plan import targets
 from planish.plan.frontiers import measure_frontiers
 from planish.plan.planned import Planned
-from planish.plan.problem import Problem, count_left
+from planish.plan.problem import Problem, count_left, find_beside
 from planish.plan.spread import BudgetError
 
 HELD_BY = {"attention": "vo", "ffn": "mlp"}  # a whole submodule that went → the unit of it that must be equal elsewhere
@@ -34,10 +34,10 @@ def make_uniform(problem: Problem, measure: Measurements, planned: Planned) -> P
     for b in problem.budgets:
         taken = count_left(problem, plan, b)
         own = ((u, r) for u, r in plan.items() if u.name in uniform)
-        others.append(taken - sum(problem.cost(u, r, b, problem.beside(u, plan)) for u, r in own))
+        others.append(taken - sum(problem.cost(u, r, b, find_beside(problem, u, plan)) for u, r in own))
     limits = [b.limit - o for b, o in zip(problem.budgets, others, strict=True)]
     try:
-        curves = {u: problem.curve(frontiers[u], problem.beside(u, plan)) for u in plan}
+        curves = {u: problem.curve(frontiers[u], find_beside(problem, u, plan)) for u in plan}
         plan = targets.make_uniform(problem.target, plan, curves, limits)
     except BudgetError as error:
         who = f"{problem.name} for {problem.target.name}"

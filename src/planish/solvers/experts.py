@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import nan
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from planish.core import Edit, ExpertShape, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float, Int, Shaped
-from planish.solvers.forms import dense, keep_neurons, neuron_edits
+from planish.solvers.forms import find_experts, keep_neurons, narrow_spec, neuron_edits, of_expert
 from planish.solvers.grams import Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap, kind
 
@@ -218,31 +218,11 @@ class ExpertNeurons(Solver):
         return edits
 
 
-def narrow_spec(shape: Shape, rank: int) -> Spec:
-    """`rank` neurons in every expert."""
-    e = find_experts(shape)
-    if rank >= e.intermediate:
-        return {}
-    wide, narrow = dense(rank, shape.hidden), dense(shape.hidden, rank)
-    forms = {"gate": wide, "up": wide, "down": narrow}
-    return {"linears": {f"expert.{n}.{r}": f for n in range(e.number) for r, f in forms.items()}}
-
-
-def of_expert(number: str, edits: Sequence[Edit]) -> list[Edit]:
-    """Edits of a feed-forward's linears as those of an expert's."""
-    return [replace(edit, target=f"expert.{number}.{edit.target}") for edit in edits]
-
-
 def name_idle(block: int, number: Float[Tensor, " experts"]) -> None:
     """A warning with the experts that no token reaches, by the number of tokens of each."""
     if idle := (number == 0).nonzero().flatten().tolist():
         names = f"expert{'s' * (len(idle) > 1)} {', '.join(map(str, idle))}"
         warnings.warn(f"block {block}: no calibration token reaches {names} of {len(number)}", stacklevel=3)
-
-
-def find_experts(shape: Shape) -> ExpertShape:
-    assert shape.experts is not None, f"block {shape.block} has no experts"
-    return shape.experts
 
 
 def keep_form(e: ExpertShape, number: int) -> Spec:

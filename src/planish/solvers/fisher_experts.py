@@ -16,11 +16,9 @@ from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float
-from planish.solvers.experts import find_experts, narrow_spec, of_expert
-from planish.solvers.fisher_structural import refit
-from planish.solvers.forms import neuron_edits
+from planish.solvers.forms import find_experts, narrow_spec, neuron_edits, of_expert
 from planish.solvers.linalg import eigh_root, multiply
-from planish.solvers.selection import select_greedily
+from planish.solvers.selection import nystrom, select_greedily
 from planish.stats import Stats, Tap
 
 METRIC = Tap("grad:experts.out", "gram")
@@ -71,8 +69,7 @@ class FisherExpertNeurons(Solver):
         edits = list[Edit]()
         for n, f in frontier.factors.items() if rank < find_experts(shape).intermediate else ():
             kept = f["order"][:rank].sort().values
-            down = refit(f["gram"], multiply(f["down"].double(), f["gram"]), kept, self.damping)
-            edits += of_expert(n, neuron_edits(f, kept, down))
+            edits += of_expert(n, neuron_edits(f, kept, nystrom(f["gram"], kept, f["down"], self.damping)))
         return edits
 
 
