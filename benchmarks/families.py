@@ -57,6 +57,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the tests' models are made to b
     "deepseek_v2": {"topk_method": "greedy", "n_group": None, "topk_group": None}, "nemotron": {"head_dim": 8},
     "ernie4_5": {"use_bias": False}, "falcon": {"bias": False},
     "smollm3": {"no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4},
+    "nemotron_h": tiny._HYBRIDS["nemotron_h_moe"][1],
+    "gpt_oss": tiny._rope("yarn", factor=4.0, original_max_position_embeddings=16),
 }  # fmt: skip
 
 

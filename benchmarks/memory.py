@@ -41,13 +41,14 @@ predicted.
 SHAPES = {"70b": (8192, 28672, 64, 8, 8000)}  # hidden, intermediate, heads, kv heads, vocabulary
 
 
-def read_peak(process: int) -> int:
-    """Highest resident memory of a running process so far, in bytes, from the kernel (Linux)."""
+def read_peak(process: int) -> tuple[int, int]:
+    """Of a running process, in bytes, from the kernel (Linux): resident memory at its highest so far; pages of files in it now."""
+    found = {"VmHWM:": 0, "RssFile:": 0}
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
+            if (name := line.partition("\t")[0]) in found:
+                found[name] = int(line.split()[1]) * 1024
+    return found["VmHWM:"], found["RssFile:"]
 
 
 def main() -> None:
@@ -100,11 +101,11 @@ def main() -> None:
         start = time.perf_counter()
         command = [*planish, "compress", *words, "-o", str(out), "--no-cache"]
         result, shards = Path(folder) / "result.json", out.with_name("out.partial")
-        peak = 0
+        peak = of_files = 0
         with result.open("w") as file:
             process = subprocess.Popen(command, stdout=file)
         while process.poll() is None:
-            peak = max(peak, read_peak(process.pid))
+            peak, of_files = map(max, (peak, of_files), read_peak(process.pid))
             time.sleep(0.2)
             if args.first and len(list(shards.glob("*.safetensors"))) > args.first:
                 process.kill()
@@ -115,6 +116,12 @@ def main() -> None:
             phases = json.loads(result.read_text())["seconds"]
             parts = [f"{phase} {s / 60:.1f}" for phase, s in phases.items() if phase != "total" and s >= 3]
             minutes += f" ({', '.join(parts)}; predicted {plan['seconds'] / 60:.1f})"
+            if args.experts:
+                own = {
+                    n: 1e3 * phases.get(n, 0) / args.blocks / args.experts
+                    for n in ("statistics", "gradients", "stream", "write")
+                }
+                minutes += f"; ms per expert: {', '.join(f'{n} {t:.1f}' for n, t in own.items() if t)}"
     shape = (f"{args.shape}: " if args.shape else "") + f"{args.hidden}/{args.intermediate} {args.dtype}"
     shape += f", {args.experts} experts" if args.experts else ""
     blocks = f"first {args.first} of {args.blocks}" if args.first else str(args.blocks)
@@ -122,7 +129,7 @@ def main() -> None:
         f"| {shape} | {blocks} | {size / 1e9:.2f} GB | {args.method} | {args.samples * args.seq_len} | "
         f"{predicted / 1e9:.2f} GB | {peak / 1e9:.2f} GB | **{peak / size:.1%}** | {minutes} |"
     )
-    print(json.dumps({"model_bytes": size, "peak_rss_bytes": peak, "share": peak / size}))
+    print(json.dumps({"model_bytes": size, "peak_rss_bytes": peak, "of_files": of_files, "share": peak / size}))
     print(row)
     keep = args.table.read_text(encoding="utf-8") if args.table.exists() else HEAD
     keep = keep if keep.startswith(HEAD) else HEAD  # rows of other columns

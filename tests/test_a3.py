@@ -22,10 +22,10 @@ from planish.methods.a3 import A3
 from planish.methods.method import Method
 from planish.methods.modegpt import spread_removal
 from planish.methods.palu import Palu
-from planish.modelling.attentions import has_norms, rotary_width
 from planish.modelling.blocks import find_blocks, get_linear
 from planish.modelling.canonical import join_block, split_block
 from planish.modelling.families import FAMILIES
+from planish.modelling.heads import has_norms, rotary_width
 from planish.plan.footprint import footprint, footprints
 from planish.plan.planned import Planned
 from planish.request import Limits

@@ -215,7 +215,10 @@ def test_a_run_stopped_while_rounding_is_taken_up(model, tmp_path, monkeypatch):
         ({"bits": "q4_0"}, "--target any cannot hold q4_0: ask for it with --target gguf"),
         ({"bits": 5}, "--bits 5 --target any: expected 16, 8, 4, 3, 2"),
         ({"bits": 4, "target": "onnx"}, "--target onnx has no rounded weights"),
-        ({"bits": 4, "head_bits": 4}, "--head-bits: embedding and head stay in 16 bits for --target any"),
+        (
+            {"bits": 4, "head_bits": 4, "target": "vllm"},
+            "--head-bits: embedding and head stay in 16 bits for --target vllm",
+        ),
         ({"head_bits": 4}, "--head-bits says how embedding and head are rounded beside the blocks: give --bits too"),
         ({"bits": 4, "keep": None, "max_bytes": 10**6}, "--max-bytes cannot hold beside --bits"),
     ],

@@ -285,7 +285,7 @@ def test_seconds_count_the_text(root, tmp_path, encoded, monkeypatch):
     assert len(encoded) == 1
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("on_disk", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_method_with_windows_of_its_own_shares_no_statistics_with_others(folder, root, tmp_path, on_disk):
     stream = Stream(open_source(folder), WINDOWS)
     shared = open_cache(stream, 1 << 30) if on_disk else Cache(memory=1 << 30)
@@ -312,6 +312,7 @@ def test_measured_errors_of_pairs_are_kept(folder, root, tmp_path, monkeypatch):
     assert len(calls) == 2, "this plan drops pairs"
 
 
+@pytest.mark.slow
 def test_a_cache_given_without_a_stream_is_kept_apart_too(folder, tmp_path):
     shared = Cache(memory=1 << 30)
     for settings in ({"shuffled": 0.0}, {"shuffled": 0.5}, {"shuffled": 0.0}):
@@ -319,6 +320,7 @@ def test_a_cache_given_without_a_stream_is_kept_apart_too(folder, tmp_path):
         assert with_it == run(folder, tmp_path / "out", "auto", settings), settings
 
 
+@pytest.mark.slow
 def test_errors_of_pairs_under_later_gradients_are_nobody_elses(folder, tmp_path):
     shared, stream = Cache(memory=1 << 30), Stream(open_source(folder), WINDOWS)
     structural = {"units": "structural"}

@@ -63,6 +63,7 @@ def test_a_file_is_compressed_asked_and_timed(small_chat, run, tmp_path, monkeyp
     assert not re.search(r"(?:src|href)\s*=", page)  # one file, offline
 
 
+@pytest.mark.slow
 def test_texts_that_are_given_are_used(small_chat, run, tmp_path):
     for name in ("calibration", "held-out"):
         (tmp_path / f"{name}.txt").write_text("the cat sat on the mat and the bat ate that hat " * 80)

@@ -78,6 +78,7 @@ def test_a_step_is_the_nearest_rank_that_way():
     assert step(j.problem, 44, unit, 1 / 8) == 44 and step(j.problem, 4, unit, -1 / 2) == 4
 
 
+@pytest.mark.slow
 def test_evolution_finds_a_plan_that_diverges_less(monkeypatch):
     """Less than the uniform one that it starts from, measured anew on solved models; the same again; within its passes."""
     monkeypatch.setattr(evolution, "CHILDREN", 6)

@@ -38,7 +38,14 @@ from tiny import compress
 
 WINDOWS = tiny.windows(20, 12)
 IDS = tiny.windows(1, 2000)[0].numpy()
-QUICK = ("qwen3_moe", "mixtral", "deepseek_v3", "granitemoe", "phimoe")  # every kind of checkpoint and of router
+QUICK = (
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v3",
+    "granitemoe",
+    "phimoe",
+    "gpt_oss",
+)  # every kind of checkpoint and of router
 
 
 def find_moe(model: nn.Module, i: int) -> nn.Module:
@@ -369,7 +376,7 @@ def test_a_folder_gives_what_a_model_in_memory_gives(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mixtral", "granitemoe", pytest.param("glm4_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "gpt_oss", pytest.param("glm4_moe", marks=pytest.mark.slow)])
 def test_attention_of_a_mixture_is_cut_in_our_own_format(name, tmp_path):
     """Checkpoints with other names, stacked ones, shared experts: what is loaded computes what was solved."""
     stream = Stream(open_source(tiny.save(tiny.build(name), tmp_path / "model")), WINDOWS)

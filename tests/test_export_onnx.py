@@ -91,6 +91,25 @@ def test_a_mixed_model_is_the_same_at_every_length(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "phimoe", "deepseek_v3"])
+def test_a_mixture_in_stock_shapes(family, tmp_path):
+    check(tiny.save(build(family), tmp_path / "m"), tmp_path / "m.onnx")
+
+
+@pytest.mark.slow
+def test_experts_of_their_own(tmp_path):
+    """Planish's own format: each is computed on every token."""
+    tiny.compress(build("mixtral"), output=tmp_path / "m", windows=tiny.windows(8, 12), method="flat-llm", keep=0.8)
+    check(tmp_path / "m", tmp_path / "m.onnx")
+
+
+def test_what_a_mixer_keeps_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds keys and values alone, not what a mixer keeps of a sequence"):
+        export_onnx(tiny.save(build("lfm2"), tmp_path / "m"), tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "gpt2", "opt", "mpt", *tiny.MORE]
 )

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 import planish
 from planish.errors import InputError
-from planish.fit import hold_out, list_choices, predict, reserve
+from planish.fit import list_choices, predict, reserve
 from planish.folder.safetensors import write_shard
 from planish.folder.source import open_source
 from planish.request import Request
+from planish.trials import hold_out
 from tiny import build, save, windows
 
 pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")
@@ -28,7 +29,7 @@ def model(tmp_path_factory):
 
 
 def compress(model, output, **options):
-    text = {"calibration": IDS.flatten().numpy(), "n_samples": 16, "seq_len": 24, "method": "flat-llm"}
+    text = {"calibration": IDS.flatten().numpy(), "n_samples": 16, "seq_len": 24, "method": "flat-llm", "ladder": False}
     return planish.compress(model, output=output, **text | options)
 
 
@@ -60,7 +61,7 @@ def test_the_least_divergence_within_the_size_is_taken(model, tmp_path):
     """All plans are within it; the chosen one is the best of them, as measured here; it is made from all windows."""
     outside, blocks = predict(Request.ask(model=""), open_source(model), "4")
     size = int(outside + blocks) + 1
-    done = compress(model, tmp_path / "out", max_bytes=size, bits="auto")
+    done = compress(model, tmp_path / "out", max_bytes=size, bits="auto", ladder=True)
     tried = json.loads((tmp_path / "out" / "choices.json").read_text())
     assert tried == done.choices and done.bytes_after <= size
     made = [c for c in tried if not c["error"]]
@@ -69,6 +70,9 @@ def test_the_least_divergence_within_the_size_is_taken(model, tmp_path):
     assert [c["bits"] for c in plain] == ["4"] and any("." in c["bits"] and c["keep"] < 1 for c in tried)
     best = min(made, key=lambda c: c["kl"])
     assert best["chosen"] and sum(c["chosen"] for c in tried) == 1
+    rungs = {r["bits"]: r for r in done.ladder["rungs"]}
+    assert done.ladder["result"] == best and {"4", "3", "2"} <= rungs.keys()
+    assert all(rungs[c["bits"]] == c | {"fits": True} for c in made if c["keep"] == 1)
     asked = {"keep": best["keep"]} | ({} if best["bits"] == "16" else {"bits": best["bits"]})
     again = compress(model, tmp_path / "again", **asked)
     assert again.bytes_after == done.bytes_after

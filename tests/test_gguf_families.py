@@ -36,6 +36,7 @@ DENSE = {  # tiny model of every dense family → what it has beside its usual s
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {}, "qwen3_moe": {"mlp_only_layers": []}, "qwen2_moe": {"mlp_only_layers": []}, "olmoe": {"num_key_value_heads": 4},
     "granitemoe": {}, "glm4_moe": {}, "minimax_m2": {}, "deepseek_v3": {},
+    "gpt_oss": tiny._rope("yarn", factor=4.0, original_max_position_embeddings=16),
     "deepseek_v2": {"topk_method": "greedy", "n_group": None, "topk_group": None},
 }  # fmt: skip
 
@@ -165,6 +166,12 @@ def test_shared_experts_stay_as_wide_as_they_were(tmp_path):
         ("phi_norms", {}, "graph of phi has qk_layernorm=False built in"),
         ("stablelm_norms", {}, "graph of stablelm has qk_layernorm=False built in"),
         ("olmoe", {}, "graph of olmoe needs as many key/value heads as heads, got 2 for 4"),
+        ("gpt_oss", {}, "llama.cpp rounds the ends of YaRN's ramp, and .* rope_parameters.truncate=false"),
+        (
+            "gpt_oss",
+            {"layer_types": ["full_attention", "sliding_attention"]} | MIXTURES["gpt_oss"],
+            "graph gpt-oss has windows in all blocks but every 2th; block 0 does otherwise",
+        ),
         ("nemotron", {}, "graph of nemotron needs heads × head size = hidden size, got 4 × 12 for 32"),
     ],
 )

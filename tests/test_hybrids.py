@@ -95,6 +95,13 @@ def test_what_needs_attention_everywhere_refuses_a_mixer_by_name(method, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_budget_for_a_cache_that_nothing_cuts_is_refused(tmp_path):
+    """Values whose average is gated, keys that are normalised and have several positions."""
+    options = {"method": "palu", "kv_keep": 0.7, "windows": WINDOWS}
+    with pytest.raises(InputError, match=r"palu cuts neither keys nor values of this model.*; no other method does"):
+        tiny.compress(tiny.build("qwen3_5"), output=tmp_path / "m", **options)
+
+
 @torch.no_grad()
 def test_auto_removes_feed_forwards_but_no_attention_of_a_hybrid(tmp_path):
     """Caches count positions by an attention."""
@@ -111,10 +118,28 @@ def test_auto_removes_feed_forwards_but_no_attention_of_a_hybrid(tmp_path):
     assert torch.equal(plain, small.generate(WINDOWS[:2, :13], **options))
 
 
-def test_nemotron_h_with_experts_is_refused():
-    kinds = ["linear_attention", "moe", "full_attention", "mlp"]
-    with pytest.raises(InputError, match="nemotron_h with experts is not supported: they have no gate"):
-        MemorySource(tiny.build("nemotron_h", layers_block_type=kinds))
+@torch.no_grad()
+@pytest.mark.parametrize("latent", [None, 20])
+def test_experts_without_a_gate(latent):
+    """down(max(up x, 0)²) of each that a token reaches, between projections to a narrower width where there are any, which are
+    listed as untouched."""
+    model = tiny.build("nemotron_h_moe", torch.float64, moe_latent_size=latent)
+    source, stock = MemorySource(model), model.model.layers[1].mixer
+    shape, block = source.shape(1), source.block(1)
+    assert shape.experts.roles == ("up", "down") and shape.experts.hidden == (latent or 32)
+    projections = {role for role in shape.rest if "latent" in role}
+    assert projections == ({"mixer.fc1_latent_proj", "mixer.fc2_latent_proj"} if latent else set())
+    x = torch.randn(1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _, gates, chosen = stock.gate(x)
+    narrow, out = stock.fc1_latent_proj(x[0]), []
+    for t in range(6):
+        parts = [
+            g * (stock.experts.down_proj[j] @ (stock.experts.up_proj[j] @ narrow[t]).clamp(min=0).square())
+            for j, g in zip(chosen[t], gates[t].double(), strict=True)
+        ]
+        out.append(sum(parts))
+    expected = stock.fc2_latent_proj(torch.stack(out)) + stock.shared_experts(x[0])
+    torch.testing.assert_close(block.mixer(x)[0], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", tiny.HYBRIDS)

@@ -26,8 +26,8 @@ from planish.folder.source import MemorySource, open_source
 from planish.methods import list_methods
 from planish.modelling import families, modelling
 from planish.modelling.blocks import get_linear
+from planish.modelling.experts import Experts
 from planish.modelling.families import ATTENTION, FAMILIES, MLP, Family
-from planish.modelling.modules import Experts
 from planish.plan.footprint import count_weights
 from planish.stats import Stats, Tap
 
@@ -288,6 +288,12 @@ def test_stacks_of_another_layout_are_refused(change, match, sparse, tmp_path):
     with pytest.raises(InputError, match=match) as error:
         tiny.compress(tmp_path / "model", output=tmp_path / "out", windows=WINDOWS, method="reap", keep=0.8)
     assert "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
+
+
+def test_solving_neurons_of_experts_is_rehearsed():
+    """Their weights are among those that are drawn for it."""
+    options = {"keep": 0.7, "calibration": IDS, "n_samples": 4, "seq_len": 12}
+    assert planish.forecast(tiny.build("qwen3_moe"), measure=True, method="a3", **options).keep <= 0.7
 
 
 def test_experts_of_a_block_share_its_memory(sparse):

@@ -52,6 +52,9 @@ class Held:
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def read_rows(self, name: str, first: int, count: int) -> Tensor:
+        return self.tensors[name].flatten(0, -2)[first : first + count]
+
 
 def hold(case: Case, extra: dict[str, Tensor] | None = None) -> PackedWeights:
     tensors = {f"model.layers.0.q_proj{suffix}": t for suffix, t in case.stored.items()} | (extra or {})

@@ -37,7 +37,7 @@ def launch(count: int, task) -> None:
     "method",
     [
         "flat-llm",
-        "svd-llm",
+        pytest.param("svd-llm", marks=pytest.mark.slow),
         pytest.param("auto", marks=pytest.mark.slow),
         pytest.param("erc-svd", marks=pytest.mark.slow),
         pytest.param("asvd", marks=pytest.mark.slow),

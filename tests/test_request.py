@@ -15,15 +15,15 @@ from planish.request import OPTIONS, RECIPE, TEXT, Limits, Request, Text, read_r
 
 FLAGS = {"settings": "set"}  # where a flag has another name than its option
 OWN = {  # flags that are no part of a request: how a command runs, and what it measures
-    "compress": {"output", "sparsity", "overwrite", "cache", "no-cache", "json"},
+    "compress": {"output", "sparsity", "overwrite", "cache", "no-cache", "no-ladder", "json"},
     "plan": {"sparsity", "measure", "json"},
     "sweep": {"output", "methods", "eval-text", "eval-tokens", "keep-models", "bench", "cache", "no-cache", "overwrite", "json"},
     "eora": {"output", "bits", "rank", "quantiser", "overwrite", "json"},
 }  # fmt: skip
 LEFT_OUT = {
-    "plan": {"bits", "head-bits", "fit"},
-    "sweep": {"max-params", "max-bytes", "max-latency", "context", "method", "target", "set", "adapter", "bits", "head-bits",
-              "fit"},
+    "plan": {"bits", "head-bits", "fit", "ladder"},
+    "sweep": {"max-params", "max-latency", "context", "method", "set", "adapter", "bits", "head-bits",
+              "fit", "ladder"},
     "eora": {FLAGS.get(n, n.replace("_", "-")) for n in OPTIONS} - {"calibration", "n-samples", "seq-len", "seed", "sampling",
                                                                   "bos", "device", "dtype", "bits"},
 }  # fmt: skip

@@ -93,7 +93,7 @@ def test_numbers_that_are_none_stay_none(bad):
     assert not found[1].any() and found[[0, 2]][:, [0, 2]].all()
 
 
-@pytest.mark.parametrize("method", ["auto", "a3", "svd-llm"])
+@pytest.mark.parametrize("method", [pytest.param("auto", marks=pytest.mark.slow), "a3", "svd-llm"])
 def test_a_run_with_sums_by_digits_chooses_the_same_ranks(method, monkeypatch, tmp_path):
     """Hardly more calibration tokens than neurons: badly conditioned moments are held to the same."""
     model, windows = tiny.build("llama_gqa"), tiny.windows(3, 16)

@@ -203,9 +203,9 @@ def test_few_blocks_are_alive_at_once(method, tmp_path):
     peak = 0
     read = source.block
 
-    def block(i: int) -> nn.Module:
+    def block(i: int, **how) -> nn.Module:
         nonlocal peak
-        module = read(i)
+        module = read(i, **how)
         alive.append(weakref.ref(module))
         peak = max(peak, sum(ref() is not None for ref in alive))
         return module

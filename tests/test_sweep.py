@@ -23,8 +23,13 @@ from planish.evaluate import drift
 from planish.evaluate.report import page
 from planish.evaluate.report.page import find_shares, write_report
 from planish.evaluate.report.points import Point, read_points
+from planish.evaluate.report.sizes import find_curves, tell_losers
 from planish.evaluate.report.svg import Axis, Mark, Quantity, Series, chart, heat_map
-from planish.sweep import parse_method, sweep
+from planish.fit import predict
+from planish.folder.source import open_source
+from planish.grid import parse_method
+from planish.request import Request
+from planish.sweep import sweep
 
 METHODS = ["flat-llm", "svd-llm", "auto:anchor=0:units=linear"]
 KEEPS = [0.9, 0.7]
@@ -283,3 +288,73 @@ def test_command_line(texts, tmp_path, capsys):
     assert (tmp_path / "r.html").is_file()
     assert app([*words[:5], "0.8,x", *words[6:]], standalone_mode=False) == 2
     assert torch.is_grad_enabled()
+
+
+# ---------------------------------------------------------------- curves over sizes
+
+
+@pytest.fixture(scope="module")
+def sized(texts, tmp_path_factory) -> Path:
+    """A size that 3 bits fill, and one that 8 bits leave room in."""
+    pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")
+    root = tmp_path_factory.mktemp("sizes")
+    model = tiny.save(
+        tiny.build("llama_gqa", hidden_size=32, intermediate_size=64, num_hidden_layers=2), root / "model"
+    )
+    three = sum(predict(Request.ask(model=""), open_source(model), "3"))
+    sizes = [2 * int(three), f"{1.01 * three / 1000:.3f}kB"]
+    run((model, *texts[1:]), root / "sweep", methods=["flat-llm"], keeps=(), sizes=sizes, keep_models="all")
+    return root / "sweep"
+
+
+def test_three_curves_over_sizes(sized):
+    """Plain types as `compress --keep 1 --bits` makes them, cuts that take no more than asked, and what both together chose."""
+    points = {p.name: p for p in read_points(sized)}
+    curves = {c: [p for p in points.values() if p.curve == c] for c in ("bits", "cuts", "both")}
+    bits = [p.bits for p in curves["bits"]]
+    assert (
+        {"8", "4", "3", "2"} <= set(bits) and any("." in b for b in bits) and all(p.keep == 1 for p in curves["bits"])
+    )
+    assert len({p.bytes for p in curves["bits"]}) == len(bits) and all(p.kl >= 0 for p in curves["bits"])
+    wide, narrow = sorted((p.asked["max_bytes"] for p in curves["both"]), reverse=True)
+    assert [p.asked["max_bytes"] for p in curves["cuts"]] == [wide, narrow]
+    assert curves["cuts"][0].bits == "16" and curves["cuts"][0].bytes <= wide and curves["cuts"][0].keep < 1
+    assert "smallest" in curves["cuts"][1].error  # fewer bytes than cutting alone can reach
+    for p in curves["both"]:
+        chosen = next(c for c in json.loads((sized / "points" / p.name / "choices.json").read_text()) if c["chosen"])
+        assert p.bytes <= p.asked["max_bytes"] and (p.bits, p.asked_bits) == (chosen["bits"], "auto")
+    plain = json.loads((sized / "points" / "rounding-3-bits" / "planish.json").read_text())["result"]
+    assert plain["rounding"]["asked"] == "3" and plain["bytes_after"] == points["rounding-3-bits"].bytes
+
+
+def test_the_page_of_sizes(sized):
+    """Three lines in two pictures, a tile for every size with the best of each curve, commands that make the points again."""
+    text = (sized / "report.html").read_text(encoding="utf-8")
+    check_page(text)
+    for words in (
+        "Divergence and size",
+        "rounding alone",
+        "flat-llm, 16 bits",
+        "flat-llm and rounding",
+        "--bits auto",
+        "--bits 3",
+    ):
+        assert words in text
+    assert text.count('class="tile"') == 2
+    points, dense = [p for p in read_points(sized) if p.curve and not p.error], read_points(sized)[0]
+    cards, note = find_curves(points, dense, {p.label: n for n, p in enumerate(points)})
+    assert len(cards) == 2 and "The dense model takes" in note
+    best = next(p for p in points if p.curve == "both")
+    assert tell_losers(points) == "" or best.label not in tell_losers(points)
+    worse = [Point("b", "m", bytes=9, kl=0.5, curve="both", budgets='{"max_bytes": 10}'),
+             Point("a", "m", bytes=9, kl=0.2, curve="bits", bits="3")]  # fmt: skip
+    assert tell_losers(worse) == (
+        "Nearer to the dense model than the plan that was chosen: at 10 bytes rounding alone by 0.3000 nats."
+    )
+
+
+def test_sizes_stand_alone(texts, tmp_path):
+    with pytest.raises(InputError, match="leave the other budgets out"):
+        run(texts, tmp_path / "out", methods=["flat-llm"], keeps=[0.5], sizes=["1MB"])
+    with pytest.raises(InputError, match="expected a number"):
+        run(texts, tmp_path / "out", methods=["flat-llm"], keeps=(), sizes=["many"])

@@ -157,6 +157,7 @@ MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; a
 RARE = (  # of these, what is made of the same as others: all laws are slow
     "exaone4_windows", "smollm3", "ernie4_5", "cohere", "cohere_norms", "phi", "phi_norms", "stablelm_parallel",
     "stablelm_norms", "falcon_new", "falcon_new_shared", "apertus", "qwen3_5",
+    "qwen3_5_moe", "nemotron_h_moe",
     "granite_hybrid", "granite_dense", "falcon_h1",
 )  # fmt: skip
 
@@ -195,10 +196,17 @@ _MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": (
         "GraniteMoe", {**_LOCAL, "residual_multiplier": 0.6, "attention_multiplier": 0.4, "embedding_multiplier": 1.5},
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **_LOCAL, "head_dim": 12, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"],
+        } | _rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
+    ),
     "phimoe": ("Phimoe", {**_LOCAL, "attention_bias": True, "lm_head_bias": True, "sliding_window": None}),
 }  # fmt: skip
 _ROWS |= _MIXTURES
 SPARSE = ("qwen3_moe", *_MIXTURES)  # families with experts
+OTHERWISE = ("gpt_oss",)  # of these, those whose attention does what no other does
 NAMES = tuple(n for n in _ROWS if n not in SPARSE + MORE)
 
 _DELTA: dict[str, Any] = {
@@ -222,6 +230,13 @@ _HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_5": ("Qwen3_5Text", {**_GQA, **_DELTA}),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeText",
+        {
+            **_GQA, **_DELTA, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "num_experts": 8,
+            "num_experts_per_tok": 2, "experts_implementation": "eager",
+        },
+    ),
     "granite_hybrid": (
         "GraniteMoeHybrid",
         {
@@ -254,10 +269,20 @@ _HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "num_hidden_layers": 4,
         },
     ),
+    "nemotron_h_moe": (
+        "NemotronH",
+        {
+            **_GQA, "head_dim": 12, "mamba_num_heads": 4, "mamba_head_dim": 6, "n_groups": 2, "ssm_state_size": 5, "chunk_size": 8,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4,
+            "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "moe_latent_size": 20,
+            "moe_shared_expert_intermediate_size": 28, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5,
+            "experts_implementation": "eager",
+        },
+    ),
 }  # fmt: skip
 _ROWS |= _HYBRIDS
 HYBRIDS = tuple(_HYBRIDS)  # families with mixers in place of some attentions, or beside them
-MIXED = ("qwen3_next", "granite_hybrid")  # of these, those with experts
+MIXED = ("qwen3_next", "granite_hybrid", "qwen3_5_moe", "nemotron_h_moe")  # of these, those with experts
 
 # One of each block layout: what a change in how blocks are read or written has to pass first.
 CORE = ("llama_gqa", "qwen2", "phi3", "gemma2", "opt", "gpt_neox")
@@ -297,12 +322,13 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
         "nemotron",
         "qwen3_next",
         "qwen3_5_text",
+        "qwen3_5_moe_text",
     )  # norms scale by 1 + weight
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn(p.shape, generator=generator)
         if "norm" in name or ".ln_" in name:
             p.copy_(0.3 * noise + (0 if offset or name.endswith("bias") else 1))
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             p.copy_(0.3 * noise)
         elif p.ndim == 1:  # of an activation or a recurrence
             p.copy_(p + 0.3 * noise)

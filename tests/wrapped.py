@@ -80,8 +80,18 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {**_QWEN, "num_position_embeddings": 16}, **_TOKENS,
         },
     ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {
+            "text_config": {
+                **_TEXT, **tiny._DELTA, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "num_experts": 8,
+                "num_experts_per_tok": 2,
+            },
+            "vision_config": {**_QWEN, "num_position_embeddings": 16}, **_TOKENS,
+        },
+    ),
 }  # fmt: skip
-HYBRIDS = ("qwen3_5",)  # with mixers in place of some attentions: a few laws
+HYBRIDS = ("qwen3_5", "qwen3_5_moe")  # with mixers in place of some attentions: a few laws
 NAMES = tuple(n for n in _ROWS if n not in HYBRIDS)
 
 

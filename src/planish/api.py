@@ -39,10 +39,10 @@ from planish.evaluation import (
     load,
 )
 from planish.export.eora import Compensation, compensate, open_linears
-from planish.fit import Choice, choose_bits
 from planish.folder.owner import owning
 from planish.folder.source import FolderSource, Source, open_shapes, open_source
 from planish.folder.tokenizer import load_tokenizer
+from planish.ladder import choose_size, climb_beside
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
 from planish.methods.method import Method, list_settings
@@ -113,14 +113,17 @@ def compress(
     files = {}
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
-    place, choices = Destination(Path(output), overwrite, files), list[Choice]()
-    if request.fit is not None or request.bits == "auto":
-        request, choices = choose_bits(request, method, source, text, place, progress)
+    place = Destination(Path(output), overwrite, files)
+    asked = request
+    request, choices, beside = choose_size(request, method, source, text, place, progress, cache=cache)
+    if choices:
         files["choices.json"] = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
     if begin is not None and lanes.is_first():
         begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
     result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
     result.warnings, result.choices = text.notes + result.warnings, [c.as_dict() for c in choices]
+    beside = beside or climb_beside(asked, method, source, text, place, progress, cache=cache)
+    result.ladder = beside.write(Path(output)) if beside else {}
     return result
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from planish import lanes
 from planish.apply import count_block, is_empty
+from planish.bits import read_asked
 from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
@@ -39,7 +40,7 @@ from planish.plan.footprint import count_headers, footprint
 from planish.plan.latency import read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.quantise import Report, quantise, read_asked
+from planish.quantise import Report, quantise
 from planish.request import Request
 from planish.solve import solve
 from planish.solvers.offload import offload

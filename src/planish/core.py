@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from planish.modelling.families import ATTENTION, MLP
 from planish.modelling.modules import Spec
 from planish.stats import KINDS, Stats, Tap
 
-Weights = dict[str, Tensor]  # role → weight (out, in), "role.bias" → bias (out,)
+Weights = Mapping[str, Tensor]  # role → weight (out, in), "role.bias" → bias (out,)
 
 
 HELD = {  # unit of several linears → their roles
@@ -27,7 +27,8 @@ INSIDE = ("neurons",)  # units that cut all experts of a block alike
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Sizes of a block's experts: `number` feed-forwards alike, of which every token reaches `top`.
+    """Sizes of a block's experts: `number` feed-forwards alike, of linears in these `roles`, of which every token reaches `top`.
+    They read and give `hidden` channels.
 
     The router chooses among `groups` of neighbours first and takes `top_groups` of them. `router`: roles (of `Shape.others`)
     that have a row for each expert. `gates`, where an expert is missing: those of the "chosen" others add up to what they did
@@ -37,10 +38,12 @@ class ExpertShape:
     number: int
     top: int
     intermediate: int
+    hidden: int
     groups: int = 1
     top_groups: int = 1
     router: tuple[str, ...] = ()
     gates: str = "chosen"
+    roles: tuple[str, ...] = MLP
 
     @property
     def least(self) -> int:
@@ -106,14 +109,14 @@ class Shape:
     def rest(self) -> tuple[str, ...]:
         """Weights outside attention and the dense feed-forward: `others`, and the linears of every expert ("expert.17.up")."""
         e = self.experts
-        experts = (f"expert.{n}.{r}" for n in range(e.number) for r in MLP) if e else ()
+        experts = (f"expert.{n}.{r}" for n in range(e.number) for r in e.roles) if e else ()
         return (*(role for role, _, _ in self.others), *experts)
 
     def linear(self, role: str) -> tuple[int, int]:
         """(out, in) of a role's weight."""
         if role.startswith("expert.") and self.experts:
-            inner = self.experts.intermediate
-            return (self.hidden, inner) if role.endswith(".down") else (inner, self.hidden)
+            hidden, inner = self.experts.hidden, self.experts.intermediate
+            return (hidden, inner) if role.endswith(".down") else (inner, hidden)
         for other, out, n in self.others:
             if role == other:
                 return out, n
@@ -130,8 +133,8 @@ class Shape:
     def width(self, site: str) -> int:
         """Channels of the tensor at a tap's site."""
         where, _, end = site.rpartition(":")[2].rpartition(".")
-        if where == "experts" and self.experts and end != "out":
-            return self.experts.number
+        if where == "experts" and self.experts:
+            return self.experts.hidden if end == "out" else self.experts.number
         if where not in self.roles + self.rest:
             return self.hidden
         out, n = self.linear(where)

@@ -11,95 +11,24 @@ So the result is never worse, in that measure, than the finest plain rounding of
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from math import inf, isfinite
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from planish.calibrate.activations import MemoryLimits
-from planish.calibrate.cache import Cache
-from planish.calibrate.stream import Stream
-from planish.compression import Calibration, Destination, Shared, compress, pick_dtype
-from planish.core import Progress
-from planish.errors import InputError, PlanishError
-from planish.evaluate.agreement import compare
-from planish.evaluation import load
-from planish.folder.source import FolderSource, Source
-from planish.folder.writer import check_free
-from planish.methods.method import Method
+from planish.bits import HEAD, find_heads, read_asked, refuse_head
+from planish.errors import InputError
+from planish.folder.source import Source
 from planish.plan.footprint import count_headers, footprint
-from planish.quantise import read_asked
 from planish.request import LIMITS, Request, label
+from planish.rounding.types import choose
+from planish.trials import Choice, settle
 
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
 FINER = 2  # so many types finer than the one that holds all weights are tried with cuts
 NEARLY = 1.1  # times the size: predicted bytes at which all weights may still fit
-HELD = 4  # every fourth window is held out
-AGAIN = 4  # times that a cut which came out too large is made smaller
 CONTEXT = 4096  # tokens of the cache unless told, or as many as the model has positions
 UBATCH = 512  # tokens that llama.cpp runs at a time
 PARTS, ENTRY = 3, 112  # tensors of a rounded linear beside one; bytes of a tensor's entry in a header, but for its name
 SUFFIX = 8  # bytes that its name is longer, where it is but one
 LADDERS = {"gguf": ("16", "8", "6", "5", "4", "3", "2"), "vllm": ("16", "8", "4")}
 LADDER = ("16", "8", "4", "3", "2")
-
-
-@dataclass
-class Choice:
-    """A plan that was tried: `bits` of the blocks' weights (with a point: a mean of types that differ) and `keep` of them; what
-    it came out as, in `bytes`, and how far it is from the dense model on the windows held out: `kl`, nats per token. `error`:
-    why it could not be made."""
-
-    bits: str
-    keep: float
-    bytes: int = 0
-    kl: float = inf
-    error: str = ""
-    chosen: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def choose_bits(
-    request: Request,
-    method: Method,
-    source: Source,
-    text: Calibration,
-    place: Destination,
-    progress: Progress | None = None,
-) -> tuple[Request, list[Choice]]:
-    """`request` with `fit`, or with `bits` "auto" and `max_bytes` → the same with the bits and the keep that are best at this
-    size; all that were tried. Raises InputError, before any work, where nothing of this size can be reached.
-
-    Plans are written beside the destination, one at a time, and deleted.
-    """  # fmt: skip
-    size = find_size(request, source)
-    if not isinstance(source, FolderSource):
-        raise InputError("--bits auto and --fit compare models that are loaded from folders: save this one first")
-    check_free(place.output, place.overwrite)
-    tried = list_choices(request, source, size)
-    if len(tried) == 1:
-        tried[0].chosen = True
-        return settle(request, tried[0]), tried
-    with tempfile.TemporaryDirectory(prefix=f"{place.output.name}.sizes-", dir=place.output.parent) as scratch:
-        runner = Runner(request, method, source, text, Path(scratch), progress)
-        for n, choice in enumerate(tried):
-            runner.measure(choice, size)
-            if progress:
-                progress("sizes", n + 1, len(tried))
-    best = min(tried, key=lambda c: c.kl)
-    if not isfinite(best.kl):
-        raise InputError(
-            f"nothing of {size:,} bytes could be made: " + "; ".join(f"{c.bits} bits: {c.error}" for c in tried)
-        )
-    best.chosen = True
-    return settle(request, best), tried
+HEADS = {"gguf": ("6", "5", "4", "3"), "hf": ("8", "4")}  # bits of embedding and head that compete with the default
 
 
 def find_size(request: Request, source: Source) -> int:
@@ -123,12 +52,6 @@ def find_size(request: Request, source: Source) -> int:
         f"--fit {request.fit:,}: the cache of {context} tokens and running take {request.fit - left:,} bytes; a smaller --context"
         " takes less"
     )
-
-
-def settle(request: Request, choice: Choice) -> Request:
-    """The request that makes a plan."""
-    bits = None if choice.bits == "16" else choice.bits
-    return request.model_copy(update={"bits": bits, "keep": choice.keep, "max_bytes": None, "fit": None})
 
 
 def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
@@ -155,6 +78,52 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
     return mix(found, request, source, size)
 
 
+def list_plans(request: Request, source: Source, size: int) -> list[Choice]:
+    """`list_choices` with embedding and head as they are by default, or with larger ones of the next smaller types where else
+    nothing of this size can be reached."""
+    try:
+        return list_choices(request, source, size)
+    except InputError:
+        for head in list_heads(request, source):
+            try:
+                found = list_choices(request.model_copy(update={"head_bits": head}), source, size)
+            except InputError:
+                continue
+            for choice in found:
+                choice.head = head
+            return found
+        raise
+
+
+def list_heads(request: Request, source: Source) -> list[str]:
+    """Bits of embedding and head, most first, that are another type than the default; none where the user has chosen."""
+    target = request.target
+    if request.head_bits is not None or target not in HEADS or refuse_head(target, source):
+        return []
+    hidden, found = source.shape(0).hidden, dict[str, str]()
+    for bits in (*([HEAD] if target == "gguf" else []), *HEADS[target]):
+        try:
+            kind = choose(bits, target)
+            found.setdefault(kind.pick(hidden, "the head").name if kind else bits, bits)
+        except InputError:
+            continue
+    return [b for b in found.values() if not (target == "gguf" and b == HEAD)]
+
+
+def vary_head(best: Choice, request: Request, source: Source, size: int) -> list[Choice]:
+    """The best plan again with embedding and head in other types: what that leaves goes to the blocks, as types mixed to fill the
+    size, or as more weights where some were cut."""
+    weights = sum(out * n for s in map(source.shape, range(source.n_blocks)) for out, n in map(s.linear, s.roles))
+    found = []
+    for head in list_heads(request, source) if best.bits not in ("8", "16") else ():
+        outside, blocks = predict(request.model_copy(update={"head_bits": head}), source, best.bits)
+        if best.keep < 1 and (keep := min(1.0, (size - outside) / blocks)) >= LEAST:
+            found.append(Choice(best.bits, int(keep * 1e4) / 1e4, head=head))
+        elif best.keep == 1 and outside < size:
+            found.append(Choice(f"{min(8.0, int(8e3 * (size - outside) / weights) / 1e3):.3f}", 1.0, head=head))
+    return found
+
+
 def mix(found: list[Choice], request: Request, source: Source, size: int) -> list[Choice]:
     """Plans, and those whose types differ: of all weights where the last plan leaves room for finer ones, and of a share
     between the last two plans'."""
@@ -163,14 +132,11 @@ def mix(found: list[Choice], request: Request, source: Source, size: int) -> lis
         return found
     outside, blocks = predict(request, source, last.bits)
     weights = sum(out * n for s in map(source.shape, range(source.n_blocks)) for out, n in map(s.linear, s.roles))
-    keeps = [1.0] if last.keep == 1 else []
+    keeps = [1.0] if last.keep == 1 and last.bits != "8" else []
     if len(found) > 1 and found[-2].bits not in ("16", last.bits):
         keeps.append(int(1e4 * (found[-2].keep + last.keep) / 2) / 1e4)
     means = {keep: int(8e3 * (size - outside) / weights / keep) / 1e3 for keep in keeps}
-    finer = len(found) > 1 or last.bits != "8"
-    return found + [
-        Choice(f"{m:.3f}", k) for k, m in means.items() if finer and (k < 1 or m > 1.01 * 8 * blocks / weights)
-    ]
+    return found + [Choice(f"{m:.3f}", k) for k, m in means.items() if k < 1 or m > 1.01 * 8 * blocks / weights]
 
 
 def predict(request: Request, source: Source, bits: str) -> tuple[float, float]:
@@ -192,78 +158,12 @@ def predict(request: Request, source: Source, bits: str) -> tuple[float, float]:
     outside = 2.0 * rest
     if asked.head is not None:
         hidden, words = shapes[0].hidden, source.config.get_text_config().vocab_size
-        heads = [c for n, c in sizes.items() if c == hidden * words]
-        outside = 4.0 * (rest - sum(heads)) + len(heads) * asked.head.pick(hidden, "").count(words, hidden)
+        heads = find_heads(source)[: 1 if asked.packed else 2]
+        size = asked.head.pick(hidden, "", words).count(words, hidden)
+        outside = (2.0 if asked.packed else 4.0) * (rest - len(heads) * hidden * words) + len(heads) * size
     named = PARTS * (ENTRY + max(map(len, sizes))) if asked.packed else SUFFIX  # a rounded linear is several tensors
     parts = len(linears) * named
     return outside + count_headers(source) + parts, float(blocks)
-
-
-class Runner:
-    """Makes plans from most of the windows and measures them on the others, beside the dense model."""
-
-    def __init__(
-        self,
-        request: Request,
-        method: Method,
-        source: Source,
-        text: Calibration,
-        folder: Path,
-        progress: Progress | None,
-    ):
-        self.request, self.method, self.source, self.progress = request, method, source, progress
-        self.folder = folder / "plan"
-        fit, self.held = hold_out(text.windows)
-        self.text = Calibration(fit, text.record)
-        kind = getattr(torch, request.dtype) if request.dtype else pick_dtype(source, request.device)
-        limits = MemoryLimits(folder=folder)
-        stream = Stream(source, fit, device=request.device, dtype=kind, limits=limits)
-        self.shared = Shared(stream, Cache(memory=limits.limit // 2))
-        self.dtype = kind
-
-    def measure(self, choice: Choice, size: int) -> None:
-        """Fill in what a plan comes out as; what goes wrong becomes its `error`."""
-        try:
-            for keep in self.shrink(choice, size):
-                choice.keep = keep
-                result = compress(
-                    settle(self.request, choice), self.method, self.source, self.text, Destination(self.folder, overwrite=True),
-                    shared=self.shared, progress=self.progress,
-                )  # fmt: skip
-                choice.bytes = result.bytes_after
-            if choice.bytes > size:
-                raise InputError(f"comes out at {choice.bytes:,} bytes")
-            with torch.no_grad():
-                small, dense = (self.load(place) for place in (self.folder, self.source.name))
-                choice.kl = compare(small, dense, self.held.flatten(), self.held.shape[1]).kl
-        except PlanishError as error:
-            choice.error, choice.kl = str(error), inf
-
-    def shrink(self, choice: Choice, size: int) -> Iterator[float]:
-        """Its keep, and smaller ones, or fewer bits on average, as long as what comes out is too large and either is free."""
-        keep = choice.keep
-        for _ in range(AGAIN):
-            yield keep
-            if choice.bytes <= size or (keep >= 1 and "." not in choice.bits):
-                return
-            if "." in choice.bits:
-                choice.bits = f"{float(choice.bits) * (1 - 1.1 * (choice.bytes / size - 1)):.3f}"
-                continue
-            keep = int(1e4 * keep * (1 - 1.1 * (choice.bytes / size - 1))) / 1e4
-
-    def load(self, place: Path | str) -> Any:
-        return load(place, device=self.request.device, dtype=self.dtype)
-
-
-def hold_out(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows (n, seq) to make plans from, and those to compare them on. Raises InputError where there are too few."""
-    held = torch.zeros(len(windows), dtype=torch.bool)
-    held[HELD - 1 :: HELD] = True
-    if not held.any():
-        raise InputError(
-            f"--bits auto holds out every fourth calibration window: give {HELD} or more, got {len(windows)}"
-        )
-    return windows[~held], windows[held]
 
 
 def reserve(source: Source, context: int) -> int:

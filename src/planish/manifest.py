@@ -12,7 +12,8 @@ import torch
 
 from planish.calibrate.stream import Stream
 from planish.errors import InputError
-from planish.folder.source import Source, find_adapter, find_origin, list_changes
+from planish.folder.origin import find_adapter, find_origin, list_changes
+from planish.folder.source import Source
 from planish.folder.writer import Writer
 from planish.methods.method import Method, list_settings
 from planish.mixture import join_mixture, split_mixture
@@ -59,7 +60,10 @@ class Result:
     untouched: dict[str, int] = field(default_factory=dict)  # part of a wrapper that is copied as it is → bytes
     choices: list[dict[str, Any]] = field(
         default_factory=list
-    )  # plans that were compared for a size: `planish.fit.Choice`
+    )  # plans that were compared for a size: `planish.trials.Choice`
+    ladder: dict[str, Any] = field(
+        default_factory=dict
+    )  # plain rounding beside a size: `planish.ladder.Ladder`; empty without one
 
     @property
     def removed(self) -> float:

@@ -7,7 +7,8 @@
 What a cut has made of the blocks is rounded as it is stored: factors of a pair are matrices of their own, the second solved again
 for the first. Errors of v are weighed by what attention averages its inputs to: a token counts as much as it is looked at, which
 in the moments of single tokens the first one, with its massive activations, does not. Embedding and head
-are rounded for llama.cpp alone; elsewhere, and with everything else that is no linear of a block, they are written in 16 bits.
+are rounded for llama.cpp; in packed folders a head of its own can be, the embedding not, and everything else that is no linear of a
+block is written in 16 bits.
 The walk runs in one process.
 """
 
@@ -15,14 +16,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from planish import lanes
+from planish.bits import Asked
 from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.linears import list_linears, list_seen, measure_attended, measure_gradients, measure_grams
 from planish.calibrate.losses import nll
@@ -32,39 +33,22 @@ from planish.core import Progress
 from planish.errors import InputError
 from planish.folder.config import name_head
 from planish.folder.skeleton import find_embedding, set_parameter
-from planish.folder.source import FolderSource, Source, open_folder
-from planish.folder.towers import refuse_wrapped
+from planish.folder.source import FolderSource, open_folder
 from planish.folder.writer import Writer
 from planish.modelling.blocks import read_layout
 from planish.modelling.canonical import join_block, list_fused
 from planish.modelling.families import Family
 from planish.modelling.modules import Fused
-from planish.plan.targets import find_target
 from planish.plan.types import Offer, choose_types
-from planish.request import Request
 from planish.rounding.blocks import round_block
 from planish.rounding.gauges import Scene
 from planish.rounding.gauges_linears import set_data
 from planish.rounding.round import GGML, Draft, Metric, Rounded, join_rows, round_matrix
-from planish.rounding.types import Choice, StorageType, choose
+from planish.rounding.types import StorageType
 
 PACKED = "pack-quantized"  # compressed-tensors' format of integers
 SAMPLE = 32  # calibration windows that gradients and the measured loss are taken on
 UNKNOWN = Metric()
-HEAD = 8  # bits of embedding and head unless told
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is rounded to what: the blocks' linears, and embedding and head (None: these stay)."""
-
-    blocks: Choice
-    head: Choice | None = None
-
-    @property
-    def packed(self) -> bool:
-        """Whether integers are packed, or blocks of llama.cpp stored."""
-        return self.blocks.target != "gguf"
 
 
 @dataclass
@@ -73,7 +57,7 @@ class Report:
     rounded, share of the output's energy that is lost, predicted nats.
 
     `bits_per_weight`: of these matrices together. `nats`: predicted loss per token, the sum of ½ tr(G E R Eᵀ); `measured`: mean
-    NLL after less before rounding, on `windows` calibration windows.
+    NLL after less before rounding, on `windows` calibration windows. `heads`: type and bytes of the embedding and the head.
     """
 
     asked: str
@@ -83,6 +67,7 @@ class Report:
     nats: float
     measured: float
     windows: int
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
@@ -98,50 +83,6 @@ class Report:
         return {n: v for n, v in asdict(self).items() if n != "linears"}
 
 
-def read_asked(request: Request, source: Source) -> Asked | None:
-    """What `--bits` and `--head-bits` ask for; None where nothing is rounded. InputError, before any work, where it cannot be."""
-    head, target = request.head_bits, find_target(request.target).name
-    blocks = None if request.bits is None else choose(request.bits, target)
-    if blocks is None and head is not None:
-        raise InputError("--head-bits says how embedding and head are rounded beside the blocks: give --bits too")
-    if blocks is None:
-        return None
-    if target != "gguf" and head is not None:
-        raise InputError(
-            f"--head-bits: embedding and head stay in 16 bits for --target {target}; only llama.cpp's files hold rounded ones"
-        )
-    asked = Asked(blocks, choose(HEAD if head is None else head, target) if target == "gguf" else None)
-    check_asked(asked, source, request.given)
-    return asked
-
-
-def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> None:
-    """InputError for a model that cannot be rounded this way, or a budget that is planned without rounding."""
-    if "max_bytes" in limits:
-        raise InputError(
-            "--max-bytes cannot hold beside --bits: ranks are planned by the bytes of unrounded weights; give --keep"
-        )
-    if source.tower:
-        refuse_wrapped(
-            source.tower.config, "a folder that --bits writes", "leave it out, or export --to gguf with a type"
-        )
-    if lanes.count() > 1:
-        raise InputError("--bits rounds in one process: run it without torchrun")
-    if source.family.conv1d:
-        raise InputError(f"{source.family.model_type} stores its linears transposed, which --bits does not round")
-    for i in range(source.n_blocks):
-        shape = source.shape(i)
-        if shape.rest:
-            raise InputError(
-                f"block {i} of {source.name} has more than attention and a dense feed-forward: --bits does not round experts "
-                "and mixers"
-            )
-        for role in shape.roles:
-            asked.blocks.pick(shape.linear(role)[1], f"block {i}, {role}")
-    if asked.head is not None:
-        asked.head.pick(source.shape(0).hidden, "the embedding")
-
-
 class Quantiser:
     """The walk, and what it has written. `dtype`: of everything that is not rounded, and in which integers are read."""
 
@@ -153,6 +94,7 @@ class Quantiser:
         self.chosen: dict[str, StorageType] = {}  # matrix's name → its type, where each has its own
         self.kinds: dict[str, StorageType] = {}
         self.weights = 0
+        self.outer: dict[str, int] = {}  # bytes of the embedding and the head, by name
 
     def run(self, progress: Progress | None = None) -> Report:
         """Round and write what is outside the blocks, every block, and the configuration."""
@@ -178,8 +120,14 @@ class Quantiser:
         types = dict(Counter(kind.name for kind in self.kinds.values()).most_common())
         asked, windows = self.asked.blocks, sum(map(len, few.batches))
         return Report(
-            asked.name, asked.target, types, 8 * size / self.weights, nats, after - before, windows, self.linears
-        )
+            asked.name, asked.target, types, 8 * size / self.weights, nats, after - before, windows, self.describe_heads(),
+            self.linears,
+        )  # fmt: skip
+
+    def describe_heads(self) -> dict[str, dict[str, Any]]:
+        """Type and bytes of the embedding and the head."""
+        kinds = {n: self.kinds.get(n.removesuffix(".weight")) for n in self.outer}
+        return {n: {"type": k.name if k else str(self.dtype)[6:], "bytes": self.outer[n]} for n, k in kinds.items()}
 
     def price(self, gradients: list[dict[str, Tensor]], progress: Progress | None) -> dict[str, list[Offer]]:
         """What every matrix costs in every type that it may have, by its name in the file: rounded, each as if it were alone."""
@@ -234,7 +182,7 @@ class Quantiser:
         """Block i, canonical and in the basis chosen for these inputs; its matrices as `rounding` makes them, by name; those that
         are stored as one."""
         family, stream = self.source.family, self.stream
-        block = stream.place(stream.block(i))
+        block = stream.place(stream.block(i, whole=True))
         layout = read_layout(block, family, self.source.config)
         names = list_seen(block, layout)
         self.settle(block, {f"{n}.weight" for n in list_linears(block)})
@@ -303,12 +251,16 @@ class Quantiser:
     def write_outside(self) -> None:
         source, kind = self.source, "planish" if self.source.reader.compressed else "native"
         tensors = self.narrow(name_head(source.outside(), source.family, kind))
-        matrices = {find_embedding(source.empty), "lm_head.weight", f"{source.family.head}.weight"} & tensors.keys()
+        heads = {"lm_head.weight", f"{source.family.head}.weight"}
+        matrices = (heads if self.asked.packed else heads | {find_embedding(source.empty)}) & tensors.keys()
+        whole = heads | {find_embedding(source.empty)}
+        self.outer = {n: t.nbytes for n, t in tensors.items() if n in whole}
         for name in sorted(matrices) if self.asked.head else ():
             assert self.asked.head is not None
             weight, module = tensors.pop(name), name.removesuffix(".weight")
-            found = self.round(module, weight, self.asked.head.pick(weight.shape[1], name))
+            found = self.round(module, weight, self.asked.head.pick(weight.shape[1], name, len(weight)))
             self.note(module, found)
+            self.outer[name] = found.bytes
             tensors |= {f"{module}.{end}": t for end, t in name_parts(found).items()}
             source.replaced[name] = found.value
         source.replaced |= {n: t for n, t in tensors.items() if n in source.reader}
@@ -382,7 +334,7 @@ def describe_integers(kinds: dict[str, StorageType]) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": PACKED, "quantization_status": "compressed", "config_groups": groups,
-        "ignore": ["lm_head"],
+        "ignore": [] if "lm_head" in kinds else ["lm_head"],
     }  # fmt: skip
 
 

@@ -186,11 +186,15 @@ class Request(Limits):
         None, "bytes that weights, a KV cache of --context tokens and running may take together; --bits auto",
         metavar="SIZE", shown=False, type=str,
     )  # fmt: skip
+    ladder: bool = option(
+        True, "beside a size, measure plain rounding to each type of the target (docs/bits.md)",
+        name="--ladder/--no-ladder",
+    )  # fmt: skip
     head_bits: Bits = option(
         None,
-        "of the embedding and the head, in files for llama.cpp",
+        "of the embedding and the head in files for llama.cpp; of a head of its own in packed folders",
         metavar="BITS",
-        shown="8 where the blocks are rounded",
+        shown="8 for --target gguf, else 16",
     )
     published: Published | None = None
 
@@ -243,6 +247,9 @@ class Grid(Strict):
     )  # fmt: skip
     kv_keeps: tuple[float, ...] = listed("SHARE,…", "shares of the KV cache that stay", name="--kv-keep")
     flops_keeps: tuple[float, ...] = listed("SHARE,…", "shares of the blocks' FLOPs that stay", name="--flops-keep")
+    sizes: tuple[Annotated[int, size("max_bytes", BYTES)], ...] = listed(
+        "SIZE,…", "bytes of the files: curves of rounding alone, of cuts in 16 bits, and of both", name="--max-bytes"
+    )  # fmt: skip
     eval_text: Any = option("builtin", SOURCE_HELP, metavar="SOURCE", type=str)
     eval_tokens: int | None = option(None, "measure on so many tokens", shown="all", least=2)
     keep_models: Literal["best", "all", "none"] = option(
@@ -252,7 +259,7 @@ class Grid(Strict):
 
 
 TEXT = tuple(Text.model_fields)[1:]  # options of the text besides its source
-COMPUTED = ("device", "dtype", "round_to", "target", "bits", "head_bits", "fit")
+COMPUTED = ("device", "dtype", "round_to", "target", "bits", "head_bits", "fit", "ladder")
 RECIPE = (
     "version",
     "model",

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from math import inf, isfinite, log
 from pathlib import Path
 from typing import Any
@@ -31,11 +29,12 @@ from planish.folder.owner import owning
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.tokenizer import load_tokenizer
-from planish.methods import find_method
-from planish.methods.method import Method
+from planish.grid import Trial, list_sizes, list_trials, tell_sweeping
+from planish.ladder import choose_size
 from planish.plan.footprint import footprint
-from planish.request import TEXT, Grid, Limits, Request, label, takes
+from planish.request import TEXT, Grid, Request, takes
 
+PLAIN = 1 << 20  # bytes of what plain types came out as, where they are not kept on disk
 Watch = Callable[[str, int, int], None]
 
 
@@ -53,30 +52,7 @@ class Sweep:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One method at one budget. `text`: the method and its settings as they were given, as in "auto:anchor=0"."""
-
-    text: str
-    method: Method
-    request: Request
-
-    @property
-    def name(self) -> str:
-        """Of its folder below points/."""
-        limits = [f"{v:g}" if k == "keep" else f"{label(k)}{v:g}" for k, v in self.request.given.items()]
-        return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", "-".join([self.text, *limits]))
-
-    def point(self) -> Point:
-        """Its row, before anything is measured."""
-        given = self.request.given
-        return Point(
-            self.name, self.method.name, json.dumps(dict(self.request.settings)), next(iter(given.values())),
-            budgets=json.dumps(given),
-        )  # fmt: skip
-
-
-@takes(*Grid.model_fields, "calibration", *TEXT, "device", "dtype", "round_to")
+@takes(*Grid.model_fields, "calibration", *TEXT, "device", "dtype", "round_to", "target")
 @owning
 def sweep(
     model: str | Path,
@@ -89,7 +65,8 @@ def sweep(
 ) -> Sweep:
     """Compress `model` by every method at every keep into output/points, measure, write results.csv and report.html.
 
-    `keeps`, `kv_keeps`, `flops_keeps`: budgets; of two lists every pair holds together. All points share one calibration,
+    `keeps`, `kv_keeps`, `flops_keeps`: budgets; of two lists every pair holds together. `sizes`: curves of rounding alone,
+    cuts in 16 bits, and both (`planish.grid`). All points share one calibration,
     and every statistic of the uncompressed model with the others that see the same windows (auto shuffles some). Points
     that results.csv already has are not run again; one that fails is recorded with its reason. A method's `sweeping`
     settings hold where `methods` says nothing else. `cache`: see `planish.api.compress`.
@@ -98,15 +75,15 @@ def sweep(
     grid = Grid.ask(**{n: v for n, v in options.items() if n in Grid.model_fields})
     asked = Request.ask(model=str(model), **{n: v for n, v in options.items() if n not in Grid.model_fields})
     asked = asked.model_copy(update={"device": api.find_device(asked.device)})
-    trials = list_trials(grid, asked)
+    trials = [] if grid.sizes else list_trials(grid, asked)
     runner, record = open_runner(asked, grid, options.get("calibration"), cache, output)
+    trials = trials or list_sizes(grid, asked, runner.source)
     book = Book(output, record, overwrite)
     if not book.finished("dense"):
         book.record(runner.measure_dense())
     found, ran = Sweep(str(output)), set[str]()
     for n, trial in enumerate(trials):
-        settings = dict(trial.request.settings)
-        if book.finished(trial.name) and json.loads(book.points[trial.name].settings or "{}") == settings:
+        if book.finished(trial.name) and book.points[trial.name].settings == trial.point().settings:
             found.skipped += 1
         else:
             ran.add(trial.text)
@@ -121,49 +98,6 @@ def sweep(
     found.seconds = time.perf_counter() - start
     write_report(output)
     return found
-
-
-def tell_sweeping(trial: Trial) -> Iterable[str]:
-    """Settings that the sweep chose, which `compress` would not."""
-    for name, value in trial.method.sweeping.items():
-        given = f"{name}=" in trial.text.replace("-", "_").replace(" ", "")
-        if trial.request.settings[name] == value and not given:
-            default = getattr(type(trial.method), name)
-            shown = f"{default:g}" if isinstance(default, float) else str(default)
-            yield (
-                f"{trial.text} ran with {name}={value}, so that further points cost little; "
-                f"{trial.text}:{name}={shown} gives what compress does"
-            )
-
-
-def list_trials(grid: Grid, asked: Request) -> list[Trial]:
-    """Every method at every combination of the lists of budgets; the smallest budget first: it measures what the others need."""
-    chosen = [parse_method(text) for text in grid.methods]
-    if not chosen:
-        raise InputError("a sweep needs at least one method")
-    lists = [grid.keeps, grid.kv_keeps, grid.flops_keeps]
-    lists = lists if any(lists) else [(0.9, 0.8, 0.7), (), ()]
-    pairs = product(*(values or (None,) for values in lists))
-    budgets = [Limits.ask(keep=k, kv_keep=v, flops_keep=f) for k, v, f in pairs]
-    budgets.sort(key=lambda b: list(b.given.values()))
-    return [
-        Trial(text, method, asked.model_copy(update={**b.limits, "method": method.name, "settings": settings}))
-        for text, settings, method in chosen
-        for b in budgets
-    ]
-
-
-def parse_method(text: str) -> tuple[str, dict[str, str], Method]:
-    """ "auto:anchor=0:units=linear" → (the text, {"anchor": "0", …}, the method)."""
-    name, *pairs = text.strip().split(":")
-    settings = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"--methods {text}: {pair!r} has no value; write {name}:name=value")
-        settings[key.strip().replace("-", "_")] = value.strip()
-    settings = find_method(name, settings).sweeping | settings
-    return text.strip(), settings, find_method(name, settings)
 
 
 def open_runner(asked: Request, grid: Grid, ids: Any, cache: bool, output: Path) -> tuple[Runner, dict[str, Any]]:
@@ -188,6 +122,7 @@ def open_runner(asked: Request, grid: Grid, ids: Any, cache: bool, output: Path)
         "evaluation": {"source": str(grid.eval_text) if isinstance(grid.eval_text, str | Path) else "ids", "tokens": len(tokens),
                        "seq_len": length, "begins": held.policy, "fingerprint": fingerprint(tokens)},
         "device": asked.device, "dtype": asked.dtype, "round_to": asked.round_to,
+        "target": None if asked.target == "any" else asked.target,
     }  # fmt: skip
     held = replace(held, tokens=tokens)
     return Runner(source, text, held, asked, output, cached=cache, speed=grid.bench), record
@@ -252,7 +187,7 @@ class Book:
             ):
                 point.kept = ""
                 for path in self.folder(point.name).iterdir():
-                    if path.name not in ("planish.json", "drift.json"):
+                    if path.name not in ("planish.json", "drift.json", "choices.json"):
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_points(self.output, list(self.points.values()))
 
@@ -270,6 +205,7 @@ class Runner:
         self.dtype = asked.dtype or ("float32" if asked.device == "cpu" else None)
         self.model: Any = None  # the dense one, where it is needed beside others
         self.traced: drift.Trace | None = None
+        self.plain = Cache(memory=PLAIN)
 
     @cached_property
     def shared(self) -> Shared:
@@ -336,11 +272,15 @@ class Runner:
         try:
             stream = self.shared.stream
             asked = str(stream.dtype)[6:] if stream and self.asked.dtype else None
-            request = trial.request.model_copy(update={"dtype": asked})
+            request, place = trial.request.model_copy(update={"dtype": asked}), Destination(folder, overwrite=True)
+            text, cache = replace(self.text, seconds=0.0), self.cached or self.plain
+            request, tried, _ = choose_size(request, trial.method, self.source, text, place, self.progress, cache=cache)
+            if tried:
+                place.files["choices.json"] = json.dumps([c.as_dict() for c in tried], indent=2) + "\n"
             result = compress(
-                request, trial.method, self.source, replace(self.text, seconds=0.0), Destination(folder, overwrite=True),
-                shared=self.shared, progress=self.progress,
-            )  # fmt: skip
+                request, trial.method, self.source, text, place, shared=self.shared, progress=self.progress
+            )
+            point.bits = (request.bits or "16") + f", head {request.head_bits}" * (request.head_bits is not None)
             point.keep, point.params, point.block_params = result.keep, result.params_after, result.block_params_after
             point.kv_bytes_per_token, point.format = result.kv_bytes_per_token_after, result.format
             point.bytes, point.flops_per_token = result.bytes_after, result.flops_per_token_after

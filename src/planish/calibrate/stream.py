@@ -26,6 +26,7 @@ from planish.calibrate.activations import Activations, MemoryLimits, fetch, find
 from planish.calibrate.reuse import Reuse, lead
 from planish.core import Edit, Progress, Shape, Weights
 from planish.folder.source import Source
+from planish.folder.stored_linear import StoredLinear
 from planish.modelling.blocks import find_blocks, get_linear, read_layout
 from planish.modelling.families import Family
 
@@ -83,7 +84,7 @@ class Stream:
         self.products = dtype  # in which the blocks' products are formed; may be coarser than `dtype`
         self.limits.device_limit = find_device_limit(self.device)
         self.family: Family = source.family
-        self.model = source.skeleton()
+        self.model = source.skeleton(experts=False)
         if getattr(self.model.config, "output_router_logits", False):  # without blocks there are none to balance
             self.model.config = copy.copy(self.model.config)
             self.model.config.output_router_logits = False
@@ -178,13 +179,13 @@ class Stream:
         self.release()
         return inputs
 
-    def block(self, i: int, edits: Sequence[Edit] = ()) -> nn.Module:
+    def block(self, i: int, edits: Sequence[Edit] = (), whole: bool = False) -> nn.Module:
         """Block i in the source's own dtype on the CPU, canonical (fused linears split); the caller's to change.
 
-        `edits` are made to it first.
+        `edits` are made to it first. Weights of large experts stay in their file, unless it is to be `whole` in memory.
         """
         return_memory(self.source.shape(i))
-        block = self.source.block(i)
+        block = self.source.block(i, apart=not whole)
         apply_edits(block, list(edits), self.family, self.source.config, self.source.shape(i))
         return block
 
@@ -207,7 +208,8 @@ class Stream:
 
     def place(self, block: nn.Module) -> nn.Module:
         """A copy of a block to compute with, in the stream's dtype on its device."""
-        same = all(p.dtype == self.dtype and p.device == self.device for p in block.parameters())
+        here = (self.device, torch.device("meta"))  # that is where weights seem to be that are in a file
+        same = all(p.dtype == self.dtype and p.device in here for p in block.parameters())
         return block if same else copy.deepcopy(block).to(self.device, self.dtype)
 
     def forward(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -235,16 +237,32 @@ class Stream:
         return hidden
 
 
+class BlockWeights(Mapping[str, Tensor]):
+    """Weights and biases of a canonical block's linears, in the stored dtype, on the CPU; those that are in a file are read
+    whenever they are asked for."""
+
+    def __init__(self, block: nn.Module, family: Family, config: Any):
+        self.held: dict[str, Tensor | StoredLinear] = {}
+        for role in (r for group in read_layout(block, family, config).groups for r in group.linears):
+            linear = get_linear(block, family, role)
+            self.held[role] = linear if isinstance(linear, StoredLinear) else linear.weight.detach()
+            if linear.bias is not None:
+                self.held[f"{role}.bias"] = linear.bias.detach()
+
+    def __getitem__(self, role: str) -> Tensor:
+        found = self.held[role]
+        return found.weight if isinstance(found, StoredLinear) else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
 def read_weights(block: nn.Module, stream: Stream) -> Weights:
-    """Weights and biases of a canonical block's linears, in the stored dtype, on the CPU."""
-    weights: Weights = {}
-    layout = read_layout(block, stream.family, stream.source.config)
-    for role in (r for group in layout.groups for r in group.linears):
-        linear = get_linear(block, stream.family, role)
-        weights[role] = linear.weight.detach()
-        if linear.bias is not None:
-            weights[f"{role}.bias"] = linear.bias.detach()
-    return weights
+    """Weights and biases of a canonical block's linears, as they are now."""
+    return BlockWeights(block, stream.family, stream.source.config)
 
 
 def in_order(stream: Stream, values: list[T]) -> list[T]:

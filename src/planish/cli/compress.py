@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from planish.cli import options as o
-from planish.cli.run import compare_sizes, format_bytes, format_seconds, say, session, show_untouched
+from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_table, say, session, show_untouched
 
 
 @o.asks(
@@ -24,6 +24,7 @@ from planish.cli.run import compare_sizes, format_bytes, format_seconds, say, se
     "bits",
     "head_bits",
     "fit",
+    "ladder",
     "settings",
     "adapter",
     "overwrite",
@@ -68,6 +69,7 @@ def compress(
             *show_untouched(result),
             *o.show_removed(result),
             *show_choices(result),
+            *show_ladder(result.ladder),
             *show_rounding(result),
             *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
@@ -99,8 +101,51 @@ def show_choices(result: Any) -> list[str]:
         found = c["error"] or (
             f"{format_bytes(c['bytes'])}, KL {c['kl']:.4f}" if c["bytes"] else "the finest that fits"
         )
-        lines.append(f"{'→' if c['chosen'] else ' '} {c['bits']} bits, {what}: {escape(found)}")
+        lines.append(f"{'→' if c['chosen'] else ' '} {tell_bits(c)}, {what}: {escape(found)}")
     return ["plans of this size, by their divergence on held-out windows:", *lines] if lines else []
+
+
+LARGE = 0.2  # share of the bytes from which it is said how embedding and head can be smaller
+VERDICTS = {
+    "result": "the result is nearer to the dense model than every plain type of its size",
+    "alike": "the result and {best} are alike within two standard errors",
+    "plain": "plain rounding is nearer to the dense model: {best}",
+    "same": "the result is plain rounding: {best}",
+}
+
+
+def show_ladder(ladder: dict[str, Any]) -> list[Any]:
+    """A table of what plain rounding of the dense model gives at the size of a result, and who won."""
+    if not ladder:
+        return []
+    if ladder["why"]:
+        return [f"plain rounding of this size was not measured: {escape(ladder['why'])}"]
+    table = make_table("plain rounding of the dense model", "bytes", "KL, nats per token", "")
+    best, result = None, ladder["result"]
+    for r in ladder["rungs"]:
+        if r["kl"] is None:
+            table.add_row(tell_bits(r), "", "", escape(r["error"] or "not made"))
+            continue
+        fits = r["fits"]
+        best = r if fits and (best is None or r["kl"] < best["kl"]) else best
+        table.add_row(tell_bits(r), f"{r['bytes']:,}", tell_divergence(r), "" if fits else "larger than asked")
+    what = "16 bits, " * (result["bits"] == "16") + f"keep {result['keep']:.4f}"
+    table.add_row(f"the result ({what})", f"{result['bytes']:,}", tell_divergence(result), "", style="bold")
+    if best is None:
+        return [table, "no plain type is of this size"]
+    same = all(best[n] == result[n] for n in ("bits", "keep", "head"))
+    name = f"{tell_bits(best)}, {format_bytes(best['bytes'])}, KL {best['kl']:.4f}"
+    more = ": --bits auto lets both compete" if ladder["verdict"] == "plain" and not same else ""
+    line = VERDICTS["same" if same else ladder["verdict"]].format(best=name) + more
+    return [table, f"{line} (measured on {ladder['windows']} windows held out from these plans)"]
+
+
+def tell_bits(plan: dict[str, Any]) -> str:
+    return f"{plan['bits']} bits" + (f", embedding and head {plan['head']}" if plan["head"] else "")
+
+
+def tell_divergence(plan: dict[str, Any]) -> str:
+    return f"{plan['kl']:.4f} ± {plan['stderr']:.4f}"
 
 
 def show_rounding(result: Any) -> list[str]:
@@ -113,7 +158,15 @@ def show_rounding(result: Any) -> list[str]:
         f"rounded: {types} · {r['bits_per_weight']:.2f} bits per weight · predicted loss {r['nats']:.4f} nats per token, "
         f"measured {r['measured']:.4f} on {r['windows']} calibration windows"
     ]
-    shown = escape(shlex.quote(result.output))
+    shown, heads = escape(shlex.quote(result.output)), r["heads"].values()
+    share = sum(h["bytes"] for h in heads) / result.bytes_after
+    kinds = ", ".join(dict.fromkeys(h["type"] for h in heads))
+    more = (
+        ""
+        if r["target"] == "gguf" or share < LARGE
+        else "; --target gguf has types for both, --head-bits for a head of its own"
+    )
+    lines.append(f"embedding and head: {kinds}, {share:.0%} of the bytes{more}")
     return [*lines, *([f"for llama.cpp: planish export {shown} --to gguf -o FILE"] if r["target"] == "gguf" else [])]
 
 

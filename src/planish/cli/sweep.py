@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @o.asks(
-    "methods", "keeps", "kv_keeps", "flops_keeps", *o.TEXT, "eval_text", "eval_tokens", *o.COMPUTE, "round_to", "keep_models",
-    "bench", "cache", "overwrite",
+    "methods", "keeps", "kv_keeps", "flops_keeps", "sizes", *o.TEXT, "eval_text", "eval_tokens", *o.COMPUTE, "round_to", "target",
+    "keep_models", "bench", "cache", "overwrite",
 )  # fmt: skip
 def sweep(
     model: o.ModelArgument,
@@ -32,13 +32,14 @@ def sweep(
     as_json: o.JsonOption = False,
     **options: Any,
 ) -> None:
-    """Compress MODEL by every method at every keep from one calibration: results.csv and report.html.
+    """Compress MODEL by every method at every keep, or to every size, from one calibration: results.csv and report.html.
 
     Of two lists of budgets every pair holds together. Run again to go on after an interruption; finished points are not repeated.
     """
     options["methods"] = [m for m in options["methods"].split(",") if m.strip()]
     for name in ("keeps", "kv_keeps", "flops_keeps"):
         options[name] = parse_shares(label(name).removesuffix("s"), options[name])
+    options["sizes"] = [s for s in (options["sizes"] or "").split(",") if s.strip()]
     with session(as_json) as run:
         run.api  # noqa: B018  (silences transformers)
         from planish.sweep import sweep as run_sweep
@@ -60,14 +61,17 @@ def sweep(
 
 def make_points(points: Sequence[Point]) -> Table:
     """A row per point; what failed is said on stderr too."""
-    table = make_table("method", "keep", "parameters", "perplexity", "KV bytes/token", "seconds")
+    sizes = any(p.curve for p in points)
+    more = ("bits", "bytes", "KL to dense") if sizes else ()
+    table = make_table("method", "keep", *more, "parameters", "perplexity", "KV bytes/token", "seconds")
     for p in points:
         if p.error:
-            table.add_row(p.label, p.asked_text, "", "", "failed", "", style="dim")
+            table.add_row(p.label, p.asked_text, *[""] * len(more), "", "", "failed", "", style="dim")
             say(f"failed: {p.label} at {p.asked_text}: {p.error}")
             continue
         seconds = f"{p.seconds:.1f}" if p.seconds == p.seconds else ""
-        cells = (f"{p.keep:.4f}", f"{p.params:,}", f"{p.perplexity:,.3f}", f"{p.kv_bytes_per_token:,}", seconds)
+        own = (p.bits, f"{p.bytes:,}", f"{p.kl:.4f}" if p.kl == p.kl else "") if sizes else ()
+        cells = (f"{p.keep:.4f}", *own, f"{p.params:,}", f"{p.perplexity:,.3f}", f"{p.kv_bytes_per_token:,}", seconds)
         table.add_row(p.label, *cells)
     return table
 

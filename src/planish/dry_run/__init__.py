@@ -28,7 +28,8 @@ from planish.dry_run.memory import count_peaks
 from planish.dry_run.passes import Run
 from planish.dry_run.seconds import Costs, estimate_phases, explain, measure_costs
 from planish.errors import InputError
-from planish.folder.source import ConfigSource, Source, list_changes
+from planish.folder.origin import list_changes
+from planish.folder.source import ConfigSource, Source
 from planish.methods import foresee_plan, make_plan, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import install

@@ -1,6 +1,7 @@
 """Peak memory and disk of a run, from shapes alone. docs/large-models.md holds the same formulas in words.
 
-Notation: P_b weights of the largest block, P_o parameters outside the blocks, P_m of the larger of embedding and head;
+Notation: P_b weights of the largest block in memory, of experts that are read one by one a linear's; P_e those that are solved
+anew, with all experts' where each is cut inside; P_o parameters outside the blocks, P_m of the larger of embedding and head;
 s, c bytes of a stored and of a computed number; T calibration tokens, t = min(T, 2048) those of one batch; d hidden,
 m intermediate; k channels of all tapped sites together; S fp64 numbers of one block's statistics, S_w of them in wide
 Grams, of which there is only one copy; W fp64 numbers alive in the largest solve (`Solver.memory`).
@@ -8,7 +9,7 @@ Grams, of which there is only one copy; W fp64 numbers alive in the largest solv
 RAM = libraries + the largest of
 start    P_m (s + c) + T d c
 measure  streams · P_b (s + c if c ≠ s) + A + batch + sums
-solve    streams · P_b s + P_b s for the edits + A + 8 S + 8 W
+solve    streams · P_b s + P_e s for the edits + A + 8 S + 8 W
 end      P_o s
 streams  2 where the dense prefix runs beside the compressed one, else 1
 A        min(2 · streams · T d c + T between c, limit) + kept, half of the streams' where a method measures on the compressed
@@ -27,8 +28,10 @@ from typing import NamedTuple
 
 from planish import stats
 from planish.calibrate.stream import BATCH
-from planish.core import count_sums
+from planish.core import Shape, count_sums
 from planish.dry_run.passes import Run, count_between
+from planish.folder.source import MemorySource
+from planish.folder.stored_linear import count_held
 from planish.plan.frontiers import dense_taps, stored_taps
 
 LIBRARIES = 410 << 20  # bytes: Python, PyTorch and transformers, loaded and warm
@@ -49,13 +52,15 @@ def count_peaks(run: Run, params: int, written: int) -> Peaks:
     stored, computed = stream.source.stored.itemsize, stream.dtype.itemsize
     batch = count_batch(run)
     first, later = count_activations(run, batch.wide)
-    blocks, accelerator = run.streams * shape.count(), stream.device.type != "cpu"
+    held = max(map(Shape.count if isinstance(stream.source, MemorySource) else count_held, problem.shapes))
+    inside = {"neurons", *(r for r in shape.rest if r.startswith("expert."))} & {u.name for u in problem.units}
+    blocks, accelerator = run.streams * held, stream.device.type != "cpu"
     copies = blocks * computed if accelerator or computed != stored else 0
     measure, again = copies + batch.measuring, copies + batch.through
     work = max((problem.units[u].memory(u, shape) for u in problem.block_units(shape.block)), default=0)
     head, outputs = stream.source.count_head(), run.streams * run.tokens * shape.hidden * computed
     start = head * (stored + computed) + min(outputs, later.memory)
-    solve = (blocks + shape.count()) * stored + later.memory + 8 * (batch.sums + work)
+    solve = (blocks + (shape.count() if inside else held)) * stored + later.memory + 8 * (batch.sums + work)
     ram, vram = [start, solve, (params - sum(s.count() for s in problem.shapes)) * stored], 0
     if accelerator:
         tiles = 2 * 8 * stats.COARSE * batch.widest

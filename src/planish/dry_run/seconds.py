@@ -215,15 +215,16 @@ def list_sizes(shape: Shape) -> list[tuple[Shape, int]]:
     cannot be halved; how many times smaller each is."""
     sizes, scale = [(shape, 1)], 1
     further = [n for r in shape.further for n in shape.linear(r)]
-    inner = shape.experts.intermediate if shape.experts else 0
+    inside = (shape.experts.intermediate, shape.experts.hidden) if shape.experts else (0, 0)
     while shape.hidden > NARROW and all(
         n % 2 == 0
-        for n in (shape.hidden, shape.intermediate, shape.v, shape.qk // 2, *(n // scale for n in (inner, *further)))
+        for n in (shape.hidden, shape.intermediate, shape.v, shape.qk // 2, *(n // scale for n in (*inside, *further)))
     ):
         scale *= 2
         names = ("hidden", "qk", "v", "intermediate", "rotary")
         others = tuple((r, out // 2, n // 2) if r in shape.further else (r, out, n) for r, out, n in shape.others)
-        experts = shape.experts and replace(shape.experts, intermediate=inner // scale)
+        inner, width = (n // scale for n in inside)
+        experts = shape.experts and replace(shape.experts, intermediate=inner, hidden=width)
         shape = replace(shape, others=others, experts=experts, **{n: getattr(shape, n) // 2 for n in names})
         sizes.append((shape, scale))
     return [s for s in sizes if s[0].hidden <= WIDTH][::-1] or sizes[-1:]

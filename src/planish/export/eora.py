@@ -28,9 +28,10 @@ from planish.calibrate.stream import Stream
 from planish.core import Progress
 from planish.errors import InputError
 from planish.export.plain import open_plain
+from planish.folder.origin import name_module
 from planish.folder.safetensors import write_shard, write_text
 from planish.folder.skeleton import set_parameter
-from planish.folder.source import FolderSource, name_module
+from planish.folder.source import FolderSource
 from planish.solvers.linalg import DAMPING, damp, whitened_svd
 
 BITS = (4, 8)

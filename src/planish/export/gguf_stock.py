@@ -29,7 +29,7 @@ from planish.plan.graphs import GRAPHS, Graph, describe_rope, split_rope
 
 EPSILON = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 EXPERTS = dict(zip(MLP, ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), strict=True))
-ROUTER = ("ffn_gate_inp.weight", "exp_probs_b.bias")
+ROUTER = {"weight": "ffn_gate_inp.weight", "bias": "ffn_gate_inp.bias", "e_score_correction_bias": "exp_probs_b.bias"}
 
 
 class Stock:
@@ -45,7 +45,7 @@ class Stock:
             raise InputError(f"nothing is left of any block of {source.folder}")
         kinds = getattr(source.config, "layer_types", None) or []
         sliding = {i for i, kind in enumerate(kinds) if kind == "sliding_attention"}
-        if graph.still or (graph.windows and sliding and not sliding & {*self.blocks}):
+        if graph.still or graph.open or (graph.windows and sliding and not sliding & {*self.blocks}):
             self.blocks = list(range(source.n_blocks))  # which blocks rotate, or that one has a window, is built in
             self.check_still()
         self.width = max(p.width for p in plains)
@@ -55,12 +55,18 @@ class Stock:
         self.experts = self.measure_experts()
 
     def check_still(self) -> None:
-        """InputError unless those blocks rotate that the graph rotates."""
+        """InputError unless those blocks rotate that the graph rotates, and those have a window that have one there."""
         for i in self.blocks if self.graph.still else ():
             attention = find_blocks(self.source.empty, self.family)[i].get_submodule(self.family.attention)
             if bool(getattr(attention, self.family.rotates)) != bool((i + 1) % self.graph.still):
                 raise InputError(
                     f"llama.cpp's graph {self.graph.name} rotates all blocks but every {self.graph.still}th; "
+                    f"block {i} does otherwise"
+                )
+        for i in self.blocks if self.graph.open else ():
+            if (self.source.config.layer_types[i] == "sliding_attention") != bool((i + 1) % self.graph.open):
+                raise InputError(
+                    f"llama.cpp's graph {self.graph.name} has windows in all blocks but every {self.graph.open}th; "
                     f"block {i} does otherwise"
                 )
 
@@ -123,7 +129,9 @@ class Stock:
         if (row is not None and name.startswith(f"{row.path}.")) or ".act_fn." in name:
             return
         if row is not None and name in row.router:
-            yield f"blk.{slot}.{ROUTER[row.router.index(name)]}", tensor
+            yield f"blk.{slot}.{ROUTER[name.rpartition('.')[2]]}", tensor
+        elif self.family.sinks and name == f"{self.family.attention}.{self.family.sinks}":
+            yield f"blk.{slot}.attn_sinks.weight", tensor
         elif name.endswith("kv_b_proj.weight"):
             yield from split_latent(self.source.config, slot, tensor)
         else:
@@ -145,7 +153,7 @@ class Stock:
             else tensor
         )
 
-    def stacks(self, block: nn.Module, i: int, slot: int, known: StoredRows) -> Iterator[tuple[str, Stack]]:
+    def stacks(self, block: nn.Module, i: int, slot: int, known: StoredRows) -> Iterator[tuple[str, Tensor | Stack]]:
         row = self.family.experts
         if row is None or not hasattr(block.get_submodule(row.path.rpartition(".")[0]), row.path.rpartition(".")[2]):
             return
@@ -154,6 +162,8 @@ class Stock:
             shape = (hidden, width) if role == "down" else (width, hidden)
             matrices = (self.read_expert(i, n, role, shape, known) for n in range(number))
             yield f"blk.{slot}.{name}.weight", Stack(number, shape, matrices)
+            if self.graph.biased:
+                yield f"blk.{slot}.{name}.bias", read_biases(self.source, i, role, (number, shape[0]))
 
     def read_expert(self, i: int, number: int, role: str, shape: tuple[int, int], known: StoredRows) -> Tensor:
         """One linear of one expert, filled up with zeros."""
@@ -164,7 +174,7 @@ class Stock:
             set_parameter(module, name, self.source.reader.tensor(f"{self.family.blocks}.{i}.{path}.{name}"))
         known.open(i, path)
         weight, bias = plain_linear(module)
-        if bias is not None:
+        if bias is not None and not self.graph.biased:
             raise InputError(f"{path} of block {i} has a bias, and llama.cpp's graph {self.graph.name} has none there")
         return nn.functional.pad(weight, (0, shape[1] - weight.shape[1], 0, shape[0] - weight.shape[0]))
 
@@ -225,6 +235,17 @@ def describe_routing(config: Any, row: ExpertsRow, shared: int, graph: Graph) ->
     own = getattr(config, "shared_expert_intermediate_size", None)
     found |= {"expert_shared_count": shared} if shared else {}
     return found | ({"expert_shared_feed_forward_length": own} if own else {})
+
+
+def read_biases(source: FolderSource, i: int, role: str, shape: tuple[int, int]) -> Tensor:
+    """Biases (experts, out) of this linear of all experts of a block, filled up with zeros."""
+    block, found = find_blocks(source.model, source.family)[i], []
+    for number in range(shape[0]):
+        path = find_path(block, source.family, f"expert.{number}.{role}")
+        name = next(n for n in block.get_submodule(path).state_dict() if n.endswith("bias"))
+        bias = source.reader.tensor(f"{source.family.blocks}.{i}.{path}.{name}")
+        found.append(nn.functional.pad(bias, (0, shape[1] - len(bias))))
+    return torch.stack(found)
 
 
 def split_latent(config: Any, slot: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -69,12 +69,17 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
     refuse_wrapped(config, "an ONNX graph as planish writes it")
     check_file(Path(output), path, ".onnx")
     model = load(path, dtype=DTYPES[dtype])
+    batch_experts(model)
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.data)
     step = Step(model)
     ids = torch.zeros(2, 5, dtype=torch.long)
     with torch.no_grad():
         layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    if any(not hasattr(layer, "keys") for layer in layers):
+        raise InputError(
+            "an ONNX graph as planish writes it holds keys and values alone, not what a mixer keeps of a sequence"
+        )
     past = [(layer.keys[:, :, :3], layer.values[:, :, :3]) for layer in layers if layer.keys is not None]
     mask = torch.ones(2, 8, dtype=torch.long)
     auto = torch.export.Dim.AUTO
@@ -84,18 +89,36 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with quiet():
         exported = torch.export.export(step, (ids, mask, past), dynamic_shapes=dynamic, strict=False)
-        program = torch.onnx.export(
-            exported,
-            dynamo=True,
-            input_names=["input_ids", "attention_mask", *(f"past_{n}" for n in names)],
-            output_names=["logits", *(f"present_{n}" for n in names)],
-        )
+        try:
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                input_names=["input_ids", "attention_mask", *(f"past_{n}" for n in names)],
+                output_names=["logits", *(f"present_{n}" for n in names)],
+            )
+        except torch.onnx.OnnxExporterError as error:
+            kind = config.model_type
+            raise InputError(f"torch has no ONNX operation for a part of {kind}: {name_cause(error)}") from None
         assert program is not None
         files = save_whole(lambda place: program.save(place, external_data=size > INLINE), target)
     total = sum(p.numel() for p in model.parameters())
     return Written(
         "onnx", str(target), config.model_type, dtype, total, total, sum(f.stat().st_size for f in files), "none"
     )
+
+
+def batch_experts(model: nn.Module) -> None:
+    """Have a mixture compute every token's experts in one product, without loops over those that are reached."""
+    for module in model.modules():
+        if hasattr(module, "is_transposed"):  # transformers' experts
+            module.config._experts_implementation_internal = "batched_mm"  # type: ignore[union-attr]
+
+
+def name_cause(error: BaseException) -> str:
+    """The first line of what an error comes from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def save_whole(save: Callable[[Path], Any], target: Path) -> list[Path]:

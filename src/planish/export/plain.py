@@ -72,7 +72,7 @@ def count_weights(module: nn.Module) -> int:
 
 def plain_block(source: FolderSource, i: int, experts: bool = True) -> Plain:
     """Block i as plain matrices; `experts`: read them too. Refuses (InputError) what no plain block can hold, with the reason."""
-    block, family, shape, spec = source.block(i, experts), source.family, source.shape(i), source.specs[i]
+    block, family, shape, spec = source.block(i, experts=experts), source.family, source.shape(i), source.specs[i]
     plain = Plain(shape, "full", "full", shape.v, shape.intermediate)
     tensors = plain.tensors
     attention = block.get_submodule(family.attention)

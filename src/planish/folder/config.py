@@ -20,9 +20,9 @@ from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.packed.declared import FIELDS, METHODS, find_declared
 from planish.folder.recognise import refuse_file, refuse_unlike
 from planish.folder.towers import Tower, split_config
-from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import Spec
 from planish.modelling.families import FAMILIES, MLP, Family
+from planish.modelling.heads import needs_eager
 from planish.modelling.modelling import FORMAT, class_names, find_classes, list_auto, model_type, register
 from planish.modelling.wrappers import WRAPPERS, Wrapper
 
@@ -122,8 +122,6 @@ def find_family(config) -> Family:
         raise InputError(f"{kind} with alibi=true is not supported: its attention adds a bias for distance by itself")
     if read_declared(config, "parallel_attn") is False and not read_declared(config, "new_decoder_architecture"):
         raise InputError(f"{kind} with parallel_attn=false is not supported: only blocks with parallel submodules are")
-    if kind == "nemotron_h" and "moe" in config.layer_types:
-        raise InputError("nemotron_h with experts is not supported: they have no gate")
     if read_declared(config, "do_layer_norm_before") is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
     return family
@@ -189,7 +187,7 @@ def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[
         if shape.experts:
             form = spec.get("experts", {"number": shape.experts.number, "top": shape.experts.top})
             narrow = {n for r, n in inner.items() if "." in r}
-            if sum("." in r for r in inner) < 3 * form["number"]:
+            if sum("." in r for r in inner) < len(family.experts.roles if family.experts else ()) * form["number"]:
                 narrow.add(shape.experts.intermediate)
             mixtures |= {(form["number"], form["top"], n) for n in narrow}
     if len(widths) > 1 or len(mixtures) > 1:

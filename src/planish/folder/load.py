@@ -15,11 +15,12 @@ from planish.folder.config import NO_SOFT_CAP, is_compressed, load_config, open_
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.gguf_tokenizer import read_generation_config
 from planish.folder.hub import find_folder
+from planish.folder.origin import name_stored
 from planish.folder.packed.declared import find_declared
 from planish.folder.skeleton import find_whole, set_parameter
-from planish.folder.source import FolderSource, name_stored, open_folder
+from planish.folder.source import FolderSource, open_folder
 from planish.folder.weights import open_weights
-from planish.modelling.attentions import needs_eager
+from planish.modelling.heads import needs_eager
 
 
 def build_random(seed: int = 0) -> PreTrainedModel:

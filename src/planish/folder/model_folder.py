@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ from planish.folder.hub import find_folder
 from planish.folder.stored import Stored, Weights
 from planish.folder.towers import Tower, Untouched, open_tower
 from planish.folder.weights import open_weights
-from planish.modelling.families import Family
+from planish.modelling.experts import StackedRows
+from planish.modelling.families import ExpertsRow, Family
 from planish.modelling.wrappers import PREFIXES
 from planish.stats import is_finite
 
@@ -76,8 +77,8 @@ class ModelFolder:
         return Untouched({n: (math.prod(e.shape), e.dtype) for n, e in entries.items()}, self.weights.read)
 
     @cached_property
-    def _places(self) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
-        """Name → stored name; name → rows of the stored tensor, where it is a part of one."""
+    def _places(self) -> tuple[dict[str, str], dict[str, Part]]:
+        """Name → stored name; name → part of the stored tensor, where it is one."""
         if self.tower is None:
             names = match_names(self.weights.names, self.family, self.compressed)
         else:
@@ -85,7 +86,7 @@ class ModelFolder:
             names = {self.family.read_name(name): n for n, name in inside.items() if name is not None}
         for name in [n for n in names if n.startswith(self._predictors)]:
             self.left_out.append(names.pop(name))
-        return names, split_experts(names, self.family, self.weights, None if self.compressed else self.config)
+        return names, split_experts(names, self.family, self.weights.entry, None if self.compressed else self.config)
 
     @cached_property
     def left_out(self) -> list[str]:
@@ -105,13 +106,19 @@ class ModelFolder:
 
     def entry(self, name: str) -> Stored:
         """`dtype` and `shape` of a tensor, from headers alone."""
-        entry = self.weights.entry(self._find(name))
-        return Rows(entry.dtype, (self._places[1][name][1], entry.shape[-1])) if name in self._places[1] else entry
+        entry, part = self.weights.entry(self._find(name)), self._places[1].get(name)
+        if part is None:
+            return entry
+        rows = torch.empty(part.height, entry.shape[-1], device="meta")
+        return Taken(entry.dtype, tuple(part.take(rows).shape))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in its stored type, on the CPU; every number is finite."""
-        stored, rows = self._find(name), self._places[1].get(name)
-        tensor = self.weights.read_rows(stored, *rows) if rows else self.weights.read(stored)
+        stored, part = self._find(name), self._places[1].get(name)
+        if part is None:
+            tensor = self.weights.read(stored)
+        else:
+            tensor = part.read(partial(self.weights.read_rows, stored))
         if self.adapter and name in self._changed:
             tensor = self.adapter.merge(self._changed[name], tensor, self._transposed(name))
         if not is_finite(tensor):
@@ -150,40 +157,82 @@ class ModelFolder:
         return self._places[0][name]
 
 
-class Rows(NamedTuple):
+class Taken(NamedTuple):
     """Part of a stored tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
+class Part(NamedTuple):
+    """One linear's weight or bias in a stack of many experts': of what `height` rows of the stored tensor as a matrix, from the
+    `first`, hold of one expert, the `number`-th of `several`, laid out as `rows`. `vector`: of biases."""
+
+    first: int
+    height: int
+    rows: StackedRows = StackedRows()
+    number: int = 0
+    several: int = 1
+    vector: bool = False
+
+    def read(self, rows: Callable[[int, int], Tensor]) -> Tensor:
+        """The same of what `rows` (first, count) gives."""
+        return self.take(rows(self.first, self.height))
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """(height, columns) as they are stored → (out, in), or (out,)."""
+        return self.rows.split(matrix[0] if self.vector else matrix, self.several)[self.number].contiguous()
+
+
 def split_experts(
-    names: dict[str, str], family: Family, weights: Weights, config: Any = None
-) -> dict[str, tuple[int, int]]:
-    """Where experts are stored stacked: name of each of their linears → which rows (first, count) it is of its stored tensor.
-    In `names` (name → stored name) these linears take the place of the whole. Stacks have the shapes that `config` asks for."""
-    found: dict[str, tuple[int, int]] = {}
+    names: dict[str, str], family: Family, entry: Callable[[str], Stored], config: Any = None
+) -> dict[str, Part]:
+    """Where experts are stored stacked: name of each of their linears' tensors → which part it is of its stored tensor.
+    In `names` (name → stored name) these take the place of the whole. Stacks have the shapes that `config` asks for."""
+    found: dict[str, Part] = {}
     row = family.experts
     if row is None:
         return found
     for name, stored in list(names.items()):
         where, _, leaf = name.rpartition(".")
-        parts = {"gate_up_proj": row.names[:2], "down_proj": row.names[2:]}.get(leaf, ())
+        parts = row.stacks.get(leaf.removesuffix("_bias"), ())
         if not parts or not where.endswith(f".{row.path}"):
             continue
-        shape = weights.entry(stored).shape
-        if len(shape) != 3 or shape[1] % len(parts):
-            raise InputError(f"tensor {stored} has shape {shape}, expected (experts, rows, columns) of stacked experts")
-        if config is not None:
-            width, hidden = getattr(config, row.width), config.hidden_size
-            asked = (getattr(config, row.count), *((2 * width, hidden) if len(parts) > 1 else (hidden, width)))
-            if tuple(shape) != asked:
-                raise InputError(f"tensor {stored} has shape {tuple(shape)}, expected {asked} from config.json")
-        count = shape[1] // len(parts)
+        shape, vector = tuple(entry(stored).shape), leaf.endswith("_bias")
+        check_stack(stored, shape, row, parts, vector, config)
         del names[name]
-        for n, part in enumerate(f"{where}.{j}.{part}.weight" for j in range(shape[0]) for part in parts):
-            names[part], found[part] = stored, (n * count, count)
+        for number in range(shape[0]):
+            for part, own in zip(parts, lay_parts(shape, number, row, len(parts)), strict=True):
+                inside = f"{where}.{number}.{part}.{'bias' if vector else 'weight'}"
+                names[inside], found[inside] = stored, own
     return found
+
+
+def check_stack(
+    stored: str, shape: tuple[int, ...], row: ExpertsRow, parts: Sequence[str], vector: bool, config: Any
+) -> None:
+    """InputError for stacked experts of another layout."""
+    several, axes = len(parts), ("experts", "rows") if vector else ("experts", "rows", "columns")
+    if len(shape) != len(axes) or shape[-1 if row.transposed else 1] % several:
+        raise InputError(f"tensor {stored} has shape {shape}, expected ({', '.join(axes)}) of stacked experts")
+    if config is None:
+        return
+    width, hidden = getattr(config, row.width), row.reads(config)
+    out, n = (hidden, width) if parts == row.names[2:] else (several * width, hidden)
+    asked = (getattr(config, row.count), *((out,) if vector else (n, out) if row.transposed else (out, n)))
+    if shape != asked:
+        raise InputError(f"tensor {stored} has shape {shape}, expected {asked} from config.json")
+
+
+def lay_parts(shape: Sequence[int], number: int, row: ExpertsRow, several: int) -> list[Part]:
+    """Where the tensors of an expert's linears are in a stack of this shape; of one that holds them one after the other, their
+    rows alone."""
+    if len(shape) == 2:
+        return [Part(number, 1, StackedRows.of(row), n, several, True) for n in range(several)]
+    if row.transposed or row.alternating:
+        return [Part(number * shape[1], shape[1], StackedRows.of(row), n, several) for n in range(several)]
+    count = shape[1] // several
+    return [Part((number * several + n) * count, count) for n in range(several)]
 
 
 def name_adapted(name: str, family: Family, wrapped: bool = False) -> str:

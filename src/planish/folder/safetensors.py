@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,23 @@ class Entry(NamedTuple):
         return Entry(self.dtype, (count, width), self.start + first * size, count * size)
 
 
+class Later(NamedTuple):
+    """A tensor to be written that is not in memory: what it consists of, in the order of its numbers, comes piece by piece."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Tensor]]
+
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+
 class Shard:
     """One file's header. `read` opens the file anew: nothing stays open or mapped."""
 
@@ -85,6 +102,9 @@ class Shard:
         except OSError as error:
             raise InputError(f"cannot read tensor {name} of {self.path}: {error}; download it again") from None
         return data.view(entry.dtype).reshape(entry.shape)
+
+    def read_rows(self, name: str, first: int, count: int) -> Tensor:
+        return self.read(name, (first, count))
 
     def expect(self, names: Iterable[str]) -> None:
         """Ask the system to read these tensors ahead, into its own cache; costs no memory of this process."""
@@ -152,31 +172,36 @@ def check_entry(name: str, value: Any, base: int, total: int) -> Entry:
     return Entry(dtype, tuple(shape), base + start, end - start)
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
+def write_shard(path: Path, tensors: Mapping[str, Tensor | Later]) -> str:
     """Write tensors to `path`, complete or not at all (temporary name, fsync, rename); returns the SHA-256 in hex.
 
-    Needs memory for one tensor besides the tensors themselves, and only where that one is not contiguous.
+    Needs memory for one tensor besides the tensors themselves, and only where that one is not contiguous, or for one piece of
+    one that is made meanwhile.
     """
     raw, order = make_header(tensors)
     digest = hashlib.sha256()
     part = path.with_name(path.name + ".part")
     with part.open("wb", buffering=0) as file:
-        for piece in (len(raw).to_bytes(8, "little"), raw):
-            digest.update(piece)
-            write_all(file, piece)
+        for head in (len(raw).to_bytes(8, "little"), raw):
+            digest.update(head)
+            write_all(file, head)
         for name in order:
-            flat = tensors[name].detach().cpu().contiguous()
-            flat = flat.as_strided((flat.numel(),), (1,))  # a single number counts as contiguous whatever its stride is
-            data = flat.view(torch.uint8).numpy().data
-            digest.update(data)
-            write_all(file, data)
+            tensor = tensors[name]
+            for piece in tensor.pieces() if isinstance(tensor, Later) else (tensor,):
+                flat = piece.detach().cpu().contiguous()
+                flat = flat.as_strided(
+                    (flat.numel(),), (1,)
+                )  # a single number counts as contiguous whatever its stride is
+                data = flat.view(torch.uint8).numpy().data
+                digest.update(data)
+                write_all(file, data)
         os.fsync(file.fileno())
     part.replace(path)
     sync_folder(path.parent)
     return digest.hexdigest()
 
 
-def make_header(tensors: dict[str, Tensor]) -> tuple[bytes, list[str]]:
+def make_header(tensors: Mapping[str, Tensor | Later]) -> tuple[bytes, list[str]]:
     """The header of a file with these tensors, and their order in it."""
     order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))  # widest first: everything stays aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -13,10 +13,10 @@ from planish.core import ExpertShape, Shape
 from planish.errors import InputError
 from planish.folder.config import is_compressed
 from planish.folder.towers import Tower
-from planish.modelling.attentions import count_heads, has_norms, head_width, rotary_width
 from planish.modelling.blocks import find_blocks, get_linear, has_mixer, read_layout
 from planish.modelling.canonical import has_module, split_block, split_experts
 from planish.modelling.families import Family
+from planish.modelling.heads import count_heads, has_norms, head_width, rotary_width
 from planish.modelling.modelling import find_classes
 
 
@@ -151,15 +151,9 @@ def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> 
         raise InputError(
             f"config.json: {row.groups} {groups} does not divide {row.count} {number}, or is below {row.top_groups} {top_groups}"
         )
-    found = ExpertShape(
-        number,
-        top,
-        get_linear(block, family, "expert.0.down").in_features,
-        groups,
-        top_groups,
-        tuple(path.removesuffix(".weight") for path in row.router if path.endswith(".weight")),
-        row.gates(config),
-    )
+    hidden, width = get_linear(block, family, "expert.0.down").weight.shape
+    router = tuple(path.removesuffix(".weight") for path in row.router if path.endswith(".weight"))
+    found = ExpertShape(number, top, width, hidden, groups, top_groups, router, row.gates(config), row.roles)
     if top > found.lower_top(number):
         within = f" in {top_groups} of {groups} groups" if groups > 1 else ""
         raise InputError(f"config.json: a token cannot reach {row.top} {top} of {row.count} {number}{within}")

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from planish.apply import is_empty
 from planish.core import Shape
 from planish.errors import InputError
-from planish.folder.adapter import Adapter
 from planish.folder.checks import check_model, check_tensors
 from planish.folder.config import NO_SOFT_CAP, find_family, find_stock_config, load_config, open_config
 from planish.folder.model_folder import ModelFolder
@@ -29,13 +28,15 @@ from planish.folder.skeleton import (
     read_shape,
     set_parameter,
 )
+from planish.folder.stored_linear import StoredLinear, find_experts, list_apart
 from planish.folder.tokenizer import check_links, copy_files
 from planish.folder.towers import Tower, Untouched
-from planish.modelling.attentions import needs_eager
 from planish.modelling.blocks import find_blocks
 from planish.modelling.canonical import split_block
 from planish.modelling.families import Family
-from planish.modelling.wrappers import MODULES, find_language_model
+from planish.modelling.heads import needs_eager
+from planish.modelling.modules import set_module
+from planish.modelling.wrappers import find_language_model
 from planish.stats import is_finite
 
 HEAD = "lm_head.weight"
@@ -56,12 +57,14 @@ class Source:
     tower: Tower | None = None
     untouched = Untouched()
 
-    def skeleton(self) -> PreTrainedModel:
-        """A causal LM of its own on the meta device; only buffers hold values."""
+    def skeleton(self, experts: bool = True) -> PreTrainedModel:
+        """A causal LM of its own on the meta device; only buffers hold values. Without `experts` it may have none of these: every
+        one of thousands takes some memory for its modules, even if they are empty."""
         raise NotImplementedError
 
-    def block(self, i: int) -> nn.Module:
-        """A canonical copy of block i on the CPU in the stored dtype."""
+    def block(self, i: int, apart: bool = False) -> nn.Module:
+        """A canonical copy of block i on the CPU in the stored dtype. `apart`: weights of large experts may stay in their file
+        (`planish.folder.stored_linear`)."""
         raise NotImplementedError
 
     def weight(self, name: str) -> Tensor:
@@ -164,12 +167,23 @@ class FolderSource(Source):
         """The causal LM; only buffers hold values."""
         return build_empty(self.config, self.family)
 
-    def skeleton(self) -> PreTrainedModel:
+    def skeleton(self, experts: bool = True) -> PreTrainedModel:
         _ = self.reader
-        return copy.deepcopy(self.model)
+        without: dict[int, Any] = {}  # what `deepcopy` takes for copied already
+        for block in find_blocks(self.model, self.family) if not experts else ():
+            if (found := find_experts(block, self.family)) is not None:
+                without[id(found)] = nn.Identity()
+        return copy.deepcopy(self.model, without)
 
-    def block(self, i: int, experts: bool = True) -> nn.Module:
-        return split_block(self.stored_block(i, experts), self.family, self.config)
+    def block(self, i: int, apart: bool = False, experts: bool = True) -> nn.Module:
+        left = list_apart(find_blocks(self.model, self.family)[i], self.family) if apart else {}
+        block, reader = self.stored_block(i, experts and not left), self.reader
+        for path, linear in left.items():
+            name = f"{self.family.blocks}.{i}.{path}"
+            bias = None if linear.bias is None else reader.tensor(f"{name}.bias")
+            entry, read = reader.entry(f"{name}.weight"), lambda name=name: reader.tensor(f"{name}.weight")  # type: ignore[misc]
+            set_module(block, path, StoredLinear(read, entry.shape, entry.dtype, bias))
+        return split_block(block, self.family, self.config)
 
     def stored_block(self, i: int, experts: bool = True) -> nn.Module:
         """A copy of block i under its stored names (fused linears stay fused), in the stored dtype; `experts`: with the weights
@@ -243,13 +257,13 @@ class ConfigSource(Source):
         kind = getattr(self.config, "dtype", None)
         return kind if isinstance(kind, torch.dtype) else torch.float32
 
-    def block(self, i: int) -> nn.Module:
+    def block(self, i: int, apart: bool = False) -> nn.Module:
         raise InputError(f"{self.name} holds no weights, which this needs: give the whole model")
 
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
         return self._once({n: (p.numel(), self.stored) for n, p in self.skeleton().state_dict().items()})
 
-    def skeleton(self) -> PreTrainedModel:
+    def skeleton(self, experts: bool = True) -> PreTrainedModel:
         with torch.device("meta"):
             return build_skeleton(self.config, self.family)
 
@@ -284,7 +298,7 @@ class MemorySource(Source):
             self.config.tie_word_embeddings = False
             del self.empty
 
-    def block(self, i: int) -> nn.Module:
+    def block(self, i: int, apart: bool = False) -> nn.Module:
         memo = {id(self._language.config): self.config}
         block = copy.deepcopy(find_blocks(self._language, self.family)[i], memo).cpu().eval().requires_grad_(False)
         return split_block(block, self.family, self.config)
@@ -296,7 +310,7 @@ class MemorySource(Source):
     def sizes(self) -> dict[str, tuple[int, torch.dtype]]:
         return self._once({n: (t.numel(), t.dtype) for n, t in self._tensors.items()})
 
-    def skeleton(self) -> PreTrainedModel:
+    def skeleton(self, experts: bool = True) -> PreTrainedModel:
         return build_empty(self.config, self.family)
 
     def weight(self, name: str) -> Tensor:
@@ -311,42 +325,6 @@ class MemorySource(Source):
         if getattr(self.model, "generation_config", None) is not None:
             # as it is: `save_pretrained` refuses settings that several released models have
             self.model.generation_config.to_json_file(target / "generation_config.json", keys_to_pop=["compile_config"])
-
-
-def name_stored(source: Source, name: str) -> str:
-    """What checkpoints call a tensor of the causal LM."""
-    stored = source.family.store_name(name)
-    return stored if source.tower is None else source.tower.store_name(stored)
-
-
-def name_module(source: Source, name: str) -> str:
-    """What a module of the causal LM is called in the whole model."""
-    return name if source.tower is None else MODULES + name.removeprefix("model.")
-
-
-def find_origin(source: Source) -> dict[str, Any] | None:
-    """What there is to say about how the model was stored, where it was dequantised; None where it was stored as it is."""
-    return source.reader.weights.origin() if isinstance(source, FolderSource) else None
-
-
-def find_adapter(source: Source) -> Adapter | None:
-    """The adapter that is merged into the model as it is read."""
-    return source.reader.adapter if isinstance(source, FolderSource) else None
-
-
-def list_changes(source: Source) -> list[str]:
-    """What of the stored model was changed or left out while it was read, a line each."""
-    if not isinstance(source, FolderSource):
-        return []
-    lines, gone, adapter = [], source.reader.left_out, source.reader.adapter
-    if gone:
-        lines.append(
-            f"{len(gone)} tensors of next-token prediction layers are left out, as transformers does ({gone[0]}, …)"
-        )
-    if adapter:
-        name, merged, replaced = (adapter.record[n] for n in ("name", "merged", "replaced"))
-        lines.append(f"The adapter {name} is merged into {merged} weights and takes the place of {replaced}.")
-    return lines
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:

@@ -50,7 +50,7 @@ class Shards:
         return self._shard(name).read(name)
 
     def read_rows(self, name: str, first: int, count: int) -> Tensor:
-        return self._shard(name).read(name, (first, count))
+        return self._shard(name).read_rows(name, first, count)
 
     def expect(self, names: Iterable[str]) -> None:
         ahead: dict[Path, list[str]] = {}

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 
 from planish import lanes
 from planish.errors import InputError
-from planish.folder.safetensors import Shard, hash_file, make_header, sync_folder, write_shard, write_text
-from planish.folder.skeleton import set_parameter
+from planish.folder.model_folder import split_experts
+from planish.folder.safetensors import Later, Shard, hash_file, make_header, sync_folder, write_shard, write_text
 from planish.folder.source import Source
+from planish.folder.stored_linear import find_experts, list_tensors, set_read
 from planish.folder.tokenizer import TEMPLATES
 from planish.folder.towers import Tower
 from planish.modelling.blocks import install
@@ -125,7 +128,7 @@ class Writer:
             write_text(self.state / "request.json", json.dumps(seal(request), indent=2) + "\n")
 
     def shard(
-        self, number: int, tensors: dict[str, Tensor], write: bool = True, named: bool = False
+        self, number: int, tensors: Mapping[str, Tensor | Later], write: bool = True, named: bool = False
     ) -> tuple[str, str]:
         """Write shard `number` (0 = what is outside the blocks, i + 1 = block i); its name and SHA-256. `named`: the tensors have
         the names that they are stored under."""
@@ -159,7 +162,8 @@ class Writer:
         name, digest, at = None, "", i if at is None else at
         if block is not None:
             join_block(block, family)
-            tensors = {family.store_name(f"{family.blocks}.{at}.{k}"): v for k, v in block.state_dict().items()}
+            found = list_tensors(block, family)
+            tensors = {family.store_name(f"{family.blocks}.{at}.{k}"): v for k, v in found.items()}
             if tensors:
                 name, digest = self.shard(at + 1, tensors, write=i not in self.finished)
             stored = block.state_dict().keys()
@@ -184,9 +188,17 @@ class Writer:
         join_block(block, source.family)
         if entry["shard"]:
             shard, prefix = Shard(self.partial / entry["shard"]), f"{source.family.blocks}.{entry['at']}."
-            for stored in shard.entries:
-                name = stored if self.tower is None else self.tower.read_name(stored) or stored
-                set_parameter(block, source.family.read_name(name).removeprefix(prefix), shard.read(stored))
+            inside = {n: n if self.tower is None else self.tower.read_name(n) or n for n in shard.entries}
+            names = {source.family.read_name(name): n for n, name in inside.items()}
+            split = find_experts(block, source.family) is not None
+            rows = split_experts(names, source.family, shard.entry) if split else {}
+            for name, stored in names.items():
+                read = (
+                    partial(shard.read, stored)
+                    if name not in rows
+                    else partial(rows[name].read, partial(shard.read_rows, stored))
+                )
+                set_read(block, name.removeprefix(prefix), read)
         return split_block(block, source.family, source.config)
 
     def text(self, name: str, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from math import inf
@@ -82,20 +83,21 @@ def pose(
             where = f" for {problem.target.name}" if problem.target.refuses else ""
             normed = any(s.qk_norm for s in problem.shapes)
             model = " of this model, which normalises queries and keys" if normed else ""
-            others = ", ".join(list_cutting_cache(problem.shapes[0]))
-            raise InputError(
-                f"--kv-keep: {method.name} cuts neither keys nor values{where}{model}; use one of {others}"
-            )
+            found = list_cutting_cache(next((s for s in problem.shapes if s.heads), problem.shapes[0]))
+            instead = f"use one of {', '.join(found)}" if found else "no other method does"
+            raise InputError(f"--kv-keep: {method.name} cuts neither keys nor values{where}{model}; {instead}")
     return problem
 
 
 def list_cutting_cache(shape: Shape) -> list[str]:
     """Methods with which the KV cache of such blocks shrinks."""
-    return [
-        name
-        for name, cls in list_methods().items()
-        if any(cuts_cache(s, u, shape) for s in cls().solvers() for u in s.units(shape))
-    ]
+
+    def shrinks(method: type[Method]) -> bool:
+        with suppress(InputError):  # a method that refuses such blocks
+            return any(cuts_cache(s, u, shape) for s in method().solvers() for u in s.units(shape))
+        return False
+
+    return [name for name, cls in list_methods().items() if shrinks(cls)]
 
 
 def foresee_plan(method: Method, problem: Problem, measure: Measurements, windows: int) -> Foreseen:

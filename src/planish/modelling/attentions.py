@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .families import Family
+from .heads import count_heads, has_norms, has_rotation, rotary_width
 from .modules import FusedRows, take
 
 
@@ -51,11 +52,12 @@ class Attention(nn.Module):
         self.sliding_window = window if getattr(stock, "is_sliding", True) else None
         self.softcap = getattr(stock, "attn_logit_softcapping", None) if family.softcap else None
         self.rotary, self.training = has_rotation(stock, family), stock.training
-        self.position_scale, self.twins = family.position_scale, family.twins
+        self.position_scale, self.table_kind = family.position_scale, family.tables
         self.qk_norm, self.norms = family.qk_norm if has_norms(stock, family) else "", family.norms
         self.neighbours = rotary_width(stock, family) if any(f.layout == "neighbours" for f in family.fused) else 0
         for name in self.norms if self.qk_norm else ():
             setattr(self, name, getattr(stock, name))
+        self.sinks: nn.Parameter | None = getattr(stock, family.sinks) if family.sinks else None
         if pairs:
             device = next(stock.parameters()).device
             self.register_buffer("pairs", torch.zeros(kv_heads, pairs, dtype=torch.int32, device=device))
@@ -140,8 +142,10 @@ class Attention(nn.Module):
         return take(cos, at).view(shape), take(sin, at).view(shape)
 
     def table(self, t: Tensor) -> Tensor:
-        """A rotary table (…, 2 · pairs) of the model's, cos or sin, with one value for each pair."""
-        return t[..., ::2] if self.twins else t[..., : t.shape[-1] // 2]
+        """A rotary table of the model's, cos or sin, with one value for each pair: (…, pairs)."""
+        if self.table_kind == "one":
+            return t
+        return t[..., ::2] if self.table_kind == "twins" else t[..., : t.shape[-1] // 2]
 
     def level(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads filled up with zeros to one size where PyTorch's attention is several times slower without: on the CPU.
@@ -164,6 +168,8 @@ class Attention(nn.Module):
             extra["sliding_window"] = self.sliding_window
         if self.softcap is not None:
             extra["softcap"] = self.softcap
+        if self.sinks is not None:
+            extra["s_aux"] = self.sinks
         return attention_mask, extra
 
 
@@ -340,58 +346,21 @@ def add_position_bias(bias: Tensor, masked: Tensor | None, key: Tensor) -> Tenso
     return bias if masked is None else bias.masked_fill(masked, torch.finfo(key.dtype).min)
 
 
-def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, softcap=None, **_):
-    """softmax(q kᵀ · scaling + mask) v with key and value heads shared within a group. Returns (B, T, heads, v), weights."""
-    groups = module.num_key_value_groups
+def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, **extra):
+    """softmax(q kᵀ · scaling + mask) v with key and value heads shared within a group. Returns (B, T, heads, v), weights.
+
+    `extra`: a `softcap`, and `s_aux` (heads,), scores that take part in the softmax, with values of zero.
+    """
+    groups, softcap, s_aux = module.num_key_value_groups, extra.get("softcap"), extra.get("s_aux")
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores + mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = weights[..., : key.shape[2]].to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def needs_eager(config) -> bool:
-    """Whether attention scores have a soft cap (gemma2): transformers' default, PyTorch's attention, leaves it out silently."""
-    declared = hasattr(type(config), "attn_logit_softcapping")  # elsewhere it is a field that nobody reads
-    return declared and config.attn_logit_softcapping is not None
-
-
-def has_norms(stock: nn.Module, family: Family) -> bool:
-    """Whether a stock attention normalises queries and keys: in some families models differ."""
-    return bool(family.qk_norm) and hasattr(stock, family.norms[0])
-
-
-def has_rotation(stock: nn.Module, family: Family) -> bool:
-    """Whether a stock attention rotates queries and keys: in some families blocks differ."""
-    if family.rotates_where:
-        name, value = family.rotates_where
-        return getattr(stock.config, name) == value
-    if not family.rotary or not family.rotates:
-        return family.rotary
-    everywhere = family.rotates_without and getattr(stock.config, family.rotates_without, None) is None
-    return bool(everywhere or getattr(stock, family.rotates))
-
-
-def head_width(stock: nn.Module) -> int:
-    return getattr(stock, "head_dim", None) or stock.head_size
-
-
-def rotary_width(stock: nn.Module, family: Family) -> int:
-    """How many channels of a head are rotated."""
-    if not has_rotation(stock, family):
-        return 0
-    parameters = getattr(stock.config, "rope_parameters", None) or {}
-    return int(head_width(stock) * parameters.get("partial_rotary_factor", 1.0))
-
-
-def count_heads(config) -> tuple[int, int]:
-    """Query heads and kv heads."""
-    heads, declared = config.num_attention_heads, type(config)
-    if hasattr(declared, "multi_query") and config.multi_query and not config.new_decoder_architecture:
-        return heads, 1
-    name = "num_kv_heads" if hasattr(declared, "num_kv_heads") else "num_key_value_heads"
-    return heads, getattr(config, name, None) or heads

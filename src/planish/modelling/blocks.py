@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .attentions import Attention, Frequencies, Latent, count_heads
+from .attentions import Attention, Frequencies, Latent
 from .canonical import count_experts, has_module, join_block, keep_experts, split_block, split_experts
 from .families import ATTENTION, FAMILIES, MLP, Family
+from .heads import count_heads
 from .modules import Bypass, HeadPair, Pair, Pivoted, SlicedBlock, Spec, make_apart, set_module
 
 
@@ -84,7 +85,8 @@ def read_layout(block: nn.Module, family: Family, config) -> Layout:
         name = role.rpartition(".")[0]
         groups[name] = [*groups.get(name, ()), role]
     if family.experts is not None and has_module(block, family.experts.path):
-        groups |= {f"expert.{n}": [f"expert.{n}.{r}" for r in MLP] for n in range(count_experts(block, family))}
+        roles = family.experts.roles
+        groups |= {f"expert.{n}": [f"expert.{n}.{r}" for r in roles] for n in range(count_experts(block, family))}
     found = {
         n: {r: find_path(block, family, r) for r in roles if has_linear(block, family, r)}
         for n, roles in groups.items()

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .attentions import Attention, count_heads, head_width, rotary_width
+from .attentions import Attention
+from .experts import Experts
 from .family import Family
 from .family import Fused as FusedRow
-from .modules import Experts, Fused, FusedRows, make_linear, set_module
+from .heads import count_heads, head_width, rotary_width
+from .modules import Fused, FusedRows, make_linear, set_module
 
 
 def has_module(block: nn.Module, path: str) -> bool:
@@ -28,7 +30,7 @@ def split_experts(block: nn.Module, family: Family) -> nn.Module:
     if row is not None and has_module(block, row.path):
         stock = block.get_submodule(row.path)
         if not isinstance(stock, Experts):
-            set_module(block, row.path, Experts(stock, row.names))
+            set_module(block, row.path, Experts(stock, row))
     return block
 
 

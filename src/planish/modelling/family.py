@@ -39,7 +39,12 @@ class ExpertsRow:
     path: str = (
         "mlp.experts"  # its `gate_up_proj` is (experts, 2 · width, hidden), its `down_proj` (experts, hidden, width)
     )
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    hidden: str = (
+        ""  # the config's name of the width of what they read and give, where that is not the residual stream's
+    )
+    transposed: bool = False  # stacked weights have their last two axes the other way round
+    alternating: bool = False  # of what is stacked, gate's channels and up's take turns
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # the first is empty where there is no gate
     top: str = "num_experts_per_tok"
     count: str = "num_experts"
     width: str = "moe_intermediate_size"
@@ -53,6 +58,22 @@ class ExpertsRow:
     shared: str = (
         ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
     )
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """Stacked parameter → names of the linears whose weights it holds; "_bias" behind it: their biases, where they have any."""
+        if not self.names[0]:
+            return {"up_proj": self.names[1:2], "down_proj": self.names[2:]}
+        return {"gate_up_proj": self.names[:2], "down_proj": self.names[2:]}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Those of one expert's linears."""
+        return tuple(role for role, name in zip(MLP, self.names, strict=True) if name)
+
+    def reads(self, config: Any) -> int:
+        """The width of what experts read, by a model's configuration."""
+        return (getattr(config, self.hidden) if self.hidden else None) or config.hidden_size
 
     def gates(self, settings: object) -> str:
         """What becomes of a token's gates where an expert is missing, by the config or the router's own settings: "chosen",
@@ -94,7 +115,12 @@ class Family:
     rotates: str = ""  # the attention's own name of what is set in blocks that rotate; empty: all of them do
     rotates_where: tuple[str, str] | None = None  # all blocks rotate where the config says this, else none
     rotates_without: str = ""  # the config's name of what, where it is not set, makes all blocks rotate
-    twins: bool = False  # rotary tables have a pair's two values side by side, not one half after the other
+    tables: str = (
+        "halves"  # rotary tables have two values for a pair: one half after the other, "twins" side by side; or "one"
+    )
+    sinks: str = (
+        ""  # the attention's own name of a score for each head that stands beside those of the tokens, with no value
+    )
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
     mrope: bool = False  # a token has three positions, each for a section of the rotary pairs

@@ -3,11 +3,17 @@ models.)"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from .family import GATED_MLP, GRANITE_EXPERTS, GRANITE_NAMES, SELF_ATTENTION, ExpertsRow, Family, Fused
 
 
 def _delta(
-    model_type: str, classes: tuple[str, str, str], names: dict[str, str], experts: bool = False, mrope: bool = False
+    model_type: str,
+    classes: tuple[str, str, str],
+    names: dict[str, str],
+    experts: ExpertsRow | None = None,
+    **more: Any,
 ) -> Family:
     """Gated delta nets, and in every few blocks an attention whose output is gated. `names`: of the nets' linears."""
     mixer = {f"mixer.{role}": f"linear_attn.{name}" for role, name in (names | {"out": "out_proj"}).items()}
@@ -27,9 +33,17 @@ def _delta(
             (*heads[1], "linear_conv_kernel_dim"),
             (*heads[1], "linear_key_head_dim"),
         ),
-        mrope=mrope,
-        experts=ExpertsRow(normalised="norm_topk_prob") if experts else None,
+        experts=experts,
+        **more,
     )
+
+
+_APART = {
+    "in": "in_proj_qkv",
+    "z": "in_proj_z",
+    "b": "in_proj_b",
+    "a": "in_proj_a",
+}  # where queries are beside their gates
 
 
 def _mamba(prefix: str) -> dict[str, str]:
@@ -61,13 +75,16 @@ HYBRIDS = (
         "qwen3_next",
         ("Qwen3NextConfig", "Qwen3NextModel", "Qwen3NextForCausalLM"),
         {"in": "in_proj_qkvz", "gates": "in_proj_ba"},
-        experts=True,
+        ExpertsRow(normalised="norm_topk_prob"),
     ),
+    _delta("qwen3_5_text", ("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"), _APART, mrope=True),
     _delta(
-        "qwen3_5_text",
-        ("Qwen3_5TextConfig", "Qwen3_5TextModel", "Qwen3_5ForCausalLM"),
-        {"in": "in_proj_qkv", "z": "in_proj_z", "b": "in_proj_b", "a": "in_proj_a"},
+        "qwen3_5_moe_text",
+        ("Qwen3_5MoeTextConfig", "Qwen3_5MoeTextModel", "Qwen3_5MoeForCausalLM"),
+        _APART,
+        ExpertsRow(),
         mrope=True,
+        intermediate="",
     ),
     Family(
         "granitemoehybrid",
@@ -102,7 +119,16 @@ HYBRIDS = (
         attention_norm="norm",
         mlp_norm="norm",
         rotary=False,
-        others=_mamba("mixer"),
+        others=_mamba("mixer") | {f"shared.{r}": f"mixer.shared_experts.{r}_proj" for r in ("up", "down")},
+        experts=ExpertsRow(
+            path="mixer.experts",
+            names=("", "up_proj", "down_proj"),
+            hidden="moe_latent_size",
+            count="n_routed_experts",
+            router=("mixer.gate.weight", "mixer.gate.e_score_correction_bias"),
+            normalised="norm_topk_prob",
+            otherwise="apart",
+        ),
         state=(
             ("mamba_num_heads", "mamba_head_dim", "conv_kernel"),
             (2, "n_groups", "ssm_state_size", "conv_kernel"),

@@ -25,9 +25,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import output_capturing
 
-from .attentions import Attention, needs_eager
+from .attentions import Attention
 from .blocks import install_model, list_attentions
 from .families import FAMILIES
+from .heads import needs_eager
 from .modules import SlicedBlock
 from .wrappers import WRAPPERS
 
@@ -236,9 +237,7 @@ def share_config(model, plain, config) -> None:
             module.__class__ = _recording(type(module))  # type: ignore[arg-type]
     replace_config(model, plain, config)
     stacks = [p for p in model.parameters() if p.ndim == 3]
-    if any(
-        step * p.element_size() % 16 for p in stacks for step in p.stride()[:2]
-    ):  # grouped products refuse such widths
+    if any(n * p.element_size() % 16 for p in stacks for n in p.shape[1:]):  # grouped products refuse such rows
         config._experts_implementation_internal = "eager"
 
 

@@ -6,7 +6,6 @@ family's fused linear while its roles have different forms. Attentions are in `a
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
 from math import prod
@@ -147,68 +146,6 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.contiguous(), requires_grad=bias.requires_grad)
     return linear
-
-
-class Experts(nn.Module):
-    """Stacked experts as linears of their own, which hold the same memory: child "17" has those of expert 17.
-
-    y_t = Σ over the experts j that token t reaches: w_tj · down_j(act(gate_j x_t) ⊙ up_j x_t). Every expert is called, if on
-    no token, so that hooks see each of them once in every pass.
-    """
-
-    def __init__(self, stock: nn.Module, names: tuple[str, str, str]):
-        super().__init__()
-        self.names, self.act_fn = names, stock.act_fn
-        hollow = copy.copy(stock)  # the stock module without weights, for `stack`
-        hollow._parameters = {}
-        self.__dict__["hollow"] = hollow
-        for number, (wide, down) in enumerate(zip(stock.gate_up_proj.data, stock.down_proj.data, strict=True)):  # type: ignore[call-overload, union-attr, arg-type]
-            parts = dict(zip(names, map(make_linear, (*wide.chunk(2), down)), strict=True))
-            self.add_module(str(number), nn.ModuleDict(parts))
-
-    @property
-    def numbers(self) -> range:
-        return range(sum(name.isdecimal() for name in self._modules))
-
-    def linears(self, number: int) -> list[nn.Module]:
-        """Gate, up and down of one expert."""
-        return [self.get_submodule(f"{number}.{name}") for name in self.names]
-
-    def keep(self, kept: Sequence[int]) -> None:
-        """Only these experts, numbered anew in this order."""
-        chosen = [self._modules[str(n)] for n in kept]
-        for number in self.numbers:
-            del self._modules[str(number)]
-        self._modules |= {str(n): module for n, module in enumerate(chosen)}
-
-    @property
-    def alike(self) -> bool:
-        """Whether all linears are dense and of one size: they can be stacked again."""
-        sizes = [[tuple(p.shape) for m in self.linears(n) for p in m.parameters()] for n in self.numbers]
-        return all(s == sizes[0] and len(s) == len(self.names) for s in sizes)
-
-    def stack(self) -> nn.Module:
-        """The module of transformers with these experts' weights in memory of its own."""
-        stock = copy.copy(self.hollow)
-        parts = [[m.weight.data for m in self.linears(n)] for n in self.numbers]
-        stacked = {
-            "gate_up_proj": torch.stack([torch.cat([gate, up]) for gate, up, _ in parts]),
-            "down_proj": torch.stack([down for _, _, down in parts]),
-        }
-        stock._parameters = {n: nn.Parameter(t, requires_grad=False) for n, t in stacked.items()}
-        stock.num_experts = len(parts)  # type: ignore[assignment]
-        return stock
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """x (tokens, hidden), the experts that each reaches and their weights (tokens, top) → (tokens, hidden)."""
-        out = torch.zeros_like(hidden_states)
-        for number in self.numbers:
-            gate, up, down = self.linears(number)
-            token, slot = torch.where(top_k_index == number)
-            x = hidden_states[token]
-            y = down(self.act_fn(gate(x)) * up(x)) * top_k_weights[token, slot, None]
-            out = out.index_add(0, token, y.to(out.dtype))
-        return out
 
 
 class Bypass(nn.Module):

@@ -45,6 +45,7 @@ _ROWS = (
     Wrapper("mistral3", _classes("Mistral3")),
     Wrapper("qwen2_5_vl", _classes("Qwen2_5_VL"), flat=True),
     Wrapper("qwen3_5", _classes("Qwen3_5")),
+    Wrapper("qwen3_5_moe", _classes("Qwen3_5Moe")),
     Wrapper("qwen3_vl", _classes("Qwen3VL"), deepstack="deepstack_visual_indexes"),
 )
 

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 
 from planish.core import Shape, Solver, Spec, Unit
 from planish.errors import InputError
-from planish.folder.source import Source, name_stored
+from planish.folder.origin import name_stored
+from planish.folder.source import Source
 from planish.plan.footprint import Footprint, count_headers, footprints
 from planish.plan.latency import Table, UnmeasuredError
 from planish.request import SHARES, label, show

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from planish.core import SUBMODULES, Shape, Solver, Spec, Unit
+from planish.folder.origin import name_stored
 from planish.folder.safetensors import make_header
-from planish.folder.source import Source, name_stored
+from planish.folder.source import Source
 from planish.modelling.families import ATTENTION, MLP
 from planish.rounding.types import find_type
 

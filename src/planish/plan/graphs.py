@@ -44,6 +44,8 @@ class Graph:
     needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     gates: int = 0
     still: int = 0  # every so-many-th block does not rotate
+    open: int = 0  # every so-many-th block has no window, all others have one
+    biased: bool = False  # experts have biases
     square: bool = False  # it asks for heads × head size = hidden size
     alone: bool = False  # it asks for as many key/value heads as heads
 
@@ -105,6 +107,7 @@ GRAPHS: dict[str, Graph] = {
     ),
     "deepseek_v3": Graph("deepseek2", neighbours=True, values=_LEADING | _ROUTED, gates=2),
     "minimax_m2": Graph("minimax-m2", gates=2),
+    "gpt_oss": Graph("gpt-oss", windows=True, open=2, biased=True),
 }
 TANH = ("gptneox", "mpt", "falcon")  # graphs that compute GELU in its tanh form, whatever the model does
 TABLED = {
@@ -149,7 +152,12 @@ def refuse_rope(kind: str, config: Any) -> str | None:
     graph, scaling = GRAPHS[kind], full.get("rope_type", "default")
     known = {"default", "linear", "yarn"} | ({"llama3"} if graph.factors else set())
     own = full.get("mscale") != full.get("mscale_all_dim") or full.get("attention_factor")
-    if scaling not in known or (scaling == "yarn" and (own or full.get("truncate") is False)):
+    if scaling == "yarn" and full.get("truncate") is False:
+        return (
+            f"llama.cpp rounds the ends of YaRN's ramp, and config.json of this {kind} has rope_parameters.truncate=false; with "
+            "true transformers rounds them too, and the file computes what the folder does"
+        )
+    if scaling not in known or (scaling == "yarn" and own):
         return f"rotary embedding of type {scaling!r} as config.json has it is not written to GGUF for {kind}"
     if window and window.get("rope_type", "default") != "default":
         return f"scaled rotary embeddings in windows are not written to GGUF for {kind}"

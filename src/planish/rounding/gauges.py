@@ -103,7 +103,7 @@ def balance(scene: Scene, roles: Iterable[str], maps: bool = False) -> list[str]
         for norm in scene.layout.norms:
             told += scale_inputs(scene, norm) if set(norm.roles) <= roles else []
     for group in scene.layout.groups:
-        if group.name not in scene.layout.fixed and set(group.linears) <= roles:
+        if group.name.partition(".")[0] not in scene.layout.fixed and set(group.linears) <= roles:
             attention = group.name == "attention"
             told += [] if attention != maps else mix_values(scene) if maps else scale_neurons(scene, group)
     for role in sorted(roles) if maps else ():

@@ -194,7 +194,8 @@ class ExpertNeurons(Solver):
         name_idle(unit.block, number)
         loss, factors = torch.zeros(e.intermediate + 1, dtype=torch.float64), dict[str, Any]()
         for n, tap in enumerate(taps):
-            own = {r: weights[f"expert.{n}.{r}"] for r in ("gate", "up", "down")}
+            names = [f"{r}{end}" for r in e.roles for end in ("", ".bias")]
+            own = {r: weights[f"expert.{n}.{r}"] for r in names if f"expert.{n}.{r}" in weights}
             gram, _ = stats.take(tap)
             few = 1 / (float(number[n]) + 1) if number[n] < 2 * e.intermediate else 0.0
             score = self.score if number[n] else "energy"

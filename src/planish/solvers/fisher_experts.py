@@ -59,7 +59,8 @@ class FisherExpertNeurons(Solver):
         grams = gather_grams(stats, [t for t in self.taps(unit, shape) if t != METRIC], e.top, self.prior)
         loss, factors = torch.zeros(e.intermediate + 1, dtype=torch.float64), dict[str, Any]()
         for n, gram in enumerate(grams):
-            own = {r: weights[f"expert.{n}.{r}"] for r in ("gate", "up", "down")}
+            names = [f"{r}{end}" for r in e.roles for end in ("", ".bias")]
+            own = {r: weights[f"expert.{n}.{r}"] for r in names if f"expert.{n}.{r}" in weights}
             order, lost = select_greedily(gram, multiply(root, own["down"].double()), self.damping)
             loss += lost / 2
             factors[str(n)] = own | {"order": order, "gram": gram}

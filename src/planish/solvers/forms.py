@@ -85,8 +85,7 @@ def narrow_spec(shape: Shape, rank: int) -> Spec:
     e = find_experts(shape)
     if rank >= e.intermediate:
         return {}
-    wide, narrow = dense(rank, shape.hidden), dense(shape.hidden, rank)
-    forms = {"gate": wide, "up": wide, "down": narrow}
+    forms = {r: dense(e.hidden, rank) if r == "down" else dense(rank, e.hidden) for r in e.roles}
     return {"linears": {f"expert.{n}.{r}": f for n in range(e.number) for r, f in forms.items()}}
 
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from planish.errors import InputError
 from planish.evaluate.report.points import NAN, Point, read_points
+from planish.evaluate.report.sizes import find_curves, find_sizes, find_tiles, read_ladder
 from planish.evaluate.report.svg import Mark, Quantity, Series, chart, heat_map, shape
 from planish.folder.safetensors import write_text
 from planish.request import TEXT, label
@@ -35,6 +36,8 @@ class Results:
     request: dict[str, Any] = field(default_factory=dict)
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     drifts: dict[str, list[float]] = field(default_factory=dict)
+    ladder: dict[str, Any] = field(default_factory=dict)  # of a folder of one size: `planish.ladder.Ladder`
+    choices: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def dense(self) -> Point | None:
@@ -103,16 +106,17 @@ def read_results(folder: Path) -> Results:
         request = {"model": manifest["source"], "calibration": manifest["calibration"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {folder / 'planish.json'}: {error!r}") from None
-    return Results(folder, [dense, point], request, {name: manifest})
+    sizes = {"ladder": read_json(folder / "ladder.json"), "choices": read_json(folder / "choices.json", list)}
+    return Results(folder, [dense, point], request, {name: manifest}, **sizes)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is none, or none that can be read."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Empty where there is none of this kind, or none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return kind()
+    return found if isinstance(found, kind) else kind()
 
 
 def make_page(r: Results) -> str:
@@ -122,8 +126,9 @@ def make_page(r: Results) -> str:
     columns, rows = find_rows(r)
     return render(
         "report.html", title=f"planish · {model.rsplit('/', 1)[-1] or r.folder.name}", lead=describe_setup(r), colours=colours,
-        tiles=[find_tile(r, b) for b in r.budgets], charts=charts, charts_note=note, maps=find_maps(r),
-        drifts=find_drifts(r, colours), columns=columns, rows=rows, failed=[p for p in r.points if p.error],
+        tiles=find_tiles(r.done) or [find_tile(r, b) for b in r.budgets], charts=charts, charts_note=note, maps=find_maps(r),
+        drifts=find_drifts(r, colours), beside=read_ladder(r.ladder, r.choices), columns=columns, rows=rows,
+        failed=[p for p in r.points if p.error],
         commands=[f"# {p.label}, {p.asked_text}\n{make_command(r, p)}" for p in r.done],
     )  # fmt: skip
 
@@ -137,7 +142,9 @@ def render(template: str, **values: Any) -> str:
 
 
 def number_series(r: Results) -> dict[str, int]:
-    """Label → colour: the best on average first, places counted within every budget."""
+    """Label → colour: the best on average first, places counted within every budget; curves over sizes as they come."""
+    if any(p.curve for p in r.done):
+        return {label: n for n, label in enumerate(dict.fromkeys(p.label for p in r.done))}
     places: dict[str, list[float]] = {}
     for budget in r.budgets:
         for n, p in enumerate(r.at(budget)):
@@ -176,6 +183,8 @@ def find_charts(r: Results, colours: dict[str, int]) -> tuple[list[tuple[str, Ma
     if not measured or not r.dense:
         return [], ""
     dense = r.dense
+    if find_sizes(measured):
+        return find_curves(measured, dense, colours)
     most = sorted(p.perplexity for p in measured)[int(0.8 * (len(measured) - 1))]
     limit = max(dense.perplexity * 1.02, min(most, 5 * dense.perplexity) * 1.01)
 
@@ -231,7 +240,8 @@ def find_maps(r: Results) -> list[tuple[str, list[tuple[str, Markup]]]]:
     """By budget, for every method: block × linear, the share of its weights that stays."""
     groups = []
     for budget in r.budgets:
-        shares = [(p.label, *find_shares(r.manifests.get(p.name, {}))) for p in r.at(budget)]
+        cut = [p for p in r.at(budget) if p.curve != "bits"]
+        shares = [(p.label, *find_shares(r.manifests.get(p.name, {}))) for p in cut]
         if found := [(label, Markup(heat_map(rows, cells))) for label, rows, cells in shares if rows]:
             groups.append((budget, found))
     return groups
@@ -282,7 +292,9 @@ def find_rows(r: Results) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
     """Headings, and for every point the row's classes, the label and the cells; the best first within every budget."""
     columns: dict[str, Callable[[Point], str]] = {
         "keep": lambda p: f"{p.keep:.4f}",
+        "bits": lambda p: p.bits,
         "parameters": lambda p: f"{p.params:,}",
+        "bytes": lambda p: f"{p.bytes:,}" if p.curve else "",
         "KV bytes": lambda p: f"{p.kv_bytes_per_token:,}",
         "perplexity": lambda p: digits(p.perplexity, 3),
         "log(ppl / dense)": lambda p: digits(p.excess, 4),
@@ -313,11 +325,13 @@ def make_command(r: Results, p: Point) -> str:
     words: list[Any] = ["planish", "compress", r.request.get("model", "MODEL"), "--method", p.method]
     for n, v in p.asked.items():
         words += [f"--{label(n)}", f"{v:g}" if abs(v) < 1e6 else f"{v:.0f}"]
+    words += ["--bits", p.asked_bits] if p.asked_bits else []
     for k, v in settings.items():
         words += ["--set", f"{k}={v}"]
     step = r.request.get("round_to", manifest.get("round_to", 1))
     flags = {"calibration": c.get("source")} | {n: c.get(n) for n in TEXT}
     flags |= {n: r.request.get(n) or None for n in ("device", "dtype")} | {"round_to": None if step == 1 else step}
+    flags |= {"target": r.request.get("target")}
     for name, value in flags.items():
         words += [] if value is None else [f"--{label(name)}", value]
     lines = [shlex.join(map(str, [*words, "-o", p.name]))]

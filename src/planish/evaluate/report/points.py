@@ -14,6 +14,7 @@ from planish.errors import InputError
 from planish.folder.safetensors import write_text
 
 NAN = float("nan")
+CURVES = {"bits": "rounding alone", "cuts": "{}, 16 bits", "both": "{} and rounding"}
 
 
 @dataclass
@@ -44,6 +45,9 @@ class Point:
     budgets: str = "{}"  # JSON, name → what was asked; a keep alone is in keep_requested
     bytes: int = 0  # of the weight files
     flops_per_token: int = 0  # at a calibration window's context
+    curve: str = ""  # of a sweep over sizes: bits, cuts or both
+    asked_bits: str = ""  # auto, a type's number of bits, a mean of them
+    bits: str = ""  # that the blocks' weights were rounded to
 
     @property
     def asked(self) -> dict[str, float]:
@@ -57,13 +61,16 @@ class Point:
 
     @property
     def asked_text(self) -> str:
-        return ", ".join(f"{n.replace('_', '-')} {v:g}" for n, v in self.asked.items())
+        bits = [f"bits {self.asked_bits}"] if self.asked_bits else []
+        shown = {n: f"{v:,.0f}" if n in ("max_bytes", "max_params") else f"{v:g}" for n, v in self.asked.items()}
+        return ", ".join([*(f"{n.replace('_', '-')} {v}" for n, v in shown.items()), *bits])
 
     @property
     def label(self) -> str:
         """The method and the settings that were given: one line in the charts."""
         given = json.loads(self.settings or "{}")
-        return " ".join([self.method, *(f"{k}={v}" for k, v in given.items())])
+        name = " ".join([self.method, *(f"{k}={v}" for k, v in given.items())])
+        return CURVES[self.curve].format(name) if self.curve in CURVES else name
 
 
 def write_points(output: Path, points: Sequence[Point]) -> None:

@@ -1,0 +1,200 @@
+"""A result of a size, and beside it what plain rounding of the dense model gives at the same bytes: the ladder.
+
+    --fit, --bits auto: plans of the size compete (`planish.fit`), the least KL(dense ‖ plan) on windows held out is made again
+    --max-bytes alone:  what the method makes of the size in 16 bits
+    beside either:      every type of the target, all weights rounded to it, from the same windows, measured on the same others:
+                        those that the size holds, types mixed to fill it, and the next larger type
+
+So a user sees what the cuts were worth. Where plain rounding of no more bytes is nearer to the dense model, that is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import hypot, inf
+from pathlib import Path
+from typing import Any
+
+from planish import lanes
+from planish.calibrate.cache import Cache
+from planish.compression import Calibration, Destination
+from planish.core import Progress
+from planish.errors import InputError, PlanishError
+from planish.fit import LADDER, LADDERS, find_size, list_choices, list_plans, predict, vary_head
+from planish.folder.safetensors import write_text
+from planish.folder.source import FolderSource, Source
+from planish.folder.writer import check_free
+from planish.methods.method import Method
+from planish.request import Request
+from planish.rounding.types import HELD
+from planish.trials import HELD as EVERY
+from planish.trials import Choice, Runner, open_runner, settle
+
+NOISE = 2  # standard errors, within which two plans are alike
+
+
+@dataclass
+class Ladder:
+    """`rungs`: plain roundings of the dense model, finest first; `result`: what was made, measured as they were, on `windows` held
+    out; `size`: bytes that it may have. `why`: the reason where there are no rungs."""
+
+    size: int
+    windows: int = 0
+    result: Choice | None = None
+    rungs: list[Choice] = field(default_factory=list)
+    why: str = ""
+
+    @property
+    def best(self) -> Choice | None:
+        """The rung of the size that is nearest to the dense model."""
+        return min((r for r in self.rungs if r.measured and r.bytes <= self.size), key=lambda r: r.kl, default=None)
+
+    @property
+    def verdict(self) -> str:
+        """Which won: "result", "plain", or "alike" within the noise; "plain" too where the result is such a rung itself."""
+        best, result = self.best, self.result
+        if best is None or result is None or not result.measured:
+            return ""
+        if (best.bits, best.keep, best.head) == (result.bits, result.keep, result.head):
+            return "plain"
+        if abs(gap := result.kl - best.kl) <= NOISE * hypot(result.stderr, best.stderr):
+            return "alike"
+        return "plain" if gap > 0 else "result"
+
+    def as_dict(self) -> dict[str, Any]:
+        rungs = [r.as_dict() | {"fits": 0 < r.bytes <= self.size} for r in self.rungs]
+        result = self.result.as_dict() if self.result else None
+        return {
+            "size": self.size, "windows": self.windows, "result": result, "rungs": rungs, "verdict": self.verdict,
+            "why": self.why,
+        }  # fmt: skip
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """What ladder.json of a written model says."""
+        found = self.as_dict()
+        if lanes.is_first():
+            write_text(folder / "ladder.json", json.dumps(found, indent=2) + "\n")
+        return found
+
+
+def choose_size(
+    request: Request,
+    method: Method,
+    source: Source,
+    text: Calibration,
+    place: Destination,
+    progress: Progress | None = None,
+    *,
+    cache: Cache | bool = False,
+) -> tuple[Request, list[Choice], Ladder | None]:
+    """A request with `fit`, or with `bits` "auto" and `max_bytes` → the same with the bits and the keep that are best at this
+    size; the plans that competed; the ladder, where there were several. Any other request stays as it is.
+
+    Raises InputError, before any work, where nothing of this size can be reached. `cache`: remember plain types in it, or
+    (True) on disk.
+    """
+    if request.fit is None and request.bits != "auto":
+        return request, [], None
+    size = find_size(request, source)
+    if not isinstance(source, FolderSource):
+        raise InputError("--bits auto and --fit compare models that are loaded from folders: save this one first")
+    check_free(place.output, place.overwrite)
+    tried = list_plans(request, source, size)
+    if len(tried) == 1:
+        tried[0].chosen = True
+        return settle(request, tried[0]), tried, None
+    with open_runner(request, method, source, text, place, progress, cache) as runner:
+        rungs = list_rungs(request, source, size) if request.ladder else []
+        more = [r for r in rungs if (r.bits, r.keep) not in {(c.bits, c.keep) for c in tried}]
+        measure_all(runner, tried, size, len(more), progress)
+        heads = vary_head(choose_best(tried, size), request, source, size)
+        measure_all(runner, heads, size, len(more), progress)
+        best = choose_best(tried := [*tried, *heads], size)
+        best.chosen = True
+        measure_all(runner, more, inf, 0, progress)
+    found = Ladder(size, len(runner.held), best, order_rungs([*more, *(c for c in tried if c.keep == 1)]))
+    return settle(request, best), tried, found if request.ladder else None
+
+
+def choose_best(tried: Sequence[Choice], size: int) -> Choice:
+    best = min(tried, key=lambda c: c.kl)
+    if not best.measured:
+        raise InputError(
+            f"nothing of {size:,} bytes could be made: " + "; ".join(f"{c.bits} bits: {c.error}" for c in tried)
+        )
+    return best
+
+
+def measure_all(runner: Runner, plans: Sequence[Choice], size: float, more: int, progress: Progress | None) -> None:
+    """Plans one after the other; `more` come behind them."""
+    for n, choice in enumerate(plans):
+        runner.measure(choice, size)
+        if progress:
+            progress("sizes" if size < inf else "ladder", n + 1, len(plans) + more * (size < inf))
+
+
+def climb_beside(
+    request: Request,
+    method: Method,
+    source: Source,
+    text: Calibration,
+    place: Destination,
+    progress: Progress | None = None,
+    *,
+    cache: Cache | bool = False,
+) -> Ladder | None:
+    """The ladder beside a cut to `max_bytes` in 16 bits, which is made again from the windows that plain types see. None where
+    nothing is asked for, the size holds the dense model, or the target has no rounded weights."""
+    size = int(request.max_bytes or 0)
+    asked = request.ladder and size and request.bits is None and request.target in HELD
+    if not asked or sum(predict(request, source, "16")) <= size:
+        return None
+    if why := refuse(source, text):
+        return Ladder(size, why=why)
+    rungs, made = list_rungs(request, source, size), Choice("16", 1.0)
+    if not rungs:
+        return Ladder(size, why="no type of the target holds this model")
+    with open_runner(request, method, source, text, place, progress, cache) as runner:
+        try:
+            result = runner.write(request)
+            made.bytes, made.keep = result.bytes_after, result.keep
+            made.kl, made.stderr = runner.compare()
+        except PlanishError as error:
+            return Ladder(size, why=f"not from three quarters of the windows: {error}")
+        for n, rung in enumerate(rungs):
+            runner.measure(rung, inf if rung.plain else size)
+            if progress:
+                progress("ladder", n + 1, len(rungs))
+    return Ladder(size, len(runner.held), made, order_rungs(rungs))
+
+
+def refuse(source: Source, text: Calibration) -> str:
+    """Why plain roundings cannot be measured; empty where they can."""
+    if not isinstance(source, FolderSource):
+        return "the model is in memory: save it first"
+    if lanes.count() > 1:
+        return "several processes"
+    return f"fewer than {EVERY} calibration windows, none to hold out" if len(text.windows) < EVERY else ""
+
+
+def list_rungs(request: Request, source: Source, size: int) -> list[Choice]:
+    """Plain roundings to measure beside a size: the types that it holds, types mixed to fill it, and the next larger type."""
+    held, larger = list[Choice](), list[Choice]()
+    for bits in LADDERS.get(request.target, LADDER)[1:]:
+        try:
+            fits = sum(predict(request, source, bits)) <= size
+        except InputError:
+            continue
+        (held if fits else larger).append(Choice(bits, 1.0))
+    try:
+        mixed = [c for c in list_choices(request, source, size) if c.keep == 1 and "." in c.bits]
+    except InputError:  # nothing, or nothing whole, fits
+        mixed = []
+    return [*larger[-1:], *mixed, *held]
+
+
+def order_rungs(rungs: Sequence[Choice]) -> list[Choice]:
+    """Finest first: by bits, of which no type has more than 16."""
+    return sorted(rungs, key=lambda c: -float(c.bits))

@@ -1,0 +1,183 @@
+"""Plans of one size, each made from three quarters of the calibration windows and measured on the rest, beside the dense model.
+
+A plan that rounds all weights to one type hangs on no method and no size: what it comes out as is remembered, within a run and,
+where statistics are, on disk.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planish.calibrate.activations import MemoryLimits
+from planish.calibrate.cache import Cache, open_cache
+from planish.calibrate.stream import Stream
+from planish.calibrate.text import fingerprint
+from planish.compression import Calibration, Destination, Shared, compress, pick_dtype
+from planish.core import Progress
+from planish.errors import InputError, PlanishError
+from planish.evaluate.agreement import compare
+from planish.evaluation import load
+from planish.folder.source import Source
+from planish.manifest import Result
+from planish.methods.method import Method
+from planish.request import Request
+
+HELD = 4  # every fourth window is held out
+AGAIN = 4  # times that a cut which came out too large is made smaller
+
+
+@dataclass
+class Choice:
+    """A plan that was tried: `bits` of the blocks' weights (with a point: a mean of types that differ) and `keep` of them; what
+    it came out as, in `bytes`, and how far it is from the dense model on the windows held out: `kl`, nats per token, and its
+    standard error. `error`: why it could not be made. `head`: bits of embedding and head, where they are not the default."""
+
+    bits: str
+    keep: float
+    bytes: int = 0
+    kl: float = inf
+    error: str = ""
+    chosen: bool = False
+    stderr: float = inf
+    head: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it: None where nothing was measured."""
+        return {n: None if isinstance(v, float) and not isfinite(v) else v for n, v in asdict(self).items()}
+
+    @property
+    def plain(self) -> bool:
+        """Whether all weights stay and are rounded to one type."""
+        return self.keep == 1 and self.bits != "16" and "." not in self.bits
+
+    @property
+    def measured(self) -> bool:
+        return isfinite(self.kl)
+
+
+def settle(request: Request, choice: Choice) -> Request:
+    """The request that makes a plan."""
+    bits = None if choice.bits == "16" else choice.bits
+    head = choice.head or request.head_bits
+    return request.model_copy(
+        update={"bits": bits, "keep": choice.keep, "max_bytes": None, "fit": None, "head_bits": head}
+    )
+
+
+class Runner:
+    """Makes plans from most of the windows and measures them on the others, beside the dense model. `cache`: remember plain
+    types in it, or (True) on disk."""
+
+    def __init__(
+        self,
+        request: Request,
+        method: Method,
+        source: Source,
+        text: Calibration,
+        folder: Path,
+        progress: Progress | None,
+        cache: Cache | bool = False,
+    ):
+        self.request, self.method, self.source, self.progress = request, method, source, progress
+        self.folder = folder / "plan"
+        fit, self.held = hold_out(text.windows)
+        self.text = Calibration(fit, text.record)
+        kind = getattr(torch, request.dtype) if request.dtype else pick_dtype(source, request.device)
+        limits = MemoryLimits(folder=folder)
+        stream = Stream(source, fit, device=request.device, dtype=kind, limits=limits)
+        self.shared = Shared(stream, Cache(memory=limits.limit // 2))
+        on_disk = open_cache(stream) if cache is True else None
+        self.known = cache if isinstance(cache, Cache) else on_disk or Cache(memory=1 << 20)
+        self.dtype = kind
+
+    def measure(self, choice: Choice, size: float = inf) -> None:
+        """Fill in what a plan comes out as; what goes wrong becomes its `error`, and so does that it is larger than `size`."""
+        record = f"plain|{self.request.target}|{choice.bits}|{choice.head or self.request.head_bits}|{fingerprint(self.held)}"
+        if choice.plain and self.known.has([record]):
+            found = self.known.get(record)
+            choice.bytes = int(found["bytes"])
+            choice.kl, choice.stderr = float(found["kl"]), float(found["stderr"])
+        else:
+            self.make(choice, size)
+            if choice.plain and choice.measured:
+                numbers = {"kl": choice.kl, "stderr": choice.stderr}
+                found = {n: torch.tensor(v, dtype=torch.float64) for n, v in numbers.items()}
+                self.known.keep({record: found | {"bytes": torch.tensor(choice.bytes)}})
+        if choice.measured and choice.bytes > size:
+            choice.error, choice.kl = f"comes out at {choice.bytes:,} bytes", inf
+
+    def make(self, choice: Choice, size: float) -> None:
+        """Write a plan, smaller where it comes out too large and can be, and measure it."""
+        try:
+            for keep in self.shrink(choice, size):
+                choice.keep = keep
+                choice.bytes = self.write(settle(self.request, choice)).bytes_after
+            if choice.bytes <= size or choice.plain:
+                choice.kl, choice.stderr = self.compare()
+            else:
+                choice.error = f"comes out at {choice.bytes:,} bytes"
+        except PlanishError as error:
+            choice.error, choice.kl = str(error), inf
+
+    def write(self, request: Request) -> Result:
+        """Make what is asked for, into the runner's folder."""
+        return compress(
+            request, self.method, self.source, self.text, Destination(self.folder, overwrite=True),
+            shared=self.shared, progress=self.progress,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def compare(self) -> tuple[float, float]:
+        """KL(dense ‖ what was written) on the windows held out, nats per token, and its standard error."""
+        small, dense = (
+            load(place, device=self.request.device, dtype=self.dtype) for place in (self.folder, self.source.name)
+        )
+        found = compare(small, dense, self.held.flatten(), self.held.shape[1])
+        return found.kl, found.kl_stderr
+
+    def shrink(self, choice: Choice, size: float) -> Iterator[float]:
+        """Its keep, and smaller ones, or fewer bits on average, as long as what comes out is too large and either is free."""
+        keep = choice.keep
+        for _ in range(AGAIN):
+            yield keep
+            if choice.bytes <= size or (keep >= 1 and "." not in choice.bits):
+                return
+            if "." in choice.bits:
+                choice.bits = f"{float(choice.bits) * (1 - 1.1 * (choice.bytes / size - 1)):.3f}"
+                continue
+            keep = int(1e4 * keep * (1 - 1.1 * (choice.bytes / size - 1))) / 1e4
+
+
+@contextmanager
+def open_runner(
+    request: Request,
+    method: Method,
+    source: Source,
+    text: Calibration,
+    place: Destination,
+    progress: Progress | None = None,
+    cache: Cache | bool = False,
+) -> Iterator[Runner]:
+    """A runner whose plans are written beside the destination, one at a time, and deleted."""
+    with tempfile.TemporaryDirectory(prefix=f"{place.output.name}.sizes-", dir=place.output.parent) as scratch:
+        yield Runner(request, method, source, text, Path(scratch), progress, cache)
+
+
+def hold_out(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows (n, seq) to make plans from, and those to compare them on. Raises InputError where there are too few."""
+    held = torch.zeros(len(windows), dtype=torch.bool)
+    held[HELD - 1 :: HELD] = True
+    if not held.any():
+        raise InputError(
+            f"--bits auto holds out every fourth calibration window: give {HELD} or more, got {len(windows)}"
+        )
+    return windows[~held], windows[held]
