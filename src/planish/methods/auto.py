@@ -127,8 +127,8 @@ class Auto(Method):
 
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
-    below keep 0.6, where all units may be cut, also those with the loss of low-rank linears counted two and four times. Where
-    neurons of experts go, at any loss: also the plan with none of them, and with their loss counted twice.
+    below keep 0.6, where all units may be cut, also those with the loss of low-rank linears counted two and four times. Of
+    neurons of experts so the plan with none of them, which is taken unmeasured below 0.01 nats, and with their loss doubled.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
@@ -257,16 +257,17 @@ class Auto(Method):
     def compare(
         self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick
     ) -> tuple[Pick, dict[str, Any]]:
-        """The plan with the least measured loss: this one, those with bypasses, those that a short search finds from there;
-        and what the search found."""
+        """The plan with the least measured loss of this one, those with bypasses, those of a short search; and what it found."""
         windows, length = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
         plain = sorted({*range(windows)} - {*list_shuffled(windows, self.shuffled)})
         among = plain if 2 * len(plain) >= windows else [*range(windows)]
-        narrow = any(n in INSIDE for n in picked.cut)
-        if (picked.loss < SATURATES and not narrow) or len(among) < 4 * HELD or length < 2:
-            return picked, {}
         best = self._start(problem)
         make = cache(lambda weighing: self.allocate(problem, frontiers, weighing=weighing))
+        narrow = any(n in INSIDE for n in picked.cut)
+        if narrow and (whole := make(replace(best, inside=NEVER))).loss < SATURATES:
+            return whole, {}
+        if (picked.loss < SATURATES and not narrow) or len(among) < 4 * HELD or length < 2:
+            return picked, {}
         tries: dict[str, tuple[float, ...]] = {"inside": INSIDES if narrow else ()}
         if picked.loss >= SATURATES:
             tries["bypass"] = BYPASSES if self.bypass is not False else ()
