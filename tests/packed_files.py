@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -292,13 +293,15 @@ def make(name: str, rng: random.Random, out: int, width: int) -> Case:
 
 
 def write(model: nn.Module, name: str, folder: Path, seed: int = 0) -> dict[str, Tensor]:
-    """A model's folder in a format: its blocks' linears become random ones, all else stays. Returns the weights (fp32)."""
+    """A model's folder in a format: its blocks' linears, those of experts too, become random ones, all else stays. Returns the
+    weights (fp32)."""
     rng, blocks = (
         random.Random(seed),
         {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n},
     )
     model.save_pretrained(folder)
     tensors, declared, weights = load_file(folder / "model.safetensors"), {}, {}
+    blocks |= {n.removesuffix(".weight") for n in tensors if re.search(r"\.experts\.\d+\.", n)}
     for linear in sorted(blocks):
         case = make(name, rng, *tensors.pop(f"{linear}.weight").shape)
         declared, weights[f"{linear}.weight"] = case.declared, torch.from_numpy(case.weight)

@@ -27,15 +27,16 @@ from planish.calibrate.text import shuffle_windows
 from planish.checking import check_apart, check_tokens, check_windows
 from planish.core import Progress, Shape
 from planish.errors import InputError
-from planish.folder.config import name_head, write_config
+from planish.folder.config import write_config
 from planish.folder.owner import owning
 from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
-from planish.folder.writer import Writer, copy_untouched, tidy, unseal
+from planish.folder.writer import Writer, tidy, unseal, write_outside
 from planish.manifest import Result, note_origin, read_result, write_manifest
 from planish.methods import find_method, make_plan, pose
 from planish.methods.method import Method, list_settings
 from planish.modelling.blocks import Spec
+from planish.plan.experts import find_kept
 from planish.plan.footprint import count_headers, footprint
 from planish.plan.latency import read_table
 from planish.plan.planned import Planned
@@ -122,7 +123,7 @@ def compress(
             with offload(stream.device):
                 with measure.phase("plan"):
                     planned = decide(method, problem, measure, request, windows)
-                done = write(problem, measure, planned, writer, caught)
+                done = write(problem, measure, planned, writer, caught, rounds=asked is not None)
                 done.rounded = quantise(asked, measure, writer, windows) if asked else None
         result = report(problem, planned, source, writer, done)
         said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
@@ -246,6 +247,9 @@ class Written:
     outer: int = 0
     errors: dict[str, float] = field(default_factory=dict)
     rounded: Report | None = None
+    stays: list[str] = field(
+        default_factory=list
+    )  # what there is to say about tensors that are written as they are stored
 
     @property
     def details(self) -> dict[str, Any]:
@@ -253,14 +257,21 @@ class Written:
 
     @property
     def notes(self) -> list[str]:
-        return self.rounded.notes() if self.rounded else []
+        return self.rounded.notes() if self.rounded else self.stays
 
 
 def write(
-    problem: Problem, measure: Measurements, planned: Planned, writer: Writer, caught: list[warnings.WarningMessage]
+    problem: Problem,
+    measure: Measurements,
+    planned: Planned,
+    writer: Writer,
+    caught: list[warnings.WarningMessage],
+    rounds: bool,
 ) -> Written:
-    """Solve and write every block, then what is outside the blocks and the configuration."""
+    """Solve and write every block, then what is outside the blocks and the configuration. `rounds`: all of it is rounded then."""
     source, done = measure.stream.source, Written()
+    writer.released = None if rounds else find_kept(problem, planned, source)
+    done.stays = [writer.released.describe()] if writer.released else []
     pinned = source.tower.pinned if source.tower else 0
     for entry in writer.finished.values():
         done.errors |= entry["errors"]
@@ -284,11 +295,11 @@ def write(
     if writer.active:  # first: what cannot be copied or saved is found before the work
         source.copy_files(writer.partial)
     solve(problem, measure, planned, emit, finished=finished)
-    done.kind = write_config(writer.text, source.config, source.family, done.specs, done.shapes, source.tower)
-    outside = source.outside()
-    done.outer = sum(t.numel() for t in outside.values()) + source.untouched.count
-    writer.shard(0, name_head(outside, source.family, done.kind))
-    copy_untouched(source, writer)
+    declared, files = writer.released.declare(writer.kept) if writer.released else ({}, {})
+    done.kind = write_config(writer.text, source.config, source.family, done.specs, done.shapes, source.tower, declared)
+    for name, text in files.items():
+        writer.text(name, text)
+    done.outer = write_outside(source, writer, done.kind)
     return done
 
 
@@ -312,12 +323,11 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         block_params_after=sum(done.counted),
         kv_bytes_per_token_before=caches[0] * done.itemsize,
         kv_bytes_per_token_after=caches[1] * done.itemsize,
+        kv_bits=8 * done.itemsize,
         format=done.kind,
         output=str(writer.output),
         peak_rss_bytes=peak_rss(),
-        bytes_before=sum(n * dtype.itemsize for n, dtype in source.sizes().values())
-        + source.untouched.bytes
-        + count_headers(source),
+        bytes_before=count_before(source) if writer.released is None else writer.released.size,
         bytes_after=writer.bytes + writer.headers,
         flops_per_token_before=flops[0] + 2 * source.count_head(),
         flops_per_token_after=flops[1] + 2 * source.count_head(),
@@ -339,6 +349,12 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         by_plan = b.achieved(sum(map(b.measure, models[1])))
         result.budgets[b.name] = {"asked": b.asked, "achieved": written.get(b.name, by_plan)}
     return result
+
+
+def count_before(source: Source) -> int:
+    """Bytes of the uncompressed model in the type that it is read in, headers included."""
+    sizes = source.sizes().values()
+    return sum(n * dtype.itemsize for n, dtype in sizes) + source.untouched.bytes + count_headers(source)
 
 
 def pick_dtype(source: Source, device: str) -> torch.dtype:

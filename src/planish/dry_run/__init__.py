@@ -23,7 +23,7 @@ from planish.calibrate.stream import Awaited, NothingMeasuredError, Stream
 from planish.calibrate.text import shuffle_windows
 from planish.checking import check_tokens, check_windows
 from planish.compression import pick_dtype
-from planish.core import WHOLE, Progress, describe_experts, describe_rest, describe_state
+from planish.core import WHOLE, Progress, Unit, describe_experts, describe_rest, describe_state
 from planish.dry_run.memory import count_peaks
 from planish.dry_run.passes import Run
 from planish.dry_run.seconds import Costs, estimate_phases, explain, measure_costs
@@ -34,6 +34,7 @@ from planish.methods import foresee_plan, make_plan, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import install
 from planish.plan.budgets import Latency, make_budget
+from planish.plan.experts import find_kept
 from planish.plan.foreseen import Work
 from planish.plan.frontiers import measure_frontiers
 from planish.plan.latency import read_table
@@ -84,6 +85,7 @@ class Forecast:
     predicted_any: dict[str, float] = field(default_factory=dict)  # the same without the target's limits
     untouched: dict[str, int] = field(default_factory=dict)  # part of a wrapper that is copied as it is → bytes
     warnings: list[str] = field(default_factory=list)
+    kv_bits: int = 0  # of a number of the cache, as the bytes count it
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"removed": 1 - self.keep, "keep_whole_model": self.params_after / self.params_before}
@@ -151,12 +153,14 @@ def forecast(
     run, costs = known or (look_ahead(request, method, source, size, read, progress), None)
     problem, planned, measure = run.problem, run.planned, run.measure
     found = describe(run, costs)
+    if request.bits is None and (sizes := count_released(run)):
+        found.bytes_before, found.bytes_after = sizes
     if measure.started:
         took = sum(measure.seconds.values())
         found.phases.insert(0, {"name": "plan", "seconds": took, "steps": [took]})
         found.seconds += took
     found.target, found.predicted = request.target, add_losses(problem, planned)
-    found.untouched = source.untouched.parts
+    found.untouched, found.kv_bits = source.untouched.parts, 8 * source.stored.itemsize
     found.nats = bool(planned.frontiers) and all(f.nats for f in planned.frontiers.values())
     asked = request.model_copy(update={"context": problem.context})
     table = problem.table.seconds if problem.table else None
@@ -249,6 +253,15 @@ def add_budgets(found: Forecast, problem: Problem, planned: Planned) -> None:
         found.budgets[b.name] = {"asked": b.asked, "achieved": achieved}
         if isinstance(b, Latency):
             found.latency_ms_before, found.latency_ms_after = b.achieved(b.total), achieved
+
+
+def count_released(run: Run) -> tuple[int, int] | None:
+    """Bytes before and after where what stays is written as it was released (see `planish.plan.experts.find_kept`)."""
+    found = find_kept(run.problem, run.planned, run.measure.source)
+    if found is None:
+        return None
+    experts = {s.block: s.experts.number for s in run.problem.shapes if s.experts}
+    return found.size, found.count_bytes({i: run.planned.ranks.get(Unit(i, "experts"), n) for i, n in experts.items()})
 
 
 def count_written(run: Run) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -217,10 +217,12 @@ def write_config(
     specs: list[Spec],
     shapes: list[Shape],
     tower: Tower | None = None,
+    declared: Mapping[str, Any] | None = None,
 ) -> str:
     """`write(name, text)` config.json, and the modelling files where no stock architecture holds the shapes.
 
-    `dense`: the uncompressed language model's configuration; `tower`: what it is in. Returns "native" or "planish".
+    `dense`: the uncompressed language model's configuration; `tower`: what it is in; `declared`: fields that say how
+    weights are stored. Returns "native" or "planish".
     """
     config = dense.to_dict()
     for name in ("_name_or_path", "auto_map", "transformers_weights"):  # neither code nor files of the source's own
@@ -249,7 +251,7 @@ def write_config(
             config["output_router_logits"] = False
         for path in sorted(Path(str(planish.modelling.__file__)).parent.glob("[!_]*.py")):
             write(path.name, path.read_text(encoding="utf-8"))
-    config = config if tower is None else tower.wrap(config, native is not None)
+    config = (config if tower is None else tower.wrap(config, native is not None)) | dict(declared or {})
     config["transformers_version"] = transformers.__version__
     write("config.json", json.dumps(config, indent=2, default=str) + "\n")
     return "native" if native is not None else "planish"

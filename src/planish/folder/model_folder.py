@@ -32,8 +32,8 @@ class ModelFolder:
     the block is a stock one. `path` is the folder or the GGUF file, `name` what the user called
     it. A hub id is read as far as it is needed: its configuration at once, its weights with the first question about them.
     `adapter`: a LoRA adapter that is merged as tensors are read. `left_out`: stored tensors of next-token prediction layers,
-    which no causal LM of transformers runs. Of a language model inside a wrapper names are those that it would have alone, and
-    `untouched` is everything else.
+    which no causal LM of transformers runs; names of theirs begin with one of `predictors`. Of a language model inside a wrapper
+    names are those that it would have alone, and `untouched` is everything else.
 
     Formats of weights plug in below this class, at `planish.folder.weights.open_weights`.
     """
@@ -50,7 +50,7 @@ class ModelFolder:
             name_adapted(n, self.family, self._wrapped is not None): n for n in changed
         }  # name → what the adapter calls it
         first, more = self.config.num_hidden_layers, getattr(self.config, "num_nextn_predict_layers", None) or 0
-        self._predictors = tuple(f"{self.family.blocks}.{i}." for i in range(first, first + more)) + (
+        self.predictors = tuple(f"{self.family.blocks}.{i}." for i in range(first, first + more)) + (
             "mtp.",
             "model.mtp.",
         )
@@ -84,7 +84,7 @@ class ModelFolder:
         else:
             inside = {n: self.tower.read_name(n) for n in self.weights.names}
             names = {self.family.read_name(name): n for n, name in inside.items() if name is not None}
-        for name in [n for n in names if n.startswith(self._predictors)]:
+        for name in [n for n in names if n.startswith(self.predictors)]:
             self.left_out.append(names.pop(name))
         return names, split_experts(names, self.family, self.weights.entry, None if self.compressed else self.config)
 

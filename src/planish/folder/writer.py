@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from planish import lanes
 from planish.errors import InputError
+from planish.folder.config import name_head
 from planish.folder.model_folder import split_experts
+from planish.folder.released import Released
 from planish.folder.safetensors import Later, Shard, hash_file, make_header, sync_folder, write_shard, write_text
 from planish.folder.source import Source
 from planish.folder.stored_linear import find_experts, list_tensors, set_read
 from planish.folder.tokenizer import TEMPLATES
 from planish.folder.towers import Tower
 from planish.modelling.blocks import install
-from planish.modelling.canonical import join_block, split_block
+from planish.modelling.canonical import join_block, keep_experts, split_block
 from planish.modelling.families import Family
 
 # what savers of models, the hub and planish put into a model's folder
@@ -52,13 +54,16 @@ class Writer:
 
     `resume/` inside it holds what was asked (`keep_request`) and a journal: one line per finished block, added after its
     shard is durable. `finished`: the journal's entries by block, where an interrupted run is taken up. Of several
-    processes only the first writes. `tower`: what the model is in, which says how its tensors are called there.
+    processes only the first writes. `tower`: what the model is in, which says how its tensors are called there. `released`: where
+    what stays is written as it is stored.
     """
 
     def __init__(
         self, output: Path, n_blocks: int, overwrite: bool = False, resume: bool = False, tower: Tower | None = None
     ):
         self.output, self.n_shards, self.tower = output, n_blocks + 1, tower
+        self.released: Released | None = None
+        self.kept: dict[int, Sequence[int]] = {}  # per block, of the experts as they are stored
         self.active = lanes.rank() == 0
         self.weight_map: dict[str, str] = {}
         self.bytes = 0  # of tensors
@@ -128,10 +133,15 @@ class Writer:
             write_text(self.state / "request.json", json.dumps(seal(request), indent=2) + "\n")
 
     def shard(
-        self, number: int, tensors: Mapping[str, Tensor | Later], write: bool = True, named: bool = False
+        self,
+        number: int,
+        tensors: Mapping[str, Tensor | Later],
+        write: bool = True,
+        named: bool = False,
+        parameters: int | None = None,
     ) -> tuple[str, str]:
         """Write shard `number` (0 = what is outside the blocks, i + 1 = block i); its name and SHA-256. `named`: the tensors have
-        the names that they are stored under."""
+        the names that they are stored under; `parameters`: so many are packed in them."""
         if self.tower is not None and not named:
             tensors = {self.tower.store_name(n): t for n, t in tensors.items()}
         name, digest = f"{self.stem}-{number + 1:05d}-of-{self.n_shards:05d}.safetensors", ""
@@ -145,8 +155,10 @@ class Writer:
         for key, t in tensors.items():
             self.weight_map[key] = name
             self.bytes += t.numel() * t.element_size()
-            self.index_bytes += 0 if t.is_floating_point() else t.numel() * t.element_size()
-            self.parameters += t.numel() if t.is_floating_point() and self.stem == "model" else 0
+            plain = parameters is None
+            self.index_bytes += t.numel() * t.element_size() if plain and not t.is_floating_point() else 0
+            self.parameters += t.numel() if plain and t.is_floating_point() and self.stem == "model" else 0
+        self.parameters += parameters or 0
         return name, digest
 
     def block(
@@ -160,7 +172,13 @@ class Writer:
         """Write block `i` of the source as block `at` of the output (None: it is left out); with an `entry`, note it in
         the journal."""
         name, digest, at = None, "", i if at is None else at
-        if block is not None:
+        if block is not None and self.released is not None:
+            experts = find_experts(block, family)
+            self.kept[at] = experts.origins if experts else ()
+            tensors, count = self.released.block(i, at, self.kept[at]), sum(p.numel() for p in block.parameters())
+            name, digest = self.shard(at + 1, tensors, i not in self.finished, named=True, parameters=count)
+            entry = None if entry is None else entry | {"kept": list(self.kept[at])}
+        elif block is not None:
             join_block(block, family)
             found = list_tensors(block, family)
             tensors = {family.store_name(f"{family.blocks}.{at}.{k}"): v for k, v in found.items()}
@@ -184,6 +202,10 @@ class Writer:
     def restore(self, i: int, block: nn.Module, source: Source) -> nn.Module:
         """Turn block i of the source, in place, into the finished one; canonical."""
         entry = self.finished[i]
+        if self.released is not None:
+            if form := entry["spec"].get("experts"):
+                keep_experts(block, source.family, entry["kept"], form["top"])
+            return block
         install(block, entry["spec"], source.family, source.config)
         join_block(block, source.family)
         if entry["shard"]:
@@ -259,6 +281,19 @@ class Writer:
         """
         if self.active and (wrong_input or not (self.state / "journal.jsonl").exists()):
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def write_outside(source: Source, writer: Writer, kind: str) -> int:
+    """Write what is in no block of a folder of this `kind`; its parameters."""
+    if writer.released is not None:
+        inside = f"{source.family.blocks}."
+        count = sum(n for name, (n, _) in source.sizes().items() if not name.startswith(inside))
+        writer.shard(0, writer.released.rest(), named=True, parameters=count)
+        return count
+    outside = source.outside()
+    writer.shard(0, name_head(outside, source.family, kind))
+    copy_untouched(source, writer)
+    return sum(t.numel() for t in outside.values()) + source.untouched.count
 
 
 def copy_untouched(source: Source, writer: Writer) -> None:

@@ -54,10 +54,12 @@ class Experts(nn.Module):
         super().__init__()
         self.names, self.rows, self.stacks = tuple(n for n in row.names if n), StackedRows.of(row), row.stacks
         self.act_fn = getattr(stock, "act_fn", None)
+        every = range(len(stock.get_parameter("down_proj")))
+        self.origins: list[int] = getattr(stock, "origins", [*every])  # what numbers they had when none was gone
         hollow = copy.copy(stock)  # the stock module without weights, for `stack`
         hollow._parameters = {}
         self.__dict__["hollow"] = hollow
-        for number in range(len(stock.get_parameter("down_proj"))):
+        for number in every:
             self.add_module(str(number), nn.ModuleDict(self.unstack(stock, number)))
 
     def unstack(self, stock: nn.Module, number: int) -> dict[str, nn.Module]:
@@ -85,6 +87,7 @@ class Experts(nn.Module):
         for number in self.numbers:
             del self._modules[str(number)]
         self._modules |= {str(n): module for n, module in enumerate(chosen)}
+        self.origins = [self.origins[n] for n in kept]
 
     @property
     def alike(self) -> bool:
@@ -105,6 +108,7 @@ class Experts(nn.Module):
                 stacked = torch.stack([self.rows.stack([p.data for p in parts]) for parts in every])
                 stock._parameters[stack + end] = nn.Parameter(stacked.contiguous(), requires_grad=False)
         stock.num_experts = len(self.numbers)  # type: ignore[assignment]
+        stock.origins = self.origins  # type: ignore[assignment]
         return stock
 
     def activate(self, *wide: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ from dataclasses import replace
 
 from planish.core import INSIDE, Frontier, Plan, Unit
 from planish.errors import InputError
+from planish.folder.released import Released, find_released
+from planish.folder.source import Source
 from planish.plan.allocate import Alternative, Curve, choose
+from planish.plan.planned import Planned
 from planish.plan.problem import Problem, count_left, find_beside
 from planish.plan.spread import BudgetError
 
@@ -108,3 +111,16 @@ def tie(curves: Mapping[Unit, Curve], fixed: Sequence[float]) -> list[Alternativ
             )
         found.append(Alternative(tuple(few), fixed))
     return found
+
+
+def find_kept(problem: Problem, planned: Planned, source: Source) -> Released | None:
+    """The packed checkpoint that a model was read from, where its tensors can be written as they are stored: nothing but whole
+    experts goes, as many in every block, and no budget counts other bytes. None: something is rounded anew."""
+    units = {u: s for u, s in planned.solvers.items() if u in planned.ranks}
+    cut = [u for u, s in units.items() if planned.ranks[u] < s.ranks(u, problem.shapes[u.block])[-1]]
+    if any(b.name == "max_bytes" for b in problem.budgets) or planned.make or planned.edits or not cut:
+        return None
+    numbers = {planned.ranks.get(Unit(s.block, "experts"), s.experts.number) for s in problem.shapes if s.experts}
+    if len(numbers) > 1 or any(u.name != "experts" for u in cut):
+        return None
+    return find_released(source)

@@ -93,7 +93,6 @@ class StackedMXFP4(Packing):
     """w[e, j, i] = E2M1[code[e, i, j]] · 2^(scale[e, i, j // 32] − 127)."""
 
     needed: ClassVar[Mapping[str, str]] = {"codes": "_blocks", "scale": "_scales"}
-    stacked: ClassVar[bool] = True
 
     def describe(self) -> str:
         return "MXFP4, groups of 32"

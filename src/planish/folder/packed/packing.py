@@ -25,15 +25,14 @@ class Known(NamedTuple):
 class Packing(ABC):
     """One weight's storage. Its parts are the tensors named stem + suffix.
 
-    `needed`, `optional`: role of a part → suffix. `result`: suffix of the weight's own name. `stacked`: the first axis of every
-    part counts matrices, which can be opened without the others. ValueErrors say what is wrong in words that follow the
-    tensor's name.
+    `needed`, `optional`: role of a part → suffix. `result`: suffix of the weight's own name. Of a weight of three axes the first
+    axis of every part counts matrices, which can be opened without the others. ValueErrors say what is wrong in words that
+    follow the tensor's name.
     """
 
     needed: ClassVar[Mapping[str, str]]
     optional: ClassVar[Mapping[str, str]] = {}
     result: ClassVar[str] = ""
-    stacked: ClassVar[bool] = False
 
     @abstractmethod
     def describe(self) -> str:

@@ -133,7 +133,7 @@ class PackedWeights:
         out = torch.empty((count, shape[-1]), dtype=self.dtype)
         step = max(1, CHUNK // shape[-1])
         try:
-            held, skipped = self._read_parts(packing, parts, shape, first, count)
+            held, skipped = self._read_parts(parts, shape, first, count)
             rows = packing.open(held, shape)
             for at in range(0, count, step):
                 size = min(step, count - at)
@@ -143,18 +143,22 @@ class PackedWeights:
         return out
 
     def _read_parts(
-        self, packing: Packing, parts: dict[str, str], shape: tuple[int, ...], first: int, count: int
+        self, parts: dict[str, str], shape: tuple[int, ...], first: int, count: int
     ) -> tuple[dict[str, Tensor], int]:
         """The parts of a packed weight, of a stack those of the matrices that hold these rows; and how many rows stand before."""
-        if not packing.stacked:
+        if len(shape) < 3:
             return {role: self.stored.read(n) for role, n in parts.items()}, 0
         at, end = first // shape[1], (first + count - 1) // shape[1] + 1
-        found = {}
-        for role, name in parts.items():
-            one = tuple(self.stored.entry(name).shape)[1:]
-            rows = prod(one[:-1])
-            found[role] = self.stored.read_rows(name, at * rows, (end - at) * rows).view(end - at, *one)
-        return found, at * shape[1]
+        return {role: self._read_matrices(n, shape[0], at, end) for role, n in parts.items()}, at * shape[1]
+
+    def _read_matrices(self, name: str, number: int, at: int, end: int) -> Tensor:
+        """Of a part of `number` matrices those from `at` to `end`; one that says the same of all as it is."""
+        size = tuple(self.stored.entry(name).shape)
+        if len(size) < 2:
+            whole = self.stored.read(name)
+            return whole[at:end] if size == (number,) else whole
+        rows = prod(size[1:-1])
+        return self.stored.read_rows(name, at * rows, (end - at) * rows).view(end - at, *size[1:])
 
     def expect(self, names: Iterable[str]) -> None:
         self.stored.expect([p for n in names for p in (self.packed[n].parts.values() if n in self.packed else [n])])
