@@ -196,7 +196,7 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
             {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, "before": before, "after": after}
         )
     params, blocks = sum(p.numel() for p in source.empty.parameters()), sum(s.count() for s in shapes)
-    gone = sum(r["before"] - r["after"] for r in rows)
+    left = int(count_left(problem, planned.ranks, make_budget("keep", 1, source, shapes)))
     params_after, rest = count_written(run), source.untouched.count
     budgets = (make_budget(n, 1, source, shapes, problem.context) for n in ("kv_keep", "flops_keep", "max_bytes"))
     caches, flops, stored = ((b.total + b.outside, count_left(problem, planned.ranks, b) + b.outside) for b in budgets)
@@ -206,11 +206,11 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
     found = Forecast(
         method=problem.name,
         keep_requested=problem.keep if planned.keep is None else planned.keep,
-        keep=(blocks - gone) / blocks,
+        keep=left / blocks,
         params_before=params + rest,
         params_after=params_after + rest,
         block_params_before=blocks,
-        block_params_after=blocks - gone,
+        block_params_after=left,
         bytes_before=int(stored[0]),
         bytes_after=int(stored[1]),
         flops_per_token_before=int(flops[0]) + 2 * head,
