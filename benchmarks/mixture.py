@@ -3,7 +3,8 @@
     python tools/train_demo_model.py --experts 16 --fp32        # once: the mixture that is measured on, in the cache folder
     python benchmarks/mixture.py
 
-drop: `--method reap` by each criterion, `hope` and `auto`, at the keep of so many experts. neurons: `a3 --set parts=mlp` at the
+drop: `--method reap` by each criterion and `hope`, at the keep of so many experts. auto: experts and what is inside them, and the
+same with no calibration window shuffled ("auto plain"), as the others have them. neurons: `a3 --set parts=mlp` at the
 same keep. rank: a pair of factors in place of every linear of every expert, by its own tokens (whitened SVD; planish writes no
 such pairs). bits: the experts' weights rounded to nearest in groups of 64 (nor does it round experts). Nats: loss per token on
 held-out text. The table is resumed: a row that the CSV has is not measured again.
@@ -53,7 +54,9 @@ def main() -> None:
     parser.add_argument("--n-samples", type=int, default=48)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--windows", type=int, default=48, help="of held-out text")
-    parser.add_argument("--ways", default=",".join([*CRITERIA, "hope", "auto", "neurons", "rank", "bits"]))
+    parser.add_argument(
+        "--ways", default=",".join([*CRITERIA, "hope", "auto", "auto plain", "neurons", "rank", "bits"])
+    )
     parser.add_argument("--table", type=Path, default=TABLE)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -118,12 +121,16 @@ def unpack(done: Any, out: Path) -> tuple[Any, int, str]:
     if isinstance(done, torch.nn.Module):
         return done, sum(t.nbytes for t in {id(p): p for p in done.parameters()}.values()), ""
     plan = json.loads((out / "planish.json").read_text())["plan"]
-    kept = {r for u, r in plan.items() if u.endswith(".experts")}
-    return planish.load(out), done.bytes_after, f"{min(kept)} experts left" if kept else ""
+    kept, widths = ({r for u, r in plan.items() if u.endswith(name)} for name in (".experts", ".neurons"))
+    notes = [f"{min(kept)} experts left"] if kept else []
+    notes += [f"{min(widths)} to {max(widths)} neurons in each"] if kept and min(widths, default=128) < 128 else []
+    return planish.load(out), done.bytes_after, "; ".join(notes)
 
 
 def compress(args: argparse.Namespace, way: str, keep: float, out: Path) -> Any:
     method, settings = ("a3", {"parts": ("mlp",)}) if way == "neurons" else (way, {})
+    if way == "auto plain":
+        method, settings = "auto", {"shuffled": 0.0}
     if way in CRITERIA:
         method, settings = "reap", {"criterion": way}
     return planish.compress(
@@ -233,7 +240,9 @@ def tell(own: dict[tuple[str, str], dict[str, str]], dense: float, shares: list[
     behind, best = [], dict[str, str]()
     for s in shares:
         others = {
-            w: float(r["nats"]) for (w, a), r in own.items() if a == s and w not in ("auto", "rank") and r["nats"]
+            w: float(r["nats"])
+            for (w, a), r in own.items()
+            if a == s and w not in ("auto", "auto plain", "rank") and r["nats"]
         }
         auto = own.get(("auto", s), {}).get("nats")
         if auto and others:

@@ -58,6 +58,9 @@ def main() -> None:
         "--shares", default="0.85,0.7,0.6", help="sizes of both, beside the types' own: shares of the smallest"
     )
     parser.add_argument("--sizes", help="bytes of both, instead of these")
+    parser.add_argument(
+        "--cache", action="store_true", help="keep statistics and plain types for the next row ($PLANISH_CACHE)"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--only-table", action="store_true", help="write the table of what the CSV has")
@@ -105,7 +108,7 @@ def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **opti
         try:
             done = planish.compress(
                 args.model, output=out, method=args.method, calibration=args.fit, n_samples=args.n_samples,
-                seq_len=args.seq_len, **options,
+                seq_len=args.seq_len, cache=args.cache, ladder=False, **options,
             )  # fmt: skip
             found = planish.compare(out, args.model, text=args.held, seq_len=args.seq_len, max_windows=args.windows)
             excess = found.model.nll - found.dense.nll

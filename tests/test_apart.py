@@ -147,7 +147,7 @@ def test_a_rehearsal_takes_no_memory_for_every_expert(tmp_path, monkeypatch):
     """Weights of all experts are one tensor."""
     source, seen = open_source(tiny.save(tiny.build("qwen3_moe"), tmp_path / "m")), []
     monkeypatch.setattr(seconds, "solve_once", lambda solver, given, rank: seen.append(given[1]))
-    problem = pose_on(Stream(source, WINDOWS), "reap", 0.8).problem
+    problem = pose_on(Stream(source, WINDOWS), "flat-llm", 0.8).problem
     shape, units = problem.shapes[0], {u: s for u, s in problem.units.items() if u.block == 0}
     seconds.rehearse_at(units, dict.fromkeys(units, 4), shape, shape)
     assert {len({seen[0][f"expert.{n}.{r}"].data_ptr() for n in range(8)}) for r in ("gate", "up", "down")} == {1}

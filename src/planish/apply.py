@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,36 @@ def merge_specs(shape: Shape, several: Iterable[Spec]) -> Spec:
             if target == "attention" and form["kind"] == "own" and target not in spec:
                 spec[target] = {"kind": "own", "qk": shape.qk, "v": shape.v}
             spec.setdefault(target, {}).update(form)
+    if "experts" in spec and "linears" in spec:  # those that stay are numbered anew
+        gone = {
+            r for r in spec["linears"] if r.startswith("expert.") and int(r.split(".")[1]) >= spec["experts"]["number"]
+        }
+        spec["linears"] = {r: form for r, form in spec["linears"].items() if r not in gone}
     return spec
 
 
+def renumber(edits: Sequence[Edit]) -> list[Edit]:
+    """Edits of experts' linears as they are numbered once some have gone; without those of these."""
+    gone = next((e for e in edits if e.target == "experts"), None)
+    if gone is None:
+        return list(edits)
+    places = {f"expert.{old}": f"expert.{new}" for new, old in enumerate(gone.tensors["kept"].tolist())}
+    found = []
+    for edit in edits:
+        own, _, role = edit.target.rpartition(".")
+        if not own.startswith("expert."):
+            found.append(edit)
+        elif own in places:
+            found.append(replace(edit, target=f"{places[own]}.{role}"))
+    return found
+
+
 def apply_edits(block: nn.Module, edits: list[Edit], family: Family, config, shape: Shape) -> Spec:
-    """Replace modules of a canonical block in place, in its own dtype; returns its spec (empty when nothing changed)."""
+    """Replace modules of a canonical block in place, in its own dtype; returns its spec (empty when nothing changed).
+
+    Experts' linears are named by the numbers that the experts have in the uncut block.
+    """
+    edits = renumber(edits)
     spec = merge_forms(shape, edits)
     if not spec:
         return spec

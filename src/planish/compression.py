@@ -323,6 +323,7 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         block_params_after=sum(done.counted),
         kv_bytes_per_token_before=caches[0] * done.itemsize,
         kv_bytes_per_token_after=caches[1] * done.itemsize,
+        kv_bits=8 * done.itemsize,
         format=done.kind,
         output=str(writer.output),
         peak_rss_bytes=peak_rss(),

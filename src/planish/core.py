@@ -22,6 +22,7 @@ HELD = {  # unit of several linears → their roles
     "stream": ATTENTION + MLP,
 }  # fmt: skip
 WHOLE = {"stream"}  # units of all blocks
+INSIDE = ("neurons",)  # units that cut all experts of a block alike
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Shape:
         """Channels of the tensor at a tap's site."""
         where, _, end = site.rpartition(":")[2].rpartition(".")
         if where == "experts" and self.experts:
-            return self.experts.number
+            return self.experts.hidden if end == "out" else self.experts.number
         if where not in self.roles + self.rest:
             return self.hidden
         out, n = self.linear(where)
@@ -145,7 +146,7 @@ class Shape:
 
     def held(self, name: str) -> tuple[str, ...]:
         """Roles whose weights a unit of this name holds."""
-        if name in ("experts", "neurons"):
+        if name in ("experts", *INSIDE):
             own = self.experts.router if self.experts and name == "experts" else ()
             return tuple(r for r in self.rest if r.startswith("expert.") or r in own)
         return tuple(r for r in HELD.get(name, (name,)) if r in self.linears)
@@ -240,7 +241,7 @@ FEW = 256  # calibration tokens of an expert below which its statistics say litt
 
 def describe_experts(units: Iterable[Unit], shapes: Sequence[Shape], tokens: int) -> list[str]:
     """How many of the calibration's tokens an expert sees where experts are cut, if the router chooses all alike."""
-    cut = {e for u in units if u.name in ("experts", "neurons") and (e := shapes[u.block].experts)}
+    cut = {e for u in units if u.name in ("experts", *INSIDE) and (e := shapes[u.block].experts)}
     lines = []
     for e in sorted(cut, key=lambda e: (e.number, e.top)):
         seen = tokens * e.top // e.number

@@ -49,8 +49,8 @@ def find_size(request: Request, source: Source) -> int:
     if (left := request.fit - reserve(source, context)) > 0:
         return left
     raise InputError(
-        f"--fit {request.fit:,}: the cache of {context} tokens and running take {request.fit - left:,} bytes; a smaller --context"
-        " takes less"
+        f"--fit {request.fit:,}: the 16-bit cache of {context} tokens and running take {request.fit - left:,} bytes; a smaller "
+        "--context takes less"
     )
 
 

@@ -61,6 +61,7 @@ class Result:
     choices: list[dict[str, Any]] = field(
         default_factory=list
     )  # plans that were compared for a size: `planish.trials.Choice`
+    kv_bits: int = 0  # of a number of the cache, as the bytes count it: those of the blocks' weights
     ladder: dict[str, Any] = field(
         default_factory=dict
     )  # plain rounding beside a size: `planish.ladder.Ladder`; empty without one
@@ -121,6 +122,11 @@ def write_manifest(
     writer.text("README.md", make_card(manifest))
 
 
+def at_bits(found: dict[str, Any]) -> str:
+    """ " at 16 bits", where a result says in how many its cache is counted."""
+    return f" at {found['kv_bits']} bits" if found.get("kv_bits") else ""
+
+
 def name_only(name: str) -> str:
     """What to call a model or a text in files that are published: a local one by its last name alone."""
     shares = split_mixture(name)
@@ -161,7 +167,7 @@ tags: [planish, compressed, {manifest["method"]}]
 | parameters of the blocks' linears | {r["block_params_before"]:,} | {r["block_params_after"]:,} |
 | bytes of weights | {r["bytes_before"]:,} | {r["bytes_after"]:,} |
 | FLOPs per token, {r["context"]} tokens of context | {r["flops_per_token_before"]:,} | {r["flops_per_token_after"]:,} |
-| KV cache, bytes per token | {kv[0]:,} | {kv[1]:,} |
+| KV cache{at_bits(r)}, bytes per token | {kv[0]:,} | {kv[1]:,} |
 {latency}
 Asked: {asked}.
 

@@ -69,7 +69,8 @@ class Limits(Strict):
         "share of the decoder blocks' linear weights that stays, in (0, 1]  [default: 0.8 where no other budget is given]",
     )
     kv_keep: float | None = share(
-        "kv_keep", "share of the KV cache's bytes per token that stays; alone it cuts only what the cache holds"
+        "kv_keep",
+        "share of the numbers in the KV cache that stays, in however many bits; alone it cuts only what the cache holds",
     )
     flops_keep: float | None = share(
         "flops_keep", "share of the blocks' FLOPs per token that stays, attention included"
@@ -219,8 +220,8 @@ class Request(Limits):
         return values | text
 
     def recipe(self) -> dict[str, Any]:
-        """What a recipe says, as plain data."""
-        found = self.model_dump(mode="json", exclude_none=True)
+        """What a recipe says, as plain data; that there is a ladder goes without saying."""
+        found = self.model_dump(mode="json", exclude_none=True, exclude={"ladder"} if self.ladder else None)
         return {n: found[n] for n in RECIPE if n in found}
 
     def text(self) -> str:

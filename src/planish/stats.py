@@ -30,7 +30,8 @@ class Tap:
     "attention.add" / "mlp.add" (what the submodule adds to it), "attention.gap" / "mlp.gap" (what it would have to add
     for the sum to be the uncompressed model's); "experts.gates", "experts.norms" (one channel per expert: what its output is
     multiplied by, how long that output is; 0 for those that a token does not reach), "experts.shares" (see
-    `planish.calibrate.taps.Seen.watch_shares`), "expert.17.down.gated" (the input of an expert's down times that gate).
+    `planish.calibrate.taps.Seen.watch_shares`), "experts.out" (what all of them give a token together),
+    "expert.17.down.gated" (the input of an expert's down times that gate).
     Prefix "dense:" = the same site in the uncompressed model; prefix "grad:" = gradient of the summed sampled NLL there;
     "grad:<role>.back": that at the role's output times its uncompressed weight, what reaches the input through this linear
     alone. `heads` splits channels into heads. `part`: "all" sequences, or "fit" / "held" (every eighth is held out).

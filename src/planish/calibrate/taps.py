@@ -113,8 +113,9 @@ class Seen(dict[str, Tensor]):
         ]
 
     def watch_gates(self, experts: Any, sites: set[str], see: Callable[[str, Tensor], None]) -> list[Any]:
-        """Hooks for what is seen of all experts at once, each (tokens, experts) and zero where a token does not reach one:
-        "experts.gates", what their outputs are multiplied by, and "experts.norms", those outputs' lengths."""
+        """Hooks for what is seen of all experts at once: "experts.out", their sum (tokens, hidden); and, each (tokens, experts)
+        and zero where a token does not reach one, "experts.gates", what their outputs are multiplied by, and "experts.norms",
+        those outputs' lengths."""
 
         def see_gates(module, args):
             _, chosen, weights = args
@@ -128,6 +129,8 @@ class Seen(dict[str, Tensor]):
             self.norms[token, number] = out.detach()[real].norm(dim=-1).to(self.norms.dtype)
 
         hooks = []
+        if "experts.out" in sites:
+            hooks.append(experts.register_forward_hook(lambda module, args, out: see("experts.out", out)))
         if "experts.gates" in sites:
             hooks.append(experts.register_forward_pre_hook(see_gates))
         if "experts.norms" in sites:
@@ -152,7 +155,7 @@ class Seen(dict[str, Tensor]):
             if where == "expert":
                 number = int(rest.partition(".")[0])
                 token, real = self.find(number)
-                gates = self.weights[:, : self.top][self.chosen[:, : self.top] == number]
+                gates = self.weights.detach()[:, : self.top][self.chosen[:, : self.top] == number]
                 rows = value[real] * gates[:, None] if site.endswith(".gated") else value[real]
                 found[site] = Routed(rows, token // self.length)
             else:

@@ -235,7 +235,11 @@ def compare_sizes(found: Result | Forecast) -> Table:
             found.flops_per_token_before,
             found.flops_per_token_after,
         ),
-        ("KV cache, bytes per token", found.kv_bytes_per_token_before, found.kv_bytes_per_token_after),
+        (
+            f"KV cache at {found.kv_bits} bits, bytes per token",
+            found.kv_bytes_per_token_before,
+            found.kv_bytes_per_token_after,
+        ),
     ):
         table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.1%}" if before else "")
     return table

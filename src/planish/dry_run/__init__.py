@@ -85,6 +85,7 @@ class Forecast:
     predicted_any: dict[str, float] = field(default_factory=dict)  # the same without the target's limits
     untouched: dict[str, int] = field(default_factory=dict)  # part of a wrapper that is copied as it is → bytes
     warnings: list[str] = field(default_factory=list)
+    kv_bits: int = 0  # of a number of the cache, as the bytes count it
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"removed": 1 - self.keep, "keep_whole_model": self.params_after / self.params_before}
@@ -159,7 +160,7 @@ def forecast(
         found.phases.insert(0, {"name": "plan", "seconds": took, "steps": [took]})
         found.seconds += took
     found.target, found.predicted = request.target, add_losses(problem, planned)
-    found.untouched = source.untouched.parts
+    found.untouched, found.kv_bits = source.untouched.parts, 8 * source.stored.itemsize
     found.nats = bool(planned.frontiers) and all(f.nats for f in planned.frontiers.values())
     asked = request.model_copy(update={"context": problem.context})
     table = problem.table.seconds if problem.table else None
@@ -195,7 +196,7 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
             {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, "before": before, "after": after}
         )
     params, blocks = sum(p.numel() for p in source.empty.parameters()), sum(s.count() for s in shapes)
-    gone = sum(r["before"] - r["after"] for r in rows)
+    left = int(count_left(problem, planned.ranks, make_budget("keep", 1, source, shapes)))
     params_after, rest = count_written(run), source.untouched.count
     budgets = (make_budget(n, 1, source, shapes, problem.context) for n in ("kv_keep", "flops_keep", "max_bytes"))
     caches, flops, stored = ((b.total + b.outside, count_left(problem, planned.ranks, b) + b.outside) for b in budgets)
@@ -205,11 +206,11 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
     found = Forecast(
         method=problem.name,
         keep_requested=problem.keep if planned.keep is None else planned.keep,
-        keep=(blocks - gone) / blocks,
+        keep=left / blocks,
         params_before=params + rest,
         params_after=params_after + rest,
         block_params_before=blocks,
-        block_params_after=blocks - gone,
+        block_params_after=left,
         bytes_before=int(stored[0]),
         bytes_after=int(stored[1]),
         flops_per_token_before=int(flops[0]) + 2 * head,

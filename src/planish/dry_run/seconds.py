@@ -12,7 +12,7 @@ import hashlib
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planish.core import Frontier, Plan, Shape, Solver, Unit, Weights, count_sums
+from planish.core import INSIDE, Frontier, Plan, Shape, Solver, Unit, Weights, count_sums
 from planish.dry_run.passes import Run, count_passes
 from planish.plan.footprint import footprint
 from planish.plan.foreseen import Work
@@ -31,6 +31,7 @@ from planish.stats import Stats, Tap, add_gram
 WIDTH = 1024  # of the widest block that is rehearsed, unless it cannot be halved
 NARROW = 64  # no narrower block is
 PATIENCE = 1.5  # seconds that rehearsing may take, about
+EXPERTS = 4  # with whose insides a block is rehearsed
 CPU = torch.device("cpu")
 STREAM = ("mlp.raw", "block.out")  # sites of the residual stream
 
@@ -215,19 +216,34 @@ def list_sizes(shape: Shape) -> list[tuple[Shape, int]]:
     cannot be halved; how many times smaller each is."""
     sizes, scale = [(shape, 1)], 1
     further = [n for r in shape.further for n in shape.linear(r)]
+    inside = (shape.experts.intermediate, shape.experts.hidden) if shape.experts else (0, 0)
     while shape.hidden > NARROW and all(
-        n % 2 == 0 for n in (shape.hidden, shape.intermediate, shape.v, shape.qk // 2, *(n // scale for n in further))
+        n % 2 == 0
+        for n in (shape.hidden, shape.intermediate, shape.v, shape.qk // 2, *(n // scale for n in (*inside, *further)))
     ):
         scale *= 2
         names = ("hidden", "qk", "v", "intermediate", "rotary")
         others = tuple((r, out // 2, n // 2) if r in shape.further else (r, out, n) for r, out, n in shape.others)
-        shape = replace(shape, others=others, **{n: getattr(shape, n) // 2 for n in names})
+        inner, width = (n // scale for n in inside)
+        experts = shape.experts and replace(shape.experts, intermediate=inner, hidden=width)
+        shape = replace(shape, others=others, experts=experts, **{n: getattr(shape, n) // 2 for n in names})
         sizes.append((shape, scale))
     return [s for s in sizes if s[0].hidden <= WIDTH][::-1] or sizes[-1:]
 
 
 def rehearse(solvers: Mapping[Unit, Solver], ranks: Plan, shape: Shape) -> dict[Unit, Took]:
-    """Seconds to solve these units of one block at these ranks; what cannot be rehearsed takes none."""
+    """Seconds to solve these units of one block at these ranks; what cannot be rehearsed takes none.
+
+    What is inside experts is rehearsed with few of them.
+    """
+    if (
+        (e := shape.experts)
+        and e.number > EXPERTS
+        and (inside := {u: s for u, s in solvers.items() if u.name in INSIDE})
+    ):
+        few = replace(shape, experts=replace(e, number=EXPERTS, top=1, groups=1, top_groups=1))
+        some, rest = rehearse(inside, ranks, few), {u: s for u, s in solvers.items() if u not in inside}
+        return rehearse(rest, ranks, shape) | {u: Took(*(e.number / EXPERTS * s for s in t)) for u, t in some.items()}
     before: dict[Unit, Took] = {}
     found: dict[Unit, Took] = {}
     start, scales = time.process_time(), list[int]()
@@ -239,6 +255,11 @@ def rehearse(solvers: Mapping[Unit, Solver], ranks: Plan, shape: Shape) -> dict[
         if now - start + 8 * (now - began) > PATIENCE:
             break
     return {u: Took(*map(functools.partial(extend, scales), before.get(u, (0.0, 0.0)), t)) for u, t in found.items()}
+
+
+def list_roles(units: Iterable[Unit], shape: Shape) -> list[str]:
+    """Linears that can be cut, with those of experts where these units do."""
+    return [*shape.linears, *(shape.held(INSIDE[0]) if any(u.name in INSIDE for u in units) else ())]
 
 
 def extend(scales: Sequence[int], before: float, last: float) -> float:
@@ -260,7 +281,7 @@ def rehearse_at(solvers: Mapping[Unit, Solver], ranks: Plan, shape: Shape, small
     def name(what: str) -> str:  # all experts get the same numbers: many take no more memory than one
         return re.sub(r"expert\.\d+", "expert", what)
 
-    roles = *small.linears, *(r for r in small.rest if r.startswith("expert."))
+    roles = list_roles(solvers, small)
     weights: Weights = {r: draw(name(r), small.linear(r)[1] ** -0.5, *small.linear(r)) for r in roles}
     taps: list[Tap] = sorted({t for u, s in solvers.items() for t in s.taps(u, small)})
     sites = sorted({s for t in taps for s in t.sites})

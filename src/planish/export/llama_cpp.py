@@ -23,7 +23,17 @@ FIELDS = {
     "n_ctx": (0, 512), "n_batch": (4, 2048), "n_ubatch": (8, 512), "n_seq_max": (12, 1), "n_threads": (28, 4),
     "n_threads_batch": (32, 4), "attention_type": (48, -1), "flash_attn_type": (52, -1), "type_k": (104, 1), "type_v": (108, 1),
 }  # fmt: skip
-F32, OFF, NO_VOCABULARY = 0, 0, 0
+OFF, ON, NO_VOCABULARY = 0, 1, 0
+CACHES = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "iq4_nl": 20,
+}  # numbers of ggml's types
 
 
 class Parameters(ctypes.Structure):
@@ -104,11 +114,12 @@ def load_library() -> Any:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, with an fp32 cache and without flash attention."""
+    """A GGUF file in llama.cpp. `cache`: type of keys and values, as of `-ctk` and `-ctv`; rounded ones need heads of a multiple of
+    32 dimensions, and flash attention, which is off elsewhere."""
 
     tolerance = 1e-4  # of the largest logit, in fp32
 
-    def __init__(self, file: Path, context: int, threads: int = 1):
+    def __init__(self, file: Path, context: int, threads: int = 1, cache: str = "f32"):
         self.library = load_library()
         self.model = self.library.llama_model_load_from_file(
             str(file).encode(), self.library.llama_model_default_params()
@@ -119,13 +130,14 @@ class LlamaCpp:
         parameters = self.library.llama_context_default_params()
         settings = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), context)
         settings |= dict.fromkeys(("n_threads", "n_threads_batch"), threads)
-        settings |= {"flash_attn_type": OFF, "type_k": F32, "type_v": F32}
+        flash = OFF if cache in ("f32", "f16") else ON
+        settings |= {"flash_attn_type": flash, "type_k": CACHES[cache], "type_v": CACHES[cache]}
         for name, value in settings.items():
             parameters.data[FIELDS[name][0] // 4] = value
         self.context = self.library.llama_init_from_model(self.model, parameters)
         if not self.context:
             self.library.llama_model_free(self.model)
-            raise InputError(f"llama.cpp cannot run {file}")
+            raise InputError(f"llama.cpp cannot run {file} with a cache in {cache}")
         self.batch = self.library.llama_batch_init(context, 0, 1)
         self.size = self.library.llama_vocab_n_tokens(self.vocabulary)
         self.has_vocabulary = self.library.llama_vocab_type(self.vocabulary) != NO_VOCABULARY

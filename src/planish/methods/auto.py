@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from math import exp
 from typing import Any, ClassVar, Literal
 
@@ -14,12 +14,12 @@ from planish.calibrate.losses import Probe, nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import list_shuffled
-from planish.core import Edit, Plan, Shape, Solver, Unit
+from planish.core import INSIDE, Edit, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method, find_step
 from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve
-from planish.plan.experts import choose_with_experts, describe_top
+from planish.plan.experts import choose_with_experts, describe_top, list_inside
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, judging_taps, measure_gradients
 from planish.plan.planned import Planned, count_refit
@@ -29,6 +29,7 @@ from planish.plan.spread import BudgetError
 from planish.solve import run_solved
 from planish.solvers.experts import Experts
 from planish.solvers.fisher_bypass import FisherBypass
+from planish.solvers.fisher_experts import FisherExpertNeurons
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.two_sided import TwoSided
@@ -46,6 +47,7 @@ LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by stee
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
+INSIDES = (NEVER, 2.0)  # and for neurons of experts, beside 1
 SATURATES = 0.01  # predicted nats per token above which plans are compared by measured loss
 HELD = 8  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
@@ -61,9 +63,9 @@ MOVES = {  # how a search changes the weights of predictions: one step either wa
 class Weighing:
     """What predicted losses are multiplied by when ranks are chosen: l becomes w · l · (1 + steep · w · l).
 
-    w = `attention` for what belongs to an attention, times `keys` for q and k, `linear` for low-rank linears, `bypass` for whole
-    submodules, times e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by kind and by
-    depth; measured losses of whole plans tell by how much.
+    w = `attention` for what belongs to an attention, times `keys` for q and k, `linear` for low-rank linears, `inside` for cuts
+    inside experts, `bypass` for whole submodules, times e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by
+    kind and by depth; measured losses of whole plans tell by how much.
     """
 
     steep: float = 0.0
@@ -71,6 +73,7 @@ class Weighing:
     keys: float = 1.0
     tilt: float = 0.0
     linear: float = 1.0
+    inside: float = 1.0
     bypass: float = NEVER
 
     def apply(self, curve: Curve, blocks: int) -> Curve:
@@ -79,6 +82,7 @@ class Weighing:
         weight *= self.attention if name in ATTENTION_UNITS else 1.0
         weight *= self.keys if name in ("q", "k", "qk", "keys") else 1.0
         weight *= self.linear if name in ATTENTION + MLP or "." in name else 1.0
+        weight *= self.inside if name in INSIDE else 1.0
         weight *= self.bypass if name in ("attention", "ffn") else 1.0
         loss = weight * curve.loss
         return replace(curve, loss=loss * (1 + self.steep * loss))
@@ -123,7 +127,8 @@ class Auto(Method):
 
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
-    below keep 0.6, where all units may be cut, also those with the loss of low-rank linears counted two and four times.
+    below keep 0.6, where all units may be cut, also those with the loss of low-rank linears counted two and four times. Of
+    neurons of experts so the plan with none of them, which is taken unmeasured below 0.01 nats, and with their loss doubled.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
@@ -149,7 +154,7 @@ class Auto(Method):
 
     def solvers(self) -> list[Solver]:
         structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
-        structural += [FisherPairs(), Experts("nats")]
+        structural += [FisherPairs(), Experts("nats"), FisherExpertNeurons()]
         if self.bypass or (self.bypass is None and self.units == "any"):
             structural += [FisherBypass(self.ridge, self.anchor)]
         linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge), KeyLatent(nats=True)]
@@ -170,7 +175,7 @@ class Auto(Method):
             ("q", "k", "qk", "keys", "v", "attention"),
             ("o", "vo"),
             ("gate", "up", "ffn"),
-            ("down", "mlp", "experts"),
+            ("down", "mlp", "experts", *INSIDE),
         )
         steps = {u: find_step(u.name) if "." in u.name else -1 for u in units}
         staged = ([u for u in units if u.name in names or steps[u] == n] for n, names in enumerate(order))
@@ -204,8 +209,9 @@ class Auto(Method):
         for kind in (k for k in SCORES if {*k} <= {u.name for u in problem.units}):
             work.append(foresee_errors(problem, kind, windows))
         plain = windows - len(list_shuffled(windows, self.shuffled))
-        if min(plain, windows) >= 4 * HELD and (self.search > 1 or (problem.keep < LOW and self.units == "any")):
-            tried = max(self.search, len(BYPASSES) + len(LINEARS) - 1)
+        tried = (len(BYPASSES) + len(LINEARS) - 1) * (problem.keep < LOW and self.units == "any")
+        tried = max(self.search, tried + len(INSIDES) * any(u.name in INSIDE for u in problem.units))
+        if min(plain, windows) >= 4 * HELD and tried > 1:
             work += [Work("search", windows - plain // 4, solve=planned, heads=1 / 3)] * tried
         return Foreseen(planned, work)
 
@@ -251,17 +257,21 @@ class Auto(Method):
     def compare(
         self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick
     ) -> tuple[Pick, dict[str, Any]]:
-        """The plan with the least measured loss: this one, those with bypasses, those that a short search finds from there;
-        and what the search found."""
+        """The plan with the least measured loss of this one, those with bypasses, those of a short search; and what it found."""
         windows, length = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
         plain = sorted({*range(windows)} - {*list_shuffled(windows, self.shuffled)})
         among = plain if 2 * len(plain) >= windows else [*range(windows)]
-        if picked.loss < SATURATES or len(among) < 4 * HELD or length < 2:
-            return picked, {}
         best = self._start(problem)
         make = cache(lambda weighing: self.allocate(problem, frontiers, weighing=weighing))
-        tries: dict[str, tuple[float, ...]] = {"bypass": BYPASSES if self.bypass is not False else ()}
-        tries["linear"] = LINEARS if self.units == "any" and problem.keep < LOW else ()
+        narrow = any(n in INSIDE for n in picked.cut)
+        if narrow and (whole := make(replace(best, inside=NEVER))).loss < SATURATES:
+            return whole, {}
+        if (picked.loss < SATURATES and not narrow) or len(among) < 4 * HELD or length < 2:
+            return picked, {}
+        tries: dict[str, tuple[float, ...]] = {"inside": INSIDES if narrow else ()}
+        if picked.loss >= SATURATES:
+            tries["bypass"] = BYPASSES if self.bypass is not False else ()
+            tries["linear"] = LINEARS if self.units == "any" and problem.keep < LOW else ()
         others = [replace(best, **{name: w}) for name, weights in tries.items() for w in weights]
         if self.search < 2 and all(make(w).ranks == picked.ranks for w in others):
             return make(best), {}
@@ -291,7 +301,9 @@ class Auto(Method):
         weighing = weighing or self._start(problem)
         curves = {u: weighing.apply(problem.curve(f), len(problem.shapes)) for u, f in frontiers.items()}
         try:
-            ranks, _ = choose_with_experts(list_ways(problem, curves), curves, [b.part(part) for b in problem.budgets])
+            inside = partial(list_inside, problem, frontiers, curves)
+            limits = [b.part(part) for b in problem.budgets]
+            ranks, _ = choose_with_experts(list_ways(problem, curves), curves, limits, inside)
         except BudgetError as error:
             raise problem.budgets[error.which].refuse("auto", error.smallest) from None
         loss = sum(float(frontiers[u].loss[r]) for u, r in ranks.items())
@@ -381,7 +393,8 @@ def list_ways(problem: Problem, curves: dict[Unit, Curve]) -> list[list[Alternat
             groups.append(list(found.values()))
         alone = [u for r in shape.further if (u := Unit(shape.block, r)) in curves]
         groups += [[Alternative((curves[u],), [0.0] * len(problem.budgets))] for u in alone]
-        own = {*(shape.held("experts") if Unit(shape.block, "experts") in curves else ()), *(u.name for u in alone)}
+        mixture = (n for n in ("experts", *INSIDE) if Unit(shape.block, n) in curves)
+        own = {*(r for n in mixture for r in shape.held(n)), *(u.name for u in alone)}
         if rest := [r for r in shape.rest if r not in own]:  # no unit holds it
             groups.append([Alternative((), [sum(b.uncut(shape, r) for r in rest) for b in problem.budgets])])
     return groups

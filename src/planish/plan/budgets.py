@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, ClassVar
 
-from planish.core import Shape, Solver, Unit
+from planish.core import Shape, Solver, Spec, Unit
 from planish.errors import InputError
 from planish.folder.origin import name_stored
 from planish.folder.source import Source
@@ -82,9 +82,9 @@ class Budget(ABC):
         """The part of `measure` that is attention's own, whatever its linears cost."""
         return 0.0
 
-    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
-        """Of a unit at a rank."""
-        held = footprints(solver, unit, shape, rank, self.context, self.itemsize)
+    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int, beside: Spec | None = None) -> float:
+        """Of a unit at a rank, in a block with this spec."""
+        held = footprints(solver, unit, shape, rank, self.context, self.itemsize, beside)
         return sum(count * self.measure(found) for count, found in held)
 
     def fixed(self, solver: Solver, unit: Unit, shape: Shape) -> float:
@@ -156,8 +156,8 @@ class Bytes(Budget):
     def measure(self, found: Footprint) -> float:
         return found.bytes
 
-    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
-        return super().cost(solver, unit, shape, rank) + 4 * self.entry * bool(solver.spec(unit, shape, rank))
+    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int, beside: Spec | None = None) -> float:
+        return super().cost(solver, unit, shape, rank, beside) + 4 * self.entry * bool(solver.spec(unit, shape, rank))
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,9 @@ class Latency(Budget):
     def attend(self, found: Footprint) -> float:
         return 1e9 * self.table.attend(found)
 
-    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int) -> float:
+    def cost(self, solver: Solver, unit: Unit, shape: Shape, rank: int, beside: Spec | None = None) -> float:
         try:
-            return super().cost(solver, unit, shape, rank)
+            return super().cost(solver, unit, shape, rank, beside)
         except UnmeasuredError as error:
             what = f"what {solver.name} makes of {unit.name} is not in the latency table"
             raise InputError(f"--max-latency: {what}; use another budget") from error

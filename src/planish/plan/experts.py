@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from planish.core import Plan, Unit
+from planish.core import INSIDE, Frontier, Plan, Unit
 from planish.errors import InputError
 from planish.folder.released import Released, find_released
 from planish.folder.source import Source
 from planish.plan.allocate import Alternative, Curve, choose
 from planish.plan.planned import Planned
-from planish.plan.problem import Problem, count_left
+from planish.plan.problem import Problem, count_left, find_beside
 from planish.plan.spread import BudgetError
 
 
@@ -52,24 +52,49 @@ def level_widths(plan: Plan, step: int) -> Plan:
 
 
 def choose_with_experts(
-    groups: Sequence[Sequence[Alternative]], curves: Mapping[Unit, Curve], limits: Sequence[float]
+    groups: Sequence[Sequence[Alternative]],
+    curves: Mapping[Unit, Curve],
+    limits: Sequence[float],
+    inside: Callable[[Plan], list[list[Alternative]]] = lambda kept: [],
 ) -> tuple[Plan, float]:
-    """`planish.plan.allocate.choose`, with one number of experts for all blocks; `groups`: of everything else.
+    """`planish.plan.allocate.choose`, with one number of experts for all blocks; `groups`: of everything else, `inside`: of cuts
+    inside experts, where blocks keep so many.
 
     Every number is tried: a price alone passes over those at which the loss is concave, and spends far less than the budget.
     """
     experts = {u: c for u, c in curves.items() if u.name == "experts"}
     if not experts:
-        return choose(groups, limits)
+        return choose([*groups, *inside({})], limits)
     found, refused = list[tuple[Plan, float]](), list[BudgetError]()
     for alternative in tie(experts, [0.0] * len(limits)):
+        kept = {c.unit: int(c.ranks[0]) for c in alternative.curves}
         try:
-            found.append(choose([*groups, [alternative]], limits))
+            found.append(choose([*groups, [alternative], *inside(kept)], limits))
         except BudgetError as error:
             refused.append(error)
     if not found:
         raise min(refused, key=lambda error: error.smallest)
     return min(found, key=lambda plan: plan[1])
+
+
+def list_inside(
+    problem: Problem, frontiers: Mapping[Unit, Frontier], curves: Mapping[Unit, Curve], kept: Plan
+) -> list[list[Alternative]]:
+    """Cuts inside experts, where blocks keep so many of these: what each costs more than none, which is less than nothing.
+
+    Their losses are those of all experts: where some go, tokens reach as many as before. One width for all blocks where the
+    target holds no other.
+    """
+    found = dict[Unit, Curve]()
+    for unit in (u for u in curves if u.name in INSIDE):
+        beside = find_beside(problem, unit, kept)
+        cost = problem.curve(frontiers[unit], beside).cost
+        alone = 0.0 if beside or Unit(unit.block, "experts") in kept else cost[:, -1:]
+        found[unit] = replace(curves[unit], cost=cost - cost[:, -1:] + alone)
+    nothing = [0.0] * len(problem.budgets)
+    if found and {u.name for u in found} <= {*problem.target.uniform}:
+        return [tie(found, nothing)]
+    return [[Alternative((c,), nothing)] for c in found.values()]
 
 
 def tie(curves: Mapping[Unit, Curve], fixed: Sequence[float]) -> list[Alternative]:

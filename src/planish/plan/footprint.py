@@ -232,11 +232,15 @@ def footprint(spec: Spec, shape: Shape, context: int = 0, itemsize: int = 2) -> 
 
 
 def footprints(
-    solver: Solver, unit: Unit, shape: Shape, rank: int, context: int = 0, itemsize: int = 2
+    solver: Solver, unit: Unit, shape: Shape, rank: int, context: int = 0, itemsize: int = 2, beside: Spec | None = None
 ) -> Iterator[tuple[int, Footprint]]:
-    """Of what a unit holds, at a rank: one for each kind of block that it cuts, with how many of these there are."""
+    """Of what a unit holds, at a rank: one for each kind of block that it cuts, with how many of these there are.
+
+    `beside`: what else the block is made of, where that changes how much the unit holds.
+    """
     for block, count in solver.blocks(unit, shape):
-        yield count, Footprint(solver.spec(unit, block, rank), block, block.held(unit.name), context, itemsize)
+        spec = {**(beside or {}), **solver.spec(unit, block, rank)}
+        yield count, Footprint(spec, block, block.held(unit.name), context, itemsize)
 
 
 def count_weights(solver: Solver, unit: Unit, shape: Shape, rank: int) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
-from planish.core import Frontier, Plan, Shape, Solver, Unit
+from planish.core import INSIDE, Frontier, Plan, Shape, Solver, Spec, Unit
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.plan.allocate import Alternative, Curve, choose
@@ -74,9 +75,9 @@ class Problem:
         """The rank that leaves a unit whole."""
         return self.units[unit].ranks(unit, self.shapes[unit.block])[-1]
 
-    def cost(self, unit: Unit, rank: int, budget: Budget | None = None) -> float:
-        """Of the main budget, or another one."""
-        return (budget or self.main).cost(self.units[unit], unit, self.shapes[unit.block], rank)
+    def cost(self, unit: Unit, rank: int, budget: Budget | None = None, beside: Spec | None = None) -> float:
+        """Of the main budget, or another one, in a block with this spec."""
+        return (budget or self.main).cost(self.units[unit], unit, self.shapes[unit.block], rank, beside)
 
     def count(self, unit: Unit, rank: int) -> int:
         """Weights left in the unit at this rank, whatever the budgets count."""
@@ -93,12 +94,16 @@ class Problem:
             self._choices[key] = solver, Choices(torch.tensor(ranks), cost.double(), fixed.double())
         return self._choices[key][1]
 
-    def curve(self, frontier: Frontier) -> Curve:
-        """Admissible ranks of a unit with their costs and predicted losses; leaving it whole loses nothing."""
+    def curve(self, frontier: Frontier, beside: Spec | None = None) -> Curve:
+        """Admissible ranks of a unit with their costs, in a block with this spec, and predicted losses; leaving it whole loses
+        nothing."""
         choices = self.choices(frontier.unit)
         kept = choices.allowed(self.step)
         loss = torch.as_tensor(frontier.loss, dtype=torch.float64)[choices.ranks[kept]]
-        return Curve(frontier.unit, choices.ranks[kept], choices.cost[:, kept], loss)
+        ranks, cost = choices.ranks[kept], choices.cost[:, kept]
+        if beside:
+            cost = cost_beside(self, frontier.unit, ranks, cost, beside)
+        return Curve(frontier.unit, ranks, cost, loss)
 
     def spread(
         self, share: Callable[[Unit], float], by_kind: bool = False, remarks: Mapping[str, str] | None = None
@@ -118,6 +123,26 @@ class Problem:
             raise InputError(f"{refusal} ({why})" if why else str(refusal)) from None
 
 
+def find_beside(problem: Problem, unit: Unit, plan: Plan) -> Spec:
+    """What a plan makes of a block that changes how much the unit holds: experts that go, if it is inside experts."""
+    experts = Unit(unit.block, "experts")
+    if unit.name not in INSIDE or experts not in plan:
+        return {}
+    return problem.units[experts].spec(experts, problem.shapes[unit.block], plan[experts])
+
+
+def cost_beside(problem: Problem, unit: Unit, ranks: Tensor, cost: Tensor, beside: Spec) -> Tensor:
+    """Costs (budgets, ranks) of a unit → those in a block with this spec: straight between the lowest and the highest rank
+    below full, as what is inside experts costs."""
+    known, rows = [0, len(ranks) - 2] if len(ranks) > 2 else [0], []
+    for b, own in zip(problem.budgets, cost, strict=True):
+        full, *some = (problem.cost(unit, int(ranks[n]), b, beside) for n in (-1, *known))
+        span = float(own[known[-1]] - own[0])
+        share = (own[:-1] - own[0]) / span if span else torch.zeros_like(own[:-1])
+        rows.append(torch.cat([some[0] + share * (some[-1] - some[0]), own.new_tensor([full])]))
+    return torch.stack(rows)
+
+
 def choose_ranks(problem: Problem, curves: Mapping[Unit, Curve]) -> Plan:
     """One rank per unit, with the least sum of the curves' losses within all budgets (see `planish.plan.allocate.choose`)."""
     try:
@@ -128,9 +153,12 @@ def choose_ranks(problem: Problem, curves: Mapping[Unit, Curve]) -> Plan:
 
 
 def count_left(problem: Problem, plan: Plan, budget: Budget) -> float:
-    """What all blocks cost of a budget under a plan."""
-    whole = {u: problem.full(u) for u in plan}
-    return budget.total - sum(problem.cost(u, whole[u], budget) - problem.cost(u, r, budget) for u, r in plan.items())
+    """What all blocks cost of a budget under a plan; a cut inside experts saves nothing of those that have gone."""
+    left = budget.total
+    for unit, rank in plan.items():
+        beside = find_beside(problem, unit, plan)
+        left -= problem.cost(unit, problem.full(unit), budget, beside) - problem.cost(unit, rank, budget, beside)
+    return left
 
 
 def make_problem(

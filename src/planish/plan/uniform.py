@@ -8,7 +8,7 @@ from planish.calibrate.measure import Measurements
 from planish.plan import targets
 from planish.plan.frontiers import measure_frontiers
 from planish.plan.planned import Planned
-from planish.plan.problem import Problem, count_left
+from planish.plan.problem import Problem, count_left, find_beside
 from planish.plan.spread import BudgetError
 
 HELD_BY = {"attention": "vo", "ffn": "mlp"}  # a whole submodule that went → the unit of it that must be equal elsewhere
@@ -33,10 +33,12 @@ def make_uniform(problem: Problem, measure: Measurements, planned: Planned) -> P
     others = []
     for b in problem.budgets:
         taken = count_left(problem, plan, b)
-        others.append(taken - sum(problem.cost(u, r, b) for u, r in plan.items() if u.name in uniform))
+        own = ((u, r) for u, r in plan.items() if u.name in uniform)
+        others.append(taken - sum(problem.cost(u, r, b, find_beside(problem, u, plan)) for u, r in own))
     limits = [b.limit - o for b, o in zip(problem.budgets, others, strict=True)]
     try:
-        plan = targets.make_uniform(problem.target, plan, {u: problem.curve(frontiers[u]) for u in plan}, limits)
+        curves = {u: problem.curve(frontiers[u], find_beside(problem, u, plan)) for u in plan}
+        plan = targets.make_uniform(problem.target, plan, curves, limits)
     except BudgetError as error:
         who = f"{problem.name} for {problem.target.name}"
         raise problem.budgets[error.which].refuse(who, error.smallest + others[error.which]) from None

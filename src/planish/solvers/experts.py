@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import nan
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from planish.core import Edit, ExpertShape, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float, Int, Shaped
-from planish.solvers.forms import dense, keep_neurons, neuron_edits
+from planish.solvers.forms import find_experts, keep_neurons, narrow_spec, neuron_edits, of_expert
 from planish.solvers.grams import Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap, kind
 
@@ -182,11 +182,7 @@ class ExpertNeurons(Solver):
         return range(1, find_experts(shape).intermediate + 1)
 
     def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
-        e = find_experts(shape)
-        if rank >= e.intermediate:
-            return {}
-        forms = {r: dense(e.hidden, rank) if r == "down" else dense(rank, e.hidden) for r in e.roles}
-        return {"linears": {f"expert.{n}.{r}": f for n in range(e.number) for r, f in forms.items()}}
+        return narrow_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap(f"expert.{n}.down.gated", "gram") for n in range(find_experts(shape).number)]
@@ -219,8 +215,7 @@ class ExpertNeurons(Solver):
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         e, edits = find_experts(shape), list[Edit]()
         for n, f in frontier.factors.items() if rank < e.intermediate else ():
-            own = neuron_edits(f, *keep_neurons(f, rank))
-            edits += [replace(edit, target=f"expert.{n}.{edit.target}") for edit in own]
+            edits += of_expert(n, neuron_edits(f, *keep_neurons(f, rank)))
         return edits
 
 
@@ -229,11 +224,6 @@ def name_idle(block: int, number: Float[Tensor, " experts"]) -> None:
     if idle := (number == 0).nonzero().flatten().tolist():
         names = f"expert{'s' * (len(idle) > 1)} {', '.join(map(str, idle))}"
         warnings.warn(f"block {block}: no calibration token reaches {names} of {len(number)}", stacklevel=3)
-
-
-def find_experts(shape: Shape) -> ExpertShape:
-    assert shape.experts is not None, f"block {shape.block} has no experts"
-    return shape.experts
 
 
 def keep_form(e: ExpertShape, number: int) -> Spec:

@@ -4,12 +4,13 @@ specs (see `planish.modelling.blocks`), and as edits with their tensors."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Shape, Spec, Weights
+from planish.core import Edit, ExpertShape, Shape, Spec, Weights
 from planish.shapes import Float, Int
 from planish.solvers.pivots import pivot
 
@@ -72,6 +73,25 @@ def neuron_spec(shape: Shape, rank: int) -> Spec:
         return {}
     wide = {r: dense(rank, shape.hidden) for r in ("gate", "up") if r in shape.roles}
     return {"linears": wide | {"down": dense(shape.hidden, rank)}}
+
+
+def find_experts(shape: Shape) -> ExpertShape:
+    assert shape.experts is not None, f"block {shape.block} has no experts"
+    return shape.experts
+
+
+def narrow_spec(shape: Shape, rank: int) -> Spec:
+    """`rank` neurons in every expert."""
+    e = find_experts(shape)
+    if rank >= e.intermediate:
+        return {}
+    forms = {r: dense(e.hidden, rank) if r == "down" else dense(rank, e.hidden) for r in e.roles}
+    return {"linears": {f"expert.{n}.{r}": f for n in range(e.number) for r, f in forms.items()}}
+
+
+def of_expert(number: str, edits: Sequence[Edit]) -> list[Edit]:
+    """Edits of a feed-forward's linears as those of an expert's."""
+    return [replace(edit, target=f"expert.{number}.{edit.target}") for edit in edits]
 
 
 NOTHING: Spec = {"kind": "bypass", "rank": 0, "gate": False, "shift": False, "raw": True}  # in place of a submodule

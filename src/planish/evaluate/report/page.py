@@ -40,6 +40,11 @@ class Results:
     choices: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def at_bits(self) -> str:
+        """In how many bits the cache is counted, where a manifest says it."""
+        return next((f" at {b} bits" for m in self.manifests.values() if (b := m.get("result", {}).get("kv_bits"))), "")
+
+    @property
     def dense(self) -> Point | None:
         return next((p for p in self.points if p.name == "dense"), None)
 
@@ -167,7 +172,7 @@ def describe_setup(r: Results) -> str:
 def find_tile(r: Results, budget: str) -> tuple[str, str, list[str]]:
     """The best method within a budget: heading, figure, lines."""
     best = r.at(budget)[0]
-    lines = [f"{count(best.params)} parameters", f"{number(best.kv_bytes_per_token)} KV bytes per token"]
+    lines = [f"{count(best.params)} parameters", f"{number(best.kv_bytes_per_token)} KV bytes per token{r.at_bits}"]
     head = f"{budget} · {best.label}"
     if best.perplexity == best.perplexity:
         change = f", {100 * (best.perplexity / r.dense.perplexity - 1):+z.1f} % on dense" if r.dense else ""
@@ -205,7 +210,10 @@ def find_charts(r: Results, colours: dict[str, int]) -> tuple[list[tuple[str, Ma
     cards = [
         ("Perplexity and size", plot(lambda p: p.params, size.label, count)),
         ("Loss over dense and size", chart(excess, size, Quantity("log(perplexity / dense), nats", short, log=True))),
-        ("Perplexity and KV cache", plot(lambda p: p.kv_bytes_per_token, "KV cache, bytes per token", number)),
+        (
+            "Perplexity and KV cache",
+            plot(lambda p: p.kv_bytes_per_token, f"KV cache{r.at_bits}, bytes per token", number),
+        ),
     ]
     if any(isfinite(p.decode_tokens_per_s) for p in measured):
         name = "decoded tokens per second, × dense in turns with it"
@@ -295,7 +303,7 @@ def find_rows(r: Results) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
         "bits": lambda p: p.bits,
         "parameters": lambda p: f"{p.params:,}",
         "bytes": lambda p: f"{p.bytes:,}" if p.curve else "",
-        "KV bytes": lambda p: f"{p.kv_bytes_per_token:,}",
+        f"KV bytes{r.at_bits}": lambda p: f"{p.kv_bytes_per_token:,}",
         "perplexity": lambda p: digits(p.perplexity, 3),
         "log(ppl / dense)": lambda p: digits(p.excess, 4),
         "predicted": lambda p: short(p.predicted) if isfinite(p.predicted) else "",
