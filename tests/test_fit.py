@@ -71,7 +71,8 @@ def test_the_least_divergence_within_the_size_is_taken(model, tmp_path):
     best = min(made, key=lambda c: c["kl"])
     assert best["chosen"] and sum(c["chosen"] for c in tried) == 1
     rungs = {r["bits"]: r for r in done.ladder["rungs"]}
-    assert done.ladder["result"] == best and {"4", "3", "2"} <= rungs.keys()
+    assert done.ladder["result"] == best and {"8", "4", "3", "2"} <= rungs.keys()
+    assert rungs["8"]["kl"] < rungs["4"]["kl"] and not rungs["8"]["fits"]
     assert all(rungs[c["bits"]] == c | {"fits": True} for c in made if c["keep"] == 1)
     asked = {"keep": best["keep"]} | ({} if best["bits"] == "16" else {"bits": best["bits"]})
     again = compress(model, tmp_path / "again", **asked)

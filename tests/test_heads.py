@@ -102,6 +102,13 @@ def test_a_size_that_only_a_smaller_head_reaches(model):
     assert {c.head for c in list_plans(request, source, size)} == {"8"}
 
 
+def test_widths_that_no_type_of_llama_cpp_holds(tmp_path):
+    """The message is about the size that 16 bits reach, whatever heads could be."""
+    odd = open_source(save(build("llama_gqa"), tmp_path / "model"))  # 44 neurons
+    with pytest.raises(InputError, match="smallest that can be made for --target gguf"):
+        list_plans(Request.ask(model="", bits="auto", target="gguf"), odd, 1000)
+
+
 def test_the_head_is_chosen_by_measuring(model, tmp_path):
     """Every type of the head has a plan within the size; the least divergence is written."""
     source, request = open_source(model), Request.ask(model="", bits="auto", target="hf")

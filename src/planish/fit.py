@@ -72,6 +72,10 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
         if (keep := (size - outside) / blocks) >= LEAST:
             found.append(Choice(bits, int(keep * 1e4) / 1e4))
     if not found:
+        if not smallest:
+            raise InputError(
+                f"--target {request.target} --head-bits {request.head_bits}: no type holds this model's widths"
+            )
         raise InputError(
             f"--max-bytes {size:,}: the smallest that can be made for --target {request.target} is about {min(smallest):,.0f}"
         )

@@ -107,14 +107,15 @@ def choose_size(
         return settle(request, tried[0]), tried, None
     with open_runner(request, method, source, text, place, progress, cache) as runner:
         rungs = list_rungs(request, source, size) if request.ladder else []
-        more = [r for r in rungs if (r.bits, r.keep) not in {(c.bits, c.keep) for c in tried}]
-        measure_all(runner, tried, size, len(more), progress)
+        measure_all(runner, tried, size, len(rungs), progress)
+        more = [r for r in rungs if r.bits not in {c.bits for c in tried if c.keep == 1 and c.measured}]
         heads = vary_head(choose_best(tried, size), request, source, size)
         measure_all(runner, heads, size, len(more), progress)
         best = choose_best(tried := [*tried, *heads], size)
         best.chosen = True
         measure_all(runner, more, inf, 0, progress)
-    found = Ladder(size, len(runner.held), best, order_rungs([*more, *(c for c in tried if c.keep == 1)]))
+    plain = [c for c in tried if c.keep == 1 and c.measured and c.bits != "16"]
+    found = Ladder(size, len(runner.held), best, order_rungs([*more, *plain]))
     return settle(request, best), tried, found if request.ladder else None
 
 

@@ -129,7 +129,7 @@ def show_ladder(ladder: dict[str, Any]) -> list[Any]:
         fits = r["fits"]
         best = r if fits and (best is None or r["kl"] < best["kl"]) else best
         table.add_row(tell_bits(r), f"{r['bytes']:,}", tell_divergence(r), "" if fits else "larger than asked")
-    what = "16 bits, " * (result["bits"] == "16") + f"keep {result['keep']:.4f}"
+    what = f"{tell_bits(result)}, keep {result['keep']:.4f}"
     table.add_row(f"the result ({what})", f"{result['bytes']:,}", tell_divergence(result), "", style="bold")
     if best is None:
         return [table, "no plain type is of this size"]
@@ -164,7 +164,7 @@ def show_rounding(result: Any) -> list[str]:
     more = (
         ""
         if r["target"] == "gguf" or share < LARGE
-        else "; --target gguf has types for both, --head-bits for a head of its own"
+        else f"; --target gguf has types for {'both' if len(heads) > 1 else 'it'}{', --head-bits for the head' * (len(heads) > 1)}"
     )
     lines.append(f"embedding and head: {kinds}, {share:.0%} of the bytes{more}")
     return [*lines, *([f"for llama.cpp: planish export {shown} --to gguf -o FILE"] if r["target"] == "gguf" else [])]

@@ -74,6 +74,7 @@ def read_ladder(ladder: dict[str, Any], choices: list[dict[str, Any]]) -> Beside
 
 def cells(name: str, r: dict[str, Any], size: int) -> list[str]:
     """A row of the table: the plan, its bytes, its divergence."""
+    name = "another plan" if name.startswith("other") else name
     error = "" if r.get("stderr") is None else f"{r['stderr']:.4f}"
     return [
         f"{describe(r)} ({name})",
