@@ -49,8 +49,8 @@ FORMATS = {
 NO_WRITER = "the tests' writer of this format does not hold this family's shapes"
 SIZES = {  # what the formats' groups divide
     "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "head_dim": 16,
-    "n_inner": 64, "ffn_dim": 64, "ffn_hidden_size": 64, "word_embed_proj_dim": 64, "q_lora_rank": 32, "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "intermediate_size_mlp": 64, "n_inner": 64, "ffn_dim": 64, "ffn_hidden_size": 64, "word_embed_proj_dim": 64, "q_lora_rank": 32,
+    "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {  # where the tests' models are made to be harder than those that are released
     "qwen3_moe": {"mlp_only_layers": []}, "qwen2_moe": {"mlp_only_layers": []}, "olmoe": {"num_key_value_heads": 4},

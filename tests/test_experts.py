@@ -38,14 +38,8 @@ from tiny import compress
 
 WINDOWS = tiny.windows(20, 12)
 IDS = tiny.windows(1, 2000)[0].numpy()
-QUICK = (
-    "qwen3_moe",
-    "mixtral",
-    "deepseek_v3",
-    "granitemoe",
-    "phimoe",
-    "gpt_oss",
-)  # every kind of checkpoint and of router
+# every kind of checkpoint and of router
+QUICK = ("qwen3_moe", "mixtral", "deepseek_v3", "granitemoe", "phimoe", "gpt_oss", "llama4")
 
 
 def find_moe(model: nn.Module, i: int) -> nn.Module:
@@ -194,6 +188,37 @@ def test_scores_are_those_of_a_loop_over_tokens(name):
             assert edit.tensors["kept"].tolist() == sorted(j for g in best for j in g[: rank // shape.experts.groups])
 
 
+@torch.no_grad()
+def test_gates_that_multiply_what_experts_read(tmp_path):
+    """llama4: f_j(σ(l_j) x) of the experts with the largest logits, and the shared one; an expert is worth the length of what it
+    adds, per gate, and is narrowed for inputs that are multiplied already."""
+    model = tiny.build("llama4", torch.float64)
+    moe, source, seen = find_moe(model, 2), MemorySource(model), []
+    moe.register_forward_pre_hook(lambda m, a: seen.append(a[0].flatten(0, 1)))
+    model(WINDOWS)
+    (x,), experts, total = seen, moe.experts, torch.zeros_like(seen[0])
+    added = [[] for _ in range(8)]
+    for t, row in enumerate(x):
+        for l, j in zip(*(x[t] @ moe.router.weight.T).topk(2), strict=True):
+            g = torch.sigmoid(l.float()).double()
+            gate, up = (g * row @ experts.gate_up_proj[j]).chunk(2)
+            y = (up * torch.nn.functional.silu(gate)) @ experts.down_proj[j]
+            total[t] += y
+            added[j].append(float(y.norm()))
+    block = source.block(2)
+    torch.testing.assert_close(block.feed_forward(x[None])[0], total + moe.shared_expert(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moe(x)[0], total + moe.shared_expert(x), rtol=1e-5, atol=1e-6)
+    frontier, _ = measure(Experts("reap", prior=0.0), model, 2)
+    worth = [sum(a) / max(len(a), 1) for a in added]
+    assert frontier.factors["order"].tolist() == sorted(range(8), key=lambda j: -worth[j])
+    settings = {"parts": ("mlp",)}
+    result = compress(
+        model.float(), output=tmp_path / "out", windows=WINDOWS, method="a3", keep=0.85, settings=settings
+    )
+    assert result.format == "planish"  # the shared one is as wide as an expert of the stock class
+    assert tiny.load(tmp_path / "out")(WINDOWS).logits.isfinite().all()
+
+
 def naive_pairs(routed: list[tuple[int, int, float, Tensor]]) -> Tensor:
     """Mean of a_i a_j over the tokens that reach both; here every pair is drawn to 0 by no further token."""
     found, count = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, 8)
@@ -240,7 +265,9 @@ def watch_removals(model: nn.Module, i: int, windows: Tensor) -> tuple[Tensor, T
     """What block i's experts put out (tokens, hidden), and what that changes by (experts, tokens, hidden) if transformers' router
     is told not to choose one of them, so that the next comes in its place."""
     experts, seen = find_moe(model, i).experts, []
-    handle = experts.register_forward_hook(lambda m, a, out: seen.append(out))
+    handle = experts.register_forward_hook(  # llama4's give what each adds, one after the other
+        lambda m, a, out: seen.append(out.view(-1, windows.numel(), out.shape[-1]).sum(0))
+    )
     model(windows)
     for j in range(len(experts.down_proj)):
         with masked(model, {i: [j]}):
@@ -519,6 +546,15 @@ def test_routing_that_does_not_fit(name, change, match, tmp_path):
     tiny.save(tiny.build(name), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    refuse(match, tmp_path / "out", tmp_path / "model", method="reap")
+
+
+def test_llama4s_experts_stacked_as_others_stack_them(tmp_path):
+    tiny.save(tiny.build("llama4"), tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.1.feed_forward.experts.gate_up_proj"
+    stored = load_file(file)
+    save_file(stored | {name: stored[name].mT.contiguous()}, file, {"format": "pt"})
+    match = r"gate_up_proj has shape \(8, 24, 32\), expected \(8, 32, 24\) from config"
     refuse(match, tmp_path / "out", tmp_path / "model", method="reap")
 
 

@@ -112,18 +112,23 @@ def test_a_release_is_read_cut_and_written_as_a_stock_model(released, tmp_path):
             ]
             pair = torch.stack(mine[:2], -1).flatten(-2) if leaf == "gate_up_proj" else mine[2]
             assert torch.equal(pair, whole[j])
-    result = tiny.compress(folder, output=tmp_path / "out", windows=WINDOWS, method="reap", keep=0.8)
+    settings = {"parts": ("mlp",)}
+    result = tiny.compress(folder, output=tmp_path / "out", windows=WINDOWS, method="a3", keep=0.8, settings=settings)
     config, stored = json.loads((tmp_path / "out" / "config.json").read_text()), {}
     for file in (tmp_path / "out").glob("*.safetensors"):
         stored |= load_file(file)
-    kept = config["num_local_experts"]
-    assert result.format == "native" and "quantization_config" not in config and kept < 8
-    for name, whole in expected.items():
-        found = stored[name]
-        assert found.shape == (kept, *whole.shape[1:])
-        assert all(any(torch.equal(one, w) for w in whole) for one in found)
-    assert stored[f"{EXPERTS}.gate_up_proj_bias"].shape == (kept, 128)
-    small, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    width = config["intermediate_size"]
+    assert result.format == "native" and "quantization_config" not in config and width < 64
+    for name in [n for n in expected if n.endswith("gate_up_proj")]:  # every second column gate's, beside it up's
+        for found, whole in zip(
+            stored[name].unflatten(-1, (-1, 2)), expected[name].unflatten(-1, (-1, 2)), strict=True
+        ):
+            assert found.shape == (32, width, 2)
+            assert all((found[:, n, None] == whole).all(0).all(-1).any() for n in range(width))
+    assert stored[f"{EXPERTS}.gate_up_proj_bias"].shape == (8, 2 * width)
+    assert stored[f"{EXPERTS}.down_proj_bias"].shape == (8, 32)
+    eager = {"experts_implementation": "eager", "output_loading_info": True}
+    small, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **eager)
     assert type(small).__name__ == "GptOssForCausalLM" and not any(told.values())
     assert small(WINDOWS).logits.isfinite().all()
 

@@ -30,7 +30,7 @@ def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2)
 
 
-@pytest.mark.parametrize("name", NEIGHBOURS)
+@pytest.mark.parametrize("name", [*NEIGHBOURS, "llama4"])
 def test_a_canonical_head_rotates_halves(name):
     """Scores of rotated neighbours as stored = scores of rotated halves of what the canonical block's q and k give."""
     model = tiny.build(name, torch.float64)

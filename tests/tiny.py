@@ -157,7 +157,7 @@ MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; a
 RARE = (  # of these, what is made of the same as others: all laws are slow
     "exaone4_windows", "smollm3", "ernie4_5", "cohere", "cohere_norms", "phi", "phi_norms", "stablelm_parallel",
     "stablelm_norms", "falcon_new", "falcon_new_shared", "apertus", "qwen3_5",
-    "qwen3_5_moe", "nemotron_h_moe",
+    "qwen3_5_moe", "nemotron_h_moe", "llama4",
     "granite_hybrid", "granite_dense", "falcon_h1",
 )  # fmt: skip
 
@@ -202,11 +202,18 @@ _MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
             **_LOCAL, "head_dim": 12, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"],
         } | _rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
     ),
+    "llama4": (
+        "Llama4Text",
+        {
+            **_LOCAL, "head_dim": 12, "intermediate_size_mlp": 44, "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1],
+            "moe_layers": [1, 2], "attention_chunk_size": WINDOW, "floor_scale": 4, "attn_scale": 0.5,
+        },
+    ),
     "phimoe": ("Phimoe", {**_LOCAL, "attention_bias": True, "lm_head_bias": True, "sliding_window": None}),
 }  # fmt: skip
 _ROWS |= _MIXTURES
 SPARSE = ("qwen3_moe", *_MIXTURES)  # families with experts
-OTHERWISE = ("gpt_oss",)  # of these, those whose attention does what no other does
+OTHERWISE = ("gpt_oss", "llama4")  # of these, those whose attention does what no other does
 NAMES = tuple(n for n in _ROWS if n not in SPARSE + MORE)
 
 _DELTA: dict[str, Any] = {

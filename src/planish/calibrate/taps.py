@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ class Seen(dict[str, Tensor]):
     length = 0  # tokens of a window
     chosen: Tensor  # (tokens, top): the experts that each token reaches; what further columns hold is not looked at
     weights: Tensor  # (tokens, top): what their outputs are multiplied by
+    gates: Tensor | None = None  # (tokens, top): what their inputs are multiplied by, where gates are inside
     top = 0
     norms: Tensor  # (tokens, experts): of what each puts out
 
@@ -50,6 +51,8 @@ class Seen(dict[str, Tensor]):
         def see_chosen(module, args, kwargs) -> None:
             _, self.chosen, self.weights = args
             self.top = self.chosen.shape[1]
+            if row.inside:
+                self.gates, self.weights = self.weights, torch.ones_like(self.weights)
 
         hooks = ((block, see_length), (experts, see_chosen))
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
@@ -62,7 +65,8 @@ class Seen(dict[str, Tensor]):
         `scale`; minus what it would give the one that comes next if one of these were missing but the others kept theirs; and
         in a softmax over all experts minus what it has of it for the others.
 
-        The one that comes next is called as well, times 0, so that its gradient is what the loss would gain by it.
+        The one that comes next is called as well, times 0, so that its gradient is what the loss would gain by it. Where gates are
+        inside, what is shared is what experts put out then: 1 of each.
         """
         experts: Any = block.get_submodule(row.path)
         router: Any = block.get_submodule(row.router[0].rpartition(".")[0])
@@ -71,24 +75,12 @@ class Seen(dict[str, Tensor]):
 
         def look_further(module, args, kwargs, out) -> None:
             wider.clear()
-            if 0 < (top := getattr(module, "top_k", 0)) < len(experts.numbers):
-                module.top_k = top + 1
-                try:
-                    found = module.forward(*args, **kwargs)
-                finally:
-                    module.top_k = top
-                at = [n for n, t in enumerate(out) if t.shape[-1] == top]
-                (logits,) = (t for n, t in enumerate(out) if n not in at)
-                chosen, given = sorted((found[n] for n in at), key=torch.is_floating_point)
-                if (
-                    chosen.shape[1] == top
-                ):  # it knows no other number: the next by its logits, given what the last one is
-                    after = logits.scatter(1, chosen, -torch.inf).argmax(1, keepdim=True)
-                    chosen, given = torch.cat([chosen, after], dim=1), torch.cat([given, given[:, -1:]], dim=1)
-                wider.extend((chosen, given, logits))
+            if 0 < getattr(module, "top_k", 0) < len(experts.numbers):
+                wider.extend(ask_wider(module, args, kwargs, out))
 
         def see_shares(module, args):
-            hidden, chosen, weights = args
+            hidden, chosen, gates = args
+            weights = torch.ones_like(gates) if row.inside else gates
             shares, reached = weights.new_zeros(len(weights), len(experts.numbers)), chosen
             if wider:
                 index, given, logits = wider
@@ -98,13 +90,20 @@ class Seen(dict[str, Tensor]):
                 known = given.masked_fill(new, 0).sum(1, keepdim=True).clamp(min=torch.finfo(given.dtype).tiny)
                 at = new.int().argmax(1, keepdim=True)
                 least = (given * new).gather(1, at) * weights.sum(1, keepdim=True) / known / scale
+                if row.inside:
+                    gates, least = torch.cat([gates, given.gather(1, at)], dim=1), torch.ones_like(least)
                 shares = shares.scatter(1, index.gather(1, at), -least.to(shares.dtype))
                 reached = torch.cat([chosen, index.gather(1, at)], dim=1)
             shares = shares.scatter(1, chosen, weights / scale)
+            if row.inside and torch.is_grad_enabled():
+                shares.requires_grad_()
             see("experts.shares", shares)
             used = shares.gather(1, reached) * scale
             used = torch.cat([used[:, : self.top], used[:, self.top :] - used[:, self.top :].detach()], dim=1)
             self.chosen, self.weights = reached, used
+            if row.inside:
+                self.gates = gates
+                return hidden, reached, gates, used
             return hidden, reached, used
 
         return [
@@ -118,7 +117,8 @@ class Seen(dict[str, Tensor]):
         those outputs' lengths."""
 
         def see_gates(module, args):
-            _, chosen, weights = args
+            _, chosen, weights, *shares = args
+            weights = weights * shares[0].detach() if shares else weights
             see("experts.gates", weights.new_zeros(len(weights), len(experts.numbers)).scatter(1, chosen, weights))
 
         def start(module, args) -> None:
@@ -126,7 +126,10 @@ class Seen(dict[str, Tensor]):
 
         def see_norm(number: int, out: Tensor) -> None:
             token, real = self.find(number)
-            self.norms[token, number] = out.detach()[real].norm(dim=-1).to(self.norms.dtype)
+            length = out.detach()[real].norm(dim=-1)
+            if self.gates is not None:  # so that gate times length is that of what the expert adds
+                length = length / self.gates[self.chosen == number].detach()[real]
+            self.norms[token, number] = length.to(self.norms.dtype)
 
         hooks = []
         if "experts.out" in sites:
@@ -161,6 +164,24 @@ class Seen(dict[str, Tensor]):
             else:
                 found[site] = value.reshape(batch, -1, value.shape[-1])
         return found
+
+
+def ask_wider(router: Any, args: Any, kwargs: Any, out: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts (tokens, top + 1) that tokens would reach if they might reach one more, what the router gives each, and its
+    logits. `out`: what it says as it is."""
+    top = router.top_k
+    router.top_k = top + 1
+    try:
+        found = router.forward(*args, **kwargs)
+    finally:
+        router.top_k = top
+    at = [n for n, t in enumerate(out) if t.shape[-1] == top]
+    (logits,) = (t for n, t in enumerate(out) if n not in at)
+    chosen, given = sorted((found[n] for n in at), key=torch.is_floating_point)
+    if chosen.shape[1] == top:  # it knows no other number: the next by its logits, given what the last one is
+        after = logits.scatter(1, chosen, -torch.inf).argmax(1, keepdim=True)
+        chosen, given = torch.cat([chosen, after], dim=1), torch.cat([given, given[:, -1:]], dim=1)
+    return chosen, given, logits
 
 
 def choose_windows(part: str, first: int, n: int) -> Any:

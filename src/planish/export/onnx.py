@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from planish.errors import InputError
 from planish.export.written import Written, check_file, check_finite
-from planish.folder.config import load_config
+from planish.folder.config import load_config, read_layout
 from planish.folder.hub import find_folder
 from planish.folder.load import load
 from planish.folder.towers import refuse_wrapped
@@ -97,7 +97,7 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
                 output_names=["logits", *(f"present_{n}" for n in names)],
             )
         except torch.onnx.OnnxExporterError as error:
-            kind = config.model_type
+            kind = read_layout(config)[0].model_type
             raise InputError(f"torch has no ONNX operation for a part of {kind}: {name_cause(error)}") from None
         assert program is not None
         files = save_whole(lambda place: program.save(place, external_data=size > INLINE), target)

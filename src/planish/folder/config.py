@@ -196,6 +196,8 @@ def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[
     if mixtures and family.experts is not None:
         row = family.experts
         found |= dict(zip((row.count, row.top, row.width), mixtures.pop(), strict=True))
+        if row.bound and found[row.width] != width_of_experts(shapes):
+            return None
         for shared in {n for s in shapes for role, n, _ in s.others if role == "shared.up"} if row.shared else ():
             if shared % found[row.width]:  # it would have to become narrower too
                 return None

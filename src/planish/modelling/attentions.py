@@ -53,9 +53,9 @@ class Attention(nn.Module):
         self.softcap = getattr(stock, "attn_logit_softcapping", None) if family.softcap else None
         self.rotary, self.training = has_rotation(stock, family), stock.training
         self.position_scale, self.table_kind = family.position_scale, family.tables
-        self.qk_norm, self.norms = family.qk_norm if has_norms(stock, family) else "", family.norms
+        self.norm_kind, self.norms = family.qk_norm if has_norms(stock, family) else "", family.norms
         self.neighbours = rotary_width(stock, family) if any(f.layout == "neighbours" for f in family.fused) else 0
-        for name in self.norms if self.qk_norm else ():
+        for name in self.norms if self.norm_kind else ():
             setattr(self, name, getattr(stock, name))
         self.sinks: nn.Parameter | None = getattr(stock, family.sinks) if family.sinks else None
         if pairs:
@@ -86,9 +86,10 @@ class Attention(nn.Module):
         query, key = self.normalise("rotated", query, key)
         query, key = query.flatten(2, 3).transpose(1, 2), key.squeeze(3).transpose(1, 2)
         cache = past_key_values if past_key_values is not None else layer_past
+        past = self.count_past(cache)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        query = self.scale(query, kwargs.get("position_ids"))
+        query = self.scale(query, kwargs.get("position_ids"), past)
         # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
@@ -110,10 +111,10 @@ class Attention(nn.Module):
     def normalise(self, kind: str, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Through their norms, if the family's are of this kind: "width" sees (..., heads · qk), as do "each" and "listed"; the
         others (..., qk)."""
-        if self.qk_norm != kind and not (kind == "width" and self.qk_norm in ("each", "listed")):
+        if self.norm_kind != kind and not (kind == "width" and self.norm_kind in ("each", "listed")):
             return query, key
         q_norm, k_norm = (getattr(self, name) for name in self.norms)
-        if self.qk_norm != "width" and kind == "width":
+        if self.norm_kind != "width" and kind == "width":
             return self.normalise_each(q_norm, query), self.normalise_each(k_norm, key)
         return q_norm(query), k_norm(key)
 
@@ -121,31 +122,47 @@ class Attention(nn.Module):
         """x (..., heads · qk) through a norm that has weights for each head, in the order in which the family stores channels."""
         rows = FusedRows("neighbours", (), x.shape[-1] // self.qk, self.neighbours)
         x = (rows.join([x], -1) if self.neighbours else x).unflatten(-1, (-1, self.qk))
-        x = (norm(x.transpose(1, 2)).transpose(1, 2) if self.qk_norm == "listed" else norm(x)).flatten(-2)
+        x = (norm(x.transpose(1, 2)).transpose(1, 2) if self.norm_kind == "listed" else norm(x)).flatten(-2)
         return rows.split(x, -1)[0] if self.neighbours else x
 
-    def scale(self, query: Tensor, positions: Tensor | None) -> Tensor:
-        """Queries (batch, heads, tokens, qk) · (1 + β ln(1 + ⌊position / original length⌋)), where the family has that."""
-        if not self.position_scale:
+    def scale(self, query: Tensor, positions: Tensor | None, past: Any) -> Tensor:
+        """Queries (batch, heads, tokens, qk) · (1 + β ln(1 + ⌊position / original length⌋)), where the family has that; in blocks
+        without rotation positions count from 1, tokens that the cache held before (`past`) included."""
+        config = self.config
+        if self.position_scale == "rope_parameters":
+            assert positions is not None, "the model passes position_ids to every block"
+            length, beta = (
+                config.rope_parameters[n] for n in ("original_max_position_embeddings", "llama_4_scaling_beta")
+            )
+            factor = (1 + beta * torch.log1p(torch.floor(positions / length)))[:, None, :, None]
+            return query * factor.to(query.dtype)
+        if self.position_scale != "unrotated" or self.rotary or not config.attn_temperature_tuning:
             return query
-        assert positions is not None, "the model passes position_ids to every block"
-        rope = self.config.rope_parameters
-        turns = torch.floor(positions / rope["original_max_position_embeddings"])
-        return query * (1 + rope["llama_4_scaling_beta"] * torch.log1p(turns))[:, None, :, None].to(query.dtype)
+        at = torch.arange(query.shape[2], device=query.device) + past + 1
+        factor = torch.log1p(torch.floor(at.float() / config.floor_scale)) * config.attn_scale + 1
+        return (query * factor[:, None]).to(query.dtype)
+
+    def count_past(self, cache: Any) -> Any:
+        """Tokens that the cache holds already, where that matters."""
+        return cache.get_seq_length(self.layer_idx) if cache is not None and self.position_scale == "unrotated" else 0
 
     def turn(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """cos and sin (batch, tokens, kv_heads or 1, 1, pairs) of the pairs that every kv group has."""
-        cos, sin = map(self.table, position_embeddings)
+        cos, sin = self.rotations(position_embeddings)
         if self.pairs is None:
             return cos[..., None, None, :], sin[..., None, None, :]
         at, shape = self.pairs.flatten(), (*cos.shape[:-1], self.kv_heads, 1, -1)
         return take(cos, at).view(shape), take(sin, at).view(shape)
 
-    def table(self, t: Tensor) -> Tensor:
-        """A rotary table of the model's, cos or sin, with one value for each pair: (…, pairs)."""
+    def rotations(self, tables: Any) -> tuple[Tensor, Tensor]:
+        """cos and sin (…, pairs) of the model's rotary tables, with one value for each pair."""
+        if self.table_kind == "complex":
+            return tables.real, tables.imag
+        cos, sin = tables
         if self.table_kind == "one":
-            return t
-        return t[..., ::2] if self.table_kind == "twins" else t[..., : t.shape[-1] // 2]
+            return cos, sin
+        at = slice(None, None, 2) if self.table_kind == "twins" else slice(cos.shape[-1] // 2)
+        return cos[..., at], sin[..., at]
 
     def level(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads filled up with zeros to one size where PyTorch's attention is several times slower without: on the CPU.
@@ -203,12 +220,13 @@ class Latent(Attention):
         latent = self.k_proj(hidden_states).view(*shape, len(self.U), -1).transpose(1, 2)
         value = self.v_proj(hidden_states).contiguous().view(*shape, -1, self.v).transpose(1, 2)
         cache = past_key_values if past_key_values is not None else layer_past
+        past = self.count_past(cache)
         if cache is not None:
             if getattr(cache, "is_compileable", False):
                 raise NotImplementedError("attention on latent keys needs a cache that grows, such as DynamicCache")
             latent, value = cache.update(latent, value, self.layer_idx)
         key = (latent @ self.U.mT).unflatten(-1, (-1, self.qk)).transpose(2, 3).flatten(1, 2)
-        if self.qk_norm in ("width", "each", "listed"):
+        if self.norm_kind in ("width", "each", "listed"):
             query, key = self.normalise("width", *(x.transpose(1, 2).flatten(2) for x in (query, key)))
             query, key = (x.unflatten(-1, (-1, self.qk)).transpose(1, 2) for x in (query, key))
         query, key = self.normalise("head", query, key)
@@ -216,11 +234,11 @@ class Latent(Attention):
             layer = None if cache is None else cache.layers[self.layer_idx]
             at = find_positions(layer, kwargs.get("position_ids"), shape[1], key)
             kind = () if self.layer_type is None or not hasattr(self.tables, "layer_types") else (self.layer_type,)
-            cos, sin = (self.table(t)[:, None] for t in self.tables(value, at, *kind))
+            cos, sin = (t[:, None] for t in self.rotations(self.tables(value, at, *kind)))
             key = rotate_pairs(key, cos, sin)
             query = rotate_pairs(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
         query, key = self.normalise("rotated", query, key)
-        query = self.scale(query, kwargs.get("position_ids"))
+        query = self.scale(query, kwargs.get("position_ids"), past)
         # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
@@ -268,7 +286,7 @@ class Frequencies(Attention):
         assert position_embeddings is not None
         shape = hidden_states.shape[:-1]
         at = self.frequencies.flatten()
-        tables = [take(self.table(t), at).unflatten(-1, self.frequencies.shape) for t in position_embeddings]
+        tables = [take(t, at).unflatten(-1, self.frequencies.shape) for t in self.rotations(position_embeddings)]
         cos, sin = (t.transpose(1, 2) for t in tables)
         query = self.pick(self.q_proj(hidden_states)).view(*shape, self.heads, -1).transpose(1, 2)
         real, imaginary = self.U.repeat_interleave(self.heads // self.kv_heads, 1).unsqueeze(2).unbind(0)
@@ -278,9 +296,10 @@ class Frequencies(Attention):
         key = rotate_pairs(self.k_proj(hidden_states).view(*shape, self.sets, -1).transpose(1, 2), cos, sin)
         value = self.v_proj(hidden_states).view(*shape, self.sets, -1).transpose(1, 2)
         cache = past_key_values if past_key_values is not None else layer_past
+        past = self.count_past(cache)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        query = self.scale(query, kwargs.get("position_ids"))
+        query = self.scale(query, kwargs.get("position_ids"), past)
         # vLLM reads this call off the source: one per `forward`, through a local name, with `scaling=self.…`
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
@@ -318,13 +337,15 @@ def find_positions(layer: Any, given: Tensor | None, new: int, key: Tensor) -> T
     they were given then, which a layer of a cache is told here. Unknown ones count up to the next that is known.
     """
     batch, past = len(key), key.shape[2] - new
-    if given is None:
-        given = torch.arange(past, past + new, device=key.device)
-    given = given.reshape(-1, new).to(key.device)
     told = getattr(layer, "positions", None)
     if told is not None:
         told = told[:, -past:] if getattr(layer, "is_sliding", False) and past else told[:, :past]
-    if told is None or told.shape[1] != past or len(told) not in (1, batch):
+        told = told if told.shape[1] == past and len(told) in (1, batch) else None
+    if given is None:  # the block says nothing of them
+        first = past if told is None or not past else told[:, -1:] + 1
+        given = torch.arange(new, device=key.device) + first
+    given = given.reshape(-1, new).to(key.device)
+    if told is None:
         told = given[:, :1] + torch.arange(-past, 0, device=key.device)
     rows = max(len(given), len(told))
     at = torch.cat([told.expand(rows, -1), given.expand(rows, -1)], 1)

@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .attentions import Attention
-from .experts import Experts
-from .family import Family
+from .experts import Experts, close_mixture, open_mixture
+from .family import ExpertsRow, Family
 from .family import Fused as FusedRow
 from .heads import count_heads, head_width, rotary_width
 from .modules import Fused, FusedRows, make_linear, set_module
@@ -31,7 +31,14 @@ def split_experts(block: nn.Module, family: Family) -> nn.Module:
         stock = block.get_submodule(row.path)
         if not isinstance(stock, Experts):
             set_module(block, row.path, Experts(stock, row))
+        if row.inside:
+            open_mixture(*find_mixture(block, row))
     return block
+
+
+def find_mixture(block: nn.Module, row: ExpertsRow) -> tuple[nn.Module, nn.Module]:
+    """The module that holds a block's experts, and its router."""
+    return block.get_submodule(row.path.rpartition(".")[0]), block.get_submodule(row.router[0].rpartition(".")[0])
 
 
 def keep_experts(block: nn.Module, family: Family, kept: Sequence[int], top: int) -> None:
@@ -105,6 +112,8 @@ def join_block(block: nn.Module, family: Family) -> nn.Module:
         split = block.get_submodule(experts.path)
         if isinstance(split, Experts) and split.alike:
             set_module(block, experts.path, split.stack())
+            if experts.inside:
+                close_mixture(*find_mixture(block, experts))
     for row in list_fused(block, family):
         fused = block.get_submodule(row.path)
         if not isinstance(fused, Fused) or not all(type(getattr(fused, r)) is nn.Linear for r in fused.roles):

@@ -47,13 +47,14 @@ class Experts(nn.Module):
     stacked transposed or in turns.
 
     y_t = Σ over the experts j that token t reaches: w_tj · down_j(act(gate_j x_t) ⊙ up_j x_t), or whatever else the stock module
-    does between them. Every expert is called, if on no token, so that hooks see each of them once in every pass.
+    does between them; or with w_tj inside, at x_t. Every expert is called, if on no token, so that hooks see each of them once
+    in every pass.
     """
 
     def __init__(self, stock: nn.Module, row: ExpertsRow):
         super().__init__()
         self.names, self.rows, self.stacks = tuple(n for n in row.names if n), StackedRows.of(row), row.stacks
-        self.act_fn = getattr(stock, "act_fn", None)
+        self.act_fn, self.inside = getattr(stock, "act_fn", None), row.inside
         every = range(len(stock.get_parameter("down_proj")))
         self.origins: list[int] = getattr(stock, "origins", [*every])  # what numbers they had when none was gone
         hollow = copy.copy(stock)  # the stock module without weights, for `stack`
@@ -119,20 +120,60 @@ class Experts(nn.Module):
         first = self.act_fn(wide[0])
         return first * wide[1] if len(wide) > 1 else first
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """x (tokens, hidden), the experts that each reaches and their weights (tokens, top) → (tokens, hidden)."""
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, shares: Tensor | None = None
+    ) -> Tensor:
+        """x (tokens, hidden), the experts that each reaches and their weights (tokens, top) → (tokens, hidden). `shares` (tokens,
+        top): what outputs are multiplied by besides."""
         out = torch.zeros_like(hidden_states)
         for number in self.numbers:
             *wide, down = self.linears(number)
             if (
                 torch.compiler.is_exporting()
             ):  # graphs hold no choice of tokens: all of them, times 0 where it is not reached
-                gates = torch.where(top_k_index == number, top_k_weights, 0).sum(-1, keepdim=True)
-                y = down(self.activate(*(linear(hidden_states) for linear in wide))) * gates
+                x, gates = hidden_states, torch.where(top_k_index == number, top_k_weights, 0).sum(-1, keepdim=True)
+            else:
+                token, slot = torch.where(top_k_index == number)
+                x, gates = hidden_states[token], top_k_weights[token, slot, None]
+            x = x * gates if self.inside else x
+            y = down(self.activate(*(linear(x) for linear in wide)))
+            y = y if self.inside else y * gates
+            if torch.compiler.is_exporting():
                 out = out + y.to(out.dtype)
                 continue
-            token, slot = torch.where(top_k_index == number)
-            x = hidden_states[token]
-            y = down(self.activate(*(linear(x) for linear in wide))) * top_k_weights[token, slot, None]
+            y = y if shares is None else y * shares[token, slot, None]
             out = out.index_add(0, token, y.to(out.dtype))
         return out
+
+
+class GatingRouter(nn.Linear):
+    """Logits, gates and which experts a token reaches, as other routers say it; each gate is the sigmoid of its logit."""
+
+    top_k: int
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(hidden_states)
+        largest, chosen = torch.topk(logits, self.top_k, dim=1)
+        return logits, torch.sigmoid(largest.float()).to(logits.dtype), chosen
+
+
+class InsideMixture(nn.Module):
+    """A mixture whose gates multiply what experts read: the stock module runs all experts on all tokens, most on zeros."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        x = hidden_states.flatten(0, -2)
+        logits, gates, chosen = self.router(x)
+        return self.shared_expert(x) + self.experts(x, chosen, gates), logits
+
+
+def open_mixture(mixture: nn.Module, router: nn.Module) -> None:
+    """Give a stock mixture whose experts are linears of their own, and its router, what says which tokens reach which."""
+    if not isinstance(mixture, InsideMixture):
+        mixture.__dict__["stock"] = type(mixture), type(router)
+        mixture.__class__, router.__class__ = InsideMixture, GatingRouter
+
+
+def close_mixture(mixture: nn.Module, router: nn.Module) -> None:
+    """Undo `open_mixture`."""
+    if isinstance(mixture, InsideMixture):
+        mixture.__class__, router.__class__ = mixture.__dict__.pop("stock")

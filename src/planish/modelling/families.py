@@ -102,7 +102,9 @@ _ROWS = (
     ),
     _post_norm("olmo2", _classes("Olmo2")),
     _post_norm("olmo3", _classes("Olmo3"), window=True),
-    Family("ministral3", _classes("Ministral3"), SELF_ATTENTION | GATED_MLP, window=True, position_scale=True),
+    Family(
+        "ministral3", _classes("Ministral3"), SELF_ATTENTION | GATED_MLP, window=True, position_scale="rope_parameters"
+    ),
     _post_norm(
         "exaone4", _classes("Exaone4"), "head", window=True, rotates="is_sliding", rotates_without="sliding_window"
     ),
@@ -204,6 +206,32 @@ _ROWS = (
             transposed=True,
             alternating=True,
             stacked=True,
+        ),
+    ),
+    Family(
+        "llama4_text",
+        ("Llama4TextConfig", "Llama4TextModel", "Llama4ForCausalLM"),
+        _VALUES | {r: f"feed_forward.{r}_proj" for r in MLP},
+        _NEIGHBOURS,
+        mlp="feed_forward",
+        qk_norm="rotated",
+        norms=("qk_norm", "qk_norm"),
+        rotates="use_rope",
+        tables="complex",
+        position_scale="unrotated",
+        intermediate="intermediate_size_mlp",
+        others={f"shared.{r}": f"feed_forward.shared_expert.{r}_proj" for r in MLP},
+        experts=ExpertsRow(
+            path="feed_forward.experts",
+            count="num_local_experts",
+            width="intermediate_size",
+            router=("feed_forward.router.weight",),
+            normalised=None,
+            otherwise="apart",
+            transposed=True,
+            stacked=True,
+            inside=True,
+            bound=True,
         ),
     ),
     Family(

@@ -43,6 +43,8 @@ class ExpertsRow:
         ""  # the config's name of the width of what they read and give, where that is not the residual stream's
     )
     transposed: bool = False  # stacked weights have their last two axes the other way round
+    inside: bool = False  # gates multiply what experts read, each the sigmoid of its logit, not what they put out
+    bound: bool = False  # the shared feed-forward is as wide as an expert
     alternating: bool = False  # of what is stacked, gate's channels and up's take turns
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # the first is empty where there is no gate
     top: str = "num_experts_per_tok"
@@ -115,16 +117,17 @@ class Family:
     rotates: str = ""  # the attention's own name of what is set in blocks that rotate; empty: all of them do
     rotates_where: tuple[str, str] | None = None  # all blocks rotate where the config says this, else none
     rotates_without: str = ""  # the config's name of what, where it is not set, makes all blocks rotate
-    tables: str = (
-        "halves"  # rotary tables have two values for a pair: one half after the other, "twins" side by side; or "one"
-    )
+    # Rotary tables have two values for a pair, one half after the other or, "twins", side by side; "one"; or one table of
+    # "complex" numbers.
+    tables: str = "halves"
     sinks: str = (
         ""  # the attention's own name of a score for each head that stands beside those of the tokens, with no value
     )
     window: bool = False  # attention takes a sliding window
     softcap: bool = False
     mrope: bool = False  # a token has three positions, each for a section of the rotary pairs
-    position_scale: bool = False  # queries grow with the logarithm of their position (Llama 4, Ministral 3)
+    # Queries grow with the logarithm of their position: as "rope_parameters" say, or in blocks that are "unrotated".
+    position_scale: str = ""
     parallel: bool = False  # attention and MLP read the same residual, unless the config says otherwise
     in_place: bool = False  # the block adds to what its feed-forward gave without a copy
     conv1d: bool = False  # linears are stored transposed
