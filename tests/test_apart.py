@@ -15,12 +15,14 @@ from planish.calibrate.collect import measure_block
 from planish.calibrate.measure import measure_back
 from planish.calibrate.stream import Stream, read_weights
 from planish.compression import resume
+from planish.dry_run import seconds
 from planish.folder import stored_linear
 from planish.folder.model_folder import ModelFolder
 from planish.folder.source import open_source
 from planish.folder.stored_linear import StoredLinear, count_held
 from planish.folder.writer import Writer
 from planish.stats import Tap
+from posed import pose_on
 from tiny import compress
 
 WINDOWS = tiny.windows(6, 12)
@@ -71,6 +73,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 WRITTEN = [("mixtral", "reap"), ("granitemoe", "reap")]
 FURTHER = [
     ("gpt_oss", "reap"),
+    ("nemotron_h_moe", "reap"),
     ("granitemoe", "flat-llm"),
     ("deepseek_v3", "hope"),
     ("qwen3_moe", "auto"),
@@ -138,6 +141,16 @@ def test_the_forecast_counts_what_is_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(stored_linear, "APART", 0)
     router = next(r for r, out, n in shape.others if out == 8)
     assert count_held(shape) == count_held(more) == shape.count(*shape.roles, router) + shape.count("expert.0.up")
+
+
+def test_a_rehearsal_takes_no_memory_for_every_expert(tmp_path, monkeypatch):
+    """Weights of all experts are one tensor."""
+    source, seen = open_source(tiny.save(tiny.build("qwen3_moe"), tmp_path / "m")), []
+    monkeypatch.setattr(seconds, "solve_once", lambda solver, given, rank: seen.append(given[1]))
+    problem = pose_on(Stream(source, WINDOWS), "flat-llm", 0.8).problem
+    shape, units = problem.shapes[0], {u: s for u, s in problem.units.items() if u.block == 0}
+    seconds.rehearse_at(units, dict.fromkeys(units, 4), shape, shape)
+    assert {len({seen[0][f"expert.{n}.{r}"].data_ptr() for n in range(8)}) for r in ("gate", "up", "down")} == {1}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -273,15 +274,20 @@ def rehearse_at(solvers: Mapping[Unit, Solver], ranks: Plan, shape: Shape, small
     """Seconds at another size of the block."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+    @functools.cache
+    def draw(what: str, scale: float, *size: int) -> Tensor:
+        return torch.randn(*size, generator=generator) * scale
 
-    weights: Weights = {r: draw(*small.linear(r)) / small.linear(r)[1] ** 0.5 for r in list_roles(solvers, small)}
+    def name(what: str) -> str:  # all experts get the same numbers: many take no more memory than one
+        return re.sub(r"expert\.\d+", "expert", what)
+
+    roles = list_roles(solvers, small)
+    weights: Weights = {r: draw(name(r), small.linear(r)[1] ** -0.5, *small.linear(r)) for r in roles}
     taps: list[Tap] = sorted({t for u, s in solvers.items() for t in s.taps(u, small)})
     sites = sorted({s for t in taps for s in t.sites})
     tokens = max((small.width(s) for s in sites), default=0)
     stats = Stats(taps)
-    stats.update({s: draw(8, tokens // 8 + 1, small.width(s)) for s in sites})
+    stats.update({s: draw(name(s), 1.0, 8, tokens // 8 + 1, small.width(s)) for s in sites})
     found: dict[Unit, Took] = {}
     for unit, solver in solvers.items():
         admissible = solver.ranks(unit, small)

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from planish.core import ExpertShape
 from planish.folder.model_folder import match_names
 from planish.folder.packed.declared import FIELDS, MODELOPT, read_raw
 from planish.folder.packed.reader import FLOATS, PackedWeights
 from planish.folder.safetensors import Later, make_header
 from planish.folder.source import FolderSource, Source
-from planish.folder.stored import Weights
+from planish.folder.stored import Stored, Weights
+from planish.modelling.families import ExpertsRow
 
 PATTERN = re.compile(r"experts\W*[\d\[]")  # a name, or an expression for names, with numbers of experts
 GONE = "\0"  # in place of a listed module that is not there any more
@@ -133,7 +135,7 @@ def find_released(source: Source) -> Released | None:
     if any(PATTERN.search(text) and not match_expert(source, text) for text in texts):
         return None
     places: dict[int, dict[str, Place]] = {i: {} for i in range(source.n_blocks)}
-    outside = []
+    outside, shapes = [], [source.shape(i).experts for i in places]
     for name, stored in match_names(weights.stored.names, family).items():
         if name.startswith(source.reader.predictors):
             continue
@@ -143,17 +145,15 @@ def find_released(source: Source) -> Released | None:
         number, _, inside = name.removeprefix(f"{family.blocks}.").partition(".")
         if family.store_name(name) != stored or not number.isdecimal() or int(number) not in places:
             return None
-        place = find_place(source, int(number), inside, stored, weights.stored)
+        place = find_place(row, shapes[int(number)], inside, weights.stored.entry(stored))
         if place is None:
             return None
         places[int(number)][stored] = place
     return Released(source, weights.stored, places, outside)
 
 
-def find_place(source: FolderSource, i: int, inside: str, stored: str, weights: Weights) -> Place | None:
-    """Where a stored tensor of block i belongs; None where it is not known how it would be cut."""
-    row, experts, entry = source.family.experts, source.shape(i).experts, weights.entry(stored)
-    assert row is not None
+def find_place(row: ExpertsRow, experts: ExpertShape | None, inside: str, entry: Stored) -> Place | None:
+    """Where a stored tensor of a block with these experts belongs; None where it is not known how it would be cut."""
     if experts is None:
         return Place(inside)
     first = len(entry.shape) > 0 and entry.shape[0] == experts.number
