@@ -1,9 +1,9 @@
 """vLLM's Transformers backend for compressed models. Imported by vLLM alone, through the plugin.
 
-Four things differ from a stock model, and are told to the backend here: blocks without an attention have no cache and are
-left out of its numbering; heads may be narrower than the configuration's, each block's cache has the smallest head size
-that vLLM's attention offers for it; index tables are buffers that the backend would leave without storage; a linear may have
-another form in one block than in the next, and only plain ones can be fused.
+Five things differ from a model as the backend expects it, and are told to it here: blocks without an attention have no
+cache and are left out of its numbering; heads may be narrower than the configuration's, each block's cache has the smallest
+head size that vLLM's attention offers for it; index tables are buffers that the backend would leave without storage; a
+linear may have another form in one block than in the next, and only plain ones can be fused; logits may be divided.
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ def list_linears(fuser: Any) -> list[str]:
 
 
 class TransformersForCausalLM(backend.TransformersForCausalLM):  # the name by which vLLM knows its own backend
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if divisor := getattr(self.text_config, "logits_scaling", None):  # granite's, which the backend does not know
+            self.logits_processor.scale /= divisor
+
     def init_parameters(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().init_parameters(module, dtype)
         for part in module.modules():
