@@ -81,6 +81,9 @@ class Shape:
     further: tuple[str, ...] = ()  # of `others`: linears that may be cut alone, those of a mixer
     state: int = 0  # numbers that a mixer keeps of a sequence, however long it is
     fixed: tuple[str, ...] = ()  # see `Family.fixed`
+    attends: tuple[str, ...] = (
+        ATTENTION  # linears of attention: where keys are values too, or another block's, some are absent
+    )
     hybrid: bool = False  # some block of the model has a mixer
     mrope: bool = False  # a token has several positions: keys cannot be turned anew from one
 
@@ -95,10 +98,17 @@ class Shape:
         return bool(self.heads) and "attention" not in self.fixed
 
     @property
+    def stays(self) -> str:
+        """What some block of the model does, for which no attention may go whole."""
+        if self.hybrid:
+            return "has a mixer"
+        return "shares keys and values, or is given more than the stream" if "keys" in self.fixed else ""
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """Linears of attention and of the dense feed-forward."""
         mlp = (MLP if self.gated else MLP[1:]) if self.intermediate else ()
-        return (ATTENTION if self.heads else ()) + mlp
+        return (self.attends if self.heads else ()) + mlp
 
     @property
     def linears(self) -> tuple[str, ...]:
