@@ -152,15 +152,6 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", {**_GQA, "use_qkv_bias": True} | _rope("default", partial_rotary_factor=0.25)),
     "nemotron": ("Nemotron", {**_GQA, "head_dim": 12} | _rope("default", partial_rotary_factor=0.5)),
     "starcoder2": ("Starcoder2", {**_GQA, "sliding_window": WINDOW, "num_hidden_layers": 2}),
-    "gemma4": (
-        "Gemma4Text",  # the last two blocks read keys and values of the first two, and values of full attention are its keys
-        {
-            **_GQA, "head_dim": 12, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
-            "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW,
-            "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 6,
-            "vocab_size_per_layer_input": VOCABULARY, "tie_word_embeddings": True, "final_logit_softcapping": 8.0,
-        },
-    ),
 }  # fmt: skip
 MORE = tuple(list(_ROWS)[list(_ROWS).index("seed_oss") :])  # a few laws each; all of them where slow tests run
 RARE = (  # of these, what is made of the same as others: all laws are slow
@@ -297,6 +288,18 @@ _HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 _ROWS |= _HYBRIDS
+_ROWS |= {
+    "gemma4": (
+        "Gemma4Text",  # the last two blocks read keys and values of the first two, and values of full attention are its keys
+        {
+            **_GQA, "head_dim": 12, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+            "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW,
+            "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": VOCABULARY, "tie_word_embeddings": True, "final_logit_softcapping": 8.0,
+        },
+    ),
+}  # fmt: skip
+STOCK = ("gemma4",)  # families whose attention stays the stock one; all laws are slow
 HYBRIDS = tuple(_HYBRIDS)  # families with mixers in place of some attentions, or beside them
 MIXED = ("qwen3_next", "granite_hybrid", "qwen3_5_moe", "nemotron_h_moe")  # of these, those with experts
 

@@ -221,8 +221,8 @@ class Stream:
         """Which call arguments are the n-th batch's."""
         return n if self.family.per_token else size
 
-    def forward(self, i: int, block: nn.Module, hidden: Tensor, n: int) -> Tensor:
-        """The n-th batch through block i, on the device."""
+    def forward(self, i: int, block: nn.Module, hidden: Tensor, n: int = -1) -> Tensor:
+        """The n-th batch through block i, on the device; which one it is matters where calls say what tokens they are of."""
         call = dict(self.calls[self.key(len(hidden), n)][i])
         if self.family.per_token and (of_tokens := call.get(self.family.per_token[1])) is not None:
             call[self.family.per_token[1]] = of_tokens.to(self.device)
