@@ -53,7 +53,12 @@ CUTS += [("flat-llm", f) for f in tiny.NAMES] + [
 ]  # fmt: skip
 SOME = [c for c in CUTS if c[1] in (*tiny.CORE, "gemma3", "llama_bias") or c[0] not in ("flat-llm", "blockpruner")]
 SOME = [c for c in SOME if c[1] not in tiny.RARE + tiny.OTHERWISE and c not in [("auto", f) for f in tiny.HYBRIDS]]
-GATED = ("qwen3_next", "qwen3_5", "qwen3_5_moe", *tiny.STOCK)  # whose outputs of attention are, or values more: they stay
+GATED = (
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
+    *tiny.STOCK,
+)  # whose outputs of attention are, or values more: they stay
 ALL = [pytest.param(*c, marks=() if c in SOME else pytest.mark.slow, id="-".join(c)) for c in CUTS]
 
 

@@ -559,7 +559,9 @@ def test_load_with_a_device_map(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", tiny.each(n for n in tiny.NAMES + tiny.MORE + tiny.HYBRIDS + tiny.STOCK if n not in tiny.MIXED))
+@pytest.mark.parametrize(
+    "name", tiny.each(n for n in tiny.NAMES + tiny.MORE + tiny.HYBRIDS + tiny.STOCK if n not in tiny.MIXED)
+)
 def test_models_without_weights_have_the_buffers_of_whole_ones(name):
     """Rotary tables, masks, scales of embeddings: bit for bit; parameters are there in shape alone."""
     config = tiny.configure(name)

@@ -537,7 +537,9 @@ def test_batches_do_not_matter(method, family):
     for name, w in whole.items():
         if "A.weight" in name or "B.weight" in name:
             continue  # compared as products below: nearly equal singular values turn both factors together
-        torch.testing.assert_close(parts[name], w, rtol=near * 1e-6, atol=near * 1e-8, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parts[name], w, rtol=near * 1e-6, atol=near * 1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
     for name in whole:
         if name.endswith("A.weight") and name.replace("A.w", "B.w") in whole:
             product = [w[name.replace("A.w", "B.w")] @ w[name] for w in (whole, parts)]

@@ -81,10 +81,8 @@ class Shape:
     further: tuple[str, ...] = ()  # of `others`: linears that may be cut alone, those of a mixer
     state: int = 0  # numbers that a mixer keeps of a sequence, however long it is
     fixed: tuple[str, ...] = ()  # see `Family.fixed`
-    attends: tuple[str, ...] = (
-        ATTENTION  # linears of attention: where keys are values too, or another block's, some are absent
-    )
-    hybrid: bool = False  # some block of the model has a mixer
+    attends: tuple[str, ...] = ATTENTION  # its linears: some are absent where keys are values too, or another block's
+    stays: str = ""  # what some block of the model does or has, for which no attention may go whole
     mrope: bool = False  # a token has several positions: keys cannot be turned anew from one
 
     @property
@@ -96,13 +94,6 @@ class Shape:
     def averages(self) -> bool:
         """Whether attention does no more with values than to average them over tokens."""
         return bool(self.heads) and "attention" not in self.fixed
-
-    @property
-    def stays(self) -> str:
-        """What some block of the model does, for which no attention may go whole."""
-        if self.hybrid:
-            return "has a mixer"
-        return "shares keys and values, or is given more than the stream" if "keys" in self.fixed else ""
 
     @property
     def roles(self) -> tuple[str, ...]:

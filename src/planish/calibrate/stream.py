@@ -175,7 +175,7 @@ class Stream:
                 inputs.append(hidden)
             if self.family.per_token and (of_tokens := kwargs.get(self.family.per_token[1])) is not None:
                 kwargs[self.family.per_token[1]] = of_tokens.to("cpu")
-            self.calls.setdefault(self.key(len(hidden), n), [{}] * len(self.blocks))[i] = kwargs
+            self.calls.setdefault(self._key(len(hidden), n), [{}] * len(self.blocks))[i] = kwargs
             return hidden
 
         for n, piece in enumerate(self.pieces):
@@ -217,13 +217,13 @@ class Stream:
         same = all(p.dtype == self.dtype and p.device in here for p in block.parameters())
         return block if same else copy.deepcopy(block).to(self.device, self.dtype)
 
-    def key(self, size: int, n: int) -> int:
+    def _key(self, size: int, n: int) -> int:
         """Which call arguments are the n-th batch's."""
         return n if self.family.per_token else size
 
     def forward(self, i: int, block: nn.Module, hidden: Tensor, n: int = -1) -> Tensor:
         """The n-th batch through block i, on the device; which one it is matters where calls say what tokens they are of."""
-        call = dict(self.calls[self.key(len(hidden), n)][i])
+        call = dict(self.calls[self._key(len(hidden), n)][i])
         if self.family.per_token and (of_tokens := call.get(self.family.per_token[1])) is not None:
             call[self.family.per_token[1]] = of_tokens.to(self.device)
         own = hidden.to(self.device)

@@ -119,9 +119,16 @@ def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
         state=read_state(config, family) if has_mixer(block, family) else 0,
         fixed=layout.fixed,
         attends=tuple(r for r in attends if r in ATTENTION),
-        hybrid=any(has_mixer(b, family) for b in blocks),
+        stays=find_obstacle(blocks, family),
         mrope=family.mrope,
     )
+
+
+def find_obstacle(blocks: nn.ModuleList, family: Family) -> str:
+    """What some block does or has, for which no attention of the model may go whole."""
+    if any(has_mixer(b, family) for b in blocks):
+        return "has a mixer"
+    return "shares keys and values, or is given more than the stream" if "keys" in family.fixed else ""
 
 
 def read_values(block: nn.Module, family: Family, kv_heads: int) -> int:
