@@ -10,6 +10,7 @@ from torch import nn
 
 import planish
 import tiny
+import wrapped
 from compressed import low_rank, make_folder, neurons
 from planish.calibrate.linears import measure_gradients
 from planish.calibrate.losses import compute_logits, output_gradient
@@ -142,3 +143,35 @@ def test_what_removes_attention_or_cuts_keys_is_refused(method, tmp_path):
     with pytest.raises(InputError, match=r"shares keys and values|cuts neither keys nor values"):
         tiny.compress(tiny.build("gemma4"), output=tmp_path / "m", method=method, windows=WINDOWS, **options)
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_inside_its_wrapper(tmp_path):
+    """The language model is cut, what is around it is copied bit for bit; for a text with an image in it too, the result is the
+    stock model with its products."""
+    model = wrapped.build("gemma4")
+    folder = tiny.save(model, tmp_path / "dense")
+    result = tiny.compress(str(folder), output=tmp_path / "m", keep=0.8, method="svd-llm", windows=WINDOWS[:4])
+    before, after = wrapped.read(folder), wrapped.read(tmp_path / "m")
+    around = {n for n in before if "language_model" not in n}
+    assert around and all(torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8)) for n in around)
+    assert sum(result.untouched.values()) == sum(before[n].nbytes for n in around)
+    assert result.bytes_after == sum(p.stat().st_size for p in (tmp_path / "m").glob("*.safetensors"))
+    small = planish.load(tmp_path / "m")
+    assert isinstance(small, type(model))
+    for ours, stock in zip(*(m.model.language_model.layers for m in (small, model)), strict=True):
+        for name in [n for n, m in ours.named_modules() if isinstance(m, Pair)]:
+            stock.get_submodule(name).weight.copy_(ours.get_submodule(name).dense())
+    torch.testing.assert_close(wrapped.see(small, "gemma4"), wrapped.see(model, "gemma4"), rtol=1e-4, atol=1e-4)
+    ids = WINDOWS[:2].clamp(max=80)  # no images
+    torch.testing.assert_close(small(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_wrapper_of_which_nothing_is_cut(tmp_path):
+    folder = tiny.save(wrapped.build("gemma4"), tmp_path / "dense")
+    result = tiny.compress(str(folder), output=tmp_path / "m", keep=1.0, method="a3", windows=WINDOWS[:4])
+    before, after = wrapped.read(folder), wrapped.read(tmp_path / "m")
+    assert result.format == "native" and before.keys() == after.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    assert type(planish.load(tmp_path / "m")) is type(wrapped.build("gemma4"))
