@@ -1,7 +1,7 @@
 """Tiny random models around a language model: vision towers of two or three blocks, and text towers like `tiny`'s.
 
-`build(name)` gives one of `NAMES`, `HYBRIDS` or `STOCK` in fp32, the same every time; `picture(name)` what its forward takes for a text
-with an image in it; `rename` writes its checkpoint with the names of the modules.
+`build(name)` gives one of `NAMES`, `HYBRIDS` or `STOCK` in fp32, the same every time; `picture(name)` what its forward takes
+for a text with an image in it; `rename` writes its checkpoint with the names of the modules.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": tiny._COMMON | tiny._ROWS["gemma4"][1],
             "vision_config": {
-                **_VISION, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2,
-                "pooling_kernel_size": 2, "position_embedding_size": 16,
+                **_VISION, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+                "patch_size": 2, "pooling_kernel_size": 2, "position_embedding_size": 16,
             }, "image_token_id": IMAGE, "video_token_id": 91, "audio_token_id": 94, "boi_token_id": START, "eoi_token_id": END,
         },
     ),
