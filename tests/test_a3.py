@@ -246,7 +246,8 @@ def compare_answers(small, model, ids, options):
         m.generate(ids, use_cache=c, **options) for m, c in ((small, True), (small, False), (model, True))
     )
     known = model(ids, attention_mask=options["attention_mask"]).logits.isfinite().all((1, 2))
-    assert torch.equal(cached, fresh) and torch.equal(cached[known], dense[known]) and known.any()
+    n = min(cached.shape[1], dense.shape[1])  # both end where every sequence has, those of NaN later
+    assert torch.equal(cached, fresh) and torch.equal(cached[known, :n], dense[known, :n]) and known.any()
     return cached
 
 
@@ -548,8 +549,7 @@ def test_a_low_rank_within_a_frequency_commutes_with_rotation(name, group, tmp_p
     cached = compare_answers(small, model, ids, options)
     if name != "llama_dynamic":  # its frequencies change with the length
         static = small.generate(ids, cache_implementation="static", disable_compile=True, **options)
-        full = slice(1 if name == "gemma2" else 0, None)  # its windows of a static cache count padding
-        assert torch.equal(static[full], cached[full])
+        assert torch.equal(static, cached)
 
 
 def test_keys_shared_within_frequencies_lose_no_more_than_dropped_pairs():
