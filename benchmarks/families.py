@@ -67,6 +67,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the tests' models are made to b
     "smollm3": {"no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4},
     "nemotron_h": tiny._HYBRIDS["nemotron_h_moe"][1],
     "gpt_oss": tiny._rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    "gemma4_text": {"head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 32},
 }  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def read_format(form: str) -> Callable[[str, Path], str]:
         place = folder.with_name(form.replace(" ", "_"))
         config = tiny.configure(name)
         try:
-            model = build(name, **{n: size for n, size in SIZES.items() if getattr(config, n, None)}).to(torch.bfloat16)
+            model = build(name, **{n: size for n, size in SIZES.items() if config.to_dict().get(n)}).to(torch.bfloat16)
             weights = packed_files.write(model, FORMATS[form], place)
         except (AttributeError, IndexError, KeyError):
             raise NotRun(NO_WRITER) from None

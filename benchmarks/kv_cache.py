@@ -3,7 +3,7 @@
     python benchmarks/kv_cache.py                                                      # the embedded model
     python benchmarks/kv_cache.py --model FOLDER --name NAME --text FILE               # FILE is split: 3/4 to calibrate
 
-Dense and cut models (`--kv-keep`) with caches of 16, 8, 4 bits and fewer (`planish.modelling.cache_bits`), and the dense model in
+Dense and cut models (`--kv-keep`) with caches of 16, 8, 4 bits and fewer (`planish.export.cache_bits`), and the dense model in
 llama.cpp with its own types (`-ctk`, `-ctv`). KL: of the next token's distribution from the dense model's with a cache that is not
 rounded, on text that nothing was calibrated on. Weights are not rounded. A row that the CSV has is not measured again.
 """
@@ -31,8 +31,8 @@ import planish
 from planish.calibrate.text import eval_windows, load_tokens
 from planish.errors import PlanishError
 from planish.export import export
+from planish.export.cache_bits import CacheBits, caching
 from planish.export.llama_cpp import LlamaCpp
-from planish.modelling.cache_bits import CacheBits, caching
 
 TABLE = ROOT / "docs" / "tables" / "kv_cache.md"
 FIELDS = ("model", "protocol", "stack", "kv_keep", "cache", "bytes", "kl", "stderr", "excess", "cpu_seconds")

@@ -16,10 +16,9 @@ OPENS, CLOSES = "<!-- table of benchmarks/real.py -->", "<!-- end of table -->"
 NAMES = {
     "auto": "auto", "auto:structural": "auto, dense shapes only", "flat-llm": "FLAT-LLM", "a3": "A3", "modegpt": "MoDeGPT",
     "svd-llm": "SVD-LLM", "erc-svd": "ERC-SVD", "mpifa": "MPIFA", "subfit": "SubFit", "llm-drop": "LLM-Drop",
-    "slicegpt": "SliceGPT",
+    "slicegpt": "SliceGPT", "kfac-svd": "KFAC-SVD", "io-svd": "IO-SVD", "cocurve": "CoCurve",
 }  # fmt: skip
-STRUCTURAL = ("flat-llm", "a3", "modegpt", "slicegpt", "llm-drop")  # published, dense shapes only
-KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)  # in the README
+STRUCTURAL = ("flat-llm", "a3", "modegpt", "slicegpt", "llm-drop", "cocurve")  # published, dense shapes only
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4, held out"}
 Key = tuple[str, float]  # method, keep
 
@@ -55,6 +54,16 @@ class Found:
         value = self.values.get(key, {}).get(name)
         return None if value is None else float(value)
 
+    @property
+    def usual(self) -> str:
+        """How the text of most points was evaluated: perplexities beside one another are of the same windows."""
+        found = [p["text"] for p in self.protocols.values() if "text" in p]
+        return max(dict.fromkeys(found), key=found.count, default="")
+
+    def beside(self, key: Key, name: str) -> float | None:
+        """A value of the text phase, of points that were evaluated as most are."""
+        return self.number(key, name) if self.protocols.get(key, {}).get("text") == self.usual else None
+
     def before(self, key: Key, phase: str, name: str) -> str | None:
         """The dense model's value by the protocol that a point's phase was measured by."""
         return self.dense.get((self.protocols.get(key, {}).get(phase, ""), name))
@@ -79,11 +88,9 @@ class Found:
     def refusal(self, key: Key) -> str | None:
         return self.values.get(key, {}).get("compress refused")
 
-    def denses(self, text: str) -> list[str]:
-        """Perplexities of the dense model, one per protocol that is in use."""
-        protocols = dict.fromkeys(p["text"] for p in self.protocols.values() if "text" in p)
-        found = [self.dense[p, name] for p in protocols if (p, name := f"text {text} perplexity") in self.dense]
-        return [f"{float(x):.2f}" for x in found]
+    def level(self, text: str) -> float:
+        """Perplexity of the dense model, evaluated as most points are."""
+        return float(self.dense[self.usual, f"text {text} perplexity"])
 
 
 def write_page(table: Path) -> None:
@@ -129,7 +136,7 @@ on C4 (two thirds of 300 documents); evaluated on the WikiText-2 test set and on
 - *Decode*: tokens per second as a multiple of the dense model's in the same turns (transformers, float32, one CPU thread).
 - *CPU s*: processor seconds of the whole `planish compress` process, start included, on a machine that did other work; in brackets
   where it used statistics that the same method had measured for another keep. *Memory*: its peak.
-- A dash was not measured.
+- A dash was not measured, or in the first two tables not in the same windows; the letter at the end of a row says in which.
 
 ![WikiText-2 perplexity against the share of weights that stays](../real.svg)
 """
@@ -139,9 +146,9 @@ def section(m: Found) -> list[str]:
     lines = [f"## {m.model}, calibrated on {m.calibration} tokens", ""]
     for text, name in TEXTS.items():
         lines += [
-            f"### {name}: perplexity (dense {', '.join(m.denses(text))})",
+            f"### {name}: perplexity in {m.usual} (dense {m.level(text):.2f})",
             "",
-            *perplexities([(m, k) for k in m.keeps], text),
+            *perplexities(m, text),
             "",
         ]
     letters: dict[str, str] = {}
@@ -154,21 +161,19 @@ def section(m: Found) -> list[str]:
     return [*lines, ""]
 
 
-def perplexities(columns: Sequence[tuple[Found, float]], text: str, short: bool = False) -> list[str]:
-    """Methods down, keeps across (of one size of calibration text, or of several), and how auto stands against the best
-    published one. `short`: as in the README."""
-    methods = [n for n in NAMES if any(n in m.methods for m, _ in columns)]
-    several = len({m.calibration for m, _ in columns}) > 1
-    heads = [f"keep {k:g}" + f", {m.calibration}" * several for m, k in columns]
-    lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method in methods:
-        found = [m.number((method, k), f"text {text} perplexity") for m, k in columns]
+def perplexities(m: Found, text: str, short: bool = False) -> list[str]:
+    """Methods down, keeps across, and how auto stands against the best published one. `short`: as in the README."""
+    table = {n: [m.beside((n, k), f"text {text} perplexity") for k in m.keeps] for n in m.methods}
+    lines = ["| method | " + " | ".join(f"keep {k:g}" for k in m.keeps) + " |", "|---" * (len(m.keeps) + 1) + "|"]
+    for method, found in table.items():
+        if not any(found):
+            continue
         mark = "**" if short and method == "auto" else ""
         cells = ["–" if x is None else f"{mark}{shown(x)}{mark}" for x in found]
         lines.append(f"| {mark}{NAMES[method]}{mark} | " + " | ".join(cells) + " |")
     published = [n for n in NAMES if not n.startswith("auto")]
     for name, rivals in [("auto", published), ("auto:structural", STRUCTURAL)][: 1 if short else 2]:
-        ratios = [compare(m, name, rivals, k, text) for m, k in columns]
+        ratios = [compare(m, name, rivals, k, text) for k in m.keeps]
         if any(ratios):
             kind = "published one here" if name == "auto" else "published one with dense shapes"
             label = f"*D of {NAMES[name]} / least D of a {kind}*"
@@ -181,8 +186,10 @@ def shown(perplexity: float) -> str:
 
 
 def compare(m: Found, mine: str, rivals: Sequence[str], keep: float, text: str) -> str:
-    own = m.excess((mine, keep), text)
-    others = {r: d for r in rivals if (d := m.excess((r, keep), text)) is not None and d > 0}
+    found = {
+        n: d for n in (mine, *rivals) if (d := m.excess((n, keep), text)) and m.beside((n, keep), f"text {text} nll")
+    }
+    own, others = found.pop(mine, None), {n: d for n, d in found.items() if d > 0}
     if own is None or not others:
         return ""
     best = min(others, key=lambda r: others[r])
@@ -260,9 +267,9 @@ def accuracies(m: Found, scored: Sequence[Key]) -> list[str]:
 
 def draw(m: Found) -> str:
     """WikiText-2 perplexity against keep, a line per method, on a card of its own that follows light and dark."""
-    dense = float(m.denses("wikitext2")[0])
+    dense = m.level("wikitext2")
     lines = {
-        method: [(k, p) for k in m.keeps if (p := m.number((method, k), "text wikitext2 perplexity")) is not None]
+        method: [(k, p) for k in m.keeps if (p := m.beside((method, k), "text wikitext2 perplexity")) is not None]
         for method in m.methods
     }
     last = {method: math.log(points[-1][1] / dense) / (1 - points[-1][0]) for method, points in lines.items() if points}
@@ -290,12 +297,7 @@ def fill_readme(text: str, found: Sequence[Found]) -> str:
     _, closed, after = rest.partition(CLOSES)
     if not opened or not closed:
         return text
-    mine = [m for m in found if m.model == found[0].model]
-    columns = [
-        (m, k) for k in KEEPS for m in mine if any(n == k and "text c4 nll" in v for (_, n), v in m.values.items())
-    ]
-    texts = dict.fromkeys(p["text"] for m in mine for p in m.protocols.values() if "text" in p)
-    denses = dict.fromkeys(d for m in mine for d in m.denses("wikitext2"))
-    said = f"Calibrated on {' or '.join(dict.fromkeys(m.calibration for m, _ in columns))} tokens of C4; perplexity of "
-    said += f"WikiText-2 in {' or '.join(texts)}: dense {', '.join(denses)}. A dash was not measured."
-    return "\n".join([before + OPENS, said, "", *perplexities(columns, "wikitext2", short=True), CLOSES + after])
+    m = choose(found)
+    said = f"Calibrated on {m.calibration} tokens of C4; perplexity of WikiText-2 in {m.usual}: dense {m.level('wikitext2'):.2f}. "
+    said += "A dash was not measured."
+    return "\n".join([before + OPENS, said, "", *perplexities(m, "wikitext2", short=True), CLOSES + after])

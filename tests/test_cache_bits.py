@@ -7,7 +7,7 @@ import torch
 
 import planish
 from planish.errors import InputError
-from planish.modelling.cache_bits import CacheBits, caching, round_rows
+from planish.export.cache_bits import CacheBits, caching, round_rows
 from tiny import build, windows
 
 IDS = windows(2, 24)

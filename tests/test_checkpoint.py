@@ -41,6 +41,7 @@ EOS = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 CUTS = [(method, f) for method in ("flat-llm", "svd-llm", "blockpruner") for f in tiny.MORE]
 CUTS += [(method, f) for method in ("flat-llm", "svd-llm", "auto") for f in tiny.HYBRIDS]
 CUTS += [(method, f) for method in ("flat-llm", "a3") for f in tiny.OTHERWISE]
+CUTS += [(method, f) for method in ("flat-llm", "svd-llm") for f in tiny.STOCK]
 CUTS += [("flat-llm", f) for f in tiny.NAMES] + [
     (method, family)
     for method, family in (
@@ -52,7 +53,12 @@ CUTS += [("flat-llm", f) for f in tiny.NAMES] + [
 ]  # fmt: skip
 SOME = [c for c in CUTS if c[1] in (*tiny.CORE, "gemma3", "llama_bias") or c[0] not in ("flat-llm", "blockpruner")]
 SOME = [c for c in SOME if c[1] not in tiny.RARE + tiny.OTHERWISE and c not in [("auto", f) for f in tiny.HYBRIDS]]
-GATED = ("qwen3_next", "qwen3_5", "qwen3_5_moe")  # whose outputs of attention are: values stay
+GATED = (
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
+    *tiny.STOCK,
+)  # whose outputs of attention are, or values more: they stay
 ALL = [pytest.param(*c, marks=() if c in SOME else pytest.mark.slow, id="-".join(c)) for c in CUTS]
 
 

@@ -12,9 +12,9 @@ import tiny
 from planish.modelling.families import FAMILIES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-COLUMNS = {"GGUF": 3, "ONNX": 4}  # of the first table
+COLUMNS = {"GGUF": 3, "ONNX": 4, "vLLM": 5}  # of the first table
 
-SAID = {"ran": "yes", "refused": "refused"}
+SAID = {"ran": "yes", "refused": "refused", "failed": "fails", "not run": "not tried"}
 
 
 def read_rows() -> list[list[str]]:

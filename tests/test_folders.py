@@ -559,7 +559,9 @@ def test_load_with_a_device_map(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", tiny.each(n for n in tiny.NAMES + tiny.MORE + tiny.HYBRIDS if n not in tiny.MIXED))
+@pytest.mark.parametrize(
+    "name", tiny.each(n for n in tiny.NAMES + tiny.MORE + tiny.HYBRIDS + tiny.STOCK if n not in tiny.MIXED)
+)
 def test_models_without_weights_have_the_buffers_of_whole_ones(name):
     """Rotary tables, masks, scales of embeddings: bit for bit; parameters are there in shape alone."""
     config = tiny.configure(name)
@@ -568,4 +570,5 @@ def test_models_without_weights_have_the_buffers_of_whole_ones(name):
     assert all(p.is_meta and p.shape == whole.get_parameter(n).shape for n, p in empty.named_parameters())
     expected = dict(whole.named_buffers())
     assert expected.keys() == dict(empty.named_buffers()).keys()
-    assert all(torch.equal(b, expected[n]) for n, b in empty.named_buffers())
+    stored = whole.state_dict()  # gemma4 stores some
+    assert all(torch.equal(b, expected[n]) for n, b in empty.named_buffers() if n not in stored)

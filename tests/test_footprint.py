@@ -23,7 +23,7 @@ def test_a_stored_type_counts_for_its_linear_alone():
 
 def test_all_experts_are_stored_and_some_work():
     """8 experts of which a token reaches 2, beside the attention: all count as bytes, two for FLOPs."""
-    shape = replace(SHAPE, intermediate=0, experts=ExpertShape(8, 2, 40))
+    shape = replace(SHAPE, intermediate=0, experts=ExpertShape(8, 2, 40, 64))
     found = footprint({}, shape, context=10, itemsize=2)
     attention, expert = 64 * (64 + 32 + 32 + 64), 3 * 40 * 64
     assert found.weights == attention + 8 * expert == shape.count() and found.bytes == 2 * found.weights

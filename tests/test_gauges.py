@@ -28,7 +28,7 @@ from planish.rounding.types import StorageType, integer
 from planish.solvers.forms import low_rank_edit
 
 IDS = tiny.windows(4, 24)
-ALL = tiny.NAMES + tiny.MORE + tiny.SPARSE + tiny.HYBRIDS
+ALL = tiny.NAMES + tiny.MORE + tiny.SPARSE + tiny.HYBRIDS + tiny.STOCK
 QUICK = (*tiny.CORE, "llama_bias", "gpt2", "nemotron", "qwen3", "stablelm", "qwen3_moe", "olmo2")
 
 
@@ -93,7 +93,8 @@ def check_logits(model: nn.Module, **more) -> list[str]:
         before = model(IDS).logits
         told = balance_all(model, **more)
         after = model(IDS).logits
-    assert (after - before).abs().max() < 1e-6 * before.abs().max()
+    fine = 1e-5 if "gemma4" in model.config.model_type else 1e-6  # whose norms, of which it has many, are in fp32
+    assert (after - before).abs().max() < fine * before.abs().max()
     return told
 
 

@@ -102,9 +102,9 @@ class Bench:
     def see(self, i: int, block: nn.Module, *sites: str) -> dict[str, Tensor]:
         """Tensors at these sites of a block on its calibration inputs: (tokens, channels)."""
         found: dict[str, list[Tensor]] = {s: [] for s in sites}
-        for h in self.inputs[i]:
+        for n, h in enumerate(self.inputs[i]):
             with tap_sites(block, self.family, set(sites)) as seen:
-                self.stream.forward(i, block, h)
+                self.stream.forward(i, block, h, n)
             for s in sites:
                 found[s].append(seen[s].flatten(0, -2))
         return {s: torch.cat(t) for s, t in found.items()}
@@ -235,7 +235,7 @@ def cases(family: str, solver: Solver) -> list[tuple[Unit, Frontier, Shape]]:
     try:
         units = [u for s in last.values() for u in solver.units(s) if u.name not in ("experts", "neurons")]
     except InputError as refusal:
-        assert family in tiny.HYBRIDS
+        assert family in tiny.HYBRIDS + tiny.STOCK
         pytest.skip(str(refusal))
     return [(unit, *b.decompose(solver, unit)) for unit in units]
 
@@ -252,7 +252,7 @@ def covering(names: list[str], always: tuple[str, ...], width: int, quick: bool 
     return [
         pytest.param(n, f, marks=() if (n, f) in chosen else pytest.mark.slow, id=f"{n}-{f}")
         for n in names
-        for f in tiny.NAMES + tiny.MORE + tiny.HYBRIDS
+        for f in tiny.NAMES + tiny.MORE + tiny.HYBRIDS + tiny.STOCK
     ]
 
 
@@ -337,7 +337,8 @@ def count_cached(b: Bench, block: nn.Module) -> int:
     """Numbers that a block caches per token: what its k and v put out."""
     if not has_linear(block, b.family, "k"):
         return 0
-    return sum(get_linear(block, b.family, role).out_features for role in "kv")
+    values = "v" if has_linear(block, b.family, "v") else "k"  # which may be values too
+    return sum(get_linear(block, b.family, role).out_features for role in ("k", values))
 
 
 OPTIMAL = {
@@ -532,14 +533,17 @@ def test_batches_do_not_matter(method, family):
     order = torch.arange(12) if ordered else torch.randperm(12, generator=torch.Generator().manual_seed(0))
     parts = solve(family, method, list(WINDOWS[order].split(5)))
     assert whole.keys() == parts.keys()
+    near = 10 if family in tiny.STOCK else 1  # whose norms, of which it has many, are in fp32
     for name, w in whole.items():
         if "A.weight" in name or "B.weight" in name:
             continue  # compared as products below: nearly equal singular values turn both factors together
-        torch.testing.assert_close(parts[name], w, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parts[name], w, rtol=near * 1e-6, atol=near * 1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
     for name in whole:
         if name.endswith("A.weight") and name.replace("A.w", "B.w") in whole:
             product = [w[name.replace("A.w", "B.w")] @ w[name] for w in (whole, parts)]
-            torch.testing.assert_close(product[1], product[0], rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(product[1], product[0], rtol=near * 1e-6, atol=near * 1e-8)
 
 
 @torch.no_grad()

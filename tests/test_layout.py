@@ -84,7 +84,7 @@ def test_blocks_of_one_model_differ(sparse):
     assert shapes[1].working == shapes[1].count() == attention + 3 * 44 * 32
 
 
-@pytest.mark.parametrize("name", tiny.each([*tiny.NAMES, *tiny.MORE, *tiny.SPARSE, *tiny.HYBRIDS]))
+@pytest.mark.parametrize("name", tiny.each([*tiny.NAMES, *tiny.MORE, *tiny.SPARSE, *tiny.HYBRIDS, *tiny.STOCK]))
 def test_every_weight_is_a_units_or_untouched(name):
     """Also: a unit's full cost is the weights of the linears it holds."""
     source = MemorySource(tiny.build(name))
@@ -100,7 +100,7 @@ def test_every_weight_is_a_units_or_untouched(name):
         try:
             units = {u: s for s in method().solvers() for shape in shapes for u in s.units(shape)}
         except InputError:  # needs blocks that are all alike
-            assert name in (*tiny.SPARSE, *tiny.HYBRIDS, "cohere_norms")  # whose norms are matrices
+            assert name in (*tiny.SPARSE, *tiny.HYBRIDS, *tiny.STOCK, "cohere_norms")  # whose norms are matrices
             continue
         planned += bool(units)
         left = [[0, set(s.roles + s.rest)] for s in shapes]

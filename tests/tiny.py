@@ -158,7 +158,7 @@ RARE = (  # of these, what is made of the same as others: all laws are slow
     "exaone4_windows", "smollm3", "ernie4_5", "cohere", "cohere_norms", "phi", "phi_norms", "stablelm_parallel",
     "stablelm_norms", "falcon_new", "falcon_new_shared", "apertus", "qwen3_5",
     "qwen3_5_moe", "nemotron_h_moe", "llama4",
-    "granite_hybrid", "granite_dense", "falcon_h1",
+    "granite_hybrid", "granite_dense", "falcon_h1", "gemma4",
 )  # fmt: skip
 
 
@@ -288,6 +288,18 @@ _HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 _ROWS |= _HYBRIDS
+_ROWS |= {
+    "gemma4": (
+        "Gemma4Text",  # the last two blocks read keys and values of the first two, and values of full attention are its keys
+        {
+            **_GQA, "head_dim": 12, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+            "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW,
+            "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": VOCABULARY, "tie_word_embeddings": True, "final_logit_softcapping": 8.0,
+        },
+    ),
+}  # fmt: skip
+STOCK = ("gemma4",)  # families whose attention stays the stock one; all laws are slow
 HYBRIDS = tuple(_HYBRIDS)  # families with mixers in place of some attentions, or beside them
 MIXED = ("qwen3_next", "granite_hybrid", "qwen3_5_moe", "nemotron_h_moe")  # of these, those with experts
 
@@ -325,12 +337,15 @@ def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Attention that is far from uniform, norms that scale every channel differently, biases that matter."""
     scaled = "gemma" in model.config.model_type  # embeddings are multiplied by √width
-    offset = scaled or model.config.model_type in (
+    offset = (scaled and "gemma4" not in model.config.model_type) or model.config.model_type in (
         "nemotron",
         "qwen3_next",
         "qwen3_5_text",
         "qwen3_5_moe_text",
     )  # norms scale by 1 + weight
+    for name, b in sorted(model.named_buffers()):
+        if name.endswith("layer_scalar"):
+            b.copy_(1 + 0.2 * torch.randn(b.shape, generator=generator))
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn(p.shape, generator=generator)
         if "norm" in name or ".ln_" in name:

@@ -1,7 +1,7 @@
 """Tiny random models around a language model: vision towers of two or three blocks, and text towers like `tiny`'s.
 
-`build(name)` gives one of `NAMES` or `HYBRIDS` in fp32, the same every time; `picture(name)` what its forward takes for a text
-with an image in it; `rename` writes its checkpoint with the names of the modules.
+`build(name)` gives one of `NAMES`, `HYBRIDS` or `STOCK` in fp32, the same every time; `picture(name)` what its forward takes
+for a text with an image in it; `rename` writes its checkpoint with the names of the modules.
 """
 
 from __future__ import annotations
@@ -90,9 +90,20 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {**_QWEN, "num_position_embeddings": 16}, **_TOKENS,
         },
     ),
+    "gemma4": (
+        "Gemma4",
+        {
+            "text_config": tiny._COMMON | tiny._ROWS["gemma4"][1],
+            "vision_config": {
+                **_VISION, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+                "patch_size": 2, "pooling_kernel_size": 2, "position_embedding_size": 16,
+            }, "image_token_id": IMAGE, "video_token_id": 91, "audio_token_id": 94, "boi_token_id": START, "eoi_token_id": END,
+        },
+    ),
 }  # fmt: skip
 HYBRIDS = ("qwen3_5", "qwen3_5_moe")  # with mixers in place of some attentions: a few laws
-NAMES = tuple(n for n in _ROWS if n not in HYBRIDS)
+STOCK = ("gemma4",)  # whose attention stays the stock one: tests/test_gemma4.py
+NAMES = tuple(n for n in _ROWS if n not in HYBRIDS + STOCK)
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
@@ -119,6 +130,10 @@ def picture(name: str, seed: int = 3) -> dict[str, Tensor]:
             "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
             "mm_token_type_ids": kinds,
         }
+    if name == "gemma4":  # patches and where they are
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1).expand(2, -1, -1)
+        patches = torch.rand(2, 16, 3 * 2 * 2, generator=generator)
+        return {"input_ids": ids, "pixel_values": patches, "image_position_ids": places, "mm_token_type_ids": kinds}
     pixels = torch.randn(2, 3, 16, 16, generator=generator)
     if name == "gemma3":
         return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": kinds}

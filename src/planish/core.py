@@ -81,7 +81,8 @@ class Shape:
     further: tuple[str, ...] = ()  # of `others`: linears that may be cut alone, those of a mixer
     state: int = 0  # numbers that a mixer keeps of a sequence, however long it is
     fixed: tuple[str, ...] = ()  # see `Family.fixed`
-    hybrid: bool = False  # some block of the model has a mixer
+    attends: tuple[str, ...] = ATTENTION  # its linears: some are absent where keys are values too, or another block's
+    stays: str = ""  # what some block of the model does or has, for which no attention may go whole
     mrope: bool = False  # a token has several positions: keys cannot be turned anew from one
 
     @property
@@ -98,7 +99,7 @@ class Shape:
     def roles(self) -> tuple[str, ...]:
         """Linears of attention and of the dense feed-forward."""
         mlp = (MLP if self.gated else MLP[1:]) if self.intermediate else ()
-        return (ATTENTION if self.heads else ()) + mlp
+        return (self.attends if self.heads else ()) + mlp
 
     @property
     def linears(self) -> tuple[str, ...]:

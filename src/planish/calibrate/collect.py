@@ -62,7 +62,7 @@ def measure_block(
                 tap_sites(block, stream.family, own_sites, not outputs) as seen,
                 suppress(AllSeen),
             ):
-                results.append(stream.forward(i, block, h))
+                results.append(stream.forward(i, block, h, n))
             values |= seen.fold(seen, len(h))
         if dense_sites and isinstance(dense, dict):
             values |= {f"dense:{s}": fetch(dense[s], n, stream.device) for s in dense_sites}
@@ -73,7 +73,7 @@ def measure_block(
                 tap_sites(dense.block, stream.family, dense_sites, True) as seen,
                 suppress(AllSeen),
             ):
-                stream.forward(i, dense.block, fetch(dense.hidden, n, stream.device))
+                stream.forward(i, dense.block, fetch(dense.hidden, n, stream.device), n)
             values |= seen.fold({f"dense:{s}": v for s, v in seen.items()}, len(h))
         for where in gaps:
             values[f"{where}.gap"] = find_gap(where, values, stream.source.shape(i).parallel)
@@ -90,7 +90,7 @@ def capture(
     found, results = {s: Activations(stream.limits) for s in sorted(sites)}, Activations(stream.limits)
     for n in range(len(hidden)):
         with tap_sites(block, stream.family, sites, not outputs) as seen, suppress(AllSeen):
-            results.append(stream.forward(i, block, fetch(hidden, n, stream.device)))
+            results.append(stream.forward(i, block, fetch(hidden, n, stream.device), n))
         for site, tensors in found.items():
             tensors.append(seen[site])
     return dict(found), results

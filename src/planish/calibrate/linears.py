@@ -51,8 +51,8 @@ def measure_grams(stream: Stream, i: int, block: nn.Module, names: list[str], hi
 
     handles = [block.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: see(n, args[0])) for n in names]
     try:
-        for h in hidden:
-            stream.forward(i, block, h)
+        for n, h in enumerate(hidden):
+            stream.forward(i, block, h, n)
             seen.clear()
     finally:
         for handle in handles:
@@ -130,7 +130,7 @@ def measure_attended(stream: Stream, i: int, block: nn.Module, layout: Layout, h
         for n in range(len(hidden)):
             handle = attention.register_forward_pre_hook(watch, with_kwargs=True)
             try:
-                stream.forward(i, block, fetch(hidden, n, stream.device))
+                stream.forward(i, block, fetch(hidden, n, stream.device), n)
             except Watched:
                 count += len(averages.parts[0]) * layout.heads
     finally:
@@ -175,7 +175,7 @@ def step_back(stream: Stream, i: int, hidden: Hidden, into: Hidden) -> tuple[dic
         for n in range(len(hidden)):
             leaf = fetch(hidden, n, stream.device).detach().requires_grad_(True)
             with torch.enable_grad():
-                out = stream.forward(i, block, leaf)
+                out = stream.forward(i, block, leaf, n)
                 wanted = [leaf, *seen.values()]
                 gradients = torch.autograd.grad(out, wanted, fetch(into, n, stream.device), allow_unused=True)
             earlier.append(gradients[0])

@@ -66,7 +66,7 @@ def compute_logits(stream: Stream, hidden: Tensor) -> Tensor:
     """Final norm and head, by the model's own forward, for one batch of last-block outputs."""
     h = hidden.to(stream.device)
     with stream.replace_blocks(lambda i, x, *a, **k: h):
-        return stream.model(inputs_embeds=as_embeddings(stream, h), use_cache=False).logits
+        return stream.model(**as_embeddings(stream, h), use_cache=False).logits
 
 
 def output_gradient(
@@ -110,7 +110,7 @@ def probe_gradient(stream: Stream, hidden: Tensor, probe: Probe, aims: Tensor) -
     """`output_gradient` of one piece; `aims` (n · seq, …) as `aim` gives them."""
     h = hidden.to(stream.device).detach().clone().requires_grad_(True)
     with torch.enable_grad(), stream.replace_blocks(lambda i, x, *a, **k: h if i == len(stream) - 1 else x):
-        logits = stream.model(inputs_embeds=as_embeddings(stream, h.detach()), use_cache=False).logits.flatten(0, 1)
+        logits = stream.model(**as_embeddings(stream, h.detach()), use_cache=False).logits.flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         p = logits.detach().softmax(-1)
         if probe == "curvature":
@@ -160,7 +160,11 @@ def split_tokens(stream: Stream, hidden: Tensor) -> tuple[Tensor, ...]:
     return hidden.flatten(0, 1)[None].split(min(max(tokens, 1), length), 1)
 
 
-def as_embeddings(stream: Stream, hidden: Tensor) -> Tensor:
-    """Something the model takes for embeddings where its blocks are replaced: opt's may have another width."""
+def as_embeddings(stream: Stream, hidden: Tensor) -> dict[str, Tensor]:
+    """Something the model takes for embeddings where its blocks are replaced: opt's may have another width, and gemma4 is given
+    what every block gets of its tokens."""
     width = getattr(stream.model.get_input_embeddings(), "embedding_dim", hidden.shape[-1])
-    return hidden if width == hidden.shape[-1] else hidden.new_zeros(*hidden.shape[:-1], width)
+    given = {"inputs_embeds": hidden if width == hidden.shape[-1] else hidden.new_zeros(*hidden.shape[:-1], width)}
+    if stream.family.per_token and (each := getattr(stream.source.config, stream.family.per_token[0])):
+        given[f"{stream.family.per_token[1]}s"] = hidden.new_zeros(*hidden.shape[:-1], len(stream), each)
+    return given

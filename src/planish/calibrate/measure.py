@@ -199,7 +199,7 @@ def measure_back(
     def run(n: int) -> Values:
         leaf = fetch(hidden, n, stream.device).detach().requires_grad_(True)
         with torch.enable_grad(), tap_sites(placed, stream.family, forward | set(backward)) as seen:
-            out = stream.forward(i, placed, leaf)
+            out = stream.forward(i, placed, leaf, n)
             leaves = [leaf, *(seen[s] for s in backward)]
             found = torch.autograd.grad(out, leaves, fetch(into, n, stream.device), allow_unused=True)
         earlier.append(found[0])

@@ -143,6 +143,8 @@ def lead(
         return nullcontext()
     seen, parts = {s.rpartition(".")[0] for s in sites}, {}
     for name, role in LAST.items():
+        if name in family.fixed and "keys" in family.fixed:  # this attention also gives keys and values to others
+            continue
         path = getattr(family, name)  # a block may hold the linears of its MLP itself
         module = block.get_submodule(path) if path and has_linear(block, family, role) else None
         if module is not None and not isinstance(module, Bypass):

@@ -24,6 +24,7 @@ from planish import lanes
 from planish.apply import apply_edits
 from planish.calibrate.activations import Activations, MemoryLimits, fetch, find_device_limit
 from planish.calibrate.reuse import Reuse, lead
+from planish.calibrate.shared import list_shared, pack, unpack
 from planish.core import Edit, Progress, Shape, Weights
 from planish.folder.source import Source
 from planish.folder.stored_linear import StoredLinear
@@ -97,7 +98,8 @@ class Stream:
         self.blocks = find_blocks(self.model, self.family)
         tokens = max(1, BATCH // windows.shape[1]) if windows.numel() else 1
         self.batches = list(windows.split(tokens)) if windows.numel() else []
-        self.calls: dict[int, list[dict[str, Any]]] = {}
+        self.calls: dict[int, list[dict[str, Any]]] = {}  # of every size of batch, or of every batch
+        self.shared = list_shared(self.blocks, self.family, self.source.config)
         self.clock: Callable[[str], AbstractContextManager] = lambda phase: nullcontext()  # who runs it may time "sums"
         self.report: Progress = lambda phase, done, total: None  # and hear which blocks are done
 
@@ -162,19 +164,22 @@ class Stream:
 
     @torch.no_grad()
     def start(self) -> Hidden:
-        """Inputs of block 0 for every batch; remembers each block's call arguments per batch size."""
+        """Inputs of block 0 for every batch; remembers each block's call arguments per batch size, or where these say what tokens
+        they are of, per batch."""
         inputs = Activations(self.limits)
         names = list(inspect.signature(type(self.blocks[0]).forward).parameters)[2:]  # after self and hidden states
 
-        def record(i: int, hidden: Tensor, *args, **kwargs) -> Tensor:
+        def record(n: int, i: int, hidden: Tensor, *args, **kwargs) -> Tensor:
             kwargs |= dict(zip(names, args))
             if i == 0:
                 inputs.append(hidden)
-            self.calls.setdefault(len(hidden), [{}] * len(self.blocks))[i] = kwargs
+            if self.family.per_token and (of_tokens := kwargs.get(self.family.per_token[1])) is not None:
+                kwargs[self.family.per_token[1]] = of_tokens.to("cpu")
+            self.calls.setdefault(self._key(len(hidden), n), [{}] * len(self.blocks))[i] = kwargs
             return hidden
 
-        with self.replace_blocks(record):
-            for piece in self.pieces:
+        for n, piece in enumerate(self.pieces):
+            with self.replace_blocks(functools.partial(record, n)):
                 self.model.base_model(input_ids=piece.ids.to(self.device), use_cache=False)
         self.release()
         return inputs
@@ -212,11 +217,22 @@ class Stream:
         same = all(p.dtype == self.dtype and p.device in here for p in block.parameters())
         return block if same else copy.deepcopy(block).to(self.device, self.dtype)
 
-    def forward(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """One batch through block i, on the device."""
+    def _key(self, size: int, n: int) -> int:
+        """Which call arguments are the n-th batch's."""
+        return n if self.family.per_token else size
+
+    def forward(self, i: int, block: nn.Module, hidden: Tensor, n: int = -1) -> Tensor:
+        """The n-th batch through block i, on the device; which one it is matters where calls say what tokens they are of."""
+        call = dict(self.calls[self._key(len(hidden), n)][i])
+        if self.family.per_token and (of_tokens := call.get(self.family.per_token[1])) is not None:
+            call[self.family.per_token[1]] = of_tokens.to(self.device)
+        own = hidden.to(self.device)
+        if "shared_kv_states" in call:
+            own, call["shared_kv_states"] = unpack(own, self.shared[i], self.source.config.hidden_size)
         with torch.autocast(self.device.type, self.products) if self.products != self.dtype else nullcontext():
-            out = block(hidden.to(self.device), **self.calls[len(hidden)][i])
-        return out[0] if isinstance(out, tuple) else out
+            out = block(own, **call)
+        out = out[0] if isinstance(out, tuple) else out
+        return pack(out, call["shared_kv_states"], self.shared[i + 1]) if "shared_kv_states" in call else out
 
     @torch.no_grad()
     def run(
@@ -226,7 +242,7 @@ class Stream:
         outputs = Activations(limits or self.limits)
         for n in range(len(hidden)):
             with lead(reuse, n, block, self.family):
-                outputs.append(self.forward(i, block, fetch(hidden, n, self.device)))
+                outputs.append(self.forward(i, block, fetch(hidden, n, self.device), n))
         return outputs
 
     def outputs(self, edits: Mapping[int, Sequence[Edit]] | None = None) -> Hidden:

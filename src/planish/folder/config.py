@@ -122,6 +122,10 @@ def find_family(config) -> Family:
         raise InputError(f"{kind} with alibi=true is not supported: its attention adds a bias for distance by itself")
     if read_declared(config, "parallel_attn") is False and not read_declared(config, "new_decoder_architecture"):
         raise InputError(f"{kind} with parallel_attn=false is not supported: only blocks with parallel submodules are")
+    if read_declared(config, "enable_moe_block"):
+        raise InputError(f"{kind} with enable_moe_block=true is not supported: experts beside the dense feed-forward")
+    if read_declared(config, "use_bidirectional_attention") == "all":
+        raise InputError(f"{kind} with use_bidirectional_attention=all is not supported: tokens see those behind them")
     if read_declared(config, "do_layer_norm_before") is False:
         raise InputError(f"{kind} with do_layer_norm_before=false (norms after the residual sum) is not supported")
     return family
@@ -163,7 +167,9 @@ def find_stock_config(config: Any, family: Family) -> Any:
     """The configuration of the original model that a folder was made from; of a dense one its own."""
     if not is_compressed(config):
         return config
-    ours = ("planish", "per_layer_config", "auto_map", "architectures", "model_type")
+    ours = {"planish", "auto_map", "architectures", "model_type"} | (
+        set() if family.per_block else {"per_layer_config"}
+    )
     settings = {k: v for k, v in config.to_dict().items() if k not in ours}
     return find_classes(family.model_type)[0](**settings)
 
@@ -171,6 +177,7 @@ def find_stock_config(config: Any, family: Family) -> Any:
 def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[str, Any] | None:
     """Config overrides under which the stock architecture holds every block, or None."""
     widths, mixtures = set[int](), set[tuple[int, int, int]]()
+    narrow = min((s.intermediate for s in shapes if s.intermediate), default=0)
     for spec, shape in zip(specs, shapes, strict=True):
         linears = spec.get("linears", {})
         if set(spec) - {"linears", "experts"}:
@@ -183,13 +190,17 @@ def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[
         if len(inner) < len(linears) or any("." in r and not r.startswith("expert.") for r in inner):
             return None
         if shape.intermediate:
-            widths |= {n for r, n in inner.items() if "." not in r} or {shape.intermediate}
+            times = shape.intermediate // narrow  # gemma4's last feed-forwards may be twice as wide
+            own = {n for r, n in inner.items() if "." not in r} or {shape.intermediate}
+            if shape.intermediate % narrow or any(n % times for n in own):
+                return None
+            widths |= {n // times for n in own}
         if shape.experts:
             form = spec.get("experts", {"number": shape.experts.number, "top": shape.experts.top})
-            narrow = {n for r, n in inner.items() if "." in r}
+            few = {n for r, n in inner.items() if "." in r}
             if sum("." in r for r in inner) < len(family.experts.roles if family.experts else ()) * form["number"]:
-                narrow.add(shape.experts.intermediate)
-            mixtures |= {(form["number"], form["top"], n) for n in narrow}
+                few.add(shape.experts.intermediate)
+            mixtures |= {(form["number"], form["top"], n) for n in few}
     if len(widths) > 1 or len(mixtures) > 1:
         return None
     found: dict[str, Any] = {}
@@ -205,7 +216,7 @@ def find_native(specs: list[Spec], shapes: list[Shape], family: Family) -> dict[
                 found[row.shared] = shared // found[row.width]
     if family.intermediate:
         return found | dict(zip([family.intermediate], widths, strict=False)) | dict(family.settled)
-    return found if widths <= {shapes[0].intermediate} else None
+    return found if widths <= {narrow} else None
 
 
 def width_of_experts(shapes: list[Shape]) -> int:
@@ -247,8 +258,9 @@ def write_config(
             "model_type": model_type(family.model_type),
             "auto_map": {auto: f"modelling.{name}" for auto, name in list_auto(family.model_type).items()},
             "planish": {"format": FORMAT, "family": family.model_type, "blocks": specs},
-            "per_layer_config": per_layer(specs, shapes, family),
         }
+        if not family.per_block:  # else they are what the stock class reads
+            config["per_layer_config"] = per_layer(specs, shapes, family)
         if config.get("output_router_logits"):  # its loss of unbalanced routing takes all experts to be there
             config["output_router_logits"] = False
         for path in sorted(Path(str(planish.modelling.__file__)).parent.glob("[!_]*.py")):

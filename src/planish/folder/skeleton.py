@@ -13,10 +13,10 @@ from planish.core import ExpertShape, Shape
 from planish.errors import InputError
 from planish.folder.config import is_compressed
 from planish.folder.towers import Tower
-from planish.modelling.blocks import find_blocks, get_linear, has_mixer, read_layout
+from planish.modelling.blocks import find_blocks, get_linear, has_linear, has_mixer, read_layout
 from planish.modelling.canonical import has_module, split_block, split_experts
-from planish.modelling.families import Family
-from planish.modelling.heads import count_heads, has_norms, head_width, rotary_width
+from planish.modelling.families import ATTENTION, Family
+from planish.modelling.heads import has_norms, head_width, rotary_width
 from planish.modelling.modelling import find_classes
 
 
@@ -93,8 +93,9 @@ def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
     check_rotation(blocks[i], family)
     block = split_block(blocks[i], family, config)
     layout = read_layout(block, family, config)
-    heads, kv_heads = count_heads(config) if layout.has("attention") else (0, 0)
+    heads, kv_heads = layout.heads, layout.kv_heads
     attention = block.get_submodule(family.attention) if heads else nn.Module()
+    attends = next((tuple(g.linears) for g in layout.groups if g.name == "attention"), ())
     others = [(r, get_linear(block, family, r).weight) for g in layout.groups for r in g.linears if r in family.others]
     others += [(name.removesuffix(".weight"), block.get_parameter(name)) for name in layout.rest]
     experts = sum(g.name.startswith("expert.") for g in layout.groups)
@@ -104,7 +105,7 @@ def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
         heads=heads,
         kv_heads=kv_heads,
         qk=head_width(attention) if heads else 0,
-        v=get_linear(block, family, "v").out_features // kv_heads if heads else 0,
+        v=read_values(block, family, kv_heads) if heads else 0,
         intermediate=get_linear(block, family, "down").in_features if layout.has("mlp") else 0,
         rotary=rotary_width(attention, family) if heads else 0,
         gated=family.gated,
@@ -117,9 +118,24 @@ def read_shape(model: PreTrainedModel, family: Family, i: int) -> Shape:
         further=tuple(r for r, _ in others if r in family.others and r.partition(".")[0] in ("mixer", "attention")),
         state=read_state(config, family) if has_mixer(block, family) else 0,
         fixed=layout.fixed,
-        hybrid=any(has_mixer(b, family) for b in blocks),
+        attends=tuple(r for r in attends if r in ATTENTION),
+        stays=find_obstacle(blocks, family),
         mrope=family.mrope,
     )
+
+
+def find_obstacle(blocks: nn.ModuleList, family: Family) -> str:
+    """What some block does or has, for which no attention of the model may go whole."""
+    if any(has_mixer(b, family) for b in blocks):
+        return "has a mixer"
+    return "shares keys and values, or is given more than the stream" if "keys" in family.fixed else ""
+
+
+def read_values(block: nn.Module, family: Family, kv_heads: int) -> int:
+    """Value dimensions of a head: those of keys where values are keys, or another block's."""
+    if not has_linear(block, family, "v"):
+        return head_width(block.get_submodule(family.attention))
+    return get_linear(block, family, "v").out_features // kv_heads
 
 
 def read_state(config: Any, family: Family) -> int:

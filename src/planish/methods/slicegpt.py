@@ -162,7 +162,7 @@ def check_family(source: Source) -> None:
 def check_block(stream: Stream, block: nn.Module, hidden: Hidden) -> None:
     """The first block, with norms folded and nothing cut, must still do what it did."""
     x = next(iter(hidden))
-    one, two = (stream.forward(0, stream.place(b), x).double() for b in (stream.block(0), block))
+    one, two = (stream.forward(0, stream.place(b), x, 0).double() for b in (stream.block(0), block))
     error = float((one - two).norm() / one.norm())
     if not error < 0.05:
         raise InputError(

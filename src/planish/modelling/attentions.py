@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
     def __init__(self, stock: nn.Module, config, family: Family, qk: int, v: int, pairs: int | None):
         super().__init__()
-        heads, kv_heads = count_heads(config)
+        heads, kv_heads = count_heads(config, stock)
         config = getattr(stock, "config", config)  # the one that the model's attention implementation is set in
         self.config, self.layer_idx, self.is_causal = config, stock.layer_idx, getattr(stock, "is_causal", True)
         self.heads, self.kv_heads, self.qk, self.v = heads, kv_heads, qk, v

@@ -93,7 +93,7 @@ def read_layout(block: nn.Module, family: Family, config) -> Layout:
     }
     known = {f"{path}.weight" for linears in found.values() for path in linears.values()}
     parallel = family.parallel and bool(getattr(config, "use_parallel_residual", True))
-    heads, kv_heads = count_heads(config) if found["attention"] else (0, 0)
+    heads, kv_heads = count_heads(config, block.get_submodule(family.attention)) if found["attention"] else (0, 0)
     return Layout(
         tuple(Group(name, linears) for name, linears in found.items() if linears),
         tuple(n for n, p in block.named_parameters() if p.ndim >= 2 and n not in known),
@@ -116,6 +116,7 @@ def list_norms(block: nn.Module, family: Family, groups: set[str]) -> tuple[Norm
     if "mlp" in groups and groups <= {"attention", "mlp"}:
         norms["mlp"] = mlp_norm or ""
     readers = (*ATTENTION[:3], *(r for r in family.others if r.startswith("attention.")))
+    readers = tuple(r for r in readers if has_linear(block, family, r))
     roles = {"attention": readers, "mlp": tuple(r for r in MLP[:2] if r in family.roles)}
     if attention_norm and attention_norm == mlp_norm:  # both read one
         roles = {"attention": roles["attention"] + roles["mlp"]} if norms.keys() == roles.keys() else {}

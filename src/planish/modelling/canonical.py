@@ -71,7 +71,8 @@ def split_block(block: nn.Module, family: Family, config) -> nn.Module:
     """Make a stock block canonical, in place: fused linears become `Fused`, stacked experts `Experts`, so that every role is
     a linear of its own."""
     split_experts(block, family)
-    heads, kv_heads = count_heads(config)
+    attention = block.get_submodule(family.attention) if has_module(block, family.attention) else None
+    heads, kv_heads = count_heads(config, attention)
     if family.conv1d:
         swap_linears(block, family, Conv1D, lambda c: make_linear(c.weight.data.T, c.bias.data))
     for row in list_fused(block, family):

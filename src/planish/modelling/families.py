@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .family import ATTENTION, GATED_MLP, GRANITE_EXPERTS, GRANITE_NAMES, MLP, SELF_ATTENTION, ExpertsRow, Family, Fused
@@ -309,6 +310,14 @@ _ROWS = (
     ),
     _sandwich("gemma2", _classes("Gemma2")),
     _sandwich("gemma3_text", ("Gemma3TextConfig", "Gemma3TextModel", "Gemma3ForCausalLM"), qk_norm="head"),
+    replace(
+        _sandwich("gemma4_text", ("Gemma4TextConfig", "Gemma4TextModel", "Gemma4ForCausalLM"), qk_norm="head"),
+        softcap=False,
+        norm_offset=0.0,
+        fixed=("attention", "keys"),
+        per_block=("head_dim", "num_key_value_heads"),
+        per_token=("hidden_size_per_layer_input", "per_layer_input"),
+    ),
     Family(
         "opt",
         _classes("OPT"),

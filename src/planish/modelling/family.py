@@ -135,8 +135,12 @@ class Family:
     intermediate: str = "intermediate_size"  # the config's name of the MLP width; empty where it has none
     norm_offset: float = 0.0  # norms scale channels by this + their weight
     # Groups in which more happens between linears than an average of values over tokens, or a product with an activated gate:
-    # values that are normalised, outputs of attention that are gated, products that are clamped.
+    # values that are normalised, outputs of attention that are gated, products that are clamped. With "keys" it is also more with
+    # keys than planish's own attentions do, and other blocks may read keys and values: the stock attention stays.
     fixed: tuple[str, ...] = ()
+    per_block: tuple[str, ...] = ()  # fields of the config that stock classes read for each block on its own
+    # The config's name of the width of what each block is given of every token beside the stream, and the blocks' own of that.
+    per_token: tuple[str, str] | None = None
     head: str = "lm_head"  # what stored checkpoints call the model's `lm_head`
     others: Mapping[str, str] = field(default_factory=dict)  # role of a further group ("shared.up") → path
     cached: tuple[str, ...] = ()  # roles of `others` whose outputs the KV cache holds

@@ -41,9 +41,12 @@ def rotary_width(stock: nn.Module, family: Family) -> int:
     return int(head_width(stock) * parameters.get("partial_rotary_factor", 1.0))
 
 
-def count_heads(config) -> tuple[int, int]:
-    """Query heads and kv heads."""
+def count_heads(config, stock: nn.Module | None) -> tuple[int, int]:
+    """Query heads and kv heads of a model, or where blocks have other numbers of a block's stock attention."""
     heads, declared = config.num_attention_heads, type(config)
+    if "num_key_value_heads" in (getattr(config, "per_layer_attributes", None) or ()):
+        assert stock is not None
+        return heads, heads // stock.num_key_value_groups  # type: ignore[operator]
     if hasattr(declared, "multi_query") and config.multi_query and not config.new_decoder_architecture:
         return heads, 1
     name = "num_kv_heads" if hasattr(declared, "num_kv_heads") else "num_key_value_heads"

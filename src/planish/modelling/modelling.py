@@ -81,10 +81,11 @@ def _make_lm(family: str) -> type:
     return LM
 
 
-def copy_config(config):
-    """The config without its per-layer overrides: what a stock constructor may read."""
+def copy_config(config, family: str):
+    """The config without per-layer overrides that are ours: what a family's stock constructor may read."""
     plain = copy.copy(config)
-    plain.__dict__.pop("_heterogeneity_spec", None)
+    if not FAMILIES[family].per_block:
+        plain.__dict__.pop("_heterogeneity_spec", None)
     return plain
 
 
@@ -112,7 +113,7 @@ def _build(family: str) -> dict[str, type]:
             left = list_attentions(self)
             if len(left) == self.num_hidden_layers:
                 return self
-            view = copy_config(self)
+            view = copy_config(self, family)
             view.planish, view.num_hidden_layers = None, len(left)
             if getattr(self, "layer_types", None):
                 view.layer_types = [self.layer_types[i] for i in left]
@@ -135,7 +136,7 @@ def _build(family: str) -> dict[str, type]:
         _can_record_outputs = _list_recorded(stock_base)
 
         def __init__(self, config):
-            plain = copy_config(config)
+            plain = copy_config(config, family)
             super().__init__(plain)
             install_model(self, config)
             share_config(self, plain, config)
@@ -144,7 +145,7 @@ def _build(family: str) -> dict[str, type]:
         config_class = Config
 
         def __init__(self, config):
-            plain = copy_config(config)
+            plain = copy_config(config, family)
             super().__init__(plain)
             install_model(self, config)
             share_config(self, plain, config)
@@ -181,7 +182,7 @@ def _build_wrapper(kind: str) -> dict[str, type]:
     def build(model, stock, config) -> None:
         """Build the stock model, and the compressed language model in the place of its own."""
         family, plain = config.text_config.planish["family"], copy.copy(config)
-        plain.text_config = copy_config(config.text_config)
+        plain.text_config = copy_config(config.text_config, family)
         plain.text_config.__class__ = find_classes(family)[0]
         stock.__init__(model, plain)
         inner = model.model if stock is stock_lm else model

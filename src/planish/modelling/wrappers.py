@@ -42,6 +42,7 @@ def _classes(stem: str) -> tuple[str, str, str]:
 
 _ROWS = (
     Wrapper("gemma3", _classes("Gemma3"), causal=True),
+    Wrapper("gemma4", _classes("Gemma4"), causal=True),
     Wrapper("mistral3", _classes("Mistral3")),
     Wrapper("qwen2_5_vl", _classes("Qwen2_5_VL"), flat=True),
     Wrapper("qwen3_5", _classes("Qwen3_5")),

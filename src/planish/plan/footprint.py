@@ -177,7 +177,12 @@ class Footprint:
         if form is None:
             return 0
         keys = form["k_rank"] * form["k_groups"] if "k_rank" in form else shape.kv_heads * form.get("qk", shape.qk)
-        return keys * ("k" in self.roles) + shape.kv_heads * form.get("v", shape.v) * ("v" in self.roles)
+        return keys * ("k" in self.roles) + shape.kv_heads * form.get("v", shape.v) * (self.gives in self.roles)
+
+    @property
+    def gives(self) -> str:
+        """The linear that values come from."""
+        return "v" if "v" in self.shape.attends else "k"
 
     @property
     def scores(self) -> int:
@@ -191,7 +196,9 @@ class Footprint:
             keys = shape.heads * (form["k_rank"] + (shape.kv_heads // form["k_groups"] - 1) * v)
         elif "k_rank" in form:
             keys += shape.kv_heads * qk * form["k_rank"]
-        return keys * ("k" in self.roles) + shape.heads * v * ("v" in self.roles)
+        asks = "k" if "k" in shape.attends else "q"  # of another block's keys and values
+        gives = self.gives if self.gives in shape.attends else "q"
+        return keys * (asks in self.roles) + shape.heads * v * (gives in self.roles)
 
     @property
     def flops(self) -> int:

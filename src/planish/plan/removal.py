@@ -319,9 +319,9 @@ def fit_window(measure: Measurements, first: int, last: int, site: str, store: b
         weights = {"down": down.weight.detach()} | ({} if down.bias is None else {"down.bias": down.bias.detach()})
         placed = stream.place(block)
         xs, rest, after = (Activations(stream.limits) for _ in range(3))
-        for h in hidden:
+        for n, h in enumerate(hidden):
             with tap_sites(placed, stream.family, {site, "mlp.add"}) as seen:
-                out = stream.forward(first, placed, h)
+                out = stream.forward(first, placed, h, n)
             xs.append(seen[site].reshape(*h.shape[:2], -1))
             rest.append(out - seen["mlp.add"].view_as(out))
             after.append(out)

@@ -146,8 +146,8 @@ class Bypass(Solver):
             raise InputError(
                 f"whole submodules are removed where every block has them; block {shape.block} has no {what}"
             )
-        if shape.hybrid:
-            raise InputError("whole submodules are removed where no block has a mixer; this model's have")
+        if shape.stays:
+            raise InputError(f"whole submodules are removed where no block {shape.stays}, as in this model")
         if shape.experts:
             raise InputError(
                 f"whole submodules are removed where no experts stand beside them, as in block {shape.block}"

@@ -36,7 +36,7 @@ class FisherBypass(Solver):
 
     def units(self, shape: Shape) -> list[Unit]:
         parts = [
-            n for n in PARTS if n != "attention" or not shape.hybrid
+            n for n in PARTS if n != "attention" or not shape.stays
         ]  # one has to stay, whose cache knows positions
         parts = [n for n in parts if n != "ffn" or not shape.experts]  # which read the same norm
         return [Unit(shape.block, name) for name in parts if shape.held(name)]

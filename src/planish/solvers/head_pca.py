@@ -24,7 +24,7 @@ class HeadPCA(Solver):
     name: ClassVar[str] = "head-pca"
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "q"), Unit(shape.block, "k")] if shape.heads else []
+        return [Unit(shape.block, role) for role in "qk" if role in shape.roles]
 
     def heads(self, unit: Unit, shape: Shape) -> int:
         return shape.heads if unit.name == "q" else shape.kv_heads

@@ -36,7 +36,7 @@ class KeyLatent(Solver):
         return max(n for n in range(1, self.group + 1) if shape.kv_heads % n == 0)
 
     def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "keys")] if shape.heads and not shape.mrope else []
+        return [Unit(shape.block, "keys")] if shape.heads and not shape.mrope and "keys" not in shape.fixed else []
 
     def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
         full = self.heads(shape) * shape.qk
