@@ -14,7 +14,8 @@ from planish.folder.config import write_config
 from planish.folder.source import open_source
 from planish.folder.writer import Writer, copy_untouched
 from planish.modelling.blocks import get_linear
-from planish.solvers.forms import low_rank_edit, neuron_edits, value_edits
+from planish.solvers.experts import keep_form
+from planish.solvers.forms import find_experts, low_rank_edit, neuron_edits, value_edits
 
 Make = Callable[[Shape, Weights, torch.Generator], list[Edit]]
 
@@ -63,6 +64,15 @@ def values(v: int) -> Make:
 
 def neurons(width: int) -> Make:
     return lambda shape, w, _: neuron_edits(w, torch.arange(width), w["down"][:, :width])
+
+
+def experts(number: int) -> Make:
+    """The first `number` experts."""
+
+    def make(shape: Shape, w: Weights, _) -> list[Edit]:
+        return [Edit("experts", keep_form(find_experts(shape), number), {"kept": torch.arange(number)})]
+
+    return make
 
 
 def low_rank(form: str, rank: int, *roles: str) -> Make:

@@ -53,12 +53,6 @@ CUTS += [("flat-llm", f) for f in tiny.NAMES] + [
 ]  # fmt: skip
 SOME = [c for c in CUTS if c[1] in (*tiny.CORE, "gemma3", "llama_bias") or c[0] not in ("flat-llm", "blockpruner")]
 SOME = [c for c in SOME if c[1] not in tiny.RARE + tiny.OTHERWISE and c not in [("auto", f) for f in tiny.HYBRIDS]]
-GATED = (
-    "qwen3_next",
-    "qwen3_5",
-    "qwen3_5_moe",
-    *tiny.STOCK,
-)  # whose outputs of attention are, or values more: they stay
 ALL = [pytest.param(*c, marks=() if c in SOME else pytest.mark.slow, id="-".join(c)) for c in CUTS]
 
 
@@ -267,21 +261,20 @@ def test_generate_with_every_cache_and_padding(method, family, made):
     prompt = WINDOWS[:2, :13]
     plain = model.generate(prompt, max_new_tokens=10, use_cache=False, **EOS)
     assert plain.shape == (2, 23)
-    assert torch.equal(plain, model.generate(prompt, max_new_tokens=10, **EOS))
-    static = {"cache_implementation": "static", "disable_compile": True}
-    if family == "llama4":  # transformers fails to make masks for it, compressed or not
-        static = {}
-    assert torch.equal(plain, model.generate(prompt, max_new_tokens=10, **static, **EOS))
-
-    if family == "llama4":  # it scales queries by their place in the row, padding counted
-        return
+    caches = [{}, {"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}]
+    if family == "llama4":  # transformers fails to make its masks for a static one, compressed or not
+        del caches[1]
+    for kw in caches:
+        assert torch.equal(plain, model.generate(prompt, max_new_tokens=10, **kw, **EOS)), kw
     short = WINDOWS[2:3, :8]
     padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), prompt[:1]])
     mask = torch.ones_like(padded)
     mask[0, :5] = 0
-    for kw in ({}, static, {"use_cache": False}):
+    alone = model.generate(short, max_new_tokens=6, use_cache=False, **EOS)
+    if family == "llama4":  # it scales queries by their place in the row, padding counted
+        alone = model.generate(padded, attention_mask=mask, max_new_tokens=6, use_cache=False, **EOS)[:1, 5:]
+    for kw in caches:
         both = model.generate(padded, attention_mask=mask, max_new_tokens=6, **kw, **EOS)
-        alone = model.generate(short, max_new_tokens=6, use_cache=False, **EOS)
         assert torch.equal(both[0, 5:], alone[0]), kw
         assert torch.equal(both[1], plain[0, :19]), kw
 
@@ -302,8 +295,10 @@ def test_real_cache_is_as_large_as_reported(method, family, made):
             t for layer in cache.layers for end in ("keys", "values") if (t := getattr(layer, end, None)) is not None
         ]
         assert sum(t.numel() * t.element_size() for t in tensors) == expected * n
-    if method in ("flat-llm", "a3") and family not in GATED:
-        assert result.kv_bytes_per_token_after < result.kv_bytes_per_token_before
+    if method in ("flat-llm", "a3"):
+        after, before = result.kv_bytes_per_token_after, result.kv_bytes_per_token_before
+        fixed = "attention" in MemorySource(tiny.build(family)).family.fixed  # no values go
+        assert after == before if fixed else after < before
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -277,7 +278,8 @@ def test_methods(name, method, dense, tmp_path):
         assert torch.equal(small.generate(**inputs, **options), write_on(small, inputs, 5))
     small.save_pretrained(tmp_path / "again")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
-    assert torch.equal(wrapped.see(again, name), wrapped.see(small, name))
+    # where tensors lie in a mapped file decides the last bit of a product with a row or two, which is what an expert may get
+    assert torch.equal(*(wrapped.see(copy.deepcopy(m), name) for m in (again, small)))
 
 
 REMOTE = """
@@ -309,16 +311,22 @@ torch.save(found, sys.argv[2])
 """
 
 
+FORMS = {  # of language models without an MLP, or without an attention, in every block: a stock one, one of ours
+    "qwen3_5": (compressed.neurons(24), compressed.low_rank("pair", 4, "up", "down")),
+    "qwen3_5_moe": (compressed.experts(5), compressed.low_rank("pair", 4, "expert.0.up", "expert.0.down")),
+}
+
+
 @pytest.mark.slow
 def test_without_planish(dense, tmp_path):
     """Stock shapes with nothing of ours in the wrapper's own class; others with the modelling files in the folder."""
     asked, expected = {}, {}
     for name in ALL:
         torch.save(wrapped.picture(name), tmp_path / f"{name}.pt")
-        own = compressed.low_rank("pair", 4, "up", "down") if name in wrapped.HYBRIDS else compressed.values(5)
+        stock_form, own = FORMS.get(name, (compressed.neurons(24), compressed.values(5)))
         for key in (f"{name} stock", f"{name} own"):
             out, row = tmp_path / key, WRAPPERS[wrapped.build(name).config.model_type]
-            forms = [compressed.neurons(24)] if key.endswith("stock") else [own, None]
+            forms = [stock_form] if key.endswith("stock") else [own, None]
             compressed.make_folder(wrapped.build(name), out, forms)
             stock = row.classes[2] if not list(out.glob("*.py")) else None
             assert (stock is not None) == key.endswith("stock")
