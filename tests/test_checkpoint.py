@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import compressed
 import tiny
@@ -119,6 +121,34 @@ def test_uncut_attention_is_the_stock_one(family, attention):
         assert isinstance(block.get_submodule(stream.family.attention), Attention)
         ours, hidden = stream.run(i, block, hidden), stream.run(i, stream.block(i), hidden)
         torch.testing.assert_close(ours[0], hidden[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("v", [6, 8, 10])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "keys"), [(torch.float32, 5), (torch.float64, 40), (torch.bfloat16, 1030)])
+def test_one_query_is_attended_as_many_are(dtype, keys, masked, v):
+    """On the CPU a single query goes another way than transformers' filled-up heads and repeated keys; v of 6, 8, 10, qk 8."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, n, d, generator=generator).to(dtype)
+        for heads, n, d in ((6, 1, 8), (2, keys, 8), (2, keys, v))
+    )
+    mask = torch.rand(2, 1, 1, keys, generator=generator) < 0.6 if masked else None
+    module = SimpleNamespace(
+        config=SimpleNamespace(_attn_implementation="sdpa"), softcap=None, num_key_value_groups=3, training=False, is_causal=True
+    )  # fmt: skip
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    attend, *states = Attention.level(module, stock, query, key, value)
+    assert (attend is stock) == (dtype == torch.bfloat16 and v == 8)
+    ours = attend(module, *states, mask, scaling=0.3)[0][..., :v]
+    wide = [x.double() for x in (query, key.repeat_interleave(3, 1), value.repeat_interleave(3, 1))]
+    scores = wide[0] @ wide[1].mT * 0.3
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    want = (scores.softmax(-1) @ wide[2]).transpose(1, 2)
+    near = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(ours.double(), want, rtol=near, atol=near)
+    many = Attention.level(module, stock, query.repeat(1, 1, 2, 1), key, value)
+    assert many[0] is stock and len({x.shape[-1] for x in many[1:]}) == 1
 
 
 # ---------------------------------------------------------------- loading

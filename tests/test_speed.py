@@ -6,8 +6,10 @@ import json
 import pytest
 import torch
 
+import tiny
 from planish.errors import InputError
 from planish.evaluate.speed import bench, kv_bytes
+from tiny import compress, load
 
 
 def test_what_is_measured(tiny_llama):
@@ -56,10 +58,54 @@ def test_shared_and_absent_tensors_count_once(tiny_llama):
     assert kv_bytes(out.past_key_values) == once // 4
 
 
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """torch.compile traces, and runs what it traced without a compiler."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **kw: compile(model, backend="eager", fullgraph=True, **kw))
+    torch._dynamo.reset()
+
+
+def measure_compiled(models, **kw):
+    return bench(models, batch_sizes=(2,), prompt_len=8, new_tokens=3, repeats=1, compile=True, **kw)
+
+
+def test_compiled(tiny_llama, eager_backend):
+    """Steps are one graph for all models and runs, over a cache as long as the run."""
+    models = {"m": tiny_llama(), "n": tiny_llama(intermediate_size=40)}
+    torch._dynamo.utils.counters.clear()
+    for got in measure_compiled(models):
+        assert got.compiled and got.compile_s > 0 and not got.note
+        assert got.kv_bytes == 2 * 2 * 2 * 2 * 11 * 8 * 4 + 2 * 8  # and how long each block's is
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(models)
+
+
 @pytest.mark.slow
-def test_compiled(tiny_llama):
-    (got,) = bench({"m": tiny_llama()}, batch_sizes=(2,), prompt_len=8, new_tokens=3, repeats=1, compile=True)
-    assert got.compiled and got.kv_bytes == 2 * 2 * 2 * 2 * 11 * 8 * 4
+def test_compiled_to_machine_code(tiny_llama):
+    (got,) = measure_compiled({"m": tiny_llama()})
+    assert got.compiled
+
+
+def test_what_cannot_be_compiled_is_measured_as_it_is(tiny_llama, monkeypatch):
+    """No compiler, or a cache that has to grow."""
+
+    def refuse(model, **kw):
+        def call(**given):
+            raise RuntimeError("No working C++ compiler found\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    (got,) = measure_compiled({"m": tiny_llama()})
+    assert (got.compiled, got.compile_s, got.note) == (False, None, "No working C++ compiler found")
+    assert got.decode_tokens_per_s.median > 0 and got.kv_bytes == 2 * 2 * 2 * 2 * 11 * 8 * 4
+
+
+def test_latent_keys_are_measured_as_they_are(tmp_path, eager_backend):
+    """Their cache has to grow."""
+    compress(tiny.build("llama_gqa"), output=tmp_path / "m", method="palu", kv_keep=0.7, windows=tiny.windows(8, 24))
+    (got,) = measure_compiled({"m": load(tmp_path / "m")})
+    assert not got.compiled and "needs a cache that grows" in got.note
 
 
 @pytest.mark.parametrize("bad", [{"prompt_len": 0}, {"new_tokens": 0}, {"repeats": 0}, {"batch_sizes": (1, 0)}])

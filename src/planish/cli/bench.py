@@ -28,7 +28,7 @@ def bench(
     prompt_len: Annotated[int, typer.Option(min=1, help="tokens of the prompt")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="measured runs; the median is shown")] = 5,
-    compiled: Annotated[bool, typer.Option("--compile", help="with torch.compile")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="decode steps as one graph over a static cache")] = False,
     *,
     as_json: o.JsonOption = False,
     **options: Any,
@@ -58,7 +58,14 @@ def bench(
             {"runs": [asdict(r) for r in rows]},
             make_speeds(rows, against),
             "median (lowest–highest); models run in turns",
+            *describe_compiling(rows),
         )
+
+
+def describe_compiling(rows: Sequence[Speed]) -> list[str]:
+    """How long each model took, or why it was measured as it is."""
+    found = [f"{r.model}, batch {r.batch_size}: {r.note}; measured uncompiled" for r in rows if r.note]
+    return [*found, *(f"{r.model}, batch {r.batch_size}: compiled in {r.compile_s:.1f} s" for r in rows if r.compile_s)]
 
 
 def make_speeds(rows: Sequence[Speed], against: str | None) -> Table:

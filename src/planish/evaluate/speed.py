@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
+from transformers import StaticCache
 
 from planish.compression import peak_rss
 from planish.errors import InputError
@@ -41,12 +43,16 @@ class Speed:
     prefill_tokens_per_s: Spread
     decode_tokens_per_s: Spread
     time_to_first_token_s: Spread
+    prefill_cpu_s: Spread  # seconds of all processors in this process: what other processes do hardly disturbs them
+    decode_cpu_s: Spread
     weight_bytes: int  # parameters and buffers
     kv_bytes: int  # storage that the cache holds after the last token
     peak_bytes: int  # weight_bytes and what the process grew by while running: resident memory (cpu), allocated (cuda)
     device: str
     dtype: str
     compiled: bool
+    compile_s: float | None = None  # seconds until the first decoded token was there, without prefill
+    note: str = ""  # why it was not compiled, where that was asked for
 
 
 @torch.no_grad()
@@ -67,8 +73,10 @@ def bench(
     One run is: the model reads (batch, prompt_len) random ids into an empty cache and chooses the first token (prefill;
     its duration is the time to first token), then new_tokens single-token forward passes, greedy, with that cache
     (decode). A loop over ``model(...)``, not ``generate()``. For every batch size each model first runs twice
-    unmeasured: once to warm up (and to compile, with ``compile=True``), once for its memory.
+    unmeasured: once to warm up (and to compile), once for its memory.
 
+    ``compile``: as ``generate()`` does it, decode steps are one graph by torch.compile over a cache of fixed size, and prefill
+    is run as it is. What cannot be compiled (no compiler, a cache that has to grow) is measured as it is, and ``note`` says why.
     ``device``: models are moved there first; None: they stay where they are. ``progress(done, total)`` counts runs.
     """
     check_lengths(models, batch_sizes, prompt_len, new_tokens, repeats)
@@ -83,12 +91,16 @@ def bench(
             progress(next(count), total)
 
     results = []
-    with evaluating(models.values()):
-        calls = {name: torch.compile(model, dynamic=True) if compile else model for name, model in models.items()}
+    # models share their classes' code, and graphs are counted by it
+    with (
+        evaluating(models.values()),
+        torch._dynamo.config.patch(recompile_limit=2 * total, fail_on_recompile_limit_hit=True),
+    ):
+        calls = {name: Runner(model, compile) for name, model in models.items()}
         for batch_size in batch_sizes:
             prompts = {name: ids[:batch_size].to(_device(model)) for name, model in models.items()}
             runs = measure_in_turns(calls, prompts, new_tokens, repeats, ran)
-            results += [summarise(n, m, prompts[n], new_tokens, runs[n], compile) for n, m in models.items()]
+            results += [summarise(n, calls[n], prompts[n], new_tokens, runs[n]) for n in models]
     return results
 
 
@@ -125,18 +137,67 @@ def evaluating(models: Collection[nn.Module]) -> Iterator[None]:
             model.train(was)
 
 
+class Runner:
+    """A model as it runs at one batch size: as it is, or with compiled decode steps. `note`: why not, where that was asked for."""
+
+    def __init__(self, model: nn.Module, compiled: bool):
+        self.model, self.step, self.compiled = model, model, False
+        self.asked, self.note = compiled, ""
+        self.compile_s: float | None = None
+
+    def prepare(self, prompt: Tensor, new_tokens: int) -> None:
+        """The first run."""
+        self.step, self.compiled, self.compile_s, self.note = self.model, self.asked, None, ""
+        if self.asked:
+            self.step = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
+            try:
+                self.compile_s = self.run(prompt, new_tokens).decode_s
+                return
+            except Exception as error:  # whatever is missing
+                self.step, self.compiled = self.model, False
+                self.note = str(error).strip().partition("\n")[0] or type(error).__name__
+        self.run(prompt, new_tokens)
+
+    def run(self, prompt: Tensor, new_tokens: int) -> Run:
+        """Prefill of a prompt (batch, tokens) and new_tokens steps; the cache has as many positions afterwards."""
+        cache = None
+        if self.compiled:
+            cache = StaticCache(config=self.model.config, max_cache_len=prompt.shape[1] + new_tokens)  # type: ignore[arg-type]
+        start = _now(prompt.device)
+        out = self.model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)
+        first = _now(prompt.device)
+        for _ in range(new_tokens):
+            out = self.step(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        end = _now(prompt.device)
+        return Run(
+            *(b - a for pair in ((start, first), (first, end)) for a, b in zip(*pair, strict=True)), out.past_key_values
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Seconds of one run, of the clock and of this process's processors, and its cache."""
+
+    prefill_s: float
+    prefill_cpu_s: float
+    decode_s: float
+    decode_cpu_s: float
+    cache: Any
+
+
 @dataclasses.dataclass
 class Runs:
-    """One model at one batch size, as measured: bytes that a run adds at its peak, bytes of its cache, seconds per run."""
+    """One model at one batch size, as measured: bytes that a run adds at its peak, bytes of its cache, the runs."""
 
     grown: int
     kv_bytes: int
-    prefill_s: list[float] = dataclasses.field(default_factory=list)
-    decode_s: list[float] = dataclasses.field(default_factory=list)
+    runs: list[Run] = dataclasses.field(default_factory=list)
 
 
 def measure_in_turns(
-    calls: Mapping[str, Callable[..., Any]],
+    calls: Mapping[str, Runner],
     prompts: Mapping[str, Tensor],
     new_tokens: int,
     repeats: int,
@@ -145,38 +206,41 @@ def measure_in_turns(
     """Each model's two unmeasured runs, then `repeats` rounds of one run each; `ran` is called after every run."""
     found = {}
     for name, call in calls.items():
-        _run(call, prompts[name], new_tokens)
+        call.prepare(prompts[name], new_tokens)
         ran()
         found[name] = Runs(*_memory(call, prompts[name], new_tokens))
         ran()
     for _ in range(repeats):
         for name, call in calls.items():
-            prefill_s, decode_s, cache = _run(call, prompts[name], new_tokens)
-            del cache  # before the next model's run
-            found[name].prefill_s.append(prefill_s)
-            found[name].decode_s.append(decode_s)
+            run = call.run(prompts[name], new_tokens)
+            found[name].runs.append(dataclasses.replace(run, cache=None))
+            del run  # and its cache, before the next model's
             ran()
     return found
 
 
-def summarise(name: str, model: nn.Module, prompt: Tensor, new_tokens: int, runs: Runs, compiled: bool) -> Speed:
+def summarise(name: str, call: Runner, prompt: Tensor, new_tokens: int, found: Runs) -> Speed:
     """Rates and bytes of one model's runs on a prompt (batch, prompt_len)."""
     batch_size, prompt_len = prompt.shape
-    weights = _weight_bytes(model)
+    weights = _weight_bytes(call.model)
     return Speed(
         model=name,
         batch_size=batch_size,
         prompt_len=prompt_len,
         new_tokens=new_tokens,
-        prefill_tokens_per_s=_spread(batch_size * prompt_len / s for s in runs.prefill_s),
-        decode_tokens_per_s=_spread(batch_size * new_tokens / s for s in runs.decode_s),
-        time_to_first_token_s=_spread(runs.prefill_s),
+        prefill_tokens_per_s=_spread(batch_size * prompt_len / r.prefill_s for r in found.runs),
+        decode_tokens_per_s=_spread(batch_size * new_tokens / r.decode_s for r in found.runs),
+        time_to_first_token_s=_spread(r.prefill_s for r in found.runs),
+        prefill_cpu_s=_spread(r.prefill_cpu_s for r in found.runs),
+        decode_cpu_s=_spread(r.decode_cpu_s for r in found.runs),
         weight_bytes=weights,
-        kv_bytes=runs.kv_bytes,
-        peak_bytes=weights + runs.grown,
-        device=str(_device(model)),
-        dtype=str(next(p for p in model.parameters() if p.is_floating_point()).dtype)[6:],
-        compiled=compiled,
+        kv_bytes=found.kv_bytes,
+        peak_bytes=weights + found.grown,
+        device=str(_device(call.model)),
+        dtype=str(next(p for p in call.model.parameters() if p.is_floating_point()).dtype)[6:],
+        compiled=call.compiled,
+        compile_s=call.compile_s,
+        note=call.note,
     )
 
 
@@ -187,30 +251,18 @@ def kv_bytes(cache: Any) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
-def _run(call: Callable[..., Any], prompt: Tensor, new_tokens: int) -> tuple[float, float, Any]:
-    """Seconds of prefill, seconds of decode, and the cache afterwards (prompt_len + new_tokens positions)."""
-    start = _now(prompt.device)
-    out = call(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1:].argmax(-1)
-    first = _now(prompt.device)
-    for _ in range(new_tokens):
-        out = call(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
-    return first - start, _now(prompt.device) - first, out.past_key_values
-
-
-def _memory(call: Callable[..., Any], prompt: Tensor, new_tokens: int) -> tuple[int, int]:
+def _memory(call: Runner, prompt: Tensor, new_tokens: int) -> tuple[int, int]:
     """Bytes that one run adds at its peak, and bytes of the cache it leaves."""
     gc.collect()
     if prompt.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(prompt.device)
         before = torch.cuda.memory_allocated(prompt.device)
-        cache = _run(call, prompt, new_tokens)[2]
+        cache = call.run(prompt, new_tokens).cache
         return torch.cuda.max_memory_allocated(prompt.device) - before, kv_bytes(cache)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # or freed memory of earlier runs hides this one's
     before = _forget_peak()
-    cache = _run(call, prompt, new_tokens)[2]
+    cache = call.run(prompt, new_tokens).cache
     return max(0, peak_rss() - before), kv_bytes(cache)
 
 
@@ -241,10 +293,11 @@ def _spread(values: Any) -> Spread:
     return Spread(statistics.median(values), min(values), max(values), values)
 
 
-def _now(device: torch.device) -> float:
+def _now(device: torch.device) -> tuple[float, float]:
+    """Of the clock, and of this process's processors."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return time.perf_counter(), time.process_time()
 
 
 def _device(model: nn.Module) -> torch.device:

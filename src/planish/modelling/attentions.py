@@ -94,7 +94,7 @@ class Attention(nn.Module):
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         dropout = self.dropout if self.training else 0.0
-        query, key, value = self.level(query, key, value)
+        attend, query, key, value = self.level(attend, query, key, value)
         output, weights = attend(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
         )
@@ -164,17 +164,24 @@ class Attention(nn.Module):
         at = slice(None, None, 2) if self.table_kind == "twins" else slice(cos.shape[-1] // 2)
         return cos[..., at], sin[..., at]
 
-    def level(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads filled up with zeros to one size where PyTorch's attention is several times slower without: on the CPU.
+    def level(self, attend: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """The attention to call, and heads filled up with zeros to one size where PyTorch's is several times slower without: on
+        the CPU. Scores stay; the output's channels beyond `v` are zero. What the cache holds is untouched.
 
-        Scores stay; the output's channels beyond `v` are zero. What the cache holds is untouched.
+        One query is two small products there: filling up, and repeating keys and values for every query head as transformers does
+        where there is a mask, copy the whole cache for each token. In half precision such products start to pay at long caches.
         """
         qk, v = query.shape[-1], value.shape[-1]
-        if qk == v or query.device.type != "cpu" or self.config._attn_implementation != "sdpa":
-            return query, key, value
+        if query.device.type != "cpu" or self.config._attn_implementation != "sdpa":
+            return attend, query, key, value
+        single = query.shape[2] == 1 and self.softcap is None and not torch.compiler.is_exporting()
+        if single and (query.dtype in (torch.float32, torch.float64) or (qk != v and key.shape[2] >= 1024)):
+            return eager_attention, query, key, value
         if qk > v:
-            return query, key, nn.functional.pad(value, (0, qk - v))
-        return nn.functional.pad(query, (0, v - qk)), nn.functional.pad(key, (0, v - qk)), value
+            value = nn.functional.pad(value, (0, qk - v))
+        elif qk < v:
+            query, key = (nn.functional.pad(x, (0, v - qk)) for x in (query, key))
+        return attend, query, key, value
 
     def settings(self, key: Tensor, attention_mask, position_bias) -> tuple[Tensor | None, dict]:
         """The attention's mask, and the arguments that only some families' attentions take."""
@@ -243,7 +250,7 @@ class Latent(Attention):
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         dropout = self.dropout if self.training else 0.0
-        query, key, value = self.level(query, key, value)
+        attend, query, key, value = self.level(attend, query, key, value)
         output, weights = attend(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
         )
@@ -304,7 +311,7 @@ class Frequencies(Attention):
         mask, extra = self.settings(key, attention_mask, position_bias)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         dropout = self.dropout if self.training else 0.0
-        query, key, value = self.level(query, key, value)
+        attend, query, key, value = self.level(attend, query, key, value)
         output, weights = attend(
             self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs
         )
@@ -370,18 +377,23 @@ def add_position_bias(bias: Tensor, masked: Tensor | None, key: Tensor) -> Tenso
 def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, **extra):
     """softmax(q kᵀ · scaling + mask) v with key and value heads shared within a group. Returns (B, T, heads, v), weights.
 
-    `extra`: a `softcap`, and `s_aux` (heads,), scores that take part in the softmax, with values of zero.
+    `mask`: added, or true where a query looks. `extra`: a `softcap`, and `s_aux` (heads,), scores that take part in the softmax,
+    with values of zero.
     """
     groups, softcap, s_aux = module.num_key_value_groups, extra.get("softcap"), extra.get("s_aux")
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
+    batch, heads, queries, _ = query.shape
+    grouped = query.reshape(batch, heads // groups, groups * queries, -1)  # all that read one kv head, in one product
+    scores = (grouped @ key.transpose(2, 3)).view(batch, heads, queries, -1) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
         scores = scores + mask
     if s_aux is not None:
         scores = torch.cat([scores, s_aux.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)], -1)
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     weights = weights[..., : key.shape[2]].to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    output = weights.reshape(batch, heads // groups, groups * queries, -1) @ value
+    return output.view(batch, heads, queries, -1).transpose(1, 2).contiguous(), weights
