@@ -93,7 +93,9 @@ def open_tower(wrapper: Wrapper, config: Any, blocks: str, stored: Collection[st
             f"{where} holds no language model: of its {len(stored)} tensors none is called …{inside}…; give the whole "
             f"{wrapper.model_type} checkpoint, not its vision tower alone"
         )
-    return Tower(wrapper, config, prefix, next((h for h in HEADS if any(n.startswith(h) for n in stored)), wrapper.head))
+    return Tower(
+        wrapper, config, prefix, next((h for h in HEADS if any(n.startswith(h) for n in stored)), wrapper.head)
+    )
 
 
 @dataclass(frozen=True)
