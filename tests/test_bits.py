@@ -19,11 +19,11 @@ from planish.export import export
 from planish.export.verify import verify
 from planish.folder.gguf_file import GGUF
 from planish.folder.source import open_folder
-from planish.quantise import Quantiser
 from planish.rounding import blocks
 from planish.rounding.round import Metric, round_matrix
 from planish.rounding.types import TYPES, find_type
 from planish.stats import Tap
+from planish.walks.quantise import Quantiser
 from tiny import VOCABULARY, build, save, windows
 
 pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")

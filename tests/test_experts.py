@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 import planish
 import tiny
-from planish import solve as planish_solve
 from planish.calibrate.collect import measure_block
 from planish.calibrate.losses import compute_logits, output_gradient
 from planish.calibrate.measure import sweep_back
@@ -33,6 +32,7 @@ from planish.plan.experts import choose_with_experts
 from planish.plan.spread import BudgetError
 from planish.solvers.experts import Experts, choose_sets
 from planish.stats import KINDS
+from planish.walks import solve as planish_solve
 from posed import pose_on
 from tiny import compress
 

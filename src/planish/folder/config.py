@@ -158,7 +158,7 @@ def open_config(config: Any) -> tuple[Any, Tower | None]:
     text, wrapper = split_config(config)
     if wrapper is not None and not is_compressed(text):
         check_kind(text.model_type, wrapper.model_type)
-    return text, None if wrapper is None else Tower(wrapper, config)
+    return text, None if wrapper is None else Tower(wrapper, config, wrapper.prefix, wrapper.head)
 
 
 def find_stock_config(config: Any, family: Family) -> Any:

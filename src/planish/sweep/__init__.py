@@ -29,10 +29,10 @@ from planish.folder.owner import owning
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.tokenizer import load_tokenizer
-from planish.grid import Trial, list_sizes, list_trials, tell_sweeping
-from planish.ladder import choose_size
 from planish.plan.footprint import footprint
 from planish.request import TEXT, Grid, Request, takes
+from planish.sizes.ladder import choose_size
+from planish.sweep.grid import Trial, list_sizes, list_trials, tell_sweeping
 
 PLAIN = 1 << 20  # bytes of what plain types came out as, where they are not kept on disk
 Watch = Callable[[str, int, int], None]
@@ -66,7 +66,7 @@ def sweep(
     """Compress `model` by every method at every keep into output/points, measure, write results.csv and report.html.
 
     `keeps`, `kv_keeps`, `flops_keeps`: budgets; of two lists every pair holds together. `sizes`: curves of rounding alone,
-    cuts in 16 bits, and both (`planish.grid`). All points share one calibration,
+    cuts in 16 bits, and both (`planish.sweep.grid`). All points share one calibration,
     and every statistic of the uncompressed model with the others that see the same windows (auto shuffles some). Points
     that results.csv already has are not run again; one that fails is recorded with its reason. A method's `sweeping`
     settings hold where `methods` says nothing else. `cache`: see `planish.api.compress`.

@@ -25,7 +25,7 @@ from planish.compression import Calibration, Destination, Shared, compress, pick
 from planish.core import Progress
 from planish.errors import InputError, PlanishError
 from planish.evaluate.agreement import compare
-from planish.evaluation import load
+from planish.evaluate.evaluation import load
 from planish.folder.source import Source
 from planish.manifest import Result
 from planish.methods.method import Method

@@ -1,6 +1,7 @@
 """A result of a size, and beside it what plain rounding of the dense model gives at the same bytes: the ladder.
 
-    --fit, --bits auto: plans of the size compete (`planish.fit`), the least KL(dense ‖ plan) on windows held out is made again
+    --fit, --bits auto: plans of the size compete (`planish.sizes.fit`), the least KL(dense ‖ plan) on windows held out is made
+                        again
     --max-bytes alone:  what the method makes of the size in 16 bits
     beside either:      every type of the target, all weights rounded to it, from the same windows, measured on the same others:
                         those that the size holds, types mixed to fill it, and the next larger type
@@ -22,15 +23,15 @@ from planish.calibrate.cache import Cache
 from planish.compression import Calibration, Destination
 from planish.core import Progress
 from planish.errors import InputError, PlanishError
-from planish.fit import LADDER, LADDERS, find_size, list_choices, list_plans, predict, vary_head
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source
 from planish.folder.writer import check_free
 from planish.methods.method import Method
 from planish.request import Request
 from planish.rounding.types import HELD
-from planish.trials import HELD as EVERY
-from planish.trials import Choice, Runner, open_runner, settle
+from planish.sizes.fit import LADDER, LADDERS, find_size, list_choices, list_plans, predict, vary_head
+from planish.sizes.trials import HELD as EVERY
+from planish.sizes.trials import Choice, Runner, open_runner, settle
 
 NOISE = 2  # standard errors, within which two plans are alike
 
