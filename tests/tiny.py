@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
 import planish.folder.load
+from planish.folder.writer import Writer
 from planish.modelling.families import FAMILIES
 
 VOCABULARY = 97
@@ -389,6 +390,22 @@ def exact_norms() -> Iterator[None]:
         yield
     finally:
         Gemma4RMSNorm.forward = real
+
+
+@contextmanager
+def stopped() -> Iterator[None]:
+    """The run in it is interrupted behind its first block."""
+    write = Writer.block
+
+    def stop(self: Writer, i: int, *args: Any, **kwargs: Any) -> None:
+        if i == 1:
+            raise KeyboardInterrupt
+        write(self, i, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "block", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def windows(n: int = 12, seq: int = 24, seed: int = 5) -> Tensor:

@@ -58,6 +58,7 @@ from planish.request import (
     takes,
 )
 from planish.sizes.ladder import choose_size, climb_beside
+from planish.sizes.trials import Contest
 from planish.solvers.offload import offload
 
 __all__ = [
@@ -115,15 +116,15 @@ def compress(
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
     place = Destination(Path(output), overwrite, files)
-    asked = request
-    request, choices, beside = choose_size(request, method, source, text, place, progress, cache=cache)
+    contest = Contest(request, method, source, text, place, progress, cache)
+    request, choices, beside = choose_size(contest)
     if choices:
         files["choices.json"] = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
     if begin is not None and lanes.is_first():
         begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
     result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
     result.warnings, result.choices = text.notes + result.warnings, [c.as_dict() for c in choices]
-    beside = beside or climb_beside(asked, method, source, text, place, progress, cache=cache)
+    beside = beside or climb_beside(contest)
     result.ladder = beside.write(Path(output)) if beside else {}
     return result
 

@@ -190,13 +190,6 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
     """Everything that follows from a plan."""
     problem, planned, source = run.problem, run.planned, run.measure.source
     shapes, itemsize, head = problem.shapes, source.stored.itemsize, source.count_head()
-    rows: list[dict[str, Any]] = []
-    for unit in sorted(problem.units):
-        rank = planned.ranks.get(unit, full := problem.full(unit))
-        before, after = problem.count(unit, full), problem.count(unit, rank)
-        rows.append(
-            {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, "before": before, "after": after}
-        )
     params, blocks = sum(p.numel() for p in source.empty.parameters()), sum(s.count() for s in shapes)
     weights = make_budget("keep", 1, source, shapes)
     left = int(count_left(problem, planned.ranks, weights))
@@ -230,7 +223,7 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
         phases=[{"name": p.name, "seconds": p.seconds, "steps": list(p.steps)} for p in phases],
         n_samples=run.windows,
         seq_len=run.seq_len,
-        units=rows,
+        units=[*count_units(problem, planned.ranks)],
         blocks=[*count_blocks(problem, planned.ranks, weights)],
         how={
             "peak_ram": f"libraries + one block as stored and as computed + activations of {run.windows} × {run.seq_len} "
@@ -257,6 +250,14 @@ def add_budgets(found: Forecast, problem: Problem, planned: Planned) -> None:
         found.budgets[b.name] = {"asked": b.asked, "achieved": achieved}
         if isinstance(b, Latency):
             found.latency_ms_before, found.latency_ms_after = b.achieved(b.total), achieved
+
+
+def count_units(problem: Problem, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Rank and weights of every unit, before and after."""
+    for unit in sorted(problem.units):
+        rank = plan.get(unit, full := problem.full(unit))
+        sizes = {"before": problem.count(unit, full), "after": problem.count(unit, rank)}
+        yield {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, **sizes}
 
 
 def count_blocks(problem: Problem, plan: Plan, weights: Budget) -> Iterator[dict[str, int]]:

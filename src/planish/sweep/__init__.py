@@ -32,6 +32,7 @@ from planish.folder.tokenizer import load_tokenizer
 from planish.plan.footprint import footprint
 from planish.request import TEXT, Grid, Request, takes
 from planish.sizes.ladder import choose_size
+from planish.sizes.trials import Contest
 from planish.sweep.grid import Trial, list_sizes, list_trials, tell_sweeping
 
 PLAIN = 1 << 20  # bytes of what plain types came out as, where they are not kept on disk
@@ -274,7 +275,8 @@ class Runner:
             asked = str(stream.dtype)[6:] if stream and self.asked.dtype else None
             request, place = trial.request.model_copy(update={"dtype": asked}), Destination(folder, overwrite=True)
             text, cache = replace(self.text, seconds=0.0), self.cached or self.plain
-            request, tried, _ = choose_size(request, trial.method, self.source, text, place, self.progress, cache=cache)
+            contest = Contest(request, trial.method, self.source, text, place, self.progress, cache)
+            request, tried, _ = choose_size(contest)
             if tried:
                 place.files["choices.json"] = json.dumps([c.as_dict() for c in tried], indent=2) + "\n"
             result = compress(
