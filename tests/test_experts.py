@@ -58,7 +58,7 @@ def masked(model: nn.Module, gone: dict[int, list[int]]) -> Iterator[None]:
             tensor = getattr(block.get_submodule(parent), leaf)
             if path.endswith(".weight"):
                 rows.append((tensor, experts))
-            else:
+            elif "bias" in path:
                 biases.append((tensor, tensor.clone()))
                 tensor.data[experts] = -torch.inf  # what the choice goes by
     real = nn.functional.linear
@@ -299,7 +299,9 @@ def test_nats_of_a_removal_are_those_of_a_masked_router(name):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "all_reached"),
-    [(n, a) for n in tiny.SPARSE for a in (False, True) if n != "phimoe" or not a],  # its router reaches two
+    [
+        (n, a) for n in (*tiny.SPARSE, "gemma4_moe") for a in (False, True) if n != "phimoe" or not a
+    ],  # its router reaches two
 )
 def test_what_goes_with_an_expert_is_what_goes_where_the_router_is_masked(name, all_reached):
     """u · (y′ − y) of every token and expert. Among all groups, since a masked expert may change which of them are chosen."""
@@ -320,7 +322,7 @@ def test_what_goes_with_an_expert_is_what_goes_where_the_router_is_masked(name, 
     block, seen = stream.block(i).requires_grad_(False), []
     block.get_submodule(family.experts.path).register_forward_hook(lambda m, a, out: seen.append(out))
     with torch.enable_grad(), tap_sites(block, family, {"experts.shares"}) as sites:
-        stream.forward(i, block, hidden[0].requires_grad_(True))
+        stream.forward(i, block, hidden[0].requires_grad_(True), 0)
         (d,) = torch.autograd.grad(seen[0], sites["experts.shares"], u)
         found = KINDS[f"{shape.experts.gates}_removals"](sites["experts.shares"].detach(), d)["sum"]
     torch.testing.assert_close(seen[0], y, rtol=1e-6, atol=1e-8)
