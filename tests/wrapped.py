@@ -90,6 +90,16 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {**_QWEN, "num_position_embeddings": 16}, **_TOKENS,
         },
     ),
+    "llama4": (
+        "Llama4",
+        {
+            "text_config": tiny._COMMON | tiny._ROWS["llama4"][1],
+            "vision_config": {
+                **_VISION, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+                "patch_size": 4, "projector_input_dim": 24, "projector_output_dim": 24, "vision_output_dim": 24,
+            }, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END,
+        },
+    ),
     "gemma4": (
         "Gemma4",
         {
@@ -101,7 +111,7 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-HYBRIDS = ("qwen3_5", "qwen3_5_moe")  # with mixers in place of some attentions: a few laws
+HYBRIDS = ("qwen3_5", "qwen3_5_moe", "llama4")  # with mixers in place of some attentions, or with experts: a few laws
 STOCK = ("gemma4",)  # whose attention stays the stock one: tests/test_gemma4.py
 NAMES = tuple(n for n in _ROWS if n not in HYBRIDS + STOCK)
 
@@ -137,6 +147,8 @@ def picture(name: str, seed: int = 3) -> dict[str, Tensor]:
     pixels = torch.randn(2, 3, 16, 16, generator=generator)
     if name == "gemma3":
         return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": kinds}
+    if name == "llama4":
+        return {"input_ids": ids, "pixel_values": pixels}
     return {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor([[16, 16]] * 2)}
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from planish.folder.adapter import Adapter
 from planish.folder.source import FolderSource, Source
-from planish.modelling.wrappers import MODULES
 
 
 def name_stored(source: Source, name: str) -> str:
@@ -17,7 +16,7 @@ def name_stored(source: Source, name: str) -> str:
 
 def name_module(source: Source, name: str) -> str:
     """What a module of the causal LM is called in the whole model."""
-    return name if source.tower is None else MODULES + name.removeprefix("model.")
+    return name if source.tower is None else source.tower.wrapper.prefix + name.removeprefix("model.")
 
 
 def find_origin(source: Source) -> dict[str, Any] | None:

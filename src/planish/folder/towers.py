@@ -11,7 +11,7 @@ from torch import Tensor
 
 from planish.errors import InputError
 from planish.modelling.modelling import FORMAT, class_names, list_auto, model_type
-from planish.modelling.wrappers import HEADS, MODULES, WRAPPERS, Wrapper, find_prefix
+from planish.modelling.wrappers import HEADS, WRAPPERS, Wrapper, find_prefix
 
 CHUNK = 256 << 20  # bytes of untouched tensors that are copied at a time, into one file
 
@@ -23,8 +23,8 @@ class Tower:
 
     wrapper: Wrapper
     config: Any
-    prefix: str = MODULES
-    head: str = "lm_head."
+    prefix: str
+    head: str
 
     @property
     def pinned(self) -> int:
@@ -93,7 +93,9 @@ def open_tower(wrapper: Wrapper, config: Any, blocks: str, stored: Collection[st
             f"{where} holds no language model: of its {len(stored)} tensors none is called …{inside}…; give the whole "
             f"{wrapper.model_type} checkpoint, not its vision tower alone"
         )
-    return Tower(wrapper, config, prefix, next((h for h in HEADS if any(n.startswith(h) for n in stored)), HEADS[-1]))
+    return Tower(
+        wrapper, config, prefix, next((h for h in HEADS if any(n.startswith(h) for n in stored)), wrapper.head)
+    )
 
 
 @dataclass(frozen=True)

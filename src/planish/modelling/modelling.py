@@ -185,8 +185,8 @@ def _build_wrapper(kind: str) -> dict[str, type]:
         plain.text_config = copy_config(config.text_config, family)
         plain.text_config.__class__ = find_classes(family)[0]
         stock.__init__(model, plain)
-        inner = model.model if stock is stock_lm else model
-        inner.language_model = globals()[class_names(family)[1]](config.text_config)
+        inner = model.model if stock is stock_lm and not row.whole else model
+        inner.language_model = globals()[class_names(family)[2 if row.whole else 1]](config.text_config)
         replace_config(model, plain, config)
 
     class Model(stock_base):  # type: ignore[misc, valid-type]
