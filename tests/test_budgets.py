@@ -364,6 +364,19 @@ def test_slow_forms_are_not_chosen(tmp_path):
         compress(model, output=tmp_path / "n", method="auto", max_latency=0.5, windows=WINDOWS, measured=table)
 
 
+@pytest.mark.parametrize(("method", "slower"), [("flat-llm", False), ("mpifa", True)])
+def test_plans_that_are_predicted_slower_say_so(method, slower, tmp_path, monkeypatch):
+    """A limit above the uncompressed model's time holds nobody to cuts that are faster: `plan` and `compress` warn alike."""
+    model = tiny.build("llama_gqa")
+    table, asked = fake_table(open_source(model), pivoted=10.0), {"keep": 0.8, "max_latency": 100.0}
+    result = compress(model, output=tmp_path / "m", method=method, windows=WINDOWS, measured=table, **asked)
+    monkeypatch.setattr("planish.dry_run.read_table", lambda *args: table)
+    plan = api.forecast(model, method=method, n_samples=8, seq_len=24, device="cpu", **asked)
+    for found in (result, plan):
+        said = [w for w in found.warnings if "predicted slower than the uncompressed model" in w]
+        assert len(said) == (found.latency_ms_after > found.latency_ms_before) == slower
+
+
 def test_where_calls_take_the_time_submodules_go(tmp_path):
     """No rank makes a call shorter: then auto leaves whole submodules out, at any share of the latency."""
     model = tiny.build("llama_gqa")

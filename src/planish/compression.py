@@ -37,7 +37,7 @@ from planish.methods.method import Method, list_settings
 from planish.modelling.blocks import Spec
 from planish.plan.experts import find_kept
 from planish.plan.footprint import count_headers, footprint
-from planish.plan.latency import read_table
+from planish.plan.latency import note_slower, read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.request import Request
@@ -127,6 +127,7 @@ def compress(
                 done.rounded = quantise(asked, measure, writer, windows) if asked else None
         result = report(problem, planned, source, writer, done)
         said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
+        said += note_slower(result.latency_ms_before, result.latency_ms_after)
         result.warnings = sorted({*said, *writer.warned})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
         write_manifest(writer, method, problem, planned, stream, result, done.details, text.record)

@@ -37,7 +37,7 @@ from planish.plan.budgets import Budget, Latency, make_budget
 from planish.plan.experts import find_kept
 from planish.plan.foreseen import Work
 from planish.plan.frontiers import measure_frontiers
-from planish.plan.latency import read_table
+from planish.plan.latency import note_slower, read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem, count_left
 from planish.plan.targets import describe_limits
@@ -250,6 +250,7 @@ def add_budgets(found: Forecast, problem: Problem, planned: Planned) -> None:
         found.budgets[b.name] = {"asked": b.asked, "achieved": achieved}
         if isinstance(b, Latency):
             found.latency_ms_before, found.latency_ms_after = b.achieved(b.total), achieved
+            found.warnings += note_slower(b.achieved(b.total), achieved)
 
 
 def count_units(problem: Problem, plan: Plan) -> Iterator[dict[str, Any]]:

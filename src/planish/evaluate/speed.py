@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from transformers import StaticCache
 
 from planish.compression import peak_rss
 from planish.errors import InputError
+from planish.folder.load import make_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +160,7 @@ class Runner:
 
     def run(self, prompt: Tensor, new_tokens: int) -> Run:
         """Prefill of a prompt (batch, tokens) and new_tokens steps; the cache has as many positions afterwards."""
-        cache = None
-        if self.compiled:
-            cache = StaticCache(config=self.model.config, max_cache_len=prompt.shape[1] + new_tokens)  # type: ignore[arg-type]
+        cache = make_cache(self.model, prompt.shape[1] + new_tokens) if self.compiled else None  # type: ignore[arg-type]
         start = _now(prompt.device)
         out = self.model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
@@ -171,9 +169,7 @@ class Runner:
             out = self.step(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
         end = _now(prompt.device)
-        return Run(
-            *(b - a for pair in ((start, first), (first, end)) for a, b in zip(*pair, strict=True)), out.past_key_values
-        )
+        return Run(first[0] - start[0], first[1] - start[1], end[0] - first[0], end[1] - first[1], out.past_key_values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, StaticCache
 
 from planish.errors import InputError
 from planish.folder.config import NO_SOFT_CAP, is_compressed, load_config, open_config, read_layout
@@ -112,3 +112,8 @@ def load_whole(source: FolderSource, dtype: torch.dtype | None, attention: str |
     with suppress(Exception):  # whatever settings it holds: advice for `generate`
         model.generation_config = transformers.GenerationConfig.from_pretrained(source.folder)
     return model.eval()
+
+
+def make_cache(model: PreTrainedModel, length: int) -> StaticCache:
+    """An empty KV cache of a fixed number of positions, over which decode steps are one graph."""
+    return StaticCache(config=model.config, max_cache_len=length)

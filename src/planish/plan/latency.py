@@ -95,6 +95,16 @@ class Table:
         return self.rest + sum(self.time(footprint(spec, shape)) for spec, shape in zip(specs, shapes, strict=True))
 
 
+def note_slower(before: float | None, after: float | None) -> list[str]:
+    """What to say of predicted milliseconds per token, where fewer weights take longer."""
+    if before is None or after is None or after <= before:
+        return []
+    return [
+        f"predicted slower than the uncompressed model: {after:.3g} ms per decoded token, {before:.3g} ms; ask for less with "
+        "--max-latency, or for dense shapes (a method that cuts heads and neurons; auto: --set units=structural)"
+    ]
+
+
 def measured(piece: Piece) -> Measured:
     """What the time of a linear is read from."""
     form, out, n = piece
