@@ -40,6 +40,7 @@ import wrapped  # noqa: E402
 from planish import load  # noqa: E402
 from planish.errors import InputError  # noqa: E402
 from planish.export.verify import verify  # noqa: E402
+from planish.modelling.families import FAMILIES  # noqa: E402
 
 CSV, TABLE = (ROOT / "docs" / "tables" / f"families.{end}" for end in ("csv", "md"))
 FIELDS = ("family", "step", "outcome", "figure", "words", "seconds")
@@ -55,6 +56,7 @@ SIZES = {  # what the formats' groups divide
     "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "linear_key_head_dim": 16,
     "linear_value_head_dim": 16, "linear_num_value_heads": 8, "shared_intermediate_size": 64, "mamba_d_ssm": 64,
     "mamba_head_dim": 16, "moe_latent_size": 32, "moe_shared_expert_intermediate_size": 64, "d_model": 64, "n_embd": 64,
+    "block_auto_adjust_ff_dim": False,
 }  # fmt: skip
 WIDE = {"hidden_size": 128, "head_dim": 32, "n_embd": 128, "d_model": 128}  # heads that vLLM's attention on a CPU has
 WRAPPERS = (
@@ -102,7 +104,7 @@ def build_for_formats(name: str) -> Any:
     if name.startswith("in "):
         text = wrapped._ROWS[name.removeprefix("in ")][1]["text_config"]
         return wrapped.build(name.removeprefix("in "), text_config=text | {n: s for n, s in SIZES.items() if n in text})
-    stated = tiny.configure(name).to_dict()
+    stated = tiny.configure(name).to_dict() | SETTINGS.get(tiny.configure(name).model_type, {})
     return build(name, **{n: size for n, size in SIZES.items() if stated.get(n)})
 
 
@@ -184,9 +186,10 @@ def read_format(form: str) -> Callable[[str, Path], str]:
             weights = packed_files.write(model, FORMATS[form], place)
         except (AttributeError, IndexError, KeyError):
             raise NotRun(NO_WRITER) from None
-        found = load(place).state_dict()
+        found, family = load(place).state_dict(), FAMILIES.get(model.config.model_type)
         for stored, expected in weights.items():
-            if not torch.equal(found[stored], expected.to(found[stored].dtype)):
+            own = stored if stored in found or family is None else family.read_name(stored)
+            if not torch.equal(found[own], expected.to(found[own].dtype)):
                 raise AssertionError(f"{stored} is read otherwise than it is stored")
         return f"{len(weights)}" if weights else "none"
 

@@ -12,7 +12,6 @@ import torch
 
 import planish
 import tiny
-from planish import solve
 from planish.apply import apply_edits
 from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.collect import measure_block
@@ -22,6 +21,7 @@ from planish.calibrate.store import Store
 from planish.calibrate.stream import Stream, read_weights
 from planish.core import Frontier, Unit
 from planish.errors import InputError
+from planish.evaluate.single_cuts import measure_effects
 from planish.folder.source import MemorySource, open_source
 from planish.methods import auto, find_method
 from planish.methods.auto import hold_out, solve_stored
@@ -30,12 +30,12 @@ from planish.plan.footprint import count_weights
 from planish.plan.frontiers import dense_taps
 from planish.plan.scores import cut_errors
 from planish.request import Limits
-from planish.single_cuts import measure_effects
-from planish.solve import blend, run_solved
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherPairs, eliminate, pair_effects, rescale
 from planish.solvers.key_latent import KeyLatent
 from planish.stats import Stats, Tap
+from planish.walks import solve
+from planish.walks.solve import blend, run_solved
 from posed import Posed, pose_on
 from tiny import compress
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from planish import api, solve
+from planish import api
 from planish.calibrate import measure
 from planish.calibrate.cache import LONG, Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream, read_weights
@@ -19,6 +19,7 @@ from planish.folder.source import open_source
 from planish.methods import find_method
 from planish.plan import scores
 from planish.plan.frontiers import measure_frontiers
+from planish.walks import solve
 from posed import pose_on
 from test_text import byte_tokenizer
 from tiny import compress

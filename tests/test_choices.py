@@ -23,9 +23,9 @@ from planish.methods import a3, find_method
 from planish.modelling.blocks import find_blocks
 from planish.modelling.families import FAMILIES
 from planish.plan.planned import Planned
-from planish.solve import run_solved
 from planish.solvers.bypass import shared_basis
 from planish.stats import KINDS, Tap
+from planish.walks.solve import run_solved
 from posed import pose_on
 
 WINDOWS = tiny.windows(12, 24)

@@ -20,7 +20,7 @@ from planish.methods.cocurve import fit_gains, list_parts, pick, split_windows
 from planish.modelling.blocks import find_blocks, get_linear
 from planish.plan import ablations
 from planish.plan.ablations import Part, measure_interactions
-from planish.solve import run_solved
+from planish.walks.solve import run_solved
 from posed import Posed, pose_on
 from tiny import compress
 

@@ -48,6 +48,8 @@ def test_every_method_plans_without_weights_and_text(bare, monkeypatch):
         assert found.phases[-1]["name"] == "blocks" and len(found.phases[-1]["steps"]) == 4, method
         assert found.seconds == pytest.approx(sum(sum(p["steps"]) for p in found.phases))
         assert (len(found.phases) > 1) == (not found.measured), method
+        before, after = (sum(b[k] for b in found.blocks) for k in ("before", "after"))
+        assert (before, after) == (found.block_params_before, found.block_params_after), method
 
 
 def test_what_cannot_be_reached_is_refused_alike():

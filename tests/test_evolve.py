@@ -14,7 +14,7 @@ from planish.core import Plan
 from planish.folder.source import MemorySource
 from planish.plan import evolve as evolution
 from planish.plan.evolve import Library, breed, evolve, step
-from planish.solve import run_solved
+from planish.walks.solve import run_solved
 from posed import Posed, pose_on
 
 WINDOWS = tiny.windows(12, 24)

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 import planish
 from planish.errors import InputError
-from planish.fit import list_choices, predict, reserve
 from planish.folder.safetensors import write_shard
 from planish.folder.source import open_source
 from planish.request import Request
-from planish.trials import hold_out
+from planish.sizes.fit import list_choices, predict, reserve
+from planish.sizes.trials import hold_out
 from tiny import build, save, windows
 
 pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import planish
 import tiny
@@ -20,6 +22,7 @@ from planish.folder.source import MemorySource, open_source
 from planish.modelling.families import MLP
 from planish.modelling.modules import Pair
 from planish.plan.footprint import footprint
+from test_experts import masked, read_gone
 
 WINDOWS = tiny.windows(10, 24)
 PLAIN = {
@@ -127,10 +130,6 @@ def test_feed_forwards_cut_alike_are_a_stock_model(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        (
-            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8},
-            "enable_moe_block",
-        ),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention=all"),
     ],
 )
@@ -177,3 +176,62 @@ def test_a_wrapper_of_which_nothing_is_cut(tmp_path):
     assert result.format == "native" and before.keys() == after.keys()
     assert all(torch.equal(after[n], before[n]) for n in before)
     assert type(planish.load(tmp_path / "m")) is type(wrapped.build("gemma4"))
+
+
+# ---------------------------------------------------------------- experts beside the dense feed-forward
+
+
+@torch.no_grad()
+def test_fewer_experts_than_a_token_reached(tmp_path):
+    """Its routers ask the configuration how many they may choose: that of the result, and of each block that runs meanwhile."""
+    model = tiny.build("gemma4_moe", top_k_experts=4)
+    result = tiny.compress(model, output=tmp_path / "m", windows=WINDOWS, method="reap", keep=0.6)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    kept = config["num_experts"]
+    assert result.format == "native" and kept < 4 and config["top_k_experts"] == kept
+    assert model.config.top_k_experts == 4 and model.model.layers[0].router.config is model.config
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with masked(model, read_gone(model, tmp_path / "m")):
+        torch.testing.assert_close(small(WINDOWS).logits, model(WINDOWS).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["auto", pytest.param("flat-llm", marks=pytest.mark.slow)])
+def test_both_feed_forwards_are_cut(method, tmp_path):
+    """In planish's own format: what is loaded is the stock model with those experts, products and neurons."""
+    model = tiny.build("gemma4_moe")
+    result = tiny.compress(model, output=tmp_path / "m", windows=tiny.windows(24, 16), method=method, keep=0.6)
+    ranks = json.loads((tmp_path / "m" / "planish.json").read_text())["plan"]
+    assert {"neurons", "mlp"} & {u.partition(".")[2] for u in ranks} and 0.5 < result.keep <= 0.6
+    small = tiny.load(tmp_path / "m")
+    assert result.params_after == sum(p.numel() for p in small.parameters())
+    logits, cached = small(WINDOWS[:2]).logits, small(WINDOWS[:2, :8], use_cache=True)
+    rest = small(WINDOWS[:2, 8:], past_key_values=cached.past_key_values).logits
+    torch.testing.assert_close(torch.cat([cached.logits, rest], 1), logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(planish.load(tmp_path / "m")(WINDOWS[:2]).logits, logits)
+
+
+@torch.no_grad()
+def test_experts_go_inside_the_wrapper(tmp_path):
+    """The result is the stock wrapper; for a text with an image too, it answers as if its routers did not see what went."""
+    text = tiny._COMMON | tiny._ROWS["gemma4_moe"][1]
+    model = wrapped.build("gemma4", text_config=text)
+    folder = tiny.save(model, tmp_path / "dense")
+    result = tiny.compress(str(folder), output=tmp_path / "m", keep=0.8, method="reap", windows=WINDOWS[:4])
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["text_config"]
+    assert result.format == "native" and 2 <= config["num_experts"] < 8
+    before, after = wrapped.read(folder), wrapped.read(tmp_path / "m")
+    assert before.keys() == after.keys()
+    changed = {n for n in before if before[n].shape != after[n].shape}
+    assert {n.partition(".layers.")[2].partition(".")[2] for n in changed} == {
+        "experts.gate_up_proj", "experts.down_proj", "router.proj.weight", "router.per_expert_scale",
+    }  # fmt: skip
+    assert all(torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8)) for n in before.keys() - changed)
+    small, gone = planish.load(tmp_path / "m"), {}
+    for i, (whole, few) in enumerate(zip(*(m.model.language_model.layers for m in (model, small)), strict=True)):
+        rows = few.router.proj.weight.tolist()
+        gone[i] = [j for j, row in enumerate(whole.router.proj.weight.tolist()) if row not in rows]
+    language = types.SimpleNamespace(config=model.config.text_config, model=model.model.language_model)
+    with masked(language, gone):
+        expected = wrapped.see(model, "gemma4")
+    torch.testing.assert_close(wrapped.see(small, "gemma4"), expected, rtol=1e-4, atol=1e-4)

@@ -241,6 +241,11 @@ def test_shared_experts_stay_as_wide_as_they_were(tmp_path):
         ("nemotron_h_moe", {}, "graph of nemotron_h has no dense feed-forward in a model with experts"),
         (
             "gemma4",
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8},
+            "graph of gemma4_text is written without experts beside its feed-forward",
+        ),
+        (
+            "gemma4",
             {"layer_types": ["full_attention", "sliding_attention"] * 2},
             "graph of gemma4_text takes shared keys from the last two blocks that have their own",
         ),

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import planish
-from planish.bits import find_heads
 from planish.errors import InputError
-from planish.fit import list_heads, list_plans, predict, vary_head
 from planish.folder.source import open_source
 from planish.request import Request
-from planish.trials import Choice
+from planish.sizes.fit import list_heads, list_plans, predict, vary_head
+from planish.sizes.trials import Choice
+from planish.walks.bits import find_heads
 from tiny import build, save, windows
 
 pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import planish
-from planish import ladder
 from planish.cli import app
 from planish.cli.compress import show_ladder
 from planish.evaluate.report.page import write_report
-from planish.fit import predict
 from planish.folder.source import open_source
-from planish.ladder import Ladder, list_rungs
 from planish.request import Request
-from planish.trials import Choice, Runner, hold_out
+from planish.sizes import ladder
+from planish.sizes.fit import predict
+from planish.sizes.ladder import Ladder, list_rungs
+from planish.sizes.trials import Choice, Runner, hold_out
 from tiny import build, save, windows
 
 pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")

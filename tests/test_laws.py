@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from planish import solve as planish_solve
 from planish.apply import apply_edits, count_block, merge_forms, merge_specs
 from planish.calibrate.collect import Run, measure_block
 from planish.calibrate.losses import compute_logits
@@ -35,10 +34,11 @@ from planish.methods.erc_svd import compare
 from planish.modelling.blocks import find_blocks, get_linear, has_linear
 from planish.plan.footprint import Footprint, count_weights, footprint, footprints
 from planish.plan.frontiers import measure_frontiers
-from planish.solve import run_solved
 from planish.solvers.linear import LinearSVD
 from planish.solvers.neurons import Neurons
 from planish.stats import Stats, Tap
+from planish.walks import solve as planish_solve
+from planish.walks.solve import run_solved
 from posed import Posed, pose_on
 from tiny import compress, load
 

@@ -13,8 +13,8 @@ from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream
 from planish.core import Shape, Unit
 from planish.folder.source import MemorySource
-from planish.solve import solve
 from planish.stats import Tap
+from planish.walks.solve import solve
 from posed import pose_on
 
 TAP, BACK = Tap("o.in", "gram"), Tap("grad:o.out", "gram")

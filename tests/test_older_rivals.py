@@ -15,7 +15,7 @@ from planish.errors import InputError
 from planish.folder.source import MemorySource
 from planish.modelling.blocks import get_linear
 from planish.request import Limits
-from planish.solve import run_solved
+from planish.walks.solve import run_solved
 from posed import pose_on
 
 WINDOWS = tiny.windows(12, 24)

@@ -11,9 +11,9 @@ import pytest
 import browser
 from planish.cli import chat, showcase
 from planish.evaluate.agreement import Agreement, Answer
+from planish.evaluate.evaluation import Comparison, Evaluation
 from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import Point, write_points
-from planish.evaluation import Comparison, Evaluation
 from planish.manifest import Result
 
 pytestmark = pytest.mark.slow

@@ -24,8 +24,8 @@ from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
 from planish.methods import find_method, list_methods, make_plan, pose
 from planish.request import Limits
-from planish.solve import solve
 from planish.stats import Tap
+from planish.walks.solve import solve
 from posed import pose_on
 
 

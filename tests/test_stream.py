@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tiny
-from planish import solve
 from planish.apply import apply_edits
 from planish.calibrate import losses
 from planish.calibrate.activations import MemoryLimits
@@ -25,6 +24,7 @@ from planish.methods import find_method
 from planish.modelling.blocks import find_blocks, get_linear
 from planish.solvers.forms import neuron_edits
 from planish.stats import Tap
+from planish.walks import solve
 from posed import pose_on
 from test_resume import hashes
 from tiny import compress
@@ -260,10 +260,10 @@ def test_uncompressed_block_may_run_again(units, tmp_path, monkeypatch):
         kept.append(sites(*args))
         return kept[-1]
 
-    monkeypatch.setattr("planish.solve.find_dense_sites", look)
+    monkeypatch.setattr("planish.walks.solve.find_dense_sites", look)
     compress(model, output=tmp_path / "kept", method="auto", keep=0.7, windows=WINDOWS, settings={"units": units})
     assert all(kept[-3:])
-    monkeypatch.setattr("planish.solve.find_dense_sites", lambda *args: set())
+    monkeypatch.setattr("planish.walks.solve.find_dense_sites", lambda *args: set())
     compress(model, output=tmp_path / "again", method="auto", keep=0.7, windows=WINDOWS, settings={"units": units})
     assert hashes(tmp_path / "kept") == hashes(tmp_path / "again")
 

@@ -27,12 +27,11 @@ FLOORS = [
     {"folder"},
     {"calibrate"},
     {"plan"},
-    {"solve", "bits", "quantise"},
+    {"walks"},
     {"methods"},
-    {"checking", "manifest", "compression", "dry_run", "single_cuts"},
+    {"checking", "manifest", "compression", "dry_run"},
     {"export", "evaluate"},
-    {"evaluation"},
-    {"trials", "fit", "ladder", "grid"},
+    {"sizes"},
     {"api", "sweep"},
     {"cli", "__init__", "__main__"},
 ]
@@ -56,7 +55,7 @@ LONG_FUNCTIONS: dict[str, int] = {}
 MANY_PARAMETERS = {
     "planish.cli.evaluate.evaluate": 9,  # one per flag
     "planish.cli.export.export": 9,
-    "planish.evaluation.evaluate": 11,  # one per keyword that users write: `planish.evaluate`, and the next two
+    "planish.evaluate.evaluation.evaluate": 11,  # one per keyword that users write: `planish.evaluate`, and the next two
     "planish.evaluate.speed.bench": 9,
     "planish.export.eora.compensate": 12,
 }

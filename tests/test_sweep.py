@@ -25,11 +25,11 @@ from planish.evaluate.report.page import find_shares, write_report
 from planish.evaluate.report.points import Point, read_points
 from planish.evaluate.report.sizes import find_curves, tell_losers
 from planish.evaluate.report.svg import Axis, Mark, Quantity, Series, chart, heat_map
-from planish.fit import predict
 from planish.folder.source import open_source
-from planish.grid import parse_method
 from planish.request import Request
+from planish.sizes.fit import predict
 from planish.sweep import sweep
+from planish.sweep.grid import parse_method
 
 METHODS = ["flat-llm", "svd-llm", "auto:anchor=0:units=linear"]
 KEEPS = [0.9, 0.7]

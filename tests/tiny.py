@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
 import planish.folder.load
+from planish.folder.writer import Writer
 from planish.modelling.families import FAMILIES
 
 VOCABULARY = 97
@@ -159,7 +160,7 @@ RARE = (  # of these, what is made of the same as others: all laws are slow
     "exaone4_windows", "smollm3", "ernie4_5", "cohere", "cohere_norms", "phi", "phi_norms", "stablelm_parallel",
     "stablelm_norms", "falcon_new", "falcon_new_shared", "apertus", "qwen3_5",
     "qwen3_5_moe", "nemotron_h_moe", "llama4",
-    "granite_hybrid", "granite_dense", "falcon_h1", "gemma4",
+    "granite_hybrid", "granite_dense", "falcon_h1", "gemma4", "gemma4_moe",
 )  # fmt: skip
 
 
@@ -299,10 +300,20 @@ _ROWS |= {
             "vocab_size_per_layer_input": VOCABULARY, "tie_word_embeddings": True, "final_logit_softcapping": 8.0,
         },
     ),
+    "gemma4_moe": (
+        "Gemma4Text",  # as the one with experts was released: nothing for each block, no keys that others read
+        {
+            **_GQA, "head_dim": 12, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+            "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW,
+            "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "tie_word_embeddings": True,
+            "final_logit_softcapping": 8.0, "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2,
+            "moe_intermediate_size": 12, "experts_implementation": "eager",
+        },
+    ),
 }  # fmt: skip
-STOCK = ("gemma4",)  # families whose attention stays the stock one; all laws are slow
+STOCK = ("gemma4", "gemma4_moe")  # families whose attention stays the stock one; all laws are slow
 HYBRIDS = tuple(_HYBRIDS)  # families with mixers in place of some attentions, or beside them
-MIXED = ("qwen3_next", "granite_hybrid", "qwen3_5_moe", "nemotron_h_moe")  # of these, those with experts
+MIXED = ("qwen3_next", "granite_hybrid", "qwen3_5_moe", "nemotron_h_moe", "gemma4_moe")  # of both, those with experts
 
 # One of each block layout: what a change in how blocks are read or written has to pass first.
 CORE = ("llama_gqa", "qwen2", "phi3", "gemma2", "opt", "gpt_neox")
@@ -379,6 +390,22 @@ def exact_norms() -> Iterator[None]:
         yield
     finally:
         Gemma4RMSNorm.forward = real
+
+
+@contextmanager
+def stopped() -> Iterator[None]:
+    """The run in it is interrupted behind its first block."""
+    write = Writer.block
+
+    def stop(self: Writer, i: int, *args: Any, **kwargs: Any) -> None:
+        if i == 1:
+            raise KeyboardInterrupt
+        write(self, i, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "block", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def windows(n: int = 12, seq: int = 24, seed: int = 5) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish import lanes, single_cuts
+from planish import lanes
 from planish.calibrate.cache import tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import eval_windows, fingerprint, interleave, load_tokens, sample_windows, share_out
@@ -26,7 +26,8 @@ from planish.dry_run import forecast as forecast_windows
 from planish.dry_run.seconds import Phase
 from planish.dry_run.windows import Chosen, choose_windows, foretell
 from planish.errors import InputError
-from planish.evaluation import (
+from planish.evaluate import single_cuts
+from planish.evaluate.evaluation import (
     DTYPES,
     SEQ_LEN,
     answer_both,
@@ -42,7 +43,6 @@ from planish.export.eora import Compensation, compensate, open_linears
 from planish.folder.owner import owning
 from planish.folder.source import FolderSource, Source, open_shapes, open_source
 from planish.folder.tokenizer import load_tokenizer
-from planish.ladder import choose_size, climb_beside
 from planish.manifest import Result
 from planish.methods import find_method, list_methods
 from planish.methods.method import Method, list_settings
@@ -57,6 +57,8 @@ from planish.request import (
     name_beside,
     takes,
 )
+from planish.sizes.ladder import choose_size, climb_beside
+from planish.sizes.trials import Contest
 from planish.solvers.offload import offload
 
 __all__ = [
@@ -114,15 +116,15 @@ def compress(
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
     place = Destination(Path(output), overwrite, files)
-    asked = request
-    request, choices, beside = choose_size(request, method, source, text, place, progress, cache=cache)
+    contest = Contest(request, method, source, text, place, progress, cache)
+    request, choices, beside = choose_size(contest)
     if choices:
         files["choices.json"] = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
     if begin is not None and lanes.is_first():
         begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
     result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
     result.warnings, result.choices = text.notes + result.warnings, [c.as_dict() for c in choices]
-    beside = beside or climb_beside(asked, method, source, text, place, progress, cache=cache)
+    beside = beside or climb_beside(contest)
     result.ladder = beside.write(Path(output)) if beside else {}
     return result
 
@@ -237,7 +239,7 @@ def measure_effects(
     windows: int = 8,
     **options: Any,
 ) -> list[single_cuts.Effect]:
-    """Predicted and measured loss of single cuts, one unit at a time (see `planish.single_cuts.measure_effects`).
+    """Predicted and measured loss of single cuts, one unit at a time (see `planish.evaluate.single_cuts.measure_effects`).
 
     `held`: a SOURCE whose evaluation split is not calibrated on; `windows` of it and of the calibration text are measured.
     """

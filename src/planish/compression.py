@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from planish import lanes
 from planish.apply import count_block, is_empty
-from planish.bits import read_asked
 from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
@@ -41,10 +40,11 @@ from planish.plan.footprint import count_headers, footprint
 from planish.plan.latency import read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.quantise import Report, quantise
 from planish.request import Request
-from planish.solve import solve
 from planish.solvers.offload import offload
+from planish.walks.bits import read_asked
+from planish.walks.quantise import Report, quantise
+from planish.walks.solve import solve
 
 
 @dataclass

@@ -56,15 +56,15 @@ class Result:
     )  # removed ones by kind: count, of, sparsity, blocks
     rounding: dict[str, Any] = field(
         default_factory=dict
-    )  # see `planish.quantise.Report`; empty where nothing was rounded
+    )  # see `planish.walks.quantise.Report`; empty where nothing was rounded
     untouched: dict[str, int] = field(default_factory=dict)  # part of a wrapper that is copied as it is → bytes
     choices: list[dict[str, Any]] = field(
         default_factory=list
-    )  # plans that were compared for a size: `planish.trials.Choice`
+    )  # plans that were compared for a size: `planish.sizes.trials.Choice`
     kv_bits: int = 0  # of a number of the cache, as the bytes count it: those of the blocks' weights
     ladder: dict[str, Any] = field(
         default_factory=dict
-    )  # plain rounding beside a size: `planish.ladder.Ladder`; empty without one
+    )  # plain rounding beside a size: `planish.sizes.ladder.Ladder`; empty without one
 
     @property
     def removed(self) -> float:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from planish.modelling.blocks import find_norms, get_linear, read_factor
-from planish.modelling.canonical import has_module
+from planish.modelling.canonical import find_mixture, has_module
+from planish.modelling.experts import read_top, set_top
 from planish.modelling.families import ExpertsRow, Family
 from planish.stats import Stats, Tap
 
@@ -69,36 +70,38 @@ class Seen(dict[str, Tensor]):
         inside, what is shared is what experts put out then: 1 of each.
         """
         experts: Any = block.get_submodule(row.path)
-        router: Any = block.get_submodule(row.router[0].rpartition(".")[0])
-        scale = float(getattr(router, row.scale)) if row.scale else 1.0
+        router: Any = find_mixture(block, row)[1]
+        scale = torch.as_tensor(getattr(router, row.scale) if row.scale else 1.0).detach().expand(len(experts.numbers))
         wider: list[Tensor] = []  # what the router says if a token may reach one expert more, and its logits
 
         def look_further(module, args, kwargs, out) -> None:
             wider.clear()
-            if 0 < getattr(module, "top_k", 0) < len(experts.numbers):
-                wider.extend(ask_wider(module, args, kwargs, out))
+            if read_top(module, row) < len(experts.numbers):
+                wider.extend(ask_wider(module, row, args, kwargs, out))
 
         def see_shares(module, args):
             hidden, chosen, gates = args
-            weights = torch.ones_like(gates) if row.inside else gates
+            each = scale.to(gates).where(scale != 0, torch.finfo(gates.dtype).tiny)
+            weights = torch.ones_like(gates) if row.inside else gates / each[chosen]
             shares, reached = weights.new_zeros(len(weights), len(experts.numbers)), chosen
             if wider:
                 index, given, logits = wider
+                given = given / each[index]
                 if row.gates(router) == "softmax":
                     shares = -logits.float().softmax(-1).to(weights.dtype)
                 new = (index[:, :, None] != chosen[:, None]).all(-1)
                 known = given.masked_fill(new, 0).sum(1, keepdim=True).clamp(min=torch.finfo(given.dtype).tiny)
                 at = new.int().argmax(1, keepdim=True)
-                least = (given * new).gather(1, at) * weights.sum(1, keepdim=True) / known / scale
+                least = (given * new).gather(1, at) * weights.sum(1, keepdim=True) / known
                 if row.inside:
                     gates, least = torch.cat([gates, given.gather(1, at)], dim=1), torch.ones_like(least)
                 shares = shares.scatter(1, index.gather(1, at), -least.to(shares.dtype))
                 reached = torch.cat([chosen, index.gather(1, at)], dim=1)
-            shares = shares.scatter(1, chosen, weights / scale)
+            shares = shares.scatter(1, chosen, weights)
             if row.inside and torch.is_grad_enabled():
                 shares.requires_grad_()
             see("experts.shares", shares)
-            used = shares.gather(1, reached) * scale
+            used = shares.gather(1, reached) * each[reached]
             used = torch.cat([used[:, : self.top], used[:, self.top :] - used[:, self.top :].detach()], dim=1)
             self.chosen, self.weights = reached, used
             if row.inside:
@@ -166,15 +169,17 @@ class Seen(dict[str, Tensor]):
         return found
 
 
-def ask_wider(router: Any, args: Any, kwargs: Any, out: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def ask_wider(
+    router: Any, row: ExpertsRow, args: Any, kwargs: Any, out: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The experts (tokens, top + 1) that tokens would reach if they might reach one more, what the router gives each, and its
     logits. `out`: what it says as it is."""
-    top = router.top_k
-    router.top_k = top + 1
+    top = read_top(router, row)
+    set_top(router, row, top + 1)
     try:
         found = router.forward(*args, **kwargs)
     finally:
-        router.top_k = top
+        set_top(router, row, top)
     at = [n for n, t in enumerate(out) if t.shape[-1] == top]
     (logits,) = (t for n, t in enumerate(out) if n not in at)
     chosen, given = sorted((found[n] for n in at), key=torch.is_floating_point)

@@ -20,9 +20,9 @@ from planish.calibrate.text import eval_windows, load_tokens
 from planish.core import Progress
 from planish.errors import InputError
 from planish.evaluate.agreement import Answer
+from planish.evaluate.evaluation import Comparison, answer_both, compare, load_to_measure
 from planish.evaluate.report.page import render
 from planish.evaluate.speed import bench
-from planish.evaluation import Comparison, answer_both, compare, load_to_measure
 from planish.export.gguf import export_gguf
 from planish.export.llama_cpp import LlamaCpp
 from planish.folder.config import load_config

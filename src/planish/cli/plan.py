@@ -33,7 +33,7 @@ def plan(
         run.give(
             found.as_dict(),
             f"[bold]{found.method}[/] · keep {found.keep:.4f} (asked {asked}) · {tell_ranks(found)} · nothing is written",
-            make_ranks(found.units, "" if found.measured else "~"),
+            make_ranks(found.units, found.blocks, "" if found.measured else "~"),
             *tell_measuring(found),
             compare_sizes(found),
             *show_untouched(found),
@@ -65,15 +65,14 @@ def tell_measuring(found: Any) -> list[str]:
     ]
 
 
-def make_ranks(units: list[dict[str, Any]], sign: str = "") -> Table:
+def make_ranks(units: list[dict[str, Any]], blocks: list[dict[str, Any]], sign: str = "") -> Table:
     """One row per block: every unit's rank (with a sign in front) of its full rank, and the weights that stay."""
     names = list(dict.fromkeys(u["unit"] for u in units))
     table = make_table("block", *names, "weights", "kept")
-    for block, rows in groupby(units, key=lambda u: u["block"]):
+    for each, (block, rows) in zip(blocks, groupby(units, key=lambda u: u["block"]), strict=True):
         found = {u["unit"]: u for u in rows}
         cells = [f"{sign}{found[n]['rank']}/{found[n]['full']}" if n in found else "" for n in names]
-        before, after = (sum(u[k] for u in found.values()) for k in ("before", "after"))
-        table.add_row(str(block), *cells, f"{after:,}", f"{after / before:.1%}")
+        table.add_row(str(block), *cells, f"{each['after']:,}", f"{each['after'] / each['before']:.1%}")
     return table
 
 

@@ -8,7 +8,7 @@ them: at most. FLOPs count two per weight and token. Peak memory and time are es
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from planish.calibrate.stream import Awaited, NothingMeasuredError, Stream
 from planish.calibrate.text import shuffle_windows
 from planish.checking import check_tokens, check_windows
 from planish.compression import pick_dtype
-from planish.core import WHOLE, Progress, Unit, describe_experts, describe_rest, describe_state
+from planish.core import WHOLE, Plan, Progress, Unit, describe_experts, describe_rest, describe_state
 from planish.dry_run.memory import count_peaks
 from planish.dry_run.passes import Run
 from planish.dry_run.seconds import Costs, estimate_phases, explain, measure_costs
@@ -34,7 +34,7 @@ from planish.folder.source import HEAD, ConfigSource, Source
 from planish.methods import foresee_plan, make_plan, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import install
-from planish.plan.budgets import Latency, make_budget
+from planish.plan.budgets import Budget, Latency, make_budget
 from planish.plan.experts import find_kept
 from planish.plan.foreseen import Work
 from planish.plan.frontiers import measure_frontiers
@@ -49,7 +49,8 @@ STATISTICS = 1 << 30  # bytes of statistics that planning without the target's l
 
 @dataclass
 class Forecast:
-    """Before and after, per token where it says so; `units`: one row per unit with its rank and weights."""
+    """Before and after, per token where it says so; `units`: one row per unit with its rank and weights; `blocks`: one row per
+    block that has units, with the weights of all its linears, each counted once however many units share it."""
 
     method: str
     keep_requested: float
@@ -75,6 +76,7 @@ class Forecast:
     n_samples: int
     seq_len: int
     units: list[dict[str, Any]]
+    blocks: list[dict[str, Any]]
     latency_ms_before: float | None = None
     latency_ms_after: float | None = None
     budgets: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -189,15 +191,9 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
     """Everything that follows from a plan."""
     problem, planned, source = run.problem, run.planned, run.measure.source
     shapes, itemsize, head = problem.shapes, source.stored.itemsize, source.count_head()
-    rows: list[dict[str, Any]] = []
-    for unit in sorted(problem.units):
-        rank = planned.ranks.get(unit, full := problem.full(unit))
-        before, after = problem.count(unit, full), problem.count(unit, rank)
-        rows.append(
-            {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, "before": before, "after": after}
-        )
     params, blocks = sum(p.numel() for p in source.empty.parameters()), sum(s.count() for s in shapes)
-    left = int(count_left(problem, planned.ranks, make_budget("keep", 1, source, shapes)))
+    weights = make_budget("keep", 1, source, shapes)
+    left = int(count_left(problem, planned.ranks, weights))
     params_after, rest = count_written(run), source.untouched.count
     budgets = (make_budget(n, 1, source, shapes, problem.context) for n in ("kv_keep", "flops_keep", "max_bytes"))
     caches, flops, stored = ((b.total + b.outside, count_left(problem, planned.ranks, b) + b.outside) for b in budgets)
@@ -228,7 +224,8 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
         phases=[{"name": p.name, "seconds": p.seconds, "steps": list(p.steps)} for p in phases],
         n_samples=run.windows,
         seq_len=run.seq_len,
-        units=rows,
+        units=[*count_units(problem, planned.ranks)],
+        blocks=[*count_blocks(problem, planned.ranks, weights)],
         how={
             "peak_ram": f"libraries + one block as stored and as computed + activations of {run.windows} × {run.seq_len} "
             "tokens + one block's statistics in fp64 + the largest decomposition's working space (planish.dry_run.memory)",
@@ -264,6 +261,24 @@ def add_budgets(found: Forecast, problem: Problem, planned: Planned) -> None:
         found.budgets[b.name] = {"asked": b.asked, "achieved": achieved}
         if isinstance(b, Latency):
             found.latency_ms_before, found.latency_ms_after = b.achieved(b.total), achieved
+
+
+def count_units(problem: Problem, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Rank and weights of every unit, before and after."""
+    for unit in sorted(problem.units):
+        rank = plan.get(unit, full := problem.full(unit))
+        sizes = {"before": problem.count(unit, full), "after": problem.count(unit, rank)}
+        yield {"block": unit.block, "unit": unit.name, "rank": rank, "full": full, **sizes}
+
+
+def count_blocks(problem: Problem, plan: Plan, weights: Budget) -> Iterator[dict[str, int]]:
+    """Weights of every block with units, before and after; all blocks in one row where a unit is of all of them."""
+    for block in sorted({u.block for u in problem.units}):
+        whole = any(u.block == block and u.name in WHOLE for u in problem.units)
+        before = sum(s.count() for s in problem.shapes if whole or s.block == block)
+        mine = {u: r for u, r in plan.items() if u.block == block}
+        gone = int(weights.total - count_left(problem, mine, weights))
+        yield {"block": block, "before": before, "after": before - gone}
 
 
 def count_released(run: Run) -> tuple[int, int] | None:

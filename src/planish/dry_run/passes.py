@@ -14,8 +14,8 @@ from planish.methods.method import ORDER, find_step
 from planish.plan.foreseen import Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.solve import find_dense_sites
 from planish.stats import Tap
+from planish.walks.solve import find_dense_sites
 
 FIRST = {"attention": "q", "mlp": "up"}  # the first linears of a submodule, or one of them
 

@@ -135,7 +135,7 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def measure_width(source: FolderSource) -> int:
     """The widest MLP of a model that can be filled up."""
-    if source.family.experts:
+    if any(source.shape(i).experts for i in range(source.n_blocks)):
         raise InputError(
             f"a {source.family.model_type} is not filled up to its stock architecture: export without --pad"
         )

@@ -122,8 +122,6 @@ def find_family(config) -> Family:
         raise InputError(f"{kind} with alibi=true is not supported: its attention adds a bias for distance by itself")
     if read_declared(config, "parallel_attn") is False and not read_declared(config, "new_decoder_architecture"):
         raise InputError(f"{kind} with parallel_attn=false is not supported: only blocks with parallel submodules are")
-    if read_declared(config, "enable_moe_block"):
-        raise InputError(f"{kind} with enable_moe_block=true is not supported: experts beside the dense feed-forward")
     if read_declared(config, "use_bidirectional_attention") == "all":
         raise InputError(f"{kind} with use_bidirectional_attention=all is not supported: tokens see those behind them")
     if read_declared(config, "do_layer_norm_before") is False:

@@ -56,7 +56,7 @@ def load(folder: str | Path, **kwargs) -> PreTrainedModel:
     if is_gguf(path) or find_declared(path):
         return load_dequantised(path, **kwargs)
     row = read_layout(text)[0].experts
-    if row is not None and not is_compressed(text) and getattr(text, row.width) % 8:
+    if row is not None and not is_compressed(text) and (getattr(text, row.width) or 0) % 8:
         kwargs.setdefault("experts_implementation", "eager")  # grouped products refuse rows of no multiple of 16 bytes
     if getattr(config, "quantization_config", None):  # transformers' own matter
         open_weights(path)

@@ -19,12 +19,12 @@ from planish.plan.experts import level_widths
 from planish.plan.foreseen import Foreseen, Work, survey
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.solve import run_solved
 from planish.solvers.experts import ExpertNeurons
 from planish.solvers.neurons import Neurons
 from planish.solvers.qk_joint import QKJoint
 from planish.solvers.rotary_pairs import NORMALISED, RotaryPairs
 from planish.solvers.value_output import ValueOutput
+from planish.walks.solve import run_solved
 
 PARTS = ("qk", "vo", "mlp")
 

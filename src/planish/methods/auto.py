@@ -26,7 +26,6 @@ from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.scores import SCORES, correct_scores, foresee_errors
 from planish.plan.spread import BudgetError
-from planish.solve import run_solved
 from planish.solvers.experts import Experts
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_experts import FisherExpertNeurons
@@ -34,6 +33,7 @@ from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, Fisher
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.two_sided import TwoSided
 from planish.stats import Tap
+from planish.walks.solve import run_solved
 
 ATTENTION_UNITS = ("q", "k", "v", "o", "qk", "keys", "vo", "attention")
 WAYS = {  # alternatives for a submodule: units that go together

@@ -19,9 +19,9 @@ from planish.methods.method import Method
 from planish.plan.ablations import Part, measure_interactions
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem, count_left
-from planish.solve import run_solved
 from planish.solvers.bypass import Bypass
 from planish.solvers.neurons import ChosenNeurons, Neurons
+from planish.walks.solve import run_solved
 
 GROUPS = 16  # of a feed-forward's neurons
 COUPLINGS = (0.0, 0.25, 0.5, 0.75, 1.0)  # λ that are tried

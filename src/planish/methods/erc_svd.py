@@ -15,8 +15,8 @@ from planish.plan.footprint import find_rank
 from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.solve import run_solved
 from planish.solvers.linear import TwoStageSVD
+from planish.walks.solve import run_solved
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from planish.plan.foreseen import Foreseen, Work, survey_back
 from planish.plan.frontiers import Frontiers, measure_gradients
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem, choose_ranks
-from planish.solve import run_solved
 from planish.solvers.two_sided import ShrunkTwoSided
+from planish.walks.solve import run_solved
 
 PROBED, HIGHEST = (
     0.1,

@@ -35,9 +35,9 @@ from planish.plan.removal import (
     search_greedily,
     trial_losses,
 )
-from planish.solve import solve
 from planish.solvers.bypass import Bypass, is_factored, shared_basis
 from planish.stats import Tap
+from planish.walks.solve import solve
 
 Fits = dict[Unit, list[Edit]]
 Fit = Literal["auto", "once", "joint", "sequential", "compensated"]

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .attentions import Attention
-from .experts import Experts, close_mixture, open_mixture
+from .experts import Experts, close_mixture, open_mixture, set_top
 from .family import ExpertsRow, Family
 from .family import Fused as FusedRow
 from .heads import count_heads, head_width, rotary_width
@@ -38,7 +38,7 @@ def split_experts(block: nn.Module, family: Family) -> nn.Module:
 
 def find_mixture(block: nn.Module, row: ExpertsRow) -> tuple[nn.Module, nn.Module]:
     """The module that holds a block's experts, and its router."""
-    return block.get_submodule(row.path.rpartition(".")[0]), block.get_submodule(row.router[0].rpartition(".")[0])
+    return block.get_submodule(row.path.rpartition(".")[0]), block.get_submodule(row.router_path)
 
 
 def keep_experts(block: nn.Module, family: Family, kept: Sequence[int], top: int) -> None:
@@ -47,7 +47,7 @@ def keep_experts(block: nn.Module, family: Family, kept: Sequence[int], top: int
     row = family.experts
     assert row is not None
     block.get_submodule(row.path).keep(kept)  # type: ignore[operator]
-    owners = {path.rpartition(".")[0] for path in row.router}
+    owners = {row.path.rpartition(".")[0], *(path.rpartition(".")[0] for path in row.router)}
     for path in row.router:
         parent, _, leaf = path.rpartition(".")
         module = block.get_submodule(parent)
@@ -55,10 +55,11 @@ def keep_experts(block: nn.Module, family: Family, kept: Sequence[int], top: int
             if (old := group.get(leaf)) is not None:
                 few = old.detach().index_select(0, torch.as_tensor(list(kept), device=old.device))
                 group[leaf] = nn.Parameter(few, requires_grad=False) if isinstance(old, nn.Parameter) else few
-    for module in map(block.get_submodule, owners | {row.path.rpartition(".")[0]}):
+    for module in map(block.get_submodule, owners):
         for name, value in (("num_experts", len(kept)), ("out_features", len(kept)), ("top_k", top)):
             if hasattr(module, name):
                 setattr(module, name, value)
+    set_top(find_mixture(block, row)[1], row, top)
 
 
 def count_experts(block: nn.Module, family: Family) -> int:

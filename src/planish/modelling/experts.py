@@ -166,6 +166,19 @@ class InsideMixture(nn.Module):
         return self.shared_expert(x) + self.experts(x, chosen, gates), logits
 
 
+def read_top(router: nn.Module, row: ExpertsRow) -> int:
+    """How many experts a token reaches, as the router itself knows it, or its configuration for it."""
+    return int(getattr(router, "top_k", None) or getattr(router.config, row.top))
+
+
+def set_top(router: nn.Module, row: ExpertsRow, top: int) -> None:
+    if hasattr(router, "top_k"):
+        router.top_k = top  # type: ignore[assignment]
+    else:  # a configuration of its own: blocks may differ, and others read theirs
+        router.config = copy.copy(router.config)
+        setattr(router.config, row.top, top)
+
+
 def open_mixture(mixture: nn.Module, router: nn.Module) -> None:
     """Give a stock mixture whose experts are linears of their own, and its router, what says which tokens reach which."""
     if not isinstance(mixture, InsideMixture):

@@ -317,6 +317,14 @@ _ROWS = (
         fixed=("attention", "keys"),
         per_block=("head_dim", "num_key_value_heads"),
         per_token=("hidden_size_per_layer_input", "per_layer_input"),
+        experts=ExpertsRow(
+            path="experts",
+            top="top_k_experts",
+            router=("router.proj.weight", "router.per_expert_scale"),
+            chooser="router",
+            scale="per_expert_scale",
+            stacked=True,
+        ),
     ),
     Family(
         "opt",

@@ -32,8 +32,8 @@ class ExpertsRow:
     `top_groups`: the config's names of how many experts there are, of their neurons, of how many a token reaches; of the groups
     that the router chooses among first, and of how many it chooses. `normalised`: the config's name of whether the gates of
     those that a token reaches add up to the same, whichever they are (empty: always, None: never); `otherwise` they are part
-    of a "softmax" over all experts, or each is "apart". `scale`: the router's own name of what those of all experts add up to
-    in such a softmax (empty: 1).
+    of a "softmax" over all experts, or each is "apart". `scale`: the router's own name of what gates are multiplied by last,
+    one number or one for each expert (empty: 1).
     """
 
     path: str = (
@@ -56,6 +56,7 @@ class ExpertsRow:
     groups: str = "n_group"  # where the config has it
     top_groups: str = "topk_group"
     scale: str = ""
+    chooser: str = ""  # path of the router, where another module holds those weights for it
     stacked: bool = False  # in checkpoints too
     shared: str = (
         ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
@@ -72,6 +73,10 @@ class ExpertsRow:
     def roles(self) -> tuple[str, ...]:
         """Those of one expert's linears."""
         return tuple(role for role, name in zip(MLP, self.names, strict=True) if name)
+
+    @property
+    def router_path(self) -> str:
+        return self.chooser or self.router[0].rpartition(".")[0]
 
     def reads(self, config: Any) -> int:
         """The width of what experts read, by a model's configuration."""

@@ -198,6 +198,8 @@ def refuse_pattern(kind: str, config: Any) -> str | None:
     shared = getattr(config, "num_kv_shared_layers", 0) if kind == "gemma4_text" else 0
     if shared and kinds[len(kinds) - shared - 2 :][:2] != ["sliding_attention", "full_attention"]:
         return "takes shared keys from the last two blocks that have their own, the first of which has a window"
+    if getattr(config, "enable_moe_block", False):
+        return "is written without experts beside its feed-forward here, config.json says enable_moe_block=true"
     if kind == "gemma4_text" and config.hidden_size_per_layer_input:
         own = config.vocab_size_per_layer_input
         if own != config.vocab_size:

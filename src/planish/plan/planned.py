@@ -17,7 +17,7 @@ Emit = Callable[[int, nn.Module, Spec, dict[str, float]], None]  # a finished bl
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and everything that `planish.solve` and the manifest need to know beside it.
+    """A plan, and everything that `planish.walks.solve` and the manifest need to know beside it.
 
     `prefix`, `stages`, `refit_share`: see `planish.methods.method.Method`.
     """

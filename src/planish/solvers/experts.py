@@ -13,7 +13,14 @@ from torch import Tensor
 
 from planish.core import Edit, ExpertShape, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float, Int, Shaped
-from planish.solvers.forms import find_experts, keep_neurons, narrow_spec, neuron_edits, of_expert
+from planish.solvers.forms import (
+    ExpertSolver,
+    find_experts,
+    keep_neurons,
+    neuron_edits,
+    of_expert,
+    read_expert,
+)
 from planish.solvers.grams import Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap, kind
 
@@ -158,7 +165,7 @@ class Experts(Solver):
 
 
 @dataclass(frozen=True)
-class ExpertNeurons(Solver):
+class ExpertNeurons(ExpertSolver):
     """Keep the r best neurons of every expert, its own ones; down is refitted on them. One width for all experts of a block.
 
     As `planish.solvers.neurons.Neurons` for every expert, on the inputs of its down that its tokens bring, each multiplied by the
@@ -175,15 +182,6 @@ class ExpertNeurons(Solver):
     refit: bool = True
     damping: float = 1e-10
 
-    def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "neurons")] if shape.experts else []
-
-    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        return range(1, find_experts(shape).intermediate + 1)
-
-    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
-        return narrow_spec(shape, rank)
-
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap(f"expert.{n}.down.gated", "gram") for n in range(find_experts(shape).number)]
 
@@ -194,8 +192,7 @@ class ExpertNeurons(Solver):
         name_idle(unit.block, number)
         loss, factors = torch.zeros(e.intermediate + 1, dtype=torch.float64), dict[str, Any]()
         for n, tap in enumerate(taps):
-            names = [f"{r}{end}" for r in e.roles for end in ("", ".bias")]
-            own = {r: weights[f"expert.{n}.{r}"] for r in names if f"expert.{n}.{r}" in weights}
+            own = read_expert(weights, n, e)
             gram, _ = stats.take(tap)
             few = 1 / (float(number[n]) + 1) if number[n] < 2 * e.intermediate else 0.0
             score = self.score if number[n] else "energy"

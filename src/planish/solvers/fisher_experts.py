@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.core import Edit, Frontier, Shape, Unit, Weights
 from planish.shapes import Float
-from planish.solvers.forms import find_experts, narrow_spec, neuron_edits, of_expert
+from planish.solvers.forms import ExpertSolver, find_experts, neuron_edits, of_expert, read_expert
 from planish.solvers.linalg import eigh_root, multiply
 from planish.solvers.selection import nystrom, select_greedily
 from planish.stats import Stats, Tap
@@ -25,7 +25,7 @@ METRIC = Tap("grad:experts.out", "gram")
 
 
 @dataclass(frozen=True)
-class FisherExpertNeurons(Solver):
+class FisherExpertNeurons(ExpertSolver):
     """Keep the r neurons of every expert that matter most to the loss; down is refitted. One width for all experts of a block.
 
     As `planish.solvers.fisher_structural.FisherNeurons` for every expert, on the inputs of its down times the token's gate.
@@ -39,15 +39,6 @@ class FisherExpertNeurons(Solver):
     prior: float = 4.0
     damping: float = 1e-4
 
-    def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "neurons")] if shape.experts else []
-
-    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        return range(1, find_experts(shape).intermediate + 1)
-
-    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
-        return narrow_spec(shape, rank)
-
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*(Tap(f"expert.{n}.down.gated", "gram") for n in range(find_experts(shape).number)), METRIC]
 
@@ -59,8 +50,7 @@ class FisherExpertNeurons(Solver):
         grams = gather_grams(stats, [t for t in self.taps(unit, shape) if t != METRIC], e.top, self.prior)
         loss, factors = torch.zeros(e.intermediate + 1, dtype=torch.float64), dict[str, Any]()
         for n, gram in enumerate(grams):
-            names = [f"{r}{end}" for r in e.roles for end in ("", ".bias")]
-            own = {r: weights[f"expert.{n}.{r}"] for r in names if f"expert.{n}.{r}" in weights}
+            own = read_expert(weights, n, e)
             order, lost = select_greedily(gram, multiply(root, own["down"].double()), self.damping)
             loss += lost / 2
             factors[str(n)] = own | {"order": order, "gram": gram}

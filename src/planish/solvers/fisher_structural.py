@@ -18,7 +18,7 @@ from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float, Int
-from planish.solvers.forms import neuron_edits, neuron_spec, qk_edits, qk_spec, value_edits, value_spec
+from planish.solvers.forms import NeuronSolver, ValueSolver, neuron_edits, qk_edits, qk_spec, value_edits
 from planish.solvers.linalg import balance, compute_tails, damp, eigh_root, multiply, solve
 from planish.solvers.selection import select_greedily, selection_losses
 from planish.stats import Stats, Tap, kind
@@ -65,7 +65,7 @@ def refit(
 
 
 @dataclass(frozen=True)
-class FisherNeurons(Solver):
+class FisherNeurons(NeuronSolver):
     """Keep the neurons of an MLP that matter most to the loss; down is refitted by least squares.
 
     Order: by forward selection in the metric G, in 64 steps (see `select_greedily`). Predicted loss: ½ of the output error
@@ -75,15 +75,6 @@ class FisherNeurons(Solver):
     name: ClassVar[str] = "fisher-neurons"
     anchor: float = 0.0
     damping: float = 1e-4
-
-    def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "mlp")] if shape.intermediate else []
-
-    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        return range(1, shape.intermediate + 1)
-
-    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
-        return neuron_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("down", self.anchor), Tap("grad:down.out", "gram")]
@@ -109,7 +100,7 @@ class FisherNeurons(Solver):
 
 
 @dataclass(frozen=True)
-class FisherValues(Solver):
+class FisherValues(ValueSolver):
     """Per kv group: value directions that matter most to the loss, v ← Pᵀ v, o refitted by least squares.
 
     P balances the pooled second moment of the group's heads' o inputs against Σ_h O_hᵀ G O_h. Predicted loss: ½ of o's
@@ -119,15 +110,6 @@ class FisherValues(Solver):
     name: ClassVar[str] = "fisher-values"
     anchor: float = 0.0
     damping: float = 1e-4
-
-    def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "vo")] if shape.averages else []
-
-    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        return range(1, shape.v + 1)
-
-    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
-        return value_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("o", self.anchor), Tap("grad:o.out", "gram")]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planish.core import Edit, ExpertShape, Shape, Spec, Weights
+from planish.core import Edit, ExpertShape, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float, Int
 from planish.solvers.pivots import pivot
 
@@ -78,6 +78,12 @@ def neuron_spec(shape: Shape, rank: int) -> Spec:
 def find_experts(shape: Shape) -> ExpertShape:
     assert shape.experts is not None, f"block {shape.block} has no experts"
     return shape.experts
+
+
+def read_expert(weights: Weights, n: int, experts: ExpertShape) -> dict[str, Tensor]:
+    """Weights and biases of expert n, by their roles in it."""
+    names = [f"{role}{end}" for role in experts.roles for end in ("", ".bias")]
+    return {r: weights[f"expert.{n}.{r}"] for r in names if f"expert.{n}.{r}" in weights}
 
 
 def narrow_spec(shape: Shape, rank: int) -> Spec:
@@ -187,3 +193,42 @@ def neuron_edits(weights: Weights, kept: Int[Tensor, " rank"], down: Float[Tenso
     bias = weights.get("down.bias")
     tensors = {"weight": down} | ({} if bias is None else {"bias": bias})
     return [*edits, Edit("down", dense(*down.shape), tensors)]
+
+
+class NeuronSolver(Solver):
+    """Cuts the neurons of an MLP."""
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [Unit(shape.block, "mlp")] if shape.intermediate else []
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        return range(1, shape.intermediate + 1)
+
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return neuron_spec(shape, rank)
+
+
+class ValueSolver(Solver):
+    """Cuts the value dimensions of an attention."""
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [Unit(shape.block, "vo")] if shape.averages else []
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        return range(1, shape.v + 1)
+
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return value_spec(shape, rank)
+
+
+class ExpertSolver(Solver):
+    """Cuts the neurons of every expert, to one width."""
+
+    def units(self, shape: Shape) -> list[Unit]:
+        return [Unit(shape.block, "neurons")] if shape.experts else []
+
+    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
+        return range(1, find_experts(shape).intermediate + 1)
+
+    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
+        return narrow_spec(shape, rank)

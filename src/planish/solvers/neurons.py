@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from planish import stats as stats_file
-from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
-from planish.solvers.forms import keep_neurons, neuron_edits, neuron_spec
+from planish.core import Edit, Frontier, Shape, Unit, Weights
+from planish.solvers.forms import NeuronSolver, keep_neurons, neuron_edits
 from planish.solvers.grams import TILE, Refits, order_neurons, slicing_losses
 from planish.stats import Stats, Tap
 
 
 @dataclass(frozen=True)
-class Neurons(Solver):
+class Neurons(NeuronSolver):
     """Keep the r best neurons of an MLP: rows of gate and up, columns of down, which is then refitted.
 
     `score`: "leverage" = ridge leverage diag(C (C + λI)⁻¹) with λ = ridge · mean diag C (FLAT-LLM, MoDeGPT);
@@ -33,15 +32,6 @@ class Neurons(Solver):
     ridge: float = 1e-2
     refit: bool = True
     damping: float = 1e-10
-
-    def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "mlp")] if shape.intermediate else []
-
-    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        return range(1, shape.intermediate + 1)
-
-    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
-        return neuron_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("down.in", "gram")]

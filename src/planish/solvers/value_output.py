@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.core import Edit, Frontier, Shape, Unit, Weights
 from planish.shapes import Int
-from planish.solvers.forms import value_edits, value_spec
+from planish.solvers.forms import ValueSolver, value_edits
 from planish.solvers.linalg import balance
 from planish.solvers.selection import nystrom, selection_losses
 from planish.stats import Stats, Tap
 
 
 @dataclass(frozen=True)
-class ValueOutput(Solver):
+class ValueOutput(ValueSolver):
     """Per kv group: v ← Pᵀ v with r columns, O_h ← O_h Q, so that the error of the heads' outputs O_h o_h is least.
 
     o_h is head h's slice of the input of o: attention mixes tokens, never channels, so P passes through it, and since
@@ -44,15 +43,6 @@ class ValueOutput(Solver):
     @property
     def exempt(self) -> dict[str, str]:
         return {} if self.refit else {"monotone": "heads may cancel"}
-
-    def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "vo")] if shape.averages else []
-
-    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        return range(1, shape.v + 1)
-
-    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
-        return value_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         values = [Tap("v.out", "head_gram", heads=shape.kv_heads)] if self.moments == "values" else []

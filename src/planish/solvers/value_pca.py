@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
-from planish.solvers.forms import value_edits, value_spec
+from planish.core import Edit, Frontier, Shape, Unit, Weights
+from planish.solvers.forms import ValueSolver, value_edits
 from planish.solvers.linalg import eigh_descending
 from planish.stats import Stats, Tap
 
 
 @dataclass(frozen=True)
-class ValuePCA(Solver):
+class ValuePCA(ValueSolver):
     """Per kv group g: Q_g = top eigenvectors of E[v vᵀ] (v: v_proj output with its bias); W_v ← Qᵀ W_v, b_v ← Qᵀ b_v,
     W_o^h ← W_o^h Q_g for the group's query heads. Attention mixes tokens, never channels, so the two absorb exactly.
 
@@ -24,15 +23,6 @@ class ValuePCA(Solver):
     """
 
     name: ClassVar[str] = "value-pca"
-
-    def units(self, shape: Shape) -> list[Unit]:
-        return [Unit(shape.block, "vo")] if shape.averages else []
-
-    def ranks(self, unit: Unit, shape: Shape) -> Sequence[int]:
-        return range(1, shape.v + 1)
-
-    def spec(self, unit: Unit, shape: Shape, rank: int) -> Spec:
-        return value_spec(shape, rank)
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [Tap("v.out", "head_gram", heads=shape.kv_heads)]

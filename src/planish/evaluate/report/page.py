@@ -36,7 +36,7 @@ class Results:
     request: dict[str, Any] = field(default_factory=dict)
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     drifts: dict[str, list[float]] = field(default_factory=dict)
-    ladder: dict[str, Any] = field(default_factory=dict)  # of a folder of one size: `planish.ladder.Ladder`
+    ladder: dict[str, Any] = field(default_factory=dict)  # of a folder of one size: `planish.sizes.ladder.Ladder`
     choices: list[dict[str, Any]] = field(default_factory=list)
 
     @property

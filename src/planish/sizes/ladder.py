@@ -1,6 +1,7 @@
 """A result of a size, and beside it what plain rounding of the dense model gives at the same bytes: the ladder.
 
-    --fit, --bits auto: plans of the size compete (`planish.fit`), the least KL(dense ‖ plan) on windows held out is made again
+    --fit, --bits auto: plans of the size compete (`planish.sizes.fit`), the least KL(dense ‖ plan) on windows held out is made
+                        again
     --max-bytes alone:  what the method makes of the size in 16 bits
     beside either:      every type of the target, all weights rounded to it, from the same windows, measured on the same others:
                         those that the size holds, types mixed to fill it, and the next larger type
@@ -18,19 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from planish import lanes
-from planish.calibrate.cache import Cache
-from planish.compression import Calibration, Destination
+from planish.compression import Calibration
 from planish.core import Progress
 from planish.errors import InputError, PlanishError
-from planish.fit import LADDER, LADDERS, find_size, list_choices, list_plans, predict, vary_head
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source
 from planish.folder.writer import check_free
-from planish.methods.method import Method
 from planish.request import Request
 from planish.rounding.types import HELD
-from planish.trials import HELD as EVERY
-from planish.trials import Choice, Runner, open_runner, settle
+from planish.sizes.fit import LADDER, LADDERS, find_size, list_choices, list_plans, predict, vary_head
+from planish.sizes.trials import HELD as EVERY
+from planish.sizes.trials import Choice, Contest, Runner, open_runner, settle
 
 NOISE = 2  # standard errors, within which two plans are alike
 
@@ -79,22 +78,13 @@ class Ladder:
         return found
 
 
-def choose_size(
-    request: Request,
-    method: Method,
-    source: Source,
-    text: Calibration,
-    place: Destination,
-    progress: Progress | None = None,
-    *,
-    cache: Cache | bool = False,
-) -> tuple[Request, list[Choice], Ladder | None]:
-    """A request with `fit`, or with `bits` "auto" and `max_bytes` → the same with the bits and the keep that are best at this
-    size; the plans that competed; the ladder, where there were several. Any other request stays as it is.
+def choose_size(contest: Contest) -> tuple[Request, list[Choice], Ladder | None]:
+    """The contest's request with `fit`, or with `bits` "auto" and `max_bytes` → the same with the bits and the keep that are best
+    at this size; the plans that competed; the ladder, where there were several. Any other request stays as it is.
 
-    Raises InputError, before any work, where nothing of this size can be reached. `cache`: remember plain types in it, or
-    (True) on disk.
+    Raises InputError, before any work, where nothing of this size can be reached.
     """
+    request, source, place, progress = contest.request, contest.source, contest.place, contest.progress
     if request.fit is None and request.bits != "auto":
         return request, [], None
     size = find_size(request, source)
@@ -105,7 +95,7 @@ def choose_size(
     if len(tried) == 1:
         tried[0].chosen = True
         return settle(request, tried[0]), tried, None
-    with open_runner(request, method, source, text, place, progress, cache) as runner:
+    with open_runner(contest) as runner:
         rungs = list_rungs(request, source, size) if request.ladder else []
         measure_all(runner, tried, size, len(rungs), progress)
         more = [r for r in rungs if r.bits not in {c.bits for c in tried if c.keep == 1 and c.measured}]
@@ -136,18 +126,10 @@ def measure_all(runner: Runner, plans: Sequence[Choice], size: float, more: int,
             progress("sizes" if size < inf else "ladder", n + 1, len(plans) + more * (size < inf))
 
 
-def climb_beside(
-    request: Request,
-    method: Method,
-    source: Source,
-    text: Calibration,
-    place: Destination,
-    progress: Progress | None = None,
-    *,
-    cache: Cache | bool = False,
-) -> Ladder | None:
+def climb_beside(contest: Contest) -> Ladder | None:
     """The ladder beside a cut to `max_bytes` in 16 bits, which is made again from the windows that plain types see. None where
     nothing is asked for, the size holds the dense model, or the target has no rounded weights."""
+    request, source, text, progress = contest.request, contest.source, contest.text, contest.progress
     size = int(request.max_bytes or 0)
     asked = request.ladder and size and request.bits is None and request.target in HELD
     if not asked or sum(predict(request, source, "16")) <= size:
@@ -157,7 +139,7 @@ def climb_beside(
     rungs, made = list_rungs(request, source, size), Choice("16", 1.0)
     if not rungs:
         return Ladder(size, why="no type of the target holds this model")
-    with open_runner(request, method, source, text, place, progress, cache) as runner:
+    with open_runner(contest) as runner:
         try:
             result = runner.write(request)
             made.bytes, made.keep = result.bytes_after, result.keep

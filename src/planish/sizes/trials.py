@@ -25,7 +25,7 @@ from planish.compression import Calibration, Destination, Shared, compress, pick
 from planish.core import Progress
 from planish.errors import InputError, PlanishError
 from planish.evaluate.agreement import compare
-from planish.evaluation import load
+from planish.evaluate.evaluation import load
 from planish.folder.source import Source
 from planish.manifest import Result
 from planish.methods.method import Method
@@ -73,21 +73,25 @@ def settle(request: Request, choice: Choice) -> Request:
     )
 
 
-class Runner:
-    """Makes plans from most of the windows and measures them on the others, beside the dense model. `cache`: remember plain
-    types in it, or (True) on disk."""
+@dataclass(frozen=True)
+class Contest:
+    """What plans of a size are made from, beside which place. `cache`: remember plain types in it, or (True) on disk."""
 
-    def __init__(
-        self,
-        request: Request,
-        method: Method,
-        source: Source,
-        text: Calibration,
-        folder: Path,
-        progress: Progress | None,
-        cache: Cache | bool = False,
-    ):
-        self.request, self.method, self.source, self.progress = request, method, source, progress
+    request: Request
+    method: Method
+    source: Source
+    text: Calibration
+    place: Destination
+    progress: Progress | None = None
+    cache: Cache | bool = False
+
+
+class Runner:
+    """Makes plans from most of the windows and measures them on the others, beside the dense model."""
+
+    def __init__(self, contest: Contest, folder: Path):
+        request, source, text, cache = contest.request, contest.source, contest.text, contest.cache
+        self.request, self.method, self.source, self.progress = request, contest.method, source, contest.progress
         self.folder = folder / "plan"
         fit, self.held = hold_out(text.windows)
         self.text = Calibration(fit, text.record)
@@ -158,18 +162,11 @@ class Runner:
 
 
 @contextmanager
-def open_runner(
-    request: Request,
-    method: Method,
-    source: Source,
-    text: Calibration,
-    place: Destination,
-    progress: Progress | None = None,
-    cache: Cache | bool = False,
-) -> Iterator[Runner]:
+def open_runner(contest: Contest) -> Iterator[Runner]:
     """A runner whose plans are written beside the destination, one at a time, and deleted."""
+    place = contest.place
     with tempfile.TemporaryDirectory(prefix=f"{place.output.name}.sizes-", dir=place.output.parent) as scratch:
-        yield Runner(request, method, source, text, Path(scratch), progress, cache)
+        yield Runner(contest, Path(scratch))
 
 
 def hold_out(windows: Tensor) -> tuple[Tensor, Tensor]:

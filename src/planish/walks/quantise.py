@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planish.bits import Asked
 from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.linears import list_linears, list_seen, measure_attended, measure_gradients, measure_grams
 from planish.calibrate.losses import nll
@@ -45,6 +44,7 @@ from planish.rounding.gauges import Scene
 from planish.rounding.gauges_linears import set_data
 from planish.rounding.round import GGML, Draft, Metric, Rounded, join_rows, round_matrix
 from planish.rounding.types import StorageType
+from planish.walks.bits import Asked
 
 PACKED = "pack-quantized"  # compressed-tensors' format of integers
 SAMPLE = 32  # calibration windows that gradients and the measured loss are taken on

@@ -11,13 +11,13 @@ So the result is never worse, in that measure, than the finest plain rounding of
 
 from __future__ import annotations
 
-from planish.bits import HEAD, find_heads, read_asked, refuse_head
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.plan.footprint import count_headers, footprint
 from planish.request import LIMITS, Request, label
 from planish.rounding.types import choose
-from planish.trials import Choice, settle
+from planish.sizes.trials import Choice, settle
+from planish.walks.bits import HEAD, find_heads, read_asked, refuse_head
 
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
 FINER = 2  # so many types finer than the one that holds all weights are tried with cuts

@@ -29,10 +29,11 @@ from planish.folder.owner import owning
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.tokenizer import load_tokenizer
-from planish.grid import Trial, list_sizes, list_trials, tell_sweeping
-from planish.ladder import choose_size
 from planish.plan.footprint import footprint
 from planish.request import TEXT, Grid, Request, takes
+from planish.sizes.ladder import choose_size
+from planish.sizes.trials import Contest
+from planish.sweep.grid import Trial, list_sizes, list_trials, tell_sweeping
 
 PLAIN = 1 << 20  # bytes of what plain types came out as, where they are not kept on disk
 Watch = Callable[[str, int, int], None]
@@ -66,7 +67,7 @@ def sweep(
     """Compress `model` by every method at every keep into output/points, measure, write results.csv and report.html.
 
     `keeps`, `kv_keeps`, `flops_keeps`: budgets; of two lists every pair holds together. `sizes`: curves of rounding alone,
-    cuts in 16 bits, and both (`planish.grid`). All points share one calibration,
+    cuts in 16 bits, and both (`planish.sweep.grid`). All points share one calibration,
     and every statistic of the uncompressed model with the others that see the same windows (auto shuffles some). Points
     that results.csv already has are not run again; one that fails is recorded with its reason. A method's `sweeping`
     settings hold where `methods` says nothing else. `cache`: see `planish.api.compress`.
@@ -274,7 +275,8 @@ class Runner:
             asked = str(stream.dtype)[6:] if stream and self.asked.dtype else None
             request, place = trial.request.model_copy(update={"dtype": asked}), Destination(folder, overwrite=True)
             text, cache = replace(self.text, seconds=0.0), self.cached or self.plain
-            request, tried, _ = choose_size(request, trial.method, self.source, text, place, self.progress, cache=cache)
+            contest = Contest(request, trial.method, self.source, text, place, self.progress, cache)
+            request, tried, _ = choose_size(contest)
             if tried:
                 place.files["choices.json"] = json.dumps([c.as_dict() for c in tried], indent=2) + "\n"
             result = compress(

@@ -4,7 +4,7 @@
 |---|---|
 | bits | all weights, rounded: every type that one of the sizes holds, the next larger one, and types mixed to fill each size |
 | cuts | 16 bits, so many of the weights as the method fits into the size |
-| both | `--bits auto`: cuts and types compete (`planish.fit`) |
+| both | `--bits auto`: cuts and types compete (`planish.sizes.fit`) |
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from math import nan
 from planish.errors import InputError
 from planish.evaluate.report.points import Point
 from planish.folder.source import Source
-from planish.ladder import list_rungs, order_rungs
 from planish.methods import find_method
 from planish.methods.method import Method
 from planish.request import Grid, Limits, Request, label
+from planish.sizes.ladder import list_rungs, order_rungs
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""A walk over the blocks: one that cuts, one that rounds."""
