@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from planish.modelling.families import FAMILIES
+
 F = np.float32
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0, 0.0795803, 0.1609302,
@@ -299,7 +301,8 @@ def write(model: nn.Module, name: str, folder: Path, seed: int = 0) -> dict[str,
     model.save_pretrained(folder)
     tensors, declared, weights = load_file(folder / "model.safetensors"), {}, {}
     blocks, left = find_linears(model, tensors), []
-    blocks |= {n.removesuffix(".weight"): n for n in tensors if re.search(r"\.experts\.\d+\.", n)}
+    read = FAMILIES[model.config.model_type].read_name if model.config.model_type in FAMILIES else str
+    blocks |= {read(n).removesuffix(".weight"): n for n in tensors if re.search(r"\.experts\.\d+\.", n)}
     for linear, stored in sorted(blocks.items()):
         shape = tensors[stored].shape
         if name == "awq" and shape[0] % 8:  # words of eight outputs

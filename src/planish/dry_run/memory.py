@@ -6,8 +6,8 @@ s, c bytes of a stored and of a computed number; T calibration tokens, t = min(T
 m intermediate; k channels of all tapped sites together; S fp64 numbers of one block's statistics, S_w of them in wide
 Grams, of which there is only one copy; W fp64 numbers alive in the largest solve (`Solver.memory`).
 
-RAM = libraries + 12 KiB for each of the model's tensors (modules and names) + 36 bytes for each rank of every unit (costs and losses;
-fitted to a model of 345 blocks) + the largest of
+RAM = libraries + 12 KiB for each of the model's tensors (modules and names) + 36 bytes for each rank of every unit (costs and
+losses; fitted to a model of 345 blocks) + the largest of
 start    P_m (s + c) + T d c
 measure  streams · P_b (s + c if c ≠ s) + A + batch + sums
 solve    streams · P_b s + P_e s for the edits + A + 8 S + 8 W
