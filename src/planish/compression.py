@@ -127,8 +127,9 @@ def compress(
                 done.rounded = quantise(asked, measure, writer, windows) if asked else None
         result = report(problem, planned, source, writer, done)
         said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
-        said += note_slower(result.latency_ms_before, result.latency_ms_after)
-        result.warnings = sorted({*said, *writer.warned})
+        result.warnings = sorted(
+            {*said, *writer.warned, *note_slower(result.latency_ms_before, result.latency_ms_after)}
+        )
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
         write_manifest(writer, method, problem, planned, stream, result, done.details, text.record)
         for name, content in place.files.items():
