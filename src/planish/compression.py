@@ -127,9 +127,7 @@ def compress(
                 done.rounded = quantise(asked, measure, writer, windows) if asked else None
         result = report(problem, planned, source, writer, done)
         said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
-        result.warnings = sorted(
-            {*said, *writer.warned, *note_slower(result.latency_ms_before, result.latency_ms_after)}
-        )
+        result.warnings = sorted({*said, *writer.warned, *result.warnings})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
         write_manifest(writer, method, problem, planned, stream, result, done.details, text.record)
         for name, content in place.files.items():
@@ -341,6 +339,7 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
     if problem.table is not None:
         result.latency_ms_before = problem.table.predict(dense, problem.shapes) * 1e3
         result.latency_ms_after = problem.table.predict(done.specs, done.shapes) * 1e3
+        result.warnings = note_slower(result.latency_ms_before, result.latency_ms_after)
     written: dict[str, float | None] = {
         "keep": result.keep,
         "max_params": result.params_after,
