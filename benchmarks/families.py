@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import packed_files  # noqa: E402
 import tiny  # noqa: E402
+import wrapped  # noqa: E402
 from planish import load  # noqa: E402
 from planish.errors import InputError  # noqa: E402
 from planish.export.verify import verify  # noqa: E402
@@ -51,9 +52,19 @@ NO_WRITER = "the tests' writer of this format does not hold this family's shapes
 SIZES = {  # what the formats' groups divide
     "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "head_dim": 16,
     "intermediate_size_mlp": 64, "n_inner": 64, "ffn_dim": 64, "ffn_hidden_size": 64, "word_embed_proj_dim": 64, "q_lora_rank": 32,
-    "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "linear_num_value_heads": 8, "shared_intermediate_size": 64, "mamba_d_ssm": 64,
+    "mamba_head_dim": 16, "moe_latent_size": 32, "moe_shared_expert_intermediate_size": 64, "d_model": 64, "n_embd": 64,
+    "block_auto_adjust_ff_dim": False,
 }  # fmt: skip
 WIDE = {"hidden_size": 128, "head_dim": 32, "n_embd": 128, "d_model": 128}  # heads that vLLM's attention on a CPU has
+WRAPPERS = (
+    "gemma3",
+    "mistral3",
+    "qwen3_vl",
+    "qwen3_5",
+    "llama4",
+)  # read in low precision with a language model in them
 LATENT = {
     "hidden_size": 128,
     "qk_nope_head_dim": 16,
@@ -65,7 +76,14 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the tests' models are made to b
     "deepseek_v2": {"topk_method": "greedy", "n_group": None, "topk_group": None}, "nemotron": {"head_dim": 8},
     "ernie4_5": {"use_bias": False}, "falcon": {"bias": False},
     "smollm3": {"no_rope_layers": [1, 1, 1, 0], "num_hidden_layers": 4},
-    "nemotron_h": tiny._HYBRIDS["nemotron_h_moe"][1],
+    "nemotron_h": tiny._HYBRIDS["nemotron_h_moe"][1]
+    | {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
+    "qwen3_next": {"mlp_only_layers": [], "linear_value_head_dim": 6}, "qwen3_5_text": {"linear_value_head_dim": 6},
+    "qwen3_5_moe_text": {"linear_value_head_dim": 6}, "granitemoehybrid": {"mamba_n_groups": 1},
+    "llama4_text": {
+        "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "moe_layers": [1, 3], "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1,
+    },
     "gpt_oss": tiny._rope("yarn", factor=4.0, original_max_position_embeddings=16),
     "gemma4_text": {"head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 32},
 }  # fmt: skip
@@ -78,6 +96,15 @@ class NotRun(Exception):
 def build(name: str, **more: Any) -> Any:
     kind = tiny.configure(name).model_type
     return tiny.build(name, **(SETTINGS.get(kind, {}) | more))
+
+
+def build_for_formats(name: str) -> Any:
+    """A family's model, or a wrapper's, in sizes that groups divide."""
+    if name.startswith("in "):
+        text = wrapped._ROWS[name.removeprefix("in ")][1]["text_config"]
+        return wrapped.build(name.removeprefix("in "), text_config=text | {n: s for n, s in SIZES.items() if n in text})
+    stated = tiny.configure(name).to_dict() | SETTINGS.get(tiny.configure(name).model_type, {})
+    return build(name, **{n: size for n, size in SIZES.items() if stated.get(n)})
 
 
 # ------------------------------------------------------------------ steps
@@ -153,9 +180,8 @@ def read_format(form: str) -> Callable[[str, Path], str]:
 
     def step(name: str, folder: Path) -> str:
         place = folder.with_name(form.replace(" ", "_"))
-        config = tiny.configure(name)
         try:
-            model = build(name, **{n: size for n, size in SIZES.items() if config.to_dict().get(n)}).to(torch.bfloat16)
+            model = build_for_formats(name).to(torch.bfloat16)
             weights = packed_files.write(model, FORMATS[form], place)
         except (AttributeError, IndexError, KeyError):
             raise NotRun(NO_WRITER) from None
@@ -255,11 +281,12 @@ def write_table(families: Iterable[str]) -> None:
             return row["figure"] or "yes"
         return f"{row['outcome']} [{notes.setdefault(row['words'], len(notes) + 1)}]"
 
-    def table(steps: Iterable[str]) -> list[str]:
+    def table(steps: Iterable[str], kinds: Iterable[str]) -> list[str]:
         lines = [f"| family | {' | '.join(steps)} |", "|---" * (len(list(steps)) + 1) + "|"]
-        return lines + [f"| {k} | " + " | ".join(cell(k, s) for s in steps) + " |" for k in families]
+        return lines + [f"| {k} | " + " | ".join(cell(k, s) for s in steps) + " |" for k in kinds]
 
-    first, second = table(STEPS), table([*FORMATS])
+    families = [*families]
+    first, second = table(STEPS, families), table([*FORMATS], [*families, *(f"in {n}" for n in WRAPPERS)])
     figures = (
         "Figures: kept share of the blocks' weights, and of the cache; greedy tokens that are the same with the cache and "
         "without; the largest difference of a logit as a share of the largest (another process against this one, then each "
@@ -269,7 +296,7 @@ def write_table(families: Iterable[str]) -> None:
     text = ["# Families, step by step", "", command, figures, "", *first, "", "## Read in low precision", ""]
     text += [
         "Tensors that are stored in the format and are read as the numbers that it stands for, all of them to the bit; `none`: the "
-        "tests' writers store linears, and this family's are in tensors of another kind.",
+        "tests' writers store linears, and this family's are in tensors of another kind. *In gemma3*: inside that wrapper.",
         "", *second, "", "## In the tool's own words", "",
     ]  # fmt: skip
     text += [f"{n}. {words}" for words, n in notes.items()]
@@ -285,10 +312,12 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table")
     asked = parser.parse_args()
     models = tiny.name_families()
-    chosen = {k: n for k, n in models.items() if not asked.families or k in asked.families.split(",")}
+    asked_for = asked.families.split(",") if asked.families else [*models, *(f"in {n}" for n in WRAPPERS)]
     steps = asked.steps.split(",") if asked.steps else [*WORK]
     if not asked.table:
-        run(chosen, steps, asked.limit, asked.again)
+        run({k: n for k, n in models.items() if k in asked_for}, steps, asked.limit, asked.again)
+        inside = {n: n for n in (f"in {w}" for w in WRAPPERS) if n in asked_for}
+        run(inside, [s for s in steps if s in FORMATS], asked.limit, asked.again)
     write_table(models)
 
 

@@ -7,8 +7,8 @@
     python benchmarks/memory.py --experts 64 --intermediate 512 --size 4.2 --method reap    # Qwen3-MoE, 8 of them per token
     python benchmarks/memory.py --shape 70b --blocks 2 --method a3    # blocks of 0.86 B weights, Grams of 28,672² (6.6 GB)
 
-Writes the model to a temporary folder (twice its size is needed on disk), runs the compression in a process of its own
-and reads that process's peak resident memory from the kernel. One row is put into docs/tables/memory.md.
+Writes the model to a temporary folder, or one that stays (twice its size is needed on disk), runs the compression in a process of
+its own and reads that process's peak resident memory from the kernel. One row is put into docs/tables/memory.md.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--table", type=Path, default=TABLE, help="where the row goes")
     parser.add_argument("--first", type=int, default=0, help="stop after so many blocks: every one of them is alike")
+    parser.add_argument("--folder", type=Path, help="the model is written here and stays, or is here from a run before")
     parser.add_argument("--set", action="append", help="settings; by default the damping that few tokens need")
     args = parser.parse_args()
     if args.set is None:
@@ -85,7 +86,10 @@ def main() -> None:
         if args.experts:
             sizes |= {"num_experts": args.experts, "moe_intermediate_size": args.intermediate, "head_dim": 64}
         model, out, text = (Path(folder) / n for n in ("model", "out", "text.npy"))
-        size = write_model(model, getattr(torch, args.dtype), **sizes)
+        model = args.folder or model
+        if not (model / "model.safetensors.index.json").is_file():
+            write_model(model, getattr(torch, args.dtype), **sizes)
+        size = sum(p.stat().st_size for p in model.glob("*.safetensors"))
         np.save(text, np.random.default_rng(0).integers(0, vocabulary, args.samples * args.seq_len))
         words = [
             str(model), "--keep", "0.8", "--method", args.method, "--calibration", str(text), "--n-samples", str(args.samples),

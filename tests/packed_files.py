@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from planish.modelling.families import FAMILIES
 
 F = np.float32
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -293,22 +295,38 @@ def make(name: str, rng: random.Random, out: int, width: int) -> Case:
 
 
 def write(model: nn.Module, name: str, folder: Path, seed: int = 0) -> dict[str, Tensor]:
-    """A model's folder in a format: its blocks' linears, those of experts too, become random ones, all else stays. Returns the
-    weights (fp32)."""
-    rng, blocks = (
-        random.Random(seed),
-        {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n},
-    )
+    """A model's folder in a format: its blocks' linears, those of experts too, become random ones, all else stays, also what is
+    around a language model. Returns the weights (fp32), by their names in the model."""
+    rng = random.Random(seed)
     model.save_pretrained(folder)
     tensors, declared, weights = load_file(folder / "model.safetensors"), {}, {}
-    blocks |= {n.removesuffix(".weight") for n in tensors if re.search(r"\.experts\.\d+\.", n)}
-    for linear in sorted(blocks):
-        case = make(name, rng, *tensors.pop(f"{linear}.weight").shape)
+    blocks, left = find_linears(model, tensors), []
+    read = FAMILIES[model.config.model_type].read_name if model.config.model_type in FAMILIES else str
+    blocks |= {read(n).removesuffix(".weight"): n for n in tensors if re.search(r"\.experts\.\d+\.", n)}
+    for linear, stored in sorted(blocks.items()):
+        shape = tensors[stored].shape
+        if name == "awq" and shape[0] % 8:  # words of eight outputs
+            left.append(stored.removesuffix(".weight"))
+            continue
+        case = make(name, rng, *tensors.pop(stored).shape)
         declared, weights[f"{linear}.weight"] = case.declared, torch.from_numpy(case.weight)
-        tensors |= {linear + suffix: t.contiguous() for suffix, t in case.stored.items()}
+        tensors |= {stored.removesuffix(".weight") + suffix: t.contiguous() for suffix, t in case.stored.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    configure(folder, quantization_config=declared)
+    if weights:
+        configure(folder, quantization_config=declared | ({"modules_to_not_convert": left} if left else {}))
     return weights
+
+
+def find_linears(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Linears of a language model's blocks that are stored by themselves: name of the module → of the tensor."""
+    found, names = {}, [n for n in stored if "vision" not in n and "visual" not in n]
+    for name, module in model.named_modules():
+        place = re.search(r"\.(layers|h|blocks)\.\d+\.", name)
+        if isinstance(module, nn.Linear) and place and "vision" not in name and "visual" not in name:
+            end = f"{name[place.start() :]}.weight"
+            if (own := next((n for n in names if n.endswith(end)), None)) is not None:
+                found[name] = own
+    return found
 
 
 def configure(folder: Path, **changes: Any) -> Path:

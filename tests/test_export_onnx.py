@@ -103,9 +103,10 @@ def test_experts_of_their_own(tmp_path):
     check(tmp_path / "m", tmp_path / "m.onnx")
 
 
-def test_what_a_mixer_keeps_is_refused(tmp_path):
+@pytest.mark.parametrize("family", ["lfm2", "falcon_h1"])  # in place of attention, and beside it
+def test_what_a_mixer_keeps_is_refused(family, tmp_path):
     with pytest.raises(InputError, match="holds keys and values alone, not what a mixer keeps of a sequence"):
-        export_onnx(tiny.save(build("lfm2"), tmp_path / "m"), tmp_path / "m.onnx")
+        export_onnx(tiny.save(build(family), tmp_path / "m"), tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
 
 

@@ -86,7 +86,9 @@ def test_every_weight_is_a_units_or_listed_as_untouched():
     plan = planish.forecast(model, keep=0.8, method="svd-llm", calibration=ids, n_samples=4, seq_len=12)
     assert plan.block_params_before == blocks
     told = [w for w in plan.warnings if w.startswith("untouched")]
-    assert told == [f"untouched: per_layer_{n} of blocks 0, 1, 2, 3, 768 weights" for n in ("input_gate", "projection")]
+    listed = [f"untouched: per_layer_{n} of blocks 0, 1, 2, 3, 768 weights" for n in ("input_gate", "projection")]
+    outside = {"embed_tokens_per_layer": 97 * 4 * 6, "per_layer_model_projection": 32 * 4 * 6}
+    assert told == listed + [f"untouched: model.{name}, {n:,} weights" for name, n in outside.items()]
     assert {(u["block"], u["unit"]) for u in plan.units} == {(s.block, r) for s in shapes for r in s.roles}
 
 

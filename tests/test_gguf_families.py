@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from typing import Any
 
 import pytest
@@ -38,10 +39,20 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "granitemoe": {}, "glm4_moe": {}, "minimax_m2": {}, "deepseek_v3": {},
     "gpt_oss": tiny._rope("yarn", factor=4.0, original_max_position_embeddings=16),
     "deepseek_v2": {"topk_method": "greedy", "n_group": None, "topk_group": None},
+    "qwen3_next": {"linear_value_head_dim": 6, "mlp_only_layers": []}, "qwen3_5_moe": {"linear_value_head_dim": 6},
+    "granite_hybrid": {"mamba_n_groups": 1},
+    "nemotron_h_moe": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
+    "llama4": {
+        "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "moe_layers": [1, 3], "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1,
+    },
+}  # fmt: skip
+HYBRIDS: dict[str, dict[str, Any]] = {  # dense feed-forwards, and mixers of other kinds
+    "lfm2": {}, "qwen3_5": {"linear_value_head_dim": 6}, "granite_dense": {"mamba_n_groups": 1}, "falcon_h1": {}, "nemotron_h": {},
 }  # fmt: skip
 
 
-QUICK = ("granite", "gemma2", "olmo2", "gpt2", "glm4", "mixtral")
+QUICK = ("granite", "gemma2", "olmo2", "gpt2", "glm4", "mixtral", "lfm2", "qwen3_5_moe")
 
 
 def quick(names: Any) -> list[Any]:
@@ -50,7 +61,7 @@ def quick(names: Any) -> list[Any]:
 
 
 def build(name: str) -> nn.Module:
-    return tiny.build(name, **(DENSE | MIXTURES)[name])
+    return tiny.build(name, **(DENSE | MIXTURES | HYBRIDS)[name])
 
 
 def check(folder) -> None:
@@ -61,7 +72,7 @@ def check(folder) -> None:
 
 
 def test_every_graph_is_tried_here():
-    kinds = {tiny.configure(n).model_type for n in (*DENSE, *MIXTURES)}
+    kinds = {tiny.configure(n).model_type for n in (*DENSE, *MIXTURES, *HYBRIDS, "gemma4")}
     assert kinds == set(GRAPHS) and not kinds & set(LLAMAS) and kinds <= set(FAMILIES)
 
 
@@ -77,6 +88,53 @@ def test_llama_cpp_gives_the_logits_of_what_was_cut_differently_in_every_block(n
 @pytest.mark.parametrize("form", ["dense", "low-rank pairs", "MLP removed", "blocks removed"])
 def test_llama_cpp_gives_the_logits_of_every_form(name, form, tmp_path):
     check(compressed.make_folder(build(name), tmp_path / "m", compressed.FORMS[form]))
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", quick([*HYBRIDS, "qwen3_next", "qwen3_5_moe", "granite_hybrid", "nemotron_h_moe"]))
+def test_llama_cpp_gives_the_logits_of_a_hybrid(name, tmp_path):
+    """Also of linears of low rank in attention, mixers and feed-forwards, which are multiplied back."""
+    windows = tiny.windows(8, 12)
+    check(tiny.save(build(name), tmp_path / "dense"))
+    tiny.compress(build(name), output=tmp_path / "m", windows=windows, method="svd-llm", keep=0.8)
+    specs = json.loads((tmp_path / "m" / "config.json").read_text())["planish"]["blocks"]
+    assert any(role.startswith("mixer.") for spec in specs for role in spec.get("linears", {}))
+    check(tmp_path / "m")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", quick(["lfm2", "nemotron_h"]))
+def test_feed_forwards_of_hybrids_may_differ_in_width(name, tmp_path):
+    """Filled up where the graph has one width, or each as wide as it is."""
+    settings = {"parts": "mlp"}
+    tiny.compress(
+        build(name), output=tmp_path / "m", windows=tiny.windows(8, 12), method="a3", keep=0.8, settings=settings
+    )
+    check(tmp_path / "m")
+    written = export_gguf(tmp_path / "m", tmp_path / "m.gguf", dtype="f32")
+    assert written.parameters == written.stored_parameters or name == "lfm2", written.notes
+
+
+SIZED = [compressed.neurons(30), compressed.neurons(20), compressed.neurons(60), compressed.low_rank("pair", 9)]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("forms", [[None], SIZED], ids=["stock", "cut"])
+def test_llama_cpp_gives_the_logits_of_gemma4(forms, tmp_path, monkeypatch):
+    """Blocks that read others' keys, two head sizes, a width of every feed-forward. GELU as llama.cpp has it, from a table of
+    half-precision numbers; then only those inputs differ that lie on the border of two of these."""
+    exact = nn.functional.gelu
+
+    def tabled(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+        y = exact(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x >= 10, x, torch.where(x <= -10, 0.0, y))
+
+    folder = compressed.make_folder(tiny.build("gemma4"), tmp_path / "m", forms)
+    monkeypatch.setattr(nn.functional, "gelu", tabled)
+    found = verify(folder, "gguf", prompt_len=20, new_tokens=4)
+    assert found.max_logit_difference < 3e-4 * found.max_logit and found.greedy_equal == found.greedy_tokens
+    monkeypatch.undo()
+    assert verify(folder, "gguf", prompt_len=20, new_tokens=4).max_logit_difference < 4e-3 * found.max_logit
 
 
 @needs_llama_cpp
@@ -171,6 +229,30 @@ def test_shared_experts_stay_as_wide_as_they_were(tmp_path):
             "gpt_oss",
             {"layer_types": ["full_attention", "sliding_attention"]} | MIXTURES["gpt_oss"],
             "graph gpt-oss has windows in all blocks but every 2th; block 0 does otherwise",
+        ),
+        ("granite_hybrid", {}, "graph of granitemoehybrid has mamba_n_groups=1 built in, config.json says 2"),
+        ("falcon_h1", {"mamba_rms_norm": True}, "multiplies what a mixer gives by its gate before the norm"),
+        (
+            "qwen3_5",
+            {},
+            "graph of qwen3_5_text has keys and values of one size in delta nets, config.json says 6 and 5",
+        ),
+        ("llama4", {}, "graph of llama4_text has attention_chunk_size=8192 built in, config.json says 8"),
+        ("nemotron_h_moe", {}, "graph of nemotron_h has no dense feed-forward in a model with experts"),
+        (
+            "gemma4",
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8},
+            "graph of gemma4_text is written without experts beside its feed-forward",
+        ),
+        (
+            "gemma4",
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "graph of gemma4_text takes shared keys from the last two blocks that have their own",
+        ),
+        (
+            "llama4",
+            MIXTURES["llama4"] | {"moe_layers": [0, 1]},
+            r"graph of llama4_text has experts in every 2th block.* config.json lists \[0, 1\]",
         ),
         ("nemotron", {}, "graph of nemotron needs heads × head size = hidden size, got 4 × 12 for 32"),
     ],

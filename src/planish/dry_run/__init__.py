@@ -29,7 +29,8 @@ from planish.dry_run.passes import Run
 from planish.dry_run.seconds import Costs, estimate_phases, explain, measure_costs
 from planish.errors import InputError
 from planish.folder.origin import list_changes
-from planish.folder.source import ConfigSource, Source
+from planish.folder.skeleton import find_embedding
+from planish.folder.source import HEAD, ConfigSource, Source
 from planish.methods import foresee_plan, make_plan, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import install
@@ -234,13 +235,23 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
         warnings=[
             *planned.remarks.values(),
             *describe_experts(problem.units, shapes, run.tokens),
-            *describe_rest(problem.units, shapes),
+            *describe_untouched(problem, source),
             *describe_state(shapes, itemsize),
             *list_changes(source),
         ],
     )
     add_budgets(found, problem, planned)
     return found
+
+
+def describe_untouched(problem: Problem, source: Source) -> list[str]:
+    """What no unit holds: of blocks, and beside them where they are given more of a token than the stream."""
+    lines = describe_rest(problem.units, problem.shapes)
+    inside, known = f"{source.family.blocks}.", (find_embedding(source.empty), HEAD)
+    for name, (n, _) in source.sizes().items() if source.family.per_token else ():
+        if not name.startswith(inside) and name not in known and n > source.config.hidden_size:
+            lines.append(f"untouched: {name.removesuffix('.weight')}, {n:,} weights")
+    return lines
 
 
 def add_budgets(found: Forecast, problem: Problem, planned: Planned) -> None:

@@ -6,7 +6,8 @@ s, c bytes of a stored and of a computed number; T calibration tokens, t = min(T
 m intermediate; k channels of all tapped sites together; S fp64 numbers of one block's statistics, S_w of them in wide
 Grams, of which there is only one copy; W fp64 numbers alive in the largest solve (`Solver.memory`).
 
-RAM = libraries + the largest of
+RAM = libraries + 12 KiB for each of the model's tensors (modules and names) + 36 bytes for each rank of every unit (costs and
+losses; fitted to a model of 345 blocks) + the largest of
 start    P_m (s + c) + T d c
 measure  streams · P_b (s + c if c ≠ s) + A + batch + sums
 solve    streams · P_b s + P_e s for the edits + A + 8 S + 8 W
@@ -35,6 +36,7 @@ from planish.folder.stored_linear import count_held
 from planish.plan.frontiers import dense_taps, stored_taps
 
 LIBRARIES = 410 << 20  # bytes: Python, PyTorch and transformers, loaded and warm
+TENSOR = 12 << 10  # of a module without values, its names and what is known of it
 
 
 class Peaks(NamedTuple):
@@ -67,7 +69,9 @@ def count_peaks(run: Run, params: int, written: int) -> Peaks:
         vram = max(measure + tiles + first.device, again + later.device, head * computed)
     else:
         ram.append(blocks * stored + max(measure + first.memory, again + later.memory))
-    return Peaks(LIBRARIES + max(ram), vram, written * stored, later.disk)
+    ranks = sum(len(solver.ranks(unit, problem.shapes[unit.block])) for unit, solver in problem.units.items())
+    objects = TENSOR * len(stream.source.sizes()) + 36 * ranks
+    return Peaks(LIBRARIES + objects + max(ram), vram, written * stored, later.disk)
 
 
 class Batch(NamedTuple):

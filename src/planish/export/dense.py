@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from planish.core import Shape
 from planish.errors import InputError
-from planish.export.plain import Plain, open_plain, pad_values, pad_width, plain_block, plain_linear, zero_attention
+from planish.export.plain import (
+    Plain,
+    find_module,
+    open_plain,
+    pad_values,
+    pad_width,
+    plain_block,
+    plain_linear,
+    zero_attention,
+)
 from planish.export.written import (
     DTYPES,
     Written,
@@ -93,7 +102,7 @@ def export_dense(
 
 def make_dense(block: nn.Module, source: FolderSource, spec: Spec, shape: Shape) -> tuple[Spec, int]:
     """Replace low-rank linears of a canonical block, in place; its new spec and how many weights that adds."""
-    attention = block.get_submodule(source.family.attention)
+    attention = find_module(block, source.family.attention)
     linears = spec.get("linears", {})
     grown = 0
     for role, form in list(linears.items()):
@@ -156,7 +165,7 @@ def make_padded(source: FolderSource, plain: Plain, width: int) -> tuple[nn.Modu
         if linear.bias is not None:
             zeros = plain.tensors[role].new_zeros(len(plain.tensors[role]))
             linear.bias = nn.Parameter(plain.tensors.get(f"{role}.bias", zeros), requires_grad=False)
-    original = source.block(i, experts=False).state_dict()
+    original = source.block(i, experts=False).state_dict() | plain.others
     for name, parameter in block.state_dict().items():
         if not parameter.is_meta or (source.family.experts and name.startswith(f"{source.family.experts.path}.")):
             continue

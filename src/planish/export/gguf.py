@@ -40,6 +40,11 @@ WHOLE = (
     "ffn_gate_inp.weight",
     "ffn_gate_inp_shexp.weight",
     "position_embd.weight",
+    "ssm_conv1d.weight",
+    "ssm_norm.weight",
+    "ssm_a",
+    "ssm_d",
+    "shortconv.conv.weight",
 )  # in f32, as llama.cpp's converter has it
 
 

@@ -68,7 +68,7 @@ class Rope:
 
 
 def read_rope(source: FolderSource) -> Rope:
-    rotary = source.model.base_model.rotary_emb
+    rotary = source.model.get_submodule(source.family.blocks.rpartition(".")[0]).rotary_emb
     parameters = getattr(source.config, "rope_parameters", None) or {}
     if reason := refuse_rotary(source.config, rotary):
         raise InputError(reason)

@@ -76,7 +76,7 @@ def export_onnx(folder: str | Path, output: str | Path, *, dtype: str = "f32") -
     ids = torch.zeros(2, 5, dtype=torch.long)
     with torch.no_grad():
         layers = model(input_ids=ids, use_cache=True).past_key_values.layers
-    if any(not hasattr(layer, "keys") for layer in layers):
+    if any(not hasattr(layer, "keys") or hasattr(layer, "conv_states") for layer in layers):
         raise InputError(
             "an ONNX graph as planish writes it holds keys and values alone, not what a mixer keeps of a sequence"
         )

@@ -14,7 +14,8 @@ from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.source import FolderSource, open_folder
 from planish.modelling.attentions import Attention, Frequencies, Latent
-from planish.modelling.blocks import Spec, find_norms, get_linear, has_linear
+from planish.modelling.blocks import Spec, find_norms, get_linear, has_linear, has_module
+from planish.modelling.families import Family
 from planish.modelling.modules import Bypass
 
 
@@ -37,7 +38,8 @@ class Plain:
     "none"; "linear" (adds `down` @ (`up` @ normed input) + `down.bias`). Either is "other" where the block has no linears of
     these roles: experts, attention on latents.
     `tensors`: role → weight (out, in), "role.bias" → (out,), and the norms "attention_norm", "mlp_norm", "q_norm",
-    "k_norm". `extra`: weights that multiplying low-rank forms back costs.
+    "k_norm". `others`: the block's names → tensors of further groups' linears ("mixer.in") that were in another form. `extra`:
+    weights that multiplying low-rank forms back costs.
     """
 
     shape: Shape
@@ -46,6 +48,7 @@ class Plain:
     v: int
     width: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
     extra: int = 0
 
 
@@ -75,7 +78,7 @@ def plain_block(source: FolderSource, i: int, experts: bool = True) -> Plain:
     block, family, shape, spec = source.block(i, experts=experts), source.family, source.shape(i), source.specs[i]
     plain = Plain(shape, "full", "full", shape.v, shape.intermediate)
     tensors = plain.tensors
-    attention = block.get_submodule(family.attention)
+    attention = find_module(block, family.attention)  # another mixer may stand in its place
     roles = [r for r in family.roles if has_linear(block, family, r)]
     if isinstance(attention, Bypass):
         plain.attention = (
@@ -88,7 +91,7 @@ def plain_block(source: FolderSource, i: int, experts: bool = True) -> Plain:
             if attention.shift is not None:
                 tensors["linear.bias"] = attention.shift.data
         plain.v, roles = 0, [r for r in roles if r not in "qkvo"]
-    mlp = block.get_submodule(family.mlp or family.path("up"))
+    mlp = find_module(block, family.mlp or family.path("up"))
     if isinstance(mlp, Bypass):
         plain.mlp = "linear" if mlp.rank or mlp.gate is not None or mlp.shift is not None else "none"
         plain.width, roles = 0, [r for r in roles if r in "qkvo"]
@@ -112,6 +115,7 @@ def plain_block(source: FolderSource, i: int, experts: bool = True) -> Plain:
         tensors[role] = weight
         if bias is not None:
             tensors[f"{role}.bias"] = bias
+    multiply_others(plain, block, family)
     if plain.mlp == "full":
         plain.width = tensors["down"].shape[1]
     if isinstance(attention, Attention):
@@ -126,6 +130,19 @@ def plain_block(source: FolderSource, i: int, experts: bool = True) -> Plain:
         if getattr(attention, name, None) is not None:
             tensors[name] = getattr(attention, name).weight.data
     return plain
+
+
+def multiply_others(plain: Plain, block: nn.Module, family: Family) -> None:
+    for path in family.others.values():
+        module = find_module(block, path)
+        if module is not None and not isinstance(module, nn.Linear):
+            weight, bias = plain_linear(module)
+            plain.others |= {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
+            plain.extra += weight.numel() - count_weights(module)
+
+
+def find_module(block: nn.Module, path: str) -> nn.Module | None:
+    return block.get_submodule(path) if has_module(block, path) else None
 
 
 def rebuild_keys(attention: Frequencies | Latent, t: Tensor) -> Tensor:

@@ -21,7 +21,13 @@ LLAMAS = {  # family → its graphs; deci and mimo2 hold some of what these do n
     "qwen2": ["qwen2", "llama"],
     "qwen3": ["qwen3"],
 }
-ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activation")  # names in configurations
+ACTIVATION = (
+    "mlp_hidden_act",
+    "hidden_activation",
+    "hidden_act",
+    "activation_function",
+    "activation",
+)  # names in configurations
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Graph:
     `factors`: it takes factors of the rotary frequencies. `windows`: it has sliding windows. `values`: metadata → the
     configuration's name; `fixed`: metadata → value. `needs`: the configuration's name → values that the graph has built in.
     `gates`: 1 where routing is a softmax, 2 where each expert has a gate of its own (0: the graph has it built in).
+    `mixer`: what stands in the place of attention in some blocks, or beside it: "conv", "mamba", "delta", or "grouped" where
+    delta nets' values stay with their keys. `mixed`: llama.cpp's name of the graph where blocks have experts, if it is another.
     """
 
     name: str
@@ -48,6 +56,10 @@ class Graph:
     biased: bool = False  # experts have biases
     square: bool = False  # it asks for heads × head size = hidden size
     alone: bool = False  # it asks for as many key/value heads as heads
+    widths: bool = False  # feed-forwards may have a width each
+    proportional: bool = False  # it takes factors that leave the last pairs of a head unrotated
+    mixer: str = ""
+    mixed: str = ""
 
 
 _TANH, _GELU = ("gelu_pytorch_tanh", "gelu_new"), ("gelu", "gelu_pytorch_tanh", "gelu_new")
@@ -108,6 +120,40 @@ GRAPHS: dict[str, Graph] = {
     "deepseek_v3": Graph("deepseek2", neighbours=True, values=_LEADING | _ROUTED, gates=2),
     "minimax_m2": Graph("minimax-m2", gates=2),
     "gpt_oss": Graph("gpt-oss", windows=True, open=2, biased=True),
+    "llama4_text": Graph(
+        "llama4",
+        neighbours=True,
+        factors=True,
+        still=4,
+        values={"interleave_moe_layer_step": "interleave_moe_layer_step"},
+        needs={
+            "attention_chunk_size": (8192,),
+            "attn_temperature_tuning": (True,),
+            "floor_scale": (8192,),
+            "attn_scale": (0.1,),
+        },
+    ),
+    "gemma4_text": Graph(
+        "gemma4",
+        _TANH,
+        windows=True,
+        widths=True,
+        proportional=True,
+        values={
+            "final_logit_softcapping": "final_logit_softcapping",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+        },
+    ),
+    "lfm2": Graph("lfm2", mixer="conv"),
+    "qwen3_next": Graph("qwen3next", mixer="grouped", needs=_ALL_SPARSE | {"norm_topk_prob": (True,)}),
+    "qwen3_5_text": Graph("qwen35", mixer="delta"),
+    "qwen3_5_moe_text": Graph("qwen35moe", mixer="delta"),
+    "granitemoehybrid": Graph(
+        "granitehybrid", neighbours=True, mixer="mamba", values=_GRANITE, needs={"mamba_n_groups": (1,)}
+    ),
+    "falcon_h1": Graph("falcon-h1", mixer="mamba"),
+    "nemotron_h": Graph("nemotron_h", ("relu2",), widths=True, mixer="mamba", mixed="nemotron_h_moe", values=_ROUTED),
 }
 TANH = ("gptneox", "mpt", "falcon")  # graphs that compute GELU in its tanh form, whatever the model does
 TABLED = {
@@ -131,12 +177,47 @@ def refuse_family(kind: str, config: Any) -> str | None:
     for name, allowed in graph.needs.items():
         if (found := getattr(config, name, None)) not in allowed:
             return f"llama.cpp's graph of {kind} has {name}={allowed[0]!r} built in, config.json says {found!r}"
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if reason := refuse_pattern(kind, config):
+        return f"llama.cpp's graph of {kind} {reason}"
+    heads = config.num_attention_heads
+    head = (
+        config.hidden_size // heads
+        if not graph.square
+        else getattr(config, "head_dim", None) or config.hidden_size // heads
+    )
     if graph.square and heads * head != config.hidden_size:
         return f"llama.cpp's graph of {kind} needs heads × head size = hidden size, got {heads} × {head} for {config.hidden_size}"
-    if graph.alone and kv_heads != heads:
+    if graph.alone and (kv_heads := getattr(config, "num_key_value_heads", None)) != heads:
         return f"llama.cpp's graph of {kind} needs as many key/value heads as heads, got {kv_heads} for {heads}"
+    return None
+
+
+def refuse_pattern(kind: str, config: Any) -> str | None:
+    """What a graph has built in of the kinds of blocks and their sizes, where a configuration has others; or None."""
+    kinds = getattr(config, "layer_types", None) or []
+    shared = getattr(config, "num_kv_shared_layers", 0) if kind == "gemma4_text" else 0
+    if shared and kinds[len(kinds) - shared - 2 :][:2] != ["sliding_attention", "full_attention"]:
+        return "takes shared keys from the last two blocks that have their own, the first of which has a window"
+    if getattr(config, "enable_moe_block", False):
+        return "is written without experts beside its feed-forward here, config.json says enable_moe_block=true"
+    if kind == "gemma4_text" and config.hidden_size_per_layer_input:
+        own = config.vocab_size_per_layer_input
+        if own != config.vocab_size:
+            return f"has as many embeddings for every block as tokens, config.json says {own} for {config.vocab_size}"
+    if kind == "llama4_text":
+        step, experts = config.interleave_moe_layer_step, config.num_local_experts
+        if [*config.moe_layers] != [*range(step - 1, config.num_hidden_layers, step)]:
+            return f"has experts in every {step}th block, as interleave_moe_layer_step says; config.json lists {config.moe_layers}"
+        if config.use_qk_norm != (experts != 128):
+            return "normalises queries and keys, but not those of models with 128 experts"
+    if kind == "falcon_h1" and config.mamba_rms_norm and config.mamba_norm_before_gate:
+        return "multiplies what a mixer gives by its gate before the norm, config.json says mamba_norm_before_gate=true"
+    if kind == "nemotron_h" and {"moe", "mlp"} <= {*config.layers_block_type}:
+        return "has no dense feed-forward in a model with experts"
+    if GRAPHS.get(kind, Graph(kind)).mixer in ("delta", "grouped"):
+        keys, values = config.linear_key_head_dim, config.linear_value_head_dim
+        if keys != values:
+            return f"has keys and values of one size in delta nets, config.json says {keys} and {values}"
     return None
 
 
@@ -151,6 +232,7 @@ def refuse_rope(kind: str, config: Any) -> str | None:
     full, window = split_rope(config)
     graph, scaling = GRAPHS[kind], full.get("rope_type", "default")
     known = {"default", "linear", "yarn"} | ({"llama3"} if graph.factors else set())
+    known |= {"proportional"} if graph.proportional else set()
     own = full.get("mscale") != full.get("mscale_all_dim") or full.get("attention_factor")
     if scaling == "yarn" and full.get("truncate") is False:
         return (

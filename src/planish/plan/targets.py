@@ -133,6 +133,7 @@ def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
     if family.qk_norm or own:  # deci, the one graph with blocks of several shapes, has none either
         refuses |= dict.fromkeys((Need.LINEAR_ATTENTION, Need.LINEAR_MLP), _NO_GRAPH)
         uniform = ("neurons", "mlp") if any(s.experts for s in shapes) else ("mlp",)
+        uniform = uniform if not own or not GRAPHS[family.model_type].widths else uniform[:-1]
     return replace(target, refuses=refuses, uniform=uniform, whole=bool(family.qk_norm) or own)
 
 
