@@ -117,7 +117,7 @@ def test_feed_forwards_of_hybrids_may_differ_in_width(name, tmp_path):
     assert written.parameters == written.stored_parameters or name == "lfm2", written.notes
 
 
-VISION = ("qwen2_5_vl", "qwen3_vl")  # whose language models are found in wrappers alone
+VISION = ("qwen3_vl",)  # whose language model is found in wrappers alone
 
 
 @needs_llama_cpp
