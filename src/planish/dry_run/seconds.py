@@ -14,19 +14,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from planish.core import INSIDE, Frontier, Plan, Shape, Solver, Unit, Weights, count_sums
+from planish.calibrate.stream import BATCH
+from planish.core import INSIDE, ExpertShape, Frontier, Plan, Shape, Solver, Unit, Weights, count_sums
 from planish.dry_run.passes import Run, count_passes
+from planish.folder.stored_linear import StoredLinear, is_apart
 from planish.plan.footprint import footprint
 from planish.plan.foreseen import Work
 from planish.slices import SLICED, is_fp64_slow
 from planish.solvers.offload import offload
-from planish.stats import Stats, Tap, add_gram
+from planish.stats import Stats, Tap, add_gram, is_finite
 
 WIDTH = 1024  # of the widest block that is rehearsed, unless it cannot be halved
 NARROW = 64  # no narrower block is
@@ -59,8 +61,16 @@ class Rates(NamedTuple):
     file: float
 
     def sum(self, shape: Shape, tap: Tap) -> float:
-        """Seconds per token that a tap's sums take."""
-        return count_sums(shape, [tap]) * (self.gram if tap.kind == "gram" else 2 / self.double)
+        """Seconds per token of the block that a tap's sums take: an expert's tokens are few of these."""
+        few = shape.experts.top / shape.experts.number if shape.experts and "expert." in tap.site else 1.0
+        return few * count_sums(shape, [tap]) * (self.gram if tap.kind == "gram" else 2 / self.double)
+
+
+class Calls(NamedTuple):
+    """Seconds per token of the block that calling all of its experts takes, forwards, or forwards and back."""
+
+    forward: float
+    both: float
 
 
 class Took(NamedTuple):
@@ -72,18 +82,25 @@ class Took(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """What the parts of a run take here. `head`: weights of the output embedding; `unlike`: the device is not this machine's."""
+    """What the parts of a run take here. `head`: weights of the output embedding; `unlike`: the device is not this machine's;
+    `calls`: of blocks' experts."""
 
     rates: Rates
     took: Mapping[str, Took]
     head: int
     unlike: bool
+    calls: Mapping[ExpertShape, Calls] = field(default_factory=dict)
 
     def run(self, shape: Shape, seq_len: int, back: bool = False) -> float:
         """Seconds per token of a block, forwards, or forwards and back to the gradients of its inputs (no weight has any)."""
         scores, channels = footprint({}, shape).scores * seq_len / self.rates.attention, shape.inner + 6 * shape.hidden
-        work = 2 * shape.working / self.rates.single
-        return (2 * work + 3.5 * scores if back else work + scores) + (3 if back else 1) * channels * self.rates.element
+        e, calls, working = shape.experts, 0.0, shape.working
+        if e is not None and e in self.calls:
+            channels, working = channels - e.top * e.intermediate, working - e.top * count_expert(e)
+            calls = self.calls[e].both if back else self.calls[e].forward
+        work = 2 * working / self.rates.single
+        elements = (3 if back else 1) * channels * self.rates.element
+        return (2 * work + 3.5 * scores if back else work + scores) + elements + calls
 
     def predict(self, shape: Shape, back: bool = False) -> float:
         """Seconds per token of the head and the loss of its predictions."""
@@ -108,7 +125,54 @@ def measure_costs(run: Run) -> Costs:
         alike.setdefault(replace(problem.shapes[unit.block], block=0), {})[unit] = units[unit]
     with offload("cpu"):  # elsewhere small solves say nothing about large ones
         took = {u.name: t for shape, own in alike.items() for u, t in rehearse(own, ranks, shape).items()}
-    return Costs(rates, took, given.source.count_head(), here != given.device)
+    stored = given.source.stored
+    tokens = min(run.windows, max(1, BATCH // run.seq_len)) * run.seq_len
+    calls = {e: call_experts(e, tokens, here, given.dtype, stored) for s in problem.shapes if (e := s.experts)}
+    return Costs(rates, took, given.source.count_head(), here != given.device, calls)
+
+
+def count_expert(e: ExpertShape) -> int:
+    """Weights of one expert."""
+    return len(e.roles) * e.hidden * e.intermediate
+
+
+@functools.lru_cache(16)
+def call_experts(e: ExpertShape, tokens: int, device: torch.device, dtype: torch.dtype, stored: torch.dtype) -> Calls:
+    """What calling all experts of a block takes per token, in a batch of so many: each is called once, on few rows, and where a
+    block's experts stay in their file its weights are read, checked and brought into the computing dtype for that."""
+    rows, reached = max(1, tokens * e.top // e.number), min(e.number, tokens * e.top)
+    apart = is_apart(e.number * count_expert(e))
+
+    def make(out: int, n: int) -> nn.Linear:
+        weight = torch.ones(out, n, dtype=stored)
+
+        def read() -> Tensor:
+            is_finite(found := weight.clone())
+            return found
+
+        linear = StoredLinear(read, weight.shape, stored) if apart else nn.Linear(n, out, bias=False)
+        return linear.to(device, dtype).requires_grad_(False)
+
+    *wide, down = [make(e.hidden, e.intermediate) if r == "down" else make(e.intermediate, e.hidden) for r in e.roles]
+    chosen = torch.arange(tokens * e.top, device=device).view(tokens, e.top) % reached
+    nothing = torch.zeros(tokens, e.hidden, device=device, dtype=dtype)
+    hidden = nothing.clone().requires_grad_()
+
+    def call() -> Tensor:
+        token, _ = torch.where(chosen == 0)
+        x = hidden[token[:rows]]
+        first, *others = [linear(x) for linear in wide]
+        y = down(functools.reduce(torch.mul, others, nn.functional.silu(first)))
+        return nothing.index_add(0, token[: len(y)], y)
+
+    def call_back() -> None:
+        y = call()
+        torch.autograd.grad(y, hidden, y)
+
+    with torch.no_grad():
+        forward = min(clock(call, device) for _ in range(3))
+    both = min(clock(call_back, device) for _ in range(3))
+    return Calls(forward * reached / tokens, both * reached / tokens)
 
 
 def estimate_phases(run: Run, costs: Costs, moved: int) -> list[Phase]:

@@ -209,8 +209,8 @@ class Auto(Method):
         for kind in (k for k in SCORES if {*k} <= {u.name for u in problem.units}):
             work.append(foresee_errors(problem, kind, windows))
         plain = windows - len(list_shuffled(windows, self.shuffled))
-        tried = (len(BYPASSES) + len(LINEARS) - 1) * (problem.keep < LOW and self.units == "any")
-        tried = max(self.search, tried + len(INSIDES) * any(u.name in INSIDE for u in problem.units))
+        tried = (len(BYPASSES) + len(LINEARS) - 2) * (problem.keep < LOW and self.units == "any")  # further ones
+        tried = max(self.search, 1 + tried + len(INSIDES) * any(u.name in INSIDE for u in problem.units))
         if min(plain, windows) >= 4 * HELD and tried > 1:
             work += [Work("search", windows - plain // 4, solve=planned, heads=1 / 3)] * tried
         return Foreseen(planned, work)

@@ -28,7 +28,8 @@ def count_kept(problem: Problem) -> tuple[Plan, dict[str, str]]:
         return found, describe_top(problem, found)
     least = {b: count_left(problem, plans[-1], b) for b in problem.budgets}
     budget = next(b for b, cost in least.items() if cost > b.limit)
-    raise budget.refuse(f"{problem.name}, which only drops experts", least[budget])
+    refusal = budget.refuse(f"{problem.name}, which only drops experts", least[budget])
+    raise InputError(f"{refusal}; auto also cuts what is inside them, and attention")
 
 
 def describe_top(problem: Problem, plan: Plan) -> dict[str, str]:
