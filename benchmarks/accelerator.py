@@ -2,6 +2,11 @@
 
     python benchmarks/accelerator.py                                        # two blocks, 128 × 2048 tokens
     python benchmarks/accelerator.py --methods auto --solve-on-cpu          # large factorisations stay on the CPU
+    python benchmarks/accelerator.py --all                                  # for a machine that is lent for a quarter of an hour
+
+--all: the device's rates, then flat-llm, a3 and auto, then a3 and auto with factorisations on the CPU, beside what is aimed at
+and the floor that the rates make: one forward and, for auto, one backward pass (bfloat16), Grams of every linear's input and, for
+auto, of every output's gradient (float64). A section is put above what the page has; nothing of it is lost.
 
 Weights are random, text is random: times do not depend on what is in them. What is per model and not per block (embedding,
 head, writing what is outside) is small beside it. A run of all 32 blocks takes as many times longer as it has more blocks.
@@ -15,7 +20,9 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from random_model import write_model
@@ -23,6 +30,11 @@ from random_model import write_model
 import planish
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "accelerator.md"
+AIMS = {"flat-llm": 6.0, "a3": 6.0, "auto": 15.0}  # seconds per block of 4096 / 14336 on one H100 or H200
+HEAD = """# On an accelerator
+
+Written by `benchmarks/accelerator.py`: random weights, seconds per block of one run, reading and writing included.
+"""
 PHASES = ("statistics", "gradients", "stream", "sums", "frontiers", "solve", "write")
 
 
@@ -37,44 +49,18 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--solve-on-cpu", action="store_true")
+    parser.add_argument("--all", action="store_true", help="rates, and every case beside what is aimed at")
     parser.add_argument("--rows", type=Path, help="append results to this file of JSON lines")
     parser.add_argument("--table", type=Path, default=TABLE)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    if args.solve_on_cpu:
-        from planish.solvers import offload
-
-        offload.LARGE = 1 << 60
-    rows = []
+    cases = [(m, args.solve_on_cpu) for m in args.methods.split(",")]
+    if args.all:
+        cases = [("flat-llm", False), ("a3", False), ("auto", False), ("a3", True), ("auto", True)]
+    rates = measure_rates(torch.device(args.device), args.hidden) if args.all else {}
+    print(json.dumps(rates), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        model, out = Path(scratch) / "model", Path(scratch) / "out"
-        write_model(
-            model, vocab_size=32768, hidden_size=args.hidden, intermediate_size=args.intermediate,
-            num_hidden_layers=args.blocks, num_attention_heads=args.hidden // 128, num_key_value_heads=args.hidden // 512,
-        )  # fmt: skip
-        draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(32768, (args.n_samples * args.seq_len,), generator=draw).numpy()
-        options = {"n_samples": args.n_samples, "seq_len": args.seq_len, "device": args.device, "calibration": ids}
-        for method in args.methods.split(","):
-            start = time.perf_counter()
-            if args.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            r = planish.compress(model, method=method, keep=args.keep, output=out, overwrite=True, **options)
-            wall = time.perf_counter() - start
-            peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else 0
-            phases: dict[str, float] = {}
-            for name, s in r.seconds.items():
-                phases[name.partition(" ")[0]] = phases.get(name.partition(" ")[0], 0.0) + s
-            row = {
-                "method": method + (", solved on the CPU" if args.solve_on_cpu else ""),
-                "per_block": wall / args.blocks, "vram": peak, "rss": r.peak_rss_bytes,
-                "phases": {p: phases.get(p, 0.0) / args.blocks for p in PHASES},
-            }  # fmt: skip
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            if args.rows:
-                with args.rows.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+        rows = [*measure(args, cases, Path(scratch))]
     if args.rows:
         rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
@@ -82,22 +68,99 @@ def main() -> None:
         f"{args.blocks} blocks of {args.hidden} / {args.intermediate} channels, {args.n_samples} × {args.seq_len} tokens, keep "
         f"{args.keep:g}, {name}, {os.cpu_count()} cores."
     )
-    args.table.write_text(write_page(title, rows), encoding="utf-8")
+    old = args.table.read_text(encoding="utf-8").removeprefix(HEAD) if args.table.exists() else ""
+    args.table.write_text(HEAD + write_section(title, rows, args, rates) + old, encoding="utf-8")
 
 
-def write_page(title: str, rows: list[dict]) -> str:
-    lines = [
-        "# On an accelerator", "",
-        "Written by `benchmarks/accelerator.py`: random weights, seconds per block of one run, reading and writing included.", "",
-        title, "",
-        "| method | seconds per block | " + " | ".join(PHASES) + " | VRAM GB | RAM GB |",
-        "|---" * (len(PHASES) + 4) + "|",
-    ]  # fmt: skip
+def measure(args: argparse.Namespace, cases: list[tuple[str, bool]], scratch: Path) -> Iterator[dict[str, Any]]:
+    """A row per case (method, whether large factorisations stay on the CPU)."""
+    from planish.solvers import offload
+
+    large, model = offload.LARGE, scratch / "model"
+    write_model(
+        model, vocab_size=32768, hidden_size=args.hidden, intermediate_size=args.intermediate,
+        num_hidden_layers=args.blocks, num_attention_heads=args.hidden // 128, num_key_value_heads=max(args.hidden // 512, 1),
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(32768, (args.n_samples * args.seq_len,), generator=draw).numpy()
+    options = {"n_samples": args.n_samples, "seq_len": args.seq_len, "device": args.device, "calibration": ids}
+    for method, on_cpu in cases:
+        offload.LARGE = 1 << 60 if on_cpu else large
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        r = planish.compress(model, method=method, keep=args.keep, output=scratch / "out", overwrite=True, **options)
+        wall = time.perf_counter() - start
+        phases: dict[str, float] = {}
+        for name, s in r.seconds.items():
+            phases[name.partition(" ")[0]] = phases.get(name.partition(" ")[0], 0.0) + s
+        row = {
+            "method": method + (", solved on the CPU" if on_cpu else ""), "per_block": wall / args.blocks,
+            "vram": torch.cuda.max_memory_allocated() if args.device == "cuda" else 0, "rss": r.peak_rss_bytes,
+            "phases": {p: phases.get(p, 0.0) / args.blocks for p in PHASES},
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
+        if args.rows:
+            with args.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        yield row
+
+
+def measure_rates(device: torch.device, n: int) -> dict[str, float]:
+    """FLOP/s of n × n products by dtype, bytes/s to the device and back, seconds of an eigenproblem (n) there and on the CPU."""
+    square = torch.randn(n, n, device=device)
+    rates = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x = square.to(dtype)
+        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / clock(lambda x=x: x @ x, device)
+    host = torch.empty(1 << 26, pin_memory=device.type == "cuda")
+    there = host.to(device)
+    rates["bytes there"] = host.nbytes / clock(lambda: there.copy_(host), device)
+    rates["bytes back"] = host.nbytes / clock(lambda: host.copy_(there), device)
+    gram = (square @ square.T).double()
+    rates["eigh"] = clock(lambda: torch.linalg.eigh(gram), device, 1)
+    rates["eigh, CPU"] = clock(lambda: torch.linalg.eigh(gram.cpu()), device, 1)
+    return rates
+
+
+def clock(work: Callable[[], Any], device: torch.device, times: int = 5) -> float:
+    """Least seconds of some runs, after one that is not counted."""
+    taken = []
+    for n in range(times + (times > 1)):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken += [time.perf_counter() - start] * (n > 0 or times == 1)
+    return min(taken)
+
+
+def find_floor(args: argparse.Namespace, method: str, rates: dict[str, float]) -> float:
+    """Seconds that a block's passes and Grams take at these rates."""
+    h, m, kv, tokens = args.hidden, args.intermediate, max(args.hidden // 512, 1) * 128, args.n_samples * args.seq_len
+    passes = 2 * tokens * (2 * h * h + 2 * h * kv + 3 * h * m) * (3 if method == "auto" else 1)
+    inputs, outputs = 3 * h * h + m * m, (3 * h * h + 2 * kv * kv + 2 * m * m) * (method == "auto")
+    return passes / rates["bfloat16"] + 2 * tokens * (inputs + outputs) / rates["float64"]
+
+
+def describe_rates(rates: dict[str, float]) -> str:
+    products = ", ".join(f"{rates[n] / 1e12:.3g} ({n})" for n in ("bfloat16", "float32", "float64"))
+    return (
+        f"Rates: {products} TFLOP/s; {rates['bytes there'] / 1e9:.3g} GB/s there, {rates['bytes back'] / 1e9:.3g} back; an "
+        f"eigenproblem of this width {rates['eigh']:.3g} s, on the CPU {rates['eigh, CPU']:.3g} s."
+    )
+
+
+def write_section(title: str, rows: list[dict[str, Any]], args: argparse.Namespace, rates: dict[str, float]) -> str:
+    more = ("aim", "floor") if rates else ()
+    lines = ["", title, *(["", describe_rates(rates)] if rates else []), ""]
+    lines += ["| " + " | ".join(("method", "seconds per block", *more, *PHASES, "VRAM GB", "RAM GB")) + " |"]
+    lines += ["|---" * (len(PHASES) + len(more) + 4) + "|"]
     for r in rows:
-        cells = [f"{r['phases'][p]:.1f}" for p in PHASES]
-        lines.append(
-            f"| {r['method']} | {r['per_block']:.1f} | {' | '.join(cells)} | {r['vram'] / 1e9:.1f} | {r['rss'] / 1e9:.1f} |"
-        )
+        method = r["method"].partition(",")[0]
+        beside = [f"{AIMS[method]:.1f}", f"{find_floor(args, method, rates):.1f}"] if rates else []
+        cells = [f"{r['per_block']:.1f}", *beside, *(f"{r['phases'][p]:.1f}" for p in PHASES)]
+        lines.append(f"| {r['method']} | {' | '.join(cells)} | {r['vram'] / 1e9:.1f} | {r['rss'] / 1e9:.1f} |")
     return "\n".join(lines) + "\n"
 
 
