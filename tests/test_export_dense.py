@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compressed
+import tiny
 from planish.errors import InputError
 from planish.export import export
 from planish.export.plain import open_plain
@@ -268,3 +269,15 @@ def test_mixtures_are_not_filled_up(tmp_path):
     with pytest.raises(InputError, match="a mixtral is not filled up to its stock architecture: export without --pad"):
         export(tmp_path / "m", "dense", tmp_path / "d", pad=True)
     assert not (tmp_path / "d").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["lfm2", pytest.param("nemotron_h", marks=pytest.mark.slow)])
+def test_hybrids(family, tmp_path):
+    """Also blocks without attention; linears of mixers are multiplied back."""
+    tiny.compress(tiny.build(family), output=tmp_path / "m", windows=tiny.windows(8, 12), method="svd-llm", keep=0.8)
+    export(tmp_path / "m", "dense", tmp_path / "d")
+    ids = tiny.windows(2, 12)
+    small, dense = tiny.load(tmp_path / "m"), tiny.load(tmp_path / "d")
+    assert type(dense) is type(tiny.build(family))
+    torch.testing.assert_close(dense(ids).logits, small(ids).logits, rtol=1e-3, atol=1e-3)

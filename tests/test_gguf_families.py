@@ -12,6 +12,7 @@ from torch import nn
 
 import compressed
 import tiny
+import wrapped
 from planish.errors import InputError
 from planish.export.verify import verify
 from planish.folder.source import open_source
@@ -52,7 +53,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {  # dense feed-forwards, and mixers of oth
 }  # fmt: skip
 
 
-QUICK = ("granite", "gemma2", "olmo2", "gpt2", "glm4", "mixtral", "lfm2", "qwen3_5_moe")
+QUICK = ("granite", "gemma2", "olmo2", "gpt2", "glm4", "mixtral", "lfm2", "qwen3_5_moe", "qwen3_vl")
 
 
 def quick(names: Any) -> list[Any]:
@@ -73,6 +74,7 @@ def check(folder) -> None:
 
 def test_every_graph_is_tried_here():
     kinds = {tiny.configure(n).model_type for n in (*DENSE, *MIXTURES, *HYBRIDS, "gemma4")}
+    kinds |= {wrapped.build(n).config.text_config.model_type for n in VISION}
     assert kinds == set(GRAPHS) and not kinds & set(LLAMAS) and kinds <= set(FAMILIES)
 
 
@@ -113,6 +115,18 @@ def test_feed_forwards_of_hybrids_may_differ_in_width(name, tmp_path):
     check(tmp_path / "m")
     written = export_gguf(tmp_path / "m", tmp_path / "m.gguf", dtype="f32")
     assert written.parameters == written.stored_parameters or name == "lfm2", written.notes
+
+
+VISION = ("qwen3_vl",)  # whose language model is found in wrappers alone
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", quick([*VISION, "qwen3_5", "llama4"]))
+def test_a_language_model_inside_a_wrapper(name, tmp_path):
+    """Its sections of rotary pairs have one position in text."""
+    text = wrapped._ROWS[name][1]["text_config"] | HYBRIDS.get(name, {}) | MIXTURES.get(name, {})
+    forms = [compressed.neurons(24), None] if name in VISION else [None]
+    check(compressed.make_folder(wrapped.build(name, text_config=text), tmp_path / "m", forms))
 
 
 SIZED = [compressed.neurons(30), compressed.neurons(20), compressed.neurons(60), compressed.low_rank("pair", 9)]

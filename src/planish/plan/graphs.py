@@ -145,6 +145,7 @@ GRAPHS: dict[str, Graph] = {
             "attention.shared_kv_layers": "num_kv_shared_layers",
         },
     ),
+    "qwen3_vl_text": Graph("qwen3vl"),
     "lfm2": Graph("lfm2", mixer="conv"),
     "qwen3_next": Graph("qwen3next", mixer="grouped", needs=_ALL_SPARSE | {"norm_topk_prob": (True,)}),
     "qwen3_5_text": Graph("qwen35", mixer="delta"),

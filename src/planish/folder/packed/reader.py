@@ -50,7 +50,8 @@ class PackedWeights:
         self.plain = {n: stored.entry(n) for n in sorted(names - used)}
         if not self.packed:
             raise InputError(
-                f"{folder} declares {declared.name} weights in its configuration, and no tensor is stored that way"
+                f"{folder} declares {declared.name} weights in its configuration, and no tensor is stored that way; where they are "
+                "ordinary weights, take quantization_config out of config.json"
             )
         if both := sorted(self.plain.keys() & self.packed.keys()):
             raise InputError(f"tensor {both[0]} of {folder} is stored twice, as it is and as {declared.name}")
