@@ -21,7 +21,6 @@ from planish.compression import resume
 from planish.core import Unit
 from planish.declare import BYTES, COUNTS, read_size
 from planish.errors import InputError
-from planish.folder.load import load
 from planish.folder.source import open_source
 from planish.methods import find_method, list_methods
 from planish.plan.allocate import Alternative, Curve, choose
@@ -32,7 +31,7 @@ from planish.plan.spread import BudgetError, Choices, spread
 from planish.request import Limits
 from posed import pose_on
 from test_resume import hashes
-from tiny import compress
+from tiny import compress, load
 
 WINDOWS = tiny.windows(12, 24)
 QUICK = [("llama_gqa", m) for m in ("auto", "flat-llm", "a3", "svd-llm", "llm-drop", "slicegpt")] + [
