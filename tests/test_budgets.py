@@ -21,7 +21,6 @@ from planish.compression import resume
 from planish.core import Unit
 from planish.declare import BYTES, COUNTS, read_size
 from planish.errors import InputError
-from planish.folder.load import load
 from planish.folder.source import open_source
 from planish.methods import find_method, list_methods
 from planish.plan.allocate import Alternative, Curve, choose
@@ -32,7 +31,7 @@ from planish.plan.spread import BudgetError, Choices, spread
 from planish.request import Limits
 from posed import pose_on
 from test_resume import hashes
-from tiny import compress
+from tiny import compress, load
 
 WINDOWS = tiny.windows(12, 24)
 QUICK = [("llama_gqa", m) for m in ("auto", "flat-llm", "a3", "svd-llm", "llm-drop", "slicegpt")] + [
@@ -285,6 +284,27 @@ def test_spread_keeps_to_both(seed, first, second, step):
     cost = [sum(float(c.cost[b, plan[u] - 1]) for u, c in units.items()) for b in (0, 1)]
     assert all(c <= m * (1 + 1e-9) for c, m in zip(cost, limits))
     assert all(r % step == 0 or r in (1, len(units[u].ranks)) for u, r in plan.items())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.floats(0.3, 1), st.sampled_from([1, 2, 4]), st.booleans())
+def test_a_budget_that_does_not_bind_changes_nothing(seed, first, step, before):
+    """Also where a cut saves less of it than of the other one, or costs more than it saves."""
+    draw = random.Random(seed)
+    units, alone = {}, {}
+    for i in range(4):
+        n = draw.randint(2, 20)
+        cost = torch.tensor([[*itertools.accumulate(draw.randint(1, 30) for _ in range(n))]], dtype=torch.float64)
+        slow = 100 + cost * draw.uniform(0.1, 1) + draw.uniform(0, 300)
+        slow[0, -1] = 100  # whole: faster than in two parts
+        units[Unit(i, "x")] = Choices(torch.arange(1, n + 1), torch.cat([slow, cost] if before else [cost, slow]))
+        alone[Unit(i, "x")] = Choices(torch.arange(1, n + 1), cost)
+    limit = first * sum(float(c.full[0]) for c in alone.values())
+    try:
+        expected = spread(alone, lambda u: 1.0 + u.block, [limit], step)
+    except BudgetError:
+        return
+    assert spread(units, lambda u: 1.0 + u.block, [1e9, limit] if before else [limit, 1e9], step) == expected
 
 
 def test_shares_are_of_what_ranks_can_change():

@@ -413,6 +413,7 @@ def test_compressed_folders_keep_the_soft_cap_in_plain_transformers(native, tmp_
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # inductor's own
 @pytest.mark.parametrize(
     ("method", "family", "backend"),
     [("flat-llm", "llama_gqa", "eager")]

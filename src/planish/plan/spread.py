@@ -58,6 +58,11 @@ class Choices:
             return int(fits.nonzero()[-1])
         return int(torch.where(allowed, self.cost[at[0]], torch.inf).argmin())
 
+    def only(self, b: int) -> Choices:
+        """The same choices under budget b alone."""
+        fixed = None if self.fixed is None else self.fixed[b : b + 1]
+        return Choices(self.ranks, self.cost[b : b + 1], fixed)
+
     def prices(self, b: int) -> bool:
         """Whether the cost of budget b depends on the rank."""
         return bool((self.cost[b] != self.cost[b, -1]).any())
@@ -73,10 +78,13 @@ def spread(
 ) -> Plan:
     """Ranks with keep(unit) = min(1, t · share(unit)) and t as large as the budgets allow.
 
-    `budgets`: what all units together may cost of each. A share of infinity leaves a unit whole. Of several budgets the
-    one that allows the least t settles the units whose ranks it prices; the others go on with what is left of the rest.
+    `budgets`: what all units together may cost of each. A share of infinity leaves a unit whole. Of several budgets one whose
+    plan is within all others decides alone. Else the one that allows the least t settles the units whose ranks it prices, each
+    within its share of all; the others go on with what is left of the rest.
     What rounding leaves over is handed out one rank step at a time, to the unit that lies furthest below its share.
     """
+    if len(budgets) > 1 and (alone := spread_alone(units, share, budgets, step)):
+        return alone
     limits = torch.tensor([float(b) for b in budgets], dtype=torch.float64)
     shares = {u: share(u) for u in units}
     top = max((s for s in shares.values() if s < float("inf")), default=1.0)
@@ -108,6 +116,22 @@ def spread(
         b = int((left < -1e-9 * limits.abs()).nonzero()[0])
         raise BudgetError(float(limits[b] - left[b]), float(limits[b]), b)
     return {u: int(units[u].ranks[i]) for u, i in top_up(units, plan, left, step, reached, governs).items()}
+
+
+def spread_alone(
+    units: Mapping[Unit, Choices], share: Callable[[Unit], float], budgets: Sequence[float], step: int
+) -> Plan | None:
+    """The ranks that one of the budgets gives, where the others hold too: it is the only one that binds."""
+    for b, limit in enumerate(budgets):
+        once = {id(c): c.only(b) for c in units.values()}
+        try:
+            plan = spread({u: once[id(c)] for u, c in units.items()}, share, [limit], step)
+        except BudgetError as error:
+            raise BudgetError(error.smallest, float(limit), b) from None
+        spent = torch.stack([units[u].cost[:, units[u].at(r)] for u, r in plan.items()]).sum(0)
+        if all(s <= x * (1 + 1e-12) for s, x in zip(spent.tolist(), budgets, strict=True)):
+            return plan
+    return None
 
 
 def fill(
