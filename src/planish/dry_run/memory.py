@@ -37,6 +37,7 @@ from planish.plan.frontiers import dense_taps, stored_taps
 
 LIBRARIES = 410 << 20  # bytes: Python, PyTorch and transformers, loaded and warm
 TENSOR = 12 << 10  # of a module without values, its names and what is known of it
+RANK = 36  # of a rank that a unit could have: its costs and its loss
 
 
 class Peaks(NamedTuple):
@@ -70,7 +71,7 @@ def count_peaks(run: Run, params: int, written: int) -> Peaks:
     else:
         ram.append(blocks * stored + max(measure + first.memory, again + later.memory))
     ranks = sum(len(solver.ranks(unit, problem.shapes[unit.block])) for unit, solver in problem.units.items())
-    objects = TENSOR * len(stream.source.sizes()) + 36 * ranks
+    objects = TENSOR * len(stream.source.sizes()) + RANK * ranks
     return Peaks(LIBRARIES + objects + max(ram), vram, written * stored, later.disk)
 
 

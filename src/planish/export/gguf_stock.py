@@ -114,7 +114,7 @@ class Stock:
     def tensors(self, known: StoredRows) -> Iterator[tuple[str, Tensor | Stack]]:
         known.open(None)
         outside = self.source.outside()
-        if self.name == "falcon-h1" and self.source.config.tie_word_embeddings:  # each has a factor of its own
+        if self.graph.weighed and self.source.config.tie_word_embeddings:  # each has a factor of its own
             outside["lm_head.weight"] = outside["model.embed_tokens.weight"]
         for name, tensor in outside.items():
             yield self.rename(name), self.shift(name, tensor)
@@ -142,7 +142,7 @@ class Stock:
             yield f"blk.{slot}.{ROUTER[name.rpartition('.')[2]]}", tensor
         elif self.family.sinks and name == f"{self.family.attention}.{self.family.sinks}":
             yield f"blk.{slot}.attn_sinks.weight", tensor
-        elif self.family.mlp == "shared_mlp" and name.startswith("shared_mlp."):
+        elif self.graph.beside and name.startswith(f"{self.graph.beside}."):
             yield from split_shared(name, slot, tensor, bool(self.experts[0]))
         elif name.endswith("kv_b_proj.weight"):
             yield from split_latent(self.source.config, slot, tensor)
@@ -161,7 +161,7 @@ class Stock:
 
     def shift(self, name: str, tensor: Tensor) -> Tensor:
         """Norms that scale by an offset + their weight, with the sum; linears with a factor, with the product."""
-        if self.name == "falcon-h1":
+        if self.graph.weighed:
             return weigh_falcon(self.source.config, name, tensor)
         shifted = self.family.norm_offset and name.endswith("norm.weight") and name not in NORMS
         return tensor.float() + self.family.norm_offset if shifted else tensor
@@ -249,7 +249,7 @@ def describe_blocks(stock: Stock, shapes: list[Shape]) -> dict[str, Any]:
         found["feed_forward_length"] = [
             stock.widths[i] or (width if s.experts else 0) for i, s in zip(stock.blocks, shapes, strict=True)
         ]
-    elif stock.family.mlp == "shared_mlp" and number:
+    elif stock.graph.beside and number:
         found |= {"feed_forward_length": width, "expert_shared_feed_forward_length": stock.width}
     kv_heads = [s.kv_heads for s in shapes]
     if stock.graph.mixer in ("conv", "mamba") and 0 in kv_heads:

@@ -8,7 +8,7 @@ Reference: llama.cpp's convert_hf_to_gguf.py (metadata) and src/models (what the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,8 @@ class Graph:
     `gates`: 1 where routing is a softmax, 2 where each expert has a gate of its own (0: the graph has it built in).
     `mixer`: what stands in the place of attention in some blocks, or beside it: "conv", "mamba", "delta", or "grouped" where
     delta nets' values stay with their keys. `mixed`: llama.cpp's name of the graph where blocks have experts, if it is another.
+    `beside`: path of the feed-forward that is the shared one where a block has experts. `weighed`: linears come with the factors
+    that the model multiplies what they read and give by. `refuses`: why the graph cannot hold a model of this configuration.
     """
 
     name: str
@@ -60,6 +62,46 @@ class Graph:
     proportional: bool = False  # it takes factors that leave the last pairs of a head unrotated
     mixer: str = ""
     mixed: str = ""
+    beside: str = ""
+    weighed: bool = False
+    refuses: Callable[[Any], str | None] = lambda config: None
+
+
+def refuse_gemma4(config: Any) -> str | None:
+    kinds, shared, own = config.layer_types, config.num_kv_shared_layers, config.vocab_size_per_layer_input
+    if shared and kinds[len(kinds) - shared - 2 :][:2] != ["sliding_attention", "full_attention"]:
+        return "takes shared keys from the last two blocks that have their own, the first of which has a window"
+    if config.enable_moe_block:
+        return "is written without experts beside its feed-forward here, config.json says enable_moe_block=true"
+    if config.hidden_size_per_layer_input and own != config.vocab_size:
+        return f"has as many embeddings for every block as tokens, config.json says {own} for {config.vocab_size}"
+    return None
+
+
+def refuse_llama4(config: Any) -> str | None:
+    step = config.interleave_moe_layer_step
+    if [*config.moe_layers] != [*range(step - 1, config.num_hidden_layers, step)]:
+        return f"has experts in every {step}th block, as interleave_moe_layer_step says; config.json lists {config.moe_layers}"
+    if config.use_qk_norm != (config.num_local_experts != 128):
+        return "normalises queries and keys, but not those of models with 128 experts"
+    return None
+
+
+def refuse_falcon_h1(config: Any) -> str | None:
+    if config.mamba_rms_norm and config.mamba_norm_before_gate:
+        return "multiplies what a mixer gives by its gate before the norm, config.json says mamba_norm_before_gate=true"
+    return None
+
+
+def refuse_nemotron_h(config: Any) -> str | None:
+    both = {"moe", "mlp"} <= {*config.layers_block_type}
+    return "has no dense feed-forward in a model with experts" if both else None
+
+
+def refuse_delta(config: Any) -> str | None:
+    keys, values = config.linear_key_head_dim, config.linear_value_head_dim
+    unlike = f"has keys and values of one size in delta nets, config.json says {keys} and {values}"
+    return unlike if keys != values else None
 
 
 _TANH, _GELU = ("gelu_pytorch_tanh", "gelu_new"), ("gelu", "gelu_pytorch_tanh", "gelu_new")
@@ -132,6 +174,7 @@ GRAPHS: dict[str, Graph] = {
             "floor_scale": (8192,),
             "attn_scale": (0.1,),
         },
+        refuses=refuse_llama4,
     ),
     "gemma4_text": Graph(
         "gemma4",
@@ -144,17 +187,33 @@ GRAPHS: dict[str, Graph] = {
             "embedding_length_per_layer_input": "hidden_size_per_layer_input",
             "attention.shared_kv_layers": "num_kv_shared_layers",
         },
+        refuses=refuse_gemma4,
     ),
     "qwen3_vl_text": Graph("qwen3vl"),
     "lfm2": Graph("lfm2", mixer="conv"),
-    "qwen3_next": Graph("qwen3next", mixer="grouped", needs=_ALL_SPARSE | {"norm_topk_prob": (True,)}),
-    "qwen3_5_text": Graph("qwen35", mixer="delta"),
-    "qwen3_5_moe_text": Graph("qwen35moe", mixer="delta"),
-    "granitemoehybrid": Graph(
-        "granitehybrid", neighbours=True, mixer="mamba", values=_GRANITE, needs={"mamba_n_groups": (1,)}
+    "qwen3_next": Graph(
+        "qwen3next", mixer="grouped", needs=_ALL_SPARSE | {"norm_topk_prob": (True,)}, refuses=refuse_delta
     ),
-    "falcon_h1": Graph("falcon-h1", mixer="mamba"),
-    "nemotron_h": Graph("nemotron_h", ("relu2",), widths=True, mixer="mamba", mixed="nemotron_h_moe", values=_ROUTED),
+    "qwen3_5_text": Graph("qwen35", mixer="delta", refuses=refuse_delta),
+    "qwen3_5_moe_text": Graph("qwen35moe", mixer="delta", refuses=refuse_delta),
+    "granitemoehybrid": Graph(
+        "granitehybrid",
+        neighbours=True,
+        mixer="mamba",
+        values=_GRANITE,
+        needs={"mamba_n_groups": (1,)},
+        beside="shared_mlp",
+    ),
+    "falcon_h1": Graph("falcon-h1", mixer="mamba", weighed=True, refuses=refuse_falcon_h1),
+    "nemotron_h": Graph(
+        "nemotron_h",
+        ("relu2",),
+        widths=True,
+        mixer="mamba",
+        mixed="nemotron_h_moe",
+        values=_ROUTED,
+        refuses=refuse_nemotron_h,
+    ),
 }
 TANH = ("gptneox", "mpt", "falcon")  # graphs that compute GELU in its tanh form, whatever the model does
 TABLED = {
@@ -178,47 +237,21 @@ def refuse_family(kind: str, config: Any) -> str | None:
     for name, allowed in graph.needs.items():
         if (found := getattr(config, name, None)) not in allowed:
             return f"llama.cpp's graph of {kind} has {name}={allowed[0]!r} built in, config.json says {found!r}"
-    if reason := refuse_pattern(kind, config):
+    if reason := graph.refuses(config):
         return f"llama.cpp's graph of {kind} {reason}"
-    heads = config.num_attention_heads
-    head = (
-        config.hidden_size // heads
-        if not graph.square
-        else getattr(config, "head_dim", None) or config.hidden_size // heads
-    )
-    if graph.square and heads * head != config.hidden_size:
-        return f"llama.cpp's graph of {kind} needs heads × head size = hidden size, got {heads} × {head} for {config.hidden_size}"
-    if graph.alone and (kv_heads := getattr(config, "num_key_value_heads", None)) != heads:
-        return f"llama.cpp's graph of {kind} needs as many key/value heads as heads, got {kv_heads} for {heads}"
+    if (graph.square or graph.alone) and (reason := refuse_heads(graph, config)):
+        return f"llama.cpp's graph of {kind} needs {reason}"
     return None
 
 
-def refuse_pattern(kind: str, config: Any) -> str | None:
-    """What a graph has built in of the kinds of blocks and their sizes, where a configuration has others; or None."""
-    kinds = getattr(config, "layer_types", None) or []
-    shared = getattr(config, "num_kv_shared_layers", 0) if kind == "gemma4_text" else 0
-    if shared and kinds[len(kinds) - shared - 2 :][:2] != ["sliding_attention", "full_attention"]:
-        return "takes shared keys from the last two blocks that have their own, the first of which has a window"
-    if getattr(config, "enable_moe_block", False):
-        return "is written without experts beside its feed-forward here, config.json says enable_moe_block=true"
-    if kind == "gemma4_text" and config.hidden_size_per_layer_input:
-        own = config.vocab_size_per_layer_input
-        if own != config.vocab_size:
-            return f"has as many embeddings for every block as tokens, config.json says {own} for {config.vocab_size}"
-    if kind == "llama4_text":
-        step, experts = config.interleave_moe_layer_step, config.num_local_experts
-        if [*config.moe_layers] != [*range(step - 1, config.num_hidden_layers, step)]:
-            return f"has experts in every {step}th block, as interleave_moe_layer_step says; config.json lists {config.moe_layers}"
-        if config.use_qk_norm != (experts != 128):
-            return "normalises queries and keys, but not those of models with 128 experts"
-    if kind == "falcon_h1" and config.mamba_rms_norm and config.mamba_norm_before_gate:
-        return "multiplies what a mixer gives by its gate before the norm, config.json says mamba_norm_before_gate=true"
-    if kind == "nemotron_h" and {"moe", "mlp"} <= {*config.layers_block_type}:
-        return "has no dense feed-forward in a model with experts"
-    if GRAPHS.get(kind, Graph(kind)).mixer in ("delta", "grouped"):
-        keys, values = config.linear_key_head_dim, config.linear_value_head_dim
-        if keys != values:
-            return f"has keys and values of one size in delta nets, config.json says {keys} and {values}"
+def refuse_heads(graph: Graph, config: Any) -> str | None:
+    """What the graph asks of heads that a configuration, one for all blocks, does not give; or None."""
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if graph.square and heads * head != config.hidden_size:
+        return f"heads × head size = hidden size, got {heads} × {head} for {config.hidden_size}"
+    if graph.alone and kv_heads != heads:
+        return f"as many key/value heads as heads, got {kv_heads} for {heads}"
     return None
 
 
