@@ -14,6 +14,7 @@ from planish.calibrate.stream import Stream
 from planish.core import Unit
 from planish.errors import InputError
 from planish.export.gguf import export_gguf
+from planish.export.verify import verify
 from planish.folder.source import open_source
 from planish.methods import find_method
 from planish.plan import uniform
@@ -262,3 +263,25 @@ def test_a_plan_says_what_the_target_asks_and_costs(tmp_path):
     assert not expected.measured and expected.limits == found.limits and not expected.predicted
     assert len({u["rank"] for u in expected.units if u["unit"] == "mlp"}) == 1 and expected.keep <= 0.7
     assert shapes_alone.limits and not shapes_alone.predicted and not shapes_alone.needed_statistics
+
+
+@pytest.mark.parametrize(
+    ("family", "lacks"),
+    [
+        ("lfm2", "what mixers keep of a sequence"),
+        ("nemotron_h", "what mixers keep of a sequence"),
+        ("gemma4", "heads whose sizes differ between blocks"),
+        ("gpt_oss", "scores that no token answers to"),
+        ("llama4", "rotary tables of complex numbers"),
+    ],
+)
+def test_what_the_backend_of_vllm_lacks_is_said_before_anything_is_cut(family, lacks, tmp_path):
+    """By `compress`, and by `verify` of a folder that was made for transformers."""
+    asked = {"keep": 0.8, "method": "flat-llm", "windows": tiny.windows(16, 24)}
+    message = f"vLLM's Transformers backend, which runs other than stock shapes, has no {lacks}"
+    with pytest.raises(InputError, match=f"--target vllm: {message}.*compress for --target any"):
+        compress(build(family), output=tmp_path / "m", target="vllm", **asked)
+    assert not list(tmp_path.iterdir())
+    compress(build(family), output=tmp_path / "m", **asked)
+    with pytest.raises(InputError, match=message):
+        verify(tmp_path / "m", "vllm")

@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM
 from planish.errors import InputError
 from planish.export import configuration_decilm
 from planish.export.llama_cpp import LlamaCpp
-from planish.folder.config import load_config, open_config, read_layout
+from planish.folder.config import is_compressed, load_config, open_config, read_layout
 from planish.folder.hub import find_folder
 from planish.folder.load import load
 from planish.folder.tokenizer import load_tokenizer
 from planish.folder.towers import refuse_wrapped
 from planish.plan.graphs import TABLED, count_positions, limit_context
+from planish.plan.targets import refuse_backend
 
 TARGETS = ("hf", "gguf", "onnx", "vllm")
 TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit
@@ -274,6 +275,8 @@ def read_sizes(path: Path, target: str, dense_reference: str | Path | None) -> t
         return config.vocab_size, config.max_position_embeddings
     config, _ = open_config(load_config(path))
     family, _ = read_layout(config)
+    if target == "vllm" and is_compressed(config) and (reason := refuse_backend(family)):
+        raise InputError(f"{path}: {reason}")
     return config.vocab_size, limit_context(family, config) if target == "gguf" else count_positions(config)
 
 

@@ -28,6 +28,7 @@ from planish.core import Edit, Frontier, Plan, Shape, Solver, Spec, Unit, Weight
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.modelling.blocks import get_linear
+from planish.modelling.family import Family
 from planish.plan.allocate import Curve
 from planish.plan.footprint import Need, footprints
 from planish.plan.graphs import GRAPHS, refuse_family, refuse_rope
@@ -99,12 +100,31 @@ def refuse_rotary(config: Any, rotary: Any) -> str | None:
     return None
 
 
+def refuse_backend(family: Family) -> str | None:
+    """Why vLLM's Transformers backend, which runs what has other than stock shapes, runs no models of a family, or None."""
+    lacks = {
+        "what mixers keep of a sequence": family.state,
+        "heads whose sizes differ between blocks": family.per_block,
+        "scores that no token answers to": family.sinks,
+        "rotary tables of complex numbers": family.tables == "complex",
+    }
+    for what, has in lacks.items():
+        if has:
+            return (
+                f"vLLM's Transformers backend, which runs other than stock shapes, has no {what} ({family.model_type})"
+            )
+    return None
+
+
 def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
     """What a target asks of this model's compressed form. Raises InputError where it cannot hold the model at all."""
-    target = find_target(name)
+    target, family, config = find_target(name), source.family, source.config
+    if name == "vllm" and (reason := refuse_backend(family)):
+        raise InputError(
+            f"--target vllm: {reason}; compress for --target any: a folder of stock shapes vLLM runs by itself"
+        )
     if name != "gguf":
         return target
-    family, config = source.family, source.config
     block = source.empty_block(0)
     own = family.model_type in GRAPHS  # the family's own graph, whose blocks are all alike
     reason = refuse_family(family.model_type, config)
