@@ -278,7 +278,7 @@ def test_a_plan_says_what_the_target_asks_and_costs(tmp_path):
 def test_what_the_backend_of_vllm_lacks_is_said_before_anything_is_cut(family, lacks, tmp_path):
     """By `compress`, and by `verify` of a folder that was made for transformers."""
     asked = {"keep": 0.8, "method": "flat-llm", "windows": tiny.windows(16, 24)}
-    message = f"vLLM's Transformers backend, which runs other than stock shapes, has no {lacks}"
+    message = f"vLLM's Transformers backend, which runs other than stock shapes, does not hold {lacks}"
     with pytest.raises(InputError, match=f"--target vllm: {message}.*compress for --target any"):
         compress(build(family), output=tmp_path / "m", target="vllm", **asked)
     assert not list(tmp_path.iterdir())

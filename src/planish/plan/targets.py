@@ -110,9 +110,7 @@ def refuse_backend(family: Family) -> str | None:
     }
     for what, has in lacks.items():
         if has:
-            return (
-                f"vLLM's Transformers backend, which runs other than stock shapes, has no {what} ({family.model_type})"
-            )
+            return f"vLLM's Transformers backend, which runs other than stock shapes, does not hold {what} ({family.model_type})"
     return None
 
 
@@ -121,7 +119,7 @@ def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
     target, family, config = find_target(name), source.family, source.config
     if name == "vllm" and (reason := refuse_backend(family)):
         raise InputError(
-            f"--target vllm: {reason}; compress for --target any: a folder of stock shapes vLLM runs by itself"
+            f"--target vllm: {reason}; compress for --target any (stock shapes are for vLLM's own classes)"
         )
     if name != "gguf":
         return target
