@@ -21,6 +21,7 @@ WORD = 32  # bits that integers are packed into
 SCALE = 2  # bytes of an integer group's scale
 HEADER = 16  # bytes that say the shape of a packed matrix
 DENSE = 16  # --bits that round nothing
+DENSE_NAMES = (str(DENSE), "f16", "bf16")
 GROUP = 64  # of integers, unless a type's name says another
 LEAST = 8  # of a group that is chosen to divide a width
 MEAN = re.compile(r"\d+(\.\d+)?$")
@@ -163,7 +164,7 @@ class Choice:
 def choose(asked: str | int, target: str) -> Choice | None:
     """What `--bits` asks for, or None where it rounds nothing (16). Raises InputError where the target cannot hold it."""
     text = str(asked).strip()
-    if text in (str(DENSE), "f16", "bf16"):
+    if text in DENSE_NAMES:
         return None
     kind = HELD.get(target)
     if kind is None:

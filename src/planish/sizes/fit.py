@@ -15,7 +15,7 @@ from planish.errors import InputError
 from planish.folder.source import Source
 from planish.plan.footprint import count_headers, footprint
 from planish.request import LIMITS, Request, label
-from planish.rounding.types import choose
+from planish.rounding.types import DENSE_NAMES, choose
 from planish.sizes.trials import Choice, settle
 from planish.walks.bits import HEAD, find_heads, read_asked, refuse_head
 
@@ -35,7 +35,7 @@ def find_size(request: Request, source: Source) -> int:
     """Bytes that the written model may have."""
     if request.fit is None and request.max_bytes is None:
         raise InputError("--bits auto chooses among types by a size: give --max-bytes or --fit")
-    if request.fit is not None and request.bits not in (None, "auto"):
+    if request.fit is not None and request.bits not in (None, "auto", *DENSE_NAMES):
         raise InputError(f"--fit chooses the bits itself: --bits {request.bits} cannot hold beside it")
     asked = [n for n in LIMITS if getattr(request, n) is not None]
     if beside := [n for n in asked if n != "max_bytes" or request.fit is not None]:
