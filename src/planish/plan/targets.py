@@ -160,7 +160,9 @@ def fit_bits(target: Target, bits: Choice | None, shapes: Sequence[Shape]) -> Ta
     if bits is None or not shapes:
         return target
     shape, free = shapes[0], bits.type is None and bits.target not in ("gguf", "vllm")  # then any group that divides
+    inner = next((s.experts.intermediate for s in shapes if s.experts), 0)
     own = {
+        "neurons": 32 if free else bits.step(inner),
         "vo": 1 if free else head_step(shape.heads, bits.step(shape.heads * shape.v)),
         "mlp": 32 if free else bits.step(shape.intermediate),
     }

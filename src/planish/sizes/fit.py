@@ -17,7 +17,7 @@ from planish.plan.footprint import count_headers, footprint
 from planish.request import LIMITS, Request, label
 from planish.rounding.types import DENSE_NAMES, choose
 from planish.sizes.trials import Choice, settle
-from planish.walks.bits import HEAD, find_heads, read_asked, refuse_head
+from planish.walks.bits import HEAD, find_heads, list_rounded, read_asked, refuse_head
 
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
 FINER = 2  # so many types finer than the one that holds all weights are tried with cuts
@@ -117,7 +117,7 @@ def list_heads(request: Request, source: Source) -> list[str]:
 def vary_head(best: Choice, request: Request, source: Source, size: int) -> list[Choice]:
     """The best plan again with embedding and head in other types: what that leaves goes to the blocks, as types mixed to fill the
     size, or as more weights where some were cut."""
-    weights = sum(out * n for s in map(source.shape, range(source.n_blocks)) for out, n in map(s.linear, s.roles))
+    weights = count_rounded(source)
     found = []
     for head in list_heads(request, source) if best.bits not in ("8", "16") else ():
         outside, blocks = predict(request.model_copy(update={"head_bits": head}), source, best.bits)
@@ -128,6 +128,12 @@ def vary_head(best: Choice, request: Request, source: Source, size: int) -> list
     return found
 
 
+def count_rounded(source: Source) -> int:
+    """Weights of the blocks that rounding rounds."""
+    shapes = map(source.shape, range(source.n_blocks))
+    return sum(out * n for s in shapes for out, n in map(s.linear, list_rounded(s)))
+
+
 def mix(found: list[Choice], request: Request, source: Source, size: int) -> list[Choice]:
     """Plans, and those whose types differ: of all weights where the last plan leaves room for finer ones, and of a share
     between the last two plans'."""
@@ -135,7 +141,7 @@ def mix(found: list[Choice], request: Request, source: Source, size: int) -> lis
     if last.bits == "16":
         return found
     outside, blocks = predict(request, source, last.bits)
-    weights = sum(out * n for s in map(source.shape, range(source.n_blocks)) for out, n in map(s.linear, s.roles))
+    weights = count_rounded(source)
     keeps = [1.0] if last.keep == 1 and last.bits != "8" else []
     if len(found) > 1 and found[-2].bits not in ("16", last.bits):
         keeps.append(int(1e4 * (found[-2].keep + last.keep) / 2) / 1e4)
@@ -148,14 +154,15 @@ def predict(request: Request, source: Source, bits: str) -> tuple[float, float]:
     hardly more."""
     shapes = [source.shape(i) for i in range(source.n_blocks)]
     sizes = {n: count for n, (count, dtype) in source.sizes().items() if dtype.is_floating_point}
-    rest = sum(sizes.values()) - sum(s.count() for s in shapes)
     asked = read_asked(settle(request, Choice(bits, 1.0)), source)
     if asked is None:
+        rest = sum(sizes.values()) - sum(s.count() for s in shapes)
         itemsize = next(d.itemsize for _, d in source.sizes().values() if d.is_floating_point)
         return itemsize * rest + count_headers(source), float(
             sum(footprint({}, s, itemsize=itemsize).bytes for s in shapes)
         )
-    linears = [shape.linear(role) for shape in shapes for role in shape.linears]
+    linears = [shape.linear(role) for shape in shapes for role in list_rounded(shape)]
+    rest = sum(sizes.values()) - sum(out * n for out, n in linears)
     blocks = sum(asked.blocks.pick(n, "").count(out, n) for out, n in linears)
     if asked.blocks.mean is not None:
         blocks = int(asked.blocks.mean * sum(out * n for out, n in linears) / 8)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from planish import lanes
+from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.folder.towers import refuse_wrapped
@@ -13,6 +14,7 @@ from planish.plan.targets import find_target
 from planish.request import Request
 from planish.rounding.types import Choice, choose
 
+SHARED = "shared."  # roles of the feed-forward that every token reaches beside its experts
 HEAD = "8"  # bits of embedding and head in llama.cpp's types unless told
 
 
@@ -65,6 +67,11 @@ def find_heads(source: Source) -> list[str]:
     return [n for n, (count, _) in source.sizes().items() if count == hidden * words and n.endswith(".weight")]
 
 
+def list_rounded(shape: Shape) -> list[str]:
+    """Roles of a block's linears that `--bits` rounds: not routers."""
+    return [*shape.roles, *(r for r in shape.rest if r.startswith((SHARED, "expert.")))]
+
+
 def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> None:
     """InputError for a model that cannot be rounded this way, or a budget that is planned without rounding."""
     if "max_bytes" in limits:
@@ -81,12 +88,17 @@ def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> No
         raise InputError(f"{source.family.model_type} stores its linears transposed, which --bits does not round")
     for i in range(source.n_blocks):
         shape = source.shape(i)
-        if shape.rest:
+        if other := [
+            role for role, _, _ in shape.others if role in source.family.others and not role.startswith(SHARED)
+        ]:
+            kind = other[0].partition(".")[0]
             raise InputError(
-                f"block {i} of {source.name} has more than attention and a dense feed-forward: --bits does not round experts "
-                "and mixers"
+                f"block {i} of {source.name} has linears of its own ({kind}): --bits rounds attention, feed-forwards and "
+                "experts, no mixers and no attention on latents"
             )
-        for role in shape.roles:
+        if shape.experts and asked.packed:
+            raise InputError(f"block {i} of {source.name} has experts, which --bits rounds for --target gguf alone")
+        for role in list_rounded(shape):
             asked.blocks.pick(shape.linear(role)[1], f"block {i}, {role}")
     if asked.head is not None:
         asked.head.pick(source.shape(0).hidden, "the embedding")

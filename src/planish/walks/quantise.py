@@ -24,7 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from planish.calibrate.activations import MemoryLimits
-from planish.calibrate.linears import list_linears, list_seen, measure_attended, measure_gradients, measure_grams
+from planish.calibrate.linears import (
+    damp_experts,
+    list_experts,
+    list_linears,
+    list_seen,
+    measure_attended,
+    measure_gradients,
+    measure_grams,
+)
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream
@@ -35,7 +43,8 @@ from planish.folder.skeleton import find_embedding, set_parameter
 from planish.folder.source import FolderSource, open_folder
 from planish.folder.writer import Writer
 from planish.modelling.blocks import read_layout
-from planish.modelling.canonical import join_block, list_fused
+from planish.modelling.canonical import find_mixture, join_block, list_fused
+from planish.modelling.experts import read_top
 from planish.modelling.families import Family
 from planish.modelling.modules import Fused
 from planish.plan.types import Offer, choose_types
@@ -167,13 +176,13 @@ class Quantiser:
         for whole in joined:
             own = whole.name.removeprefix(prefix)
             found[own] = join_rows([found.pop(part) for part in whole.parts], whole.order)
-        tensors = self.narrow(join_block(block, family).state_dict())
+        tensors = self.narrow(join_block(block, family, apart=True).state_dict())
         for name, rounded in found.items():
             self.note(prefix + name.removesuffix(".weight"), rounded)
             del tensors[name]
             stem = name.removesuffix("weight")
             tensors |= {f"{stem}{end}": t for end, t in name_parts(rounded).items()}
-        self.writer.shard(i + 1, {prefix + n: t for n, t in tensors.items()})
+        self.writer.shard(i + 1, {family.store_name(prefix + n): t for n, t in tensors.items()})
         return hidden
 
     def visit(
@@ -184,11 +193,16 @@ class Quantiser:
         family, stream = self.source.family, self.stream
         block = stream.place(stream.block(i, whole=True))
         layout = read_layout(block, family, self.source.config)
-        names = list_seen(block, layout)
-        self.settle(block, {f"{n}.weight" for n in list_linears(block)})
+        left = {role for role, _, _ in self.source.shape(i).others}  # routers, and gates of shared experts
+        names = [n for n in list_seen(block, layout) if n not in left]
+        self.settle(block, {f"{n}.weight" for n in list_linears(block) if n not in left})
         paths = {r: p for g in layout.groups for r, p in g.linears.items()}
         tokens = max(sum(h.shape[0] * h.shape[1] for h in hidden), 1)
-        grams = {n: g / tokens for n, g in measure_grams(stream, i, block, names, hidden).items()} if names else {}
+        grams = measure_grams(stream, i, block, names, hidden) if names else {}
+        if experts := list_experts(block, family):
+            assert family.experts is not None
+            damp_experts(grams, experts, tokens * read_top(find_mixture(block, family.experts)[1], family.experts))
+        grams = {n: g / tokens for n, g in grams.items()}
         attended = measure_attended(stream, i, block, layout, hidden)
         scene = Scene(
             block, layout, {r: grams[p] for r, p in paths.items()}, {r: gradients[p] for r, p in paths.items() if p in gradients},
@@ -198,9 +212,10 @@ class Quantiser:
             scene.grams["v"] = attended
         prefix = f"{family.blocks}.{i}."
         joined = find_joined(block, family, prefix)
+        wholes = joined + [stack_experts(block, own, prefix) for own in experts]
 
         def named(name: str, weight: Tensor, metric: Metric) -> Rounded:
-            return rounding(prefix + name, weight, metric, next((j for j in joined if name in j.parts), None))
+            return rounding(prefix + name, weight, metric, next((j for j in wholes if name in j.parts), None))
 
         found, _ = round_block(scene, named)
         for name in names:
@@ -271,9 +286,8 @@ class Quantiser:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["dtype"] = str(self.dtype if self.asked.packed else torch.float32).removeprefix("torch.")
         config.pop("torch_dtype", None)
-        config["quantization_config"] = (
-            describe_integers(self.kinds) if self.asked.packed else describe_blocks(self.kinds)
-        )
+        kinds = {self.source.family.store_name(n): kind for n, kind in self.kinds.items()}
+        config["quantization_config"] = describe_integers(kinds) if self.asked.packed else describe_blocks(kinds)
         self.writer.text("config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -300,6 +314,13 @@ def find_joined(block: nn.Module, family: Family, prefix: str) -> list[Joined]:
             order = module.rows.join(torch.arange(sum(sizes)).split(sizes))
             found.append(Joined(f"{prefix}{row.path}.weight", [f"{row.path}.{r}.weight" for r in row.roles], order))
     return found
+
+
+def stack_experts(block: nn.Module, own: list[str], prefix: str) -> Joined:
+    """The same linear of all experts, which a file may hold as one tensor: they get one type."""
+    rows = sum(len(block.get_submodule(n).weight) for n in own)  # type: ignore[arg-type]
+    first, _, name = own[0].rpartition(".")
+    return Joined(f"{prefix}{first.rpartition('.')[0]}.{name}", [f"{n}.weight" for n in own], torch.arange(rows))
 
 
 Rounding = Callable[
