@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import planish
 from planish.calibrate.linears import PRIOR, list_linears, measure_gradients
@@ -154,6 +155,47 @@ def test_llama_cpp_runs_the_stacks_that_are_stored(tmp_path, name):
     assert compared.passed and compared.max_logit_difference < 0.05 * compared.max_logit
 
 
+@pytest.mark.parametrize(
+    "name", ["mixtral", *slow("qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe", "minimax_m2", "phimoe")]
+)
+def test_transformers_reads_packed_experts(tmp_path, name):
+    """Of one type without zero points, into its stacks: the numbers that planish reads, and its logits; routers stay."""
+    pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")
+    dense = save(build(name, **MODELS.get(name, WIDE)), tmp_path / "model")
+    result = compress(dense, tmp_path / "out", target="hf", keep=0.75)
+    manifest, weights = read_manifest(tmp_path / "out"), read_linears(tmp_path / "out")
+    assert (
+        result.format == "native" and result.keep < 0.8 and set(result.rounding["types"]) >= {"int4-32", "int4-64-asym"}
+    )
+    assert {e["type"] for n, e in manifest.items() if ".experts." in n} == {"int4-32"}
+    theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found.values())
+    theirs(IDS[:1])  # decompresses what is no expert
+    theirs = torch.nn.Module.float(theirs)
+    source = open_folder(tmp_path / "out")
+    row, last = source.family.experts, f"{source.family.blocks}.1"
+    stacks = theirs.get_submodule(f"{last}.{row.path}")
+    for n in range(len(stacks.down_proj)):
+        gate, up, down = (weights[f"{last}.{row.path}.{n}.{part}"].float() for part in row.names)
+        assert torch.equal(stacks.gate_up_proj[n], torch.cat([gate, up])) and torch.equal(stacks.down_proj[n], down)
+    theirs.set_experts_implementation("eager")
+    with torch.no_grad():
+        want, got = (m(IDS[:2]).logits for m in (planish.load(tmp_path / "out", dtype=torch.float32), theirs))
+    assert float((got - want).abs().max()) < 1e-4 * float(want.abs().max())
+
+
+@pytest.mark.slow
+def test_packed_experts_of_unequal_blocks_load_with_planish(model, tmp_path):
+    """In planish's own format experts are linears, which compressed-tensors matches by the same expression."""
+    pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")
+    result = compress(model, tmp_path / "out", target="any", keep=0.8, method="a3")
+    assert result.format != "native" and "int4-8" in result.rounding["types"]  # 24 neurons
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        want, got = (m(IDS[:2]).logits for m in (planish.load(tmp_path / "out"), theirs))
+    assert torch.equal(got, want)
+
+
 def test_fewer_experts_are_rounded_too(model, tmp_path):
     """And types that differ: one for each linear of all experts of a block."""
     result = compress(model, tmp_path / "out", keep=0.7, bits=5.2)
@@ -195,16 +237,20 @@ def test_a_size_lets_dropped_experts_and_types_compete(model, tmp_path):
     assert min(cut, key=lambda c: c["kl"])["chosen"]
 
 
-def test_predicted_bytes_are_at_least_those_written(model, tmp_path):
-    outside, inner = predict(Request.ask(model="", target="gguf"), open_source(model), "4")
-    done = compress(model, tmp_path / "out")
+@pytest.mark.parametrize("target", ["gguf", "hf"])
+def test_predicted_bytes_are_at_least_those_written(model, tmp_path, target):
+    outside, inner = predict(Request.ask(model="", target=target), open_source(model), "4")
+    done = compress(model, tmp_path / "out", target=target)
     assert 0.9 * (outside + inner) < done.bytes_after <= outside + inner
 
 
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("mixtral", {"target": "hf"}, "has experts, which --bits rounds for --target gguf alone"),
+        ("mixtral", {"target": "vllm"}, "packed ones were never run in vLLM here"),
+        ("granitemoe", {"target": "hf"}, "stores its experts stacked, where transformers reads no packed integers"),
+        ("mixtral", {"target": "hf", "bits": "int4-32-asym"}, "experts of one type without zero points"),
+        ("mixtral", {"target": "hf", "bits": 3.4}, "ask for --bits 3 or int3-64"),
         ("deepseek_v3", {}, r"has linears of its own \(latent\)"),
         ("qwen3_5_moe", {}, r"has linears of its own \(mixer\)"),
     ],

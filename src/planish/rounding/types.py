@@ -152,6 +152,18 @@ class Choice:
             "--round-to 32"
         )
 
+    def pick_experts(self, n: int, where: str) -> StorageType | None:
+        """The one integer type of all experts' linears, whose widths are multiples of n: transformers reads no others, and none
+        with zero points. None where each has its own, in llama.cpp's types."""
+        if self.target == "gguf":
+            return None
+        if self.mean is not None or (self.type is not None and self.type.zero):
+            raise InputError(
+                f"{where}: transformers reads packed experts of one type without zero points, not --bits {self.name}; ask for "
+                f"--bits {self.bits} or int{self.bits}-{GROUP}"
+            )
+        return integer(self.bits, self.pick(n, where).group)
+
     def step(self, n: int) -> int:
         """What the width of a linear with rows of n weights is to be a multiple of once it is cut."""
         if self.type is not None:

@@ -24,7 +24,10 @@ FINER = 2  # so many types finer than the one that holds all weights are tried w
 NEARLY = 1.1  # times the size: predicted bytes at which all weights may still fit
 CONTEXT = 4096  # tokens of the cache unless told, or as many as the model has positions
 UBATCH = 512  # tokens that llama.cpp runs at a time
-PARTS, ENTRY = 3, 112  # tensors of a rounded linear beside one; bytes of a tensor's entry in a header, but for its name
+PARTS, ENTRY = (
+    2,
+    112,
+)  # tensors of a packed linear beside one, but for zero points; bytes of a tensor's entry in a header, but for its name
 SUFFIX = 8  # bytes that its name is longer, where it is but one
 LADDERS = {"gguf": ("16", "8", "6", "5", "4", "3", "2"), "vllm": ("16", "8", "4")}
 LADDER = ("16", "8", "4", "3", "2")
@@ -123,6 +126,8 @@ def vary_head(best: Choice, request: Request, source: Source, size: int) -> list
         outside, blocks = predict(request.model_copy(update={"head_bits": head}), source, best.bits)
         if best.keep < 1 and (keep := min(1.0, (size - outside) / blocks)) >= LEAST:
             found.append(Choice(best.bits, int(keep * 1e4) / 1e4, head=head))
+        elif best.keep == 1 and source.shape(source.n_blocks - 1).experts and request.target != "gguf":
+            found.append(Choice(best.bits, 1.0, head=head))
         elif best.keep == 1 and outside < size:
             found.append(Choice(f"{min(8.0, int(8e3 * (size - outside) / weights) / 1e3):.3f}", 1.0, head=head))
     return found
@@ -138,7 +143,8 @@ def mix(found: list[Choice], request: Request, source: Source, size: int) -> lis
     """Plans, and those whose types differ: of all weights where the last plan leaves room for finer ones, and of a share
     between the last two plans'."""
     last = found[-1]
-    if last.bits == "16":
+    asked = read_asked(settle(request, last), source)
+    if asked is None or asked.experts is not None:  # all experts of a packed folder have one type
         return found
     outside, blocks = predict(request, source, last.bits)
     weights = count_rounded(source)
@@ -161,19 +167,21 @@ def predict(request: Request, source: Source, bits: str) -> tuple[float, float]:
         return itemsize * rest + count_headers(source), float(
             sum(footprint({}, s, itemsize=itemsize).bytes for s in shapes)
         )
-    linears = [shape.linear(role) for shape in shapes for role in list_rounded(shape)]
-    rest = sum(sizes.values()) - sum(out * n for out, n in linears)
-    blocks = sum(asked.blocks.pick(n, "").count(out, n) for out, n in linears)
+    linears = [(role, *shape.linear(role)) for shape in shapes for role in list_rounded(shape)]
+    weights = sum(out * n for _, out, n in linears)
+    rest = sum(sizes.values()) - weights
+    kinds = [asked.pick(role, n, "") for role, _, n in linears]
+    blocks = sum(kind.count(out, n) for kind, (_, out, n) in zip(kinds, linears, strict=True))
     if asked.blocks.mean is not None:
-        blocks = int(asked.blocks.mean * sum(out * n for out, n in linears) / 8)
+        blocks = int(asked.blocks.mean * weights / 8)
     outside = 2.0 * rest
     if asked.head is not None:
         hidden, words = shapes[0].hidden, source.config.get_text_config().vocab_size
         heads = find_heads(source)[: 1 if asked.packed else 2]
         size = asked.head.pick(hidden, "", words).count(words, hidden)
         outside = (2.0 if asked.packed else 4.0) * (rest - len(heads) * hidden * words) + len(heads) * size
-    named = PARTS * (ENTRY + max(map(len, sizes))) if asked.packed else SUFFIX  # a rounded linear is several tensors
-    parts = len(linears) * named
+    tensors = sum(PARTS + kind.zero for kind in kinds) * (ENTRY + max(map(len, sizes)))
+    parts = tensors if asked.packed else len(linears) * SUFFIX
     return outside + count_headers(source) + parts, float(blocks)
 
 
