@@ -209,7 +209,7 @@ def write_stacks(args: argparse.Namespace, columns: dict[str, dict[str, str]]) -
     rows += f"\n{'|---' * (3 * len(columns) + 2)}|\n"
     for name in next(iter(columns.values())):
         rows += f"| {' | '.join([name, *(cells[name] for cells in columns.values())])} |\n"
-    put(args, f"in other stacks: {describe(args)}", rows)
+    put(args, f"in other stacks: {describe(args)}, round-to {args.round_to}", rows)
 
 
 def write(args: argparse.Namespace, names: list[str], ways: list[list[Speed]]) -> None:
