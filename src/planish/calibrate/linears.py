@@ -47,13 +47,12 @@ def list_experts(block: nn.Module, family: Family) -> list[list[str]]:
 def damp_experts(grams: dict[str, Tensor], experts: list[list[str]], reached: float) -> None:
     """Add to the second moments of experts' inputs, in place, those of `PRIOR` tokens more, of the mean length and the same in all
     directions. `reached`: tokens that reach experts, of each as often as it reaches one, where moments are Σ x xᵀ."""
-    damped: dict[int, Tensor] = {}
+    damped = set[int]()
     for own in experts:
-        width = len(grams[own[0]])
-        level = PRIOR * sum(float(grams[n].trace()) for n in own) / max(reached, 1) / width
-        for n in own:  # gate and up share theirs
-            gram = grams[n]
-            grams[n] = damped.setdefault(id(gram), gram + level * torch.eye(width, dtype=gram.dtype))
+        mean = sum(float(grams[n].trace()) for n in own) / max(reached, 1) / len(grams[own[0]])
+        for gram in (grams[n] for n in own if id(grams[n]) not in damped):  # gate and up share theirs
+            gram.diagonal().add_(PRIOR * mean)
+        damped |= {id(grams[n]) for n in own}
 
 
 @torch.no_grad()

@@ -210,7 +210,8 @@ class Quantiser:
         if experts := list_experts(block, family):
             assert family.experts is not None
             damp_experts(grams, experts, tokens * read_top(find_mixture(block, family.experts)[1], family.experts))
-        grams = {n: g / tokens for n, g in grams.items()}
+        for gram in {id(g): g for g in grams.values()}.values():
+            gram /= tokens
         attended = measure_attended(stream, i, block, layout, hidden)
         scene = Scene(
             block, layout, {r: grams[p] for r, p in paths.items()}, {r: gradients[p] for r, p in paths.items() if p in gradients},
