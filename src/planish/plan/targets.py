@@ -59,7 +59,9 @@ _NO_GRAPH = "llama.cpp has no graph for it, and filled up again it saves nothing
 TARGETS: dict[str, Target] = {
     "any": Target("any", "transformers; elsewhere as far as it goes"),
     "hf": Target("hf", "transformers"),
-    "onnx": Target("onnx", "ONNX Runtime", steps={"vo": 8, "qk": 8, "mlp": 16, "neurons": 16}),  # sixteen numbers at a time
+    "onnx": Target(
+        "onnx", "ONNX Runtime", steps={"vo": 8, "qk": 8, "mlp": 16, "neurons": 16}
+    ),  # sixteen numbers at a time
     "vllm": Target(
         "vllm",
         "vLLM, through its Transformers backend",
