@@ -13,8 +13,9 @@ import tiny
 from planish import api
 from planish.calibrate import measure
 from planish.calibrate.cache import LONG, Cache, open_cache, tokenize
+from planish.calibrate.encode import encode
 from planish.calibrate.stream import Stream, read_weights
-from planish.calibrate.text import encode, load_tokens
+from planish.calibrate.text import load_tokens
 from planish.folder.source import open_source
 from planish.methods import find_method
 from planish.plan import scores

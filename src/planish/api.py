@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from planish import lanes
 from planish.calibrate.cache import tokenize
 from planish.calibrate.stream import Stream
-from planish.calibrate.text import eval_windows, fingerprint, interleave, load_tokens, sample_windows, share_out
+from planish.calibrate.text import (
+    eval_windows,
+    fingerprint,
+    interleave,
+    list_priced,
+    list_windows,
+    load_tokens,
+    sample_windows,
+    share_out,
+)
 from planish.compression import Calibration, Destination, Shared, pick_dtype
 from planish.compression import compress as run
 from planish.core import Progress
@@ -52,6 +61,7 @@ from planish.request import (
     LIMITS,
     RECIPE,
     TEXT,
+    UNPRICED,
     Request,
     Text,
     label,
@@ -207,7 +217,7 @@ def forecast(
     return found
 
 
-@takes(*TEXT_AND_DEVICE)
+@takes("calibration", *UNPRICED, "device", "dtype")
 @owning
 def eora(
     folder: str | Path,
@@ -299,7 +309,7 @@ def read_calibration(
     if tokenizer is None and source.folder is not None:
         tokenizer = load_tokenizer(source.folder)
     read = partial(load_tokens, tokenizer=tokenizer, vocab_size=source.config.vocab_size, bos=asked.bos,
-                   tokenize=tokenize if cache else None)  # fmt: skip
+                   tokenize=tokenize if cache else None, objective=asked.objective)  # fmt: skip
     parts = split_mixture(str(ids if isinstance(ids, str | Path) else asked.source))
     counts: list[int | None] = [asked.n_samples]
     if len(parts) > 1:
@@ -310,7 +320,7 @@ def read_calibration(
         how = asked.sampling or text.sampling
         if count is None:
             held = len(text.tokens) // seq_len if how == "contiguous" else len(text.tokens) - seq_len + 1
-            count = min(most, max(held, 1))
+            count = min(most, max(min(held, len(list_windows(text.tokens, seq_len, how, text.begin))), 1))
             if count < most:
                 notes.append(f"n_samples {count}: the text holds no more {how} windows of {seq_len} tokens")
         windows.append(sample_windows(text.tokens, count, seq_len, asked.seed, how, text.begin))
@@ -323,9 +333,12 @@ def read_calibration(
         "seq_len": seq_len,
         "seed": asked.seed,
         "bos": asked.bos,
+        "objective": asked.objective,
         "fingerprint": fingerprint(mixed),
     }
     record |= {"chosen": why} if why else {}
+    if asked.objective == "answers":
+        record["priced"] = round(float(list_priced(mixed).double().mean()), 4)
     return Calibration(mixed, record, notes, time.perf_counter() - start)
 
 

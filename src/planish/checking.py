@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from planish.calibrate.text import unmark
 from planish.errors import InputError
 from planish.folder.source import FolderSource, Source
 from planish.methods.method import Method
@@ -48,6 +49,6 @@ def check_windows(windows: Tensor, source: Source) -> None:
         limit = int(limit * rope.get("factor", 1.0))
     if limit and windows.shape[-1] > limit:
         raise InputError(f"--seq-len {windows.shape[-1]} is longer than the model's {limit} positions")
-    vocabulary = source.config.vocab_size
-    if windows.numel() and not (int(windows.min()) >= 0 and int(windows.max()) < vocabulary):
-        raise InputError(f"calibration holds token id {int(windows.max())}, the model's vocabulary has {vocabulary}")
+    vocabulary, largest = source.config.vocab_size, int(unmark(windows).max()) if windows.numel() else -1
+    if largest >= vocabulary:
+        raise InputError(f"calibration holds token id {largest}, the model's vocabulary has {vocabulary}")

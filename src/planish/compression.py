@@ -22,7 +22,7 @@ from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import LARGE, Stream, reuse_memory
-from planish.calibrate.text import shuffle_windows
+from planish.calibrate.text import list_priced, shuffle_windows
 from planish.checking import check_apart, check_tokens, check_windows
 from planish.core import Progress, Shape
 from planish.errors import InputError
@@ -32,7 +32,7 @@ from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal, write_outside
 from planish.manifest import Result, note_origin, read_result, write_manifest
-from planish.methods import find_method, make_plan, pose
+from planish.methods import find_method, make_plan, note_objective, pose
 from planish.methods.method import Method, list_settings
 from planish.modelling.blocks import Spec
 from planish.plan.experts import find_kept
@@ -144,6 +144,9 @@ def decide(method: Method, problem: Problem, measure: Measurements, request: Req
     if request.bits is not None and set(request.given.values()) == {1}:
         return Planned({}, problem.units)
     check_tokens(method, problem, windows, dict(request.settings))
+    if request.bits is None and not bool(list_priced(windows).all()):
+        for note in note_objective(method, problem, measure, len(windows)):
+            warnings.warn(note, stacklevel=2)
     return make_plan(method, problem, measure)
 
 

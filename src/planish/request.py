@@ -43,6 +43,7 @@ MIXTURE_HELP = f"{SOURCE_HELP}; several with weights: c4:0.5,chat.jsonl:0.5"
 F = TypeVar("F", bound=Callable[..., Any])
 Sampling = Literal["contiguous", "random"]
 Bos = Literal["auto", "every", "once", "never"]
+Objective = Literal["text", "answers"]
 Bits = Annotated[str | None, BeforeValidator(lambda value: None if value is None else str(value))]
 BOS_HELP = (
     "where the beginning-of-sequence token stands: every window; once, documents joined (the papers' protocol); never; "
@@ -132,6 +133,10 @@ class Text(Strict):
         refusal="unknown sampling · got {value!r} · expected contiguous or random",
     )  # fmt: skip
     bos: Bos = option("auto", BOS_HELP, refusal="unknown bos · got {value!r} · expected auto, every, once or never")
+    objective: Objective = option(
+        "text", "whose tokens gradients and losses are of: all; answers: those of an assistant (docs/calibration.md)",
+        refusal="unknown objective · got {value!r} · expected text or answers",
+    )  # fmt: skip
 
 
 class Published(Strict):
@@ -260,6 +265,7 @@ class Grid(Strict):
 
 
 TEXT = tuple(Text.model_fields)[1:]  # options of the text besides its source
+UNPRICED = tuple(n for n in TEXT if n != "objective")  # of text that is only run
 COMPUTED = ("device", "dtype", "round_to", "target", "bits", "head_bits", "fit", "ladder")
 RECIPE = (
     "version",

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from planish import lanes, stats
 from planish.calibrate.documents import Document
+from planish.calibrate.encode import encode
 from planish.calibrate.records import DISK, Record, RecordFiles
 from planish.calibrate.stream import Stream
-from planish.calibrate.text import encode, fingerprint
+from planish.calibrate.text import fingerprint
 from planish.core import Frontier, Solver, Unit
 from planish.folder.safetensors import HEADER_LIMIT, hash_file
 from planish.folder.source import FolderSource, Source
@@ -216,12 +217,13 @@ def open_cache(calibrated: Stream, memory: int = 0) -> Cache | None:
 
 
 def tokenize(tokenizer: Any, documents: Sequence[Document], apart: bool = False) -> np.ndarray:
-    """`planish.calibrate.text.encode`, with the ids of long texts kept on disk for the next command."""
-    plain = all(isinstance(d, str) for d in documents)  # a conversation's ids depend on the template too
-    known = hash_tokenizer(tokenizer) if plain and sum(map(len, documents)) >= LONG else None
+    """`planish.calibrate.encode.encode`, with the ids of long texts kept on disk for the next command."""
+    plain = [d for d in documents if isinstance(d, str)]  # other ids depend on the template too
+    long = len(plain) == len(documents) and sum(map(len, plain)) >= LONG
+    known = hash_tokenizer(tokenizer) if long else None
     if known is None:
         return encode(tokenizer, documents, apart)
-    key = hashlib.sha256(json.dumps([FORMAT, known, apart, *documents]).encode())
+    key = hashlib.sha256(json.dumps([FORMAT, known, apart, *plain]).encode())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the statistics' cache says as well
         cache = Cache(find_root() / key.hexdigest()[:32])

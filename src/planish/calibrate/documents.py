@@ -7,6 +7,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,21 @@ import numpy as np
 
 from planish.errors import InputError
 
-Document = str | list[dict[str, Any]]  # a text, or the messages of a conversation
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and its answer; `goes_on`: the answer is the rest of the prompt's text, else a turn of a conversation."""
+
+    prompt: str
+    answer: str
+    goes_on: bool = False
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.answer}]
+
+
+Document = str | list[dict[str, Any]] | Asked  # a text, the messages of a conversation, a prompt and its answer
 NAMES = ("builtin", "wikitext2", "c4")
 SOURCES = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field `text`), .parquet (column `text`), .npy (token ids)"
 HALF = re.compile("[\ud800-\udfff]")  # half a character: JSON and Python can hold it, no encoding can
@@ -100,7 +115,8 @@ def read_named(name: str, split: str) -> list[Document]:
 
 
 def read_jsonl(text: str, path: Path) -> list[Document]:
-    """One document per line: its field `text`, or its field `messages`, a conversation of {"role", "content"} objects."""
+    """One document per line: its field `text`; or `messages`, a conversation of {"role", "content"} objects; or `prompt` with an
+    `answer` (another turn) or a `completion` (of the same text)."""
     documents: list[Document] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -117,12 +133,14 @@ def read_jsonl(text: str, path: Path) -> list[Document]:
             documents.append(fields["text"])
         elif "text" not in fields and is_conversation(fields.get("messages")):
             documents.append(fields["messages"])
+        elif "text" not in fields and (asked := read_asked(fields)):
+            documents.append(asked)
         else:
             got = f"fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
             got = f"`text` of type {type(fields['text']).__name__}" if "text" in fields else got
             raise InputError(
                 f"no text in a record · {path}, line {number} · got {got} · expected a string field `text`, "
-                "or `messages`, a list of objects with `role` and `content`"
+                "or `messages`, a list of objects with `role` and `content`, or strings `prompt` and `answer` or `completion`"
             )
     return documents
 
@@ -133,6 +151,15 @@ def is_conversation(messages: Any) -> bool:
     return bool(parts) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in parts
     )
+
+
+def read_asked(fields: dict[str, Any]) -> Asked | None:
+    """A record's `prompt` and `answer` or `completion`, where these are strings and neither is empty."""
+    for name in ("answer", "completion"):
+        pair = fields.get("prompt"), fields.get(name)
+        if all(isinstance(p, str) and p.strip() for p in pair):
+            return Asked(*pair, goes_on=name == "completion")  # type: ignore[arg-type]
+    return None
 
 
 def read_parquet(path: Path) -> list[Document]:

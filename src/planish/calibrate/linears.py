@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.calibrate.activations import Activations, fetch
-from planish.calibrate.losses import output_gradient
+from planish.calibrate.losses import output_gradients
 from planish.calibrate.stream import Hidden, Stream
 from planish.folder.stored_linear import find_experts
 from planish.modelling.blocks import Layout, read_layout
@@ -168,7 +168,7 @@ def measure_attended(stream: Stream, i: int, block: nn.Module, layout: Layout, h
 def measure_gradients(stream: Stream, seed: int = 0) -> tuple[list[dict[str, Tensor]], Hidden]:
     """Per block and module (`list_seen`) the second moment of the gradient at its output, and what the last block puts out.
 
-    Gradients are of the NLL of labels that the model's own predictions draw (see `planish.calibrate.losses.output_gradient`);
+    Gradients are of the NLL of labels that the model's own predictions draw (see `planish.calibrate.losses.output_gradients`);
     the moment is (out, out) in fp64, or (out,) its diagonal where out exceeds `FULL`, and of experts, whose moments are per token
     that reaches them, `PRIOR` tokens of the mean length of all experts' counted beside these.
     """
@@ -176,8 +176,7 @@ def measure_gradients(stream: Stream, seed: int = 0) -> tuple[list[dict[str, Ten
     for i in range(len(stream)):
         inputs.append(stream.run(i, stream.place(stream.block(i)), inputs[-1], stream.limits.stored))
     outputs = inputs.pop()
-    last = zip(stream.pieces, outputs, strict=True)
-    into: Hidden = Activations(stream.limits, (output_gradient(stream, h, seed, p.first) for p, h in last))
+    into: Hidden = Activations(stream.limits, output_gradients(stream, outputs, seed))
     stream.release()
     found: list[dict[str, Tensor]] = [{} for _ in range(len(stream))]
     for i in reversed(range(len(stream))):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from planish.calibrate.stream import Hidden, Stream, in_order
+from planish.calibrate.text import list_priced, unmark
 from planish.errors import InputError
 
 LOGITS = 1 << 23  # numbers that the head gives at a time: 64 MiB in fp64, of which sampling labels takes a few copies
@@ -19,10 +21,10 @@ Probe = Literal["sampled", "text", "curvature"]  # what is sent back: see `outpu
 
 
 def nll(stream: Stream, hidden: Hidden) -> float:
-    """Mean NLL per predicted token of the calibration windows, from last-block outputs."""
+    """Mean NLL per predicted token of the calibration windows that is priced, from last-block outputs."""
     losses = []
     for piece, h in zip(stream.pieces, hidden, strict=True):
-        target = nn.functional.pad(piece.ids[:, 1:], (0, 1), value=NOTHING).flatten()
+        target = list_labels(piece.ids)
         loss, done = 0.0, 0
         for few in split_tokens(stream, h):
             logits = compute_logits(stream, few).flatten(0, 1)
@@ -30,34 +32,39 @@ def nll(stream: Stream, hidden: Hidden) -> float:
             words = target[done : done + len(logits)].to(stream.device)
             loss += nn.functional.cross_entropy(logits, words, ignore_index=NOTHING, reduction="sum").item()
             done += len(logits)
-        losses.append((loss, piece.ids[:, 1:].numel()))
+        losses.append((loss, int((target != NOTHING).sum())))
     stream.release()
     losses = in_order(stream, losses)
     if not sum(n for _, n in losses):
-        raise InputError("windows of one token have no loss to compare by: use --seq-len 2 or more")
+        raise InputError(
+            "windows of one token, or without an answer, have no loss to compare by: use a larger --seq-len"
+        )
     return sum(loss for loss, _ in losses) / sum(n for _, n in losses)
 
 
 def divergence(
     stream: Stream, hidden: Hidden, reference: Hidden, temperature: float = 1.0, behind: float = 0.0
 ) -> float:
-    """Mean KL(reference ‖ model) in nats per token, from the last-block outputs of both.
+    """Mean KL(reference ‖ model) in nats per token that is priced, from the last-block outputs of both.
 
     `temperature`: both logits are divided by it. `behind`: share of every window, from its start, that is left out.
     """
     sums = []
-    for h, r in zip(hidden, reference, strict=True):
-        lost, start = 0.0, int(behind * h.shape[1])
-        h, r = h[:, start:], r[:, start:]
+    for piece, h, r in zip(stream.pieces, hidden, reference, strict=True):
+        lost, start, done = 0.0, int(behind * h.shape[1]), 0
+        h, r, priced = h[:, start:], r[:, start:], list_priced(piece.ids[:, start:]).flatten().to(stream.device)
         for pair in zip(*(split_tokens(stream, x) for x in (h, r)), strict=True):
             logits = [compute_logits(stream, x).flatten(0, 1) for x in pair]
             logits = logits if temperature == 1 else [x / temperature for x in logits]
             for few in zip(*(x.split(256) for x in logits), strict=True):
                 own, other = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in few)
-                lost += float((other.exp() * (other - own)).sum())
-        sums.append((lost, h.shape[0] * h.shape[1]))
+                some, done = priced[done : done + len(own)], done + len(own)
+                lost += float((other.exp() * (other - own))[some].sum())
+        sums.append((lost, int(priced.sum())))
     stream.release()
     sums = in_order(stream, sums)
+    if not sum(n for _, n in sums):
+        raise InputError("windows without an answer have no divergence to compare by: use a larger --seq-len")
     return max(sum(s for s, _ in sums) / sum(n for _, n in sums), 0.0)
 
 
@@ -67,6 +74,22 @@ def compute_logits(stream: Stream, hidden: Tensor) -> Tensor:
     h = hidden.to(stream.device)
     with stream.replace_blocks(lambda i, x, *a, **k: h):
         return stream.model(**as_embeddings(stream, h), use_cache=False).logits
+
+
+def output_gradients(stream: Stream, outputs: Hidden, seed: int = 0, probe: Probe = "sampled") -> Iterator[Tensor]:
+    """What is sent back from every batch's last-block outputs: `output_gradient` of tokens that predict what is priced, else 0.
+
+    Second moments are means over all tokens, and losses are of one that is priced: gradients are longer by the root of how many
+    tokens there are for one.
+    """
+    counts = [(b.numel(), int(list_priced(b).sum())) for b in stream.batches]
+    total, some = (sum(c) for c in zip(*counts, strict=True))
+    for piece, hidden in zip(stream.pieces, outputs, strict=True):
+        found = output_gradient(stream, hidden, seed, piece.first, probe, piece.ids)
+        if some < total:
+            priced = list_priced(piece.ids).to(found.device)[..., None]
+            found = found.masked_fill(~priced, 0.0) * (total / max(some, 1)) ** 0.5
+        yield found
 
 
 def output_gradient(
@@ -98,12 +121,18 @@ def aim(hidden: Tensor, seed: int, first: int, probe: Probe, ids: Tensor | None)
     """What decides v per token (n · seq, …): a number in [0, 1) that chooses a label, the label itself, or `TOP` signs."""
     if probe == "text":
         assert ids is not None
-        return nn.functional.pad(ids[:, 1:], (0, 1), value=NOTHING).flatten()
+        return list_labels(ids)
     length = hidden.shape[1]
     draws = [torch.Generator().manual_seed(seed * 1_000_003 + first + n) for n in range(len(hidden))]
     if probe == "sampled":
         return torch.cat([torch.rand(length, generator=g, dtype=torch.float64) for g in draws])
     return torch.cat([torch.randint(2, (length, TOP), generator=g) for g in draws]) * 2 - 1
+
+
+def list_labels(ids: Tensor) -> Tensor:
+    """The next token (n · seq,) of every token in windows (n, seq), `NOTHING` where there is none or it is not priced."""
+    following = unmark(ids[:, 1:]).masked_fill(~list_priced(ids[:, :-1]), NOTHING)
+    return nn.functional.pad(following, (0, 1), value=NOTHING).flatten()
 
 
 def probe_gradient(stream: Stream, hidden: Tensor, probe: Probe, aims: Tensor) -> Tensor:

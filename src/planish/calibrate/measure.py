@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from planish.calibrate.activations import Activations, fetch
 from planish.calibrate.cache import Cache
 from planish.calibrate.collect import collect, measure_block
-from planish.calibrate.losses import Probe, output_gradient
+from planish.calibrate.losses import Probe, output_gradients
 from planish.calibrate.store import Store
 from planish.calibrate.stream import Awaited, Hidden, Stream
 from planish.calibrate.taps import Values, tap_sites
@@ -147,7 +147,7 @@ def sweep_back(
     stream: Stream, taps: Taps, edits: Edits | None = None, seed: int = 0, probe: Probe = "sampled"
 ) -> Measured:
     """Forwards keeping every block's inputs, then backwards from what `probe` sends back (see
-    `planish.calibrate.losses.output_gradient`): the last block comes first.
+    `planish.calibrate.losses.output_gradients`): the last block comes first.
 
     Each block is recomputed from its kept inputs (in memory up to the limit of what is stored, then on disk); forward sites and
     "grad:" sites are measured together. `edits`: of the model that these edits make.
@@ -158,9 +158,7 @@ def sweep_back(
     for i in range(len(stream)):
         inputs.append(stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), inputs[-1], stream.limits.stored))
         stream.report("forward", i + 1, len(stream))
-    last = zip(stream.pieces, inputs.pop(), strict=True)
-    sent = (output_gradient(stream, h, seed, p.first, probe, p.ids) for p, h in last)
-    gradients: Hidden = Activations(stream.limits, sent)
+    gradients: Hidden = Activations(stream.limits, output_gradients(stream, inputs.pop(), seed, probe))
     stream.release()
     for i in reversed(range(len(stream))):
         block, uncut = stream.block(i, edits.get(i, ())), stream.place(stream.block(i)) if edits.get(i) else None

@@ -25,6 +25,7 @@ from planish.apply import apply_edits
 from planish.calibrate.activations import Activations, MemoryLimits, fetch, find_device_limit
 from planish.calibrate.reuse import Reuse, lead
 from planish.calibrate.shared import list_shared, pack, unpack
+from planish.calibrate.text import unmark
 from planish.core import Edit, Progress, Shape, Weights
 from planish.folder.source import Source
 from planish.folder.stored_linear import StoredLinear
@@ -39,7 +40,8 @@ LARGE = 1 << 20  # parameters; of modules outside the blocks these are in memory
 
 
 class Piece(NamedTuple):
-    """A batch of calibration windows (batch, seq): its lane and the number of its first window."""
+    """A batch of calibration windows (batch, seq), as `planish.calibrate.text.mark` may have made them: its lane and the number of
+    its first window."""
 
     lane: int
     first: int
@@ -180,7 +182,7 @@ class Stream:
 
         for n, piece in enumerate(self.pieces):
             with self.replace_blocks(functools.partial(record, n)):
-                self.model.base_model(input_ids=piece.ids.to(self.device), use_cache=False)
+                self.model.base_model(input_ids=unmark(piece.ids).to(self.device), use_cache=False)
         self.release()
         return inputs
 

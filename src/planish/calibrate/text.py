@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from planish.calibrate.documents import NAMES, Document, check_file, read_documents, read_npy
+from planish.calibrate.encode import encode, encode_rendered, join, render
 from planish.errors import InputError
 
 Bos = Literal["auto", "every", "once", "never"]
+Objective = Literal["text", "answers"]
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, mod 1, are spread evenly, every k-th of them too
 
 
@@ -28,7 +30,7 @@ class Text:
     `begin`: the id that every window begins with; None where windows are cut from the sequence as it is.
     """
 
-    tokens: Tensor  # (n,), int64, on the CPU
+    tokens: Tensor  # (n,), int64, on the CPU; as `mark` makes them where only answers are priced
     source: str
     bos: bool  # the sequence begins with the tokenizer's beginning-of-sequence token
     is_ids: bool  # given as token ids: no tokenizer was involved
@@ -53,6 +55,7 @@ def load_tokens(
     vocab_size: int | None = None,
     tokenize: Callable[[Any, list[Document], bool], np.ndarray] | None = None,
     bos: Bos = "auto",
+    objective: Objective = "text",
 ) -> Text:
     """Read a SOURCE as one sequence of token ids.
 
@@ -69,6 +72,7 @@ def load_tokens(
 
     Files, lists of texts, arrays and tensors are taken whole, whatever the split. ``vocab_size`` is the model's: ids beyond
     it are an error. ``tokenize``: in the place of `encode`, with the same ids.
+    ``objective`` "answers": ids that predict no token of an answer are marked (see `mark`); a SOURCE without answers is refused.
 
     ``bos``, where the beginning-of-sequence token stands, as ``Text.policy`` then says:
 
@@ -83,28 +87,87 @@ def load_tokens(
     """
     begin = find_begin(tokenizer := getattr(tokenizer, "tokenizer", tokenizer), bos)  # a processor's own
     name = str(source) if isinstance(source, str | Path) else "texts"
-    if (ids := read_ids(source)) is not None:
+    if (ids := read_ids(source, objective)) is not None:
         name, where = (name, name) if isinstance(source, str | Path) else ("ids", "the given ids")
         return Text(check_ids(ids, where, vocab_size), name, False, True, begin if bos == "every" else None)
+    documents = list_documents(source, tokenizer, name, split)
+    between = None if bos in ("auto", "every") else " " if name == "c4" and split == "evaluation" else "\n\n"
+    if objective == "answers":
+        ids, answers = encode_answers(tokenizer, documents, between, name)
+    else:
+        ids, answers = encode_text(tokenizer, documents, between, tokenize or encode), np.ones(1, dtype=bool)
+    if name == "c4" and split == "evaluation":
+        ids = ids[: 256 * 2048]
+    first = len(ids) > 0 and int(ids[0]) == begin
+    if bos == "never" and first:
+        ids, answers, first = ids[1:], answers[1:] if len(answers) == len(ids) else answers, False
+    every = bos == "every" or (bos == "auto" and first)
+    ids = mark(check_ids(ids, name, vocab_size), torch.from_numpy(answers))
+    return Text(ids, name, first or every, False, begin if every else None)
+
+
+def list_documents(source: Any, tokenizer: Any, name: str, split: str) -> list[Document]:
+    """Of a SOURCE that is text, for a tokenizer that has to be there; at least one."""
     if tokenizer is None:
         raise InputError(
             f"cannot turn text into tokens · {name} · got no tokenizer · expected one beside the model · "
             "add its tokenizer files to the model folder (in Python, give tokenizer=), or give token ids as a .npy file"
         )
-    documents = read_documents(source, split)  # type: ignore[arg-type]
-    if not documents:
-        raise InputError(f"no text · {name} · got only white space · give a source that has text")
-    if not (apart := bos in ("auto", "every")):
-        between = " " if name == "c4" and split == "evaluation" else "\n\n"
-        documents = [between.join(d if isinstance(d, str) else apply_template(tokenizer, d) for d in documents)]
-    ids = (tokenize or encode)(tokenizer, documents, apart)
-    if name == "c4" and split == "evaluation":
-        ids = ids[: 256 * 2048]
-    first = len(ids) > 0 and int(ids[0]) == begin
-    if bos == "never" and first:
-        ids, first = ids[1:], False
-    every = bos == "every" or (bos == "auto" and first)
-    return Text(check_ids(ids, name, vocab_size), name, first or every, False, begin if every else None)
+    if documents := read_documents(source, split):
+        return documents
+    raise InputError(f"no text · {name} · got only white space · give a source that has text")
+
+
+def encode_text(
+    tokenizer: Any,
+    documents: list[Document],
+    between: str | None,
+    encode: Callable[[Any, list[Document], bool], np.ndarray],
+) -> np.ndarray:
+    """Ids of documents, joined by `between` if given."""
+    if between is not None:
+        documents = [join([render(tokenizer, d) for d in documents], between).text]
+    return encode(tokenizer, documents, between is None)
+
+
+def encode_answers(
+    tokenizer: Any, documents: Sequence[Document], between: str | None, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of documents, joined by `between` if given, and which of them are of answers."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"--objective answers needs a tokenizer that says where its tokens are in the text, {type(tokenizer).__name__} does "
+            "not: use a fast one, or --objective text"
+        )
+    rendered = [render(tokenizer, d, answers=True) for d in documents]
+    apart = between is None
+    ids, answers = encode_rendered(tokenizer, rendered if apart else [join(rendered, between or "")], apart, True)
+    if not answers.any():
+        raise refuse_unanswered(name)
+    return ids, answers
+
+
+def refuse_unanswered(name: str) -> InputError:
+    return InputError(
+        f"no answers to price · {name} · --objective answers needs a .jsonl file whose lines have `messages` with turns of an "
+        "assistant, or `prompt` and `answer` or `completion` · give one, or --objective text"
+    )
+
+
+def mark(tokens: Tensor, answers: Tensor) -> Tensor:
+    """Token ids i (n,), those that predict no token of an answer (the next one is none) as −1 − i: what is cut, mixed, kept or
+    fingerprinted carries its mask with it. The last one counts as what predicts the first."""
+    return torch.where(answers.roll(-1), tokens, ~tokens)
+
+
+def unmark(windows: Tensor) -> Tensor:
+    """Token ids as they were before `mark`."""
+    return torch.where(windows < 0, ~windows, windows)
+
+
+def list_priced(windows: Tensor) -> Tensor:
+    """Which tokens predict what is priced: all, unless `mark` says otherwise."""
+    return windows >= 0
 
 
 def find_begin(tokenizer: Any, bos: str) -> int | None:
@@ -117,8 +180,12 @@ def find_begin(tokenizer: Any, bos: str) -> int | None:
     return begin
 
 
-def read_ids(source: Any) -> np.ndarray | None:
-    """A SOURCE that is token ids, in memory or a .npy file; None where it is text. A file must be there."""
+def read_ids(source: Any, objective: Objective = "text") -> np.ndarray | None:
+    """A SOURCE that is token ids, in memory or a .npy file; None where it is text. A file must be there, and hold answers as far as
+    its name tells if that is the `objective`."""
+    named = isinstance(source, str | Path)
+    if objective == "answers" and (not named or str(source) in NAMES or Path(source).suffix == ".npy"):
+        raise refuse_unanswered(str(source) if named else "what is given in memory")
     if isinstance(source, np.ndarray | Tensor):
         return source.detach().cpu().numpy() if isinstance(source, Tensor) else source
     if not isinstance(source, str | Path) or str(source) in NAMES:
@@ -126,38 +193,6 @@ def read_ids(source: Any) -> np.ndarray | None:
     path = Path(source).expanduser()
     check_file(path)
     return read_npy(path) if path.suffix == ".npy" else None
-
-
-def encode(tokenizer: Any, documents: Sequence[Document], apart: bool = False) -> np.ndarray:
-    """Token ids of documents one after the other (n,), int64, each with what the tokenizer puts in front.
-
-    `apart`: where that is no beginning-of-sequence token, several documents are followed by the end-of-sequence token each.
-    """
-    plain = [d for d in documents if isinstance(d, str)]
-    found = iter(tokenizer(plain, return_attention_mask=False, verbose=False)["input_ids"] if plain else [])
-    parts = [next(found) if isinstance(d, str) else encode_chat(tokenizer, d) for d in documents]
-    begin, end = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    if apart and len(parts) > 1 and end is not None:
-        parts = [p if p and (p[0] == begin or p[-1] == end) else [*p, end] for p in parts]
-    return np.concatenate([np.asarray(p, dtype=np.int64) for p in parts])
-
-
-def encode_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
-    """Ids of a conversation in the model's own template, which holds all special tokens."""
-    text = apply_template(tokenizer, messages)
-    return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def apply_template(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            "a record has `messages`, and the tokenizer has no chat template; give records with a field `text`"
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates raise whatever their authors chose
-        roles = [m["role"] for m in messages]
-        raise InputError(f"the chat template refuses a conversation of roles {roles}: {error}") from None
 
 
 def sample_windows(
@@ -172,21 +207,19 @@ def sample_windows(
 
     ``random``: distinct starts drawn by ``random.Random(seed)``, in the order drawn; windows may overlap.
     ``contiguous``: windows 0, 1, 2 … side by side from the start; ``seed`` is not used. ``begin``: see `cut_window`.
+    Only windows of `list_windows`.
     """
     if n_samples < 1:
         raise InputError(f"cannot sample windows · got n_samples {n_samples} · expected 1 or more")
     _check_length(tokens, seq_len)
+    starts = list_windows(tokens, seq_len, sampling, begin)
+    available = len(starts)
     if sampling == "random":
-        available = len(tokens) - seq_len + 1
-        starts = random.Random(seed).sample(range(available), min(n_samples, available))
-    elif sampling == "contiguous":
-        starts = list_starts(tokens, seq_len, begin)
-        available = len(starts)
-    else:
-        raise InputError(f"unknown sampling · got {sampling!r} · expected contiguous or random")
+        starts = random.Random(seed).sample(starts, min(n_samples, available))
+    answers = "" if bool(list_priced(tokens).all()) else " that have a token of an answer to predict"
     if available < n_samples:
         raise InputError(
-            f"not enough windows · {len(tokens)} tokens hold {available} {sampling} windows of {seq_len} · "
+            f"not enough windows · {len(tokens)} tokens hold {available} {sampling} windows of {seq_len}{answers} · "
             f"got n_samples {n_samples} · use --n-samples {available}, a smaller --seq-len, or a longer source"
         )
     return torch.stack([cut_window(tokens, i, seq_len, begin) for i in starts[:n_samples]])
@@ -194,9 +227,25 @@ def sample_windows(
 
 def cut_window(tokens: Tensor, start: int, seq_len: int, begin: int | None = None) -> Tensor:
     """The window (seq_len,) of ``tokens`` (n,) at `start`; with `begin` in front, unless that is what stands there."""
-    if begin is None or int(tokens[start]) == begin:
+    if begin is None or int(tokens[start]) in (begin, ~begin):
         return tokens[start : start + seq_len]
-    return torch.cat([tokens.new_tensor([begin]), tokens[start : start + seq_len - 1]])
+    first = begin if int(tokens[start - 1]) >= 0 else ~begin  # it predicts what the token before does
+    return torch.cat([tokens.new_tensor([first]), tokens[start : start + seq_len - 1]])
+
+
+def list_windows(tokens: Tensor, seq_len: int, sampling: str, begin: int | None = None) -> Sequence[int]:
+    """Where windows may start: those that predict something that is priced (see `mark`)."""
+    if sampling not in ("random", "contiguous"):
+        raise InputError(f"unknown sampling · got {sampling!r} · expected contiguous or random")
+    starts = range(len(tokens) - seq_len + 1) if sampling == "random" else list_starts(tokens, seq_len, begin)
+    priced = list_priced(tokens)
+    if bool(priced.all()):
+        return starts
+    sums, at = torch.nn.functional.pad(priced.cumsum(0), (1, 0)), torch.tensor([*starts], dtype=torch.int64)
+    first = (
+        at if begin is None else at - (unmark(tokens[at]) != begin).long()
+    )  # one token before, where `begin` is put in front
+    return at[sums[first + seq_len - 1] > sums[first.clamp(min=0)]].tolist()
 
 
 def list_starts(tokens: Tensor, seq_len: int, begin: int | None = None) -> list[int]:
@@ -205,7 +254,7 @@ def list_starts(tokens: Tensor, seq_len: int, begin: int | None = None) -> list[
         return list(range(0, len(tokens) - seq_len + 1, seq_len))
     starts, at = [], 0
     while at < len(tokens):
-        length = seq_len if int(tokens[at]) == begin else seq_len - 1
+        length = seq_len if int(tokens[at]) in (begin, ~begin) else seq_len - 1
         if at + length > len(tokens):
             break
         starts.append(at)
@@ -221,9 +270,9 @@ def list_shuffled(n: int, share: float) -> list[int]:
 def shuffle_windows(windows: Tensor, share: float) -> Tensor:
     """The windows (n, seq), a share of them, spread evenly, with all tokens but the first in another order.
 
-    Which ones and in which order depends on their places alone.
+    Which ones and in which order depends on their places alone. Windows of which only answers are priced stay in their order.
     """
-    places = list_shuffled(len(windows), share)
+    places = [i for i in list_shuffled(len(windows), share) if bool(list_priced(windows[i]).all())]
     if not places or windows.shape[1] < 3:
         return windows
     windows = windows.clone()

@@ -10,6 +10,7 @@ import typer
 
 from planish.cli import options as o
 from planish.cli.run import format_bytes, session
+from planish.request import UNPRICED
 
 
 class Quantiser(StrEnum):
@@ -17,7 +18,7 @@ class Quantiser(StrEnum):
     torchao = "torchao"
 
 
-@o.asks(*o.TEXT, *o.COMPUTE)
+@o.asks("calibration", *UNPRICED, *o.COMPUTE)
 def eora(
     folder: o.FolderArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the adapter", show_default=False)],

@@ -31,7 +31,7 @@ from planish.errors import InputError
 from planish.folder.origin import list_changes
 from planish.folder.skeleton import find_embedding
 from planish.folder.source import HEAD, ConfigSource, Source
-from planish.methods import foresee_plan, make_plan, pose
+from planish.methods import foresee_plan, make_plan, note_objective, pose
 from planish.methods.method import Method
 from planish.modelling.blocks import install
 from planish.plan.budgets import Budget, Latency, make_budget
@@ -162,6 +162,8 @@ def forecast(
         took = sum(measure.seconds.values())
         found.phases.insert(0, {"name": "plan", "seconds": took, "steps": [took]})
         found.seconds += took
+    if request.calibration.objective == "answers" and request.bits is None:
+        found.warnings += note_objective(method, problem, measure, run.windows)
     found.target, found.predicted = request.target, add_losses(problem, planned)
     found.untouched, found.kv_bits = source.untouched.parts, 8 * source.stored.itemsize
     found.nats = bool(planned.frontiers) and all(f.nats for f in planned.frontiers.values())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish.calibrate.text import eval_windows
+from planish.calibrate.text import eval_windows, list_priced, unmark
 from planish.errors import InputError
 from planish.evaluate.perplexity import pieces_of_logits
 
@@ -46,7 +46,8 @@ def compare(
     max_windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Agreement:
-    """Agreement of two causal LMs over ``tokens`` (n,) int64, in the windows of `planish.evaluate.perplexity.evaluate`.
+    """Agreement of two causal LMs over ``tokens`` (n,) int64, in the windows of `planish.evaluate.perplexity.evaluate`; of tokens
+    as `planish.calibrate.text.mark` makes them over the predictions that are priced.
 
     Equivalent to::
 
@@ -64,9 +65,11 @@ def compare(
     found: list[Tensor] = []
     same = 0
     for n, window in enumerate(windows):
-        for p, q in pair_logits(dense, model, window[None]):
-            found.append((p.exp() * (p - q)).sum(-1))
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        priced = list_priced(window[:-1])
+        for p, q in pair_logits(dense, model, unmark(window)[None]):
+            some, priced = priced[: len(p)], priced[len(p) :]
+            found.append((p.exp() * (p - q)).sum(-1)[some])
+            same += int((p.argmax(-1) == q.argmax(-1))[some].sum())
         if progress is not None:
             progress(n + 1, len(windows))
     kl = torch.cat(found).clamp(min=0).sort().values

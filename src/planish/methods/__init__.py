@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import NothingMeasuredError
+from planish.calibrate.stream import Awaited, NothingMeasuredError, Stream
 from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.source import Source
@@ -117,6 +117,25 @@ def foresee_plan(method: Method, problem: Problem, measure: Measurements, window
         planned = replace(planned, frontiers={})
         work = work or [survey(problem)]
     return Foreseen(planned, work)
+
+
+def note_objective(method: Method, problem: Problem, measure: Measurements, windows: int) -> list[str]:
+    """What there is to say where a method is to price answers alone, and looks at no gradient and no loss."""
+
+    def make() -> Stream:
+        raise NothingMeasuredError
+
+    given = measure.given
+    unread = Measurements(Awaited(given.source, given.device, given.dtype, given.limits, make))
+    sites = {s for t in problem.taps(problem.units) for s in t.sites}
+    if any(s.startswith("grad:") for s in sites):
+        return []
+    work = foresee_plan(method, problem, unread, windows).work
+    if any(w.gradients or w.heads for w in work):
+        return []
+    return [
+        f"objective answers changes nothing: {method.name} prices no tokens, with these settings all count alike for it"
+    ]
 
 
 def make_plan(method: Method, problem: Problem, measure: Measurements) -> Planned:

@@ -17,6 +17,7 @@ from planish.core import Plan, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.plan.ablations import Part, measure_interactions
+from planish.plan.foreseen import Foreseen, Work, compare_trials
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem, count_left
 from planish.solvers.bypass import Bypass
@@ -106,6 +107,12 @@ class CoCurve(Method):
             notes=notes
             | {"gone": [str(u) for u in sorted({name(p) for p in gone})], "alone": single, "together": pairs},
         )
+
+    def foresee(self, problem: Problem, windows: int) -> Foreseen:
+        planned = self.decide(problem, problem.spread(lambda unit: 1.0))
+        parts, held = list_parts(problem), min(self.held, windows)
+        alone = replace(compare_trials([p.block for p in parts], min(self.windows, windows)), name="ablations")
+        return Foreseen(planned, [alone, *[Work("search", solve=planned, heads=2 * held / windows)] * len(COUPLINGS)])
 
     def leave_out(self, problem: Problem, gone: Sequence[Part], gains: Mapping[Part, float]) -> Planned:
         """The plan without these parts."""

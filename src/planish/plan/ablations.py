@@ -13,6 +13,7 @@ from planish.calibrate.activations import fetch
 from planish.calibrate.losses import compute_logits
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream, in_order
+from planish.calibrate.text import list_priced
 from planish.modelling.blocks import get_linear
 from planish.modelling.families import Family
 
@@ -83,10 +84,11 @@ def run_without(measure: Measurements, stream: Stream, parts: Sequence[Part]) ->
 
 
 def add_effects(stream: Stream, whole: Hidden, without: Sequence[Hidden]) -> tuple[Tensor, int]:
-    """Σ over tokens of φ_uᵀ φ_v (parts, parts), and how many tokens these are."""
+    """Σ over tokens that are priced of φ_uᵀ φ_v (parts, parts), and how many tokens these are."""
     total, tokens = torch.zeros(len(without), len(without), dtype=torch.float64), 0
-    for n in range(len(whole)):
-        outputs = [fetch(h, n, stream.device).flatten(0, 1)[None] for h in (whole, *without)]
+    for n, piece in enumerate(stream.pieces):
+        priced = list_priced(piece.ids).flatten().to(stream.device)
+        outputs = [fetch(h, n, stream.device).flatten(0, 1)[priced][None] for h in (whole, *without)]
         for pieces in zip(*(h.split(TOKENS, 1) for h in outputs), strict=True):
             dense = compute_logits(stream, pieces[0])[0].double()
             words = dense.topk(min(WORDS, dense.shape[1])).indices

@@ -314,8 +314,12 @@ class Runner:
 
 
 def drop_begins(value: Any) -> Any:
-    """Where windows begin is in their fingerprint; sweeps of before there was a choice do not name it."""
-    return {k: v for k, v in value.items() if k not in ("bos", "begins")} if isinstance(value, dict) else value
+    """Where windows begin and what is priced is in their fingerprint; sweeps of before there was a choice do not name it."""
+    return (
+        {k: v for k, v in value.items() if k not in ("bos", "begins", "objective")}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def describe(value: Any) -> str:
