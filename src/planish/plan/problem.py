@@ -83,6 +83,10 @@ class Problem:
         """Weights left in the unit at this rank, whatever the budgets count."""
         return count_weights(self.units[unit], unit, self.shapes[unit.block], rank)
 
+    def count_whole(self, unit: Unit) -> int:
+        """Weights of the uncut unit: about how much work it makes beside others."""
+        return self.count(unit, self.full(unit))
+
     def choices(self, unit: Unit) -> Choices:
         """Admissible ranks of a unit, and what they cost of every budget."""
         solver, shape = self.units[unit], self.shapes[unit.block]
