@@ -5,8 +5,8 @@
 `planish.compress` under torchrun, one thread per process, on the CPU, counts in turns. Efficiency is the CPU seconds of one process
 over those of all processes together: what is computed twice, and what talking costs, lowers it. "× faster" is what as many free
 cores would give, whatever this machine's do: between two exchanges of all processes the slowest one counts, T₁ / Σ max. Imports are
-left out of both and have a column of their own. Files that differ end with an error. `--write` keeps the table's rows of methods that
-are not measured anew, where all else is the same.
+left out of both and have a column of their own. Files that differ end with an error. `--write` keeps the table's rows of
+methods that are not measured anew, where all else is the same.
 """
 
 from __future__ import annotations
