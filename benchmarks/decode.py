@@ -1,64 +1,146 @@
-"""Is a compressed model faster than the dense one, as it is and compiled? docs/tables/decode.md.
+"""Is a compressed model faster than the dense one, as it is, compiled, and in other stacks? docs/tables/decode.md.
 
     python benchmarks/decode.py [--methods flat-llm,a3,svd-llm,mpifa] [--keeps 0.8,0.7] [--hidden 1024] [--context 128]
     python benchmarks/decode.py --model MODEL --calibration builtin     # a real one, in the place of random weights
+    python benchmarks/decode.py --stacks llama.cpp,onnx --methods flat-llm,auto/units=structural,svd-llm
 
-Every method at every keep, on few calibration tokens: only shapes matter for speed. Dense and compressed models decode in turns at
-batch 1, first as they are, then with compiled steps; times are CPU seconds of the process, which other processes hardly disturb.
+Every method (with settings behind a stroke) at every keep, on few calibration tokens: only shapes matter for speed. Dense and
+compressed models decode in turns at batch 1, as they are, then with compiled steps; or in other stacks, exported in fp32, for
+llama.cpp after they were compressed for it. Times are CPU seconds of the process, which other processes hardly disturb.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
 import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from random_model import write_model
 from structural import write_section
 
 import planish
+from planish.errors import InputError
 from planish.evaluate.speed import Speed, bench
+from planish.export.gguf import export_gguf
+from planish.export.llama_cpp import LlamaCpp
+from planish.export.onnx import export_onnx
+from planish.export.verify import OnnxRuntime
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "decode.md"
 HEAD = """# Decode speed, as it is and compiled
 
 Written by `benchmarks/decode.py`: one token after the other, batch 1, in turns with the dense model; CPU ms per token, median.
 "× dense" is the median of paired turns (lowest – highest). "Compiled": `planish bench --compile`, decode steps as one graph over a
-static cache, the dense model's too. Weights are random unless a model is named: only shapes matter for speed.
+static cache, the dense model's too. Weights are random unless a model is named: only shapes matter for speed. In llama.cpp and
+ONNX Runtime: what `planish export` writes in fp32; the kept share is that of the model compressed for that stack.
 """
+Turn = Callable[[], float]  # reads the prompt, decodes: CPU seconds of the decoding
 
 
-def compress_all(model: Path, folder: Path, args: argparse.Namespace, calibration: Any) -> dict[str, Path]:
-    """The dense model and every method at every keep, unless `folder` holds it: a label for the table → folder."""
-    found = {"dense | 1.000": model}
-    for method in args.methods.split(","):
+def compress_all(
+    model: Path, folder: Path, args: argparse.Namespace, calibration: Any, target: str = "any"
+) -> dict[str, Path | None]:
+    """The dense model and every method at every keep, unless `folder` holds it: method and keep → folder, None for what the
+    target cannot hold."""
+    found: dict[str, Path | None] = {"dense | 1.000": model}
+    for text in args.methods.split(","):
+        method, _, settings = text.partition("/")
         for keep in map(float, args.keeps.split(",")):
-            out = folder / f"{method}-{keep}"
-            if not out.exists():
-                planish.compress(
-                    model, output=out, method=method, keep=keep, calibration=calibration, n_samples=24, seq_len=128,
-                    round_to=args.round_to, device="cpu",
-                )  # fmt: skip
-            found[f"{method} | {json.loads((out / 'planish.json').read_text())['result']['keep']:.3f}"] = out
-            print(f"{method}, keep {keep}", flush=True)
+            out = folder / f"{text.replace('/', '-')}-{keep}{'' if target == 'any' else f'-{target}'}"
+            with contextlib.suppress(InputError):
+                if not out.exists():
+                    planish.compress(
+                        model, output=out, method=method, keep=keep, calibration=calibration, n_samples=24, seq_len=128,
+                        round_to=args.round_to, device="cpu", target=target,
+                        settings=dict(s.split("=") for s in settings.split("/") if s),
+                    )  # fmt: skip
+            found[f"{method}{f' ({settings})' if settings else ''} | {keep:.3f}"] = out if out.exists() else None
+            print(f"{text}, keep {keep}, {target}{'' if out.exists() else ': not held'}", flush=True)
     return found
+
+
+def read_keep(folder: Path) -> float:
+    """The kept share that was counted."""
+    path = folder / "planish.json"
+    return json.loads(path.read_text())["result"]["keep"] if path.exists() else 1.0
+
+
+def start_llama_cpp(folder: Path, scratch: Path, prompt: list[int], new: int) -> Turn:
+    file = scratch / f"{folder.name}.gguf"
+    export_gguf(folder, file, dtype="f32")
+    runner = LlamaCpp(file, len(prompt) + new)
+
+    def turn() -> float:
+        runner.reset()
+        logits = runner.decode(prompt, 0, last=True)
+        start = time.process_time()
+        for n in range(new):
+            logits = runner.decode([int(logits[0].argmax())], len(prompt) + n, last=True)
+        return time.process_time() - start
+
+    return turn
+
+
+def start_onnx(folder: Path, scratch: Path, prompt: list[int], new: int) -> Turn:
+    file = scratch / f"{folder.name}.onnx"
+    export_onnx(folder, file, dtype="f32")
+    runner = OnnxRuntime(file)
+
+    def turn() -> float:
+        logits, past = runner.run(np.array([prompt]), None)
+        start = time.process_time()
+        for _ in range(new):
+            logits, past = runner.run(np.array([[int(logits[0, -1].argmax())]]), past)
+        return time.process_time() - start
+
+    return turn
+
+
+STACKS = {"llama.cpp": (start_llama_cpp, "gguf"), "onnx": (start_onnx, "onnx")}
+
+
+def bench_stack(folders: dict[str, Path | None], stack: str, args: argparse.Namespace, scratch: Path) -> dict[str, str]:
+    """Cells of every model in one stack."""
+    prompt, turns = list(range(1, args.context + 1)), dict[str, Turn]()
+    for name, folder in folders.items():
+        if folder is not None:
+            turns[name] = STACKS[stack][0](folder, scratch, prompt, args.new)
+            turns[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(args.repeats):
+        for name, turn in turns.items():
+            seconds[name].append(turn())
+    cells = dict.fromkeys(folders, "not held | |")
+    for name, values in seconds.items():
+        share = read_keep(folders[name])
+        cells[name] = f"{share:.3f} | {compare(values, seconds['dense | 1.000'], args.new)}"
+    return cells
 
 
 def show(s: Speed, dense: Speed) -> str:
     """Cells of one model's decoding."""
     if not s.compiled and s.note:
         return f"{s.note} |"
-    ratios = sorted(b / a for a, b in zip(s.decode_cpu_s.values, dense.decode_cpu_s.values, strict=True))
-    ms = s.decode_cpu_s.median / s.new_tokens * 1e3
+    return compare(s.decode_cpu_s.values, dense.decode_cpu_s.values, s.new_tokens)
+
+
+def compare(own: Sequence[float], dense: Sequence[float], tokens: int) -> str:
+    """Cells of paired turns' CPU seconds: ms per token, times as fast as the dense model."""
+    ratios = sorted(b / a for a, b in zip(own, dense, strict=True))
+    ms = statistics.median(own) / tokens * 1e3
     return f"{ms:.1f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} – {ratios[-1]:.2f})"
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="flat-llm,a3,svd-llm,mpifa")
     parser.add_argument("--keeps", default="0.8,0.7")
@@ -74,10 +156,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="keep the models in this folder, and use those that are there")
+    parser.add_argument("--stacks", help=f"in the place of transformers: {', '.join(STACKS)}; one thread")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--write", action="store_true", help="put the section into the table")
     args = parser.parse_args()
     args.round_to = int(args.round_to) if args.round_to.isdigit() else args.round_to
+    return args
+
+
+def main() -> None:
+    args = read_arguments()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="planish-decode-") as scratch:
         work = args.work or Path(scratch)
@@ -90,22 +178,38 @@ def main() -> None:
                 num_hidden_layers=args.blocks, num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 256,
                 head_dim=64,
             )  # fmt: skip
-        folders = compress_all(model, work, args, calibration)
-        models = {n: planish.load(f, dtype=args.dtype) for n, f in folders.items()}
-        ways: list[list[Speed]] = []
-        for compiled in (False,) if args.no_compile else (False, True):
-            ways.append(
-                bench(
-                    models,
-                    batch_sizes=(1,),
-                    prompt_len=args.context,
-                    new_tokens=args.new,
-                    repeats=args.repeats,
-                    device="cpu",
-                    compile=compiled,
-                )
+        if args.stacks:
+            columns = {}
+            for stack in args.stacks.split(","):
+                folders = compress_all(model, work, args, calibration, STACKS[stack][1])
+                columns[stack] = bench_stack(folders, stack, args, Path(scratch))
+                write_stacks(args, columns)
+            return
+        bench_transformers(compress_all(model, work, args, calibration), args)
+
+
+def bench_transformers(folders: dict[str, Path | None], args: argparse.Namespace) -> None:
+    """As they are, and compiled."""
+    models = {n: planish.load(f, dtype=args.dtype) for n, f in folders.items() if f is not None}
+    names = [f"{n.partition(' | ')[0]} | {read_keep(folders[n]):.3f}" for n in models]
+    ways: list[list[Speed]] = []
+    for compiled in (False,) if args.no_compile else (False, True):
+        ways.append(
+            bench(
+                models, batch_sizes=(1,), prompt_len=args.context, new_tokens=args.new, repeats=args.repeats, device="cpu",
+                compile=compiled,
             )
-            write(args, list(folders), ways)
+        )  # fmt: skip
+        write(args, names, ways)
+
+
+def write_stacks(args: argparse.Namespace, columns: dict[str, dict[str, str]]) -> None:
+    """The section of these stacks."""
+    rows = "| method | keep asked |" + "".join(f" {stack}: keep | ms | × dense |" for stack in columns)
+    rows += f"\n{'|---' * (3 * len(columns) + 2)}|\n"
+    for name in next(iter(columns.values())):
+        rows += f"| {' | '.join([name, *(cells[name] for cells in columns.values())])} |\n"
+    put(args, f"in other stacks: {describe(args)}, round-to {args.round_to}", rows)
 
 
 def write(args: argparse.Namespace, names: list[str], ways: list[list[Speed]]) -> None:
@@ -116,14 +220,20 @@ def write(args: argparse.Namespace, names: list[str], ways: list[list[Speed]]) -
         last = ways[-1][i].compile_s
         seconds = [] if len(ways) == 1 else ["" if last is None else f"{last:.0f}"]
         rows += f"| {' | '.join([name, *(show(speeds[i], speeds[0]) for speeds in ways), *seconds])} |\n"
+    put(args, f"{describe(args)}, {args.dtype}, round-to {args.round_to}", rows)
+
+
+def describe(args: argparse.Namespace) -> str:
     random = f"random, hidden {args.hidden}, {args.blocks} blocks, vocabulary {args.vocabulary}"
-    what = Path(args.model).name if args.model else random
-    how = f"{what}, {args.context} tokens of context, {args.dtype}, round-to {args.round_to}"
+    return f"{Path(args.model).name if args.model else random}, {args.context} tokens of context"
+
+
+def put(args: argparse.Namespace, title: str, rows: str) -> None:
     where = f"{platform.machine()}, {args.threads} thread(s), PyTorch {torch.__version__}"
     text = f"{args.repeats} turns of {args.new} tokens, {where}.\n\n{rows}"
     print(text, flush=True)
     if args.write:
-        write_section(TABLE, HEAD, how, text.rstrip())
+        write_section(TABLE, HEAD, title, text.rstrip())
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 drop: `--method reap` by each criterion and `hope`, at the keep of so many experts. auto: experts and what is inside them; "auto
 shuffled": with a quarter of the calibration windows shuffled, as `auto` has them where no block has experts. neurons: `a3 --set
 parts=mlp` at the same keep. rank: a pair of factors in place of every linear of every expert, by its own tokens (whitened SVD;
-planish writes no such pairs). bits: the experts' weights rounded to nearest in groups of 64 (nor does it round experts). Nats:
-loss per token on held-out text. The table is resumed: a row that the CSV has is not measured again.
+planish writes no such pairs). bits: the experts' weights alone rounded to nearest in groups of 64 (`--bits` feeds errors on, and
+rounds attention too). Nats: loss per token on held-out text. The table is resumed: a row that the CSV has is not measured again.
 """
 
 from __future__ import annotations

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import planish
+from planish.cli import app
 from planish.errors import InputError
 from planish.folder.safetensors import write_shard
 from planish.folder.source import open_source
@@ -129,6 +131,92 @@ def test_fit_leaves_room_for_the_cache(model, tmp_path):
     assert done.bytes_after + room <= size and done.choices
 
 
+def pair_tensors(*folders):
+    """Every tensor of two folders, which have the same."""
+    first, second = ({k: t for p in f.glob("*.safetensors") for k, t in load_file(p).items()} for f in folders)
+    assert first.keys() == second.keys() != set()
+    return [(first[n], second[n]) for n in first]
+
+
+@pytest.fixture(scope="module")
+def half(model) -> int:
+    """A size that only rounded or cut weights reach."""
+    return int(0.7 * sum(p.stat().st_size for p in model.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf"])
+def test_types_compete_where_a_target_holds_them_and_nothing_is_said(model, half, tmp_path, target):
+    """What is written is what `--bits auto` writes, and the recipe says auto; `--bits 16` rounds nothing."""
+    if target == "gguf":
+        pytest.importorskip("xllamacpp", reason="llama.cpp is absent: pip install 'planish[gguf]'")
+    np.save(tmp_path / "ids.npy", IDS.flatten().numpy())
+    asked = {"max_bytes": half, "target": target, "calibration": str(tmp_path / "ids.npy")}
+    found = [compress(model, tmp_path / n, **asked, **more) for n, more in (("open", {}), ("auto", {"bits": "auto"}))]
+    assert found[0].choices == found[1].choices != [] and found[0].rounding and not found[0].warnings
+    assert all(torch.equal(*pair) for pair in pair_tensors(tmp_path / "open", tmp_path / "auto"))
+    first, second = ((tmp_path / n / "recipe.yaml").read_text() for n in ("open", "auto"))
+    assert first == second
+    assert "bits: auto" in first
+    plain = compress(model, tmp_path / "plain", **asked, bits=16)
+    assert not plain.rounding and not plain.choices and not plain.warnings and plain.bytes_after <= half
+
+
+def test_any_target_is_cut_in_16_bits_unless_told(model, half, tmp_path, capsys):
+    """The same with --bits 16, but for the line that says what may do better."""
+    words = ["compress", str(model), "--max-bytes", str(half), "--method", "flat-llm", "--n-samples", "4", "--seq-len", "24",
+             "--no-cache", "--no-ladder", "--calibration", str(tmp_path / "ids.npy")]  # fmt: skip
+    np.save(tmp_path / "ids.npy", IDS.flatten().numpy())
+    said = {}
+    for name, more in (("open", []), ("told", ["--bits", "16"])):
+        assert app([*words, "-o", str(tmp_path / name), *more], standalone_mode=False) in (0, None)
+        said[name] = " ".join(capsys.readouterr().out.split())
+    assert "--bits auto lets rounding compete" in said["open"] and "--bits auto" not in said["told"]
+    assert all(torch.equal(*pair) for pair in pair_tensors(*(tmp_path / n for n in said)))
+
+
+def test_without_the_library_the_size_is_cut_in_16_bits(model, half, tmp_path, monkeypatch):
+    """With a note that names the extra; `--bits auto` names it and stops before any work."""
+
+    def miss():
+        raise InputError("packed integers need compressed-tensors · pip install 'planish[pack]'")
+
+    monkeypatch.setattr("planish.rounding.integers.load_library", miss)
+    done = compress(model, tmp_path / "out", max_bytes=half, target="hf")
+    assert not done.rounding and done.bytes_after <= half and done.keep < 1
+    assert len(done.warnings) == 1 and "planish[pack]" in done.warnings[0] and "--bits 16" in done.warnings[0]
+    fitted = compress(model, tmp_path / "fit", fit=half + reserve(open_source(model), 8), context=8)
+    assert not fitted.rounding and fitted.bytes_after <= half and "planish[pack]" in fitted.warnings[0]
+    with pytest.raises(InputError, match=r"planish\[pack\]"):
+        compress(model, tmp_path / "auto", max_bytes=half, target="hf", bits="auto")
+    assert not (tmp_path / "auto").exists()
+
+
+def test_where_types_cannot_compete_a_note_says_why(model, half, tmp_path):
+    """Another budget, a model in memory, too few windows, a block that is not rounded: the size holds, in 16 bits."""
+    for n, (given, options, words) in enumerate([
+        (model, {"kv_keep": 0.7, "method": "a3"}, "--kv-keep holds beside it"),
+        (build("llama_gqa", **SMALL), {}, "in memory"),
+        (model, {"calibration": IDS[:3].flatten().numpy(), "n_samples": 3}, "none to hold out"),
+    ]):  # fmt: skip
+        done = compress(given, tmp_path / str(n), max_bytes=half, target="hf", **options)
+        assert not done.rounding and done.bytes_after <= half and words in done.warnings[0], words
+
+
+def test_fit_in_16_bits(model, half, tmp_path):
+    room = reserve(open_source(model), 8)
+    done = compress(model, tmp_path / "out", fit=half + room, context=8, bits=16)
+    assert not done.rounding and not done.choices and 0.9 * half < done.bytes_after <= half
+    told = compress(model, tmp_path / "told", max_bytes=half, context=8, bits=16)
+    assert told.bytes_after == done.bytes_after
+
+
+def test_a_forecast_says_what_it_leaves_out(model, half):
+    asked = {"method": "flat-llm", "n_samples": 4, "seq_len": 24, "max_bytes": half}
+    said = {t: planish.forecast(model, target=t, **asked).warnings for t in ("hf", "any")}
+    assert any("--bits 16" in w for w in said["hf"]) and not any("--bits" in w for w in said["any"])
+    assert not any("--bits" in w for w in planish.forecast(model, target="hf", bits=16, **asked).warnings)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -139,7 +227,7 @@ def test_fit_leaves_room_for_the_cache(model, tmp_path):
         ({"fit": "10MB", "bits": "4"}, "--bits 4 cannot hold"),
         ({"fit": "10MB", "keep": 0.5}, "--keep cannot hold"),
         ({"fit": "1KB"}, "a smaller --context"),
-        ({"bits": "auto", "max_bytes": 60_000, "n_samples": 3}, "every fourth calibration window"),
+        ({"bits": "auto", "max_bytes": 60_000, "n_samples": 3}, "none to hold out"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(model, tmp_path, options, words):

@@ -87,3 +87,17 @@ def test_every_task_has_one_owner(count, monkeypatch):
         monkeypatch.setattr(lanes, "rank", lambda r=rank: r)
         found += lanes.own_work(costs)
     assert sorted(found) == list(range(len(costs)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 9, 22, 128])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_no_process_is_left_without_batches(n, count, monkeypatch):
+    """Lanes are contiguous runs of batches, as many as there can be, and processes differ by one lane at most."""
+    found = [lanes.find_lane(i, n) for i in range(n)]
+    assert found == sorted(found) and set(found) == set(range(min(n, lanes.LANES)))
+    monkeypatch.setattr(lanes, "count", lambda: count)
+    own = []
+    for rank in range(count):
+        monkeypatch.setattr(lanes, "rank", lambda r=rank: r)
+        own.append(len(set(found) & set(lanes.own_lanes())))
+    assert sum(own) == len(set(found)) and max(own) - min(own) <= 1

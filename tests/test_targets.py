@@ -52,7 +52,15 @@ def test_unknown_targets_are_named():
 @pytest.mark.parametrize("target", ["any", "hf", "onnx"])
 def test_some_targets_ask_for_nothing(target):
     units, shapes = units_of("svd-llm")
-    assert constrain(find_target(target), "svd-llm", units, shapes) is units
+    assert constrain(find_target(target), "svd-llm", units, shapes) == units
+
+
+def test_widths_suit_onnx_runtime():
+    """All that a3 cuts may be cut, in steps."""
+    units, shapes = units_of("a3")
+    for unit, solver in constrain(find_target("onnx"), "a3", units, shapes).items():
+        full, step = units[unit].ranks(unit, shapes[unit.block])[-1], TARGETS["onnx"].steps[unit.name]
+        assert {r % step for r in solver.ranks(unit, shapes[unit.block]) if r < full} == {0}
 
 
 def test_low_rank_methods_are_refused_for_gguf():

@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ from planish.request import (
     name_beside,
     takes,
 )
-from planish.sizes.ladder import choose_size, climb_beside
+from planish.rounding.types import DENSE_NAMES
+from planish.sizes.ladder import choose_bits, choose_size, climb_beside, leaves_open
 from planish.sizes.trials import Contest
 from planish.solvers.offload import offload
 
@@ -92,7 +94,8 @@ def compress(
     `method`: a name, or a method; by default "auto"; `settings`: its hyper-parameters by name.
     `calibration`: a SOURCE of `planish.calibrate.text.load_tokens` (name, file, or token ids) from which `n_samples` windows of
     `seq_len` tokens are taken: text at random by `seed`, ids side by side from the start, unless `sampling` says otherwise.
-    `bits` "auto" with `max_bytes`, or `fit` (the size with the KV cache and what running takes): cuts and rounding compete.
+    `bits` "auto" with `max_bytes`, or `fit` (the size with the KV cache and what running takes): cuts and rounding compete, as they
+    do under `max_bytes` alone where `target` is gguf, hf or vllm; `bits` 16 rounds nothing.
     Where neither number is given and a CPU would need more than half an hour, fewer tokens are taken (a warning and the manifest
     say how many and why).
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
@@ -112,6 +115,7 @@ def compress(
     lanes.start(request.device)
     chosen = fit_windows(request, method, source)
     text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache, chosen)
+    request, open_bits = choose_bits(request, source, text)
     files = {}
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
@@ -123,8 +127,9 @@ def compress(
     if begin is not None and lanes.is_first():
         begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
     result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
-    result.warnings, result.choices = text.notes + result.warnings, [c.as_dict() for c in choices]
-    beside = beside or climb_beside(contest)
+    result.warnings = text.notes + open_bits + result.warnings
+    result.choices = [c.as_dict() for c in choices]
+    beside = beside or climb_beside(replace(contest, request=request))
     result.ladder = beside.write(Path(output)) if beside else {}
     return result
 
@@ -177,12 +182,15 @@ def forecast(
     chooses its ranks by statistics, these and what follows from them are what is expected (`Forecast.measured` is False).
     `measure`: find them as `compress` would, on the calibration text. `cache`: keep its token ids on disk.
     """
-    if options.get("bits") is not None or options.get("fit") is not None:
-        raise InputError("a forecast counts weights as they are before rounding: leave bits and fit out")
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
+    if request.bits not in (None, *DENSE_NAMES) or request.fit is not None:
+        raise InputError("a forecast counts weights as they are before rounding: leave bits and fit out")
     source = open_shapes(model, tokenizer, request.adapter)
     chosen = fit_windows(request, method, source)
     notes = [chosen.why] if chosen.why else []
+    notes += ["compress lets types of weights compete at this size; this is what --bits 16 makes"] * leaves_open(
+        request
+    )
 
     def read() -> Tensor:
         find_device(request.device)

@@ -141,7 +141,7 @@ def compress(
 
 def decide(method: Method, problem: Problem, measure: Measurements, request: Request, windows: Tensor) -> Planned:
     """The method's plan; where everything stays and is only rounded, nothing is measured for one."""
-    if request.bits is not None and min(request.given.values()) >= 1:
+    if request.bits is not None and set(request.given.values()) == {1}:
         return Planned({}, problem.units)
     check_tokens(method, problem, windows, dict(request.settings))
     return make_plan(method, problem, measure)

@@ -95,6 +95,11 @@ def is_first() -> bool:
     return rank() == 0 if count() > 1 else read("RANK", 0) == 0
 
 
+def find_lane(i: int, n: int) -> int:
+    """Lane of the i-th of n batches. Fewer batches than lanes are in the first ones, so that no process is left without."""
+    return i * min(LANES, n) // n
+
+
 def own_lanes() -> Iterator[int]:
     """Lane numbers of this process, rising."""
     return iter(range(rank(), LANES, count()))
@@ -111,13 +116,8 @@ def own_work(costs: Sequence[float]) -> list[int]:
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value, by rank, on every process."""
-    if count() == 1:
-        return [value]
-    values: list[Any] = [None] * count()
-    with together():
-        dist.all_gather_object(values, value)
-    return values
+    """Every process's value, by rank, on every process. One after the other: together, all would be as long as the longest."""
+    return [share(value, source) for source in range(count())]
 
 
 def share(value: T, source: int = 0) -> T:
@@ -134,11 +134,40 @@ def share_tensors(tensors: dict[Any, Tensor], source: int) -> dict[Any, Tensor]:
     """One process's tensors on every process, without pickling them."""
     if count() == 1:
         return tensors
-    layout = share({k: (t.shape, t.dtype, t.device.type) for k, t in tensors.items()}, source)
-    out = {}
-    for key, (shape, dtype, device) in layout.items():
-        t = tensors[key].contiguous() if rank() == source else torch.empty(shape, dtype=dtype, device=device)
+    out = make_room(share(describe(tensors), source), tensors if rank() == source else None)
+    for t in out.values():
         with together():
             dist.broadcast(t, src=source)
-        out[key] = t
     return out
+
+
+def bring_tensors(tensors: dict[Any, Tensor], source: int, target: int) -> dict[Any, Tensor]:
+    """One process's tensors on another one, where they may be its own; nothing on all others."""
+    if source == target or rank() not in (source, target):
+        return tensors if rank() == target else {}
+    with together():
+        if rank() == source:
+            dist.send_object_list([describe(tensors)], target)
+            for t in tensors.values():
+                dist.send(t.contiguous(), target)
+            return {}
+        box: list[Any] = [None]
+        dist.recv_object_list(box, source)
+        out = make_room(box[0])
+        for t in out.values():
+            dist.recv(t, source)
+        return out
+
+
+Layout = dict[Any, tuple[torch.Size, torch.dtype, str]]
+
+
+def describe(tensors: dict[Any, Tensor]) -> Layout:
+    return {k: (t.shape, t.dtype, t.device.type) for k, t in tensors.items()}
+
+
+def make_room(layout: Layout, held: dict[Any, Tensor] | None = None) -> dict[Any, Tensor]:
+    """Tensors to receive into, or those that are `held` already."""
+    if held is not None:
+        return {k: t.contiguous() for k, t in held.items()}
+    return {k: torch.empty(shape, dtype=dtype, device=device) for k, (shape, dtype, device) in layout.items()}

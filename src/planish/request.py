@@ -181,7 +181,7 @@ class Request(Limits):
     bits: Bits = option(
         None,
         "round every linear of the blocks, for the target: 8, 4, 3, 2, a mean like 3.4, a type's name, or auto (docs/bits.md)",
-        metavar="BITS", shown="16: nothing is rounded",
+        metavar="BITS", shown="16: nothing is rounded; auto where --fit, or --max-bytes for gguf, hf or vllm, gives a size",
     )  # fmt: skip
     fit: Annotated[int | None, size("fit", BYTES)] = option(
         None, "bytes that weights, a KV cache of --context tokens and running may take together; --bits auto",

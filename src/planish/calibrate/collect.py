@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +102,9 @@ def collect(stream: Stream, taps: list[Tap], run: Callable[[int], Values], shape
     total = ((lane 0 + lane 1) + lane 2) + …, each lane the sum of its batches in their order: so sums depend on the batches
     alone. Of a wide Gram (`planish.stats.WIDE`) only the total exists: a lane's inputs are kept until it is complete.
     """
-    total, count = Stats(), lanes.count()
-    used = {i * lanes.LANES // len(stream.batches) for i in range(len(stream.batches))}
+    total, added, count = Stats(), Stats(), lanes.count()
+    adds = count - 1  # the process that adds lanes up: the first one writes
+    used = {lanes.find_lane(i, len(stream.batches)) for i in range(len(stream.batches))}
     wide = [t for t in taps if t.kind == "gram" and 8 * shape.width(t.site) ** 2 >= planish_stats.WIDE]
     narrow = [t for t in taps if t not in wide]
     for first in range(0, lanes.LANES, count):  # every process runs one of these lanes
@@ -111,10 +112,11 @@ def collect(stream: Stream, taps: list[Tap], run: Callable[[int], Values], shape
         owners = [r for r in range(count) if first + r in used]
         with stream.clock("sums"):
             for owner in owners:
-                total.merge(share_stats(mine, owner))
+                added.merge(from_tensors(lanes.bring_tensors(as_tensors(mine), owner, adds)))
             for tap in wide:
                 add_wide(stream, total, tap, inputs[tap], mine.tokens.get(tap, 0), owners, shape)
     with stream.clock("sums"):
+        total.merge(from_tensors(lanes.share_tensors(as_tensors(added), adds)))
         total.complete(narrow)
     for tap, sums in total.sums.items():  # solved beside the weights, on the CPU
         sums.update({name: t.cpu() for name, t in sums.items()})
@@ -178,13 +180,14 @@ def add_wide(
     add_lane(sums["sum"], lambda k: fetch(inputs, k, total_device), len(inputs), exchange, choose_run(stream))
 
 
-def share_stats(stats: Stats, source: int) -> Stats:
-    """One process's sums on every process."""
-    if lanes.count() == 1:
-        return stats
-    tensors = {(tap, name): t for tap, sums in stats.sums.items() for name, t in sums.items()}
+def as_tensors(stats: Stats) -> dict[Any, Tensor]:
+    """Sums by tap, name, and how many tokens they are of."""
+    return {(tap, name, stats.tokens[tap]): t for tap, sums in stats.sums.items() for name, t in sums.items()}
+
+
+def from_tensors(found: dict[Any, Tensor]) -> Stats:
+    """What `as_tensors` was given; nothing of nothing."""
     out = Stats()
-    out.tokens = lanes.share(stats.tokens, source)
-    for (tap, name), t in lanes.share_tensors(tensors, source).items():
-        out.sums.setdefault(tap, {})[name] = t
+    for (tap, name, tokens), t in found.items():
+        out.sums.setdefault(tap, {})[name], out.tokens[tap] = t, tokens
     return out

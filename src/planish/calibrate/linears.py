@@ -5,6 +5,7 @@ Unlike taps these know modules' names, not roles alone, and a block may be compr
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from planish.calibrate.activations import Activations, fetch
 from planish.calibrate.losses import output_gradient
 from planish.calibrate.stream import Hidden, Stream
+from planish.folder.stored_linear import find_experts
 from planish.modelling.blocks import Layout, read_layout
+from planish.modelling.families import Family
 from planish.modelling.modules import set_module
 from planish.stats import Sums, add_gram, mirror
 
 ROWS = 1 << 14  # averages of attention that are summed per batch
+PRIOR = 4.0  # tokens of the mean length, in no direction, that count for every expert beside its own
 FULL = 2048  # outputs up to which all products of their gradients are summed, of more only the squares
 
 
@@ -30,6 +34,25 @@ def list_seen(block: nn.Module, layout: Layout) -> list[str]:
     """Modules of a canonical block with a weight of a linear's: every role's, whatever its form, and linears of no role."""
     paths = [p for g in layout.groups for p in g.linears.values()]
     return paths + [n for n in list_linears(block) if not any(n == p or n.startswith(f"{p}.") for p in paths)]
+
+
+def list_experts(block: nn.Module, family: Family) -> list[list[str]]:
+    """Of a canonical block's experts the modules, by what they are in each: all gates, all ups, all downs."""
+    row, experts = family.experts, find_experts(block, family)
+    if row is None or experts is None:
+        return []
+    return [[f"{row.path}.{n}.{name}" for n in experts.numbers] for name in experts.names]
+
+
+def damp_experts(grams: dict[str, Tensor], experts: list[list[str]], reached: float) -> None:
+    """Add to the second moments of experts' inputs, in place, those of `PRIOR` tokens more, of the mean length and the same in all
+    directions. `reached`: tokens that reach experts, of each as often as it reaches one, where moments are Σ x xᵀ."""
+    damped = set[int]()
+    for own in experts:
+        mean = sum(float(grams[n].trace()) for n in own) / max(reached, 1) / len(grams[own[0]])
+        for gram in (grams[n] for n in own if id(grams[n]) not in damped):  # gate and up share theirs
+            gram.diagonal().add_(PRIOR * mean)
+        damped |= {id(grams[n]) for n in own}
 
 
 @torch.no_grad()
@@ -146,7 +169,8 @@ def measure_gradients(stream: Stream, seed: int = 0) -> tuple[list[dict[str, Ten
     """Per block and module (`list_seen`) the second moment of the gradient at its output, and what the last block puts out.
 
     Gradients are of the NLL of labels that the model's own predictions draw (see `planish.calibrate.losses.output_gradient`);
-    the moment is (out, out) in fp64, or (out,) its diagonal where out exceeds `FULL`.
+    the moment is (out, out) in fp64, or (out,) its diagonal where out exceeds `FULL`, and of experts, whose moments are per token
+    that reaches them, `PRIOR` tokens of the mean length of all experts' counted beside these.
     """
     inputs = [stream.start()]
     for i in range(len(stream)):
@@ -167,9 +191,11 @@ def step_back(stream: Stream, i: int, hidden: Hidden, into: Hidden) -> tuple[dic
     names = list_seen(block, read_layout(block, stream.family, stream.source.config))
     linears = {n: block.get_submodule(n) for n in names}
     seen, earlier = dict[str, Tensor](), Activations(stream.limits)
+    experts = list_experts(block, stream.family)
+    rows: defaultdict[str, float] = defaultdict(float)
+    diagonal = {n for own in experts for n in own}
     sums: dict[str, Sums] = {n: {} for n in linears}
     squares: dict[str, Tensor] = {}
-    tokens = 0
     handles = [m.register_forward_hook(lambda m, args, out, n=n: seen.update({n: out})) for n, m in linears.items()]
     try:
         for n in range(len(hidden)):
@@ -179,9 +205,9 @@ def step_back(stream: Stream, i: int, hidden: Hidden, into: Hidden) -> tuple[dic
                 wanted = [leaf, *seen.values()]
                 gradients = torch.autograd.grad(out, wanted, fetch(into, n, stream.device), allow_unused=True)
             earlier.append(gradients[0])
-            tokens += leaf.shape[0] * leaf.shape[1]
             for name, g in zip(seen, gradients[1:], strict=True):
-                if g is not None and g.shape[-1] > FULL:
+                rows[name] += 0 if g is None else g[..., 0].numel()
+                if g is not None and (g.shape[-1] > FULL or name in diagonal):
                     squares[name] = squares.get(name, 0) + g.flatten(0, -2).double().square().sum(0).cpu()
                 elif g is not None:
                     add_gram(sums[name], g.flatten(0, -2).cpu() if g.device.type == "mps" else g.flatten(0, -2))
@@ -192,4 +218,8 @@ def step_back(stream: Stream, i: int, hidden: Hidden, into: Hidden) -> tuple[dic
     full = {n: s["sum"] for n, s in sums.items() if "sum" in s}
     for total in full.values():
         mirror(total)
-    return {n: t.cpu() / tokens for n, t in (full | squares).items()}, earlier
+    for own in experts:
+        level = PRIOR * float(sum(squares[n].mean() for n in own)) / max(sum(rows[n] for n in own), 1)
+        for name in own:
+            squares[name], rows[name] = squares[name] + level, rows[name] + PRIOR
+    return {n: t.cpu() / max(rows[n], 1) for n, t in (full | squares).items()}, earlier

@@ -110,7 +110,7 @@ class Stream:
     def pieces(self) -> list[Piece]:
         """The batches that this process runs, in order; all of them where it is the only one."""
         firsts = itertools.accumulate((len(b) for b in self.batches), initial=0)
-        places = [i * lanes.LANES // len(self.batches) for i in range(len(self.batches))]
+        places = [lanes.find_lane(i, len(self.batches)) for i in range(len(self.batches))]
         own = set(lanes.own_lanes())
         return [Piece(*p) for p in zip(places, firsts, self.batches) if p[0] in own]
 

@@ -70,6 +70,7 @@ def compress(
             *o.show_removed(result),
             *show_choices(result),
             *show_ladder(result.ladder),
+            *show_auto(result, options),
             *show_rounding(result),
             *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
@@ -138,6 +139,14 @@ def show_ladder(ladder: dict[str, Any]) -> list[Any]:
     more = ": --bits auto lets both compete" if ladder["verdict"] == "plain" and not same else ""
     line = VERDICTS["same" if same else ladder["verdict"]].format(best=name) + more
     return [table, f"{line} (measured on {ladder['windows']} windows held out from these plans)"]
+
+
+def show_auto(result: Any, options: dict[str, Any]) -> list[str]:
+    """A line for a cut in 16 bits to a size, where nothing was said of bits and the ladder does not say it already."""
+    asked = options["max_bytes"] is not None and options["bits"] is None and options["target"] == "any"
+    if not asked or result.keep == 1 or result.ladder.get("verdict") == "plain":
+        return []
+    return ["cut in 16 bits: --bits auto lets rounding compete for the size as well, and may do better"]
 
 
 def tell_bits(plan: dict[str, Any]) -> str:

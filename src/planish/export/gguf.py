@@ -45,6 +45,7 @@ WHOLE = (
     "ssm_a",
     "ssm_d",
     "shortconv.conv.weight",
+    ".bias",  # of all experts of a block in one tensor: llama.cpp ends with the program where it is rounded
 )  # in f32, as llama.cpp's converter has it
 
 

@@ -28,7 +28,11 @@ class StoredRows:
         weights = source.reader.weights
         known = isinstance(weights, PackedWeights) and isinstance(weights.declared, Ggml)
         self.weights = weights if known and isinstance(weights, PackedWeights) else None
-        self.prefix, experts = f"{source.family.blocks}.", source.family.experts
+        self.prefix, experts, self.store_name = (
+            f"{source.family.blocks}.",
+            source.family.experts,
+            source.family.store_name,
+        )
         self.experts = f".{source.family.store_name(experts.path)}." if experts else ""
         self.rows: dict[bytes, tuple[StorageType, np.ndarray]] = {}
         self.widths: set[int] = set()
@@ -39,9 +43,10 @@ class StoredRows:
         self.rows, self.widths = {}, set()
         if self.weights is None:
             return
+        place = self.store_name(f"{self.prefix}{block}.{part}")
         for name, packed in self.weights.packed.items():
             inside = name.startswith(self.prefix)
-            if not (name.startswith(f"{self.prefix}{block}.{part}") if block is not None else not inside):
+            if not (name.startswith(place) if block is not None else not inside):
                 continue
             if not part and self.experts and self.experts in name:
                 continue

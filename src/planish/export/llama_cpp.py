@@ -118,6 +118,7 @@ class LlamaCpp:
     32 dimensions, and flash attention, which is off elsewhere."""
 
     tolerance = 1e-4  # of the largest logit, in fp32
+    routed = False  # activations that a router reads are rounded
 
     def __init__(self, file: Path, context: int, threads: int = 1, cache: str = "f32"):
         self.library = load_library()

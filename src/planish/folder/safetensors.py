@@ -28,6 +28,9 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100 << 20
+AHEAD = (
+    128 << 10
+)  # bytes: Linux reads no more of a longer request than a device's read-ahead, of which this is the usual one
 
 
 class DtypeError(ValueError):
@@ -112,7 +115,9 @@ class Shard:
             return
         with contextlib.suppress(OSError), self.path.open("rb", buffering=0) as file:
             for entry in (self.entries[n] for n in names if n in self.entries):
-                os.posix_fadvise(file.fileno(), entry.start, entry.size, os.POSIX_FADV_WILLNEED)
+                for start in range(entry.start, entry.start + entry.size, AHEAD):
+                    size = min(AHEAD, entry.start + entry.size - start)
+                    os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -106,10 +106,10 @@ def read_rows(block: nn.Module, family: Family, row: FusedRow, heads: int, kv_he
     return FusedRows(row.layout, [heads * width, kv_heads * width, out - (heads + kv_heads) * width], kv_heads)
 
 
-def join_block(block: nn.Module, family: Family) -> nn.Module:
+def join_block(block: nn.Module, family: Family, apart: bool = False) -> nn.Module:
     """Undo `split_block` wherever every part of a fused linear is dense and the layout allows it, in place; experts stay apart
-    unless checkpoints of the family stack them too."""
-    experts = family.experts
+    unless checkpoints of the family stack them too, or always (`apart`)."""
+    experts = None if apart else family.experts
     if experts is not None and experts.stacked and has_module(block, experts.path):
         split = block.get_submodule(experts.path)
         if isinstance(split, Experts) and split.alike:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import lcm
+from math import gcd, lcm
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +59,9 @@ _NO_GRAPH = "llama.cpp has no graph for it, and filled up again it saves nothing
 TARGETS: dict[str, Target] = {
     "any": Target("any", "transformers; elsewhere as far as it goes"),
     "hf": Target("hf", "transformers"),
-    "onnx": Target("onnx", "ONNX Runtime"),
+    "onnx": Target(
+        "onnx", "ONNX Runtime", steps={"vo": 8, "qk": 8, "mlp": 16, "neurons": 16}
+    ),  # sixteen numbers at a time
     "vllm": Target(
         "vllm",
         "vLLM, through its Transformers backend",
@@ -160,7 +162,10 @@ def fit_bits(target: Target, bits: Choice | None, shapes: Sequence[Shape]) -> Ta
     if bits is None or not shapes:
         return target
     shape, free = shapes[0], bits.type is None and bits.target not in ("gguf", "vllm")  # then any group that divides
+    experts = next((s.experts for s in shapes if s.experts), None)
+    one = bits.pick_experts(gcd(experts.hidden, experts.intermediate), "experts") if experts else None
     own = {
+        "neurons": one.group if one else bits.step(experts.intermediate) if experts else 1,
         "vo": 1 if free else head_step(shape.heads, bits.step(shape.heads * shape.v)),
         "mlp": 32 if free else bits.step(shape.intermediate),
     }

@@ -21,6 +21,7 @@ WORD = 32  # bits that integers are packed into
 SCALE = 2  # bytes of an integer group's scale
 HEADER = 16  # bytes that say the shape of a packed matrix
 DENSE = 16  # --bits that round nothing
+DENSE_NAMES = (str(DENSE), "f16", "bf16")
 GROUP = 64  # of integers, unless a type's name says another
 LEAST = 8  # of a group that is chosen to divide a width
 MEAN = re.compile(r"\d+(\.\d+)?$")
@@ -151,6 +152,18 @@ class Choice:
             "--round-to 32"
         )
 
+    def pick_experts(self, n: int, where: str) -> StorageType | None:
+        """The one integer type of all experts' linears, whose widths are multiples of n: transformers reads no others, and none
+        with zero points. None where each has its own, in llama.cpp's types."""
+        if self.target == "gguf":
+            return None
+        if self.mean is not None or (self.type is not None and self.type.zero):
+            raise InputError(
+                f"{where}: transformers reads packed experts of one type without zero points, not --bits {self.name}; ask for "
+                f"--bits {self.bits} or int{self.bits}-{GROUP}"
+            )
+        return integer(self.bits, self.pick(n, where).group)
+
     def step(self, n: int) -> int:
         """What the width of a linear with rows of n weights is to be a multiple of once it is cut."""
         if self.type is not None:
@@ -163,7 +176,7 @@ class Choice:
 def choose(asked: str | int, target: str) -> Choice | None:
     """What `--bits` asks for, or None where it rounds nothing (16). Raises InputError where the target cannot hold it."""
     text = str(asked).strip()
-    if text in (str(DENSE), "f16", "bf16"):
+    if text in DENSE_NAMES:
         return None
     kind = HELD.get(target)
     if kind is None:

@@ -15,16 +15,19 @@ from planish.errors import InputError
 from planish.folder.source import Source
 from planish.plan.footprint import count_headers, footprint
 from planish.request import LIMITS, Request, label
-from planish.rounding.types import choose
+from planish.rounding.types import DENSE_NAMES, choose
 from planish.sizes.trials import Choice, settle
-from planish.walks.bits import HEAD, find_heads, read_asked, refuse_head
+from planish.walks.bits import HEAD, find_heads, list_rounded, read_asked, refuse_head
 
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
 FINER = 2  # so many types finer than the one that holds all weights are tried with cuts
 NEARLY = 1.1  # times the size: predicted bytes at which all weights may still fit
 CONTEXT = 4096  # tokens of the cache unless told, or as many as the model has positions
 UBATCH = 512  # tokens that llama.cpp runs at a time
-PARTS, ENTRY = 3, 112  # tensors of a rounded linear beside one; bytes of a tensor's entry in a header, but for its name
+PARTS, ENTRY = (
+    2,
+    112,
+)  # tensors of a packed linear beside one, but for zero points; bytes of a tensor's entry in a header, but for its name
 SUFFIX = 8  # bytes that its name is longer, where it is but one
 LADDERS = {"gguf": ("16", "8", "6", "5", "4", "3", "2"), "vllm": ("16", "8", "4")}
 LADDER = ("16", "8", "4", "3", "2")
@@ -35,7 +38,7 @@ def find_size(request: Request, source: Source) -> int:
     """Bytes that the written model may have."""
     if request.fit is None and request.max_bytes is None:
         raise InputError("--bits auto chooses among types by a size: give --max-bytes or --fit")
-    if request.fit is not None and request.bits not in (None, "auto"):
+    if request.fit is not None and request.bits not in (None, "auto", *DENSE_NAMES):
         raise InputError(f"--fit chooses the bits itself: --bits {request.bits} cannot hold beside it")
     asked = [n for n in LIMITS if getattr(request, n) is not None]
     if beside := [n for n in asked if n != "max_bytes" or request.fit is not None]:
@@ -117,25 +120,34 @@ def list_heads(request: Request, source: Source) -> list[str]:
 def vary_head(best: Choice, request: Request, source: Source, size: int) -> list[Choice]:
     """The best plan again with embedding and head in other types: what that leaves goes to the blocks, as types mixed to fill the
     size, or as more weights where some were cut."""
-    weights = sum(out * n for s in map(source.shape, range(source.n_blocks)) for out, n in map(s.linear, s.roles))
+    weights = count_rounded(source)
     found = []
     for head in list_heads(request, source) if best.bits not in ("8", "16") else ():
         outside, blocks = predict(request.model_copy(update={"head_bits": head}), source, best.bits)
         if best.keep < 1 and (keep := min(1.0, (size - outside) / blocks)) >= LEAST:
             found.append(Choice(best.bits, int(keep * 1e4) / 1e4, head=head))
+        elif best.keep == 1 and source.shape(source.n_blocks - 1).experts and request.target != "gguf":
+            found.append(Choice(best.bits, 1.0, head=head))
         elif best.keep == 1 and outside < size:
             found.append(Choice(f"{min(8.0, int(8e3 * (size - outside) / weights) / 1e3):.3f}", 1.0, head=head))
     return found
+
+
+def count_rounded(source: Source) -> int:
+    """Weights of the blocks that rounding rounds."""
+    shapes = map(source.shape, range(source.n_blocks))
+    return sum(out * n for s in shapes for out, n in map(s.linear, list_rounded(s)))
 
 
 def mix(found: list[Choice], request: Request, source: Source, size: int) -> list[Choice]:
     """Plans, and those whose types differ: of all weights where the last plan leaves room for finer ones, and of a share
     between the last two plans'."""
     last = found[-1]
-    if last.bits == "16":
+    asked = read_asked(settle(request, last), source)
+    if asked is None or asked.experts is not None:  # all experts of a packed folder have one type
         return found
     outside, blocks = predict(request, source, last.bits)
-    weights = sum(out * n for s in map(source.shape, range(source.n_blocks)) for out, n in map(s.linear, s.roles))
+    weights = count_rounded(source)
     keeps = [1.0] if last.keep == 1 and last.bits != "8" else []
     if len(found) > 1 and found[-2].bits not in ("16", last.bits):
         keeps.append(int(1e4 * (found[-2].keep + last.keep) / 2) / 1e4)
@@ -148,25 +160,28 @@ def predict(request: Request, source: Source, bits: str) -> tuple[float, float]:
     hardly more."""
     shapes = [source.shape(i) for i in range(source.n_blocks)]
     sizes = {n: count for n, (count, dtype) in source.sizes().items() if dtype.is_floating_point}
-    rest = sum(sizes.values()) - sum(s.count() for s in shapes)
     asked = read_asked(settle(request, Choice(bits, 1.0)), source)
     if asked is None:
+        rest = sum(sizes.values()) - sum(s.count() for s in shapes)
         itemsize = next(d.itemsize for _, d in source.sizes().values() if d.is_floating_point)
         return itemsize * rest + count_headers(source), float(
             sum(footprint({}, s, itemsize=itemsize).bytes for s in shapes)
         )
-    linears = [shape.linear(role) for shape in shapes for role in shape.linears]
-    blocks = sum(asked.blocks.pick(n, "").count(out, n) for out, n in linears)
+    linears = [(role, *shape.linear(role)) for shape in shapes for role in list_rounded(shape)]
+    weights = sum(out * n for _, out, n in linears)
+    rest = sum(sizes.values()) - weights
+    kinds = [asked.pick(role, n, "") for role, _, n in linears]
+    blocks = sum(kind.count(out, n) for kind, (_, out, n) in zip(kinds, linears, strict=True))
     if asked.blocks.mean is not None:
-        blocks = int(asked.blocks.mean * sum(out * n for out, n in linears) / 8)
+        blocks = int(asked.blocks.mean * weights / 8)
     outside = 2.0 * rest
     if asked.head is not None:
         hidden, words = shapes[0].hidden, source.config.get_text_config().vocab_size
         heads = find_heads(source)[: 1 if asked.packed else 2]
         size = asked.head.pick(hidden, "", words).count(words, hidden)
         outside = (2.0 if asked.packed else 4.0) * (rest - len(heads) * hidden * words) + len(heads) * size
-    named = PARTS * (ENTRY + max(map(len, sizes))) if asked.packed else SUFFIX  # a rounded linear is several tensors
-    parts = len(linears) * named
+    tensors = sum(PARTS + kind.zero for kind in kinds) * (ENTRY + max(map(len, sizes)))
+    parts = tensors if asked.packed else len(linears) * SUFFIX
     return outside + count_headers(source) + parts, float(blocks)
 
 

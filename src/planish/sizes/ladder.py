@@ -2,7 +2,8 @@
 
     --fit, --bits auto: plans of the size compete (`planish.sizes.fit`), the least KL(dense ‖ plan) on windows held out is made
                         again
-    --max-bytes alone:  what the method makes of the size in 16 bits
+    --max-bytes alone:  the same where the target's files hold rounded weights wherever they run, else what the method makes
+                        of the size in 16 bits, as --bits 16 does
     beside either:      every type of the target, all weights rounded to it, from the same windows, measured on the same others:
                         those that the size holds, types mixed to fill it, and the next larger type
 
@@ -25,12 +26,15 @@ from planish.errors import InputError, PlanishError
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source
 from planish.folder.writer import check_free
-from planish.request import Request
-from planish.rounding.types import HELD
+from planish.request import LIMITS, Request, label
+from planish.rounding import ggml, integers
+from planish.rounding.types import DENSE_NAMES, HELD
 from planish.sizes.fit import LADDER, LADDERS, find_size, list_choices, list_plans, predict, vary_head
 from planish.sizes.trials import HELD as EVERY
 from planish.sizes.trials import Choice, Contest, Runner, open_runner, settle
+from planish.walks.bits import read_asked
 
+ROUNDED = ("gguf", "hf", "vllm")  # targets for which types compete wherever a size is given
 NOISE = 2  # standard errors, within which two plans are alike
 
 
@@ -88,8 +92,10 @@ def choose_size(contest: Contest) -> tuple[Request, list[Choice], Ladder | None]
     if request.fit is None and request.bits != "auto":
         return request, [], None
     size = find_size(request, source)
-    if not isinstance(source, FolderSource):
-        raise InputError("--bits auto and --fit compare models that are loaded from folders: save this one first")
+    if request.bits in DENSE_NAMES:
+        return request.model_copy(update={"max_bytes": size, "fit": None}), [], None
+    if why := refuse_types(request, source, contest.text):
+        raise InputError(f"--bits auto: {why}")
     check_free(place.output, place.overwrite)
     tried = list_plans(request, source, size)
     if len(tried) == 1:
@@ -107,6 +113,44 @@ def choose_size(contest: Contest) -> tuple[Request, list[Choice], Ladder | None]
     plain = [c for c in tried if c.keep == 1 and c.measured and c.bits != "16"]
     found = Ladder(size, len(runner.held), best, order_rungs([*more, *plain]))
     return settle(request, best), tried, found if request.ladder else None
+
+
+def leaves_open(request: Request) -> bool:
+    """Whether a request asks for a size and says nothing of bits, which compete then: not under `max_bytes` for target "any"."""
+    sized = request.fit is not None or (request.max_bytes is not None and request.target in ROUNDED)
+    return request.bits is None and sized
+
+
+def choose_bits(request: Request, source: Source, text: Calibration) -> tuple[Request, list[str]]:
+    """A request with the `bits` that it leaves open: "auto", or 16 where types cannot compete, and a line that says why."""
+    if not leaves_open(request):
+        return request, []
+    if not (why := refuse_types(request, source, text)):
+        return request.model_copy(update={"bits": "auto"}), []
+    notes = [f"nothing is rounded to reach the size: {why} (--bits 16 asks for that)"] if request.target in HELD else []
+    return request.model_copy(update={"bits": "16"}), notes
+
+
+def refuse_types(request: Request, source: Source, text: Calibration) -> str:
+    """Why types cannot compete for a size; empty where they can."""
+    beside = [n for n in LIMITS if n != "max_bytes" and getattr(request, n) is not None]
+    if beside and request.fit is None:
+        return f"--{label(beside[0])} holds beside it"
+    try:
+        open_types(request.target)
+        read_asked(settle(request, Choice("8", 1.0)), source)
+    except InputError as error:
+        return str(error)
+    return refuse(source, text)
+
+
+def open_types(target: str) -> None:
+    """InputError that names the extra, where a library that packs or rounds to the target's types is missing."""
+    if HELD.get(target) == "ggml":
+        ggml.load_gguf()
+        ggml.open_library()
+    elif target in HELD:
+        integers.load_library()
 
 
 def choose_best(tried: Sequence[Choice], size: int) -> Choice:
@@ -131,7 +175,7 @@ def climb_beside(contest: Contest) -> Ladder | None:
     nothing is asked for, the size holds the dense model, or the target has no rounded weights."""
     request, source, text, progress = contest.request, contest.source, contest.text, contest.progress
     size = int(request.max_bytes or 0)
-    asked = request.ladder and size and request.bits is None and request.target in HELD
+    asked = request.ladder and size and request.bits in (None, *DENSE_NAMES) and request.target in HELD
     if not asked or sum(predict(request, source, "16")) <= size:
         return None
     if why := refuse(source, text):

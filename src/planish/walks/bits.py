@@ -4,24 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 
 from planish import lanes
+from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.folder.towers import refuse_wrapped
 from planish.plan.targets import find_target
 from planish.request import Request
-from planish.rounding.types import Choice, choose
+from planish.rounding.types import WORD, Choice, StorageType, choose
 
+EXPERT, SHARED = (
+    "expert.",
+    "shared.",
+)  # roles of one expert; and of the feed-forward that every token reaches beside its experts
 HEAD = "8"  # bits of embedding and head in llama.cpp's types unless told
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is rounded to what: the blocks' linears, and embedding and head (None: these stay)."""
+    """What is rounded to what: the blocks' linears, and embedding and head (None: these stay). `experts`: the one type of all of
+    them in packed folders."""
 
     blocks: Choice
     head: Choice | None = None
+    experts: StorageType | None = None
+
+    def pick(self, role: str, n: int, where: str, out: int = WORD) -> StorageType:
+        """The type of a role's matrix of `out` rows of n weights."""
+        own = self.experts if role.startswith(EXPERT) else None
+        return own or self.blocks.pick(n, where, out)
 
     @property
     def packed(self) -> bool:
@@ -42,9 +55,26 @@ def read_asked(request: Request, source: Source) -> Asked | None:
     kind = None if head is None else choose(head, target)
     if kind is not None and (why := refuse_head(target, source)):
         raise InputError(f"--head-bits: embedding and head stay in 16 bits{why}")
-    asked = Asked(blocks, kind)
+    asked = Asked(blocks, kind, find_experts(blocks, source))
     check_asked(asked, source, request.given)
     return asked
+
+
+def find_experts(blocks: Choice, source: Source) -> StorageType | None:
+    """The one type of all experts; None where there are none, or each of their linears has its own."""
+    found = {s.experts for s in map(source.shape, range(source.n_blocks)) if s.experts}
+    if not found:
+        return None
+    if blocks.target == "vllm":
+        raise InputError(
+            f"{source.name} has experts: packed ones were never run in vLLM here, and --bits writes them for --target hf and gguf"
+        )
+    if blocks.target != "gguf" and source.family.experts and source.family.experts.stacked:
+        raise InputError(
+            f"{source.family.model_type} stores its experts stacked, where transformers reads no packed integers: --bits rounds "
+            "them for --target gguf"
+        )
+    return blocks.pick_experts(gcd(*(n for e in found for n in (e.hidden, e.intermediate))), "experts")
 
 
 def refuse_head(target: str, source: Source) -> str:
@@ -65,6 +95,11 @@ def find_heads(source: Source) -> list[str]:
     return [n for n, (count, _) in source.sizes().items() if count == hidden * words and n.endswith(".weight")]
 
 
+def list_rounded(shape: Shape) -> list[str]:
+    """Roles of a block's linears that `--bits` rounds: not routers."""
+    return [*shape.roles, *(r for r in shape.rest if r.startswith((SHARED, EXPERT)))]
+
+
 def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> None:
     """InputError for a model that cannot be rounded this way, or a budget that is planned without rounding."""
     if "max_bytes" in limits:
@@ -81,12 +116,15 @@ def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> No
         raise InputError(f"{source.family.model_type} stores its linears transposed, which --bits does not round")
     for i in range(source.n_blocks):
         shape = source.shape(i)
-        if shape.rest:
+        if other := [
+            role for role, _, _ in shape.others if role in source.family.others and not role.startswith(SHARED)
+        ]:
+            kind = other[0].partition(".")[0]
             raise InputError(
-                f"block {i} of {source.name} has more than attention and a dense feed-forward: --bits does not round experts "
-                "and mixers"
+                f"block {i} of {source.name} has linears of its own ({kind}): --bits rounds attention, feed-forwards and "
+                "experts, no mixers and no attention on latents"
             )
-        for role in shape.roles:
-            asked.blocks.pick(shape.linear(role)[1], f"block {i}, {role}")
+        for role in list_rounded(shape):
+            asked.pick(role, shape.linear(role)[1], f"block {i}, {role}")
     if asked.head is not None:
         asked.head.pick(source.shape(0).hidden, "the embedding")

@@ -15,16 +15,26 @@ The walk runs in one process.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from planish.calibrate.activations import MemoryLimits
-from planish.calibrate.linears import list_linears, list_seen, measure_attended, measure_gradients, measure_grams
+from planish.calibrate.linears import (
+    damp_experts,
+    list_experts,
+    list_linears,
+    list_seen,
+    measure_attended,
+    measure_gradients,
+    measure_grams,
+)
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream
@@ -33,9 +43,11 @@ from planish.errors import InputError
 from planish.folder.config import name_head
 from planish.folder.skeleton import find_embedding, set_parameter
 from planish.folder.source import FolderSource, open_folder
+from planish.folder.stored_linear import find_experts
 from planish.folder.writer import Writer
-from planish.modelling.blocks import read_layout
-from planish.modelling.canonical import join_block, list_fused
+from planish.modelling.blocks import find_blocks, read_layout
+from planish.modelling.canonical import find_mixture, join_block, list_fused
+from planish.modelling.experts import read_top
 from planish.modelling.families import Family
 from planish.modelling.modules import Fused
 from planish.plan.types import Offer, choose_types
@@ -47,6 +59,7 @@ from planish.rounding.types import StorageType
 from planish.walks.bits import Asked
 
 PACKED = "pack-quantized"  # compressed-tensors' format of integers
+EXPERTS = r"re:.*\.experts\.\d+\."  # targets in its configuration
 SAMPLE = 32  # calibration windows that gradients and the measured loss are taken on
 UNKNOWN = Metric()
 
@@ -93,6 +106,8 @@ class Quantiser:
         self.linears: dict[str, dict[str, Any]] = {}
         self.chosen: dict[str, StorageType] = {}  # matrix's name → its type, where each has its own
         self.kinds: dict[str, StorageType] = {}
+        self.experts = asked.blocks.pick_experts(gcd(*widths), "experts") if (widths := list_widths(source)) else None
+        self.left: dict[str, None] = {}  # linears that stay as they are
         self.weights = 0
         self.outer: dict[str, int] = {}  # bytes of the embedding and the head, by name
 
@@ -154,7 +169,8 @@ class Quantiser:
 
         def rounding(name: str, weight: Tensor, metric: Metric, whole: Joined | None) -> Rounded:
             rows, own = (whole.rows, whole.name) if whole else (len(weight), name)
-            kind = self.chosen.get(own) or self.asked.blocks.pick(weight.shape[1], name, rows)
+            one = self.experts if whole and whole.experts else None
+            kind = self.chosen.get(own) or one or self.asked.blocks.pick(weight.shape[1], name, rows)
             return self.round(name, weight, kind, metric)
 
         family, stream = self.source.family, self.stream
@@ -167,13 +183,13 @@ class Quantiser:
         for whole in joined:
             own = whole.name.removeprefix(prefix)
             found[own] = join_rows([found.pop(part) for part in whole.parts], whole.order)
-        tensors = self.narrow(join_block(block, family).state_dict())
+        tensors = self.narrow(join_block(block, family, apart=True).state_dict())
         for name, rounded in found.items():
             self.note(prefix + name.removesuffix(".weight"), rounded)
             del tensors[name]
             stem = name.removesuffix("weight")
             tensors |= {f"{stem}{end}": t for end, t in name_parts(rounded).items()}
-        self.writer.shard(i + 1, {prefix + n: t for n, t in tensors.items()})
+        self.writer.shard(i + 1, {family.store_name(prefix + n): t for n, t in tensors.items()})
         return hidden
 
     def visit(
@@ -184,11 +200,18 @@ class Quantiser:
         family, stream = self.source.family, self.stream
         block = stream.place(stream.block(i, whole=True))
         layout = read_layout(block, family, self.source.config)
-        names = list_seen(block, layout)
-        self.settle(block, {f"{n}.weight" for n in list_linears(block)})
+        seen, others = list_seen(block, layout), {role for role, _, _ in self.source.shape(i).others}
+        names = [n for n in seen if n not in others]  # no routers, and no gates of shared experts
+        left = [n for n in seen if n in others]
+        self.settle(block, {f"{n}.weight" for n in list_linears(block) if n not in left})
         paths = {r: p for g in layout.groups for r, p in g.linears.items()}
         tokens = max(sum(h.shape[0] * h.shape[1] for h in hidden), 1)
-        grams = {n: g / tokens for n, g in measure_grams(stream, i, block, names, hidden).items()} if names else {}
+        grams = measure_grams(stream, i, block, names, hidden) if names else {}
+        if experts := list_experts(block, family):
+            assert family.experts is not None
+            damp_experts(grams, experts, tokens * read_top(find_mixture(block, family.experts)[1], family.experts))
+        for gram in {id(g): g for g in grams.values()}.values():
+            gram /= tokens
         attended = measure_attended(stream, i, block, layout, hidden)
         scene = Scene(
             block, layout, {r: grams[p] for r, p in paths.items()}, {r: gradients[p] for r, p in paths.items() if p in gradients},
@@ -197,10 +220,12 @@ class Quantiser:
         if attended is not None:
             scene.grams["v"] = attended
         prefix = f"{family.blocks}.{i}."
+        self.left |= dict.fromkeys(f"{prefix}{n}" for n in left)
         joined = find_joined(block, family, prefix)
+        wholes = joined + [stack_experts(block, own, prefix) for own in experts]
 
         def named(name: str, weight: Tensor, metric: Metric) -> Rounded:
-            return rounding(prefix + name, weight, metric, next((j for j in joined if name in j.parts), None))
+            return rounding(prefix + name, weight, metric, next((j for j in wholes if name in j.parts), None))
 
         found, _ = round_block(scene, named)
         for name in names:
@@ -271,19 +296,27 @@ class Quantiser:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["dtype"] = str(self.dtype if self.asked.packed else torch.float32).removeprefix("torch.")
         config.pop("torch_dtype", None)
+        kinds = {self.source.family.store_name(n): kind for n, kind in self.kinds.items()}
         config["quantization_config"] = (
-            describe_integers(self.kinds) if self.asked.packed else describe_blocks(self.kinds)
+            describe_integers(kinds, self.experts, [*self.left]) if self.asked.packed else describe_blocks(kinds)
         )
         self.writer.text("config.json", json.dumps(config, indent=2) + "\n")
 
 
+def list_widths(source: FolderSource) -> set[int]:
+    """Of the rows of all experts' linears, as they are left."""
+    found = filter(None, (find_experts(block, source.family) for block in find_blocks(source.model, source.family)))
+    return {linear.in_features for e in found for n in e.numbers for linear in e.linears(n)}  # type: ignore[misc]
+
+
 class Joined(NamedTuple):
     """A fused linear that is stored as one matrix: its name in the file, its parts' in the block, and their rows, one after the
-    other, as it has them."""
+    other, as it has them. Or (`experts`) the same linear of all experts, which have one type and are stored apart."""
 
     name: str
     parts: list[str]
     order: Tensor
+    experts: bool = False
 
     @property
     def rows(self) -> int:
@@ -302,6 +335,13 @@ def find_joined(block: nn.Module, family: Family, prefix: str) -> list[Joined]:
     return found
 
 
+def stack_experts(block: nn.Module, own: list[str], prefix: str) -> Joined:
+    """The same linear of all experts, which a file may hold as one tensor: they get one type."""
+    rows = sum(len(block.get_submodule(n).weight) for n in own)  # type: ignore[arg-type]
+    first, _, name = own[0].rpartition(".")
+    return Joined(f"{prefix}{first.rpartition('.')[0]}.{name}", [f"{n}.weight" for n in own], torch.arange(rows), True)
+
+
 Rounding = Callable[
     [str, Tensor, Metric, "Joined | None"], Rounded
 ]  # name in the file, (out, in), and what it is a part of
@@ -317,15 +357,16 @@ def describe_blocks(kinds: dict[str, StorageType]) -> dict[str, Any]:
     return {"quant_method": "ggml", "types": {name: kind.name for name, kind in kinds.items()}}
 
 
-def describe_integers(kinds: dict[str, StorageType]) -> dict[str, Any]:
-    """compressed-tensors' configuration: a group for every type, of all linears where there is but one."""
+def describe_integers(kinds: dict[str, StorageType], experts: StorageType | None, left: list[str]) -> dict[str, Any]:
+    """compressed-tensors' configuration: a group for every type, of all linears where there is but one. That of `experts`, which
+    are no linears in transformers' modules, is known there by an expression. `left`: linears that stay as they are."""
     groups = {}
     by_type: dict[StorageType, list[str]] = {}
     for name, kind in kinds.items():
-        by_type.setdefault(kind, []).append(name)
+        by_type.setdefault(kind, []).append(EXPERTS if kind == experts and re.match(EXPERTS[3:], name) else name)
     for n, (kind, names) in enumerate(by_type.items()):
         groups[f"group_{n}"] = {
-            "targets": ["Linear"] if len(by_type) == 1 else names,
+            "targets": ["Linear"] if len(by_type) == 1 else [*dict.fromkeys(names)],
             "weights": {
                 "num_bits": kind.bits, "type": "int", "symmetric": not kind.zero, "strategy": "group",
                 "group_size": kind.group, "dynamic": False,
@@ -334,7 +375,7 @@ def describe_integers(kinds: dict[str, StorageType]) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": PACKED, "quantization_status": "compressed", "config_groups": groups,
-        "ignore": [] if "lm_head" in kinds else ["lm_head"],
+        "ignore": [*left, *([] if "lm_head" in kinds else ["lm_head"])],
     }  # fmt: skip
 
 
