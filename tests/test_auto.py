@@ -16,7 +16,7 @@ from planish.apply import apply_edits
 from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.collect import measure_block
 from planish.calibrate.losses import nll
-from planish.calibrate.measure import hold_out, sweep_back
+from planish.calibrate.measure import sweep_back
 from planish.calibrate.store import Store
 from planish.calibrate.stream import Stream, read_weights
 from planish.core import Frontier, Unit
@@ -24,7 +24,7 @@ from planish.errors import InputError
 from planish.evaluate.single_cuts import measure_effects
 from planish.folder.source import MemorySource, open_source
 from planish.methods import auto, find_method
-from planish.methods.auto import solve_stored
+from planish.methods.auto import hold_out, solve_stored
 from planish.modelling.blocks import find_blocks
 from planish.plan.footprint import count_weights
 from planish.plan.frontiers import dense_taps
@@ -261,23 +261,6 @@ def test_plans_are_compared_on_windows_as_they_are(tmp_path, monkeypatch, shuffl
     asked, found = {tuple(w) for w in windows.tolist()}, torch.cat(seen[0][1].batches).tolist()
     assert len(found) == held
     assert shuffled > 0.5 or all(tuple(w) in asked for w in found)
-
-
-@pytest.mark.parametrize(("family", "settings", "share"), [
-    ("llama_gqa", {}, 0.25), ("qwen3_moe", {}, 0.0), ("qwen3_moe", {"shuffled": 0.5}, 0.5), ("llama_gqa", {"shuffled": 0.0}, 0.0),
-])  # fmt: skip
-def test_windows_are_shuffled_where_no_router_reads_them(tmp_path, monkeypatch, family, settings, share):
-    asked: list[float] = []
-    monkeypatch.setattr("planish.compression.shuffle_windows", lambda w, share: asked.append(share) or w)
-    compress(
-        tiny.build(family),
-        output=tmp_path / "out",
-        windows=tiny.windows(8, 12),
-        keep=0.9,
-        method="auto",
-        settings=settings,
-    )
-    assert asked == [share]
 
 
 def test_measured_effects_are_those_of_the_cut_model():

@@ -181,14 +181,14 @@ def test_few_narrow_experts_of_a_trained_mixture_lose_less_than_few_whole_ones(m
 
     def lose(method: str, keep: float, **settings: object) -> tuple[float, set[str]]:
         out = tmp_path / f"{method}-{keep}"
-        asked = {"keep": keep, "calibration": "builtin", "n_samples": 48, "seq_len": 256, "settings": settings}
+        asked = {"keep": keep, "calibration": "builtin", "n_samples": 48, "seq_len": 128, "settings": settings}
         planish.compress(mixture_dir, output=out, method=method, **asked)
         cut = {
             u.partition(".")[2] for u, r in json.loads((out / "planish.json").read_text())["plan"].items() if r < 128
         }
-        return planish.evaluate(out, "builtin", 256, max_windows=48).nll, cut
+        return planish.evaluate(out, "builtin", 128, max_windows=32).nll, cut
 
-    dense = planish.evaluate(mixture_dir, "builtin", 256, max_windows=48).nll
+    dense = planish.evaluate(mixture_dir, "builtin", 128, max_windows=32).nll
     drop, few = lose("reap", 0.42, criterion="nats")[0], lose("auto", 0.42)
     assert few[0] - dense < 0.5 * (drop - dense) and {"experts", "neurons"} <= few[1]
     assert "neurons" not in lose("auto", 0.615)[1]

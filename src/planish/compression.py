@@ -167,8 +167,7 @@ def open_stream(
 
     `folder`: where activations go that memory does not hold. `exact`: products are formed in `dtype` and no other.
     """  # fmt: skip
-    stream, cache = shared.stream, shared.cache
-    calibrated = shuffle_windows(windows, method.share_shuffled([source.shape(i) for i in range(source.n_blocks)]))
+    stream, cache, calibrated = shared.stream, shared.cache, shuffle_windows(windows, method.shuffled)
     products = dtype if exact else pick_products(source, method, device, dtype)
     if stream is None:
         stream = Stream(source, calibrated, device=device, dtype=dtype, limits=MemoryLimits(folder=folder))

@@ -210,12 +210,3 @@ def measure_back(
         return seen.fold(values, len(leaf))
 
     return collect(stream, taps, run, stream.source.shape(i)), earlier
-
-
-def hold_out(measure: Measurements, among: Sequence[int]) -> tuple[Measurements, Stream]:
-    """(Everything without every fourth of these calibration windows, that fourth): for the loss of plans on text that they
-    are not solved on."""
-    windows = torch.cat(measure.stream.batches)
-    held = torch.zeros(len(windows), dtype=torch.bool)
-    held[list(among)[3::4]] = True
-    return measure.part(windows[~held]), measure.stream.part(windows[held])

@@ -127,7 +127,7 @@ def look_ahead(
         windows = read()
         check_windows(windows, whole)
         check_tokens(method, problem, windows, dict(request.settings))
-        windows = shuffle_windows(windows, method.share_shuffled(problem.shapes))
+        windows = shuffle_windows(windows, method.shuffled)
         return Stream(whole, windows, device=device, dtype=dtype, limits=limits)
 
     awaited = Awaited(source, torch.device(device), dtype, limits, make_stream)

@@ -8,9 +8,11 @@ from functools import cache, partial
 from math import exp
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from planish.calibrate.losses import Probe, nll
-from planish.calibrate.measure import Measurements, hold_out
-from planish.calibrate.stream import read_weights
+from planish.calibrate.measure import Measurements
+from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import list_shuffled
 from planish.core import INSIDE, Edit, Plan, Shape, Solver, Unit
 from planish.errors import InputError
@@ -47,7 +49,6 @@ BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that 
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
 INSIDES = (NEVER, 2.0)  # and for neurons of experts, beside 1
 SATURATES = 0.01  # predicted nats per token above which plans are compared by measured loss
-SHUFFLED = 0.25  # share of the calibration windows, of a model without experts
 HELD = 8  # windows at least on which they are
 MOVES = {  # how a search changes the weights of predictions: one step either way
     "attention": (1 / 1.5, 1.5),
@@ -117,8 +118,7 @@ class Auto(Method):
     plan's solve runs again: less makes a further point of a sweep cheaper and the result a little worse; their moments are
     then blended with the uncompressed model's. `planish sweep` takes a sixteenth unless told otherwise. `shuffled`: share of
     the calibration windows whose tokens, but the first, are put in another order. Statistics of such windows hold more than
-    the calibration text's own directions, and text of another kind loses less. By default 0.25, or 0 where blocks have
-    experts: a router sends shuffled tokens elsewhere. `probe`: what gradients are of: "sampled" labels
+    the calibration text's own directions, and text of another kind loses less. `probe`: what gradients are of: "sampled" labels
     of the model, the "text"'s own next tokens, or the "curvature" of the KL at each token's five likeliest words
     (`planish.calibrate.losses.output_gradient`).
 
@@ -145,17 +145,12 @@ class Auto(Method):
     steep: float | None = None
     search: int = 0
     refit_share: float = 1.0
-    shuffled: float | None = None
+    shuffled: float = 0.25
     probe: Probe = "sampled"  # type: ignore[misc]
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
         return "both" if self.anchor else "dense"
-
-    def share_shuffled(self, shapes: Sequence[Shape]) -> float:
-        if self.shuffled is not None:
-            return self.shuffled
-        return 0.0 if any(s.experts for s in shapes) else SHUFFLED
 
     def solvers(self) -> list[Solver]:
         structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
@@ -213,7 +208,7 @@ class Auto(Method):
         work = [survey_back(problem, refit)] * max(self.rounds, 1)
         for kind in (k for k in SCORES if {*k} <= {u.name for u in problem.units}):
             work.append(foresee_errors(problem, kind, windows))
-        plain = windows - len(list_shuffled(windows, self.share_shuffled(problem.shapes)))
+        plain = windows - len(list_shuffled(windows, self.shuffled))
         tried = (len(BYPASSES) + len(LINEARS) - 2) * (problem.keep < LOW and self.units == "any")  # further ones
         tried = max(self.search, 1 + tried + len(INSIDES) * any(u.name in INSIDE for u in problem.units))
         if min(plain, windows) >= 4 * HELD and tried > 1:
@@ -244,7 +239,7 @@ class Auto(Method):
             known |= changed
             picked = self.allocate(problem, frontiers)
         with measure.phase("search"):
-            picked, search = self._compare(problem, measure, frontiers, picked)
+            picked, search = self.compare(problem, measure, frontiers, picked)
         notes = {"predicted_loss": picked.loss, "units cut": picked.cut} | ({"search": search} if search else {})
         remarks = describe_top(problem, picked.ranks)
         return self.decide(problem, picked.ranks, frontiers=frontiers, notes=notes, remarks=remarks)
@@ -259,12 +254,12 @@ class Auto(Method):
         timed = self.bypass is None and problem.table is not None
         return Weighing(steep, bypass=1.0 if self.bypass or timed else NEVER)
 
-    def _compare(
+    def compare(
         self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick
     ) -> tuple[Pick, dict[str, Any]]:
         """The plan with the least measured loss of this one, those with bypasses, those of a short search; and what it found."""
         windows, length = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
-        plain = sorted({*range(windows)} - {*list_shuffled(windows, self.share_shuffled(problem.shapes))})
+        plain = sorted({*range(windows)} - {*list_shuffled(windows, self.shuffled)})
         among = plain if 2 * len(plain) >= windows else [*range(windows)]
         best = self._start(problem)
         make = cache(lambda weighing: self.allocate(problem, frontiers, weighing=weighing))
@@ -337,6 +332,15 @@ def descend(best: Weighing, loss: Callable[[Weighing], float], more: Callable[[]
             if best != better:  # the other way leads back
                 break
     return best
+
+
+def hold_out(measure: Measurements, among: Sequence[int]) -> tuple[Measurements, Stream]:
+    """(Everything without every fourth of these calibration windows, that fourth): for the loss of plans on text that they
+    are not solved on."""
+    windows = torch.cat(measure.stream.batches)
+    held = torch.zeros(len(windows), dtype=torch.bool)
+    held[list(among)[3::4]] = True
+    return measure.part(windows[~held]), measure.stream.part(windows[held])
 
 
 def measure_again(problem: Problem, measure: Measurements, plan: Plan, probe: Probe = "sampled") -> Frontiers:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from planish.calibrate.losses import Probe
 from planish.calibrate.measure import Measurements
-from planish.core import Plan, Shape, Solver, Unit
+from planish.core import Plan, Solver, Unit
 from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
@@ -53,8 +53,9 @@ class Method(ABC):
         """Share of the submodules that goes, where that was asked for in place of a budget."""
         return None
 
-    def share_shuffled(self, shapes: Sequence[Shape]) -> float:
-        """Share of the calibration windows that it measures on with their tokens in another order, for blocks of these shapes."""
+    @property
+    def shuffled(self) -> float:
+        """Share of the calibration windows that it measures on with their tokens in another order."""
         return 0.0
 
     @property
