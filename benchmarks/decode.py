@@ -6,7 +6,7 @@
 
 Every method (with settings behind a stroke) at every keep, on few calibration tokens: only shapes matter for speed. Dense and
 compressed models decode in turns at batch 1, as they are, then with compiled steps; or in other stacks, exported in fp32,
-after they were compressed for these (`--no-steps`: to widths that their kernels may not like). Times are CPU seconds of the
+after they were compressed for these (`--for-any`: for any stack, to whatever widths). Times are CPU seconds of the
 process, which other processes hardly disturb.
 """
 
@@ -20,7 +20,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from planish.export.gguf import export_gguf
 from planish.export.llama_cpp import LlamaCpp
 from planish.export.onnx import export_onnx
 from planish.export.verify import OnnxRuntime
-from planish.plan.targets import TARGETS
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "decode.md"
 HEAD = """# Decode speed, as it is and compiled
@@ -59,8 +57,7 @@ def compress_all(
     for text in args.methods.split(","):
         method, _, settings = text.partition("/")
         for keep in map(float, args.keeps.split(",")):
-            where = "" if target == "any" else f"-{target}{'-no-steps' if args.no_steps else ''}"
-            out = folder / f"{text.replace('/', '-')}-{keep}{where}"
+            out = folder / f"{text.replace('/', '-')}-{keep}{'' if target == 'any' else f'-{target}'}"
             with contextlib.suppress(InputError):
                 if not out.exists():
                     planish.compress(
@@ -164,9 +161,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="keep the models in this folder, and use those that are there")
     parser.add_argument("--stacks", help=f"in the place of transformers: {', '.join(STACKS)}; one thread")
-    parser.add_argument(
-        "--no-steps", action="store_true", help="with --stacks: any rank, whatever the stack's kernels like"
-    )
+    parser.add_argument("--for-any", action="store_true", help="with --stacks: compressed for any, to whatever widths")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--write", action="store_true", help="put the section into the table")
     args = parser.parse_args()
@@ -191,9 +186,7 @@ def main() -> None:
         if args.stacks:
             for stack in args.stacks.split(","):
                 start, target = STACKS[stack]
-                if args.no_steps:
-                    TARGETS[target] = replace(TARGETS[target], steps={}, wide={})
-                folders = compress_all(model, work, args, calibration, target)
+                folders = compress_all(model, work, args, calibration, "any" if args.for_any else target)
                 write_stack(args, stack, bench_stack(folders, start, args, Path(scratch)))
             return
         bench_transformers(compress_all(model, work, args, calibration), args)
@@ -218,7 +211,7 @@ def write_stack(args: argparse.Namespace, stack: str, cells: dict[str, str]) -> 
     """The section of one stack."""
     rows = f"| method | keep asked | keep | ms | × dense |\n{'|---' * 5}|\n"
     rows += "".join(f"| {name} | {own} |\n" for name, own in cells.items())
-    steps = "" if args.no_steps else ", in steps of the target"
+    steps = "" if args.for_any else ", in steps of the target"
     put(args, f"in {stack}: {describe(args)}, round-to {args.round_to}{steps}", rows)
 
 

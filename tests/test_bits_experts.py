@@ -233,9 +233,10 @@ def test_one_wrong_expert_fails_though_few_tokens_reach_it(tmp_path):
     export(tmp_path / "out", "gguf", tmp_path / "m.gguf")
     assert verify(tmp_path / "out", "gguf", file=tmp_path / "m.gguf").passed
     entry = GGUF(tmp_path / "m.gguf").tensors["blk.1.ffn_down_exps.weight"]
+    assert entry.kind == "IQ4_NL"
     with (tmp_path / "m.gguf").open("r+b") as file:
         file.seek(entry.start + 3 * entry.size // 8)
-        file.write(bytes(entry.size // 8))
+        file.write((b"\0\x2c" + bytes(16)) * (entry.size // 8 // 18))  # IQ4_NL: all weights -127 / 16
     found = verify(tmp_path / "out", "gguf", file=tmp_path / "m.gguf")
     assert not found.passed and found.settled_logit_difference > found.tolerance * found.max_logit
 

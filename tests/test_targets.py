@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from typer.main import get_command
+from typer.testing import CliRunner
 
 import compressed
 import tiny
@@ -70,9 +70,14 @@ def test_auto_steps_are_the_targets_own():
     """On the command line, in Python and in recipes; a number is a step beside them."""
     asked = [Request.ask(model="", target="onnx", **more) for more in ({}, {"round_to": "auto"}, {"round_to": 1})]
     assert asked[0] == asked[1] == asked[2] != Request.ask(model="", target="onnx", round_to=32)
-    (flag,) = (p for p in get_command(app).commands["compress"].params if p.name == "round_to")
-    read = [flag.type.convert(text, flag, None) for text in ("auto", "32", "-1", "1.5")]
-    assert read == ["auto", 32, -1, "1.5"]
+    refused = "round-to must be a whole number or auto, got '1.5'"
+    for text, words in (
+        ("auto", "no such model"),
+        ("32", "no such model"),
+        ("0", "round-to must be 1"),
+        ("1.5", refused),
+    ):
+        assert words in CliRunner().invoke(app, ["plan", "/none", "--round-to", text]).output
 
 
 def test_low_rank_methods_are_refused_for_gguf():

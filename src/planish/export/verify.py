@@ -250,7 +250,8 @@ def verify(
 def watch_experts(model: nn.Module, folder: Path | None) -> Iterator[dict[str, Tensor]]:
     """For every module of experts of a folder's model which of them (tokens, top) each token reaches in the first run within the
     context; nothing where the stock module is not told."""
-    row, found, hooks = read_layout(open_config(load_config(folder))[0])[0].experts if folder else None, {}, []
+    row = read_layout(open_config(load_config(folder))[0])[0].experts if folder else None
+    found, hooks = dict[str, Tensor](), []
 
     def watch(name: str) -> Callable[[nn.Module, Any], None]:
         def see(module: nn.Module, args: Any) -> None:

@@ -56,7 +56,7 @@ def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, s
         return new[-1][1]
 
     units = problem.block_units(i)
-    found = lanes.share_out(units, problem.count_whole, decompose)
+    found = lanes.share_out(units, problem.count, decompose)
     cache.keep_losses(stats.origin, new)
     return dict(zip(units, found, strict=True))
 

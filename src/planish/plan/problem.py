@@ -79,13 +79,10 @@ class Problem:
         """Of the main budget, or another one, in a block with this spec."""
         return (budget or self.main).cost(self.units[unit], unit, self.shapes[unit.block], rank, beside)
 
-    def count(self, unit: Unit, rank: int) -> int:
-        """Weights left in the unit at this rank, whatever the budgets count."""
+    def count(self, unit: Unit, rank: int | None = None) -> int:
+        """Weights left in the unit at this rank, by default uncut, whatever the budgets count."""
+        rank = self.full(unit) if rank is None else rank
         return count_weights(self.units[unit], unit, self.shapes[unit.block], rank)
-
-    def count_whole(self, unit: Unit) -> int:
-        """Weights of the uncut unit: about how much work it makes beside others."""
-        return self.count(unit, self.full(unit))
 
     def choices(self, unit: Unit) -> Choices:
         """Admissible ranks of a unit, and what they cost of every budget."""

@@ -161,7 +161,7 @@ def cut_units(
         edits = {r: store(solver.truncate(frontier, r, shape), weights, unit) for r in sorted(wanted[unit])}
         return {r: Cut(float(frontier.loss[r]), own) for r, own in edits.items()}
 
-    return dict(zip(wanted, lanes.share_out(list(wanted), problem.count_whole, cut), strict=True))
+    return dict(zip(wanted, lanes.share_out(list(wanted), problem.count, cut), strict=True))
 
 
 def interpolate(at: Tensor, known: Tensor, values: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ class Walk:
             frontier = self.measure.cache.frontier(origin, solver, unit, make) if origin else make()
             return float(frontier.loss[rank]), store(solver.truncate(frontier, rank, shape), weights, unit)
 
-        found = lanes.share_out(units, problem.count_whole, solve)
+        found = lanes.share_out(units, problem.count, solve)
         errors = {str(unit): loss for unit, (loss, _) in zip(units, found, strict=True) if not isnan(loss)}
         return [edit for _, edits in found for edit in edits], errors  # nan: not predicted
 
