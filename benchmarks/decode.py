@@ -5,8 +5,9 @@
     python benchmarks/decode.py --stacks llama.cpp,onnx --methods flat-llm,auto/units=structural,svd-llm
 
 Every method (with settings behind a stroke) at every keep, on few calibration tokens: only shapes matter for speed. Dense and
-compressed models decode in turns at batch 1, as they are, then with compiled steps; or in other stacks, exported in fp32, for
-llama.cpp after they were compressed for it. Times are CPU seconds of the process, which other processes hardly disturb.
+compressed models decode in turns at batch 1, as they are, then with compiled steps; or in other stacks, exported in fp32,
+after they were compressed for these (`--for-any`: for any stack, to whatever widths). Times are CPU seconds of the
+process, which other processes hardly disturb.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ HEAD = """# Decode speed, as it is and compiled
 Written by `benchmarks/decode.py`: one token after the other, batch 1, in turns with the dense model; CPU ms per token, median.
 "× dense" is the median of paired turns (lowest – highest). "Compiled": `planish bench --compile`, decode steps as one graph over a
 static cache, the dense model's too. Weights are random unless a model is named: only shapes matter for speed. In llama.cpp and
-ONNX Runtime: what `planish export` writes in fp32; the kept share is that of the model compressed for that stack.
+ONNX Runtime: what `planish export` writes in fp32; the kept share is that of the model compressed for that stack, to widths that
+its kernels like ("in steps of the target") or to any.
 """
 Turn = Callable[[], float]  # reads the prompt, decodes: CPU seconds of the decoding
 
@@ -108,12 +110,14 @@ def start_onnx(folder: Path, scratch: Path, prompt: list[int], new: int) -> Turn
 STACKS = {"llama.cpp": (start_llama_cpp, "gguf"), "onnx": (start_onnx, "onnx")}
 
 
-def bench_stack(folders: dict[str, Path | None], stack: str, args: argparse.Namespace, scratch: Path) -> dict[str, str]:
+def bench_stack(
+    folders: dict[str, Path | None], start: Callable[..., Turn], args: argparse.Namespace, scratch: Path
+) -> dict[str, str]:
     """Cells of every model in one stack."""
     prompt, turns = list(range(1, args.context + 1)), dict[str, Turn]()
     for name, folder in folders.items():
         if folder is not None:
-            turns[name] = STACKS[stack][0](folder, scratch, prompt, args.new)
+            turns[name] = start(folder, scratch, prompt, args.new)
             turns[name]()
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(args.repeats):
@@ -157,6 +161,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="keep the models in this folder, and use those that are there")
     parser.add_argument("--stacks", help=f"in the place of transformers: {', '.join(STACKS)}; one thread")
+    parser.add_argument("--for-any", action="store_true", help="with --stacks: compressed for any, to whatever widths")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--write", action="store_true", help="put the section into the table")
     args = parser.parse_args()
@@ -179,11 +184,10 @@ def main() -> None:
                 head_dim=64,
             )  # fmt: skip
         if args.stacks:
-            columns = {}
             for stack in args.stacks.split(","):
-                folders = compress_all(model, work, args, calibration, STACKS[stack][1])
-                columns[stack] = bench_stack(folders, stack, args, Path(scratch))
-                write_stacks(args, columns)
+                start, target = STACKS[stack]
+                folders = compress_all(model, work, args, calibration, "any" if args.for_any else target)
+                write_stack(args, stack, bench_stack(folders, start, args, Path(scratch)))
             return
         bench_transformers(compress_all(model, work, args, calibration), args)
 
@@ -203,13 +207,12 @@ def bench_transformers(folders: dict[str, Path | None], args: argparse.Namespace
         write(args, names, ways)
 
 
-def write_stacks(args: argparse.Namespace, columns: dict[str, dict[str, str]]) -> None:
-    """The section of these stacks."""
-    rows = "| method | keep asked |" + "".join(f" {stack}: keep | ms | × dense |" for stack in columns)
-    rows += f"\n{'|---' * (3 * len(columns) + 2)}|\n"
-    for name in next(iter(columns.values())):
-        rows += f"| {' | '.join([name, *(cells[name] for cells in columns.values())])} |\n"
-    put(args, f"in other stacks: {describe(args)}, round-to {args.round_to}", rows)
+def write_stack(args: argparse.Namespace, stack: str, cells: dict[str, str]) -> None:
+    """The section of one stack."""
+    rows = f"| method | keep asked | keep | ms | × dense |\n{'|---' * 5}|\n"
+    rows += "".join(f"| {name} | {own} |\n" for name, own in cells.items())
+    steps = "" if args.for_any else ", in steps of the target"
+    put(args, f"in {stack}: {describe(args)}, round-to {args.round_to}{steps}", rows)
 
 
 def write(args: argparse.Namespace, names: list[str], ways: list[list[Speed]]) -> None:

@@ -3,11 +3,11 @@
     python tools/train_demo_model.py --experts 16 --fp32        # once: the mixture that is measured on, in the cache folder
     python benchmarks/mixture.py
 
-drop: `--method reap` by each criterion and `hope`, at the keep of so many experts. auto: experts and what is inside them, and the
-same with no calibration window shuffled ("auto plain"), as the others have them. neurons: `a3 --set parts=mlp` at the
-same keep. rank: a pair of factors in place of every linear of every expert, by its own tokens (whitened SVD; planish writes no
-such pairs). bits: the experts' weights alone rounded to nearest in groups of 64 (`--bits` feeds errors on, and rounds attention
-too). Nats: loss per token on held-out text. The table is resumed: a row that the CSV has is not measured again.
+drop: `--method reap` by each criterion and `hope`, at the keep of so many experts. auto: experts and what is inside them; "auto
+plain": with no calibration window shuffled, as the others have them. neurons: `a3 --set parts=mlp` at the same keep. rank: a pair
+of factors in place of every linear of every expert, by its own tokens (whitened SVD; planish writes no such pairs). bits: the
+experts' weights alone rounded to nearest in groups of 64 (`--bits` feeds errors on, and rounds attention too). Nats: loss per
+token on held-out text. The table is resumed: a row that the CSV has is not measured again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import tempfile
 import time
@@ -36,14 +37,16 @@ from planish.solvers.linalg import damp, whitened_svd
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "mixture.md"
 CACHE = Path(os.environ.get("PLANISH_CACHE") or "~/.cache/planish").expanduser()
-FIELDS = ("model", "way", "asked", "bytes", "nats", "seconds", "note", "protocol")
+FIELDS = ("model", "way", "asked", "bytes", "nats", "kl", "stderr", "seconds", "note", "protocol")
 CRITERIA = ("reap", "frequency", "mass", "gated", "man", "nats")
+OURS = ("auto", "auto plain")
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 HEAD = """# Mixtures of experts
 
 Written by `benchmarks/mixture.py` from mixture.csv, on a mixture that `tools/train_demo_model.py --experts 16` trains
-([how](../demo_model.md#a-mixture)). Nats: held-out loss per token more than the dense model's. s: CPU seconds of one thread for
-calibrating, choosing and writing, over the number of experts.
+([how](../demo_model.md#a-mixture)). Nats: held-out loss per token more than the dense model's. KL: of its next token's distribution
+from the dense model's on the same text, with its standard error: far less noisy. s: CPU seconds of one thread for calibrating,
+choosing and writing, over the number of experts.
 """
 
 
@@ -53,10 +56,8 @@ def main() -> None:
     parser.add_argument("--name", default="small mixture")
     parser.add_argument("--n-samples", type=int, default=48)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=48, help="of held-out text")
-    parser.add_argument(
-        "--ways", default=",".join([*CRITERIA, "hope", "auto", "auto plain", "neurons", "rank", "bits"])
-    )
+    parser.add_argument("--windows", type=int, default=160, help="of held-out text")
+    parser.add_argument("--ways", default=",".join([*CRITERIA, "hope", *OURS, "neurons", "rank", "bits"]))
     parser.add_argument("--table", type=Path, default=TABLE)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,18 +101,14 @@ def measure(args: argparse.Namespace, way: str, asked: str, make: Callable[[Path
         if done is not None:
             lm, row["bytes"], row["note"] = unpack(done, Path(scratch) / "out")
             tokenizer = AutoTokenizer.from_pretrained(args.model)
-            found = planish.evaluate(
-                lm.float(),
-                "builtin",
-                args.seq_len,
-                tokenizer=tokenizer,
-                max_windows=args.windows,
-                batch_size=8,
-                cache=True,
-            )
-            row["nats"] = f"{found.nll:.5f}"
+            found = planish.compare(
+                lm.float(), planish.load(args.model).float(), "builtin", args.seq_len, tokenizer=tokenizer,
+                max_windows=args.windows, batch_size=8, cache=True,
+            )  # fmt: skip
+            row |= {"nats": f"{found.model.nll:.5f}", "kl": f"{found.agreement.kl:.5f}"}
+            row["stderr"] = f"{found.agreement.kl_stderr:.5f}"
     append_row(book, FIELDS, row)
-    print(*(row[n] for n in ("way", "asked", "bytes", "nats", "seconds", "note")), flush=True)
+    print(*(row[n] for n in ("way", "asked", "bytes", "nats", "kl", "seconds", "note")), flush=True)
 
 
 def unpack(done: Any, out: Path) -> tuple[Any, int, str]:
@@ -215,45 +212,52 @@ def tabulate(rows: list[dict[str, str]]) -> str:
     lines = [HEAD]
     for protocol in dict.fromkeys(r["protocol"] for r in rows):
         own = {(r["way"], r["asked"]): r for r in rows if r["protocol"] == protocol}
-        dense = own["dense", ""]
+        dense, shares = own["dense", ""], [f"{s:g}" for s in SHARES]
+        ways = list(dict.fromkeys(w for w, a in own if a in shares))
         lines += [f"## {protocol}\n", f"Dense: {float(dense['nats']):.4f} nats, {int(dense['bytes']):,} bytes.\n"]
-        shares = [f"{s:g}" for s in SHARES]
-        lines.append("| experts' share that goes | " + " | ".join(f"{float(s):.1%}" for s in shares) + " | s |")
-        lines.append("|---" * (len(shares) + 2) + "|")
-        for way in dict.fromkeys(w for w, a in own if a in shares):
+        head = " | ".join(f"{float(s):.1%}" for s in shares) + " |"
+        lines += ["| nats; experts' share that goes | " + head + " s |", "|---" * (len(shares) + 2) + "|"]
+        for way in ways:
             found = [own.get((way, s), {}) for s in shares]
             cells = [f"{float(r['nats']) - float(dense['nats']):.4f}" if r.get("nats") else "–" for r in found]
             spent = [float(r["seconds"]) for r in found if r.get("seconds")]
             lines.append(f"| {way} | {' | '.join(cells)} | {sum(spent) / len(spent) / 64:.2f} |")
         sizes = [own.get(("reap", s), {}).get("bytes") for s in shares]
         lines.append(f"| bytes | {' | '.join(f'{int(n):,}' if n else '–' for n in sizes)} | |")
-        lines += ["", "| experts in | nats | bytes |", "|---|---|---|"]
+        lines += ["", "| KL ± | " + head, "|---" * (len(shares) + 1) + "|"]
+        for way in ways:
+            cells = [
+                f"{r['kl'][:-1]} ± {r['stderr'][:-1]}" if (r := own.get((way, s), {})).get("kl") else "–"
+                for s in shares
+            ]
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+        lines += ["", "| experts in | nats | KL | bytes |", "|---|---|---|---|"]
         for (way, asked), r in own.items():
             if way == "bits":
-                lines.append(f"| {asked} bits | {float(r['nats']) - float(dense['nats']):.4f} | {int(r['bytes']):,} |")
-        lines += ["", tell(own, float(dense["nats"]), shares), ""]
+                lost = float(r["nats"]) - float(dense["nats"])
+                lines.append(f"| {asked} bits | {lost:.4f} | {r['kl'][:-1]} | {int(r['bytes']):,} |")
+        lines += ["", tell(own, shares), ""]
     return "\n".join(lines)
 
 
-def tell(own: dict[tuple[str, str], dict[str, str]], dense: float, shares: list[str]) -> str:
-    """Where auto is behind, against all ways to drop experts and to take neurons out of them at the same keep."""
+def tell(own: dict[tuple[str, str], dict[str, str]], shares: list[str]) -> str:
+    """Where auto is behind by KL, against all ways to drop experts and to take neurons out of them at the same keep."""
     behind, best = [], dict[str, str]()
     for s in shares:
-        others = {
-            w: float(r["nats"])
-            for (w, a), r in own.items()
-            if a == s and w not in ("auto", "auto plain", "rank") and r["nats"]
-        }
-        auto = own.get(("auto", s), {}).get("nats")
-        if auto and others:
-            best[s] = min(others, key=lambda w: others[w])
-            if float(auto) > others[best[s]]:
-                behind.append(f"{float(s):.1%} ({float(auto) - others[best[s]]:.4f} nats behind {best[s]})")
+        others = {w: r for (w, a), r in own.items() if a == s and w not in (*OURS, "rank") and r["kl"]}
+        auto = own.get(("auto", s), {})
+        if auto.get("kl") and others:
+            best[s] = min(others, key=lambda w: float(others[w]["kl"]))
+            gap = float(auto["kl"]) - float(others[best[s]]["kl"])
+            noise = 2 * math.hypot(float(auto["stderr"]), float(others[best[s]]["stderr"]))
+            behind += [f"{float(s):.1%} ({gap:.4f} nats behind {best[s]}, two standard errors {noise:.4f})"] * (
+                gap > noise
+            )
     if not best:
         return "Not measured: auto."
     first = ", ".join(f"{best[s]} at {float(s):.1%}" for s in best)
-    return f"The best of the others: {first}. auto is " + (
-        f"behind at {', '.join(behind)}." if behind else "never behind."
+    return f"By KL the best of the others: {first}. auto is " + (
+        f"behind at {', '.join(behind)}." if behind else "never behind by more than two standard errors."
     )
 
 

@@ -1,11 +1,12 @@
 """What do several processes cost and gain? docs/tables/processes.md.
 
-    python benchmarks/processes.py [--methods flat-llm,a3,auto] [--counts 1,2,4] [--windows 128] [--turns 2]
+    python benchmarks/processes.py [--methods flat-llm,a3,auto] [--counts 1,2,4] [--windows 128] [--turns 2] [--write]
 
 `planish.compress` under torchrun, one thread per process, on the CPU, counts in turns. Efficiency is the CPU seconds of one process
 over those of all processes together: what is computed twice, and what talking costs, lowers it. "× faster" is what as many free
 cores would give, whatever this machine's do: between two exchanges of all processes the slowest one counts, T₁ / Σ max. Imports are
-left out of both and have a column of their own. Files that differ end with an error.
+left out of both and have a column of their own. Files that differ end with an error. `--write` keeps the table's rows of
+methods that are not measured anew, where all else is the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,7 @@ import torch
 import torch.distributed as dist
 from random_model import write_model
 from robustness import check
-from structural import write_section
+from structural import read_section, write_section
 
 import planish
 from planish.methods import list_methods
@@ -120,6 +122,13 @@ def show_scaling(folder: Path, args: argparse.Namespace) -> tuple[str, str]:
     return what, text
 
 
+def keep_rows(text: str, old: str, methods: list[str]) -> str:
+    """A section with the rows that an old one has of other methods, before its own, where these were measured alike."""
+    start, head, rows = re.match(r"(.*?\n\n)(\|.*?\n\|.*?\n)(.*)", text, re.DOTALL).groups()
+    known = [line for line in old.splitlines() if line.startswith("| ") and line.split("|")[1].strip() not in methods]
+    return start + head + "".join(f"{r}\n" for r in known[1:] if start + head in f"{old}\n") + rows
+
+
 def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
 
@@ -150,7 +159,7 @@ def main() -> None:
         title, text = show_scaling(Path(folder), args)
     print(f"## {title}\n\n{text}", flush=True)
     if args.write:
-        write_section(TABLE, HEAD, title, text.rstrip())
+        write_section(TABLE, HEAD, title, keep_rows(text, read_section(TABLE, title), args.methods.split(",")).rstrip())
 
 
 if __name__ == "__main__":

@@ -176,11 +176,21 @@ def split_text(text: Path | None, scratch: Path) -> tuple[str, str]:
     return str(scratch / "fit.txt"), str(scratch / "test.txt")
 
 
+def read_section(table: Path, title: str) -> str:
+    """What is under the heading `title` of a page; empty where there is no such."""
+    text = table.read_text(encoding="utf-8") if table.exists() else ""
+    return next((p.partition("\n\n")[2] for p in split_sections(text) if p.startswith(f"## {title}\n")), "")
+
+
+def split_sections(text: str) -> list[str]:
+    return re.split(r"(?m)^(?=## )", text)
+
+
 def write_section(table: Path, start: str, title: str, text: str) -> None:
     """Put `text` under the heading `title` of a page that begins with `start`; other sections stay."""
     table.parent.mkdir(parents=True, exist_ok=True)
     old = table.read_text(encoding="utf-8") if table.exists() else start
-    parts = [p for p in re.split(r"(?m)^(?=## )", old) if not p.startswith(f"## {title}\n")]
+    parts = [p for p in split_sections(old) if not p.startswith(f"## {title}\n")]
     parts.append(f"## {title}\n\n{text}")
     table.write_text("\n\n".join(p.strip() for p in parts) + "\n", encoding="utf-8")
 

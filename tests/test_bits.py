@@ -81,6 +81,19 @@ def test_transformers_reads_what_is_packed(model, tmp_path, options, types):
     assert torch.equal(theirs(IDS[:2]).logits, own)
 
 
+@pytest.mark.parametrize(
+    ("method", "bits", "step"), [("auto", "4", 32), ("svd-llm", "int4-64", 64), ("mpifa", "3", 32)]
+)
+def test_ranks_are_such_that_factors_divide_into_groups(tmp_path, method, bits, step):
+    """A model whose ranks would else be any number: rows of second factors hold whole groups, and the budget is kept."""
+    wide = save(build("llama_gqa", hidden_size=192, intermediate_size=320, num_hidden_layers=2), tmp_path / "model")
+    text = {"calibration": windows(20, 24).flatten().numpy(), "n_samples": 20}
+    done = compress(wide, tmp_path / "out", keep=0.7, method=method, bits=bits, **text)
+    widths = [w.shape[1] for n, w in read_linears(tmp_path / "out").items() if len(n.rpartition(".")[2]) == 1]
+    assert {*widths} - {192, 320} and all(n % step == 0 for n in widths)
+    assert 0.6 < done.keep <= 0.7
+
+
 def test_every_linear_is_recorded(model, tmp_path):
     result = compress(model, tmp_path / "out", bits=3)
     manifest = json.loads((tmp_path / "out/planish.json").read_text())

@@ -14,7 +14,7 @@ from planish.calibrate.measure import sweep_back
 from planish.calibrate.stream import Stream
 from planish.errors import InputError
 from planish.export import export
-from planish.export.verify import verify
+from planish.export.verify import settle, verify
 from planish.folder.gguf_file import GGUF
 from planish.folder.source import open_folder, open_source
 from planish.modelling.canonical import join_block
@@ -152,7 +152,7 @@ def test_llama_cpp_runs_the_stacks_that_are_stored(tmp_path, name):
     down = torch.stack([weights[f"{place}.{n}.{row.names[2]}"] for n in range(8)])
     assert torch.equal(file.read("blk.1.ffn_down_exps.weight", torch.float32).view(down.shape), down)
     compared = verify(tmp_path / "out", "gguf", file=tmp_path / "m.gguf")
-    assert compared.passed and compared.typical_logit_difference <= compared.max_logit_difference
+    assert compared.passed and compared.settled_logit_difference <= compared.max_logit_difference
     assert compared.max_logit_difference < 0.05 * compared.max_logit
 
 
@@ -221,8 +221,39 @@ def test_a_token_that_reaches_another_expert_in_llama_cpp_fails_nothing(tmp_path
     compress(dense, tmp_path / "other", bits="q4_0", keep=0.7)
     export(tmp_path / "out", "gguf", tmp_path / "m.gguf")
     found = verify(tmp_path / "out", "gguf", file=tmp_path / "m.gguf", prompt_len=24, new_tokens=4)
-    assert found.passed and found.typical_logit_difference < 0.05 * found.max_logit < found.max_logit_difference
+    assert found.passed and found.settled_logit_difference < 0.05 * found.max_logit < found.max_logit_difference
     assert not verify(tmp_path / "other", "gguf", file=tmp_path / "m.gguf", prompt_len=24, new_tokens=4).passed
+
+
+@pytest.mark.slow
+def test_one_wrong_expert_fails_though_few_tokens_reach_it(tmp_path):
+    """Most tokens' logits are right; all that reach the expert differ."""
+    dense = save(build("qwen2_moe", **MODELS["qwen2_moe"]), tmp_path / "model")
+    compress(dense, tmp_path / "out")
+    export(tmp_path / "out", "gguf", tmp_path / "m.gguf")
+    assert verify(tmp_path / "out", "gguf", file=tmp_path / "m.gguf").passed
+    entry = GGUF(tmp_path / "m.gguf").tensors["blk.1.ffn_down_exps.weight"]
+    assert entry.kind == "IQ4_NL"
+    with (tmp_path / "m.gguf").open("r+b") as file:
+        file.seek(entry.start + 3 * entry.size // 8)
+        file.write((b"\0\x2c" + bytes(16)) * (entry.size // 8 // 18))  # IQ4_NL: all weights -127 / 16
+    found = verify(tmp_path / "out", "gguf", file=tmp_path / "m.gguf")
+    assert not found.passed and found.settled_logit_difference > found.tolerance * found.max_logit
+
+
+def test_what_no_token_between_two_experts_explains():
+    """A quarter of the tokens may be far off, but not every one of an expert's, where there are a few."""
+    near, reached = torch.full((16,), 0.01), torch.arange(16)[:, None] // 4
+    some, all_own = near.clone(), near.clone()
+    some[[0, 4, 8]] = 1.0
+    all_own[8:12] = torch.tensor([0.5, 0.4, 0.6, 1.0])
+    assert settle(near, [reached]) == settle(some, [reached]) == pytest.approx(0.01)
+    assert settle(all_own, []) == pytest.approx(0.01) and settle(all_own, [reached]) == pytest.approx(0.4)
+    some[1:3] = 1.0
+    assert settle(some, []) == 1.0
+    reached[:8] = torch.arange(8)[:, None] % 4 + 4  # two tokens each: too few to tell
+    near[[0, 4]] = 1.0
+    assert settle(near, [reached]) == pytest.approx(0.01)
 
 
 def test_an_expert_that_no_token_reaches_is_rounded(tmp_path):

@@ -148,11 +148,11 @@ def test_fewer_and_narrower_experts_are_what_was_counted(target, tmp_path):
     """At a keep that takes both; where a stock program is the target, one width for all blocks and nothing of ours."""
     model = tiny.build("olmoe", num_key_value_heads=4)
     out = tmp_path / "out"
-    result = compress(model, output=out, windows=WINDOWS, method="auto", keep=0.35, target=target)
+    result = compress(model, output=out, windows=WINDOWS, method="auto", keep=0.32, target=target)
     plan = {Unit.parse(u): r for u, r in json.loads((out / "planish.json").read_text())["plan"].items()}
     numbers, widths = ({r for u, r in plan.items() if u.name == n} for n in ("experts", "neurons"))
     loaded = tiny.load(out)
-    assert result.params_after == sum(p.numel() for p in loaded.parameters()) and 0.3 < result.keep <= 0.35
+    assert result.params_after == sum(p.numel() for p in loaded.parameters()) and 0.3 < result.keep <= 0.32
     assert len(numbers) == 1 and max(numbers) < 8 and min(widths) < 12
     if target == "gguf":
         assert len(widths) == 1 and result.format == "native"

@@ -10,7 +10,14 @@ import torch
 
 import tiny
 from planish import lanes
+from planish.calibrate.collect import measure_block
+from planish.calibrate.stream import Stream
+from planish.core import Unit
+from planish.folder.source import MemorySource
+from planish.methods import find_method
+from planish.plan import scores
 from planish.stats import Stats, Tap
+from posed import pose_on
 from test_resume import fork, hashes, one_thread, wait  # noqa: F401
 from tiny import compress
 
@@ -54,12 +61,33 @@ def test_same_weights_for_any_number_of_processes(method, tmp_path):
     assert hashes(tmp_path / "4") == one
 
 
+def test_cuts_to_measure_are_solved_once_among_processes(tmp_path):
+    """Errors of cut queries and keys: no process works out what another one does, and all know the same bits."""
+
+    def task(count: int) -> None:
+        lanes.start()
+        stream = Stream(MemorySource(tiny.build(tiny.NAMES[0])), WINDOWS[:64])
+        job = pose_on(stream, find_method("auto"), 0.6)
+        job.method.measure(job.problem, job.measure)
+        solved = []
+        for kind in {type(s) for s in job.problem.units.values()}:
+            old = kind.decompose
+            kind.decompose = lambda self, unit, *a, old=old: solved.append(unit) or old(self, unit, *a)
+        pair = (Unit(1, "q"), Unit(1, "k"))
+        found = scores.cut_errors(job.problem, job.measure, {pair: [(3, 2), (7, 5)]}, "o.out", 4)
+        torch.save((solved, found[pair]), tmp_path / f"{count}-{lanes.rank()}")
+
+    for count in (1, 2):
+        launch(count, lambda n=count: task(n))
+    (all_units, one), *others = (torch.load(tmp_path / n, weights_only=False) for n in ("1-0", "2-0", "2-1"))
+    assert sorted(all_units) == [Unit(1, "k"), Unit(1, "q")] and all(e.any() for _, e in one)
+    assert sorted(u for solved, _ in others for u in solved) == sorted(all_units)
+    for _, found in others:
+        assert all(a == c and torch.equal(b, d) for (a, b), (c, d) in zip(one, found, strict=True))
+
+
 def test_lanes_add_up_to_plain_sums(tiny_llama):
     """Statistics by lanes = one Gram over all tokens."""
-    from planish.calibrate.collect import measure_block
-    from planish.calibrate.stream import Stream
-    from planish.folder.source import MemorySource
-
     stream = Stream(MemorySource(tiny_llama(max_position_embeddings=64)), WINDOWS)
     assert len(stream.batches) == 22  # of 2048 tokens, over eight lanes
     hidden, tap = stream.start(), Tap("block.in", "gram")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tiny
 from planish.calibrate import losses
 from planish.calibrate.cache import Cache
-from planish.calibrate.losses import mix_words, output_gradient
+from planish.calibrate.losses import mix_words, output_gradient, sign_words
 from planish.calibrate.measure import Measurements, sweep_back
 from planish.calibrate.stream import Stream, read_weights
 from planish.core import Plan, Unit
@@ -26,7 +26,7 @@ from planish.stats import Stats, Tap, clamped_gram
 from posed import Posed, pose_on
 
 WINDOWS = tiny.windows(12, 24)
-PROBES = ["sampled", "text", "curvature"]
+PROBES = ["sampled", "text", "curvature", "signs"]
 
 
 def stream(name: str = "llama_gqa", windows: Tensor = WINDOWS, **more: Any) -> Stream:
@@ -97,6 +97,9 @@ def test_signed_words_have_the_curvature_as_their_second_moment():
             torch.testing.assert_close(v.T @ v / len(signs), expected)
         if words == 11:
             torch.testing.assert_close(expected, row.diag() - row[:, None] * row)
+            bits = torch.arange(2**words, dtype=torch.int32)[:, None]
+            v = sign_words(row.expand(len(bits), -1), bits)
+            torch.testing.assert_close(v.T @ v / len(bits), expected)
 
 
 def test_the_curvature_reaches_the_hidden_state(monkeypatch):

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import compressed
 import tiny
 from planish.calibrate.stream import Stream
+from planish.cli import app
 from planish.core import Unit
 from planish.errors import InputError
 from planish.export.gguf import export_gguf
@@ -31,6 +33,7 @@ from planish.plan.targets import (
     make_uniform,
     needs_uniform,
 )
+from planish.request import Request
 from posed import pose_on
 from tiny import build, compress
 
@@ -61,6 +64,20 @@ def test_widths_suit_onnx_runtime():
     for unit, solver in constrain(find_target("onnx"), "a3", units, shapes).items():
         full, step = units[unit].ranks(unit, shapes[unit.block])[-1], TARGETS["onnx"].steps[unit.name]
         assert {r % step for r in solver.ranks(unit, shapes[unit.block]) if r < full} == {0}
+
+
+def test_auto_steps_are_the_targets_own():
+    """On the command line, in Python and in recipes; a number is a step beside them."""
+    asked = [Request.ask(model="", target="onnx", **more) for more in ({}, {"round_to": "auto"}, {"round_to": 1})]
+    assert asked[0] == asked[1] == asked[2] != Request.ask(model="", target="onnx", round_to=32)
+    refused = "round-to must be a whole number or auto, got '1.5'"
+    for text, words in (
+        ("auto", "no such model"),
+        ("32", "no such model"),
+        ("0", "round-to must be 1"),
+        ("1.5", refused),
+    ):
+        assert words in CliRunner().invoke(app, ["plan", "/none", "--round-to", text]).output
 
 
 def test_low_rank_methods_are_refused_for_gguf():

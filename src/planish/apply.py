@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from planish.core import Edit, Shape
+from planish.core import Edit, Shape, Unit, Weights
 from planish.errors import InputError
 from planish.modelling.blocks import Spec, get_linear, install, read_factor
 from planish.modelling.canonical import keep_experts, split_block
@@ -101,6 +101,12 @@ def share_factor(edit: Edit, factor: float) -> dict[str, Tensor]:
         return edit.tensors
     last = {"gate", "shift", "W.weight" if "W.weight" in edit.tensors else "V.weight"}
     return {name: t / factor if name in last else t for name, t in edit.tensors.items()}
+
+
+def store(edits: Sequence[Edit], weights: Weights, unit: Unit) -> list[Edit]:
+    """A unit's edits in the weights' own dtype, in which they will be applied."""
+    kind, where = next(iter(weights.values())).dtype, f"block {unit.block}, {unit.name}"
+    return [replace(e, tensors={n: narrow(t, kind, where) for n, t in e.tensors.items()}) for e in edits]
 
 
 def narrow(tensor: Tensor, kind: torch.dtype, where: str) -> Tensor:

@@ -26,7 +26,7 @@ def option(
     """A field with its help text.
 
     `bounds`: as in pydantic.Field; `refusal` is the message for values beyond them ({value} is what was given). `flag`: what
-    the command line needs besides: metavar, shown (the default in words, or False), least, choices, name, type, default.
+    the command line needs besides: metavar, shown (the default in words, or False), least, choices, name, type, parser, default.
     """
     return Field(default, description=text, json_schema_extra={"refusal": refusal, "flag": flag}, **(bounds or {}))  # type: ignore[call-overload]
 
@@ -44,6 +44,11 @@ def read_extra(field: FieldInfo, name: str) -> Any:
 def listed(metavar: str, text: str, default: Any = (), **flag: Any) -> Any:
     """Several values, on the command line between commas."""
     return option(default, text, metavar=metavar, shown=False, type=str, **flag)
+
+
+def read_digits(text: str | int) -> int | str:
+    """A flag's number, or the word that it may be."""
+    return int(text) if re.fullmatch(r"-?\d+", str(text)) else text
 
 
 def label(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ LANES = 8
 JOINING = timedelta(minutes=10)
 PATIENCE = timedelta(hours=24)  # one process may solve a large unit for long while the others wait
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -103,6 +104,13 @@ def find_lane(i: int, n: int) -> int:
 def own_lanes() -> Iterator[int]:
     """Lane numbers of this process, rising."""
     return iter(range(rank(), LANES, count()))
+
+
+def share_out(tasks: Sequence[S], cost: Callable[[S], float], do: Callable[[S], T]) -> list[T]:
+    """`do` of every task, on every process; each task is done by one of them."""
+    own = {n: do(tasks[n]) for n in own_work([cost(t) for t in tasks])}
+    found = {n: value for part in gather(own) for n, value in part.items()}
+    return [found[n] for n in range(len(tasks))]
 
 
 def own_work(costs: Sequence[float]) -> list[int]:

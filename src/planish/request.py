@@ -20,13 +20,14 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from planish.declare import BYTES, COUNTS, Strict, find_default, label, listed, option, size
+from planish.declare import BYTES, COUNTS, Strict, find_default, label, listed, option, read_digits, size
 from planish.errors import InputError
 from planish.mixture import join_mixture, split_mixture
 
@@ -49,6 +50,15 @@ BOS_HELP = (
     "where the beginning-of-sequence token stands: every window; once, documents joined (the papers' protocol); never; "
     "auto: every, if the tokenizer puts it in front of a text"
 )
+
+
+def read_step(value: Any) -> int:
+    """`round_to`, of which "auto" is 1: ranks are multiples of what the target's kernels like in any case."""
+    if value == "auto":
+        return 1
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"round-to must be a whole number or auto, got {value!r}")
+    return int(value)
 
 
 def share(name: str, text: str) -> Any:
@@ -176,9 +186,10 @@ class Request(Limits):
     dtype: str | None = option(
         None, "to compute in", shown="float32 on a CPU, else as stored", choices=("float32", "bfloat16", "float16")
     )
-    round_to: int = option(
-        1, "make ranks multiples of this (8, 16, 32, 64 suit hardware)", least=1, bounds={"ge": 1},
-        refusal="round-to must be 1 or more, got {value}",
+    round_to: Annotated[int, BeforeValidator(read_step)] = option(
+        1, "make ranks multiples of this (8, 16, 32, 64 suit hardware), beside the target's own steps; auto: of these alone",
+        shown="auto", bounds={"ge": 1}, refusal="round-to must be 1 or more, got {value}", metavar="N", type=str,
+        parser=read_digits,
     )  # fmt: skip
     target: str = option(
         "any", "where the result has to run: ranks are chosen to suit it", choices=("any", "hf", "vllm", "gguf", "onnx")

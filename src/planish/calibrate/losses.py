@@ -17,7 +17,9 @@ WORDS = 256  # of a vocabulary whose probabilities are summed at a time
 NOTHING = -100  # label of a token that predicts none
 TOP = 5  # words of a token whose curvature is sent back (IO-SVD, arXiv 2605.15626)
 
-Probe = Literal["sampled", "text", "curvature"]  # what is sent back: see `output_gradient`
+BITS = 31  # signs that a number of 32 bits holds
+
+Probe = Literal["sampled", "text", "curvature", "signs"]  # what is sent back: see `output_gradient`
 
 
 def nll(stream: Stream, hidden: Hidden) -> float:
@@ -105,11 +107,13 @@ def output_gradient(
       none, and sends nothing back.
     - "curvature": Σ_k ε_k √p_k (e_k − p) over the `TOP` most likely words k, with random signs ε: E[v vᵀ] =
       Σ_k p_k (e_k − p)(e_k − p)ᵀ, which over all words is the curvature again; here without the noise of a drawn label.
+    - "signs": the same over all words. E[v vᵀ] is that of "sampled" exactly, and where the model is sure of a word v is small for
+      every draw, in place of large for a few.
 
     Deterministic by `seed` and by each sequence's number, however sequences are grouped; `first` is the number of the batch's
     first sequence.
     """
-    aims, done, found = aim(hidden, seed, first, probe, ids), 0, []
+    aims, done, found = aim(hidden, seed, first, probe, ids, stream.source.config.vocab_size), 0, []
     for few in split_tokens(stream, hidden):
         n = few.shape[0] * few.shape[1]
         found.append(probe_gradient(stream, few, probe, aims[done : done + n]))
@@ -117,8 +121,9 @@ def output_gradient(
     return torch.cat(found, 1).view(hidden.shape)
 
 
-def aim(hidden: Tensor, seed: int, first: int, probe: Probe, ids: Tensor | None) -> Tensor:
-    """What decides v per token (n · seq, …): a number in [0, 1) that chooses a label, the label itself, or `TOP` signs."""
+def aim(hidden: Tensor, seed: int, first: int, probe: Probe, ids: Tensor | None, words: int) -> Tensor:
+    """What decides v per token (n · seq, …): a number in [0, 1) that chooses a label, the label itself, `TOP` signs, or `BITS` of
+    the signs of all `words` in every number."""
     if probe == "text":
         assert ids is not None
         return list_labels(ids)
@@ -126,6 +131,9 @@ def aim(hidden: Tensor, seed: int, first: int, probe: Probe, ids: Tensor | None)
     draws = [torch.Generator().manual_seed(seed * 1_000_003 + first + n) for n in range(len(hidden))]
     if probe == "sampled":
         return torch.cat([torch.rand(length, generator=g, dtype=torch.float64) for g in draws])
+    if probe == "signs":
+        size, most = (length, -(-words // BITS)), 1 << BITS
+        return torch.cat([torch.randint(most, size, generator=g).to(torch.int32) for g in draws])
     return torch.cat([torch.randint(2, (length, TOP), generator=g) for g in draws]) * 2 - 1
 
 
@@ -142,8 +150,9 @@ def probe_gradient(stream: Stream, hidden: Tensor, probe: Probe, aims: Tensor) -
         logits = stream.model(**as_embeddings(stream, h.detach()), use_cache=False).logits.flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         p = logits.detach().softmax(-1)
-        if probe == "curvature":
-            logits.backward(mix_words(p, aims.to(stream.device)))
+        if probe in ("curvature", "signs"):
+            mix = mix_words if probe == "curvature" else sign_words
+            logits.backward(mix(p, aims.to(stream.device)))
         else:
             at = torch.device("cpu") if stream.device.type == "mps" else stream.device  # that one has no fp64
             labels = aims if probe == "text" else draw_labels(p.to(at), aims.to(at))
@@ -164,6 +173,13 @@ def mix_words(p: Tensor, signs: Tensor) -> Tensor:
     top, words = p.topk(min(signs.shape[1], p.shape[1]))
     weight = top.sqrt() * signs[:, : top.shape[1]]
     return (p * -weight.sum(1, keepdim=True)).scatter_add_(1, words, weight)
+
+
+def sign_words(p: Tensor, bits: Tensor) -> Tensor:
+    """Σ_k ε_k √p_k (e_k − p) (n, vocabulary) over all words, ε_k the k-th of the `bits` (n, numbers), `BITS` in each."""
+    signs = (bits[:, :, None] >> torch.arange(BITS, dtype=bits.dtype, device=bits.device)).bitwise_and_(1)
+    weight = p.sqrt() * signs.flatten(1)[:, : p.shape[1]].mul_(2).sub_(1)
+    return weight.addcmul_(p, weight.sum(1, keepdim=True), value=-1)
 
 
 def draw_labels(p: Tensor, noise: Tensor) -> Tensor:

@@ -132,8 +132,9 @@ def verify(
         )
         table = make_table("", "")
         table.add_row("largest difference of a logit", f"{found.max_logit_difference:.2e}")
-        if found.typical_logit_difference is not None:
-            table.add_row("the same, median of tokens, which counts", f"{found.typical_logit_difference:.2e}")
+        if found.settled_logit_difference is not None:
+            words = "the same without tokens between two experts, which counts"
+            table.add_row(words, f"{found.settled_logit_difference:.2e}")
         table.add_row("mean difference", f"{found.mean_logit_difference:.2e}")
         table.add_row("largest logit", f"{found.max_logit:.2f}")
         table.add_row("greedy tokens that agree", f"{found.greedy_equal} of {found.greedy_tokens}")

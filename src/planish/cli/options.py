@@ -90,7 +90,12 @@ def make_flag(name: str) -> inspect.Parameter:
     shown: dict[str, Any] = {"show_default": flag["shown"]} if "shown" in flag else {}
     declared = [flag["name"]] if "name" in flag else []
     option = typer.Option(
-        *declared, help=field.description, min=flag.get("least"), metavar=flag.get("metavar"), **shown
+        *declared,
+        help=field.description,
+        min=flag.get("least"),
+        metavar=flag.get("metavar"),
+        parser=flag.get("parser"),
+        **shown,
     )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 

@@ -101,7 +101,7 @@ class Auto(Method):
     Which ranks have the least sum within the budget?
 
     Equation: Δ ≈ ½ tr(G E[e eᵀ]) nats per token: e the error that a cut makes in an output, G = E[g gᵀ], g the gradient of
-    the summed NLL there, labels sampled from the model. One pass forward and back measures input moments and gradient
+    the summed NLL there, for labels as the model predicts them. One pass forward and back measures input moments and gradient
     moments; every unit's frontier is then in one currency (`planish.solvers.two_sided.TwoSided`,
     `planish.solvers.fisher_structural.FisherValues`), and each submodule takes the alternative that is best at the
     budget's price (`planish.plan.allocate.choose`).
@@ -118,9 +118,9 @@ class Auto(Method):
     plan's solve runs again: less makes a further point of a sweep cheaper and the result a little worse; their moments are
     then blended with the uncompressed model's. `planish sweep` takes a sixteenth unless told otherwise. `shuffled`: share of
     the calibration windows whose tokens, but the first, are put in another order. Statistics of such windows hold more than
-    the calibration text's own directions, and text of another kind loses less. `probe`: what gradients are of: "sampled" labels
-    of the model, the "text"'s own next tokens, or the "curvature" of the KL at each token's five likeliest words
-    (`planish.calibrate.losses.output_gradient`).
+    the calibration text's own directions, and text of another kind loses less. `probe`: what gradients are of: random
+    "signs" of all words or "sampled" labels, which are the same in the mean, the "text"'s own next tokens, or the "curvature" of
+    the KL at each token's five likeliest words (`planish.calibrate.losses.output_gradient`).
 
     On a CPU that multiplies in bf16 (AVX-512 BF16, AMX) calibration forms the products of large blocks in it, and sums runs of
     1024 tokens in fp32, unless a dtype is asked for: `--dtype float32` for neither.
@@ -146,7 +146,7 @@ class Auto(Method):
     search: int = 0
     refit_share: float = 1.0
     shuffled: float = 0.25
-    probe: Probe = "sampled"  # type: ignore[misc]
+    probe: Probe = "signs"  # type: ignore[misc]
 
     @property
     def prefix(self) -> str:  # type: ignore[override]

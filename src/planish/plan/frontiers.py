@@ -44,21 +44,21 @@ def measure_gradients(
 def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, stats: Stats, i: int) -> Frontiers:
     """Frontiers of block i's units, without the factors; several processes share them out."""
     weights, cache = read_weights(block, measure.stream), measure.cache
-    found: Frontiers = {}
     new: list[tuple[Solver, Frontier]] = []
-    units = problem.block_units(i)
-    for n in lanes.own_work([problem.cost(u, problem.full(u)) for u in units]):
-        unit, solver = units[n], problem.units[units[n]]
-        if f := cache.losses(stats.origin, solver, unit):
-            found[unit] = f
-            continue
+
+    def decompose(unit: Unit) -> Frontier:
+        solver = problem.units[unit]
+        if known := cache.losses(stats.origin, solver, unit):
+            return known
         with measure.phase("frontiers"):
             f = solver.decompose(unit, weights, stats, problem.shapes[i])
-        found[unit] = Frontier(unit, f.loss, {}, f.nats)
-        new.append((solver, found[unit]))
+        new.append((solver, Frontier(unit, f.loss, {}, f.nats)))
+        return new[-1][1]
+
+    units = problem.block_units(i)
+    found = lanes.share_out(units, problem.count, decompose)
     cache.keep_losses(stats.origin, new)
-    found = {u: f for part in lanes.gather(found) for u, f in part.items()}
-    return {u: found[u] for u in units}
+    return dict(zip(units, found, strict=True))
 
 
 def dense_taps(problem: Problem, i: int) -> list[Tap]:

@@ -79,8 +79,9 @@ class Problem:
         """Of the main budget, or another one, in a block with this spec."""
         return (budget or self.main).cost(self.units[unit], unit, self.shapes[unit.block], rank, beside)
 
-    def count(self, unit: Unit, rank: int) -> int:
-        """Weights left in the unit at this rank, whatever the budgets count."""
+    def count(self, unit: Unit, rank: int | None = None) -> int:
+        """Weights left in the unit at this rank, by default uncut, whatever the budgets count."""
+        rank = self.full(unit) if rank is None else rank
         return count_weights(self.units[unit], unit, self.shapes[unit.block], rank)
 
     def choices(self, unit: Unit) -> Choices:

@@ -13,20 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from planish import lanes
+from planish.apply import store
 from planish.calibrate.cache import describe
 from planish.calibrate.collect import Run, capture, measure_block
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import in_order, read_weights
-from planish.core import Frontier, Unit
+from planish.core import Edit, Frontier, Unit, Weights
 from planish.modelling.families import ATTENTION
 from planish.plan.foreseen import Work
 from planish.plan.frontiers import SITE, Frontiers
 from planish.plan.problem import Problem
-from planish.stats import Tap
+from planish.stats import Stats, Tap
 
 Kind = tuple[str, ...]  # names of units of one block that are cut together
 Group = tuple[Unit, ...]
@@ -121,22 +124,44 @@ def cut_errors(
         if rest := sorted(taps - set(stats.sums)):
             stats.merge(measure_block(few, i, placed, rest, hidden, Run(placed, hidden), outputs=False)[0])
         with measure.phase("frontiers"):
-            frontiers = {u: problem.units[u].decompose(u, weights, stats, shape) for u in sorted(units)}
+            own = {u: {ranks[g.index(u)] for g in groups if u in g for ranks in wanted[g]} for u in sorted(units)}
+            made = cut_units(problem, weights, stats, own)
         seen, after = capture(few, i, placed, {site} if groups else set(), hidden)
         for group in groups:
             for ranks in wanted[group]:
                 cuts = dict(zip(group, ranks, strict=True))
-                edits = [e for u, r in cuts.items() for e in problem.units[u].truncate(frontiers[u], r, shape)]
+                edits = [e for u, r in cuts.items() for e in made[u][r].edits]
                 cut = few.place(stream.block(i, edits))
                 other, _ = capture(few, i, cut, {site}, hidden, outputs=False)
                 errors = [(a - b).flatten(0, -2).double() for a, b in zip(other[site], seen[site], strict=True)]
                 sums = in_order(few, [(e.T @ e, len(e)) for e in errors])
                 mean = torch.stack([m for m, _ in sums]).sum(0) / sum(n for _, n in sums)
-                predicted = sum(float(frontiers[u].loss[r]) for u, r in cuts.items())
+                predicted = sum(made[u][r].loss for u, r in cuts.items())
                 found.setdefault(group, []).append((predicted, mean))
         hidden = after
         few.report("scores", i + 1, len(few))
     return found
+
+
+class Cut(NamedTuple):
+    """What a unit is predicted to lose at a rank, and the edits that cut it to that."""
+
+    loss: float
+    edits: list[Edit]
+
+
+def cut_units(
+    problem: Problem, weights: Weights, stats: Stats, wanted: Mapping[Unit, Set[int]]
+) -> dict[Unit, dict[int, Cut]]:
+    """Cuts of units of one block, each to its ranks; several processes share the units out."""
+
+    def cut(unit: Unit) -> dict[int, Cut]:
+        solver, shape = problem.units[unit], problem.shapes[unit.block]
+        frontier = solver.decompose(unit, weights, stats, shape)
+        edits = {r: store(solver.truncate(frontier, r, shape), weights, unit) for r in sorted(wanted[unit])}
+        return {r: Cut(float(frontier.loss[r]), own) for r, own in edits.items()}
+
+    return dict(zip(wanted, lanes.share_out(list(wanted), problem.count, cut), strict=True))
 
 
 def interpolate(at: Tensor, known: Tensor, values: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from planish.core import Edit, Frontier, Plan, Shape, Solver, Spec, Unit, Weight
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.modelling.blocks import get_linear
+from planish.modelling.families import ATTENTION, MLP
 from planish.modelling.family import Family
 from planish.plan.allocate import Curve
 from planish.plan.footprint import Need, footprints
@@ -164,7 +165,9 @@ def fit_bits(target: Target, bits: Choice | None, shapes: Sequence[Shape]) -> Ta
     shape, free = shapes[0], bits.type is None and bits.target not in ("gguf", "vllm")  # then any group that divides
     experts = next((s.experts for s in shapes if s.experts), None)
     one = bits.pick_experts(gcd(experts.hidden, experts.intermediate), "experts") if experts else None
-    own = {
+    least = next((g for g in LOW_RANK if min(shape.hidden, shape.intermediate or shape.hidden) >= 4 * g), 1)
+    low = bits.step(0) if bits.type is not None or not free else least
+    own = dict.fromkeys((*ATTENTION, *MLP, "attention", "ffn"), 1 if bits.target == "gguf" else low) | {
         "neurons": one.group if one else bits.step(experts.intermediate) if experts else 1,
         "vo": 1 if free else head_step(shape.heads, bits.step(shape.heads * shape.v)),
         "mlp": 32 if free else bits.step(shape.intermediate),
@@ -174,6 +177,7 @@ def fit_bits(target: Target, bits: Choice | None, shapes: Sequence[Shape]) -> Ta
     return replace(target, steps={**target.steps, **steps}, wide=wide)
 
 
+LOW_RANK = (32, 16, 8)  # steps of the ranks of low-rank linears, whose second factors have rows of so many weights
 NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons", "neurons": "neurons of experts"}
 FEWER = {"vo": Need.VALUES, "qk": Need.QK, "mlp": Need.NEURONS}
 
@@ -186,10 +190,13 @@ def describe_limits(
     cut = None if units is None else {u.name for u in units}
     lines = [f"no {what}: {why}" for what, why in target.refuses.items() if what in needs]
     for unit, step in target.steps.items():
-        if (cut is None or unit in cut) and FEWER.get(unit) not in target.refuses:
+        if unit in NAMES and (cut is None or unit in cut) and FEWER.get(unit) not in target.refuses:
             wide = f" ({w} from {32 * w} on)" if (w := target.wide.get(unit)) else ""
             equal = ", equal in all blocks" if unit in target.uniform else ""
             lines.append(f"{NAMES[unit]} in multiples of {step}{wide}{equal}")
+    low = {r: n for r in (*ATTENTION, *MLP) if (n := target.steps.get(r, 1)) > 1}
+    if low and (cut is None or cut & low.keys()):
+        lines.append(f"ranks of low-rank linears in multiples of {max(low.values())}")
     if target.whole and (cut is None or cut & {"attention", "ffn"}):
         lines.append("a removed attention or MLP only with the rest of its block: alone it is filled up again")
     return lines

@@ -11,7 +11,7 @@ from math import isnan
 from torch import nn
 
 from planish import lanes
-from planish.apply import apply_edits, count_block, narrow
+from planish.apply import apply_edits, count_block, store
 from planish.calibrate.collect import Run, capture, measure_block
 from planish.calibrate.measure import Measurements
 from planish.calibrate.reuse import Reuse
@@ -203,21 +203,17 @@ class Walk:
         self, units: list[Unit], weights: Weights, stats: Stats, origin: str
     ) -> tuple[list[Edit], dict[str, float]]:
         """Edits of units of one block, in the order of units, and predicted losses; several processes share the units out."""
-        problem, found = self.problem, dict[int, tuple[float, list[Edit]]]()
-        for n in lanes.own_work([problem.count(u, problem.full(u)) for u in units]):
-            unit, shape, rank = units[n], problem.shapes[units[n].block], self.planned.ranks[units[n]]
-            solver = problem.units[unit]
+        problem = self.problem
+
+        def solve(unit: Unit) -> tuple[float, list[Edit]]:
+            solver, shape, rank = problem.units[unit], problem.shapes[unit.block], self.planned.ranks[unit]
             make = partial(solver.decompose, unit, weights, stats, shape)
             frontier = self.measure.cache.frontier(origin, solver, unit, make) if origin else make()
-            edits = solver.truncate(frontier, rank, shape)
-            stored = [store(e, weights, f"block {unit.block}, {unit.name}") for e in edits]
-            found[n] = (float(frontier.loss[rank]), stored)
-            del frontier, make, edits  # before the next one is made
-        found = {n: f for part in lanes.gather(found) for n, f in part.items()}
-        errors = {
-            str(unit): found[n][0] for n, unit in enumerate(units) if not isnan(found[n][0])
-        }  # nan: not predicted
-        return [edit for n in range(len(units)) for edit in found[n][1]], errors
+            return float(frontier.loss[rank]), store(solver.truncate(frontier, rank, shape), weights, unit)
+
+        found = lanes.share_out(units, problem.count, solve)
+        errors = {str(unit): loss for unit, (loss, _) in zip(units, found, strict=True) if not isnan(loss)}
+        return [edit for _, edits in found for edit in edits], errors  # nan: not predicted
 
 
 def blend(stats: Stats, weights: Weights, share: float) -> None:
@@ -258,9 +254,3 @@ def find_missing(problem: Problem, measure: Measurements, i: int, units: Sequenc
     origin = "forward" if i not in measure.stored else f"{stored.origin}+forward" if stored.origin else ""
     taps = problem.taps([u for u in units if not cache.has_frontier(origin, problem.units[u], u)])
     return origin, cache.missing("forward", i, [t for t in taps if t not in stored.sums])
-
-
-def store(edit: Edit, weights: Weights, where: str) -> Edit:
-    """The edit in the weights' own dtype, in which it will be applied."""
-    kind = next(iter(weights.values())).dtype
-    return replace(edit, tensors={n: narrow(t, kind, where) for n, t in edit.tensors.items()})
