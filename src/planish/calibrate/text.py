@@ -102,8 +102,8 @@ def load_tokens(
     if bos == "never" and first:
         ids, answers, first = ids[1:], answers[1:] if len(answers) == len(ids) else answers, False
     every = bos == "every" or (bos == "auto" and first)
-    ids = mark(check_ids(ids, name, vocab_size), torch.from_numpy(answers))
-    return Text(ids, name, first or every, False, begin if every else None)
+    tokens = mark(check_ids(ids, name, vocab_size), torch.from_numpy(answers))
+    return Text(tokens, name, first or every, False, begin if every else None)
 
 
 def list_documents(source: Any, tokenizer: Any, name: str, split: str) -> list[Document]:
