@@ -115,12 +115,12 @@ def test_a_recipe(place):
     assert recipe.given == {"kv_keep": 0.75, "max_params": 16000}
     assert recipe.calibration.model_dump() == {
         "source": str(place / "ids.npy"), "n_samples": 12, "seq_len": 16, "seed": 3, "sampling": "random",
-        "bos": "once",  # the only way there was
+        "bos": "once", "objective": "text",  # the only ones there were
     }  # fmt: skip
     (place / "out").mkdir()
     (place / "out" / "recipe.yaml").write_text(RECIPE)  # as it lay beside its weights: names start from where it runs
     assert read_recipe(place / "out" / "recipe.yaml").text() == RECIPE.replace(
-        "sampling: random\n", "sampling: random\n  bos: once\n"
+        "sampling: random\n", "sampling: random\n  bos: once\n  objective: text\n"
     )
     run_recipe(Path("out/recipe.yaml"), place / "again")
     assert json.loads((place / "again" / "planish.json").read_text())["result"]["params_after"] == 15968
