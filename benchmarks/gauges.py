@@ -107,14 +107,14 @@ def tabulate(rows: list[dict[str, str]]) -> str:
     lines = [HEAD]
     for model, protocol in dict.fromkeys((r["model"], r["protocol"]) for r in rows):
         own = [r for r in rows if (r["model"], r["protocol"]) == (model, protocol)]
-        found = {(r["method"], r["bits"], r["basis"]): float(r["ppl"]) for r in own}
-        dense = found.get(("dense", "16", "chosen"))
-        columns = sorted({(b, s) for _, b, s in found}, key=lambda c: (-int(c[0]), c[1] != "own"))
+        found = {(r["method"], r["keep"], r["bits"], r["basis"]): float(r["ppl"]) for r in own}
+        dense = found.get(("dense", "1", "16", "chosen"))
+        columns = sorted({(b, s) for *_, b, s in found}, key=lambda c: (-int(c[0]), c[1] != "own"))
         names = [f"{b} bits" + (", own basis" if s == "own" else "") for b, s in columns]
         lines += [f"## {model} ({protocol})\n", f"Dense: perplexity {dense:.2f}.\n" if dense else ""]
         lines += ["| method | keep | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
         for method, keep in dict.fromkeys((r["method"], r["keep"]) for r in own):
-            cells = [found.get((method, b, s)) for b, s in columns]
+            cells = [found.get((method, keep, b, s)) for b, s in columns]
             shown = ["–" if c is None or dense is None else f"{math.log(c / dense):.3f}" for c in cells]
             lines.append(f"| {method} | {keep} | " + " | ".join(shown) + " |")
         lines.append("")
