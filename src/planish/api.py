@@ -69,8 +69,8 @@ from planish.request import (
     takes,
 )
 from planish.rounding.types import DENSE_NAMES
-from planish.sizes.ladder import choose_bits, choose_size, climb_beside, leaves_open
-from planish.sizes.trials import Contest
+from planish.sizes.ladder import choose_bits, choose_size, climb_beside, leaves_open, make_smaller
+from planish.sizes.trials import AGAIN, Choice, Contest
 from planish.solvers.offload import offload
 
 __all__ = [
@@ -129,19 +129,29 @@ def compress(
     files = {}
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
-    place = Destination(Path(output), overwrite, files)
+    place = Destination(Path(output), overwrite)
     contest = Contest(request, method, source, text, place, progress, cache)
     request, choices, beside = choose_size(contest)
-    if choices:
-        files["choices.json"] = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
+    place = replace(place, files=list_files(files, choices))
     if begin is not None and lanes.is_first():
         begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
     result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
+    for _ in range(AGAIN if choices else 0):
+        if (smaller := make_smaller(contest, choices, result)) is None:
+            break
+        request, again = smaller, replace(place, overwrite=True, files=list_files(files, choices))
+        result = run(request, method, source, text, again, shared=Shared(cache=cache), progress=progress)
     result.warnings = text.notes + open_bits + result.warnings
     result.choices = [c.as_dict() for c in choices]
     beside = beside or climb_beside(replace(contest, request=request))
     result.ladder = beside.write(Path(output)) if beside else {}
     return result
+
+
+def list_files(files: Mapping[str, str], choices: Sequence[Choice]) -> dict[str, str]:
+    """What is written beside the weights, the plans that competed among them."""
+    found = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
+    return dict(files) | ({"choices.json": found} if choices else {})
 
 
 def read_options(
