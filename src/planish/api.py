@@ -129,18 +129,12 @@ def compress(
     files = {}
     if isinstance(source, FolderSource) and isinstance(options.get("calibration", ""), str | Path):
         files["recipe.yaml"] = write_recipe(request, method, source, text, Path(output))
-    place = Destination(Path(output), overwrite)
+    place = Destination(Path(output), overwrite, files)
     contest = Contest(request, method, source, text, place, progress, cache)
     request, choices, beside = choose_size(contest)
-    place = replace(place, files=list_files(files, choices))
     if begin is not None and lanes.is_first():
         begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
-    result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
-    for _ in range(AGAIN if choices else 0):
-        if (smaller := make_smaller(contest, choices, result)) is None:
-            break
-        request, again = smaller, replace(place, overwrite=True, files=list_files(files, choices))
-        result = run(request, method, source, text, again, shared=Shared(cache=cache), progress=progress)
+    request, result = make(contest, request, place, choices, cache)
     result.warnings = text.notes + open_bits + result.warnings
     result.choices = [c.as_dict() for c in choices]
     beside = beside or climb_beside(replace(contest, request=request))
@@ -148,10 +142,22 @@ def compress(
     return result
 
 
-def list_files(files: Mapping[str, str], choices: Sequence[Choice]) -> dict[str, str]:
-    """What is written beside the weights, the plans that competed among them."""
-    found = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
-    return dict(files) | ({"choices.json": found} if choices else {})
+def make(
+    contest: Contest, request: Request, place: Destination, choices: Sequence[Choice], cache: bool
+) -> tuple[Request, Result]:
+    """What is asked for; where a plan that was chosen comes out too large of all windows, again and smaller."""
+    for _ in range(AGAIN):
+        files = place.files | (
+            {"choices.json": json.dumps([c.as_dict() for c in choices], indent=2) + "\n"} if choices else {}
+        )
+        result = run(
+            request, contest.method, contest.source, contest.text, replace(place, files=files),
+            shared=Shared(cache=cache), progress=contest.progress,
+        )  # fmt: skip
+        if not choices or (smaller := make_smaller(contest, choices, result)) is None:
+            break
+        request, place = smaller, replace(place, overwrite=True)
+    return request, result
 
 
 def read_options(
