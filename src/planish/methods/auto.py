@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from math import exp
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,7 +34,6 @@ from planish.solvers.two_sided import TwoSided
 from planish.stats import Tap
 from planish.walks.solve import run_solved
 
-ATTENTION_UNITS = ("q", "k", "v", "o", "qk", "keys", "vo", "attention")
 WAYS = {  # alternatives for a submodule: units that go together
     "attention": (
         *(("q", "k", "v", "o"), ("qk", "vo"), ("q", "k", "vo"), ("attention",)),
@@ -50,47 +48,27 @@ LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
 INSIDES = (NEVER, 2.0)  # and for neurons of experts, beside 1
 SATURATES = 0.01  # predicted nats per token above which plans are compared by measured loss
 HELD = 8  # windows at least on which they are
-MOVES = {  # how a search changes the weights of predictions: one step either way
-    "attention": (1 / 1.5, 1.5),
-    "tilt": (-0.5, 0.5),
-    "keys": (0.5, 2.0),
-    "linear": (0.5, 2.0),
-    "steep": (-3.0, 3.0),
-}
 
 
 @dataclass(frozen=True)
 class Weighing:
-    """What predicted losses are multiplied by when ranks are chosen: l becomes w · l · (1 + steep · w · l).
-
-    w = `attention` for what belongs to an attention, times `keys` for q and k, `linear` for low-rank linears, `inside` for cuts
-    inside experts, `bypass` for whole submodules, times e^(tilt · (1 − 2 i / (n − 1))) in block i of n. Predictions miss by
-    kind and by depth; measured losses of whole plans tell by how much.
+    """What predicted losses are multiplied by when ranks are chosen: l becomes w · l · (1 + steep · w · l), w = `linear` for
+    low-rank linears, `inside` for cuts inside experts, `bypass` for whole submodules. Predictions miss by kind; measured losses
+    of whole plans tell by how much.
     """
 
     steep: float = 0.0
-    attention: float = 1.0
-    keys: float = 1.0
-    tilt: float = 0.0
     linear: float = 1.0
     inside: float = 1.0
     bypass: float = NEVER
 
-    def apply(self, curve: Curve, blocks: int) -> Curve:
-        name, depth = curve.unit.name, curve.unit.block / max(blocks - 1, 1)
-        weight = exp(self.tilt * (1 - 2 * depth))
-        weight *= self.attention if name in ATTENTION_UNITS else 1.0
-        weight *= self.keys if name in ("q", "k", "qk", "keys") else 1.0
+    def apply(self, curve: Curve) -> Curve:
+        name, weight = curve.unit.name, 1.0
         weight *= self.linear if name in ATTENTION + MLP or "." in name else 1.0
         weight *= self.inside if name in INSIDE else 1.0
         weight *= self.bypass if name in ("attention", "ffn") else 1.0
         loss = weight * curve.loss
         return replace(curve, loss=loss * (1 + self.steep * loss))
-
-    def moved(self, name: str, step: float) -> Weighing:
-        old = getattr(self, name)
-        new = old * step if name in ("attention", "keys", "linear") else old + step
-        return replace(self, **{name: max(new, 0.0) if name == "steep" else new})
 
 
 @dataclass(frozen=True)
@@ -106,21 +84,22 @@ class Auto(Method):
     `planish.solvers.fisher_structural.FisherValues`), and each submodule takes the alternative that is best at the
     budget's price (`planish.plan.allocate.choose`).
 
-    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. Under a budget of the KV cache keys
-    may also become latents, unless it is "structural". `anchor`: share of the uncompressed model's activations in the target
-    of each solve (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `ridge`: of the refits,
-    relative. `bypass`: whether fitted affine maps in place of whole submodules compete too; by default below keep 0.6 where
-    all units may be cut, and under a budget of latency. `rounds`: gradients are measured again on the model compressed so far
-    after each equal share of the cut. `steep`: ranks are chosen by loss · (1 + steep · loss) of every unit: the second-order
-    prediction saturates, so a cut that looks like 0.3 nats costs more than thirty of 0.01; what is reported stays the
-    prediction itself. By default 0, or 3 below keep 0.6. `search`: up to so many plans with other weights of all predictions
-    are compared by measured loss. `refit_share`: with an anchor, share of the calibration windows, evenly spaced, that each
-    plan's solve runs again: less makes a further point of a sweep cheaper and the result a little worse; their moments are
-    then blended with the uncompressed model's. `planish sweep` takes a sixteenth unless told otherwise. `shuffled`: share of
-    the calibration windows whose tokens, but the first, are put in another order. Statistics of such windows hold more than
-    the calibration text's own directions, and text of another kind loses less. `probe`: what gradients are of: random
-    "signs" of all words or "sampled" labels, which are the same in the mean, the "text"'s own next tokens, or the "curvature" of
-    the KL at each token's five likeliest words (`planish.calibrate.losses.output_gradient`).
+    `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. Under a budget of the KV cache keys may
+    also become latents, unless it is "structural". `anchor`: share of the uncompressed model's activations in the target of
+    each solve (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `ridge`: of the refits,
+    relative. `noise`: beside moments, times what their tokens call for (`planish.solvers.noise`), so that predictions hold on
+    other text and cuts are not tuned to this one. `bypass`: whether fitted affine maps in place of whole submodules compete
+    too; by default below keep 0.6 where all units may be cut, and under a budget of latency. `rounds`: gradients are measured
+    again on the model compressed so far after each equal share of the cut. `steep`: ranks are chosen by loss · (1 + steep ·
+    loss) of every unit: the second-order prediction saturates, so a cut that looks like 0.3 nats costs more than thirty of
+    0.01; what is reported stays the prediction itself. By default 0, or 3 below keep 0.6. `refit_share`: with an anchor, share
+    of the calibration windows, evenly spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper
+    and the result a little worse; their moments are then blended with the uncompressed model's. `planish sweep` takes a
+    sixteenth unless told otherwise. `shuffled`: share of the calibration windows whose tokens, but the first, are put in
+    another order. Statistics of such windows hold more than the calibration text's own directions, and text of another kind
+    loses less. `probe`: what gradients are of: random "signs" of all words or "sampled" labels, which are the same in the mean,
+    the "text"'s own next tokens, or the "curvature" of the KL at each token's five likeliest words
+    (`planish.calibrate.losses.output_gradient`).
 
     On a CPU that multiplies in bf16 (AVX-512 BF16, AMX) calibration forms the products of large blocks in it, and sums runs of
     1024 tokens in fp32, unless a dtype is asked for: `--dtype float32` for neither.
@@ -140,10 +119,10 @@ class Auto(Method):
     units: Literal["any", "structural", "linear"] = "any"
     anchor: float = 0.25
     ridge: float = 1e-3
+    noise: float = 1.0
     bypass: bool | None = None
     rounds: int = 1
     steep: float | None = None
-    search: int = 0
     refit_share: float = 1.0
     shuffled: float = 0.25
     probe: Probe = "signs"  # type: ignore[misc]
@@ -153,11 +132,14 @@ class Auto(Method):
         return "both" if self.anchor else "dense"
 
     def solvers(self) -> list[Solver]:
-        structural: list[Solver] = [FisherValues(self.anchor, self.ridge), FisherNeurons(self.anchor, self.ridge)]
+        structural: list[Solver] = [
+            FisherValues(self.anchor, self.ridge, self.noise),
+            FisherNeurons(self.anchor, self.ridge, self.noise),
+        ]
         structural += [FisherPairs(), Experts("nats"), FisherExpertNeurons()]
         if self.bypass or (self.bypass is None and self.units == "any"):
             structural += [FisherBypass(self.ridge, self.anchor)]
-        linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge), KeyLatent(nats=True)]
+        linear: list[Solver] = [TwoSided(anchor=self.anchor, ridge=self.ridge, noise=self.noise), KeyLatent(nats=True)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 
     def takes(self, unit: Unit, budgets: Mapping[str, float]) -> bool:
@@ -210,7 +192,7 @@ class Auto(Method):
             work.append(foresee_errors(problem, kind, windows))
         plain = windows - len(list_shuffled(windows, self.shuffled))
         tried = (len(BYPASSES) + len(LINEARS) - 2) * (problem.keep < LOW and self.units == "any")  # further ones
-        tried = max(self.search, 1 + tried + len(INSIDES) * any(u.name in INSIDE for u in problem.units))
+        tried += 1 + len(INSIDES) * any(u.name in INSIDE for u in problem.units)
         if min(plain, windows) >= 4 * HELD and tried > 1:
             work += [Work("search", windows - plain // 4, solve=planned, heads=1 / 3)] * tried
         return Foreseen(planned, work)
@@ -249,7 +231,7 @@ class Auto(Method):
         return {"refit_share": "0.0625"} if self.anchor else {}
 
     def _start(self, problem: Problem) -> Weighing:
-        """The weights that the search starts from."""
+        """The weights that are tried first."""
         steep = self.steep if self.steep is not None else 0.0 if problem.keep >= LOW else 3.0
         timed = self.bypass is None and problem.table is not None
         return Weighing(steep, bypass=1.0 if self.bypass or timed else NEVER)
@@ -257,7 +239,7 @@ class Auto(Method):
     def compare(
         self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick
     ) -> tuple[Pick, dict[str, Any]]:
-        """The plan with the least measured loss of this one, those with bypasses, those of a short search; and what it found."""
+        """The plan with the least measured loss of this one and those that weigh kinds of cuts otherwise; and what was found."""
         windows, length = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
         plain = sorted({*range(windows)} - {*list_shuffled(windows, self.shuffled)})
         among = plain if 2 * len(plain) >= windows else [*range(windows)]
@@ -273,7 +255,7 @@ class Auto(Method):
             tries["bypass"] = BYPASSES if self.bypass is not False else ()
             tries["linear"] = LINEARS if self.units == "any" and problem.keep < LOW else ()
         others = [replace(best, **{name: w}) for name, weights in tries.items() for w in weights]
-        if self.search < 2 and all(make(w).ranks == picked.ranks for w in others):
+        if all(make(w).ranks == picked.ranks for w in others):
             return make(best), {}
         few, held = hold_out(measure, among)
         tried: dict[tuple[tuple[Unit, int], ...], float] = {}
@@ -290,8 +272,6 @@ class Auto(Method):
             best = min([best, *(replace(best, **{name: w}) for w in weights)], key=loss)
         if best.linear == LINEARS[-1]:  # then perhaps none at all
             best = min([best, replace(best, linear=NEVER)], key=loss)
-        if self.search > 1:
-            best = descend(best, loss, lambda: len(tried) < self.search)
         return make(best), {"plans": len(tried), "first": first, "best": loss(best), "weighing": asdict(best)}
 
     def allocate(
@@ -299,7 +279,7 @@ class Auto(Method):
     ) -> Pick:
         """The cheapest plan in weighed predicted nats within the budgets, after this part of the cut."""
         weighing = weighing or self._start(problem)
-        curves = {u: weighing.apply(problem.curve(f), len(problem.shapes)) for u, f in frontiers.items()}
+        curves = {u: weighing.apply(problem.curve(f)) for u, f in frontiers.items()}
         try:
             inside = partial(list_inside, problem, frontiers, curves)
             limits = [b.part(part) for b in problem.budgets]
@@ -319,19 +299,6 @@ class Pick:
     ranks: Plan
     loss: float
     cut: dict[str, int]
-
-
-def descend(best: Weighing, loss: Callable[[Weighing], float], more: Callable[[], bool]) -> Weighing:
-    """One weight after the other is moved while that lowers the loss and there may be `more` trials."""
-    least = loss(best)
-    for name, steps in MOVES.items():
-        for step in steps:
-            better = best
-            while more() and (found := loss(best.moved(name, step))) < least:
-                least, best = found, best.moved(name, step)
-            if best != better:  # the other way leads back
-                break
-    return best
 
 
 def hold_out(measure: Measurements, among: Sequence[int]) -> tuple[Measurements, Stream]:

@@ -4,7 +4,8 @@ G = E[g gᵀ] is the second moment of the summed NLL's gradient at a linear's ou
 Fisher). A cut that changes that output by e costs ½ E[(gᵀe)²] ≈ ½ tr(G E[e eᵀ]) nats per token.
 
 `anchor` > 0 (needs the dense prefix beside the compressed one): o and down are refitted to (1 − a) W x̂ + a W x on the
-compressed prefix's inputs x̂, so that they repair what earlier cuts broke.
+compressed prefix's inputs x̂, so that they repair what earlier cuts broke. `noise`: beside x̂ and g, times what their tokens call
+for (`planish.solvers.noise`); it is part of the predicted loss.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float, Int
 from planish.solvers.forms import NeuronSolver, ValueSolver, neuron_edits, qk_edits, qk_spec, value_edits
 from planish.solvers.linalg import balance, compute_tails, damp, eigh_root, multiply, solve
+from planish.solvers.noise import add_noise, find_noise
 from planish.solvers.selection import select_greedily, selection_losses
 from planish.stats import Stats, Tap, kind
 
@@ -37,17 +39,24 @@ def pair_effects(
 
 
 def anchored(
-    stats: Stats, role: str, w: Float[Tensor, "out in"], anchor: float
+    stats: Stats, role: str, w: Float[Tensor, "out in"], anchor: float, noise: float = 0.0
 ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
-    """(E[x̂ x̂ᵀ], E[W t x̂ᵀ]) with t = (1 − a) x̂ + a x; x̂ = x where only the dense prefix was measured."""
-    own = Tap(f"{role}.in", "gram")
-    if not anchor or own not in stats.sums:
-        gram = stats.mean(Tap(f"dense:{role}.in", "gram"))
-        return gram, multiply(w, gram)
-    gram = stats.mean(own)
-    return gram, (1 - anchor) * multiply(w, gram) + anchor * stats.mean(
-        Tap(f"dense:{role}.product", "cross", f"{role}.in")
-    )
+    """(E[x̂ x̂ᵀ], E[W t x̂ᵀ]) with t = (1 − a) x̂ + a x; x̂ = x where only the dense prefix was measured; `noise` beside x̂."""
+    own, dense = Tap(f"{role}.in", "gram"), Tap(f"dense:{role}.in", "gram")
+    behind = bool(anchor) and own in stats.sums
+    tap = own if behind else dense
+    gram = stats.mean(tap)
+    cross = multiply(w, gram)
+    if behind:
+        cross = (1 - anchor) * cross + anchor * stats.mean(Tap(f"dense:{role}.product", "cross", own.site))
+    level = find_noise(stats, tap, noise)
+    return add_noise(gram, level), cross + level * gram.diagonal().mean() * w
+
+
+def find_metric(stats: Stats, role: str, noise: float) -> Float[Tensor, "out out"]:
+    """S with Sᵀ S = G = E[g gᵀ] at a linear's output, `noise` beside g."""
+    tap = Tap(f"grad:{role}.out", "gram")
+    return eigh_root(add_noise(stats.mean(tap), find_noise(stats, tap, noise)))[0].T
 
 
 def anchored_taps(role: str, anchor: float) -> list[Tap]:
@@ -75,6 +84,7 @@ class FisherNeurons(NeuronSolver):
     name: ClassVar[str] = "fisher-neurons"
     anchor: float = 0.0
     damping: float = 1e-4
+    noise: float = 0.0
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("down", self.anchor), Tap("grad:down.out", "gram")]
@@ -84,8 +94,8 @@ class FisherNeurons(NeuronSolver):
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         w = weights["down"].double()
-        gram, cross = anchored(stats, "down", w, self.anchor)
-        metric = eigh_root(stats.mean(Tap("grad:down.out", "gram")))[0].T @ w
+        gram, cross = anchored(stats, "down", w, self.anchor, self.noise)
+        metric = find_metric(stats, "down", self.noise) @ w
         order, loss = select_greedily(gram, metric, self.damping)
         roles = [n for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights]
         factors = {"order": order, "gram": gram, "cross": cross, **{n: weights[n] for n in roles}}
@@ -110,6 +120,7 @@ class FisherValues(ValueSolver):
     name: ClassVar[str] = "fisher-values"
     anchor: float = 0.0
     damping: float = 1e-4
+    noise: float = 0.0
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("o", self.anchor), Tap("grad:o.out", "gram")]
@@ -119,9 +130,9 @@ class FisherValues(ValueSolver):
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         heads, groups, d = shape.heads, shape.groups, shape.v
-        root = eigh_root(stats.mean(Tap("grad:o.out", "gram")))[0].T
+        root = find_metric(stats, "o", self.noise)
         o = weights["o"].double()
-        gram, cross = anchored(stats, "o", o, self.anchor)
+        gram, cross = anchored(stats, "o", o, self.anchor, self.noise)
         by_head = (root @ o).unflatten(1, (heads, d)).transpose(0, 1)  # (heads, hidden, d)
         left = (by_head.mT @ by_head).unflatten(0, (-1, groups)).sum(1)
         own = gram.view(heads, d, heads, d).diagonal(dim1=0, dim2=2).movedim(-1, 0)

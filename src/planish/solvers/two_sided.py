@@ -12,6 +12,7 @@ from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float
 from planish.solvers.forms import input_site, list_ranks, low_rank_edit, low_rank_spec
 from planish.solvers.linalg import metric_svd, multiply, solve
+from planish.solvers.noise import add_noise, find_noise
 from planish.stats import Stats, Tap
 
 ALONE = ("o", "down")
@@ -25,6 +26,7 @@ class TwoSided(Solver):
 
     `anchor` > 0 (needs the dense prefix beside the compressed one): the target becomes (1 − a) W x̂ + a W x, x̂ the
     compressed prefix's inputs: W is replaced by its regression on x̂, R by E[x̂ x̂ᵀ], before the SVD.
+    `noise`: beside R and G, times what their tokens call for (`planish.solvers.noise`); it is part of the predicted loss.
     Reference: K-FAC's factorisation of the Fisher for the metric; PIFA (arXiv 2501.19090) for the form and the mixed
     target; AA-SVD (arXiv 2604.02119) for the anchored objective.
     """
@@ -33,6 +35,7 @@ class TwoSided(Solver):
     form: Literal["pair", "pivoted"] = "pivoted"
     anchor: float = 0.0
     ridge: float = 1e-3
+    noise: float = 0.0
 
     def units(self, shape: Shape) -> list[Unit]:
         return [Unit(shape.block, r) for r in shape.linears]
@@ -65,21 +68,26 @@ class TwoSided(Solver):
         w, site = weights[unit.name].double(), input_site(unit.name)
         metric, own = self.metric_tap(unit, shape), Tap(site, "gram")
         back, gradient = metric.site.endswith(".back"), stats.mean(metric)
+        gradient = add_noise(gradient, find_noise(stats, metric, self.noise), multiply(w.T, w) if back else None)
         if not self.anchor or own not in stats.sums:
-            low = metric_svd(w, stats.mean(Tap(f"dense:{site}", "gram")), gradient, back)
+            own = Tap(f"dense:{site}", "gram")
+            gram = add_noise(stats.mean(own), find_noise(stats, own, self.noise))
+            low = metric_svd(w, gram, gradient, back)
             return Frontier(unit, low.tails() / 2, {"low": low}, nats=True)
         gram, moved = stats.mean(own), stats.mean(self.cross_tap(unit))
-        level = self.ridge * gram.diagonal().mean()
+        noise = find_noise(stats, own, self.noise)
+        ridge = max(self.ridge, noise)
+        level = ridge * gram.diagonal().mean()
         if unit.name in ALONE:
             target = (1 - self.anchor) * multiply(w, gram) + self.anchor * moved + level * w
-            moved_w = solve(gram, target.T, self.ridge).T
+            moved_w = solve(gram, target.T, ridge).T
         else:
             mixed = (1 - self.anchor) * gram + self.anchor * moved
             mixed.diagonal().add_(level)
-            change = solve(gram, mixed.T, self.ridge).T  # W is replaced by W K
+            change = solve(gram, mixed.T, ridge).T  # W is replaced by W K
             moved_w = multiply(w, change)
             gradient = multiply(change.T, multiply(gradient, change)) if back else gradient
-        low = metric_svd(moved_w, gram, gradient, back)
+        low = metric_svd(moved_w, add_noise(gram, noise), gradient, back)
         return Frontier(unit, low.tails() / 2, {"low": low}, nats=True)
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
