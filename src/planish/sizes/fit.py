@@ -45,14 +45,19 @@ def find_size(request: Request, source: Source) -> int:
         )
     if request.fit is None:
         return int(request.max_bytes or 0)
-    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
-    context = request.context or min(CONTEXT, positions)
+    context = find_context(request, source)
     if (left := request.fit - reserve(source, context)) > 0:
         return left
     raise InputError(
         f"--fit {request.fit:,}: the 16-bit cache of {context} tokens and running take {request.fit - left:,} bytes; a smaller "
         "--context takes less"
     )
+
+
+def find_context(request: Request, source: Source) -> int:
+    """Tokens of the cache: those that are asked for, else `CONTEXT`, or as many as the model has positions."""
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
+    return request.context or min(CONTEXT, positions)
 
 
 def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
@@ -120,7 +125,8 @@ def vary_head(best: Choice, request: Request, source: Source, size: int) -> list
     size, or as more weights where some were cut."""
     weights = count_rounded(source)
     found = []
-    for head in list_heads(request, source) if best.bits not in ("8", "16") else ():
+    heads = list_heads(request, source) if best.bits not in ("8", "16") else []
+    for head in (h for h in heads if h != best.head):
         outside, blocks = predict(request.model_copy(update={"head_bits": head}), source, best.bits)
         if best.keep < 1 and (keep := min(1.0, (size - outside) / blocks)) >= LEAST:
             found.append(Choice(best.bits, int(keep * 1e4) / 1e4, head=head))
