@@ -22,8 +22,6 @@ from typing import Any
 import torch
 
 import planish
-from planish.folder.source import open_source
-from planish.sizes.fit import reserve
 
 sys.path.insert(0, str(Path(__file__).parent))
 from structural import ROOT, write_section
@@ -80,7 +78,8 @@ def describe(args: argparse.Namespace, found: dict[str, Any], out: Path) -> str:
     planish.export(out, "gguf", file, overwrite=True)
     seen = planish.verify(out, "gguf", file=file)
     both = planish.compare(out, args.model, text=args.evaluate, seq_len=args.seq_len, max_windows=args.windows)
-    room = reserve(open_source(args.model), args.context)
+    told: Any = planish.forecast(args.model, fit=args.fit, context=args.context, target="gguf")
+    room = told.cache + told.running
     size = file.stat().st_size
     lines = [
         f"`planish compress {args.model} --fit {args.fit} --context {args.context} --target gguf` on {args.n_samples} × "

@@ -21,7 +21,7 @@ from planish.folder.source import open_source
 from planish.manifest import Result
 from planish.methods import find_method
 from planish.request import Request
-from planish.sizes.fit import list_choices, predict, reserve, vary_head
+from planish.sizes.fit import list_choices, predict, reserve, thin, vary_head
 from planish.sizes.ladder import climb, make_smaller
 from planish.sizes.trials import Choice, Contest, hold_out
 from tiny import build, save, windows
@@ -130,6 +130,13 @@ def test_what_is_not_made_is_worse_than_what_is(rounding, cutting, coarsest):
     assert min(plans, key=lambda c: c.kl) is min(plans, key=cost)
     assert all(c.measured != c.error.startswith("not made: ") for c in plans)
     assert told.made < len(plans) or cutting * (16 / size - 1) <= 1.25 * rounding + 2
+
+
+def test_types_that_hardly_differ_are_not_all_tried():
+    keeps = [0.2, 0.42, 0.44, 0.46, 0.47, 0.48, 0.8, 1.0]
+    found = [Choice(str(16 - n), keep) for n, keep in enumerate(keeps)]
+    left = [c.keep for c in thin(found)]
+    assert left == [0.2, 0.42, 0.46, 0.48, 0.8, 1.0]
 
 
 def test_a_head_that_is_chosen_is_not_made_again(tmp_path):
