@@ -241,23 +241,28 @@ def tabulate(rows: list[dict[str, str]]) -> str:
 
 
 def tell(own: dict[tuple[str, str], dict[str, str]], shares: list[str]) -> str:
-    """Where auto is behind by KL, against all ways to drop experts and to take neurons out of them at the same keep."""
+    """Where auto is behind, by nats and by KL and however little, against all ways to drop experts and to take neurons out of them
+    at the same keep."""
     behind, best = [], dict[str, str]()
     for s in shares:
-        others = {w: r for (w, a), r in own.items() if a == s and w not in (*OURS, "rank") and r["kl"]}
         auto = own.get(("auto", s), {})
-        if auto.get("kl") and others:
-            best[s] = min(others, key=lambda w: float(others[w]["kl"]))
-            gap = float(auto["kl"]) - float(others[best[s]]["kl"])
-            noise = 2 * math.hypot(float(auto["stderr"]), float(others[best[s]]["stderr"]))
-            behind += [f"{float(s):.1%} ({gap:.4f} nats behind {best[s]}, two standard errors {noise:.4f})"] * (
-                gap > noise
-            )
+        for measure in ("nats", "kl"):
+            others = {w: r for (w, a), r in own.items() if a == s and w not in (*OURS, "rank") and r.get(measure)}
+            if not others or not auto.get(measure):
+                continue
+            first = min(others, key=lambda w: float(others[w][measure]))
+            gap = float(auto[measure]) - float(others[first][measure])
+            noise = 2 * math.hypot(float(auto["stderr"]), float(others[first]["stderr"]))
+            if measure == "kl":
+                best[s] = first
+            within = f", two standard errors {noise:.5f}" if measure == "kl" else ""
+            what = "KL" if measure == "kl" else "nats"
+            behind += [f"{float(s):.1%} ({gap:.5f} of {what} behind {first}{within})"] * (gap > 0)
     if not best:
         return "Not measured: auto."
     first = ", ".join(f"{best[s]} at {float(s):.1%}" for s in best)
     return f"By KL the best of the others: {first}. auto is " + (
-        f"behind at {', '.join(behind)}." if behind else "never behind by more than two standard errors."
+        f"behind at {'; '.join(behind)}." if behind else "never behind."
     )
 
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import planish
 from planish.cli import app
+from planish.compression import Calibration, Destination
 from planish.errors import InputError
 from planish.folder.safetensors import write_shard
 from planish.folder.source import open_source
+from planish.manifest import Result
+from planish.methods import find_method
 from planish.request import Request
 from planish.sizes.fit import list_choices, predict, reserve
-from planish.sizes.trials import hold_out
+from planish.sizes.ladder import make_smaller
+from planish.sizes.trials import Choice, Contest, hold_out
 from tiny import build, save, windows
 
 pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")
@@ -193,12 +200,12 @@ def test_without_the_library_the_size_is_cut_in_16_bits(model, half, tmp_path, m
 
 def test_where_types_cannot_compete_a_note_says_why(model, half, tmp_path):
     """Another budget, a model in memory, too few windows, a block that is not rounded: the size holds, in 16 bits."""
-    for n, (given, options, words) in enumerate([
+    for n, (subject, options, words) in enumerate([
         (model, {"kv_keep": 0.7, "method": "a3"}, "--kv-keep holds beside it"),
         (build("llama_gqa", **SMALL), {}, "in memory"),
         (model, {"calibration": IDS[:3].flatten().numpy(), "n_samples": 3}, "none to hold out"),
     ]):  # fmt: skip
-        done = compress(given, tmp_path / str(n), max_bytes=half, target="hf", **options)
+        done = compress(subject, tmp_path / str(n), max_bytes=half, target="hf", **options)
         assert not done.rounding and done.bytes_after <= half and words in done.warnings[0], words
 
 
@@ -243,3 +250,50 @@ def test_a_single_number_is_written_whatever_its_stride(tmp_path):
     write_shard(path, {"one": one, "flat": one.reshape(-1), "row": torch.arange(6.0).view(2, 3).T})
     assert load_file(path)["one"].tolist() == [[3]] and load_file(path)["flat"].tolist() == [3]
     assert load_file(path)["row"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def make_result(size: int, params: int, bits: int = 16) -> Result:
+    """A result of so many bytes, whose blocks have `params` weights."""
+    counts = dict.fromkeys([f.name for f in fields(Result)][3:9], 0) | {"block_params_after": params}
+    return Result("auto", 0.5, 0.5, **counts, format="", output="", bytes_after=size, kv_bits=bits)
+
+
+@given(
+    outside=st.integers(10_000, 10**9), params=st.integers(100_000, 10**9), over=st.floats(1e-6, 0.9), rounded=st.booleans()
+)  # fmt: skip
+def test_what_comes_out_too_large_shrinks_by_what_is_free(outside, params, over, rounded):
+    """However much of the file is not: the next try has the size, if bytes follow the keep or the bits; never less than half of
+    what the size leaves."""
+    each = 3.4 / 8 if rounded else 2.0
+    choice = Choice("3.400" if rounded else "16", 1.0 if rounded else 0.5)
+    size = int(outside + (1 - 0.5 * over) * each * params)
+    assert choice.shrink(make_result(int(outside + each * params), params), size)
+    left = float(choice.bits) / 3.4 if rounded else choice.keep / 0.5
+    assert left * each * params + outside <= size + 1e-3 * each * params
+    assert left * each * params >= 0.5 * (size - outside) - 0.01 * each * params
+
+
+def test_nothing_shrinks_that_is_not_free():
+    """Plain types, the whole model, and blocks that would have to have fewer than no bytes."""
+    for choice in (Choice("4", 1.0), Choice("16", 1.0)):
+        assert not choice.shrink(make_result(1000, 100), 900)
+    assert not Choice("4", 0.5).shrink(make_result(10_000, 100), 5_000)
+
+
+def test_a_size_that_is_mostly_embedding_holds(tmp_path):
+    """Of a model whose blocks are a twentieth of the file; and what was made too large of all windows is made again, smaller."""
+    model = save(build("llama_gqa", **SMALL, vocab_size=12_000, tie_word_embeddings=True), tmp_path / "model")
+    source = open_source(model)
+    outside, blocks = predict(Request.ask(model="", target="hf"), source, "8")
+    size = int(outside + 0.6 * blocks)
+    done = compress(model, tmp_path / "out", max_bytes=size, target="hf")
+    assert done.bytes_after <= size and any(not c["error"] for c in done.choices)
+    assert sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")) == done.bytes_after
+    request = Request.ask(model="", target="hf", max_bytes=size, bits="auto")
+    text = Calibration(IDS, {})
+    contest = Contest(request, find_method("flat-llm"), source, text, Destination(tmp_path / "out"))
+    chosen = Choice("4", 0.8, chosen=True)
+    assert make_smaller(contest, [chosen], replace(done, bytes_after=size)) is None and chosen.keep == 0.8
+    smaller = make_smaller(contest, [chosen], replace(done, bytes_after=size + 1))
+    assert smaller is not None and smaller.keep == chosen.keep < 0.8 and smaller.max_bytes is None
+    assert make_smaller(contest, [Choice("4", 1.0, chosen=True)], replace(done, bytes_after=size + 1)) is None

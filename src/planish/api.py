@@ -69,8 +69,8 @@ from planish.request import (
     takes,
 )
 from planish.rounding.types import DENSE_NAMES
-from planish.sizes.ladder import choose_bits, choose_size, climb_beside, leaves_open
-from planish.sizes.trials import Contest
+from planish.sizes.ladder import choose_bits, choose_size, climb_beside, leaves_open, make_smaller
+from planish.sizes.trials import AGAIN, Choice, Contest
 from planish.solvers.offload import offload
 
 __all__ = [
@@ -132,16 +132,32 @@ def compress(
     place = Destination(Path(output), overwrite, files)
     contest = Contest(request, method, source, text, place, progress, cache)
     request, choices, beside = choose_size(contest)
-    if choices:
-        files["choices.json"] = json.dumps([c.as_dict() for c in choices], indent=2) + "\n"
     if begin is not None and lanes.is_first():
         begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
-    result = run(request, method, source, text, place, shared=Shared(cache=cache), progress=progress)
+    request, result = make(contest, request, place, choices, cache)
     result.warnings = text.notes + open_bits + result.warnings
     result.choices = [c.as_dict() for c in choices]
     beside = beside or climb_beside(replace(contest, request=request))
     result.ladder = beside.write(Path(output)) if beside else {}
     return result
+
+
+def make(
+    contest: Contest, request: Request, place: Destination, choices: Sequence[Choice], cache: bool
+) -> tuple[Request, Result]:
+    """What is asked for; where a plan that was chosen comes out too large of all windows, again and smaller."""
+    for _ in range(AGAIN):
+        files = place.files | (
+            {"choices.json": json.dumps([c.as_dict() for c in choices], indent=2) + "\n"} if choices else {}
+        )
+        result = run(
+            request, contest.method, contest.source, contest.text, replace(place, files=files),
+            shared=Shared(cache=cache), progress=contest.progress,
+        )  # fmt: skip
+        if not choices or (smaller := make_smaller(contest, choices, result)) is None:
+            break
+        request, place = smaller, replace(place, overwrite=True)
+    return request, result
 
 
 def read_options(

@@ -33,7 +33,6 @@ from planish.plan.targets import refuse_backend
 TARGETS = ("hf", "gguf", "onnx", "vllm")
 TOLERANCES = {"hf": 1e-4, "onnx": 1e-4, "gguf": 1e-4, "vllm": 5e-3}  # of the largest logit
 GGUF_TOLERANCES = {"0": 1e-4, "1": 5e-3, "32": 2e-2, "7": 5e-2}  # by general.file_type: f32, f16, bf16, q8_0
-PLAIN = ("0", "1", "32")  # types that are multiplied by activations as they are
 TABLE = 2e-3  # in fp32, where llama.cpp looks GELU up in a table of half-precision numbers
 QUANTISED = 1e-1  # other types: llama.cpp rounds activations to 8 bits as well
 ONNX_TOLERANCES = {"tensor(float16)": 5e-3}  # by the type that the graph computes in
@@ -373,7 +372,7 @@ def open_target(path: Path, target: str, file: str | Path | None, context: int, 
     runner = LlamaCpp(Path(file), context)
     kind, graph = runner.metadata("general.file_type") or "0", runner.metadata("general.architecture")
     runner.tolerance = GGUF_TOLERANCES.get(kind, QUANTISED)
-    runner.routed = kind not in PLAIN and runner.metadata(f"{graph}.expert_count") is not None
+    runner.routed = kind not in GGUF_TOLERANCES and runner.metadata(f"{graph}.expert_count") is not None
     if graph in TABLED:
         runner.tolerance = max(runner.tolerance, TABLE)
     return runner, str(file)

@@ -60,9 +60,8 @@ _NO_GRAPH = "llama.cpp has no graph for it, and filled up again it saves nothing
 TARGETS: dict[str, Target] = {
     "any": Target("any", "transformers; elsewhere as far as it goes"),
     "hf": Target("hf", "transformers"),
-    "onnx": Target(
-        "onnx", "ONNX Runtime", steps={"vo": 8, "qk": 8, "mlp": 16, "neurons": 16}
-    ),  # sixteen numbers at a time
+    # sixteen numbers at a time
+    "onnx": Target("onnx", "ONNX Runtime", steps={"vo": 8, "qk": 8, "mlp": 16, "neurons": 16}),
     "vllm": Target(
         "vllm",
         "vLLM, through its Transformers backend",
@@ -158,26 +157,39 @@ def fit_target(name: str, source: Source, shapes: Sequence[Shape]) -> Target:
     return replace(target, refuses=refuses, uniform=uniform, whole=bool(family.qk_norm) or own)
 
 
+LOW_RANK = (32, 16, 8)  # steps of the ranks of low-rank linears, whose second factors have rows of so many weights
+
+
+def takes_any(bits: Choice) -> bool:
+    """Whether any group is held that divides the width."""
+    return bits.type is None and bits.target not in ("gguf", "vllm")
+
+
+def step_ranks(bits: Choice, shape: Shape) -> int:
+    """What ranks of low-rank linears are to be multiples of."""
+    if bits.target == "gguf":
+        return 1
+    least = min(shape.hidden, shape.intermediate or shape.hidden) // 4
+    return next((g for g in LOW_RANK if g <= least), 1) if takes_any(bits) else bits.step(0)
+
+
 def fit_bits(target: Target, bits: Choice | None, shapes: Sequence[Shape]) -> Target:
     """The target with ranks in such steps that the widths of what is cut divide into the groups that rounding has."""
     if bits is None or not shapes:
         return target
-    shape, free = shapes[0], bits.type is None and bits.target not in ("gguf", "vllm")  # then any group that divides
+    shape = shapes[0]
     experts = next((s.experts for s in shapes if s.experts), None)
     one = bits.pick_experts(gcd(experts.hidden, experts.intermediate), "experts") if experts else None
-    least = next((g for g in LOW_RANK if min(shape.hidden, shape.intermediate or shape.hidden) >= 4 * g), 1)
-    low = bits.step(0) if bits.type is not None or not free else least
-    own = dict.fromkeys((*ATTENTION, *MLP, "attention", "ffn"), 1 if bits.target == "gguf" else low) | {
+    own = dict.fromkeys((*ATTENTION, *MLP, "attention", "ffn"), step_ranks(bits, shape)) | {
         "neurons": one.group if one else bits.step(experts.intermediate) if experts else 1,
-        "vo": 1 if free else head_step(shape.heads, bits.step(shape.heads * shape.v)),
-        "mlp": 32 if free else bits.step(shape.intermediate),
+        "vo": head_step(shape.heads, bits.step(shape.heads * shape.v)),
+        "mlp": 32 if takes_any(bits) else bits.step(shape.intermediate),
     }
     steps = {unit: lcm(target.steps.get(unit, 1), step) for unit, step in own.items()}
     wide = {unit: lcm(step, own.get(unit, 1)) for unit, step in target.wide.items()}
     return replace(target, steps={**target.steps, **steps}, wide=wide)
 
 
-LOW_RANK = (32, 16, 8)  # steps of the ranks of low-rank linears, whose second factors have rows of so many weights
 NAMES = {"vo": "value dimensions", "qk": "query/key dimensions", "mlp": "neurons", "neurons": "neurons of experts"}
 FEWER = {"vo": Need.VALUES, "qk": Need.QK, "mlp": Need.NEURONS}
 

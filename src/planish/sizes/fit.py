@@ -24,10 +24,8 @@ FINER = 2  # so many types finer than the one that holds all weights are tried w
 NEARLY = 1.1  # times the size: predicted bytes at which all weights may still fit
 CONTEXT = 4096  # tokens of the cache unless told, or as many as the model has positions
 UBATCH = 512  # tokens that llama.cpp runs at a time
-PARTS, ENTRY = (
-    2,
-    112,
-)  # tensors of a packed linear beside one, but for zero points; bytes of a tensor's entry in a header, but for its name
+PARTS = 2  # tensors of a packed linear beside one, but for zero points
+ENTRY = 112  # bytes of a tensor's entry in a header, but for its name
 SUFFIX = 8  # bytes that its name is longer, where it is but one
 LADDERS = {"gguf": ("16", "8", "6", "5", "4", "3", "2"), "vllm": ("16", "8", "4")}
 LADDER = ("16", "8", "4", "3", "2")

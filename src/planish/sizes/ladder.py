@@ -26,6 +26,7 @@ from planish.errors import InputError, PlanishError
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source
 from planish.folder.writer import check_free
+from planish.manifest import Result
 from planish.request import LIMITS, Request, label
 from planish.rounding import ggml, integers
 from planish.rounding.types import DENSE_NAMES, HELD
@@ -113,6 +114,15 @@ def choose_size(contest: Contest) -> tuple[Request, list[Choice], Ladder | None]
     plain = [c for c in tried if c.keep == 1 and c.measured and c.bits != "16"]
     found = Ladder(size, len(runner.held), best, order_rungs([*more, *plain]))
     return settle(request, best), tried, found if request.ladder else None
+
+
+def make_smaller(contest: Contest, tried: Sequence[Choice], made: Result) -> Request | None:
+    """The request for the plan that was chosen, smaller, where what was `made` of all windows is larger than the size after all;
+    None where it is not, or nothing of the plan is free."""
+    size, best = find_size(contest.request, contest.source), next(c for c in tried if c.chosen)
+    if made.bytes_after <= size or not best.shrink(made, size):
+        return None
+    return settle(contest.request, best)
 
 
 def leaves_open(request: Request) -> bool:

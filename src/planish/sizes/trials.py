@@ -33,6 +33,7 @@ from planish.request import Request
 
 HELD = 4  # every fourth window is held out
 AGAIN = 4  # times that a cut which came out too large is made smaller
+STEP = 0.005  # share of its weights, or of their bits, that then goes at least
 
 
 @dataclass
@@ -62,6 +63,19 @@ class Choice:
     @property
     def measured(self) -> bool:
         return isfinite(self.kl)
+
+    def shrink(self, made: Result, size: float) -> bool:
+        """Less of what is free, its bits on average or its keep, for it was `made` larger than `size`; False where neither is free
+        or the rest of the model alone is too large."""
+        blocks = made.block_params_after * (made.kv_bits if self.bits == "16" else float(self.bits)) / 8
+        left = 1 - max(1.1 * (made.bytes_after - size) / blocks, STEP)
+        if left > 0 and "." in self.bits:
+            self.bits = f"{left * float(self.bits):.3f}"
+        elif left > 0 and self.keep < 1:
+            self.keep = int(1e4 * left * self.keep) / 1e4
+        else:
+            return False
+        return True
 
 
 def settle(request: Request, choice: Choice) -> Request:
@@ -122,9 +136,11 @@ class Runner:
     def make(self, choice: Choice, size: float) -> None:
         """Write a plan, smaller where it comes out too large and can be, and measure it."""
         try:
-            for keep in self.shrink(choice, size):
-                choice.keep = keep
-                choice.bytes = self.write(settle(self.request, choice)).bytes_after
+            for _ in range(AGAIN):
+                made = self.write(settle(self.request, choice))
+                choice.bytes = made.bytes_after
+                if choice.bytes <= size or not choice.shrink(made, size):
+                    break
             if choice.bytes <= size or choice.plain:
                 choice.kl, choice.stderr = self.compare()
             else:
@@ -147,18 +163,6 @@ class Runner:
         )
         found = compare(small, dense, self.held.flatten(), self.held.shape[1])
         return found.kl, found.kl_stderr
-
-    def shrink(self, choice: Choice, size: float) -> Iterator[float]:
-        """Its keep, and smaller ones, or fewer bits on average, as long as what comes out is too large and either is free."""
-        keep = choice.keep
-        for _ in range(AGAIN):
-            yield keep
-            if choice.bytes <= size or (keep >= 1 and "." not in choice.bits):
-                return
-            if "." in choice.bits:
-                choice.bits = f"{float(choice.bits) * (1 - 1.1 * (choice.bytes / size - 1)):.3f}"
-                continue
-            keep = int(1e4 * keep * (1 - 1.1 * (choice.bytes / size - 1))) / 1e4
 
 
 @contextmanager

@@ -15,10 +15,8 @@ from planish.plan.targets import find_target
 from planish.request import Request
 from planish.rounding.types import WORD, Choice, StorageType, choose
 
-EXPERT, SHARED = (
-    "expert.",
-    "shared.",
-)  # roles of one expert; and of the feed-forward that every token reaches beside its experts
+EXPERT = "expert."  # roles of one expert
+SHARED = "shared."  # roles of the feed-forward that every token reaches beside its experts
 HEAD = "8"  # bits of embedding and head in llama.cpp's types unless told
 
 
@@ -67,7 +65,7 @@ def find_experts(blocks: Choice, source: Source) -> StorageType | None:
         return None
     if blocks.target == "vllm":
         raise InputError(
-            f"{source.name} has experts: packed ones were never run in vLLM here, and --bits writes them for --target hf and gguf"
+            f"{source.name} has experts, and packed ones have not been tried in vLLM: --bits rounds them for --target hf and gguf"
         )
     if blocks.target != "gguf" and source.family.experts and source.family.experts.stacked:
         raise InputError(
