@@ -144,3 +144,23 @@ def test_predictions_hold_on_other_text():
     low, honest = (sum(r) / len(r) for r in (ratios[0.0], ratios[1.0]))
     assert low < 0.8 and abs(honest - 1) < abs(low - 1)
     assert prices[1.0] < prices[0.0]
+
+
+@pytest.mark.parametrize("kind", [TwoSided, FisherNeurons])
+def test_prices_hold_a_share_of_the_noise_and_solves_all_of_it(kind):
+    """On the uncompressed model's moments, and behind the compressed prefix."""
+    unit = Unit(0, "down" if kind is TwoSided else "mlp")
+    wide, hidden = SHAPE.intermediate, SHAPE.hidden
+    weights = {"down": draw(hidden, wide), "gate": draw(wide, hidden, seed=3), "up": draw(wide, hidden, seed=4)}
+    x = draw(N, wide, seed=1)
+    values = {"dense:down.in": x, "down.in": x, "dense:down.product": x @ weights["down"].T}
+    values["grad:down.out"] = draw(N, hidden, seed=2)
+    dense, behind = Stats(), Stats()
+    dense.update(values, kind(noise=1.0, anchor=0.5).dense_taps(unit, SHAPE))
+    behind.update(values, kind(noise=1.0, anchor=0.5).taps(unit, SHAPE))
+
+    def lose(stats, noise: float, priced: float = 1.0):
+        return kind(noise=noise, priced=priced, anchor=0.5).decompose(unit, weights, stats, SHAPE).loss
+
+    assert torch.equal(lose(dense, 1.0, 0.25), lose(dense, 0.25))
+    assert torch.equal(lose(behind, 1.0, 0.25), lose(behind, 1.0))

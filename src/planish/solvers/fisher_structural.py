@@ -4,8 +4,9 @@ G = E[g gᵀ] is the second moment of the summed NLL's gradient at a linear's ou
 Fisher). A cut that changes that output by e costs ½ E[(gᵀe)²] ≈ ½ tr(G E[e eᵀ]) nats per token.
 
 `anchor` > 0 (needs the dense prefix beside the compressed one): o and down are refitted to (1 − a) W x̂ + a W x on the
-compressed prefix's inputs x̂, so that they repair what earlier cuts broke. `noise`: beside x̂ and g, times what their tokens call
-for (`planish.solvers.noise`); it is part of the predicted loss.
+compressed prefix's inputs x̂, so that they repair what earlier cuts broke. `noise`: beside x̂ and g, times what their tokens
+call for (`planish.solvers.noise`); it is part of the predicted loss. On the uncompressed model's moments, by which ranks are
+chosen, `priced` times as much.
 """
 
 from __future__ import annotations
@@ -38,17 +39,21 @@ def pair_effects(
     return {"sum": s.T @ s}
 
 
+def is_behind(stats: Stats, role: str, anchor: float) -> bool:
+    """Whether a linear's inputs behind the compressed prefix were measured: else moments are the uncompressed model's."""
+    return bool(anchor) and Tap(f"{role}.in", "gram") in stats.sums
+
+
 def anchored(
     stats: Stats, role: str, w: Float[Tensor, "out in"], anchor: float, noise: float = 0.0
 ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
     """(E[x̂ x̂ᵀ], E[W t x̂ᵀ]) with t = (1 − a) x̂ + a x; x̂ = x where only the dense prefix was measured; `noise` beside x̂."""
-    own, dense = Tap(f"{role}.in", "gram"), Tap(f"dense:{role}.in", "gram")
-    behind = bool(anchor) and own in stats.sums
-    tap = own if behind else dense
+    behind = is_behind(stats, role, anchor)
+    tap = Tap(f"{role}.in" if behind else f"dense:{role}.in", "gram")
     gram = stats.mean(tap)
     cross = multiply(w, gram)
     if behind:
-        cross = (1 - anchor) * cross + anchor * stats.mean(Tap(f"dense:{role}.product", "cross", own.site))
+        cross = (1 - anchor) * cross + anchor * stats.mean(Tap(f"dense:{role}.product", "cross", tap.site))
     level = find_noise(stats, tap, noise)
     return add_noise(gram, level), cross + level * gram.diagonal().mean() * w
 
@@ -85,6 +90,7 @@ class FisherNeurons(NeuronSolver):
     anchor: float = 0.0
     damping: float = 1e-4
     noise: float = 0.0
+    priced: float = 1.0
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("down", self.anchor), Tap("grad:down.out", "gram")]
@@ -94,8 +100,9 @@ class FisherNeurons(NeuronSolver):
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         w = weights["down"].double()
-        gram, cross = anchored(stats, "down", w, self.anchor, self.noise)
-        metric = find_metric(stats, "down", self.noise) @ w
+        noise = self.noise * (1 if is_behind(stats, "down", self.anchor) else self.priced)
+        gram, cross = anchored(stats, "down", w, self.anchor, noise)
+        metric = find_metric(stats, "down", noise) @ w
         order, loss = select_greedily(gram, metric, self.damping)
         roles = [n for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights]
         factors = {"order": order, "gram": gram, "cross": cross, **{n: weights[n] for n in roles}}
@@ -121,6 +128,7 @@ class FisherValues(ValueSolver):
     anchor: float = 0.0
     damping: float = 1e-4
     noise: float = 0.0
+    priced: float = 1.0
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("o", self.anchor), Tap("grad:o.out", "gram")]
@@ -130,9 +138,10 @@ class FisherValues(ValueSolver):
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         heads, groups, d = shape.heads, shape.groups, shape.v
-        root = find_metric(stats, "o", self.noise)
+        noise = self.noise * (1 if is_behind(stats, "o", self.anchor) else self.priced)
+        root = find_metric(stats, "o", noise)
         o = weights["o"].double()
-        gram, cross = anchored(stats, "o", o, self.anchor, self.noise)
+        gram, cross = anchored(stats, "o", o, self.anchor, noise)
         by_head = (root @ o).unflatten(1, (heads, d)).transpose(0, 1)  # (heads, hidden, d)
         left = (by_head.mT @ by_head).unflatten(0, (-1, groups)).sum(1)
         own = gram.view(heads, d, heads, d).diagonal(dim1=0, dim2=2).movedim(-1, 0)

@@ -2,10 +2,10 @@
 
     R' = R + a · mean(diag R) · I, G' likewise with b; a, b fall as 1 / tokens
 
-A cut that E[x xᵀ] and E[g gᵀ] of n tokens choose costs more on other text than on theirs: of SmolLM2 with 16,384 tokens of C4
-1.25 to 1.6 times. With noise that is alike in every direction the moments say what other text says, to about a tenth, for
-low-rank linears, value dimensions and neurons alike; so unlike cuts compete by what they cost, and the ones chosen cost less
-there (docs/log/2026-12-01.md). In a refit the noise is a ridge that draws the change of the weights to nothing, not the weights.
+A cut chosen by E[x xᵀ] and E[g gᵀ] of n tokens costs more on other text than on theirs: of SmolLM2 with 16,384 tokens of C4 1.25 to
+1.6 times. With noise that is alike in every direction the moments say what other text says, to about a tenth, for low-rank
+linears, value dimensions and neurons alike, and the cuts chosen cost less there (docs/log/2026-12-01.md). In a refit the noise
+is a ridge that draws the change of the weights to nothing, not the weights.
 Reference: KFAC-SVD (arXiv 2610.32878) draws both moments to their mean diagonals, by 0.1 and 0.3 whatever their tokens.
 """
 

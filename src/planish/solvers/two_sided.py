@@ -26,7 +26,8 @@ class TwoSided(Solver):
 
     `anchor` > 0 (needs the dense prefix beside the compressed one): the target becomes (1 − a) W x̂ + a W x, x̂ the
     compressed prefix's inputs: W is replaced by its regression on x̂, R by E[x̂ x̂ᵀ], before the SVD.
-    `noise`: beside R and G, times what their tokens call for (`planish.solvers.noise`); it is part of the predicted loss.
+    `noise`: beside R and G, times what their tokens call for (`planish.solvers.noise`); it is part of the predicted loss. On the
+    uncompressed model's moments, by which ranks are chosen, `priced` times as much.
     Reference: K-FAC's factorisation of the Fisher for the metric; PIFA (arXiv 2501.19090) for the form and the mixed
     target; AA-SVD (arXiv 2604.02119) for the anchored objective.
     """
@@ -36,6 +37,7 @@ class TwoSided(Solver):
     anchor: float = 0.0
     ridge: float = 1e-3
     noise: float = 0.0
+    priced: float = 1.0
 
     def units(self, shape: Shape) -> list[Unit]:
         return [Unit(shape.block, r) for r in shape.linears]
@@ -68,14 +70,16 @@ class TwoSided(Solver):
         w, site = weights[unit.name].double(), input_site(unit.name)
         metric, own = self.metric_tap(unit, shape), Tap(site, "gram")
         back, gradient = metric.site.endswith(".back"), stats.mean(metric)
-        gradient = add_noise(gradient, find_noise(stats, metric, self.noise), multiply(w.T, w) if back else None)
-        if not self.anchor or own not in stats.sums:
+        behind = bool(self.anchor) and own in stats.sums
+        share = self.noise * (1 if behind else self.priced)
+        gradient = add_noise(gradient, find_noise(stats, metric, share), multiply(w.T, w) if back else None)
+        if not behind:
             own = Tap(f"dense:{site}", "gram")
-            gram = add_noise(stats.mean(own), find_noise(stats, own, self.noise))
+            gram = add_noise(stats.mean(own), find_noise(stats, own, share))
             low = metric_svd(w, gram, gradient, back)
             return Frontier(unit, low.tails() / 2, {"low": low}, nats=True)
         gram, moved = stats.mean(own), stats.mean(self.cross_tap(unit))
-        noise = find_noise(stats, own, self.noise)
+        noise = find_noise(stats, own, share)
         ridge = max(self.ridge, noise)
         level = ridge * gram.diagonal().mean()
         if unit.name in ALONE:
