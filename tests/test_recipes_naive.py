@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from math import pi
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from planish.solvers.linear import TwoStageSVD
 from tiny import compress, load
 
 WINDOWS, TEST = tiny.windows(24, 24), tiny.windows(4, 24, seed=9)
@@ -175,7 +177,7 @@ def test_erc_svd(metric, tmp_path):
 def test_erc_svd_searches_the_last_blocks_error(tmp_path):
     """What the search has measured is the written model's error, and the k with the least of it wins."""
     model = build("llama_gqa")
-    manifest, _, _ = run(model, tmp_path / "out", "erc-svd", 0.7)
+    manifest, _, _ = run(model, tmp_path / "out", "erc-svd", 0.7, windows=24)
     last = lambda m: capture(m, {"last": m.model.layers[-1]})["last"][1]  # noqa: E731
     measured = {}
     for k in manifest["notes"]["searched"]:
@@ -183,3 +185,17 @@ def test_erc_svd_searches_the_last_blocks_error(tmp_path):
         measured[k] = float((last(cut) - last(model)).square().sum(-1).mean())
     assert manifest["notes"]["searched"] == pytest.approx(measured, rel=1e-5) and len(measured) > 2
     assert str(manifest["notes"]["k"]) == min(measured, key=lambda k: measured[k])
+
+
+def test_erc_svd_whitens_a_weight_once_for_every_k(monkeypatch, tmp_path):
+    """Once to search, whatever the number of values of k, and once to solve."""
+    seen: Counter[str] = Counter()
+    plain = TwoStageSVD.decompose
+
+    def count(self, unit, *args):
+        seen[str(unit)] += 1
+        return plain(self, unit, *args)
+
+    monkeypatch.setattr(TwoStageSVD, "decompose", count)
+    manifest, _, _ = run(build("llama_gqa"), tmp_path / "out", "erc-svd", 0.7)
+    assert len(manifest["notes"]["searched"]) > 2 and len(seen) == 4 * 7 and max(seen.values()) == 2

@@ -26,7 +26,8 @@ from planish.methods.subfit import SubFit
 from planish.modelling.blocks import find_blocks
 from planish.modelling.modules import Bypass as BypassModule
 from planish.plan.footprint import count_weights
-from planish.plan.removal import round_half_up, trial_losses
+from planish.plan.removal import round_half_up
+from planish.plan.search import trial_losses
 from planish.solvers.bypass import Affine, Bypass, Moments, bypass_edit, drop_edit, fit, fit_held_out
 from planish.solvers.window import fit_map
 from planish.stats import KINDS, Tap

@@ -72,6 +72,8 @@ def reach(shape: Shape, taps: Iterable[Tap]) -> float:
 def count_passes(run: Run, i: int) -> tuple[float, list[Tap]]:
     """Forward passes through block i while it is solved, in shares of its weights, and the taps measured on them."""
     problem, known = run.problem, run.known(i)
+    if run.planned.edits and not any(run.solved(s.block) for s in problem.shapes):
+        return 0.0, []  # everything has been worked out
     shape = problem.shapes[i]
     units = run.solved(i)
     stages = run.planned.stages(units) if units else [[]]

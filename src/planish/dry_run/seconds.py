@@ -107,9 +107,9 @@ class Costs:
         words = self.head / max(shape.hidden, 1)
         return (3 if back else 1) * (2 * self.head / self.rates.single + 3 * words * self.rates.element)
 
-    def solve(self, units: Sequence[Unit], whole: bool = True) -> float:
-        """Seconds of these units' frontiers, with their cuts where `whole`."""
-        return sum(t.decompose + whole * t.truncate for u in units if (t := self.took.get(u.name)))
+    def solve(self, units: Sequence[Unit], cuts: float = 1.0) -> float:
+        """Seconds of these units' frontiers, and of cutting each so many times."""
+        return sum(t.decompose + cuts * t.truncate for u in units if (t := self.took.get(u.name)))
 
 
 def measure_costs(run: Run) -> Costs:
@@ -195,7 +195,7 @@ def list_phases(run: Run, work: Work, costs: Costs) -> list[Phase]:
     steps = []
     for s in shapes:
         summing = tokens * sum(costs.rates.sum(s, tap) for tap in work.taps(s))
-        steps.append(summing + costs.solve([u for u in units if u.block == s.block], whole=work.name == "scores"))
+        steps.append(summing + costs.solve([u for u in units if u.block == s.block], work.cuts(s.block)))
     if not work.gradients:
         steps = [a + b for a, b in zip(steps, forward, strict=True)]
         return [Phase(work.name, end(steps, work.heads * head))]

@@ -11,7 +11,8 @@ from planish.methods.method import Method
 from planish.plan.foreseen import Foreseen
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.removal import count_removed, list_greedy, pick_some, remove, saving, search_greedily
+from planish.plan.removal import count_removed, pick_some, remove, saving
+from planish.plan.search import list_greedy, search_greedily
 from planish.solvers.bypass import Bypass, drop_edit
 
 
@@ -22,7 +23,7 @@ class BlockPruner(Method):
     Problem: which attentions and feed-forwards can go with the least loss of the language model?
 
     Equation: repeat: drop the one u that remains with the least NLL(model without those dropped so far and without u)
-    (`planish.plan.removal.search_greedily`).
+    (`planish.plan.search.search_greedily`).
 
     `sparsity`: this share of each kind goes; otherwise the numbers are free, until `keep` is reached. `windows`: calibration
     sequences on which losses are compared.
@@ -68,4 +69,4 @@ class BlockPruner(Method):
         counts, remarks = count_removed(problem, ("attention", "ffn"), self.sparsity)
         gone = pick_some(len(problem.shapes), counts)
         planned = remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity)
-        return Foreseen(planned, list_greedy(problem.units, gone, min(self.windows, windows)))
+        return Foreseen(planned, list_greedy(problem, problem.units, gone, min(self.windows, windows)))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, floor
 from typing import ClassVar, Literal
 
+from torch import nn
+
+from planish import lanes
+from planish.apply import store
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import Hidden, Stream, in_order
-from planish.core import Solver
+from planish.calibrate.stream import Hidden, Stream, in_order, read_weights
+from planish.core import Edit, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
 from planish.plan.footprint import find_rank
-from planish.plan.foreseen import Foreseen, Work
+from planish.plan.foreseen import Foreseen, survey
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solvers.linear import TwoStageSVD
-from planish.walks.solve import run_solved
+from planish.stats import Stats
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class ErcSVD(Method):
     `k`: number of compressed blocks; 0 = search: up to `candidates` values between the smallest feasible k and N, the one
     with the least error of the last block's output on the calibration text wins. `beta`: the residual's share of the
     break-even rank α. `residual_metric`: the paper does not say in which metric the residual is truncated; "plain" is the
-    one that is not provably a single SVD, "whitened" the other. `candidates`: how many k are tried. `form`: "pair" or
-    "pivoted".
+    one that is not provably a single SVD, "whitened" the other. `candidates`: how many k are tried. `windows`: on so many
+    calibration sequences. `form`: "pair" or "pivoted".
 
     Differs from the paper (no code is public): the metric of the residual, and the values of k that are tried, are ours.
     """
@@ -48,6 +53,7 @@ class ErcSVD(Method):
     beta: float = 0.05
     residual_metric: Literal["plain", "whitened"] = "plain"
     candidates: int = 6
+    windows: int = 16
     form: Literal["pair", "pivoted"] = "pair"
 
     def solvers(self) -> list[Solver]:
@@ -93,24 +99,63 @@ class ErcSVD(Method):
         plans = self.propose(problem)
         if self.k or problem.keep == 1:
             return next(iter(plans.values()))
-        with measure.phase("statistics"):
-            dense = measure.stream.outputs()
-        errors: dict[int, float] = {}
-        for k, planned in plans.items():
-            trial = f"search {len(errors) + 1}/{len(plans)}"
-            errors[k] = compare(measure.stream, run_solved(problem, measure, planned, measure.stream, trial), dense)
+        errors = self.search(problem, measure, plans)
         best = min(errors, key=lambda k: errors[k])
         return replace(plans[best], notes={"k": best, "searched": errors})
 
+    def search(self, problem: Problem, measure: Measurements, plans: Mapping[int, Planned]) -> dict[int, float]:
+        """The error of the last block's output (Alg. 3) under every plan.
+
+        One walk over the blocks for all of them: of a block the statistics are measured, and its weights are whitened, once;
+        what runs differ by flows side by side from the first block on that a plan cuts.
+        """
+        few = measure.stream.subset(self.windows)
+        dense, flows = few.start(), dict[int, Hidden]()
+        cuts = {i: {u for planned in plans.values() for u in problem.cut(planned.ranks, i)} for i in range(len(few))}
+        for i, block, stats in measure.forward(lambda shape: problem.taps(sorted(cuts[shape.block]))):
+            edits = truncate_all(problem, measure, block, stats, sorted(cuts[i]), plans)
+            with measure.phase("search"):
+                for k in plans:
+                    if k in flows or edits[k]:
+                        placed = few.place(few.block(i, edits[k]))
+                        flows[k] = few.run(i, placed, flows.get(k, dense))
+                dense = few.run(i, few.place(block), dense)
+        return {k: compare(few, flows.get(k, dense), dense) for k in plans}
+
     def foresee(self, problem: Problem, windows: int) -> Foreseen:
-        plans = [*self.propose(problem).values()]
-        trials = [Work(f"search {n + 1}/{len(plans)}", solve=planned) for n, planned in enumerate(plans)]
-        return Foreseen(plans[len(plans) // 2], [Work(), *trials])
+        plans, share = self.propose(problem), min(self.windows, windows) / windows
+
+        def begun(i: int) -> float:
+            return float(sum(len(problem.shapes) - k <= i for k in plans))
+
+        walk = replace(survey(problem), passes=lambda i: 1 + share * (1 + begun(i)), cuts=begun)
+        return Foreseen([*plans.values()][len(plans) // 2], [walk])
 
     def last(self, problem: Problem, k: int) -> Planned:
         """Uniform ranks in the last k blocks, all others whole."""
         first = len(problem.shapes) - k
         return self.decide(problem, problem.spread(lambda unit: 1.0 if unit.block >= first else float("inf")))
+
+
+def truncate_all(
+    problem: Problem,
+    measure: Measurements,
+    block: nn.Module,
+    stats: Stats,
+    units: list[Unit],
+    plans: Mapping[int, Planned],
+) -> dict[int, list[Edit]]:
+    """Edits of a block's units under every plan; a unit's frontier is worked out once, and processes share the units out."""
+    weights = read_weights(block, measure.stream)
+
+    def solve(unit: Unit) -> dict[int, list[Edit]]:
+        solver, shape = problem.units[unit], problem.shapes[unit.block]
+        with measure.phase("frontiers"):
+            frontier = solver.decompose(unit, weights, stats, shape)
+            return {k: store(solver.truncate(frontier, p.ranks[unit], shape), weights, unit) for k, p in plans.items()}
+
+    found = lanes.share_out(units, problem.count, solve)
+    return {k: [edit for edits in found for edit in edits[k]] for k in plans}
 
 
 def compare(stream: Stream, outputs: Hidden, dense: Hidden) -> float:

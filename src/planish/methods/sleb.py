@@ -12,7 +12,8 @@ from planish.methods.method import Method
 from planish.plan.foreseen import Foreseen
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.removal import list_greedy, pick_some, remove, remove_blocks, saving, search_greedily
+from planish.plan.removal import pick_some, remove, remove_blocks, saving
+from planish.plan.search import list_greedy, search_greedily
 from planish.solvers.bypass import Bypass, drop_edit
 
 
@@ -23,7 +24,7 @@ class SLEB(Method):
     Problem: which whole blocks can go with the least loss of the language model?
 
     Equation: repeat: drop the block b with the least NLL(model without those dropped so far and without b)
-    (`planish.plan.removal.search_greedily`). The result is the stock architecture with fewer blocks.
+    (`planish.plan.search.search_greedily`). The result is the stock architecture with fewer blocks.
 
     `sparsity`: share of the blocks that goes; otherwise `keep` decides. `windows`: calibration sequences on which losses are
     compared. `protect`: the first and the last block stay.
@@ -69,4 +70,4 @@ class SLEB(Method):
         gone = pick_some(len(problem.shapes), {"attention": n, "ffn": n})
         planned = remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity)
         trials = [Unit(i, "attention") for i in range(len(problem.shapes))]
-        return Foreseen(planned, list_greedy(trials, gone[:n], min(self.windows, windows)))
+        return Foreseen(planned, list_greedy(problem, trials, gone[:n], min(self.windows, windows)))

@@ -16,7 +16,7 @@ from planish.calibrate.measure import Measurements
 from planish.core import Edit, Shape, Solver, Unit
 from planish.methods.method import Method
 from planish.plan.budgets import Budget
-from planish.plan.foreseen import Foreseen, Work, compare_trials
+from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.plan.refit import fit_unit, fit_units, refit_and_repair, refit_jointly
@@ -25,16 +25,13 @@ from planish.plan.removal import (
     count_removed,
     count_saved,
     find_budgets,
-    list_greedy,
     lowest,
     merge,
     pick_some,
     remove,
     saving,
-    search_by_weight,
-    search_greedily,
-    trial_losses,
 )
+from planish.plan.search import list_greedy, list_race, race, search_by_weight, search_greedily, trial_losses
 from planish.solvers.bypass import Bypass, is_factored, shared_basis
 from planish.stats import Tap
 from planish.walks.solve import solve
@@ -71,8 +68,8 @@ class SubFit(Method):
     replacement-aware, what the fit leaves over, E|f − f̂|² / E|x|², x the residual stream. "loss": replacement-aware, the
     calibration loss with the fit in place. "greedy": the same, measured again after every choice. `ffn_score`: the same for
     feed-forwards. `combine`: of influence, "product", or "sum": each divided by its mean over the blocks, then added.
-    `windows`: calibration sequences on which losses are compared. `swaps`: then up to so many exchanges of a replaced
-    submodule for another (of its kind, where numbers are equal) that lower the loss of those sequences.
+    `windows`: calibration sequences on which losses are compared, in rounds (`planish.plan.search.race`). `swaps`: then up to
+    so many exchanges of a replaced submodule for another (of its kind, where numbers are equal) that lower their loss.
 
     `gate`: with g. `attention_rank`: rank of U, up to 1 relative to the hidden size (1/16 is the paper's 256 at 4096), above 1
     absolute; from half the hidden size on U is one matrix. `ffn_rank`: the same for feed-forwards (1 is the paper's 4096).
@@ -150,19 +147,18 @@ class SubFit(Method):
         planned = remove(planned, problem, found.removed, self.sparsity)
         fit, edits = self.fit, found.edits
         if fit == "auto":
-            losses = try_fits(problem, measure, planned, edits) if found.removed else {}
-            fit = min(TRIED, key=lambda fit: losses[fit]) if losses else "once"
-            if losses:
-                problem = replace(problem, units=aim(problem.units, fit))
-                planned = replace(planned, solvers=problem.units, notes={**planned.notes, "fit_losses": losses})
-            planned = replace(planned, prefix="dense" if self.repair else PREFIXES[fit], settings={"fit": fit})
+            losses, made = try_fits(problem, measure, planned, edits)
+            fit = min(losses, key=lambda fit: losses[fit])
+            problem, edits = replace(problem, units=aim(problem.units, fit)), made[fit]
+            notes = {**planned.notes, "fit_losses": losses} if found.removed else planned.notes
+            planned = replace(planned, solvers=problem.units, prefix="dense", settings={"fit": fit}, notes=notes)
         if fit == "joint":
             edits = refit_jointly(problem, measure, edits)
         if self.repair:
             check_foldable(measure.source.family, "subfit with repair=true")
             again = fit in ("sequential", "compensated")
-            return replace(planned, edits=refit_and_repair(problem, measure, edits, again, self.ridge))
-        return replace(planned, edits=edits) if fit in ("once", "joint") else planned
+            return replace(planned, edits=refit_and_repair(problem, measure, found.edits, again, self.ridge))
+        return planned if self.fit in ("sequential", "compensated") else replace(planned, edits=edits)
 
     def foresee(self, problem: Problem, windows: int) -> Foreseen:
         counts, remarks = count_removed(problem, self.kinds, self.sparsity, advice=SMALLER)
@@ -174,17 +170,17 @@ class SubFit(Method):
             solvers = dict.fromkeys(units, self.solver())
             work.append(Work(taps=partial(list_taps, solvers), solvers=solvers))
             if how == "loss":
-                work.append(compare_trials([u.block for u in units], few))
+                work += list_race([u.block for u in units], counts[kinds[0]], few, problem.context)
             elif how == "greedy":
-                work += list_greedy(units, [u for u in gone if u in solvers], few)
+                work += list_greedy(problem, units, [u for u in gone if u in solvers], few)
         made: dict[int, tuple[Edit, ...]] = {u.block: () for u in gone}
         planned = remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity)
         for n, fit in enumerate(TRIED if self.fit == "auto" and gone else ()):
-            own = replace(planned, prefix=PREFIXES[fit], edits=made if fit == "once" else {})
+            own = None if fit == "once" else replace(planned, prefix=PREFIXES[fit])
             work.append(Work(f"fit {n + 1}/{len(TRIED)}", solve=own, heads=1))
         if self.fit == "joint" or self.repair:
             work.append(Work("refits", passes=lambda i: 4.0 if self.repair else 2.0))
-        done = self.repair or self.fit in ("once", "joint")
+        done = self.repair or self.fit not in ("sequential", "compensated")
         return Foreseen(replace(planned, edits=made) if done else planned, work)
 
     def choose(self, problem: Problem, measure: Measurements) -> Choice:
@@ -295,10 +291,11 @@ class SubFit(Method):
                 trials = {u: {u.block: f} for u, f in fits.items()}
                 few = measure.stream.subset(self.windows)
                 if how == "loss":
-                    scores = trial_losses(few, edits, trials)
+                    found = race(few, trials, n, edits)
                 else:
                     made, losses = search_greedily(few, trials, lambda made: len(made) >= n, edits)
-                    scores = dict.fromkeys(fits, float("inf")) | dict(zip(made, losses, strict=True))
+                    found = dict(zip(made, losses, strict=True))
+                scores = dict.fromkeys(fits, float("inf")) | found
         return scores, fits
 
     def share(
@@ -352,15 +349,18 @@ def aim(units: Mapping[Unit, Solver], fit: Fit) -> dict[Unit, Solver]:
 
 def try_fits(
     problem: Problem, measure: Measurements, planned: Planned, edits: dict[int, list[Edit]]
-) -> dict[Fit, float]:
-    """Loss on the calibration windows by each way of fitting; `edits`: the bypasses fitted once."""
+) -> tuple[dict[Fit, float], dict[Fit, dict[int, list[Edit]]]]:
+    """(Loss on the calibration windows by each way of fitting, its edits); `edits`: the bypasses fitted once."""
+    if not edits:
+        return {"once": 0.0}, {"once": {}}
     losses: dict[Fit, float] = {}
+    made: dict[Fit, dict[int, list[Edit]]] = {fit: {} for fit in TRIED}
     for n, fit in enumerate(TRIED):
         first = edits if fit == "once" else {}
         own = replace(planned, solvers=aim(problem.units, fit), prefix=PREFIXES[fit], edits=first)
-        hidden = solve(problem, measure, own, lambda *block: None, trial=f"fit {n + 1}/{len(TRIED)}")
+        hidden = solve(problem, measure, own, lambda *block: None, trial=f"fit {n + 1}/{len(TRIED)}", made=made[fit])
         losses[fit] = nll(measure.stream, hidden)
-    return losses
+    return losses, made
 
 
 def raise_ranks(

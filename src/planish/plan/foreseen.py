@@ -31,8 +31,8 @@ class Work:
 
     `name`: what progress calls it. `windows`: calibration windows that run, None: all. `passes`: forward passes through
     block i. `taps`: what is summed in a block. `gradients`: the walk goes back as well. `solvers`: units whose frontiers are
-    worked out. `heads`: how often the windows go through the head. `solve`: in the place of all this, the walk that solves
-    this plan. `stored`: what the solve at the end need not measure again.
+    worked out. `cuts`: how often those of block i are cut to a rank. `heads`: how often the windows go through the head.
+    `solve`: in the place of all this, the walk that solves this plan. `stored`: what the solve at the end need not measure again.
     """
 
     name: str = "statistics"
@@ -41,6 +41,7 @@ class Work:
     taps: Taps = list_none
     gradients: bool = False
     solvers: Mapping[Unit, Solver] | None = None
+    cuts: Callable[[int], float] = lambda i: 0.0
     heads: float = 0.0
     solve: Planned | None = None
     stored: Taps = list_none

@@ -1,34 +1,32 @@
-"""Which submodules go: how many, in which order, and the loss of the model without each of them."""
+"""Which submodules go, how many, and what it takes to fit a map in the place of several."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from planish.calibrate.activations import Activations, fetch
 from planish.calibrate.collect import collect
-from planish.calibrate.losses import nll
 from planish.calibrate.measure import Edits, Measurements
-from planish.calibrate.stream import Hidden, Stream
+from planish.calibrate.stream import Hidden
 from planish.calibrate.taps import tap_sites
 from planish.core import Edit, Unit, Weights
 from planish.errors import InputError
 from planish.modelling.blocks import get_linear
 from planish.modelling.families import Family
 from planish.plan.budgets import Budget, make_budget
-from planish.plan.foreseen import Foreseen, Work, compare_trials
+from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.solvers.moments import Moments
 from planish.stats import Tap
 
-Key = TypeVar("Key")
 NARROW = "the model is too narrow for it"
 
 
@@ -147,15 +145,6 @@ def pick_some(n: int, counts: Mapping[str, int]) -> list[Unit]:
     return [Unit(i, kind) for kind, count in counts.items() for i in order[:count]]
 
 
-def list_greedy(units: Iterable[Unit], gone: Iterable[Unit], windows: int) -> list[Work]:
-    """The walks of a greedy search among units that ends with some of them gone."""
-    rest, walks = list(units), list[Work]()
-    for unit in gone:
-        walks.append(compare_trials([u.block for u in rest], windows))
-        rest.remove(unit)
-    return walks
-
-
 def lowest(scores: Mapping[Unit, float], n: int) -> list[Unit]:
     """The n units with the lowest scores."""
     return sorted(scores, key=lambda u: (scores[u], u))[:n]
@@ -168,79 +157,6 @@ def merge(*several: Edits) -> dict[int, list[Edit]]:
         for i, more in edits.items():
             out.setdefault(i, []).extend(more)
     return out
-
-
-@torch.no_grad()
-def trial_losses(stream: Stream, edits: Edits, trials: Mapping[Key, Edits]) -> dict[Key, float]:
-    """Loss (nats per token on the stream's windows) of the model with `edits` and, in turn, each trial's own edits.
-
-    One walk over the blocks for all trials: those that have begun to differ flow side by side (their activations are
-    in memory together), so every block is read once.
-    """
-    main = stream.start()
-    stream.report("search", 0, len(stream))
-    flows: dict[Key, Hidden] = {}
-    for i in range(len(stream)):
-        plain = stream.place(stream.block(i, edits.get(i, ())))
-        for key, trial in trials.items():
-            if i in trial:
-                block = stream.place(stream.block(i, [*edits.get(i, ()), *trial[i]]))
-                flows[key] = stream.run(i, block, flows.get(key, main))
-            elif key in flows:
-                flows[key] = stream.run(i, plain, flows[key])
-        main = stream.run(i, plain, main)
-        stream.report("search", i + 1, len(stream))
-    return {key: nll(stream, flows.get(key, main)) for key in trials}
-
-
-def search_greedily(
-    stream: Stream, trials: Mapping[Key, Edits], enough: Callable[[list[Key]], bool], edits: Edits | None = None
-) -> tuple[list[Key], list[float]]:
-    """Make the trial that costs the least loss, again and again, until `enough`; what was made and the losses.
-
-    `edits` are made from the start. Reference: SLEB (arXiv 2402.09025) Alg. 1, BlockPruner (arXiv 2406.10594) Alg. 1.
-    """
-    made: list[Key] = []
-    losses: list[float] = []
-    while not enough(made):
-        now = merge(edits or {}, *(trials[k] for k in made))
-        rest = {k: t for k, t in trials.items() if k not in made}
-        if not rest:
-            break
-        found = trial_losses(stream, now, rest)
-        best = min(rest, key=lambda k: found[k])
-        made.append(best)
-        losses.append(found[best])
-    return made, losses
-
-
-def search_by_weight(
-    stream: Stream,
-    trials: Mapping[Key, Edits],
-    saved: Mapping[Key, Tensor],
-    need: Tensor,
-    able: Callable[[list[Key]], list[Key]],
-) -> tuple[list[Key], list[float]]:
-    """Make the trial that costs the least loss per cost saved, until `need` (budgets,) is saved; what was made and losses.
-
-    `saved` (budgets,): by each trial; no more of it counts than is missing, as a share of what is needed. `able(made)`:
-    what may still be made.
-    """
-    made: list[Key] = []
-    losses: list[float] = []
-    loss = nll(stream, stream.outputs())
-    while ((missing := (need - sum(saved[k] for k in made)).clamp(min=0)) > 0).any():
-
-        def gain(k: Key, missing: Tensor = missing) -> float:
-            return float((torch.minimum(saved[k], missing) / need.clamp(min=1)).sum())
-
-        found = trial_losses(
-            stream, merge(*(trials[k] for k in made)), {k: trials[k] for k in able(made) if gain(k) > 0}
-        )
-        best = min(found, key=lambda k: (found[k] - loss) / gain(k))
-        made.append(best)
-        losses.append(loss := found[best])
-    return made, losses
 
 
 def remove_blocks(problem: Problem, sparsity: float | None) -> tuple[int, dict[str, str]]:

@@ -81,7 +81,7 @@ def foresee_errors(problem: Problem, kind: Kind, windows: int) -> Work:
         upto = problem.shapes[i].count(*ATTENTION) / problem.shapes[i].count()
         return 1 + (len(shares) + 1) * upto
 
-    return Work("scores", min(few, windows), count, solvers=solvers)
+    return Work("scores", min(few, windows), count, solvers=solvers, cuts=lambda i: 1.0)
 
 
 def list_ranks(problem: Problem, frontiers: Mapping[Unit, Frontier], kind: Kind) -> dict[Group, list[tuple[int, ...]]]:

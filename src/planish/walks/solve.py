@@ -35,12 +35,13 @@ def solve(
     *,
     finished: Mapping[int, Finish] | None = None,
     trial: str = "",
+    made: dict[int, list[Edit]] | None = None,
 ) -> Hidden:
     """Walk the blocks, solve every planned unit, hand each finished block to `emit`; what the last block put out.
 
     `finished`: blocks that are only run. `trial`: a name where this plan is one of several to compare, whose outputs are
-    wanted whatever is known already. Behind an uncompressed prefix outputs are those of the uncompressed model, with
-    the edits that the plan has worked out.
+    wanted whatever is known already; `made`: the edits of every block are put in here. Behind an uncompressed prefix
+    outputs are those of the uncompressed model, with the edits that the plan has worked out.
     """
     if planned.make is not None:
         planned.make(emit)
@@ -52,6 +53,8 @@ def solve(
         finish = (finished or {}).get(i)
         block, spec, errors = walk.restore(i, finish) if finish else walk.solve(i)
         emit(i, block, spec, errors)
+        if made is not None:
+            made[i] = walk.edits
         del block  # or it lies beside the next one
         if measure.progress and not finish:
             measure.progress(trial or "blocks", i + 1, len(problem.shapes))
@@ -84,8 +87,8 @@ class Beside:
 
 
 class Walk:
-    """Where a solve is: `hidden`, the inputs of the next block behind the prefix that the method measures on, and `dense`,
-    those of the uncompressed model beside it, if it runs along."""
+    """Where a solve is: `hidden`, the inputs of the next block behind the prefix that the method measures on, `dense`, those of
+    the uncompressed model beside it, if it runs along, and `edits` of the block that was solved last."""
 
     def __init__(self, problem: Problem, measure: Measurements, planned: Planned, trial: bool):
         self.problem, self.measure, self.planned = problem, measure, planned
@@ -94,12 +97,12 @@ class Walk:
         self.share = planned.refit(windows) / windows if windows else 1.0
         self.sequential = planned.prefix != "dense"
         self.pristine = not self.sequential and not planned.edits  # all statistics are the uncompressed model's
-        cuts = [problem.cut(planned.ranks, i) for i in range(len(problem.shapes))]
-        missing = any(find_missing(problem, measure, i, cut)[1] for i, cut in enumerate(cuts))
-        known = not self.sequential and bool(measure.stored)
-        known |= self.pristine and not missing and not trial
+        left = [self.find_left(i) for i in range(len(problem.shapes))]
+        missing = any(not self.pristine or find_missing(problem, measure, i, u)[1] for i, u in enumerate(left) if u)
+        known = not self.sequential and (bool(measure.stored) or (not missing and not trial))
         self.hidden: Hidden = stream.start() if stream.batches and not known else []
         self.dense: Hidden | None = self.hidden if planned.prefix == "both" else None
+        self.edits: list[Edit] = []
 
     def restore(self, i: int, finish: Finish) -> tuple[nn.Module, Spec, dict[str, float]]:
         """Block i as an interrupted run has written it."""
@@ -116,9 +119,7 @@ class Walk:
         stream, shape, phase = self.stream, self.problem.shapes[i], self.measure.phase
         block, errors = stream.block(i), dict[str, float]()
         assert count_block(block) == shape.count(), f"block {i} has {count_block(block)} weights, not {shape.count()}"
-        edits = list(self.planned.edits.get(i, ()))
-        done = {SUBMODULES.get(e.target) for e in edits}
-        units = [u for u in self.problem.cut(self.planned.ranks, i) if u.name not in done]
+        edits, units = list(self.planned.edits.get(i, ())), self.find_left(i)
         weights = read_weights(block, stream)
         beside = None if self.dense is None else self.run_beside(i, copy.deepcopy(block), self.dense, units)
         spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
@@ -144,7 +145,13 @@ class Walk:
                 again = beside.reuse and beside.reuse.enter()
                 self.dense = beside.outputs or stream.run(i, stream.place(beside.block), beside.hidden, reuse=again)
             self.hidden = outputs
+        self.edits = edits
         return block, spec, errors
+
+    def find_left(self, i: int) -> list[Unit]:
+        """Block i's units that are cut, and not by the edits that the plan has worked out."""
+        done = {SUBMODULES.get(e.target) for e in self.planned.edits.get(i, ())}
+        return [u for u in self.problem.cut(self.planned.ranks, i) if u.name not in done]
 
     def run_prefix(self, i: int, block: nn.Module, reuse: Reuse | None = None) -> Hidden:
         """What block i of the prefix puts out; `block` is the solved one."""
