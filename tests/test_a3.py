@@ -575,13 +575,14 @@ def test_shared_keys_compile_without_graph_breaks(tmp_path):
 
 
 def test_palu_ranks_follow_the_gradients_of_the_weights(tmp_path):
-    """F = √E[(∂L/∂W)²] by autograd through the whole model, labels as sampled; ranks are in its proportion."""
+    """F = the mean over W of √E[(∂L/∂W)²] by autograd through the whole model, labels as sampled; ranks are in its
+    proportion."""
     model = tiny.build("llama_gqa", torch.float64)
     stream = Stream(MemorySource(model), WINDOWS, dtype=torch.float64)
     job = pose_on(stream, Palu(), asked=Limits(kv_keep=0.6))
     planned = job.plan()
     plan, found = planned.ranks, planned.notes["fisher"]
-    sums = dict.fromkeys(found, 0.0)
+    sums = dict.fromkeys(found, torch.zeros(()))
     weights = {}
     for i, layer in enumerate(model.model.layers):
         weights |= {f"{i}.keys": layer.self_attn.k_proj.weight, f"{i}.vo": layer.self_attn.v_proj.weight}
@@ -591,9 +592,9 @@ def test_palu_ranks_follow_the_gradients_of_the_weights(tmp_path):
         labels = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), noise[:, None]).squeeze(1)
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         for name, g in zip(weights, torch.autograd.grad(loss, list(weights.values()))):
-            sums[name] += float(g.square().mean())
+            sums[name] = sums[name] + g.square()
     for name, f in found.items():
-        assert f == pytest.approx((sums[name] / WINDOWS.numel()) ** 0.5, rel=1e-5)
+        assert f == pytest.approx(float((sums[name] / WINDOWS.numel()).sqrt().mean()), rel=1e-5)
     ranked = sorted(plan, key=lambda u: found[str(u)])
     share = {u: job.problem.cost(u, r) / job.problem.cost(u, job.problem.full(u)) for u, r in plan.items()}
     assert share[ranked[0]] < share[ranked[-1]]
@@ -601,6 +602,19 @@ def test_palu_ranks_follow_the_gradients_of_the_weights(tmp_path):
         assert share[a] <= share[b] + max(
             job.problem.cost(u, 1) / job.problem.cost(u, job.problem.full(u)) for u in (a, b)
         )
+
+
+def test_keys_shared_within_frequencies_have_their_values_share():
+    """However little gradients say of a block's keys."""
+    model = tiny.build("llama_gqa", torch.float64, head_dim=16)
+    model.model.layers[0].self_attn.q_proj.weight.data *= 0.01
+    stream, shares = Stream(MemorySource(model), WINDOWS, dtype=torch.float64), {}
+    for keys in ("rebuild", "frequency"):
+        job = pose_on(stream, Palu(keys=keys), asked=Limits(kv_keep=0.6))
+        shares[keys] = {u: r / job.problem.full(u) for u, r in job.plan().ranks.items()}
+    for i in range(len(model.model.layers)):
+        assert shares["frequency"][Unit(i, "keys")] == pytest.approx(shares["frequency"][Unit(i, "vo")], abs=2 / 16)
+    assert shares["rebuild"][Unit(0, "keys")] < shares["rebuild"][Unit(0, "vo")] / 2  # by their own gradients
 
 
 def test_a_part_with_coarse_steps_keeps_its_share_as_a_whole():

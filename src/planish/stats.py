@@ -130,10 +130,10 @@ def influence(x: Float[Tensor, "tokens d"], f: Float[Tensor, "tokens d"]) -> Sum
 
 
 @kind
-def weight_gradients(g: Float[Tensor, "n seq out"], x: Float[Tensor, "n seq in"], heads: int) -> Sums:
-    """Σ over sequences of |∂L/∂W_h|² (heads,): g (n, seq, out) the gradient at a linear's output, x (n, seq, in) its input."""
-    per_sequence = g.double().mT @ x.double()  # (n, out, in)
-    return {"sum": per_sequence.square().unflatten(1, (heads, -1)).sum((0, 2, 3))}
+def weight_gradients(g: Float[Tensor, "*n seq out"], x: Float[Tensor, "*n seq in"]) -> Sums:
+    """Σ over sequences of (∂L/∂W)² (out, in), entry by entry: g the gradient at a linear's output, x its input."""
+    per_sequence = g.double().mT @ x.double()  # (*n, out, in)
+    return {"sum": per_sequence.square().view(-1, *per_sequence.shape[-2:]).sum(0)}
 
 
 EDGE = 0.125  # of a window, at either end, that `clamped_gram` leaves out
