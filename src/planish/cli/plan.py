@@ -12,7 +12,8 @@ from planish.cli import options as o
 from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_table, say, session, show_untouched
 
 
-@o.asks(*o.BUDGETS, "sparsity", "method", *o.TEXT, *o.COMPUTE, "round_to", "target", "settings", "adapter")
+@o.asks(*o.BUDGETS, "sparsity", "method", *o.TEXT, *o.COMPUTE, "round_to", "target", "bits", "head_bits", "fit", "settings",
+        "adapter")  # fmt: skip
 def plan(
     model: o.ModelArgument,
     *,
@@ -25,17 +26,20 @@ def plan(
 ) -> None:
     """Say what compressing would give and take, from shapes; change and write nothing."""
     options["settings"] = o.parse_settings(options["settings"], sparsity, options)
-    asked = o.tell_asked(options, sparsity)
     with session(as_json) as run:
         found = run.api.forecast(model, measure=measure, cache=True, progress=run.progress, **options)
         for warning in found.warnings:
             say(f"note: {warning}")
+        if not hasattr(found, "units"):
+            return run.give(found.as_dict(), *show_sizes(found))
+        asked = o.tell_asked(options, sparsity)
         run.give(
             found.as_dict(),
             f"[bold]{found.method}[/] · keep {found.keep:.4f} (asked {asked}) · {tell_ranks(found)} · nothing is written",
             make_ranks(found.units, found.blocks, "" if found.measured else "~"),
             *tell_measuring(found),
             compare_sizes(found),
+            *tell_types(found.rounding),
             *show_untouched(found),
             *make_losses(found),
             *o.show_latency(found),
@@ -45,6 +49,36 @@ def plan(
             + f" and {format_bytes(found.disk_bytes)} of disk",
             f"[dim]time: {found.how['seconds']}\nmemory: {found.how['peak_ram']}\nFLOPs: {found.how['flops']}[/]",
         )
+
+
+def show_sizes(found: Any) -> list[Any]:
+    """What competes for a size, and what every type would take."""
+    room = f", of {found.fit:,} bytes" if found.fit else ""
+    lines = [f"[bold]{found.size:,} bytes[/] for the file{room} · --target {found.target} · nothing is written"]
+    if found.fit:
+        cache, running = format_bytes(found.cache), format_bytes(found.running)
+        lines.append(f"16-bit KV cache of {found.context} tokens {cache}, what running takes beside it {running}")
+    plans = make_table("plans that would compete", "weights kept", "embedding, head", "bytes, about")
+    for c in found.plans:
+        plans.add_row(
+            f"{c['bits']} bits", f"{c['keep']:.1%}", f"{c['head']} bits" if c["head"] else "", f"{c['bytes']:,}"
+        )
+    types = make_table("all weights", "matrices of the blocks", "bytes, about")
+    for t in found.types:
+        types.add_row(f"{t['bits']} bits", name_types(t["rounded"]), f"{t['bytes']:,}")
+    return [*lines, plans, types]
+
+
+def name_types(types: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in types.items())
+
+
+def tell_types(rounding: dict[str, Any]) -> list[str]:
+    """A line about what is rounded to what."""
+    if not rounding:
+        return []
+    head = f"; embedding and head {rounding['head']}" if rounding["head"] else "; embedding and head in 16 bits"
+    return [f"rounded: {name_types(rounding['types']) or 'a type for every matrix, by what it costs'}{head}"]
 
 
 def tell_ranks(found: Any) -> str:

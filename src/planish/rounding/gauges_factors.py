@@ -46,7 +46,9 @@ def round_linear(linear: Linear, metric: Metric, rounding: Round) -> tuple[dict[
     """
     first = rounding("right", linear.right, Metric(metric.moment, pull_back(metric.gradient, linear)))
     if linear.left is None or linear.left.ndim == 3:
-        cost = metric.cost(replace(linear, right=first.value.double()).dense() - linear.dense())
+        cost = 2 * first.nats if first.nats is not None and linear.behind() is None else None
+        if cost is None:
+            cost = metric.cost(replace(linear, right=first.value.double()).dense() - linear.dense())
         return {"right": replace(first, nats=None if metric.gradient is None else cost / 2)}, cost
     whole, value, gram = linear.dense(), first.value.double(), metric.moment
     assert gram is not None

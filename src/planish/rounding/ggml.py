@@ -20,7 +20,7 @@ from planish.errors import InputError
 from planish.rounding.types import StorageType
 
 TESTED = "2026.10.11549"  # of xllamacpp
-CHUNK = 1 << 22  # numbers that are dequantised at a time
+CHUNK = 1 << 16  # numbers that are dequantised at a time
 
 # type → (first byte, bytes, bits of a code in one field, first bit of the code) of the fields that hold codes
 FIELDS = {
@@ -100,9 +100,8 @@ def scale_importance(importance: Tensor) -> Tensor:
 def dequantise(blocks: Tensor, kind: StorageType) -> Tensor:
     """The numbers (out, in), fp32, that blocks (out, bytes) stand for, by the gguf library."""
     number, read = find_number(kind), load_gguf().quants.dequantize
-    step = max(1, CHUNK * int(kind.size) // max(kind.group * blocks.shape[1], 1))
-    parts = [torch.from_numpy(read(rows.numpy(), number)) for rows in blocks.split(step)]
-    return torch.cat(parts).view(len(blocks), -1)
+    runs = blocks.flatten().split(CHUNK // kind.group * int(kind.size))  # of rows the library takes sixteen at a time
+    return torch.cat([torch.from_numpy(read(run.numpy()[None], number)[0]) for run in runs]).view(len(blocks), -1)
 
 
 class Codes(NamedTuple):
@@ -153,21 +152,28 @@ def put_codes(blocks: Tensor, kind: StorageType, codes: Tensor) -> Tensor:
 
 
 class Levels:
-    """The numbers that the weights of one block per row can have, its scales given: codes of targets, and back."""
+    """The numbers that the weights of one block per row can have, its scales given: codes of targets, and back.
+
+    They are first + step · place of the code: the code itself, or of types whose steps differ what the gguf library's table says.
+    """
 
     def __init__(self, blocks: Tensor, kind: StorageType):
         self.low, self.high = LOWEST.get(kind.name, 0), 2**kind.bits - 1
-        even = kind.name not in UNEVEN
-        wanted = (0, self.high) if even else range(self.high + 1)
-        self.values = torch.stack([dequantise(fill(blocks, kind, c), kind) for c in wanted]).double()
-        self.step = (self.values[-1] - self.values[0]) / self.high if even else None
+        self.table: Tensor | None = None
+        if kind.name in UNEVEN:
+            self.table = torch.tensor(load_gguf().quants.IQ4_NL.kvalues, dtype=torch.float64)
+            self.table -= self.table[0].clone()
+            self.between = (self.table[1:] + self.table[:-1]) / 2
+        self.first, last = (dequantise(fill(blocks, kind, c), kind).double() for c in (0, self.high))
+        self.step = (last - self.first) / (self.high if self.table is None else self.table[-1])
+        self.first, self.step = self.first.T.contiguous(), self.step.T.contiguous()
+        self.inverse = torch.where(self.step == 0, 1.0, 1 / self.step)
 
     def pick(self, target: Tensor, j: int) -> tuple[Tensor, Tensor]:
         """(codes, values) (out,) of weight j of every block, nearest to `target` (out,)."""
-        if self.step is None:
-            code = (self.values[:, :, j] - target).abs().argmin(0)
-            return code, self.values[:, :, j].gather(0, code[None])[0]
-        step = self.step[:, j]
-        code = ((target - self.values[0, :, j]) / torch.where(step == 0, 1.0, step)).round()
-        code = code.clamp(self.low, self.high)
-        return code.long(), self.values[0, :, j] + code * step
+        place = target.sub(self.first[j]).mul_(self.inverse[j])
+        if self.table is None:
+            place = place.round_().clamp_(self.low, self.high)
+            return place.long(), torch.addcmul(self.first[j], place, self.step[j])
+        code = torch.bucketize(place, self.between)
+        return code, torch.addcmul(self.first[j], self.table[code], self.step[j])

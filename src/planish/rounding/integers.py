@@ -45,6 +45,20 @@ def nearest(w: Tensor, zero: Tensor, scale: Tensor, kind: StorageType) -> Tensor
     return (w / scale.to(w.dtype)).add_(zero).round_().clamp_(*limits(kind))
 
 
+class Lines:
+    """The grid of one group per row, (out,) each, made ready for many columns: `multiply` and `nearest` of one after the other."""
+
+    def __init__(self, scale: Tensor, zero: Tensor, kind: StorageType, dtype: torch.dtype):
+        self.wide, self.narrow = scale.double().contiguous(), scale.to(dtype).contiguous()
+        self.zero, self.dtype = zero.double().contiguous(), dtype
+        self.low, self.high = limits(kind)
+
+    def round(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, values) (out,) nearest to numbers (out,)."""
+        codes = torch.div(target, self.wide).add_(self.zero).round_().clamp_(self.low, self.high)
+        return codes, torch.sub(codes, self.zero).to(self.dtype).mul_(self.narrow)
+
+
 def store_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Positive, and a number of the dtype: groups of zeros, and scales below its smallest number, get that one."""
     kind = scale_dtype(dtype)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from planish.rounding.types import StorageType
 from planish.solvers.linalg import root
 
 DAMPING = 0.01
+PROBE = 64  # rows that are rounded to nearest before all of a matrix is
 LEAF = 64  # columns whose feedback is summed one by one
 GGML = "weight_ggml"  # end of the name of a matrix in blocks of ggml
 
@@ -93,9 +95,10 @@ class Metric:
         return m if self.moment is None else m @ self.moment
 
     def energy(self, m: Tensor) -> float:
-        """tr(M R Mᵀ)."""
-        m = m.double()
-        return float((self.move(m) * m).sum().clamp(min=0))
+        """tr(M R Mᵀ), to six digits."""
+        m = m.float()
+        moved = m if self.moment is None else m @ self.moment.float()
+        return float((moved * m).sum(1).double().sum().clamp(min=0))
 
     def cost(self, error: Tensor, moved: Tensor | None = None) -> float:
         """tr(G E R Eᵀ); `moved`: E R, where it is known."""
@@ -129,32 +132,79 @@ def round_matrix(
         )
     if not bool(torch.isfinite(w).all()):
         raise InputError(f"{where} holds NaN or infinity: nothing to round")
-    plain = round_integers if kind.kind == "integer" else round_blocks
-    drafts, w = [plain(w, kind, metric.moment, dtype)], w.double()
-    exact = torch.equal(drafts[0].value.double(), w)
-    if feedback and metric.moment is not None and not exact and float(metric.moment.trace()) > 0:
-        drafts += round_with_feedback(w, kind, metric.moment, damping, dtype)
-    best, lost, how = choose(w, drafts, metric)
+    found = Rounding(w, kind, metric, dtype)
+    if not found.exact and feedback and metric.moment is not None and float(metric.moment.trace()) > 0:
+        found.feed(damping)
+    best, lost, share, how = found.choose()
     if not bool(torch.isfinite(best.value).all()):
         raise InputError(f"{where} in {kind.name} is not finite: the weights reach beyond what it can hold")
-    whole, nats = metric.energy(w), None if metric.gradient is None else lost / 2
-    share = metric.energy(w - best.value) / whole if whole > 0 else 0.0
-    return Rounded(kind, best, how, share, exact, nats)
+    return Rounded(kind, best, how, share, found.exact, None if metric.gradient is None else lost / 2)
 
 
-def choose(w: Tensor, drafts: Sequence[Draft], metric: Metric) -> tuple[Draft, float, str]:
-    """The first draft, or of every row the one with the least E R Eᵀ, whichever costs less: it, its cost, and its name.
+class Trial(NamedTuple):
+    """A draft (out, in), its errors E, E R, and every row's energy of errors (out,)."""
 
-    Without G, or with its diagonal alone, rows cost apart, and nothing made of these drafts costs less.
-    """
-    errors = [w - d.value for d in drafts]
-    moved = [metric.move(e) for e in errors]
-    best, lost = drafts[0], metric.cost(errors[0], moved[0])
-    if len(drafts) == 1:
-        return best, lost, "nearest"
-    at = torch.stack([(e * m).sum(1) for e, m in zip(errors, moved, strict=True)]).nan_to_num(torch.inf).argmin(0)
-    mixed = metric.cost(pick_rows(errors, at), pick_rows(moved, at))
-    return (pick_drafts(drafts, at), mixed, "feedback") if mixed < lost else (best, lost, "nearest")
+    draft: Draft
+    error: Tensor
+    moved: Tensor
+    rows: Tensor
+
+
+class Rounding:
+    """The drafts of one matrix. To nearest all of it is rounded where `PROBE` of its rows say that it lies on the grid, where
+    nothing else is tried, or where that is best for one of these rows."""
+
+    def __init__(self, w: Tensor, kind: StorageType, metric: Metric, dtype: torch.dtype):
+        self.w, self.kind, self.metric, self.dtype = w.double(), kind, metric, dtype
+        self.source, self.few = w, slice(None, None, -(-len(w) // PROBE))
+        self.plain, self.fed = None, list[Trial]()
+        sample = self.nearest(w[self.few])
+        exact = torch.equal(sample.value.double(), self.w[self.few])
+        if exact or len(sample.value) == len(w):
+            self.plain = sample if len(sample.value) == len(w) else self.nearest(w)
+            exact = torch.equal(self.plain.value.double(), self.w)
+        self.sample, self.exact = sample.value, exact
+
+    def nearest(self, w: Tensor) -> Draft:
+        plain = round_integers if self.kind.kind == "integer" else round_blocks
+        return plain(w, self.kind, self.metric.moment, self.dtype)
+
+    def feed(self, damping: float) -> None:
+        """Feed errors on, and see whether rounding to nearest may be better for some row."""
+        assert self.metric.moment is not None
+        drafts = round_with_feedback(self.w, self.kind, self.metric.moment, damping, self.dtype)
+        self.fed = [self.weigh(d) for d in drafts]
+        if self.plain is None:
+            error = self.w[self.few] - self.sample
+            least = torch.stack([t.rows for t in self.fed]).nan_to_num(torch.inf).amin(0)[self.few]
+            if bool(((error * self.metric.move(error)).sum(1) < least).any()):
+                self.plain = self.nearest(self.source)
+
+    def weigh(self, draft: Draft) -> Trial:
+        error = self.w - draft.value
+        moved = self.metric.move(error)
+        return Trial(draft, error, moved, (error * moved).sum(1))
+
+    def choose(self) -> tuple[Draft, float, float, str]:
+        """The first draft, or of every row the one with the least E R Eᵀ, whichever costs less: it, its cost, the share of the
+        output's energy that it loses, and its name.
+
+        Without G, or with its diagonal alone, rows cost apart, and nothing made of these drafts costs less.
+        """
+        if self.plain is None and not self.fed:
+            self.plain = self.nearest(self.source)
+        trials = [*([self.weigh(self.plain)] if self.plain else []), *self.fed]
+        best = trials[0]
+        lost, how = self.metric.cost(best.error, best.moved), "nearest" if self.plain else "feedback"
+        if len(trials) > 1:
+            rows = torch.stack([t.rows for t in trials])
+            at = rows.nan_to_num(torch.inf).argmin(0)
+            error, moved = (pick_rows(parts, at) for parts in ([t.error for t in trials], [t.moved for t in trials]))
+            if (mixed := self.metric.cost(error, moved)) < lost:
+                best = Trial(pick_drafts([t.draft for t in trials], at), error, moved, rows.gather(0, at[None])[0])
+                lost, how = mixed, "feedback"
+        whole, left = self.metric.energy(self.w), float(best.rows.sum().clamp(min=0))
+        return best.draft, lost, left / whole if whole > 0 else 0.0, how
 
 
 def pick_rows(matrices: Sequence[Tensor], at: Tensor) -> Tensor:
@@ -266,7 +316,7 @@ class Feed:
 
     def __init__(self, w: Tensor, root: Tensor):
         self.w, self.root, self.steps = w.double().T.contiguous(), root, root.diagonal()
-        self.error = torch.zeros_like(self.w)
+        self.error, self.shares = torch.zeros_like(self.w), (1 / self.steps).tolist()
         self.first, self.pull = 0, self.w.new_zeros(0)
 
     def begin(self, at: int, count: int) -> None:
@@ -277,7 +327,7 @@ class Feed:
         """What column j should be, (out,)."""
         near = slice(self.first, j)
         fed = torch.addmv(self.pull[j - self.first], self.error[near].T, self.root[near, j])
-        return torch.add(self.w[j], fed, alpha=1 / float(self.steps[j]))
+        return torch.add(self.w[j], fed, alpha=self.shares[j])
 
     def aim(self, at: int, count: int) -> Tensor:
         """What the next columns (out, count) should be for errors before them to cost nothing: w + E V[before, part] V[part]⁻¹."""
@@ -306,8 +356,10 @@ def feed_groups(w: Tensor, kind: StorageType, root: Tensor, dtype: torch.dtype) 
         weights = feed.steps[at : at + kind.group].square()[None]
         grid = integers.search(feed.aim(at, kind.group)[:, None], weights, kind, dtype)
         grids.append(grid)
+        lines = integers.Lines(grid.scale[:, 0], grid.zero[:, 0], kind, dtype)
         for j in range(at, at + kind.group):
-            round_column(feed, codes, j, grid, kind, dtype)
+            codes[j], value = lines.round(feed.target(j))
+            feed.note(j, value)
     scale, zero = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
     return draft_integers(codes.T.contiguous(), integers.Grid(scale, zero), kind, dtype)
 
@@ -317,22 +369,16 @@ def feed_ordered(
 ) -> Draft:
     """Column by column in an order, on fixed grids."""
     feed, codes = Feed(w[:, order], root), torch.zeros(w.shape[::-1])
+    lines = [integers.Lines(s, z, kind, dtype) for s, z in zip(grid.scale.T, grid.zero.T, strict=True)]
+    groups = (order // kind.group).tolist()
     for at in range(0, w.shape[1], LEAF):
         feed.begin(at, LEAF)
         for j in range(at, min(at + LEAF, w.shape[1])):
-            group = int(order[j]) // kind.group
-            own = integers.Grid(grid.scale[:, group, None], grid.zero[:, group, None])
-            round_column(feed, codes, j, own, kind, dtype)
+            codes[j], value = lines[groups[j]].round(feed.target(j))
+            feed.note(j, value)
     back = torch.empty(w.shape)
     back[:, order] = codes.T
     return draft_integers(back, grid, kind, dtype)
-
-
-def round_column(feed: Feed, codes: Tensor, j: int, grid: integers.Grid, kind: StorageType, dtype: torch.dtype) -> None:
-    """`codes` (in, out); `grid` of the column's group, (out, 1)."""
-    scale, zero = grid.scale[:, 0], grid.zero[:, 0]
-    codes[j] = integers.nearest(feed.target(j), zero, scale, kind)
-    feed.note(j, integers.multiply(codes[j], zero, scale, dtype))
 
 
 def feed_blocks(w: Tensor, kind: StorageType, root: Tensor, dtype: torch.dtype) -> Draft:

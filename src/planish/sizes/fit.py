@@ -20,6 +20,7 @@ from planish.sizes.trials import Choice, settle
 from planish.walks.bits import HEAD, find_heads, list_rounded, read_asked, refuse_head
 
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
+CLOSE = 1.15  # times the weights: of types between two whose plans keep no more apart none is tried
 FINER = 2  # so many types finer than the one that holds all weights are tried with cuts
 NEARLY = 1.1  # times the size: predicted bytes at which all weights may still fit
 CONTEXT = 4096  # tokens of the cache unless told, or as many as the model has positions
@@ -45,14 +46,19 @@ def find_size(request: Request, source: Source) -> int:
         )
     if request.fit is None:
         return int(request.max_bytes or 0)
-    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
-    context = request.context or min(CONTEXT, positions)
+    context = find_context(request, source)
     if (left := request.fit - reserve(source, context)) > 0:
         return left
     raise InputError(
         f"--fit {request.fit:,}: the 16-bit cache of {context} tokens and running take {request.fit - left:,} bytes; a smaller "
         "--context takes less"
     )
+
+
+def find_context(request: Request, source: Source) -> int:
+    """Tokens of the cache: those that are asked for, else `CONTEXT`, or as many as the model has positions."""
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
+    return request.context or min(CONTEXT, positions)
 
 
 def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
@@ -66,7 +72,7 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
             continue
         if outside + blocks <= size:
             finer = list(dict.fromkeys(c.bits for c in found))[-FINER:]
-            return mix([c for c in found if c.bits in finer] + [Choice(bits, 1.0)], request, source, size)
+            return mix(thin([c for c in found if c.bits in finer]) + [Choice(bits, 1.0)], request, source, size)
         if outside + blocks <= NEARLY * size:  # what is predicted may be a little too much
             found.append(Choice(bits, 1.0))
         smallest.append(outside + LEAST * blocks)
@@ -80,7 +86,17 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
         raise InputError(
             f"--max-bytes {size:,}: the smallest that can be made for --target {request.target} is about {min(smallest):,.0f}"
         )
-    return mix(found, request, source, size)
+    return mix(thin(found), request, source, size)
+
+
+def thin(found: list[Choice]) -> list[Choice]:
+    """Without plans between two neighbours that keep nearly as much as each other: types that hold a model's widths may differ in
+    few of its matrices."""
+    cut = [c for c in found if c.keep < 1]
+    for before, choice, behind in zip(cut, cut[1:], cut[2:], strict=False):
+        if before in found and behind.keep < CLOSE * before.keep:
+            found = [c for c in found if c is not choice]
+    return found
 
 
 def list_plans(request: Request, source: Source, size: int) -> list[Choice]:
@@ -120,7 +136,8 @@ def vary_head(best: Choice, request: Request, source: Source, size: int) -> list
     size, or as more weights where some were cut."""
     weights = count_rounded(source)
     found = []
-    for head in list_heads(request, source) if best.bits not in ("8", "16") else ():
+    heads = list_heads(request, source) if best.bits not in ("8", "16") else []
+    for head in (h for h in heads if h != best.head):
         outside, blocks = predict(request.model_copy(update={"head_bits": head}), source, best.bits)
         if best.keep < 1 and (keep := min(1.0, (size - outside) / blocks)) >= LEAST:
             found.append(Choice(best.bits, int(keep * 1e4) / 1e4, head=head))

@@ -37,6 +37,7 @@ from planish.walks.bits import read_asked
 
 ROUNDED = ("gguf", "hf", "vllm")  # targets for which types compete wherever a size is given
 NOISE = 2  # standard errors, within which two plans are alike
+FAR = 1.25  # times the least divergence so far: plans beyond one that has more are not made
 
 
 @dataclass
@@ -104,7 +105,7 @@ def choose_size(contest: Contest) -> tuple[Request, list[Choice], Ladder | None]
         return settle(request, tried[0]), tried, None
     with open_runner(contest) as runner:
         rungs = list_rungs(request, source, size) if request.ladder else []
-        measure_all(runner, tried, size, len(rungs), progress)
+        climb(runner, tried, size, len(rungs), progress)
         more = [r for r in rungs if r.bits not in {c.bits for c in tried if c.keep == 1 and c.measured}]
         heads = vary_head(choose_best(tried, size), request, source, size)
         measure_all(runner, heads, size, len(more), progress)
@@ -178,6 +179,24 @@ def measure_all(runner: Runner, plans: Sequence[Choice], size: float, more: int,
         runner.measure(choice, size)
         if progress:
             progress("sizes" if size < inf else "ladder", n + 1, len(plans) + more * (size < inf))
+
+
+def climb(runner: Runner, plans: Sequence[Choice], size: float, more: int, progress: Progress | None) -> None:
+    """Plans from the fewest bits on, each finer one of fewer weights, up to one that is `FAR` behind the best before it.
+
+    Along them what cutting costs rises ever faster, and what rounding costs falls ever slower: beyond that one all are worse.
+    """
+    best, far = Choice("", 1.0), ""
+    for n, choice in enumerate(sorted(plans, key=lambda c: (float(c.bits), -c.keep))):
+        if far:
+            choice.error = f"not made: {far} bits are worse than {best.bits} already"
+            continue
+        runner.measure(choice, size)
+        if choice.measured and best.measured and choice.kl > FAR * best.kl + NOISE * hypot(choice.stderr, best.stderr):
+            far = choice.bits
+        best = min(best, choice, key=lambda c: c.kl)
+        if progress:
+            progress("sizes", n + 1, len(plans) + more)
 
 
 def climb_beside(contest: Contest) -> Ladder | None:

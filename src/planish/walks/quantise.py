@@ -60,7 +60,7 @@ from planish.walks.bits import Asked
 
 PACKED = "pack-quantized"  # compressed-tensors' format of integers
 EXPERTS = r"re:.*\.experts\.\d+\."  # targets in its configuration
-SAMPLE = 32  # calibration windows that gradients and the measured loss are taken on
+SAMPLE, WINDOWS = 4096, 4  # tokens, and at least so many windows, that gradients and the measured loss are taken on
 UNKNOWN = Metric()
 
 
@@ -115,7 +115,8 @@ class Quantiser:
         """Round and write what is outside the blocks, every block, and the configuration."""
         stream = self.open_stream()
         count = sum(map(len, stream.batches))
-        few = stream.spread(min(SAMPLE, count))
+        length = stream.batches[0].shape[1] if count else 1
+        few = stream.spread(min(max(SAMPLE // length, WINDOWS), count))
         gradients, outputs = measure_gradients(few)
         before = nll(few, outputs)
         self.write_outside()
@@ -128,7 +129,7 @@ class Quantiser:
             gradients[i] = {}
             if progress:
                 progress("rounding", i + 1, len(self.stream))
-        after = nll(self.stream.spread(min(SAMPLE, count)), self.pick_windows(hidden, few, count))
+        after = nll(self.stream.spread(sum(map(len, few.batches))), self.pick_windows(hidden, few, count))
         self.write_config()
         size = sum(entry["bytes"] for entry in self.linears.values())
         nats = sum(entry.get("nats", 0.0) for entry in self.linears.values())
