@@ -4,9 +4,10 @@
     python benchmarks/sizes.py --model FOLDER --name NAME --text FILE --method auto   # FILE is split: 3/4 to calibrate
     python benchmarks/sizes.py ... --held FILE                               # all of --text for calibration
 
-bits: all weights, the blocks' linears in 8, 4, 3, 2 bits. cuts: 16 bits, fewer weights. both: `--bits auto` at sizes between and
-below those of the types. Nats: mean KL(dense ‖ result) on text that nothing was calibrated on, its standard error, and the
-excess of the loss. The table is resumed: a row that the CSV has is not measured again.
+bits: all weights, the blocks' linears in 8, 4, 3, 2 bits. llama.cpp (`--target gguf`): the same types by its own quantiser with
+the mean squares of the inputs as importance matrix, without feedback and in the basis that is there. cuts: 16 bits, fewer weights.
+both: `--bits auto` at sizes between and below those of the types. Nats: mean KL(dense ‖ result) on text that nothing was
+calibrated on, its standard error, and the excess of the loss. The table is resumed: a row that the CSV has is not measured again.
 """
 
 from __future__ import annotations
@@ -18,20 +19,25 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from book import append_row
 
 import planish
 from planish.errors import PlanishError
+from planish.rounding.round import round_matrix
 
 sys.path.insert(0, str(Path(__file__).parent))
 from structural import ROOT, split_text
 
 TABLE = ROOT / "docs" / "tables" / "sizes.md"
 BITS = ("8", "4", "3", "2")
+PLAIN = ("bits", "llama.cpp")  # where no method cuts
 FIELDS = ("model", "method", "curve", "asked", "bytes", "kl", "stderr", "excess", "plan", "cpu_seconds", "protocol")
 HEAD = """# Bytes against nats
 
@@ -39,6 +45,7 @@ Written by `benchmarks/sizes.py` from sizes.csv. bits: all weights in so many bi
 error feedback). cuts: 16 bits, so many of the blocks' weights. both: `--bits auto --max-bytes`, the plan that it chose. KL: of
 the next token's distribution from the dense model's, nats per token on text that nothing was calibrated on, with its standard
 error; excess: of the loss there. Everything that is no linear of a block is in 16 bits.
+For llama.cpp (gguf): its types, embedding and head in 8 bits; llama.cpp: its own quantiser with an importance matrix.
 """
 
 
@@ -49,6 +56,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="text to calibrate on (default: builtin)")
     parser.add_argument("--held", type=Path, help="text to measure on (default: the last quarter of --text)")
     parser.add_argument("--method", default="flat-llm", help="what cuts")
+    parser.add_argument("--target", default="any", help="any: packed integers; gguf: types of llama.cpp")
+    parser.add_argument("--bits", default=",".join(BITS), help="of all weights")
     parser.add_argument("--n-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64, help="of the text that is measured on")
@@ -80,12 +89,14 @@ def main() -> None:
 
 def measure_all(args: argparse.Namespace, book: Path) -> None:
     curves, sizes = args.curves.split(","), {}
-    for bits in BITS:
+    for bits in args.bits.split(","):
         sizes[bits] = int(measure(args, book, "bits", bits, keep=1, bits=bits)["bytes"])
+        if args.target == "gguf":
+            measure(args, book, "llama.cpp", bits, keep=1, bits=bits)
     for keep in args.keeps.split(",") if "cuts" in curves else ():
         measure(args, book, "cuts", keep, keep=float(keep))
     between = [(a + b) // 2 for a, b in zip([*sizes.values()], [*sizes.values()][1:], strict=False)]
-    below = [int(float(s) * sizes["2"]) for s in args.shares.split(",")]
+    below = [int(float(s) * min(sizes.values())) for s in args.shares.split(",")]
     wanted = map(int, args.sizes.split(",")) if args.sizes else sorted([*sizes.values(), *between, *below])
     for size in wanted if "both" in curves else ():
         measure(args, book, "both", str(size), max_bytes=size, bits="auto")
@@ -98,17 +109,21 @@ def read(book: Path) -> list[dict[str, str]]:
 def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **options: Any) -> dict[str, Any]:
     """One row: from the CSV, or made, measured and added to it."""
     protocol = f"{args.n_samples} × {args.seq_len} tokens; {args.windows} windows"
+    protocol += "; gguf" if args.target == "gguf" else ""
     key = {"model": args.name, "method": args.method, "curve": curve, "asked": asked, "protocol": protocol}
     for row in read(book):
-        if all(row[n] == v for n, v in key.items() if curve != "bits" or n != "method"):  # where no method cuts
+        if all(row[n] == v for n, v in key.items() if curve not in PLAIN or n != "method"):  # where no method cuts
             return row
     start, row = time.process_time(), {**dict.fromkeys(FIELDS, ""), **key}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         out = Path(scratch) / "out"
+        if curve == "llama.cpp":
+            stack.enter_context(patch("planish.rounding.blocks.balance", lambda *a: []))
+            stack.enter_context(patch("planish.walks.quantise.round_matrix", partial(round_matrix, feedback=False)))
         try:
             done = planish.compress(
                 args.model, output=out, method=args.method, calibration=args.fit, n_samples=args.n_samples,
-                seq_len=args.seq_len, cache=args.cache, ladder=False, **options,
+                seq_len=args.seq_len, cache=args.cache, ladder=False, target=args.target, **options,
             )  # fmt: skip
             found = planish.compare(out, args.model, text=args.held, seq_len=args.seq_len, max_windows=args.windows)
             excess = found.model.nll - found.dense.nll
@@ -128,7 +143,7 @@ def tabulate(rows: list[dict[str, str]]) -> str:
     lines = [HEAD]
     for model, method, protocol in dict.fromkeys((r["model"], r["method"], r["protocol"]) for r in rows):
         alike = [r for r in rows if (r["model"], r["protocol"]) == (model, protocol)]
-        own = [r for r in alike if r["method"] == method or r["curve"] == "bits"]
+        own = [r for r in alike if r["method"] == method or r["curve"] in PLAIN]
         lines += [f"## {model}, cuts by {method} ({protocol})\n", "| bytes | curve | asked | KL | ± | excess | plan |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for r in sorted(own, key=lambda r: -int(r["bytes"] or 0)):

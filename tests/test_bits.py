@@ -250,6 +250,18 @@ def test_models_that_cannot_be_rounded_are_said(tmp_path):
         planish.forecast(tmp_path / "gpt2", bits=4)
 
 
+def test_linears_of_another_class_are_rounded_for_llama_cpp(tmp_path):
+    """Falcon's; transformers cannot load packed ones of it."""
+    dense = save(build("falcon", hidden_size=64, ffn_hidden_size=128, bias=False), tmp_path / "model")
+    with pytest.raises(InputError, match="falcon has a class of linears of its own"):
+        compress(dense, tmp_path / "out", bits=4)
+    result = compress(dense, tmp_path / "out", bits=4, target="gguf")
+    assert result.rounding["types"] == {
+        "iq4_nl": 4 * open_folder(dense).n_blocks,
+        "q8_0": 1,
+    }  # queries, keys, values are one
+
+
 def test_the_command(model, tmp_path, run):
     np.save(tmp_path / "ids.npy", IDS.flatten().numpy())
     text = ["--calibration", tmp_path / "ids.npy", "--n-samples", "12", "--seq-len", "24"]

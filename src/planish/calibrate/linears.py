@@ -17,7 +17,7 @@ from planish.calibrate.stream import Hidden, Stream
 from planish.folder.stored_linear import find_experts
 from planish.modelling.blocks import Layout, read_layout
 from planish.modelling.families import Family
-from planish.modelling.modules import set_module
+from planish.modelling.modules import is_dense, set_module
 from planish.stats import Sums, add_gram, mirror
 
 ROWS = 1 << 14  # averages of attention that are summed per batch
@@ -28,7 +28,7 @@ FULL = 2048  # outputs up to which all products of their gradients are summed, o
 
 def list_linears(block: nn.Module) -> dict[str, nn.Linear]:
     """What weight-only quantisation rounds in a block, of every form: name → linear."""
-    return {n: m for n, m in block.named_modules() if type(m) is nn.Linear}
+    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and is_dense(m)}
 
 
 def list_seen(block: nn.Module, layout: Layout) -> list[str]:

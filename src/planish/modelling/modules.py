@@ -25,6 +25,11 @@ def take(x: Tensor, at: Tensor) -> Tensor:
     return x.reshape(rows, x.shape[-1]).index_select(-1, at).view(*x.shape[:-1], len(at))
 
 
+def is_dense(module: nn.Module) -> bool:
+    """Whether it is a linear and nothing else: PyTorch's own class, or Falcon's, which does the same in two steps."""
+    return type(module) is nn.Linear or type(module).__name__ == "FalconLinear"
+
+
 class Pair(nn.Module):
     """y = B (A x) + bias: A (rank, in), B (out, rank)."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from planish.modelling.modules import HeadPair, Pair, Pivoted
+from planish.modelling.modules import HeadPair, Pair, Pivoted, is_dense
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def find_matrices(module: nn.Module) -> dict[str, str] | None:
         return {"right": "P.weight", "left": "C.weight", "order": "order", "bias": "bias"}
     if isinstance(module, HeadPair):
         return {"right": "A.weight", "left": "U", "bias": "bias"}
-    return {"right": "weight", "bias": "bias"} if type(module) is nn.Linear else None
+    return {"right": "weight", "bias": "bias"} if is_dense(module) else None
 
 
 def find_tensor(module: nn.Module, name: str) -> Tensor | None:

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 
+from torch import nn
+
 from planish import lanes
 from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.folder.towers import refuse_wrapped
+from planish.modelling.modules import is_dense
 from planish.plan.targets import find_target
 from planish.request import Request
 from planish.rounding.types import WORD, Choice, StorageType, choose
@@ -112,6 +115,11 @@ def check_asked(asked: Asked, source: Source, limits: Mapping[str, float]) -> No
         raise InputError("--bits rounds in one process: run it without torchrun")
     if source.family.conv1d:
         raise InputError(f"{source.family.model_type} stores its linears transposed, which --bits does not round")
+    if asked.packed and any(is_dense(m) and type(m) is not nn.Linear for m in source.empty_block(0).modules()):
+        raise InputError(
+            f"{source.family.model_type} has a class of linears of its own, into which transformers reads no packed integers: "
+            "--bits rounds it for --target gguf"
+        )
     for i in range(source.n_blocks):
         shape = source.shape(i)
         if other := [
