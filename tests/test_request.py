@@ -21,7 +21,7 @@ OWN = {  # flags that are no part of a request: how a command runs, and what it 
     "eora": {"output", "bits", "rank", "quantiser", "overwrite", "json"},
 }  # fmt: skip
 LEFT_OUT = {
-    "plan": {"bits", "head-bits", "fit", "ladder"},
+    "plan": {"ladder"},
     "sweep": {"max-params", "max-latency", "context", "method", "set", "adapter", "bits", "head-bits",
               "fit", "ladder"},
     "eora": {FLAGS.get(n, n.replace("_", "-")) for n in OPTIONS} - {"calibration", "n-samples", "seq-len", "seed", "sampling",

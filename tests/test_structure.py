@@ -37,6 +37,7 @@ FLOORS = [
 ]
 TOOLS_OF_SOLVERS = {
     "linalg",
+    "noise",
     "selection",
     "pivots",
     "grams",

@@ -160,7 +160,7 @@ def test_equal_ranks_spend_the_budget(method):
         if higher:
             assert job.left({u: higher[0] if u.name == name else r for u, r in plan.items()}) < 0
     least = job.method.plan(job.problem, job.measure).ranks
-    least = {u: min(r for w, r in least.items() if w.name == u.name) for u in least}
+    least = {u: min(r for w, r in least.items() if w.name == u.name) for u in plan}
     loss = [sum(float(planned.frontiers[u].loss[r]) for u, r in p.items()) for p in (plan, least)]
     assert loss[0] <= loss[1] * (1 + 1e-12)
 

@@ -92,14 +92,14 @@ class Auto(Method):
     `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. Under a budget of the KV cache keys may
     also become latents, unless it is "structural". `anchor`: share of the uncompressed model's activations in the target of
     each solve (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `ridge`: of the refits,
-    relative. `noise`: beside moments, times what their tokens call for (`planish.solvers.noise`), so that predictions hold on
-    other text and cuts are not tuned to this one. `bypass`: whether fitted affine maps in place of whole submodules compete
-    too; by default below keep 0.6 where all units may be cut, and under a budget of latency. `rounds`: gradients are measured
-    again on the model compressed so far after each equal share of the cut. `steep`: ranks are chosen by loss · (1 + steep ·
-    loss) of every unit: the second-order prediction saturates, so a cut that looks like 0.3 nats costs more than thirty of
-    0.01; what is reported stays the prediction itself. By default 0, or 3 below keep 0.6. `refit_share`: with an anchor, share
-    of the calibration windows, evenly spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper
-    and the result a little worse; their moments are then blended with the uncompressed model's. `planish sweep` takes a
+    relative. `noise`: beside moments, times what their tokens call for (`planish.solvers.noise.add_noise`), so that predictions
+    hold on other text and cuts are not tuned to this one. `bypass`: whether fitted affine maps in place of whole submodules
+    compete too; by default below keep 0.6 where all units may be cut, and under a budget of latency. `rounds`: gradients are
+    measured again on the model compressed so far after each equal share of the cut. `steep`: ranks are chosen by loss · (1 +
+    steep · loss) of every unit: the second-order prediction saturates, so a cut that looks like 0.3 nats costs more than thirty
+    of 0.01; what is reported stays the prediction itself. By default 0, or 3 below keep 0.6. `refit_share`: with an anchor,
+    share of the calibration windows, evenly spaced, that each plan's solve runs again: less makes a further point of a sweep
+    cheaper and the result a little worse; their moments are then blended with the uncompressed model's. `planish sweep` takes a
     sixteenth unless told otherwise. `shuffled`: share of the calibration windows whose tokens, but the first, are put in
     another order. Statistics of such windows hold more than the calibration text's own directions, and text of another kind
     loses less. `probe`: what gradients are of: random "signs" of all words or "sampled" labels, which are the same in the mean,

@@ -5,8 +5,8 @@ Fisher). A cut that changes that output by e costs ½ E[(gᵀe)²] ≈ ½ tr(G E
 
 `anchor` > 0 (needs the dense prefix beside the compressed one): o and down are refitted to (1 − a) W x̂ + a W x on the
 compressed prefix's inputs x̂, so that they repair what earlier cuts broke. `noise`: beside x̂ and g, times what their tokens
-call for (`planish.solvers.noise`); it is part of the predicted loss. On the uncompressed model's moments, by which ranks are
-chosen, `priced` times as much.
+call for (`planish.solvers.noise.add_noise`); it is part of the predicted loss. On the uncompressed model's moments, by which
+ranks are chosen, `priced` times as much.
 """
 
 from __future__ import annotations

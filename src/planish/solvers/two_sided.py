@@ -26,8 +26,8 @@ class TwoSided(Solver):
 
     `anchor` > 0 (needs the dense prefix beside the compressed one): the target becomes (1 − a) W x̂ + a W x, x̂ the
     compressed prefix's inputs: W is replaced by its regression on x̂, R by E[x̂ x̂ᵀ], before the SVD.
-    `noise`: beside R and G, times what their tokens call for (`planish.solvers.noise`); it is part of the predicted loss. On the
-    uncompressed model's moments, by which ranks are chosen, `priced` times as much.
+    `noise`: beside R and G, times what their tokens call for (`planish.solvers.noise.add_noise`); it is part of the predicted
+    loss. On the uncompressed model's moments, by which ranks are chosen, `priced` times as much.
     Reference: K-FAC's factorisation of the Fisher for the metric; PIFA (arXiv 2501.19090) for the form and the mixed
     target; AA-SVD (arXiv 2604.02119) for the anchored objective.
     """
