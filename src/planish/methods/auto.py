@@ -47,11 +47,7 @@ BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that 
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
 INSIDES = (NEVER, 2.0)  # and for neurons of experts, beside 1
 SATURATES = 0.01  # predicted nats per token above which plans are compared by measured loss
-NOISE = {  # beside moments, times what their tokens call for, in solving; and the share of it in prices
-    "any": (1.0, 0.25),
-    "linear": (1.0, 0.25),
-    "structural": (2.0, 1.0),
-}
+PRICED = {"any": 0.25, "linear": 0.25, "structural": 1.0}  # share of the noise beside moments that prices hold
 HELD = 8  # windows at least on which they are
 
 
@@ -137,15 +133,15 @@ class Auto(Method):
         return "both" if self.anchor else "dense"
 
     def solvers(self) -> list[Solver]:
-        noise, priced = NOISE[self.units][0] * self.noise, NOISE[self.units][1]
+        priced = PRICED[self.units]
         structural: list[Solver] = [
-            FisherValues(self.anchor, self.ridge, noise, priced),
-            FisherNeurons(self.anchor, self.ridge, noise, priced),
+            FisherValues(self.anchor, self.ridge, self.noise, priced),
+            FisherNeurons(self.anchor, self.ridge, self.noise, priced),
         ]
         structural += [FisherPairs(), Experts("nats"), FisherExpertNeurons()]
         if self.bypass or (self.bypass is None and self.units == "any"):
             structural += [FisherBypass(self.ridge, self.anchor)]
-        pivoted = TwoSided(anchor=self.anchor, ridge=self.ridge, noise=noise, priced=priced)
+        pivoted = TwoSided(anchor=self.anchor, ridge=self.ridge, noise=self.noise, priced=priced)
         linear: list[Solver] = [pivoted, KeyLatent(nats=True)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 
