@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 import planish
+from planish.export import export
+from planish.export.verify import verify
 
 sys.path.insert(0, str(Path(__file__).parent))
 from structural import ROOT, write_section
@@ -75,8 +77,9 @@ def make(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def describe(args: argparse.Namespace, found: dict[str, Any], out: Path) -> str:
     file = args.work / "small.gguf"
-    planish.export(out, "gguf", file, overwrite=True)
-    seen = planish.verify(out, "gguf", file=file)
+    file.unlink(missing_ok=True)
+    export(out, "gguf", file)
+    seen = verify(out, "gguf", file=file)
     both = planish.compare(out, args.model, text=args.evaluate, seq_len=args.seq_len, max_windows=args.windows)
     told: Any = planish.forecast(args.model, fit=args.fit, context=args.context, target="gguf")
     room = told.cache + told.running

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import planish
+from compressed import train_tokenizer
 from planish.cli import app
 from planish.compression import Calibration, Destination
 from planish.errors import InputError
@@ -21,7 +22,7 @@ from planish.folder.source import open_source
 from planish.manifest import Result
 from planish.methods import find_method
 from planish.request import Request
-from planish.sizes.fit import list_choices, predict, reserve, thin, vary_head
+from planish.sizes.fit import count_file, list_choices, predict, reserve, thin, vary_head
 from planish.sizes.ladder import climb, make_smaller
 from planish.sizes.trials import Choice, Contest, hold_out
 from tiny import build, save, windows
@@ -200,6 +201,24 @@ def test_fit_leaves_room_for_the_cache(model, tmp_path):
     size = int(outside + blocks) + 1 + room
     done = compress(model, tmp_path / "out", fit=size, context=64)
     assert done.bytes_after + room <= size and done.choices
+
+
+def test_a_gguf_file_fits_with_its_tokenizer(tmp_path):
+    """File, cache and running; what is taken off for the file is what it has more than the folder, and hardly more."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp is absent: pip install 'planish[gguf]'")
+    model = save(build("llama_gqa", **WIDE), tmp_path / "model")
+    train_tokenizer(model, byte_level=True)
+    source, request = open_source(model), Request.ask(model="", target="gguf")
+    outside, blocks = predict(request, source, "4")
+    own = count_file(request, source)
+    size = int(outside + blocks) + own + reserve(source, 64)
+    done = compress(model, tmp_path / "out", fit=size, context=64, target="gguf")
+    planish.export(tmp_path / "out", "gguf", tmp_path / "m.gguf")
+    more = (tmp_path / "m.gguf").stat().st_size - done.bytes_after
+    assert 0.5 * own < more <= own and done.bytes_after + own + reserve(source, 64) <= size
+    told = planish.forecast(model, fit=size, context=64, target="gguf")
+    assert told.size == size - own - reserve(source, 64) and told.size + told.cache + told.running == size
+    assert count_file(Request.ask(model=""), source) == 0
 
 
 def pair_tensors(*folders):

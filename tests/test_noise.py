@@ -11,7 +11,7 @@ import tiny
 from planish.core import Unit
 from planish.folder.source import open_source
 from planish.solvers.fisher_structural import FisherNeurons, FisherValues
-from planish.solvers.noise import MOST, TOKENS, find_noise
+from planish.solvers.noise import MOST, TOKENS, Noise
 from planish.solvers.two_sided import TwoSided
 from planish.stats import Stats, Tap
 
@@ -44,16 +44,16 @@ def test_noise_falls_as_tokens_come_in(tokens, share):
     for site, kind in (("up.in", "inputs"), ("dense:up.in", "inputs"), ("grad:up.out", "gradients")):
         stats, tap = Stats(), Tap(site, "gram")
         stats.tokens[tap] = tokens
-        level = find_noise(stats, tap, share)
+        level = Noise(share).find(stats, tap, True)
         assert 0 <= level <= share * MOST[kind]
         stats.tokens[tap] = 2 * tokens
-        assert find_noise(stats, tap, share) in (level, pytest.approx(level / 2)) or level == share * MOST[kind]
+        assert Noise(share).find(stats, tap, True) in (level, pytest.approx(level / 2)) or level == share * MOST[kind]
 
 
 @pytest.mark.parametrize("role", ["q", "up", "down"])
 def test_low_rank_linears_are_those_of_noisy_tokens(role):
     """The truncation of G^½ W R^½ with noisy tokens and gradients written out, also where only Wᵀ G W is measured, and its loss."""
-    solver, unit = TwoSided(form="pair", noise=1.0), Unit(0, role)
+    solver, unit = TwoSided(form="pair", noise=Noise(1)), Unit(0, role)
     out, n = SHAPE.linear(role)
     w, x, g = (
         draw(out, n),
@@ -80,7 +80,7 @@ def test_low_rank_linears_are_those_of_noisy_tokens(role):
 
 def test_neurons_and_down_are_those_of_noisy_tokens():
     """down is the least squares fit to W x of the tokens and of noise alone, in every neuron; its loss is that fit's."""
-    solver, unit = FisherNeurons(noise=1.0, damping=1e-12), Unit(0, "mlp")
+    solver, unit = FisherNeurons(noise=Noise(1), damping=1e-12), Unit(0, "mlp")
     wide, hidden = SHAPE.intermediate, SHAPE.hidden
     weights = {"down": draw(hidden, wide), "gate": draw(wide, hidden, seed=3), "up": draw(wide, hidden, seed=4)}
     x, g = draw(N, wide, seed=1) @ (torch.eye(wide) + 0.2 * draw(wide, wide, seed=5)), draw(N, hidden, seed=2)
@@ -100,7 +100,7 @@ def test_neurons_and_down_are_those_of_noisy_tokens():
 
 def test_values_and_o_are_those_of_noisy_tokens():
     """o, on the value dimensions that are left, is the least squares fit to the tokens and to noise alone."""
-    solver, unit = FisherValues(noise=1.0, damping=1e-12), Unit(0, "vo")
+    solver, unit = FisherValues(noise=Noise(1), damping=1e-12), Unit(0, "vo")
     width, hidden = SHAPE.heads * SHAPE.v, SHAPE.hidden
     weights = {"o": draw(hidden, width), "v": draw(SHAPE.kv_heads * SHAPE.v, hidden, seed=3)}
     x, g = draw(N, width, seed=1) @ (torch.eye(width) + 0.2 * draw(width, width, seed=5)), draw(N, hidden, seed=2)
@@ -132,7 +132,7 @@ def test_predictions_hold_on_other_text():
     for seed in range(1, 7):
         (x, g), (other, way) = tokens(seed), tokens(seed + 100)
         for noise in ratios:
-            solver, stats = TwoSided(form="pair", noise=noise), Stats()
+            solver, stats = TwoSided(form="pair", noise=Noise(noise)), Stats()
             stats.update({"dense:down.in": x, "grad:down.out": g}, solver.taps(unit, SHAPE))
             frontier = solver.decompose(unit, {role: w}, stats, SHAPE)
             rank = min(out, n) // 2
@@ -156,11 +156,11 @@ def test_prices_hold_a_share_of_the_noise_and_solves_all_of_it(kind):
     values = {"dense:down.in": x, "down.in": x, "dense:down.product": x @ weights["down"].T}
     values["grad:down.out"] = draw(N, hidden, seed=2)
     dense, behind = Stats(), Stats()
-    dense.update(values, kind(noise=1.0, anchor=0.5).dense_taps(unit, SHAPE))
-    behind.update(values, kind(noise=1.0, anchor=0.5).taps(unit, SHAPE))
+    dense.update(values, kind(noise=Noise(1), anchor=0.5).dense_taps(unit, SHAPE))
+    behind.update(values, kind(noise=Noise(1), anchor=0.5).taps(unit, SHAPE))
 
     def lose(stats, noise: float, priced: float = 1.0):
-        return kind(noise=noise, priced=priced, anchor=0.5).decompose(unit, weights, stats, SHAPE).loss
+        return kind(noise=Noise(noise, priced), anchor=0.5).decompose(unit, weights, stats, SHAPE).loss
 
     assert torch.equal(lose(dense, 1.0, 0.25), lose(dense, 0.25))
     assert torch.equal(lose(behind, 1.0, 0.25), lose(behind, 1.0))

@@ -22,7 +22,6 @@ from planish.stats import Sums, add_gram, mirror
 
 ROWS = 1 << 14  # averages of attention that are summed per batch
 PRIOR = 4.0  # tokens of the mean length, in no direction, that count for every expert beside its own
-RUN = torch.float32  # what products that are only weights of errors are summed in, for a run of tokens
 FULL = 2048  # outputs up to which all products of their gradients are summed, of more only the squares
 
 
@@ -143,7 +142,7 @@ def measure_attended(stream: Stream, i: int, block: nn.Module, layout: Layout, h
             module(*args, **kwargs)
             values.first += width
         x = torch.cat(averages.parts, -1)[..., : values.channels].flatten(0, 1)
-        add_gram(sums, x.cpu() if x.device.type == "mps" else x, RUN)
+        add_gram(sums, x.cpu() if x.device.type == "mps" else x)
         raise Watched
 
     attention = block.get_submodule(stream.family.attention)
@@ -210,7 +209,7 @@ def step_back(stream: Stream, i: int, hidden: Hidden, into: Hidden) -> tuple[dic
                 if g is not None and (g.shape[-1] > FULL or name in diagonal):
                     squares[name] = squares.get(name, 0) + g.flatten(0, -2).double().square().sum(0).cpu()
                 elif g is not None:
-                    add_gram(sums[name], g.flatten(0, -2).cpu() if g.device.type == "mps" else g.flatten(0, -2), RUN)
+                    add_gram(sums[name], g.flatten(0, -2).cpu() if g.device.type == "mps" else g.flatten(0, -2))
             seen.clear()
     finally:
         for handle in handles:

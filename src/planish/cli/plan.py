@@ -30,7 +30,7 @@ def plan(
         found = run.api.forecast(model, measure=measure, cache=True, progress=run.progress, **options)
         for warning in found.warnings:
             say(f"note: {warning}")
-        if not hasattr(found, "units"):
+        if isinstance(found, run.api.SizeForecast):
             return run.give(found.as_dict(), *show_sizes(found))
         asked = o.tell_asked(options, sparsity)
         run.give(

@@ -11,6 +11,7 @@ from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf
 from planish.folder.splits import SPLITS, name_split
 from planish.folder.tokenizer import copy_files, load_tokenizer
+from planish.rounding.ggml import load_gguf
 
 # gguf.TokenType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -62,6 +63,21 @@ def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True
         named = ", ".join(map(repr, list(beyond)[:3])) + (" …" if len(beyond) > 3 else "")
         notes.append(f"{len(beyond)} tokens beyond the embedding's {config.vocab_size} rows are left out: {named}")
     return kind, notes + write_special(writer, folder, config.vocab_size)
+
+
+def count_vocabulary(folder: Path, config: Any) -> int:
+    """Bytes of a GGUF file that hold the folder's tokenizer. Raises InputError where it cannot."""
+    gguf = load_gguf()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "vocabulary.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        try:
+            write_vocabulary(writer, folder, config)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+        finally:
+            writer.close()
+        return path.stat().st_size
 
 
 def check_bytes(tokens: list[str], file: Path) -> list[str]:

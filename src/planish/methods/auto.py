@@ -30,6 +30,7 @@ from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_experts import FisherExpertNeurons
 from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, FisherValues
 from planish.solvers.key_latent import KeyLatent
+from planish.solvers.noise import Noise
 from planish.solvers.two_sided import TwoSided
 from planish.stats import Tap
 from planish.walks.solve import run_solved
@@ -88,7 +89,7 @@ class Auto(Method):
     `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. Under a budget of the KV cache keys may
     also become latents, unless it is "structural". `anchor`: share of the uncompressed model's activations in the target of
     each solve (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `ridge`: of the refits,
-    relative. `noise`: beside moments, times what their tokens call for (`planish.solvers.noise.add_noise`), so that predictions
+    relative. `noise`: beside moments, times what their tokens call for (`planish.solvers.noise.Noise`), so that predictions
     hold on other text and cuts are not tuned to this one. `bypass`: whether fitted affine maps in place of whole submodules
     compete too; by default below keep 0.6 where all units may be cut, and under a budget of latency. `rounds`: gradients are
     measured again on the model compressed so far after each equal share of the cut. `steep`: ranks are chosen by loss · (1 +
@@ -133,15 +134,15 @@ class Auto(Method):
         return "both" if self.anchor else "dense"
 
     def solvers(self) -> list[Solver]:
-        priced = PRICED[self.units]
+        noise = Noise(self.noise, PRICED[self.units])
         structural: list[Solver] = [
-            FisherValues(self.anchor, self.ridge, self.noise, priced),
-            FisherNeurons(self.anchor, self.ridge, self.noise, priced),
+            FisherValues(self.anchor, self.ridge, noise),
+            FisherNeurons(self.anchor, self.ridge, noise),
         ]
         structural += [FisherPairs(), Experts("nats"), FisherExpertNeurons()]
         if self.bypass or (self.bypass is None and self.units == "any"):
             structural += [FisherBypass(self.ridge, self.anchor)]
-        pivoted = TwoSided(anchor=self.anchor, ridge=self.ridge, noise=self.noise, priced=priced)
+        pivoted = TwoSided(anchor=self.anchor, ridge=self.ridge, noise=noise)
         linear: list[Solver] = [pivoted, KeyLatent(nats=True)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 

@@ -203,7 +203,7 @@ def describe_limits(
     lines = [f"no {what}: {why}" for what, why in target.refuses.items() if what in needs]
     for unit, step in target.steps.items():
         if unit in NAMES and (cut is None or unit in cut) and FEWER.get(unit) not in target.refuses:
-            wide = f" ({w} from {32 * w} on)" if (w := target.wide.get(unit)) else ""
+            wide = f" ({w} from {32 * w} on)" if (w := target.wide.get(unit, step)) > step else ""
             equal = ", equal in all blocks" if unit in target.uniform else ""
             lines.append(f"{NAMES[unit]} in multiples of {step}{wide}{equal}")
     low = {r: n for r in (*ATTENTION, *MLP) if (n := target.steps.get(r, 1)) > 1}

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +30,6 @@ from planish.rounding.types import StorageType
 from planish.solvers.linalg import root
 
 DAMPING = 0.01
-PROBE = 64  # rows that are rounded to nearest before all of a matrix is
 LEAF = 64  # columns whose feedback is summed one by one
 GGML = "weight_ggml"  # end of the name of a matrix in blocks of ggml
 
@@ -95,10 +93,9 @@ class Metric:
         return m if self.moment is None else m @ self.moment
 
     def energy(self, m: Tensor) -> float:
-        """tr(M R Mᵀ), to six digits."""
-        m = m.float()
-        moved = m if self.moment is None else m @ self.moment.float()
-        return float((moved * m).sum(1).double().sum().clamp(min=0))
+        """tr(M R Mᵀ)."""
+        m = m.double()
+        return float((self.move(m) * m).sum().clamp(min=0))
 
     def cost(self, error: Tensor, moved: Tensor | None = None) -> float:
         """tr(G E R Eᵀ); `moved`: E R, where it is known."""
@@ -132,79 +129,33 @@ def round_matrix(
         )
     if not bool(torch.isfinite(w).all()):
         raise InputError(f"{where} holds NaN or infinity: nothing to round")
-    found = Rounding(w, kind, metric, dtype)
-    if not found.exact and feedback and metric.moment is not None and float(metric.moment.trace()) > 0:
-        found.feed(damping)
-    best, lost, share, how = found.choose()
+    plain = round_integers if kind.kind == "integer" else round_blocks
+    drafts, w = [plain(w, kind, metric.moment, dtype)], w.double()
+    exact = torch.equal(drafts[0].value.double(), w)
+    if feedback and metric.moment is not None and not exact and float(metric.moment.trace()) > 0:
+        drafts += round_with_feedback(w, kind, metric.moment, damping, dtype)
+    best, lost, share, how = choose(w, drafts, metric)
     if not bool(torch.isfinite(best.value).all()):
         raise InputError(f"{where} in {kind.name} is not finite: the weights reach beyond what it can hold")
-    return Rounded(kind, best, how, share, found.exact, None if metric.gradient is None else lost / 2)
+    return Rounded(kind, best, how, share, exact, None if metric.gradient is None else lost / 2)
 
 
-class Trial(NamedTuple):
-    """A draft (out, in), its errors E, E R, and every row's energy of errors (out,)."""
+def choose(w: Tensor, drafts: Sequence[Draft], metric: Metric) -> tuple[Draft, float, float, str]:
+    """The first draft, or of every row the one with the least E R Eᵀ, whichever costs less: it, its cost, the share of the
+    output's energy that it loses, and its name.
 
-    draft: Draft
-    error: Tensor
-    moved: Tensor
-    rows: Tensor
-
-
-class Rounding:
-    """The drafts of one matrix. To nearest all of it is rounded where `PROBE` of its rows say that it lies on the grid, where
-    nothing else is tried, or where that is best for one of these rows."""
-
-    def __init__(self, w: Tensor, kind: StorageType, metric: Metric, dtype: torch.dtype):
-        self.w, self.kind, self.metric, self.dtype = w.double(), kind, metric, dtype
-        self.source, self.few = w, slice(None, None, -(-len(w) // PROBE))
-        self.plain, self.fed = None, list[Trial]()
-        sample = self.nearest(w[self.few])
-        exact = torch.equal(sample.value.double(), self.w[self.few])
-        if exact or len(sample.value) == len(w):
-            self.plain = sample if len(sample.value) == len(w) else self.nearest(w)
-            exact = torch.equal(self.plain.value.double(), self.w)
-        self.sample, self.exact = sample.value, exact
-
-    def nearest(self, w: Tensor) -> Draft:
-        plain = round_integers if self.kind.kind == "integer" else round_blocks
-        return plain(w, self.kind, self.metric.moment, self.dtype)
-
-    def feed(self, damping: float) -> None:
-        """Feed errors on, and see whether rounding to nearest may be better for some row."""
-        assert self.metric.moment is not None
-        drafts = round_with_feedback(self.w, self.kind, self.metric.moment, damping, self.dtype)
-        self.fed = [self.weigh(d) for d in drafts]
-        if self.plain is None:
-            error = self.w[self.few] - self.sample
-            least = torch.stack([t.rows for t in self.fed]).nan_to_num(torch.inf).amin(0)[self.few]
-            if bool(((error * self.metric.move(error)).sum(1) < least).any()):
-                self.plain = self.nearest(self.source)
-
-    def weigh(self, draft: Draft) -> Trial:
-        error = self.w - draft.value
-        moved = self.metric.move(error)
-        return Trial(draft, error, moved, (error * moved).sum(1))
-
-    def choose(self) -> tuple[Draft, float, float, str]:
-        """The first draft, or of every row the one with the least E R Eᵀ, whichever costs less: it, its cost, the share of the
-        output's energy that it loses, and its name.
-
-        Without G, or with its diagonal alone, rows cost apart, and nothing made of these drafts costs less.
-        """
-        if self.plain is None and not self.fed:
-            self.plain = self.nearest(self.source)
-        trials = [*([self.weigh(self.plain)] if self.plain else []), *self.fed]
-        best = trials[0]
-        lost, how = self.metric.cost(best.error, best.moved), "nearest" if self.plain else "feedback"
-        if len(trials) > 1:
-            rows = torch.stack([t.rows for t in trials])
-            at = rows.nan_to_num(torch.inf).argmin(0)
-            error, moved = (pick_rows(parts, at) for parts in ([t.error for t in trials], [t.moved for t in trials]))
-            if (mixed := self.metric.cost(error, moved)) < lost:
-                best = Trial(pick_drafts([t.draft for t in trials], at), error, moved, rows.gather(0, at[None])[0])
-                lost, how = mixed, "feedback"
-        whole, left = self.metric.energy(self.w), float(best.rows.sum().clamp(min=0))
-        return best.draft, lost, left / whole if whole > 0 else 0.0, how
+    Without G, or with its diagonal alone, rows cost apart, and nothing made of these drafts costs less.
+    """
+    errors = [w - d.value for d in drafts]
+    moved = [metric.move(e) for e in errors]
+    rows = torch.stack([(e * m).sum(1) for e, m in zip(errors, moved, strict=True)])
+    best, lost, left, how = drafts[0], metric.cost(errors[0], moved[0]), rows[0], "nearest"
+    if len(drafts) > 1:
+        at = rows.nan_to_num(torch.inf).argmin(0)
+        if (mixed := metric.cost(pick_rows(errors, at), pick_rows(moved, at))) < lost:
+            best, lost, left, how = pick_drafts(drafts, at), mixed, rows.gather(0, at[None])[0], "feedback"
+    whole = metric.energy(w)
+    return best, lost, float(left.sum().clamp(min=0)) / whole if whole > 0 else 0.0, how
 
 
 def pick_rows(matrices: Sequence[Tensor], at: Tensor) -> Tensor:

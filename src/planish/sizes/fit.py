@@ -12,6 +12,7 @@ So the result is never worse, in that measure, than the finest plain rounding of
 from __future__ import annotations
 
 from planish.errors import InputError
+from planish.export.vocabulary import count_vocabulary
 from planish.folder.source import Source
 from planish.plan.footprint import count_headers, footprint
 from planish.request import LIMITS, Request, label
@@ -27,6 +28,8 @@ CONTEXT = 4096  # tokens of the cache unless told, or as many as the model has p
 UBATCH = 512  # tokens that llama.cpp runs at a time
 PARTS = 2  # tensors of a packed linear beside one, but for zero points
 ENTRY = 112  # bytes of a tensor's entry in a header, but for its name
+GGUF_ENTRY = 96  # bytes of a tensor's entry in llama.cpp's file, and of what aligns it
+OWN = 4096  # bytes of that file's metadata beside the tokenizer
 SUFFIX = 8  # bytes that its name is longer, where it is but one
 LADDERS = {"gguf": ("16", "8", "6", "5", "4", "3", "2"), "vllm": ("16", "8", "4")}
 LADDER = ("16", "8", "4", "3", "2")
@@ -47,12 +50,26 @@ def find_size(request: Request, source: Source) -> int:
     if request.fit is None:
         return int(request.max_bytes or 0)
     context = find_context(request, source)
-    if (left := request.fit - reserve(source, context)) > 0:
+    if (left := request.fit - reserve(source, context) - count_file(request, source)) > 0:
         return left
     raise InputError(
-        f"--fit {request.fit:,}: the 16-bit cache of {context} tokens and running take {request.fit - left:,} bytes; a smaller "
-        "--context takes less"
+        f"--fit {request.fit:,}: the 16-bit cache of {context} tokens, running and the file's own metadata take "
+        f"{request.fit - left:,} bytes; a smaller --context takes less"
     )
+
+
+def count_file(request: Request, source: Source) -> int:
+    """Bytes that llama.cpp's file has beside those of the folder it is made from: the tokenizer, other metadata, and numbers of
+    no matrix in fp32. 0 for other targets, which run the folder."""
+    if request.target != "gguf":
+        return 0
+    heads = len(find_heads(source)) * source.shape(0).hidden * source.config.get_text_config().vocab_size
+    numbers = [n for n, dtype in source.sizes().values() if dtype.is_floating_point]
+    try:
+        vocabulary = count_vocabulary(source.folder, source.config) if source.folder else 0
+    except InputError:  # nor can the file hold it
+        vocabulary = 0
+    return vocabulary + OWN + GGUF_ENTRY * len(numbers) + 2 * max(0, sum(numbers) - heads - count_rounded(source))
 
 
 def find_context(request: Request, source: Source) -> int:

@@ -10,7 +10,7 @@ from planish.errors import InputError
 from planish.folder.source import Source
 from planish.plan.footprint import footprint
 from planish.request import Request
-from planish.sizes.fit import LADDER, LADDERS, find_context, find_size, list_plans, predict, reserve
+from planish.sizes.fit import LADDER, LADDERS, find_context, find_size, list_plans, predict
 from planish.sizes.trials import Choice, settle
 from planish.walks.bits import list_rounded, read_asked
 
@@ -18,8 +18,9 @@ from planish.walks.bits import list_rounded, read_asked
 @dataclass
 class SizeForecast:
     """`size`: bytes that the file may have; `cache`: those of the 16-bit KV cache of `context` tokens, and `running` those that
-    running takes beside it, where `fit` counts them. `plans`: those that `compress` would compare, each with its predicted
-    bytes; `types`: bits → what all weights would take (bytes) and in which types (`rounded`: name → matrices)."""
+    running takes beside it, and llama.cpp's file beside its weights, where `fit` counts them. `plans`: those that `compress` would
+    compare, each with its predicted bytes; `types`: bits → what all weights would take (bytes) and in which types (`rounded`:
+    name → matrices)."""
 
     target: str
     size: int
@@ -40,9 +41,8 @@ def foresee_size(request: Request, source: Source) -> SizeForecast:
     read_asked(settle(request, Choice("8", 1.0)), source)  # a model that is not rounded at all
     size, context = find_size(request, source), find_context(request, source)
     cache = 2 * context * sum(footprint({}, source.shape(i)).cache for i in range(source.n_blocks))
-    found = SizeForecast(
-        request.target, size, request.fit, context, cache, reserve(source, context) - cache if request.fit else 0
-    )
+    running = request.fit - size - cache if request.fit else 0
+    found = SizeForecast(request.target, size, request.fit, context, cache, running)
     for choice in list_plans(request, source, size):
         outside, blocks = predict(settle(request, choice), source, choice.bits)
         head = choice.head or request.head_bits or ""

@@ -4,9 +4,8 @@ G = E[g gᵀ] is the second moment of the summed NLL's gradient at a linear's ou
 Fisher). A cut that changes that output by e costs ½ E[(gᵀe)²] ≈ ½ tr(G E[e eᵀ]) nats per token.
 
 `anchor` > 0 (needs the dense prefix beside the compressed one): o and down are refitted to (1 − a) W x̂ + a W x on the
-compressed prefix's inputs x̂, so that they repair what earlier cuts broke. `noise`: beside x̂ and g, times what their tokens
-call for (`planish.solvers.noise.add_noise`); it is part of the predicted loss. On the uncompressed model's moments, by which
-ranks are chosen, `priced` times as much.
+compressed prefix's inputs x̂, so that they repair what earlier cuts broke. `noise`: beside x̂ and g
+(`planish.solvers.noise.Noise`); it is part of the predicted loss.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float, Int
 from planish.solvers.forms import NeuronSolver, ValueSolver, neuron_edits, qk_edits, qk_spec, value_edits
 from planish.solvers.linalg import balance, compute_tails, damp, eigh_root, multiply, solve
-from planish.solvers.noise import add_noise, find_noise
+from planish.solvers.noise import NONE, Noise, add_noise
 from planish.solvers.selection import select_greedily, selection_losses
 from planish.stats import Stats, Tap, kind
 
@@ -39,29 +38,21 @@ def pair_effects(
     return {"sum": s.T @ s}
 
 
-def is_behind(stats: Stats, role: str, anchor: float) -> bool:
-    """Whether a linear's inputs behind the compressed prefix were measured: else moments are the uncompressed model's."""
-    return bool(anchor) and Tap(f"{role}.in", "gram") in stats.sums
-
-
 def anchored(
-    stats: Stats, role: str, w: Float[Tensor, "out in"], anchor: float, noise: float = 0.0
-) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
-    """(E[x̂ x̂ᵀ], E[W t x̂ᵀ]) with t = (1 − a) x̂ + a x; x̂ = x where only the dense prefix was measured; `noise` beside x̂."""
-    behind = is_behind(stats, role, anchor)
+    stats: Stats, role: str, w: Float[Tensor, "out in"], anchor: float, noise: Noise
+) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"], Float[Tensor, "out out"]]:
+    """E[x̂ x̂ᵀ] and E[W t x̂ᵀ] with t = (1 − a) x̂ + a x of a linear, and S with Sᵀ S = G = E[g gᵀ] at its output; noise beside x̂
+    and g. Where only the uncompressed prefix was measured x̂ = x."""
+    behind = bool(anchor) and Tap(f"{role}.in", "gram") in stats.sums
     tap = Tap(f"{role}.in" if behind else f"dense:{role}.in", "gram")
     gram = stats.mean(tap)
     cross = multiply(w, gram)
     if behind:
         cross = (1 - anchor) * cross + anchor * stats.mean(Tap(f"dense:{role}.product", "cross", tap.site))
-    level = find_noise(stats, tap, noise)
-    return add_noise(gram, level), cross + level * gram.diagonal().mean() * w
-
-
-def find_metric(stats: Stats, role: str, noise: float) -> Float[Tensor, "out out"]:
-    """S with Sᵀ S = G = E[g gᵀ] at a linear's output, `noise` beside g."""
-    tap = Tap(f"grad:{role}.out", "gram")
-    return eigh_root(add_noise(stats.mean(tap), find_noise(stats, tap, noise)))[0].T
+    level = noise.find(stats, tap, behind)
+    back = Tap(f"grad:{role}.out", "gram")
+    metric = eigh_root(add_noise(stats.mean(back), noise.find(stats, back, behind)))[0].T
+    return add_noise(gram, level), cross + level * gram.diagonal().mean() * w, metric
 
 
 def anchored_taps(role: str, anchor: float) -> list[Tap]:
@@ -89,8 +80,7 @@ class FisherNeurons(NeuronSolver):
     name: ClassVar[str] = "fisher-neurons"
     anchor: float = 0.0
     damping: float = 1e-4
-    noise: float = 0.0
-    priced: float = 1.0
+    noise: Noise = NONE
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("down", self.anchor), Tap("grad:down.out", "gram")]
@@ -100,10 +90,8 @@ class FisherNeurons(NeuronSolver):
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         w = weights["down"].double()
-        noise = self.noise * (1 if is_behind(stats, "down", self.anchor) else self.priced)
-        gram, cross = anchored(stats, "down", w, self.anchor, noise)
-        metric = find_metric(stats, "down", noise) @ w
-        order, loss = select_greedily(gram, metric, self.damping)
+        gram, cross, metric = anchored(stats, "down", w, self.anchor, self.noise)
+        order, loss = select_greedily(gram, metric @ w, self.damping)
         roles = [n for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights]
         factors = {"order": order, "gram": gram, "cross": cross, **{n: weights[n] for n in roles}}
         return Frontier(unit, loss / 2, factors, nats=True)
@@ -127,8 +115,7 @@ class FisherValues(ValueSolver):
     name: ClassVar[str] = "fisher-values"
     anchor: float = 0.0
     damping: float = 1e-4
-    noise: float = 0.0
-    priced: float = 1.0
+    noise: Noise = NONE
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("o", self.anchor), Tap("grad:o.out", "gram")]
@@ -138,10 +125,8 @@ class FisherValues(ValueSolver):
 
     def decompose(self, unit: Unit, weights: Weights, stats: Stats, shape: Shape) -> Frontier:
         heads, groups, d = shape.heads, shape.groups, shape.v
-        noise = self.noise * (1 if is_behind(stats, "o", self.anchor) else self.priced)
-        root = find_metric(stats, "o", noise)
         o = weights["o"].double()
-        gram, cross = anchored(stats, "o", o, self.anchor, noise)
+        gram, cross, root = anchored(stats, "o", o, self.anchor, self.noise)
         by_head = (root @ o).unflatten(1, (heads, d)).transpose(0, 1)  # (heads, hidden, d)
         left = (by_head.mT @ by_head).unflatten(0, (-1, groups)).sum(1)
         own = gram.view(heads, d, heads, d).diagonal(dim1=0, dim2=2).movedim(-1, 0)

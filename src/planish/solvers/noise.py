@@ -11,6 +11,8 @@ Reference: KFAC-SVD (arXiv 2610.32878) draws both moments to their mean diagonal
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,22 @@ TOKENS = {"inputs": 500, "gradients": 1600}  # at which the noise would be as la
 MOST = {"inputs": 0.1, "gradients": 0.3}  # times the mean square
 
 
-def find_noise(stats: Stats, tap: Tap, share: float) -> float:
-    """Noise beside a tap's moment in its mean squares, `share` times what its tokens call for."""
-    kind = "gradients" if tap.site.startswith("grad:") else "inputs"
-    return share * min(TOKENS[kind] / max(stats.tokens[tap], 1), MOST[kind])
+@dataclass(frozen=True)
+class Noise:
+    """Noise beside moments, `share` times what their tokens call for. Where ranks are chosen, by moments of the uncompressed
+    model's activations, `priced` times as much as where weights are solved for."""
+
+    share: float = 0.0
+    priced: float = 1.0
+
+    def find(self, stats: Stats, tap: Tap, behind: bool) -> float:
+        """Noise beside a tap's moment, in its mean squares; `behind`: weights are solved for, behind the compressed prefix."""
+        kind = "gradients" if tap.site.startswith("grad:") else "inputs"
+        share = self.share * (1 if behind else self.priced)
+        return share * min(TOKENS[kind] / max(stats.tokens[tap], 1), MOST[kind])
+
+
+NONE = Noise()
 
 
 def add_noise(

@@ -12,7 +12,7 @@ from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float
 from planish.solvers.forms import input_site, list_ranks, low_rank_edit, low_rank_spec
 from planish.solvers.linalg import metric_svd, multiply, solve
-from planish.solvers.noise import add_noise, find_noise
+from planish.solvers.noise import NONE, Noise, add_noise
 from planish.stats import Stats, Tap
 
 ALONE = ("o", "down")
@@ -26,8 +26,7 @@ class TwoSided(Solver):
 
     `anchor` > 0 (needs the dense prefix beside the compressed one): the target becomes (1 − a) W x̂ + a W x, x̂ the
     compressed prefix's inputs: W is replaced by its regression on x̂, R by E[x̂ x̂ᵀ], before the SVD.
-    `noise`: beside R and G, times what their tokens call for (`planish.solvers.noise.add_noise`); it is part of the predicted
-    loss. On the uncompressed model's moments, by which ranks are chosen, `priced` times as much.
+    `noise`: beside R and G (`planish.solvers.noise.Noise`); it is part of the predicted loss.
     Reference: K-FAC's factorisation of the Fisher for the metric; PIFA (arXiv 2501.19090) for the form and the mixed
     target; AA-SVD (arXiv 2604.02119) for the anchored objective.
     """
@@ -36,8 +35,7 @@ class TwoSided(Solver):
     form: Literal["pair", "pivoted"] = "pivoted"
     anchor: float = 0.0
     ridge: float = 1e-3
-    noise: float = 0.0
-    priced: float = 1.0
+    noise: Noise = NONE
 
     def units(self, shape: Shape) -> list[Unit]:
         return [Unit(shape.block, r) for r in shape.linears]
@@ -71,15 +69,15 @@ class TwoSided(Solver):
         metric, own = self.metric_tap(unit, shape), Tap(site, "gram")
         back, gradient = metric.site.endswith(".back"), stats.mean(metric)
         behind = bool(self.anchor) and own in stats.sums
-        share = self.noise * (1 if behind else self.priced)
-        gradient = add_noise(gradient, find_noise(stats, metric, share), multiply(w.T, w) if back else None)
+        along = multiply(w.T, w) if back else None
+        gradient = add_noise(gradient, self.noise.find(stats, metric, behind), along)
         if not behind:
             own = Tap(f"dense:{site}", "gram")
-            gram = add_noise(stats.mean(own), find_noise(stats, own, share))
+            gram = add_noise(stats.mean(own), self.noise.find(stats, own, behind))
             low = metric_svd(w, gram, gradient, back)
             return Frontier(unit, low.tails() / 2, {"low": low}, nats=True)
         gram, moved = stats.mean(own), stats.mean(self.cross_tap(unit))
-        noise = find_noise(stats, own, share)
+        noise = self.noise.find(stats, own, behind)
         ridge = max(self.ridge, noise)
         level = ridge * gram.diagonal().mean()
         if unit.name in ALONE:
