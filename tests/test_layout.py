@@ -100,7 +100,7 @@ def test_every_weight_is_a_units_or_untouched(name):
         try:
             units = {u: s for s in method().solvers() for shape in shapes for u in s.units(shape)}
         except InputError:  # needs blocks that are all alike
-            assert name in (*tiny.SPARSE, *tiny.HYBRIDS, *tiny.STOCK, "cohere_norms")  # whose norms are matrices
+            assert name in (*tiny.SPARSE, *tiny.HYBRIDS, *tiny.STOCK)
             continue
         planned += bool(units)
         left = [[0, set(s.roles + s.rest)] for s in shapes]

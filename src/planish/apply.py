@@ -13,7 +13,7 @@ from planish.errors import InputError
 from planish.modelling.blocks import Spec, get_linear, install, read_factor
 from planish.modelling.canonical import keep_experts, split_block
 from planish.modelling.families import Family
-from planish.modelling.modules import Bypass
+from planish.modelling.modules import Bypass, list_matrices
 from planish.stats import is_finite
 
 
@@ -126,7 +126,7 @@ def narrow(tensor: Tensor, kind: torch.dtype, where: str) -> Tensor:
 
 def count_block(block: nn.Module) -> int:
     """Weights of a block's linears, as they are: matrices of every form, gates and shifts of bypasses; no norms, no biases."""
-    matrices = sum(p.numel() for p in block.parameters() if p.ndim >= 2)
+    matrices = sum(p.numel() for p in list_matrices(block).values())
     vectors = [v for m in block.modules() if isinstance(m, Bypass) for v in (m.gate, m.shift)]
     return matrices + sum(v.numel() for v in vectors if v is not None)
 

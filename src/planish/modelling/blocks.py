@@ -21,7 +21,7 @@ from .attentions import Attention, Frequencies, Latent
 from .canonical import count_experts, has_module, join_block, keep_experts, split_block, split_experts
 from .families import ATTENTION, FAMILIES, MLP, Family
 from .heads import count_heads
-from .modules import Bypass, HeadPair, Pair, Pivoted, SlicedBlock, Spec, make_apart, set_module
+from .modules import Bypass, HeadPair, Pair, Pivoted, SlicedBlock, Spec, list_matrices, make_apart, set_module
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def read_layout(block: nn.Module, family: Family, config) -> Layout:
     heads, kv_heads = count_heads(config, block.get_submodule(family.attention)) if found["attention"] else (0, 0)
     return Layout(
         tuple(Group(name, linears) for name, linears in found.items() if linears),
-        tuple(n for n, p in block.named_parameters() if p.ndim >= 2 and n not in known),
+        tuple(n for n in list_matrices(block) if n not in known),
         parallel,
         read_factor(block, family),
         list_norms(block, family, {n for n, linears in found.items() if linears}),

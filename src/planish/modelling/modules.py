@@ -144,6 +144,15 @@ class Fused(nn.Module):
         return self.rows.join(weights), None if biases[0] is None else self.rows.join(biases)
 
 
+def list_matrices(block: nn.Module) -> dict[str, nn.Parameter]:
+    """A block's matrices by their names: no vectors, no weights of norms, which some models have a row of per head."""
+    return {
+        f"{path}.{n}".lstrip("."): p
+        for path, module in block.named_modules() if not type(module).__name__.endswith("Norm")
+        for n, p in module.named_parameters(recurse=False) if p.ndim >= 2
+    }  # fmt: skip
+
+
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A linear that holds these tensors."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
