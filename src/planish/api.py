@@ -215,7 +215,7 @@ def forecast(
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer, request.adapter)
     if request.bits == "auto" or (request.fit is not None and request.bits not in DENSE_NAMES):
-        return foresee_size(request, source)
+        return foresee_size(request, source, method, fit_windows(request, method, source).size)
     if request.fit is not None:
         request = request.model_copy(update={"max_bytes": find_size(request, source), "fit": None})
     chosen = fit_windows(request, method, source)
@@ -236,7 +236,8 @@ def forecast(
         found = forecast_windows(request, method, source, chosen.size, read if measure else None, progress, known)
     if request.bits not in (None, *DENSE_NAMES):
         found.bytes_after, found.rounding = count_rounded_bytes(request, source, found.keep)
-        notes.append("seconds and memory are those of cutting: what rounding takes comes on top")
+        found.disk_bytes += found.bytes_after  # beside what was cut, until it is complete
+        notes.append("seconds are those of cutting: what rounding takes comes on top")
     found.warnings = [*dict.fromkeys(notes), *found.warnings]
     return found
 

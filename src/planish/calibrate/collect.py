@@ -125,7 +125,7 @@ def collect(stream: Stream, taps: list[Tap], run: Callable[[int], Values], shape
                 f"activations of block {shape.block} ({tap.site}) are infinite or no numbers in {str(stream.dtype)[6:]}: "
                 f"{'use --dtype float32' if stream.dtype != torch.float32 else 'the model overflows'}"
             )
-    return_memory(shape)  # solving has other sizes
+    return_memory(shape.count())  # solving has other sizes
     return total
 
 

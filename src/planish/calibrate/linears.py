@@ -6,6 +6,7 @@ Unlike taps these know modules' names, not roles alone, and a block may be compr
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from planish.calibrate.activations import Activations, fetch
 from planish.calibrate.losses import output_gradients
+from planish.calibrate.store import Named
 from planish.calibrate.stream import Hidden, Stream
 from planish.folder.stored_linear import find_experts
 from planish.modelling.blocks import Layout, read_layout
@@ -165,12 +167,13 @@ def measure_attended(stream: Stream, i: int, block: nn.Module, layout: Layout, h
     return sums["sum"].cpu() / count
 
 
-def measure_gradients(stream: Stream, seed: int = 0) -> tuple[list[dict[str, Tensor]], Hidden]:
+def measure_gradients(stream: Stream, seed: int = 0) -> tuple[list[Mapping[str, Tensor]], Hidden]:
     """Per block and module (`list_seen`) the second moment of the gradient at its output, and what the last block puts out.
 
     Gradients are of random signs of all words (see `planish.calibrate.losses.output_gradient`): so many tokens say more than with
     drawn labels. The moment is (out, out) in fp64, or (out,) its diagonal where out exceeds `FULL`, and of experts, whose moments
-    are per token that reaches them, `PRIOR` tokens of the mean length of all experts' counted beside these.
+    are per token that reaches them, `PRIOR` tokens of the mean length of all experts' counted beside these. Of all blocks they
+    may be more than the model: what exceeds the stream's limit of what is stored lies on disk.
     """
     inputs = [stream.start()]
     for i in range(len(stream)):
@@ -178,9 +181,10 @@ def measure_gradients(stream: Stream, seed: int = 0) -> tuple[list[dict[str, Ten
     outputs = inputs.pop()
     into: Hidden = Activations(stream.limits, output_gradients(stream, outputs, seed, "signs"))
     stream.release()
-    found: list[dict[str, Tensor]] = [{} for _ in range(len(stream))]
+    found: list[Mapping[str, Tensor]] = [{} for _ in range(len(stream))]
     for i in reversed(range(len(stream))):
-        found[i], into = step_back(stream, i, inputs.pop(), into)
+        own, into = step_back(stream, i, inputs.pop(), into)
+        found[i] = Named(stream.limits.stored, own)
     return found, outputs
 
 

@@ -1,8 +1,10 @@
-"""Statistics of many blocks, stored for later: in memory up to a limit, beyond it in an unnamed file."""
+"""Statistics of many blocks, stored for later: in memory up to a limit, beyond it in unnamed files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+
+from torch import Tensor
 
 from planish.calibrate.activations import Activations, MemoryLimits
 from planish.stats import Stats, Tap
@@ -47,6 +49,29 @@ class Store(MutableMapping[int, Stats]):
         del self.places[i]  # what the file holds of it stays until the end
 
     def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class Named(Mapping[str, Tensor]):
+    """Tensors by name; what is read is not to be changed. The same bits come back from memory and from the file."""
+
+    def __init__(self, limits: MemoryLimits, tensors: Mapping[str, Tensor] | None = None):
+        self.places: dict[str, int] = {}
+        self.tensors = Activations(limits)
+        for name, tensor in (tensors or {}).items():
+            self.put(name, tensor)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        self.places[name] = len(self.tensors)
+        self.tensors.append(tensor)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.places[name]]
+
+    def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 
     def __len__(self) -> int:

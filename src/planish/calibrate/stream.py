@@ -26,7 +26,7 @@ from planish.calibrate.activations import Activations, MemoryLimits, fetch, find
 from planish.calibrate.reuse import Reuse, lead
 from planish.calibrate.shared import list_shared, pack, unpack
 from planish.calibrate.text import unmark
-from planish.core import Edit, Progress, Shape, Weights
+from planish.core import Edit, Progress, Weights
 from planish.folder.source import Source
 from planish.folder.stored_linear import StoredLinear
 from planish.modelling.blocks import find_blocks, get_linear, read_layout
@@ -191,7 +191,7 @@ class Stream:
 
         `edits` are made to it first. Weights of large experts stay in their file, unless it is to be `whole` in memory.
         """
-        return_memory(self.source.shape(i))
+        return_memory(self.source.shape(i).count())
         block = self.source.block(i, apart=not whole)
         apply_edits(block, list(edits), self.family, self.source.config, self.source.shape(i))
         return block
@@ -298,7 +298,7 @@ def reuse_memory() -> None:
         LIBC.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def return_memory(shape: Shape) -> None:
-    """Give freed heap pages back to the system, where blocks are large."""
-    if shape.count() > LARGE and LIBC is not None and hasattr(LIBC, "malloc_trim"):
+def return_memory(weights: int) -> None:
+    """Give freed heap pages back to the system, where what was worked on has many weights."""
+    if weights > LARGE and LIBC is not None and hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)

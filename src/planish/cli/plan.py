@@ -66,7 +66,13 @@ def show_sizes(found: Any) -> list[Any]:
     types = make_table("all weights", "matrices of the blocks", "bytes, about")
     for t in found.types:
         types.add_row(f"{t['bits']} bits", name_types(t["rounded"]), f"{t['bytes']:,}")
-    return [*lines, plans, types]
+    device = f", {format_bytes(found.peak_vram_bytes)} on the device" if found.peak_vram_bytes else ""
+    return [
+        *lines,
+        plans,
+        types,
+        f"the plan that takes most needs about {format_bytes(found.peak_ram_bytes)} of memory{device}",
+    ]
 
 
 def name_types(types: dict[str, int]) -> str:

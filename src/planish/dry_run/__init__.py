@@ -24,8 +24,9 @@ from planish.calibrate.text import shuffle_windows
 from planish.checking import check_tokens, check_windows
 from planish.compression import pick_dtype
 from planish.core import WHOLE, Plan, Progress, Unit, describe_experts, describe_rest, describe_state
-from planish.dry_run.memory import count_peaks
+from planish.dry_run.memory import Peaks
 from planish.dry_run.passes import Run
+from planish.dry_run.rounding import count_all
 from planish.dry_run.seconds import Costs, estimate_phases, explain, measure_costs
 from planish.errors import InputError
 from planish.folder.origin import list_changes
@@ -43,8 +44,12 @@ from planish.plan.planned import Planned
 from planish.plan.problem import Problem, count_left
 from planish.plan.targets import describe_limits
 from planish.request import Request
-from planish.walks.bits import read_asked
+from planish.walks.bits import Asked, read_asked
 
+ROUNDED = (
+    "; rounding: one block as computed and rounded + second moments of all its inputs and gradients in fp64 + the largest matrix's "
+    "working space (planish.dry_run.rounding)"
+)
 STATISTICS = 1 << 30  # bytes of statistics that planning without the target's limits may use again
 
 
@@ -163,7 +168,7 @@ def forecast(
     """The plan that `look_ahead` gives, and its consequences. `known`: what it gave already, with the costs measured for it."""
     run, costs = known or (look_ahead(request, method, source, size, read, progress), None)
     problem, planned, measure = run.problem, run.planned, run.measure
-    found = describe(run, costs)
+    found = describe(run, costs, read_asked(request, source))
     if request.bits is None and (sizes := count_released(run)):
         found.bytes_before, found.bytes_after = sizes
     if measure.started:
@@ -188,6 +193,15 @@ def forecast(
     return found
 
 
+def foresee_peaks(request: Request, method: Method, source: Source, size: tuple[int, int]) -> Peaks:
+    """What the plan for a request takes at most, on windows of this `size`; nothing is measured and no time told."""
+    run = look_ahead(request, method, source, size)
+    weights = make_budget("keep", 1, source, run.problem.shapes)
+    keep = int(count_left(run.problem, run.planned.ranks, weights)) / sum(s.count() for s in run.problem.shapes)
+    params = sum(p.numel() for p in source.empty.parameters())
+    return count_all(read_asked(request, source), run, keep, (params, count_written(run)))
+
+
 def add_losses(problem: Problem, planned: Planned) -> dict[str, float]:
     """Predicted loss of a plan for every kind of unit that it cuts; empty where no frontier is known."""
     problem, losses = replace(problem, units=planned.solvers), dict[str, float]()
@@ -197,8 +211,8 @@ def add_losses(problem: Problem, planned: Planned) -> dict[str, float]:
     return losses
 
 
-def describe(run: Run, costs: Costs | None = None) -> Forecast:
-    """Everything that follows from a plan."""
+def describe(run: Run, costs: Costs | None = None, asked: Asked | None = None) -> Forecast:
+    """Everything that follows from a plan, and of what is `asked` to be rounded the peaks."""
     problem, planned, source = run.problem, run.planned, run.measure.source
     shapes, itemsize, head = problem.shapes, source.stored.itemsize, source.count_head()
     params, blocks = sum(p.numel() for p in source.empty.parameters()), sum(s.count() for s in shapes)
@@ -207,7 +221,7 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
     params_after, rest = count_written(run), source.untouched.count
     budgets = (make_budget(n, 1, source, shapes, problem.context) for n in ("kv_keep", "flops_keep", "max_bytes"))
     caches, flops, stored = ((b.total + b.outside, count_left(problem, planned.ranks, b) + b.outside) for b in budgets)
-    peaks = count_peaks(run, params, params_after)
+    peaks = count_all(asked, run, left / blocks, (params, params_after))
     costs = costs or measure_costs(run)
     phases = estimate_phases(run, costs, params + params_after + 2 * rest)
     found = Forecast(
@@ -238,7 +252,8 @@ def describe(run: Run, costs: Costs | None = None) -> Forecast:
         blocks=[*count_blocks(problem, planned.ranks, weights)],
         how={
             "peak_ram": f"libraries + one block as stored and as computed + activations of {run.windows} × {run.seq_len} "
-            "tokens + one block's statistics in fp64 + the largest decomposition's working space (planish.dry_run.memory)",
+            "tokens + one block's statistics in fp64 + the largest decomposition's working space (planish.dry_run.memory)"
+            + (ROUNDED if asked else ""),
             "seconds": explain(run, costs, phases),
             "flops": f"two per weight of the blocks and the head and token, and attention over {problem.context} tokens of context",
         },

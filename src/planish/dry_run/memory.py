@@ -53,14 +53,15 @@ def count_peaks(run: Run, params: int, written: int) -> Peaks:
     """Of a run on a model of `params` parameters that writes `written` of them."""
     problem, stream, shape = run.problem, run.measure.given, run.largest
     stored, computed = stream.source.stored.itemsize, stream.dtype.itemsize
-    batch = count_batch(run)
+    batch = count_batch(run) if is_cut(run) else Batch(0, 0, 0, 0, 0)
     first, later = count_activations(run, batch.wide)
     held = max(map(Shape.count if isinstance(stream.source, MemorySource) else count_held, problem.shapes))
     inside = {"neurons", *(r for r in shape.rest if r.startswith("expert."))} & {u.name for u in problem.units}
     blocks, accelerator = run.streams * held, stream.device.type != "cpu"
     copies = blocks * computed if accelerator or computed != stored else 0
     measure, again = copies + batch.measuring, copies + batch.through
-    work = max((problem.units[u].memory(u, shape) for u in problem.block_units(shape.block)), default=0)
+    solved = problem.block_units(shape.block) if is_cut(run) else ()
+    work = max((problem.units[u].memory(u, shape) for u in solved), default=0)
     head, outputs = stream.source.count_head(), run.streams * run.tokens * shape.hidden * computed
     start = head * (stored + computed) + min(outputs, later.memory)
     solve = (blocks + (shape.count() if inside else held)) * stored + later.memory + 8 * (batch.sums + work)
@@ -73,6 +74,11 @@ def count_peaks(run: Run, params: int, written: int) -> Peaks:
     ranks = sum(len(solver.ranks(unit, problem.shapes[unit.block])) for unit, solver in problem.units.items())
     objects = TENSOR * len(stream.source.sizes()) + RANK * ranks
     return Peaks(LIBRARIES + objects + max(ram), vram, written * stored, later.disk)
+
+
+def is_cut(run: Run) -> bool:
+    """Whether anything is measured or solved at all: with --keep 1 blocks are written as they are."""
+    return run.measures or bool(run.planned.edits) or any(run.solved(s.block) for s in run.problem.shapes)
 
 
 class Batch(NamedTuple):

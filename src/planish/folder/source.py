@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,7 +132,7 @@ class FolderSource(Source):
         self.config, self.family, self.specs = opened.config, opened.family, opened.specs
         self.stock_config = find_stock_config(self.config, self.family)
         self._last = -1  # block that was read last
-        self.replaced: dict[str, Tensor] = {}  # what `weight` gives in place of what is stored
+        self.replaced: Mapping[str, Tensor] = {}  # what `weight` gives in place of what is stored
         if not self.remote:
             _ = self.reader
 

@@ -20,6 +20,7 @@ from planish.rounding.gauges_factors import round_linear
 from planish.rounding.gauges_linears import find_matrices, find_tensor, read_linear, set_data
 from planish.rounding.round import Metric, Rounded
 
+EXPERT = "expert."  # roles of one expert
 FINE = 8  # bits whose errors are not worth a choice of basis
 Round = Callable[[str, Tensor, Metric], Rounded]  # matrix's name in the block, (out, in), its metric
 Found = dict[str, Rounded]  # by the matrix's name
@@ -41,14 +42,17 @@ class State:
 
 @torch.no_grad()
 def round_block(scene: Scene, rounding: Round) -> tuple[Found, list[str]]:
-    """Every matrix of a canonical block's roles rounded, by name, in the basis chosen, which is in `scene` then; lines for what
-    changed."""
+    """Every matrix of a canonical block's roles rounded, by name, in the basis chosen, which is in `scene` then (of experts without
+    moments); lines for what changed."""
     found, told = Found(), list[str]()
     for roles in share_basis(scene):
         state, lines = choose_basis(scene, roles, rounding)
         for own, _ in state.roles.values():
             found |= own
         told += lines
+        for role in roles if roles[0].startswith(EXPERT) else ():  # of all experts they are most of a block's memory
+            scene.grams.pop(role)
+            scene.gradients.pop(role, None)
     return found, told
 
 

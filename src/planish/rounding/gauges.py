@@ -155,7 +155,8 @@ def scale_inputs(scene: Scene, norm: Norm) -> list[str]:
     set_data(module, "weight", (scale / s - norm.offset).to(weight.device, weight.dtype))
     if (bias := getattr(module, "bias", None)) is not None:
         set_data(module, "bias", (bias.double() / s.to(bias.device)).to(bias.dtype))
-    scene.grams.update({r: gram / s / s[:, None] for r, gram in grams.items()})
+    scaled = {id(gram): gram / s / s[:, None] for gram in {id(g): g for g in grams.values()}.values()}
+    scene.grams.update({r: scaled[id(gram)] for r, gram in grams.items()})  # one where inputs were one
     return [f"{norm.path}: channels rescaled for {', '.join(norm.roles)}; forecast × {ratio:.2f}"]
 
 

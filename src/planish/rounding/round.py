@@ -36,7 +36,7 @@ GGML = "weight_ggml"  # end of the name of a matrix in blocks of ggml
 
 @dataclass
 class Draft:
-    """A rounding that is compared with others: what it makes of the matrix, and blocks of ggml or codes and their grid.
+    """A rounding that is compared with others: what it makes of the matrix, and blocks of ggml or codes (bytes) and their grid.
 
     Rows stand for themselves: some of one and some of another are a draft again.
     """
@@ -146,15 +146,22 @@ def choose(w: Tensor, drafts: Sequence[Draft], metric: Metric) -> tuple[Draft, f
 
     Without G, or with its diagonal alone, rows cost apart, and nothing made of these drafts costs less.
     """
-    errors = [w - d.value for d in drafts]
-    moved = [metric.move(e) for e in errors]
-    rows = torch.stack([(e * m).sum(1) for e, m in zip(errors, moved, strict=True)])
-    best, lost, left, how = drafts[0], metric.cost(errors[0], moved[0]), rows[0], "nearest"
-    if len(drafts) > 1:
-        at = rows.nan_to_num(torch.inf).argmin(0)
-        if (mixed := metric.cost(pick_rows(errors, at), pick_rows(moved, at))) < lost:
-            best, lost, left, how = pick_drafts(drafts, at), mixed, rows.gather(0, at[None])[0], "feedback"
     whole = metric.energy(w)
+    error = w - drafts[0].value
+    moved = metric.move(error)
+    rows, at = (error * moved).sum(1), torch.zeros(len(w), dtype=torch.long)
+    best, lost, left, how = drafts[0], metric.cost(error, moved), rows, "nearest"
+    for n, draft in enumerate(drafts[1:], 1):  # of every row the best so far: of all drafts they would take much memory
+        other = w - draft.value
+        far = metric.move(other)
+        own = (other * far).sum(1)
+        better = own.nan_to_num(torch.inf) < rows.nan_to_num(torch.inf)
+        at, rows = at.masked_fill(better, n), torch.where(better, own, rows)
+        torch.where(better[:, None], other, error, out=error)
+        torch.where(better[:, None], far, moved, out=moved)
+        del other, far
+    if len(drafts) > 1 and (mixed := metric.cost(error, moved)) < lost:
+        best, lost, left, how = pick_drafts(drafts, at), mixed, rows, "feedback"
     return best, lost, float(left.sum().clamp(min=0)) / whole if whole > 0 else 0.0, how
 
 
@@ -208,7 +215,7 @@ def read(stored: dict[str, Tensor], kind: StorageType, dtype: torch.dtype = torc
 def draft_integers(codes: Tensor, grid: integers.Grid, kind: StorageType, dtype: torch.dtype) -> Draft:
     groups = codes.unflatten(1, (-1, kind.group))
     value = integers.multiply(groups, grid.zero[..., None], grid.scale[..., None], dtype).flatten(1)
-    return Draft(value, codes=codes, grid=grid)
+    return Draft(value, codes=codes.to(torch.int8), grid=grid)
 
 
 def round_integers(w: Tensor, kind: StorageType, moment: Tensor | None, dtype: torch.dtype) -> Draft:
@@ -243,9 +250,11 @@ def round_blocks(w: Tensor, kind: StorageType, moment: Tensor | None, dtype: tor
 # ------------------------------------------------------------------ with feedback
 
 
-def upper_root(moment: Tensor, damping: float) -> Tensor:
-    """Upper triangular V (in, in) with V Vᵀ = R + λI."""
-    return root(moment.double().flip(0, 1), damping).flip(0, 1)
+def upper_root(moment: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
+    """Upper triangular V (in, in) with V Vᵀ = R + λI, rows and columns of R in this order (in,)."""
+    at = torch.arange(len(moment)) if order is None else order
+    back = at.flip(0)  # at once: every copy of R is one more of the largest matrices that there are
+    return root(moment.double()[back[:, None], back], damping).flip(0, 1)
 
 
 def round_with_feedback(
@@ -259,7 +268,7 @@ def round_with_feedback(
     groups = w.unflatten(1, (-1, kind.group))
     fixed = integers.search(groups, blocks_of(moment, kind, w.shape[1]), kind, dtype)
     order = moment.diagonal().argsort(descending=True, stable=True)
-    yield feed_ordered(w, kind, upper_root(moment[order][:, order], damping), fixed, order, dtype)
+    yield feed_ordered(w, kind, upper_root(moment, damping, order), fixed, order, dtype)
 
 
 class Feed:

@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from planish.dry_run import foresee_peaks
 from planish.errors import InputError
 from planish.folder.source import Source
+from planish.methods.method import Method
 from planish.plan.footprint import footprint
 from planish.request import Request
 from planish.sizes.fit import LADDER, LADDERS, find_context, find_size, list_plans, predict
@@ -20,7 +22,7 @@ class SizeForecast:
     """`size`: bytes that the file may have; `cache`: those of the 16-bit KV cache of `context` tokens, and `running` those that
     running takes beside it, and llama.cpp's file beside its weights, where `fit` counts them. `plans`: those that `compress` would
     compare, each with its predicted bytes; `types`: bits → what all weights would take (bytes) and in which types (`rounded`:
-    name → matrices)."""
+    name → matrices). `peak_ram_bytes`, `peak_vram_bytes`: of making the plan that takes most."""
 
     target: str
     size: int
@@ -28,6 +30,8 @@ class SizeForecast:
     context: int
     cache: int
     running: int
+    peak_ram_bytes: int = 0
+    peak_vram_bytes: int = 0
     plans: list[dict[str, Any]] = field(default_factory=list)
     types: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -36,8 +40,9 @@ class SizeForecast:
         return asdict(self)
 
 
-def foresee_size(request: Request, source: Source) -> SizeForecast:
-    """What competes for a size; InputError where `compress` would raise it."""
+def foresee_size(request: Request, source: Source, method: Method, windows: tuple[int, int]) -> SizeForecast:
+    """What competes for a size, made from calibration windows of this size (n_samples, seq_len); InputError where `compress` would
+    raise it."""
     read_asked(settle(request, Choice("8", 1.0)), source)  # a model that is not rounded at all
     size, context = find_size(request, source), find_context(request, source)
     cache = 2 * context * sum(footprint({}, source.shape(i)).cache for i in range(source.n_blocks))
@@ -49,6 +54,11 @@ def foresee_size(request: Request, source: Source) -> SizeForecast:
         found.plans.append(
             {"bits": choice.bits, "keep": choice.keep, "head": head, "bytes": int(outside + choice.keep * blocks)}
         )
+        try:
+            ram, vram, _, _ = foresee_peaks(settle(request, choice), method, source, windows)
+        except InputError:  # nor can it be made
+            continue
+        found.peak_ram_bytes, found.peak_vram_bytes = max(found.peak_ram_bytes, ram), max(found.peak_vram_bytes, vram)
     for bits in LADDERS.get(request.target, LADDER):
         try:
             outside, blocks = predict(request, source, bits)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import gcd
 from typing import Any, NamedTuple
@@ -37,7 +37,8 @@ from planish.calibrate.linears import (
 )
 from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import Hidden, Stream
+from planish.calibrate.store import Named
+from planish.calibrate.stream import Hidden, Stream, return_memory
 from planish.core import Progress
 from planish.errors import InputError
 from planish.folder.config import name_head
@@ -119,7 +120,8 @@ class Quantiser:
         few = stream.spread(min(max(SAMPLE // length, WINDOWS), count))
         gradients, outputs = measure_gradients(few)
         before = nll(few, outputs)
-        self.write_outside()
+        del outputs
+        self.write_outside(stream.limits.stored)
         self.stream = self.open_stream()  # with the embedding as it is written
         if self.asked.blocks.mean is not None:
             self.chosen = choose_types(self.price(gradients, progress), self.asked.blocks.mean)
@@ -145,7 +147,7 @@ class Quantiser:
         kinds = {n: self.kinds.get(n.removesuffix(".weight")) for n in self.outer}
         return {n: {"type": k.name if k else str(self.dtype)[6:], "bytes": self.outer[n]} for n, k in kinds.items()}
 
-    def price(self, gradients: list[dict[str, Tensor]], progress: Progress | None) -> dict[str, list[Offer]]:
+    def price(self, gradients: Sequence[Mapping[str, Tensor]], progress: Progress | None) -> dict[str, list[Offer]]:
         """What every matrix costs in every type that it may have, by its name in the file: rounded, each as if it were alone."""
         offers: dict[str, list[Offer]] = {}
         hidden = self.stream.start()
@@ -154,10 +156,11 @@ class Quantiser:
             def look(name: str, weight: Tensor, metric: Metric, whole: Joined | None) -> Rounded:
                 rows, own = (whole.rows, whole.name) if whole else (len(weight), name)
                 kinds = self.asked.blocks.ladder(weight.shape[1], name, rows)
-                found = [self.round(name, weight, kind, metric) for kind in kinds]
+                nats = [self.round(name, weight, kind, metric).nats for kind in kinds]
                 before = offers.get(own, [Offer(k, rows, weight.shape[1], 0.0) for k in kinds])
-                offers[own] = [o._replace(nats=o.nats + (r.nats or 0.0)) for o, r in zip(before, found, strict=True)]
-                return Rounded(kinds[-1], Draft(weight), "exact", 0.0, True, 0.0)  # and nothing changes
+                offers[own] = [o._replace(nats=o.nats + (n or 0.0)) for o, n in zip(before, nats, strict=True)]
+                same = Draft(weight.to(self.stream.dtype))  # of which all come, so that nothing changes
+                return Rounded(kinds[-1], same, "exact", 0.0, True, 0.0)
 
             block, _, _ = self.visit(i, hidden, gradients[i], look)
             hidden = self.stream.run(i, block, hidden)
@@ -165,7 +168,7 @@ class Quantiser:
                 progress("types", i + 1, len(self.stream))
         return offers
 
-    def round_block(self, i: int, hidden: Hidden, gradients: dict[str, Tensor]) -> Hidden:
+    def round_block(self, i: int, hidden: Hidden, gradients: Mapping[str, Tensor]) -> Hidden:
         """Round block i for these inputs and write it; its outputs."""
 
         def rounding(name: str, weight: Tensor, metric: Metric, whole: Joined | None) -> Rounded:
@@ -184,21 +187,21 @@ class Quantiser:
         for whole in joined:
             own = whole.name.removeprefix(prefix)
             found[own] = join_rows([found.pop(part) for part in whole.parts], whole.order)
-        tensors = self.narrow(join_block(block, family, apart=True).state_dict())
+        left = join_block(block, family, apart=True).state_dict()
+        tensors = self.narrow({n: t for n, t in left.items() if n not in found})
         for name, rounded in found.items():
             self.note(prefix + name.removesuffix(".weight"), rounded)
-            del tensors[name]
             stem = name.removesuffix("weight")
             tensors |= {f"{stem}{end}": t for end, t in name_parts(rounded).items()}
         self.writer.shard(i + 1, {family.store_name(prefix + n): t for n, t in tensors.items()})
         return hidden
 
     def visit(
-        self, i: int, hidden: Hidden, gradients: dict[str, Tensor], rounding: Rounding
+        self, i: int, hidden: Hidden, moments: Mapping[str, Tensor], rounding: Rounding
     ) -> tuple[nn.Module, dict[str, Rounded], list[Joined]]:
         """Block i, canonical and in the basis chosen for these inputs; its matrices as `rounding` makes them, by name; those that
         are stored as one."""
-        family, stream = self.source.family, self.stream
+        family, stream, gradients = self.source.family, self.stream, dict(moments)
         block = stream.place(stream.block(i, whole=True))
         layout = read_layout(block, family, self.source.config)
         seen, others = list_seen(block, layout), {role for role, _, _ in self.source.shape(i).others}
@@ -215,7 +218,8 @@ class Quantiser:
             gram /= tokens
         attended = measure_attended(stream, i, block, layout, hidden)
         scene = Scene(
-            block, layout, {r: grams[p] for r, p in paths.items()}, {r: gradients[p] for r, p in paths.items() if p in gradients},
+            block, layout, {r: grams.pop(p) for r, p in paths.items()},
+            {r: gradients.pop(p) for r, p in paths.items() if p in gradients},
             lambda n: self.asked.blocks.pick(n, f"block {i}"), self.dtype, attended is not None,
         )  # fmt: skip
         if attended is not None:
@@ -244,6 +248,7 @@ class Quantiser:
 
     def round(self, name: str, weight: Tensor, kind: StorageType, metric: Metric = UNKNOWN) -> Rounded:
         """One matrix."""
+        return_memory(weight.numel())  # what the one before took: its sizes are others, and much larger than its result
         return round_matrix(weight, kind, metric, where=name, dtype=self.dtype if self.asked.packed else torch.float32)
 
     def note(self, name: str, found: Rounded) -> None:
@@ -274,12 +279,13 @@ class Quantiser:
         rows = torch.stack([hidden[w // size][w % size] for w in at])
         return list(rows.split([len(b) for b in few.batches]))
 
-    def write_outside(self) -> None:
+    def write_outside(self, limits: MemoryLimits) -> None:
         source, kind = self.source, "planish" if self.source.reader.compressed else "native"
         tensors = self.narrow(name_head(source.outside(), source.family, kind))
         heads = {"lm_head.weight", f"{source.family.head}.weight"}
         matrices = (heads if self.asked.packed else heads | {find_embedding(source.empty)}) & tensors.keys()
         whole = heads | {find_embedding(source.empty)}
+        written = Named(limits)  # most of it on disk until it is needed: at the start, and by the head
         self.outer = {n: t.nbytes for n, t in tensors.items() if n in whole}
         for name in sorted(matrices) if self.asked.head else ():
             assert self.asked.head is not None
@@ -288,8 +294,10 @@ class Quantiser:
             self.note(module, found)
             self.outer[name] = found.bytes
             tensors |= {f"{module}.{end}": t for end, t in name_parts(found).items()}
-            source.replaced[name] = found.value
-        source.replaced |= {n: t for n, t in tensors.items() if n in source.reader}
+            written.put(name, found.value)
+        for name in (n for n in tensors if n in source.reader):
+            written.put(name, tensors[name])
+        source.replaced = written
         self.writer.shard(0, tensors)
 
     def write_config(self) -> None:
