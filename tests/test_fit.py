@@ -219,6 +219,8 @@ def test_a_gguf_file_fits_with_its_tokenizer(tmp_path):
     told = planish.forecast(model, fit=size, context=64, target="gguf")
     assert told.size == size - own - reserve(source, 64) and told.size + told.cache + told.running == size
     assert count_file(Request.ask(model=""), source) == 0
+    (model / "tokenizer.json").write_text("{")
+    assert 0 < count_file(request, open_source(model)) < own
 
 
 def pair_tensors(*folders):
