@@ -10,7 +10,8 @@ documents are for calibration, every third one is held out. Every phase of a poi
 is done, all its rows or none, so a run may be killed at any time; what has been measured by the same protocol is not measured
 again. Phases: compress (a process of its own, `planish compress`; statistics on disk that the same method found before are
 used again: "reused 1"); text (perplexity of WikiText-2 and of held-out C4); agreement (KL to the dense model, the same
-likeliest token); speed (`planish bench`, in turns with the dense model); answers (greedy, to PROMPTS); tasks (zero-shot).
+likeliest token); speed (`planish bench`, in turns with the dense model); answers (greedy, to PROMPTS); exact (greedy answers that
+are right or wrong: sums, copying, forms); tasks (zero-shot).
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ TABLE = ROOT / "docs" / "tables" / "real.md"
 COLUMNS = ("model", "method", "keep", "calibration", "phase", "protocol", "quantity", "value")
 KEEPS = "0.8,0.6,0.9,0.7,0.5"  # in this order a run that is cut short is a table too
 METHODS = "llm-drop,auto,flat-llm,a3,auto:structural,svd-llm,modegpt,slicegpt,mpifa,erc-svd,subfit"
-PHASES = ("compress", "text", "agreement", "speed", "answers", "tasks")
+PHASES = ("compress", "text", "agreement", "speed", "answers", "exact", "tasks")
 TASKS = ("arc_easy", "copa", "lambada_openai", "openbook_qa", "piqa", "winogrande")
+EXACT = 200  # prompts whose answers are right or wrong
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
     "Explain in three sentences why the sky is blue.",
@@ -133,7 +135,7 @@ class Bench:
     loaded: dict[str, Any] = field(default_factory=dict)  # at most the dense model and one compressed
 
     def measure(self, method: str, keep: float, phase: str) -> None:
-        if method == "dense" and phase not in ("text", "tasks"):
+        if method == "dense" and phase not in ("text", "exact", "tasks"):
             return
         asked = dict(
             zip(COLUMNS[:6], (self.model.stem, method, f"{keep:g}", "", phase, self.protocol(phase)), strict=True)
@@ -167,6 +169,7 @@ class Bench:
             "agreement": f"{a.compared} windows of {a.seq_len} per text, {a.dtype}",
             "speed": "prompt 128, 16 new tokens, batch 1, float32",
             "answers": f"{a.prompts} prompts, 48 tokens, {a.dtype}",
+            "exact": f"{EXACT} prompts, {a.dtype}",
             "tasks": f"{a.items} items, {a.dtype}",
         }[phase]
 
@@ -247,6 +250,14 @@ class Bench:
             "repeated": f"{mean[0]:.4f}", "dense repeated": f"{mean[1]:.4f}",
             "same answers": str(sum(a.model == a.dense for a in found)), "first answer": " ".join(found[0].model.split()),
         }  # fmt: skip
+
+    def exact(self, method: str, keep: float) -> dict[str, str]:
+        """Right and wrong answers of every kind of prompt."""
+        import planish
+
+        model, tokenizer = self.load(method, keep)
+        kinds = planish.evaluate_tasks(model, ["answers"], tokenizer, limit=EXACT, dtype=self.args.dtype)
+        return {s.task: "".join(map(str, s.answers)) for s in kinds}
 
     def score(self, method: str, keep: float, task: str) -> dict[str, str]:
         import planish

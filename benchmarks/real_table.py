@@ -20,6 +20,7 @@ NAMES = {
 }  # fmt: skip
 STRUCTURAL = ("flat-llm", "a3", "modegpt", "slicegpt", "llm-drop", "cocurve")  # published, dense shapes only
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4, held out"}
+EXACT_KINDS = ("sums", "copying", "forms")
 Key = tuple[str, float]  # method, keep
 
 
@@ -156,6 +157,8 @@ def section(m: Found) -> list[str]:
         lines += [f"### Keep {keep:g}", "", *details(m, keep, letters), ""]
     lines += ["### Protocols", ""]
     lines += [f"- {letter}: {how}" for how, letter in letters.items()]
+    if asked := [k for k, p in m.protocols.items() if "exact" in p]:
+        lines += ["", "### Answers that are right or wrong", "", *rights(m, asked)]
     if scored := [k for k in m.values if m.scores(k)]:
         lines += ["", "### Accuracies", "", *accuracies(m, scored)]
     return [*lines, ""]
@@ -247,6 +250,25 @@ def list_letters(m: Found, key: Key, letters: dict[str, str]) -> str:
     mine = m.protocols[key]
     how = "; ".join(f"{p}: {mine[p]}" for p in PHASES if p in mine)
     return letters.setdefault(how, string.ascii_letters[len(letters) % 52])
+
+
+def rights(m: Found, asked: Sequence[Key]) -> list[str]:
+    """Per kind of prompt the share of right answers; of all the share that is right where the dense model's is not, or the other
+    way round."""
+    protocol = m.protocols[asked[0]]["exact"]
+    dense = {k: m.dense[protocol, f"exact {k}"] for k in EXACT_KINDS}
+    lines = [f"Greedy, in %; {protocol}; changed: right for wrong or wrong for right, against the dense model.", ""]
+    lines += ["| keep | method | " + " | ".join(EXACT_KINDS) + " | all | changed |", "|---" * (len(dense) + 4) + "|"]
+    rows = {(1.0, "dense"): dense}
+    for key in sorted(asked, key=lambda k: (-k[1], list(NAMES).index(k[0]))):
+        rows[key[1], NAMES[key[0]]] = {k: m.values[key][f"exact {k}"] for k in EXACT_KINDS}
+    before = "".join(dense.values())
+    for (keep, name), found in rows.items():
+        own = "".join(found.values())
+        cells = [f"{100 * t.count('1') / len(t):.0f}" for t in (*found.values(), own)]
+        changed = sum(a != b for a, b in zip(own, before, strict=True)) / len(own)
+        lines.append(f"| {keep:g} | {name} | " + " | ".join(cells) + f" | {100 * changed:.0f} |")
+    return lines
 
 
 def accuracies(m: Found, scored: Sequence[Key]) -> list[str]:

@@ -35,6 +35,7 @@ def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True
             )
         writer.add_tokenizer_model("none")
         return "none", []
+    tokenizer = load_tokenizer(folder)  # which refuses damaged files
     data = json.loads(file.read_text(encoding="utf-8"))
     model = data.get("model", {})
     if model.get("type", "BPE") != "BPE":
@@ -62,7 +63,7 @@ def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True
     if beyond:
         named = ", ".join(map(repr, list(beyond)[:3])) + (" …" if len(beyond) > 3 else "")
         notes.append(f"{len(beyond)} tokens beyond the embedding's {config.vocab_size} rows are left out: {named}")
-    return kind, notes + write_special(writer, folder, config.vocab_size)
+    return kind, notes + write_special(writer, tokenizer, config.vocab_size)
 
 
 def count_vocabulary(folder: Path, config: Any) -> int:
@@ -163,11 +164,8 @@ def read_split(part: dict[str, Any]) -> str | None:
     return None
 
 
-def write_special(writer: Any, folder: Path, size: int) -> list[str]:
+def write_special(writer: Any, tokenizer: Any, size: int) -> list[str]:
     """Special ids, what is added around a text, and the chat template; ids of `size` and more are left out, with a note."""
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        return []
     found = {n: i for n in ("bos", "eos", "unk", "pad") if (i := getattr(tokenizer, f"{n}_token_id")) is not None}
     known = {n: i for n, i in found.items() if i < size}
     for name, value in known.items():

@@ -23,7 +23,6 @@ from planish.walks.bits import HEAD, find_heads, list_rounded, read_asked, refus
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
 CLOSE = 1.15  # times the weights: of types between two whose plans keep no more apart none is tried
 FINER = 2  # so many types finer than the one that holds all weights are tried with cuts
-NEARLY = 1.1  # times the size: predicted bytes at which all weights may still fit
 CONTEXT = 4096  # tokens of the cache unless told, or as many as the model has positions
 UBATCH = 512  # tokens that llama.cpp runs at a time
 PARTS = 2  # tensors of a packed linear beside one, but for zero points
@@ -82,6 +81,12 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
     """The finest types that hold all weights, and cuts of finer ones, finest first."""
     found: list[Choice] = []
     smallest: list[float] = []
+    # bytes by which headers are counted too long, at most
+    matrices, longest = (
+        sum(len(list_rounded(source.shape(i))) for i in range(source.n_blocks)),
+        max(map(len, source.sizes())),
+    )
+    spare = (PARTS + 1) * matrices * (ENTRY + longest)
     for bits in LADDERS.get(request.target, LADDER):
         try:
             outside, blocks = predict(request, source, bits)
@@ -90,7 +95,7 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
         if outside + blocks <= size:
             finer = list(dict.fromkeys(c.bits for c in found))[-FINER:]
             return mix(thin([c for c in found if c.bits in finer]) + [Choice(bits, 1.0)], request, source, size)
-        if outside + blocks <= NEARLY * size:  # what is predicted may be a little too much
+        if outside + blocks <= size + spare:  # what is predicted may be a little too much
             found.append(Choice(bits, 1.0))
         smallest.append(outside + LEAST * blocks)
         if (keep := (size - outside) / blocks) >= LEAST:
