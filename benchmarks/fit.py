@@ -4,7 +4,8 @@
     python benchmarks/fit.py --fit 96MiB --context 1024 --name NAME ...        # another section
 
 The command is the user's: `planish compress MODEL --fit SIZE --context N --target gguf`, in a process of its own. Its folder is
-exported, its file run by llama.cpp (`planish verify`), and both models read WikiText-2. --work keeps folder and file.
+exported, its file run by llama.cpp (`planish verify`), and both models read WikiText-2. --work keeps folder and file. --beside
+lets it decode in turns with all weights of the dense model in these types of llama.cpp, rounded to nearest: speed hangs on shapes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 
 import planish
 from planish.export import export
+from planish.export.llama_cpp import LlamaCpp
 from planish.export.verify import verify
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,6 +50,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--n-samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows of --seq-len tokens")
+    parser.add_argument("--beside", default="q8_0,q4_0", help="types of llama.cpp to decode beside it")
     parser.add_argument("--ladder", action="store_true", help="plain types beside the result too")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "fit")
     parser.add_argument("--table", type=Path, default=TABLE)
@@ -75,6 +79,39 @@ def make(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     return found
 
 
+def race(args: argparse.Namespace, own: Path, prompt: int = 32, new: int = 16, turns: int = 9) -> str:
+    """A table of files: bytes, and tokens per second of one thread in turns."""
+    dense, files = args.work / "dense", {"this file": own}
+    if args.beside and not dense.exists():
+        planish.compress(args.model, output=dense, keep=1)
+    for kind in filter(None, args.beside.split(",")):
+        files[f"all weights in {kind}"] = file = args.work / f"{kind}.gguf"
+        if not file.exists():
+            export(dense, "gguf", file, dtype=kind)
+    runners = {name: LlamaCpp(file, prompt + new) for name, file in files.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in files}
+    for _ in range(turns + 1):
+        for name, runner in runners.items():
+            runner.reset()
+            logits = runner.decode(list(range(1, prompt + 1)), 0, last=True)
+            start = time.process_time()
+            for n in range(new):
+                logits = runner.decode([int(logits[0].argmax())], prompt + n, last=True)
+            seconds[name].append((time.process_time() - start) / new)
+    rows = [
+        "| in llama.cpp, one thread | bytes | tokens per second | this file beside it, least and most of {turns} turns |",
+        "|---" * 4 + "|",
+    ]
+    for name, file in files.items():
+        ratios = sorted(b / a for a, b in zip(seconds["this file"][1:], seconds[name][1:], strict=True))
+        middle = statistics.median(seconds[name][1:])
+        beside = (
+            "" if name == "this file" else f"× {statistics.median(ratios):.2f} ({ratios[0]:.2f} – {ratios[-1]:.2f})"
+        )
+        rows.append(f"| {name} | {file.stat().st_size:,} | {1 / middle:.0f} | {beside} |")
+    return "\n".join(rows).replace("{turns}", str(turns))
+
+
 def describe(args: argparse.Namespace, found: dict[str, Any], out: Path) -> str:
     file = args.work / "small.gguf"
     file.unlink(missing_ok=True)
@@ -98,7 +135,7 @@ def describe(args: argparse.Namespace, found: dict[str, Any], out: Path) -> str:
         kl = ["–", "–"] if c["kl"] is None else [f"{c['kl']:.3f}", f"{c['stderr']:.3f}"]
         note = "chosen" if c["chosen"] else c["error"]
         rows.append(f"| {c['bits']} | {c['keep']:g} | {c['head'] or 8} | {c['bytes']:,} | {kl[0]} | {kl[1]} | {note} |")
-    return "\n\n".join([*lines, "\n".join(rows)])
+    return "\n\n".join([*lines, "\n".join(rows), race(args, file)])
 
 
 def main() -> None:
