@@ -250,6 +250,16 @@ def test_models_that_cannot_be_rounded_are_said(tmp_path):
         planish.forecast(tmp_path / "gpt2", bits=4)
 
 
+def test_a_mean_below_the_smallest_types_is_refused_before_any_matrix_is_rounded(model, tmp_path, monkeypatch):
+    def round_nothing(*args):
+        raise AssertionError("a matrix was rounded")
+
+    monkeypatch.setattr("planish.walks.quantise.round_matrix", round_nothing)
+    with pytest.raises(InputError, match="the smallest types take"):
+        compress(model, tmp_path / "out", bits="2.01", keep=0.7)
+    assert not (tmp_path / "out").exists()
+
+
 def test_linears_of_another_class_are_rounded_for_llama_cpp(tmp_path):
     """Falcon's; transformers cannot load packed ones of it."""
     dense = save(build("falcon", hidden_size=64, ffn_hidden_size=128, bias=False), tmp_path / "model")

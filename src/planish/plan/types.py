@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from planish.core import Unit
 from planish.errors import InputError
+from planish.folder.source import FolderSource
+from planish.modelling.blocks import find_blocks
+from planish.modelling.modules import is_dense
 from planish.plan.allocate import Alternative, Curve, choose
-from planish.rounding.types import StorageType
+from planish.rounding.types import Choice, StorageType
 
 
 class Offer(NamedTuple):
@@ -37,10 +41,25 @@ def choose_types(offers: Mapping[str, list[Offer]], mean: float) -> dict[str, St
         )
         for unit, found in units.items()
     ]  # fmt: skip
-    least = sum(min(o.bytes for o in found) for found in offers.values())
+    refuse_mean(mean, weights, sum(min(o.bytes for o in found) for found in offers.values()))
+    plan, _ = choose([[Alternative((curve,))] for curve in curves], mean * weights / 8)
+    return {name: found[plan[unit]].kind for (unit, found), name in zip(units.items(), offers, strict=True)}
+
+
+def check_mean(blocks: Choice, source: FolderSource) -> None:
+    """InputError, before any matrix is rounded, where the smallest types take more than the mean that is asked for. Experts' are
+    left to `choose_types`."""
+    if blocks.mean is None or any(source.shape(i).experts for i in range(source.n_blocks)):
+        return
+    modules = (m for block in find_blocks(source.model, source.family) for m in block.modules())
+    sizes = [(m.out_features, m.in_features) for m in modules if isinstance(m, nn.Linear) and is_dense(m)]
+    least = sum(blocks.ladder(n, "a matrix", out)[0].count(out, n) for out, n in sizes)
+    refuse_mean(blocks.mean, sum(out * n for out, n in sizes), least)
+
+
+def refuse_mean(mean: float, weights: int, least: int) -> None:
+    """InputError where `least` bytes of so many weights are more than the mean."""
     if least > mean * weights / 8:
         raise InputError(
             f"--bits {mean:g}: the smallest types take {8 * least / weights:.3f} bits per weight; give that many, or cut more"
         )
-    plan, _ = choose([[Alternative((curve,))] for curve in curves], mean * weights / 8)
-    return {name: found[plan[unit]].kind for (unit, found), name in zip(units.items(), offers, strict=True)}

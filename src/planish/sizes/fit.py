@@ -189,7 +189,8 @@ def mix(found: list[Choice], request: Request, source: Source, size: int) -> lis
     if len(found) > 1 and found[-2].bits not in ("16", last.bits):
         keeps.append(int(1e4 * (found[-2].keep + last.keep) / 2) / 1e4)
     means = {keep: int(8e3 * (size - outside) / weights / keep) / 1e3 for keep in keeps}
-    return found + [Choice(f"{m:.3f}", k) for k, m in means.items() if k < 1 or m > 1.01 * 8 * blocks / weights]
+    least = 8 * blocks / weights  # of the coarsest types
+    return found + [Choice(f"{m:.3f}", k) for k, m in means.items() if m > (1.01 if k == 1 else 1) * least]
 
 
 def predict(request: Request, source: Source, bits: str) -> tuple[float, float]:

@@ -8,8 +8,7 @@ What a cut has made of the blocks is rounded as it is stored: factors of a pair 
 for the first. Errors of v are weighed by what attention averages its inputs to: a token counts as much as it is looked at, which
 in the moments of single tokens the first one, with its massive activations, does not. Embedding and head
 are rounded for llama.cpp; in packed folders a head of its own can be, the embedding not, and everything else that is no linear of a
-block is written in 16 bits.
-The walk runs in one process.
+block is written in 16 bits. The walk runs in one process.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from planish.modelling.canonical import find_mixture, join_block, list_fused
 from planish.modelling.experts import read_top
 from planish.modelling.families import Family
 from planish.modelling.modules import Fused
-from planish.plan.types import Offer, choose_types
+from planish.plan.types import Offer, check_mean, choose_types
 from planish.rounding.blocks import round_block
 from planish.rounding.gauges import Scene
 from planish.rounding.gauges_linears import set_data
@@ -391,6 +390,7 @@ def describe_integers(kinds: dict[str, StorageType], experts: StorageType | None
 def quantise(asked: Asked, measure: Measurements, writer: Writer, windows: Tensor) -> Report:
     """Round the model that `writer` has written, in its place; `windows` (n, seq) are the calibration text."""
     source, limits = open_folder(writer.again()), MemoryLimits(folder=writer.partial)
+    check_mean(asked.blocks, source)
 
     def open_stream() -> Stream:
         like = measure.stream
