@@ -54,10 +54,11 @@ def plan(
 def show_sizes(found: Any) -> list[Any]:
     """What competes for a size, and what every type would take."""
     room = f", of {found.fit:,} bytes" if found.fit else ""
-    lines = [f"[bold]{found.size:,} bytes[/] for the file{room} · --target {found.target} · nothing is written"]
+    lines = [f"[bold]{found.size:,} bytes[/] for weights{room} · --target {found.target} · nothing is written"]
     if found.fit:
         cache, running = format_bytes(found.cache), format_bytes(found.running)
         lines.append(f"16-bit KV cache of {found.context} tokens {cache}, what running takes beside it {running}")
+        lines += [f"tokenizer and other metadata of the file {format_bytes(found.file)}"] if found.file else []
     plans = make_table("plans that would compete", "weights kept", "embedding, head", "bytes, about")
     for c in found.plans:
         plans.add_row(

@@ -12,17 +12,17 @@ from planish.folder.source import Source
 from planish.methods.method import Method
 from planish.plan.footprint import footprint
 from planish.request import Request
-from planish.sizes.fit import LADDER, LADDERS, find_context, find_size, list_plans, predict
+from planish.sizes.fit import LADDER, LADDERS, count_file, find_context, find_size, list_plans, predict, reserve
 from planish.sizes.trials import Choice, settle
 from planish.walks.bits import list_rounded, read_asked
 
 
 @dataclass
 class SizeForecast:
-    """`size`: bytes that the file may have; `cache`: those of the 16-bit KV cache of `context` tokens, and `running` those that
-    running takes beside it, and llama.cpp's file beside its weights, where `fit` counts them. `plans`: those that `compress` would
-    compare, each with its predicted bytes; `types`: bits → what all weights would take (bytes) and in which types (`rounded`:
-    name → matrices). `peak_ram_bytes`, `peak_vram_bytes`: of making the plan that takes most."""
+    """`size`: bytes that weights may have; `cache`: those of the 16-bit KV cache of `context` tokens, `running` those that running
+    takes beside it, and `file` those of llama.cpp's file beside its weights, where `fit` counts them. `plans`: those that
+    `compress` would compare, each with its predicted bytes; `types`: bits → what all weights would take (bytes) and in which
+    types (`rounded`: name → matrices). `peak_ram_bytes`, `peak_vram_bytes`: of making the plan that takes most."""
 
     target: str
     size: int
@@ -30,6 +30,7 @@ class SizeForecast:
     context: int
     cache: int
     running: int
+    file: int
     peak_ram_bytes: int = 0
     peak_vram_bytes: int = 0
     plans: list[dict[str, Any]] = field(default_factory=list)
@@ -46,8 +47,8 @@ def foresee_size(request: Request, source: Source, method: Method, windows: tupl
     read_asked(settle(request, Choice("8", 1.0)), source)  # a model that is not rounded at all
     size, context = find_size(request, source), find_context(request, source)
     cache = 2 * context * sum(footprint({}, source.shape(i)).cache for i in range(source.n_blocks))
-    running = request.fit - size - cache if request.fit else 0
-    found = SizeForecast(request.target, size, request.fit, context, cache, running)
+    running, own = (reserve(source, context) - cache, count_file(request, source)) if request.fit else (0, 0)
+    found = SizeForecast(request.target, size, request.fit, context, cache, running, own)
     for choice in list_plans(request, source, size):
         outside, blocks = predict(settle(request, choice), source, choice.bits)
         head = choice.head or request.head_bits or ""
