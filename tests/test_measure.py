@@ -13,6 +13,7 @@ from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream
 from planish.core import Shape, Unit
 from planish.folder.source import MemorySource
+from planish.methods import find_method
 from planish.stats import Tap
 from planish.walks.solve import solve
 from posed import pose_on
@@ -87,3 +88,24 @@ def test_errors_do_not_depend_on_what_an_earlier_plan_has_cut():
         found.append(errors)
     assert set(found[0]) < set(found[1]) == set(found[2])
     assert found[1] == pytest.approx(found[2], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["flat-llm", "a3", "mpifa"])
+def test_nothing_is_run_behind_the_last_block_that_is_cut(method, monkeypatch):
+    """Nor anything at all where none is."""
+    ran, forward = [], Stream.forward
+    s = stream("llama_gqa", num_hidden_layers=4)
+
+    def watch(self, i, *args, **kwargs):
+        ran.append(i)
+        return forward(self, i, *args, **kwargs)
+
+    job = pose_on(s, find_method(method), 0.9)
+    full = {u: job.problem.full(u) for u in job.problem.units}
+    monkeypatch.setattr(Stream, "forward", watch)
+    solve(job.problem, job.measure, job.method.decide(job.problem, full), lambda *args: None)
+    assert not ran
+    unit = next(u for u in job.problem.units if u.block == 1)
+    less = full | {unit: job.problem.units[unit].ranks(unit, job.problem.shapes[1])[0]}
+    solve(job.problem, job.measure, job.method.decide(job.problem, less), lambda *args: None)
+    assert ran and max(ran) == 1

@@ -91,7 +91,7 @@ class Walk:
     the uncompressed model beside it, if it runs along, and `edits` of the block that was solved last."""
 
     def __init__(self, problem: Problem, measure: Measurements, planned: Planned, trial: bool):
-        self.problem, self.measure, self.planned = problem, measure, planned
+        self.problem, self.measure, self.planned, self.trial = problem, measure, planned, trial
         windows = sum(map(len, measure.stream.batches))
         self.stream = stream = measure.stream.spread(planned.refit(windows))
         self.share = planned.refit(windows) / windows if windows else 1.0
@@ -100,7 +100,9 @@ class Walk:
         left = [self.find_left(i) for i in range(len(problem.shapes))]
         missing = any(not self.pristine or find_missing(problem, measure, i, u)[1] for i, u in enumerate(left) if u)
         known = not self.sequential and (bool(measure.stored) or (not missing and not trial))
-        self.hidden: Hidden = stream.start() if stream.batches and not known else []
+        # behind the last block that is solved nothing is run, unless what the last one puts out is wanted
+        self.last = len(left) - 1 if trial else max((i for i, u in enumerate(left) if u), default=-1)
+        self.hidden: Hidden = stream.start() if stream.batches and not known and self.last >= 0 else []
         self.dense: Hidden | None = self.hidden if planned.prefix == "both" else None
         self.edits: list[Edit] = []
 
@@ -138,6 +140,10 @@ class Walk:
                     block = stream.block(i)
                 edits += new
                 spec = apply_edits(block, edits, stream.family, stream.source.config, shape)
+        self.edits = edits
+        if i >= self.last and not self.trial:
+            self.hidden, self.dense = [], None
+            return block, spec, errors
         with phase("stream"):
             if self.sequential or outputs is None:
                 outputs = self.run_prefix(i, block, reuse and reuse.enter())
@@ -145,7 +151,6 @@ class Walk:
                 again = beside.reuse and beside.reuse.enter()
                 self.dense = beside.outputs or stream.run(i, stream.place(beside.block), beside.hidden, reuse=again)
             self.hidden = outputs
-        self.edits = edits
         return block, spec, errors
 
     def find_left(self, i: int) -> list[Unit]:
@@ -196,7 +201,7 @@ class Walk:
             known.merge(cache.stats("forward", i, set(problem.taps(stage)) - set(taps) - set(known.sums)))
         taps = [t for t in taps if t not in known.sums]
         stats, outputs = Stats(), None
-        if taps or self.sequential:
+        if taps or (self.sequential and len(self.hidden)):
             placed = stream.place(block)
             stats, outputs = measure_block(
                 stream, i, placed, taps, self.hidden, dense, outputs=not self.sequential, reuse=reuse
