@@ -172,7 +172,10 @@ def tell(rows: list[dict[str, str]]) -> str:
             above += [r["asked"]] if gap > 2 * math.hypot(float(r["stderr"]), float(best["stderr"])) else []
     where = f"above the other curves by more than two standard errors at {', '.join(above)} bytes" if above else (
         "nowhere above the other curves by more than two standard errors")  # fmt: skip
-    return f"Both together is {where}; at most {worst:.4f} nats above." if worst > -math.inf else "Not measured: both."
+    if worst > -math.inf:
+        return f"Both together is {where}; at most {worst:.4f} nats above."
+    made = any(r["curve"] == "both" for r in done)
+    return "Of these sizes no other curve has a model." if made else "Not measured: both."
 
 
 if __name__ == "__main__":
