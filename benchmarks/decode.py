@@ -79,6 +79,11 @@ def read_keep(folder: Path) -> float:
 def start_llama_cpp(folder: Path, scratch: Path, prompt: list[int], new: int) -> Turn:
     file = scratch / f"{folder.name}.gguf"
     export_gguf(folder, file, dtype="f32")
+    return start_file(file, prompt, new)
+
+
+def start_file(file: Path, prompt: list[int], new: int) -> Turn:
+    """Turns of a GGUF file in llama.cpp, one thread: CPU seconds of `new` tokens after a prompt."""
     runner = LlamaCpp(file, len(prompt) + new)
 
     def turn() -> float:

@@ -187,16 +187,8 @@ def measure(case: Case) -> str:
             num_hidden_layers=case.blocks, num_attention_heads=case.heads, num_key_value_heads=case.kv_heads, **more,
         )  # fmt: skip
         np.save(text, np.random.default_rng(0).integers(0, case.vocabulary, case.windows * 128))
-        flags = [
-            model,
-            *(["--keep", 1, "--bits", case.bits] if case.bits else ["--keep", 0.8]),
-            "--method",
-            case.method,
-            "--calibration",
-            text,
-            "--n-samples",
-            case.windows,
-        ]
+        cut = ["--keep", 1, "--bits", case.bits] if case.bits else ["--keep", 0.8]
+        flags = [model, *cut, "--method", case.method, "--calibration", text, "--n-samples", case.windows]
         flags += ["--seq-len", 128, "--json", *(w for s in case.settings for w in ("--set", s))]
         plan = json.loads(spend("-m", "planish", "plan", *flags).printed)
         printed, seconds, unnamed, _ = spend("-m", "planish", "compress", *flags, "-o", out, "--no-cache")

@@ -102,9 +102,7 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    prompt_len: Annotated[
-        int, typer.Option(min=1, help="tokens to compare logits on: of a text, random ones without a tokenizer")
-    ] = 48,
+    prompt_len: Annotated[int, typer.Option(min=1, help="random tokens to compare logits on")] = 48,
     new_tokens: Annotated[int, typer.Option(min=1, help="greedy tokens to compare")] = 16,
     tolerance: Annotated[
         float | None,

@@ -35,9 +35,7 @@ WEIGHT = 56  # bytes per weight of the matrix that is being rounded: it, drafts,
 SMALL = 80  # in its place where tensors of this size, freed, are still there: more of them at once
 MOMENT = 24  # per number of its inputs' moment: in another order, damped, its root
 LATER = 14  # bytes per weight while the last root is found: the matrix and two drafts
-HEAP = (
-    32 << 20
-)  # bytes: smaller tensors stay with the process when they are freed (see `planish.calibrate.stream.reuse_memory`)
+HEAP = 32 << 20  # bytes: smaller tensors, freed, stay with the process (see `planish.calibrate.stream.reuse_memory`)
 OUTER = 32  # per weight of the embedding or the head
 
 
@@ -78,6 +76,16 @@ def count_moments(shape: Shape, expert: bool) -> dict[str, Moments]:
     return found
 
 
+def sum_moments(shape: Shape, expert: bool) -> Moments:
+    """Of all groups of a block together, or of those of all its experts."""
+    groups = [*count_moments(shape, expert).values()]
+    times = shape.experts.number if expert and shape.experts else 1
+    return Moments(
+        times * sum(g.weights for g in groups), times * sum(g.inputs for g in groups), times * sum(g.gradients for g in groups),
+        times * sum(g.width for g in groups), max((g.largest for g in groups), default=(0, 0)),
+    )  # fmt: skip
+
+
 def count_all(asked: Asked | None, run: Run, keep: float, params: tuple[int, int]) -> Peaks:
     """Of a run on a model of so many parameters, before and after, that leaves this share of the blocks' weights, and rounds them
     where that is `asked`."""
@@ -93,28 +101,20 @@ def count_rounding(asked: Asked, run: Run, keep: float) -> Peaks:
     stream, source, shape = run.measure.given, run.measure.source, run.largest
     s, c = source.stored.itemsize, stream.dtype.itemsize
     draft = 1 + (min(s, 2) if asked.packed else 4)
-    dense, one = count_moments(shape, False), count_moments(shape, True)
-    number = shape.experts.number if shape.experts else 0
-    several = [
-        g._replace(weights=number * g.weights, inputs=number * g.inputs, gradients=number * g.gradients)
-        for g in one.values()
-    ]
-    all_of = [*dense.values(), *several]
-    weights = int(keep * shape.count())
-    gradients = 8 * sum(g.gradients for g in all_of)
-    moments = 8 * sum(g.inputs for g in dense.values())
-    theirs = 8 * sum(g.inputs for g in several)
-    drafts, late = (draft * int(keep * sum(g.weights for g in part)) for part in (dense.values(), several))
+    dense, experts = sum_moments(shape, False), sum_moments(shape, True)
+    weights, gradients = int(keep * shape.count()), 8 * (dense.gradients + experts.gradients)
+    moments, theirs = 8 * dense.inputs, 8 * experts.inputs
+    drafts, late = (draft * int(keep * g.weights) for g in (dense, experts))
     choosing = max(
         int(keep * ((c + draft) * g.weights + count_work(*g.largest))) + 8 * g.inputs
-        for g in (*dense.values(), *one.values())
-    )
-    batch, d = min(run.tokens, BATCH) * c, shape.hidden
-    width = sum(g.width for g in dense.values()) + sum(
-        g.width * (shape.experts.top if shape.experts else 0) for g in one.values()
-    )
+        for expert in (False, True) for g in count_moments(shape, expert).values()
+    )  # fmt: skip
+    batch, d, width = min(run.tokens, BATCH) * c, shape.hidden, dense.width
+    if shape.experts:
+        width += experts.width * shape.experts.top // shape.experts.number
     outer = sum(n for n, _ in source.sizes().values()) - sum(x.count() for x in run.problem.shapes)
-    kept, spill = count_stored(run, gradients_of(run) + outer * s)
+    blocks = 8 * sum(sum_moments(x, expert).gradients for x in run.problem.shapes for expert in (False, True))
+    kept, spill = count_stored(run, blocks + outer * s)
     steps = [
         int(keep * count_held(shape)) * c + batch * (7 * shape.inner + 13 * d) + 2 * gradients,
         weights * (s + c) + moments + theirs + gradients + batch * (3 * shape.inner + 3 * d + width),
@@ -128,16 +128,6 @@ def count_rounding(asked: Asked, run: Run, keep: float) -> Peaks:
         return Peaks(always + max(outside, here + max(steps)), 0, 0, spill + hidden - here)
     vram = max(steps[0], weights * c + moments + theirs + batch * (3 * shape.inner + 3 * d + width))
     return Peaks(always + max(outside, here + steps[2]), vram, 0, spill + hidden - here)
-
-
-def gradients_of(run: Run) -> int:
-    """Bytes of the gradients' moments of all blocks."""
-    total = 0
-    for shape in run.problem.shapes:
-        number = shape.experts.number if shape.experts else 0
-        total += sum(g.gradients for g in count_moments(shape, False).values())
-        total += number * sum(g.gradients for g in count_moments(shape, True).values())
-    return 8 * total
 
 
 def count_stored(run: Run, size: int) -> tuple[int, int]:

@@ -37,10 +37,6 @@ TABLE = 2e-3  # in fp32, where llama.cpp looks GELU up in a table of half-precis
 QUANTISED = 1e-1  # other types: llama.cpp rounds activations to 8 bits as well
 ONNX_TOLERANCES = {"tensor(float16)": 5e-3}  # by the type that the graph computes in
 MOST, FEW = 0.75, 3  # share of all tokens, and number of those that reach an expert
-TEXT = (
-    "The harbour was quiet when the first boats came in. Men in long coats carried baskets of fish up the steps, and the cook of "
-    "the inn, who had been awake since four, counted them: seven, eight, nine. By noon there would be soup for everyone in town."
-)
 PROBE = "def main(argv):\n    return 0  # It costs 12.50, isn't it? Über 1000 Ω\n"
 
 
@@ -213,7 +209,7 @@ def verify(
     tolerance: float | None = None,
     seed: int = 0,
 ) -> Comparison:
-    """Compare a folder in `target` with the same folder in transformers (fp32), on `TEXT`, or random ids without a tokenizer.
+    """Compare a folder in `target` with the same folder in transformers (fp32), on random ids.
 
     `file`: an existing .gguf or .onnx; without it the folder is exported (fp32) to a temporary one. `dense_reference`:
     compare with this uncompressed model instead; the differences are then what compression changed. `tolerance`: by default
@@ -227,10 +223,10 @@ def verify(
     vocabulary, longest = read_sizes(path, target, dense_reference)
     context = min(longest, prompt_len + new_tokens)
     new_tokens = min(new_tokens, context // 2)
+    ids = torch.randint(vocabulary, (context - new_tokens,), generator=torch.Generator().manual_seed(seed))
     other = path if dense_reference is None else find_folder(dense_reference)
     # transformers first: vLLM replaces parts of it in this process
     reference = Transformers(load(other, dtype=torch.float32), load_tokenizer(other))
-    ids = choose_ids(reference.tokenizer, vocabulary, context - new_tokens, seed)
     with watch_experts(reference.model, other if target == "gguf" else None) as reached:
         want = run(reference, ids, new_tokens)
     del reference
@@ -247,15 +243,6 @@ def verify(
     return Comparison(
         target, name, len(ids), *differences, new_tokens, equal, same, used, settled_logit_difference=settled
     )
-
-
-def choose_ids(tokenizer: Any, vocabulary: int, count: int, seed: int) -> Tensor:
-    """Ids (count,) to compare on: those of `TEXT`, again and again, for rounded weights are made for text; random ones without a
-    tokenizer."""
-    known = [] if tokenizer is None else [i for i in tokenizer(TEXT).input_ids if i < vocabulary]
-    if known:
-        return torch.tensor(known).repeat(-(-count // len(known)))[:count]
-    return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 @contextmanager

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
+from planish.calibrate.linears import list_linears
 from planish.core import Unit
 from planish.errors import InputError
 from planish.folder.source import FolderSource
 from planish.modelling.blocks import find_blocks
-from planish.modelling.modules import is_dense
 from planish.plan.allocate import Alternative, Curve, choose
 from planish.rounding.types import Choice, StorageType
 
@@ -51,8 +50,8 @@ def check_mean(blocks: Choice, source: FolderSource) -> None:
     left to `choose_types`."""
     if blocks.mean is None or any(source.shape(i).experts for i in range(source.n_blocks)):
         return
-    modules = (m for block in find_blocks(source.model, source.family) for m in block.modules())
-    sizes = [(m.out_features, m.in_features) for m in modules if isinstance(m, nn.Linear) and is_dense(m)]
+    linears = [m for block in find_blocks(source.model, source.family) for m in list_linears(block).values()]
+    sizes = [(m.out_features, m.in_features) for m in linears]
     least = sum(blocks.ladder(n, "a matrix", out)[0].count(out, n) for out, n in sizes)
     refuse_mean(blocks.mean, sum(out * n for out, n in sizes), least)
 

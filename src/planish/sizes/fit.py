@@ -81,12 +81,7 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
     """The finest types that hold all weights, and cuts of finer ones, finest first."""
     found: list[Choice] = []
     smallest: list[float] = []
-    # bytes by which headers are counted too long, at most
-    matrices, longest = (
-        sum(len(list_rounded(source.shape(i))) for i in range(source.n_blocks)),
-        max(map(len, source.sizes())),
-    )
-    spare = (PARTS + 1) * matrices * (ENTRY + longest)
+    spare = count_spare(source)
     for bits in LADDERS.get(request.target, LADDER):
         try:
             outside, blocks = predict(request, source, bits)
@@ -95,7 +90,7 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
         if outside + blocks <= size:
             finer = list(dict.fromkeys(c.bits for c in found))[-FINER:]
             return mix(thin([c for c in found if c.bits in finer]) + [Choice(bits, 1.0)], request, source, size)
-        if outside + blocks <= size + spare:  # what is predicted may be a little too much
+        if outside + blocks <= size + spare:
             found.append(Choice(bits, 1.0))
         smallest.append(outside + LEAST * blocks)
         if (keep := (size - outside) / blocks) >= LEAST:
@@ -109,6 +104,12 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
             f"--max-bytes {size:,}: the smallest that can be made for --target {request.target} is about {min(smallest):,.0f}"
         )
     return mix(thin(found), request, source, size)
+
+
+def count_spare(source: Source) -> int:
+    """Bytes that `predict` may say too much, at most: those of all headers' entries."""
+    matrices = sum(len(list_rounded(source.shape(i))) for i in range(source.n_blocks))
+    return (PARTS + 1) * matrices * (ENTRY + max(map(len, source.sizes())))
 
 
 def thin(found: list[Choice]) -> list[Choice]:
