@@ -90,7 +90,9 @@ def count_passes(run: Run, i: int, trial: bool = False) -> tuple[float, list[Tap
     if run.planned.prefix == "both":
         beside = [reach(shape, [t for t in stage if ":" in t.sites[0]]) for stage in taps]
         once = find_dense_sites(problem, run.measure, [u for stage in stages for u in stage])
-        passes += 1.0 if once else count_runs(shape, beside + end, [list_starts(run, shape) for _ in stages] + starts, skips)
+        passes += (
+            1.0 if once else count_runs(shape, beside + end, [list_starts(run, shape) for _ in stages] + starts, skips)
+        )
     return passes, everything
 
 
