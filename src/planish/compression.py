@@ -70,11 +70,16 @@ class Destination:
 @dataclass(frozen=True)
 class Shared:
     """What several runs on the same windows share. `cache`: of statistics (True: the one on disk); `measured`: a table of
-    latencies to plan with, instead of this machine's."""
+    latencies to plan with, instead of this machine's; `known`: remembers prices of types in the place of `cache`."""
 
     stream: Stream | None = None
     cache: Cache | bool = False
     measured: dict[str, float] | None = None
+    known: Cache | None = None
+
+    def recall(self, request: Request, cache: Cache | None) -> Cache | None:
+        """Where prices of types are remembered: those of the uncut model."""
+        return (self.known or cache) if set(request.given.values()) == {1} else None
 
 
 def compress(
@@ -118,13 +123,13 @@ def compress(
                 method, source, request, step=request.round_to, measured=measured,
                 target=asked.blocks if asked else request.target, length=windows.shape[1] if windows.numel() else 0,
             )  # fmt: skip
-            measure = Measurements(stream, cache, progress)
+            measure, known = Measurements(stream, cache, progress), shared.recall(request, cache)
             measure.seconds |= {"text": text.seconds} if text.seconds else {}
             with offload(stream.device):
                 with measure.phase("plan"):
                     planned = decide(method, problem, measure, request, windows)
                 done = write(problem, measure, planned, writer, caught, rounds=asked is not None)
-                done.rounded = quantise(asked, measure, writer, windows) if asked else None
+                done.rounded = quantise(asked, measure, writer, windows, known) if asked else None
         result = report(problem, planned, source, writer, done)
         said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
         result.warnings = sorted({*said, *writer.warned, *result.warnings})
