@@ -14,6 +14,7 @@ What the filling costs is in the report; a model that none of them computes exac
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,12 @@ def export_gguf(
         writer.write_tensors_to_file()
         writer.close()
         partial.replace(target)
-    except BaseException:
-        writer.close()
+    except BaseException as error:
+        with suppress(OSError):  # what is left to write has no place either
+            writer.close()
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {target}: {error.strerror or error}") from None
         raise
     total, stored = tensors.total, source.count()
     notes = describe_cost(total - stored, content.back, content.graph) + content.notes + left_out
