@@ -122,6 +122,7 @@ def compress(
                 model, tokenizer, output=inside, sparsity=sparsity, cache=cache, progress=progress, begin=begin, **options,
             )  # fmt: skip
             return load(inside)
+    began = time.perf_counter()
     request, method = read_options(options, sparsity)
     source = open_source(model, tokenizer, request.adapter)
     lanes.start(request.device)
@@ -141,6 +142,9 @@ def compress(
     result.choices = [c.as_dict() for c in choices]
     beside = beside or climb_beside(replace(contest, request=request))
     result.ladder = beside.write(Path(output)) if beside else {}
+    if choices or beside:
+        total = time.perf_counter() - began
+        result.seconds |= {"sizes": total - result.seconds["total"], "total": total}
     return result
 
 
