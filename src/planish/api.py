@@ -18,14 +18,16 @@ from planish import lanes
 from planish.calibrate.cache import tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import (
+    cut_window,
     eval_windows,
     fingerprint,
     interleave,
     list_priced,
     list_windows,
     load_tokens,
-    sample_windows,
+    sample_starts,
     share_out,
+    spare_windows,
 )
 from planish.compression import Calibration, Destination, Shared, pick_dtype
 from planish.compression import compress as run
@@ -81,6 +83,7 @@ __all__ = [
 Begin = Callable[[Sequence[Phase], Mapping[str, float]], None]  # predicted phases; what would halve them → seconds
 TEXT_AND_DEVICE = ("calibration", *TEXT, "device", "dtype")  # options of what only measures
 N_SAMPLES = 128  # unless told; fewer where the text has fewer
+SPARE = 1 << 14  # tokens at most that a result is measured on, in a quarter of the calibration windows at most
 
 
 @torch.inference_mode(mode=False)  # some methods differentiate
@@ -339,7 +342,7 @@ def read_calibration(
     counts: list[int | None] = [asked.n_samples]
     if len(parts) > 1:
         counts = [*share_out([*parts.values()], asked.n_samples or most)]
-    windows, record = list[Tensor](), dict[str, Any]()
+    windows, spare, record = list[Tensor](), list[Tensor](), dict[str, Any]()
     for name, count in zip(parts, counts, strict=True):
         text = read(name if ids is None or isinstance(ids, str | Path) else ids)
         how = asked.sampling or text.sampling
@@ -348,7 +351,10 @@ def read_calibration(
             count = min(most, max(min(held, len(list_windows(text.tokens, seq_len, how, text.begin))), 1))
             if count < most:
                 notes.append(f"n_samples {count}: the text holds no more {how} windows of {seq_len} tokens")
-        windows.append(sample_windows(text.tokens, count, seq_len, asked.seed, how, text.begin))
+        starts = sample_starts(text.tokens, count, seq_len, asked.seed, how, text.begin)
+        windows.append(torch.stack([cut_window(text.tokens, i, seq_len, text.begin) for i in starts]))
+        few = min(count // 4, SPARE // seq_len // len(parts))
+        spare.append(spare_windows(text.tokens, starts, few, seq_len, text.begin))
         record = {"source": text.source, "sampling": how, "begins": text.policy}
     mixed = interleave(windows)
     if len(parts) > 1:
@@ -364,7 +370,9 @@ def read_calibration(
     record |= {"chosen": why} if why else {}
     if asked.objective == "answers":
         record["priced"] = round(float(list_priced(mixed).double().mean()), 4)
-    return Calibration(mixed, record, notes, time.perf_counter() - start)
+    return Calibration(
+        mixed, record, notes, time.perf_counter() - start, torch.cat(spare) if any(map(len, spare)) else None
+    )
 
 
 def fit_seq_len(source: Source, seq_len: int | None) -> tuple[int, list[str]]:

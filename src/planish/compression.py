@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,21 @@ from planish.plan.problem import Problem
 from planish.request import Request
 from planish.solvers.offload import offload
 from planish.walks.bits import read_asked
+from planish.walks.loss import measure_loss
 from planish.walks.quantise import Report, quantise
 from planish.walks.solve import solve
 
 
 @dataclass
 class Calibration:
-    """Token windows (n, seq) of a text, what the manifest records about them, and the seconds it took to read them."""
+    """Token windows (n, seq) of a text, what the manifest records about them, and the seconds it took to read them. `spare`: others
+    of the same text, to measure the result on."""
 
     windows: Tensor
     record: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    spare: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def compress(
             measured = lanes.share(read_table(source, length, device, kind, progress) if lanes.rank() == 0 else None)
         if not place.resume and isinstance(source, FolderSource):
             journal = write_journal(request, method, source, text, place) | {"measured": measured}
-            writer.keep_request(journal, windows)
+            spare = {} if text.spare is None else {"spare": text.spare}
+            writer.keep_request(journal, {"windows": windows} | spare)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             stream, cache = open_stream(
@@ -125,7 +129,9 @@ def compress(
                     planned = decide(method, problem, measure, request, windows)
                 done = write(problem, measure, planned, writer, caught, rounds=asked is not None)
                 done.rounded = quantise(asked, measure, writer, windows) if asked else None
-        result = report(problem, planned, source, writer, done)
+                with measure.phase("loss"):
+                    lost = {} if text.spare is None else measure_loss(measure, writer.readable(), text.spare)
+        result = replace(report(problem, planned, source, writer, done), loss=lost)
         said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
         result.warnings = sorted({*said, *writer.warned, *result.warnings})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
@@ -233,7 +239,8 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         measured, record = journal["measured"], journal["calibration"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {state / 'request.json'}: {error!r}; compress again with --overwrite") from None
-    text = Calibration(Shard(state / "windows.safetensors").read("windows"), record)
+    kept = Shard(state / "windows.safetensors")
+    text = Calibration(kept.read("windows"), record, spare=kept.read("spare") if "spare" in kept.entries else None)
     return compress(request, method, source, text, place, shared=Shared(measured=measured), progress=progress)
 
 

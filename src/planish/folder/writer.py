@@ -125,10 +125,10 @@ class Writer:
         """Warnings of blocks that were finished before."""
         return {w for entry in self.finished.values() for w in entry["warnings"]}
 
-    def keep_request(self, request: dict[str, Any], windows: Tensor) -> None:
+    def keep_request(self, request: dict[str, Any], windows: Mapping[str, Tensor]) -> None:
         """Remember what was asked, so that an interrupted run can be taken up."""
         if self.active:
-            digest = write_shard(self.state / "windows.safetensors", {"windows": windows})
+            digest = write_shard(self.state / "windows.safetensors", windows)
             request = json.loads(json.dumps(request | {"windows": digest}, default=str))
             write_text(self.state / "request.json", json.dumps(seal(request), indent=2) + "\n")
 
@@ -267,12 +267,17 @@ class Writer:
         }
         self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
-    def again(self) -> Path:
-        """The folder as it has been written, to read; what is written from here on takes its place once it is complete."""
+    def readable(self) -> Path:
+        """The folder as it has been written, to read."""
         self.index()
+        return self.partial
+
+    def again(self) -> Path:
+        """The same; what is written from here on takes its place once it is complete."""
+        folder = self.readable()
         self.stem, self.weight_map = "rounded", {}
         self.bytes = self.index_bytes = self.headers = 0
-        return self.partial
+        return folder
 
     def abort(self, wrong_input: bool = False) -> None:
         """After an error: leave nothing behind, unless blocks are finished and the run can be taken up again.
