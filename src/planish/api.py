@@ -370,9 +370,7 @@ def read_calibration(
     record |= {"chosen": why} if why else {}
     if asked.objective == "answers":
         record["priced"] = round(float(list_priced(mixed).double().mean()), 4)
-    return Calibration(
-        mixed, record, notes, time.perf_counter() - start, torch.cat(spare) if any(map(len, spare)) else None
-    )
+    return Calibration(mixed, record, notes, time.perf_counter() - start, torch.cat(spare))
 
 
 def fit_seq_len(source: Source, seq_len: int | None) -> tuple[int, list[str]]:

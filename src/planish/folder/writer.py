@@ -267,17 +267,12 @@ class Writer:
         }
         self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
-    def readable(self) -> Path:
-        """The folder as it has been written, to read."""
-        self.index()
-        return self.partial
-
     def again(self) -> Path:
-        """The same; what is written from here on takes its place once it is complete."""
-        folder = self.readable()
+        """The folder as it has been written, to read; what is written from here on takes its place once it is complete."""
+        self.index()
         self.stem, self.weight_map = "rounded", {}
         self.bytes = self.index_bytes = self.headers = 0
-        return folder
+        return self.partial
 
     def abort(self, wrong_input: bool = False) -> None:
         """After an error: leave nothing behind, unless blocks are finished and the run can be taken up again.

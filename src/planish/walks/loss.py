@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,25 +12,29 @@ from planish.calibrate.losses import window_losses
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream
 from planish.folder.source import open_folder
+from planish.folder.writer import Writer
 
 
 @torch.no_grad()
-def measure_loss(measure: Measurements, folder: Path, windows: Tensor) -> dict[str, Any]:
-    """Nats per token that the model in `folder` loses against the dense one on windows (n, seq) of the calibration text that were
-    not calibrated on: `nats`, its standard error `stderr` as the windows differ, the `dense` model's NLL, `windows` and `tokens`.
+def measure_loss(measure: Measurements, writer: Writer, windows: Tensor) -> dict[str, Any]:
+    """Nats per token that the model which `writer` has written loses against the dense one on windows (n, seq) of the calibration
+    text that were not calibrated on: `nats`, its standard error `stderr` as windows differ, the `dense` model's NLL, how many
+    `windows` and `tokens`.
 
-    Equivalent to the difference of both models' perplexities' logarithms, but a block of one of them at a time in memory. Costs
-    a forward pass of either. Empty without windows, and where several processes run: the first one alone has the folder.
+    Equivalent to the difference of both models' log(perplexity), with a block of one of them in memory at a time. Costs a forward
+    pass of either. Empty without windows, and where several processes run, of which the first one alone has the folder.
 
-    The sum of the predictions by which a plan is chosen is no such number: it counts every cut by itself, on the text that chose
-    it (docs/tables/prediction.md).
+    The sum of the predictions that a plan is chosen by is no such number: every cut counts by itself there, on the text that
+    chose it (docs/tables/real.md).
     """
     if not len(windows) or lanes.count() > 1:
         return {}
-    dense, source = measure.stream.part(windows), open_folder(folder)
-    small = Stream(source, windows, device=str(dense.device), dtype=dense.dtype, limits=dense.limits)
-    small.products = dense.products
-    (before, tokens), (after, _) = (window_losses(s, s.outputs()) for s in (dense, small))
+    with measure.phase("loss"):
+        writer.index()
+        dense, source = measure.stream.part(windows), open_folder(writer.partial)
+        small = Stream(source, windows, device=str(dense.device), dtype=dense.dtype, limits=dense.limits)
+        small.products = dense.products
+        (before, tokens), (after, _) = (window_losses(s, s.outputs()) for s in (dense, small))
     lost, total, n = after - before, tokens.sum(), len(windows)
     nats = lost.sum() / total
     spread = (lost - nats * tokens).square().sum().mul(n / (n - 1)).sqrt() / total if n > 1 else None
