@@ -234,7 +234,8 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
         )  # fmt: skip
         place = Destination(output, journal["overwrite"], journal["files"], resume=True)
         measured, kept = journal["measured"], Shard(state / "windows.safetensors")
-        text = Calibration(kept.read("windows"), journal["calibration"], spare=kept.read("spare"))
+        text = Calibration(kept.read("windows"), journal["calibration"])
+        text.spare = kept.read("spare") if "spare" in kept.entries else text.spare  # old runs have none
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {state / 'request.json'}: {error!r}; compress again with --overwrite") from None
     return compress(request, method, source, text, place, shared=Shared(measured=measured), progress=progress)
