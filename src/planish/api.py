@@ -18,6 +18,7 @@ from planish import lanes
 from planish.calibrate.cache import tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import (
+    count_spare,
     cut_window,
     eval_windows,
     fingerprint,
@@ -83,7 +84,6 @@ __all__ = [
 Begin = Callable[[Sequence[Phase], Mapping[str, float]], None]  # predicted phases; what would halve them → seconds
 TEXT_AND_DEVICE = ("calibration", *TEXT, "device", "dtype")  # options of what only measures
 N_SAMPLES = 128  # unless told; fewer where the text has fewer
-SPARE = 1 << 14  # tokens at most that a result is measured on, in a quarter of the calibration windows at most
 
 
 @torch.inference_mode(mode=False)  # some methods differentiate
@@ -353,7 +353,7 @@ def read_calibration(
                 notes.append(f"n_samples {count}: the text holds no more {how} windows of {seq_len} tokens")
         starts = sample_starts(text.tokens, count, seq_len, asked.seed, how, text.begin)
         windows.append(torch.stack([cut_window(text.tokens, i, seq_len, text.begin) for i in starts]))
-        few = min(count // 4, SPARE // seq_len // len(parts))
+        few = count_spare(count, seq_len, len(parts))
         spare.append(spare_windows(text.tokens, starts, few, seq_len, text.begin))
         record = {"source": text.source, "sampling": how, "begins": text.policy}
     mixed = interleave(windows)

@@ -20,6 +20,7 @@ from planish.errors import InputError
 
 Bos = Literal["auto", "every", "once", "never"]
 Objective = Literal["text", "answers"]
+SPARE = 1 << 14  # tokens at most that a result is measured on
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, mod 1, are spread evenly, every k-th of them too
 
 
@@ -236,6 +237,11 @@ def sample_starts(
             f"got n_samples {n_samples} · use --n-samples {available}, a smaller --seq-len, or a longer source"
         )
     return starts[:n_samples]
+
+
+def count_spare(n: int, seq_len: int, parts: int = 1) -> int:
+    """How many windows a result is measured on beside n of these `parts` of the text that it is calibrated on."""
+    return min(n // 4, SPARE // seq_len // parts)
 
 
 def spare_windows(tokens: Tensor, starts: Sequence[int], n: int, seq_len: int, begin: int | None = None) -> Tensor:

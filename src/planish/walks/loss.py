@@ -34,7 +34,12 @@ def measure_loss(measure: Measurements, writer: Writer, windows: Tensor) -> dict
         dense, source = measure.stream.part(windows), open_folder(writer.partial)
         small = Stream(source, windows, device=str(dense.device), dtype=dense.dtype, limits=dense.limits)
         small.products = dense.products
-        (before, tokens), (after, _) = (window_losses(s, s.outputs()) for s in (dense, small))
+        found = []
+        for n, stream in enumerate((dense, small)):
+            found.append(window_losses(stream, stream.outputs()))
+            if measure.progress:
+                measure.progress("loss", n + 1, 2)
+    (before, tokens), (after, _) = found
     lost, total, n = after - before, tokens.sum(), len(windows)
     nats = lost.sum() / total
     spread = (lost - nats * tokens).square().sum().mul(n / (n - 1)).sqrt() / total if n > 1 else None
