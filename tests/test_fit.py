@@ -23,7 +23,7 @@ from planish.folder.source import open_source
 from planish.manifest import Result
 from planish.methods import find_method
 from planish.request import Request
-from planish.sizes.fit import count_file, list_choices, predict, reserve, thin, vary_head
+from planish.sizes.fit import LEAST, count_file, list_choices, predict, reserve, thin, vary_head
 from planish.sizes.ladder import climb, make_smaller
 from planish.sizes.trials import Choice, Contest, hold_out
 from tiny import build, save, windows
@@ -145,7 +145,7 @@ def test_a_head_that_is_chosen_is_not_made_again(tmp_path):
     gguf_model = save(build("llama_gqa", **WIDE, tie_word_embeddings=False), tmp_path / "model")
     source, request = open_source(gguf_model), Request.ask(model="", target="gguf")
     for head in ("", "5"):
-        found = vary_head(Choice("4", 0.5, head=head), request, source, 60_000)
+        found = vary_head(Choice("4", 0.5, head=head), request, source, 60_000, lambda bits: LEAST)
         assert head not in [c.head for c in found] and found
 
 

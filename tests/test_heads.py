@@ -13,7 +13,7 @@ import planish
 from planish.errors import InputError
 from planish.folder.source import open_source
 from planish.request import Request
-from planish.sizes.fit import list_heads, list_plans, predict, vary_head
+from planish.sizes.fit import LEAST, list_heads, list_plans, predict, vary_head
 from planish.sizes.trials import Choice
 from planish.walks.bits import find_heads
 from tiny import build, save, windows
@@ -85,12 +85,15 @@ def test_what_a_smaller_head_leaves_goes_to_the_blocks(model):
     source, request = open_source(model), Request.ask(model="", bits="auto", target="hf")
     size = int(sum(predict(request, source, "3")))
     for best in (Choice("3", 1.0), Choice("4", 0.8)):
-        for other in vary_head(best, request, source, size):
+        for other in vary_head(best, request, source, size, lambda bits: LEAST):
             like = request.model_copy(update={"head_bits": other.head})
             outside, blocks = predict(like, source, other.bits)
             assert 0.99 * size < outside + other.keep * blocks <= 1.001 * size or other.bits == "8.000"
-    assert [float(c.bits) > 3.3 for c in vary_head(Choice("3", 1.0), request, source, size)] == [True, True]
-    assert vary_head(Choice("8", 1.0), request, source, size) == []
+    assert [float(c.bits) > 3.3 for c in vary_head(Choice("3", 1.0), request, source, size, lambda bits: LEAST)] == [
+        True,
+        True,
+    ]
+    assert vary_head(Choice("8", 1.0), request, source, size, lambda bits: LEAST) == []
 
 
 def test_a_size_that_only_a_smaller_head_reaches(model):
@@ -98,15 +101,15 @@ def test_a_size_that_only_a_smaller_head_reaches(model):
     least = predict(request, source, "2")
     size = int(least[0] + 0.3 * least[1])
     with pytest.raises(InputError, match="smallest that can be made"):
-        list_plans(request.model_copy(update={"head_bits": "16"}), source, size)
-    assert {c.head for c in list_plans(request, source, size)} == {"8"}
+        list_plans(request.model_copy(update={"head_bits": "16"}), source, size, lambda bits: LEAST)
+    assert {c.head for c in list_plans(request, source, size, lambda bits: LEAST)} == {"8"}
 
 
 def test_widths_that_no_type_of_llama_cpp_holds(tmp_path):
     """The message is about the size that 16 bits reach, whatever heads could be."""
     odd = open_source(save(build("llama_gqa"), tmp_path / "model"))  # 44 neurons
     with pytest.raises(InputError, match="smallest that can be made for --target gguf"):
-        list_plans(Request.ask(model="", bits="auto", target="gguf"), odd, 1000)
+        list_plans(Request.ask(model="", bits="auto", target="gguf"), odd, 1000, lambda bits: LEAST)
 
 
 def test_the_head_is_chosen_by_measuring(model, tmp_path):

@@ -11,9 +11,15 @@ So the result is never worse, in that measure, than the finest plain rounding of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from math import ceil, inf
+
+from planish.dry_run import look_ahead
 from planish.errors import InputError
 from planish.export.vocabulary import count_vocabulary
 from planish.folder.source import Source
+from planish.methods.method import Method
 from planish.plan.footprint import count_headers, footprint
 from planish.request import LIMITS, Request, label
 from planish.rounding.types import DENSE_NAMES, choose
@@ -21,6 +27,8 @@ from planish.sizes.trials import Choice, settle
 from planish.walks.bits import HEAD, find_heads, list_rounded, read_asked, refuse_head
 
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
+SHARE = 1e-4  # by which shares are rounded
+NEAR = 0.002  # of the smallest share that a method can cut to
 CLOSE = 1.15  # times the weights: of types between two whose plans keep no more apart none is tried
 FINER = 2  # so many types finer than the one that holds all weights are tried with cuts
 CONTEXT = 4096  # tokens of the cache unless told, or as many as the model has positions
@@ -32,6 +40,7 @@ OWN = 4096  # bytes of that file's metadata beside the tokenizer
 SUFFIX = 8  # bytes that its name is longer, where it is but one
 LADDERS = {"gguf": ("16", "8", "6", "5", "4", "3", "2"), "vllm": ("16", "8", "4")}
 LADDER = ("16", "8", "4", "3", "2")
+Floor = Callable[[str], float]  # bits → the least share of the blocks' weights that is tried there
 HEADS = {"gguf": ("6", "5", "4", "3"), "hf": ("8", "4")}  # bits of embedding and head that compete with the default
 
 
@@ -77,7 +86,49 @@ def find_context(request: Request, source: Source) -> int:
     return request.context or min(CONTEXT, positions)
 
 
-def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
+def find_floor(request: Request, method: Method, source: Source, windows: tuple[int, int]) -> Floor:
+    """The smallest shares, `LEAST` or more, that the method can cut to on so many windows (n_samples, seq_len), told by plans from
+    shapes; 1 where it cannot cut at all."""
+
+    def reaches(bits: str, keep: float) -> bool:
+        try:
+            look_ahead(settle(request, Choice(bits, keep)), method, source, windows)
+        except InputError:
+            return False
+        return True
+
+    @cache
+    def floor(bits: str) -> float:
+        if reaches(bits, LEAST):
+            return LEAST
+        low, high = LEAST, 1.0
+        while high - low > NEAR:
+            middle = (low + high) / 2
+            low, high = (low, middle) if reaches(bits, middle) else (middle, high)
+        return ceil(high / SHARE) * SHARE
+
+    return floor
+
+
+class TooSmallError(InputError):
+    """Nothing of a size can be made; `least`: bytes of the smallest that can be."""
+
+    def __init__(self, request: Request, size: int, least: float):
+        self.least = least
+        given, beside = f"--max-bytes {size:,}", ""
+        if request.fit is not None:
+            given, beside = (
+                f"--fit {request.fit:,}",
+                f", for which --fit {int(request.fit - size + least) + 1:,} is needed",
+            )
+        head = "" if request.head_bits is None else f", embedding and head in {request.head_bits} bits,"
+        super().__init__(
+            f"{given}: {size:,} bytes are left for weights, and the smallest that can be made for --target {request.target}{head} "
+            f"by {request.method} has about {least:,.0f}{beside}"
+        )
+
+
+def list_choices(request: Request, source: Source, size: int, floor: Floor = lambda bits: LEAST) -> list[Choice]:
     """The finest types that hold all weights, and cuts of finer ones, finest first."""
     found: list[Choice] = []
     smallest: list[float] = []
@@ -87,23 +138,23 @@ def list_choices(request: Request, source: Source, size: int) -> list[Choice]:
             outside, blocks = predict(request, source, bits)
         except InputError:  # no type of these bits holds the model's widths
             continue
+        smallest.append(outside + min(1.0, floor(bits) + SHARE) * blocks)
         if outside + blocks <= size:
             finer = list(dict.fromkeys(c.bits for c in found))[-FINER:]
-            return mix(thin([c for c in found if c.bits in finer]) + [Choice(bits, 1.0)], request, source, size)
+            found = [c for c in found if c.bits in finer] + [Choice(bits, 1.0)]
+            break
         if outside + blocks <= size + spare:
             found.append(Choice(bits, 1.0))
-        smallest.append(outside + LEAST * blocks)
         if (keep := (size - outside) / blocks) >= LEAST:
             found.append(Choice(bits, int(keep * 1e4) / 1e4))
-    if not found:
-        if not smallest:
-            raise InputError(
-                f"--target {request.target} --head-bits {request.head_bits}: no type holds this model's widths"
-            )
+    if not smallest:
         raise InputError(
-            f"--max-bytes {size:,}: the smallest that can be made for --target {request.target} is about {min(smallest):,.0f}"
+            f"--target {request.target} --head-bits {request.head_bits}: no type holds this model's widths"
         )
-    return mix(thin(found), request, source, size)
+    found = mix(thin(found), request, source, size) if found else []
+    if reached := [c for c in found if c.keep == 1 or c.keep >= floor(c.bits)]:
+        return reached
+    raise TooSmallError(request, size, min(smallest))
 
 
 def count_spare(source: Source) -> int:
@@ -122,21 +173,21 @@ def thin(found: list[Choice]) -> list[Choice]:
     return found
 
 
-def list_plans(request: Request, source: Source, size: int) -> list[Choice]:
+def list_plans(request: Request, source: Source, size: int, floor: Floor) -> list[Choice]:
     """`list_choices` with embedding and head as they are by default, or with larger ones of the next smaller types where else
     nothing of this size can be reached."""
-    try:
-        return list_choices(request, source, size)
-    except InputError:
-        for head in list_heads(request, source):
-            try:
-                found = list_choices(request.model_copy(update={"head_bits": head}), source, size)
-            except InputError:
-                continue
-            for choice in found:
-                choice.head = head
-            return found
-        raise
+    refusals = []
+    for head in ("", *list_heads(request, source)):
+        like = request.model_copy(update={"head_bits": head}) if head else request
+        try:
+            found = list_choices(like, source, size, floor)
+        except InputError as error:
+            refusals.append(error)
+            continue
+        for choice in found:
+            choice.head = head
+        return found
+    raise min(refusals, key=lambda e: e.least if isinstance(e, TooSmallError) else inf)
 
 
 def list_heads(request: Request, source: Source) -> list[str]:
@@ -154,7 +205,7 @@ def list_heads(request: Request, source: Source) -> list[str]:
     return [b for b in found.values() if not (target == "gguf" and b == HEAD)]
 
 
-def vary_head(best: Choice, request: Request, source: Source, size: int) -> list[Choice]:
+def vary_head(best: Choice, request: Request, source: Source, size: int, floor: Floor) -> list[Choice]:
     """The best plan again with embedding and head in other types: what that leaves goes to the blocks, as types mixed to fill the
     size, or as more weights where some were cut."""
     weights = count_rounded(source)
@@ -162,7 +213,7 @@ def vary_head(best: Choice, request: Request, source: Source, size: int) -> list
     heads = list_heads(request, source) if best.bits not in ("8", "16") else []
     for head in (h for h in heads if h != best.head):
         outside, blocks = predict(request.model_copy(update={"head_bits": head}), source, best.bits)
-        if best.keep < 1 and (keep := min(1.0, (size - outside) / blocks)) >= LEAST:
+        if best.keep < 1 and (keep := min(1.0, (size - outside) / blocks)) >= floor(best.bits):
             found.append(Choice(best.bits, int(keep * 1e4) / 1e4, head=head))
         elif best.keep == 1 and source.shape(source.n_blocks - 1).experts and request.target != "gguf":
             found.append(Choice(best.bits, 1.0, head=head))

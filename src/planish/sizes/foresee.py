@@ -12,7 +12,17 @@ from planish.folder.source import Source
 from planish.methods.method import Method
 from planish.plan.footprint import footprint
 from planish.request import Request
-from planish.sizes.fit import LADDER, LADDERS, count_file, find_context, find_size, list_plans, predict, reserve
+from planish.sizes.fit import (
+    LADDER,
+    LADDERS,
+    count_file,
+    find_context,
+    find_floor,
+    find_size,
+    list_plans,
+    predict,
+    reserve,
+)
 from planish.sizes.trials import Choice, settle
 from planish.walks.bits import list_rounded, read_asked
 
@@ -49,16 +59,13 @@ def foresee_size(request: Request, source: Source, method: Method, windows: tupl
     cache = 2 * context * sum(footprint({}, source.shape(i)).cache for i in range(source.n_blocks))
     running, own = (reserve(source, context) - cache, count_file(request, source)) if request.fit else (0, 0)
     found = SizeForecast(request.target, size, request.fit, context, cache, running, own)
-    for choice in list_plans(request, source, size):
+    for choice in list_plans(request, source, size, find_floor(request, method, source, windows)):
         outside, blocks = predict(settle(request, choice), source, choice.bits)
         head = choice.head or request.head_bits or ""
         found.plans.append(
             {"bits": choice.bits, "keep": choice.keep, "head": head, "bytes": int(outside + choice.keep * blocks)}
         )
-        try:
-            ram, vram, _, _ = foresee_peaks(settle(request, choice), method, source, windows)
-        except InputError:  # nor can it be made
-            continue
+        ram, vram, _, _ = foresee_peaks(settle(request, choice), method, source, windows)
         found.peak_ram_bytes, found.peak_vram_bytes = max(found.peak_ram_bytes, ram), max(found.peak_vram_bytes, vram)
     for bits in LADDERS.get(request.target, LADDER):
         try:

@@ -30,7 +30,7 @@ from planish.manifest import Result
 from planish.request import LIMITS, Request, label
 from planish.rounding import ggml, integers
 from planish.rounding.types import DENSE_NAMES, HELD
-from planish.sizes.fit import LADDER, LADDERS, find_size, list_choices, list_plans, predict, vary_head
+from planish.sizes.fit import LADDER, LADDERS, find_floor, find_size, list_choices, list_plans, predict, vary_head
 from planish.sizes.trials import HELD as EVERY
 from planish.sizes.trials import Choice, Contest, Runner, open_runner, settle
 from planish.walks.bits import read_asked
@@ -99,7 +99,8 @@ def choose_size(contest: Contest) -> tuple[Request, list[Choice], Ladder | None]
     if why := refuse_types(request, source, contest.text):
         raise InputError(f"--bits auto: {why}")
     check_free(place.output, place.overwrite)
-    tried = list_plans(request, source, size)
+    floor = find_floor(request, contest.method, source, (len(contest.text.windows), contest.text.windows.shape[1]))
+    tried = list_plans(request, source, size, floor)
     if len(tried) == 1:
         tried[0].chosen = True
         return settle(request, tried[0]), tried, None
@@ -107,7 +108,7 @@ def choose_size(contest: Contest) -> tuple[Request, list[Choice], Ladder | None]
         rungs = list_rungs(request, source, size) if request.ladder else []
         climb(runner, tried, size, len(rungs), progress)
         more = [r for r in rungs if r.bits not in {c.bits for c in tried if c.keep == 1 and c.measured}]
-        heads = vary_head(choose_best(tried, size), request, source, size)
+        heads = vary_head(choose_best(tried, size), request, source, size, floor)
         measure_all(runner, heads, size, len(more), progress)
         best = choose_best(tried := [*tried, *heads], size)
         best.chosen = True
