@@ -329,7 +329,8 @@ def read_calibration(
     source: Source, tokenizer: Any, asked: Text, ids: Any = None, cache: bool = False, chosen: Chosen | None = None
 ) -> Calibration:
     """Windows of a SOURCE, of several with weights, or of `ids` (a SOURCE in memory) for a model: tokens checked against its
-    vocabulary, lengths against its positions. `chosen`: other windows than the default ones, where none are asked for."""
+    vocabulary, lengths against its positions. `chosen`: other windows than the default ones, where none are asked for. And
+    spare ones, if the text holds any that share no token with these."""
     start = time.perf_counter()
     most, length, why = (*chosen.size, chosen.why) if chosen and chosen.why else (N_SAMPLES, asked.seq_len, "")
     seq_len, notes = fit_seq_len(source, length)

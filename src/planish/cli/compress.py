@@ -187,7 +187,7 @@ def show_loss(loss: dict[str, Any]) -> list[str]:
     noise = "" if loss["stderr"] is None else f" ± {loss['stderr']:.4f}"
     return [
         f"loss: {loss['nats']:.4f}{noise} nats per token more than the dense model, in {loss['windows']} windows of the "
-        "calibration text that were not calibrated on; text of another kind loses more"
+        "calibration text that were not calibrated on; text of another kind usually loses more"
     ]
 
 
