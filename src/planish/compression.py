@@ -50,8 +50,7 @@ from planish.walks.solve import solve
 
 @dataclass
 class Calibration:
-    """Token windows (n, seq) of a text, what the manifest records about them, and the seconds it took to read them. `spare`: others
-    of the same text, to measure the result on."""
+    """Token windows (n, seq) of a text, what the manifest records of them, seconds of reading; `spare` ones to measure on."""
 
     windows: Tensor
     record: dict[str, Any] = field(default_factory=dict)
@@ -73,11 +72,16 @@ class Destination:
 @dataclass(frozen=True)
 class Shared:
     """What several runs on the same windows share. `cache`: of statistics (True: the one on disk); `measured`: a table of
-    latencies to plan with, instead of this machine's."""
+    latencies to plan with, instead of this machine's; `known`: remembers prices of types in the place of `cache`."""
 
     stream: Stream | None = None
     cache: Cache | bool = False
     measured: dict[str, float] | None = None
+    known: Cache | None = None
+
+    def recall(self, request: Request, cache: Cache | None) -> Cache | None:
+        """Where prices of types are remembered: those of the uncut model."""
+        return (self.known or cache) if set(request.given.values()) == {1} else None
 
 
 def compress(
@@ -121,13 +125,13 @@ def compress(
                 method, source, request, step=request.round_to, measured=measured,
                 target=asked.blocks if asked else request.target, length=windows.shape[1] if windows.numel() else 0,
             )  # fmt: skip
-            measure = Measurements(stream, cache, progress)
+            measure, known = Measurements(stream, cache, progress), shared.recall(request, cache)
             measure.seconds |= {"text": text.seconds} if text.seconds else {}
             with offload(stream.device):
                 with measure.phase("plan"):
                     planned = decide(method, problem, measure, request, windows)
                 done = write(problem, measure, planned, writer, caught, rounds=asked is not None)
-                done.rounded = quantise(asked, measure, writer, windows) if asked else None
+                done.rounded = quantise(asked, measure, writer, windows, known) if asked else None
                 done.loss = measure_loss(measure, writer, text.spare)
         result = report(problem, planned, source, writer, done)
         result.warnings = sorted({*read_warnings(caught), *result.warnings})
@@ -255,9 +259,7 @@ class Written:
     errors: dict[str, float] = field(default_factory=dict)
     rounded: Report | None = None
     loss: dict[str, Any] = field(default_factory=dict)  # see `planish.walks.loss.measure_loss`
-    stays: list[str] = field(
-        default_factory=list
-    )  # what there is to say about tensors that are written as they are stored
+    stays: list[str] = field(default_factory=list)  # to say about tensors that are written as they are stored
 
     @property
     def details(self) -> dict[str, Any]:
