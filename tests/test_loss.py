@@ -11,6 +11,7 @@ import torch
 import planish
 from planish import lanes
 from planish.calibrate.text import list_windows, mark, sample_starts, spare_windows
+from planish.compression import resume
 from tiny import build, save, windows
 
 IDS = windows(40, 24).flatten()
@@ -69,6 +70,19 @@ def test_rounding_is_part_of_it(tmp_path):
         for folder in (tmp_path / "out", model)
     )
     assert loss["nats"] == pytest.approx(small - dense, abs=1e-4)
+
+
+def test_a_run_that_is_taken_up_tells_the_same(tmp_path):
+    model = save(build("llama_gqa"), tmp_path / "model")
+    whole = planish.compress(model, output=tmp_path / "whole", keep=0.7, method="svd", **MORE)
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == "blocks" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        planish.compress(model, output=tmp_path / "out", keep=0.7, method="svd", progress=stop, **MORE)
+    assert resume(tmp_path / "out").loss == whole.loss != {}
 
 
 def test_spare_windows_share_no_token_with_the_others():
