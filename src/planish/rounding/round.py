@@ -88,18 +88,28 @@ class Metric:
     moment: Tensor | None = None
     gradient: Tensor | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which costs are computed."""
+        known = self.moment if self.moment is not None else self.gradient
+        return torch.float64 if known is None else known.dtype
+
+    def narrow(self) -> Metric:
+        """In fp32."""
+        return Metric(*(None if t is None else t.float() for t in (self.moment, self.gradient)))
+
     def move(self, m: Tensor) -> Tensor:
         """M R (out, in)."""
         return m if self.moment is None else m @ self.moment
 
     def energy(self, m: Tensor) -> float:
         """tr(M R Mᵀ)."""
-        m = m.double()
+        m = m.to(self.dtype)
         return float((self.move(m) * m).sum().clamp(min=0))
 
     def cost(self, error: Tensor, moved: Tensor | None = None) -> float:
         """tr(G E R Eᵀ); `moved`: E R, where it is known."""
-        error = error.double()
+        error = error.to(self.dtype)
         moved = self.move(error) if moved is None else moved
         if self.gradient is None or self.gradient.ndim == 1:
             rows = (error * moved).sum(1).clamp(min=0)
@@ -265,10 +275,7 @@ def round_with_feedback(
         yield feed_blocks(w, kind, upper_root(moment, damping), dtype)
         return
     yield feed_groups(w, kind, upper_root(moment, damping), dtype)
-    groups = w.unflatten(1, (-1, kind.group))
-    fixed = integers.search(groups, blocks_of(moment, kind, w.shape[1]), kind, dtype)
-    order = moment.diagonal().argsort(descending=True, stable=True)
-    yield feed_ordered(w, kind, upper_root(moment, damping, order), fixed, order, dtype)
+    yield feed_falling(w, kind, moment, damping, dtype)
 
 
 class Feed:
@@ -322,6 +329,14 @@ def feed_groups(w: Tensor, kind: StorageType, root: Tensor, dtype: torch.dtype) 
             feed.note(j, value)
     scale, zero = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
     return draft_integers(codes.T.contiguous(), integers.Grid(scale, zero), kind, dtype)
+
+
+def feed_falling(w: Tensor, kind: StorageType, moment: Tensor, damping: float, dtype: torch.dtype) -> Draft:
+    """Column by column by falling energy of their input, on grids found before."""
+    groups = w.unflatten(1, (-1, kind.group))
+    fixed = integers.search(groups, blocks_of(moment, kind, w.shape[1]), kind, dtype)
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    return feed_ordered(w, kind, upper_root(moment, damping, order), fixed, order, dtype)
 
 
 def feed_ordered(

@@ -16,15 +16,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from planish.calibrate.activations import MemoryLimits
+from planish.calibrate.cache import Cache
 from planish.calibrate.linears import (
     damp_experts,
     list_experts,
@@ -46,17 +47,17 @@ from planish.folder.source import FolderSource, open_folder
 from planish.folder.stored_linear import find_experts
 from planish.folder.writer import Writer
 from planish.modelling.blocks import find_blocks, read_layout
-from planish.modelling.canonical import find_mixture, join_block, list_fused
+from planish.modelling.canonical import find_mixture, join_block
 from planish.modelling.experts import read_top
-from planish.modelling.families import Family
-from planish.modelling.modules import Fused
-from planish.plan.types import Offer, check_mean, choose_types
+from planish.plan.types import check_mean, choose_types
 from planish.rounding.blocks import round_block
 from planish.rounding.gauges import Scene
 from planish.rounding.gauges_linears import set_data
-from planish.rounding.round import GGML, Draft, Metric, Rounded, join_rows, round_matrix
+from planish.rounding.round import GGML, Metric, Rounded, join_rows, round_matrix
 from planish.rounding.types import StorageType
 from planish.walks.bits import Asked
+from planish.walks.joined import Joined, Rounding, find_joined, stack_experts
+from planish.walks.prices import price_types
 
 PACKED = "pack-quantized"  # compressed-tensors' format of integers
 EXPERTS = r"re:.*\.experts\.\d+\."  # targets in its configuration
@@ -97,12 +98,17 @@ class Report:
 
 
 class Quantiser:
-    """The walk, and what it has written. `dtype`: of everything that is not rounded, and in which integers are read."""
+    """The walk, and what it has written. `dtype`: of everything that is not rounded; `reads`: in which the rest is read; `known`:
+    where prices of types are remembered, if this is the model that it is of."""
 
-    def __init__(self, source: FolderSource, open_stream: Callable[[], Stream], asked: Asked, writer: Writer):
+    def __init__(
+        self, source: FolderSource, open_stream: Callable[[], Stream], asked: Asked, writer: Writer,
+        known: Cache | None = None,
+    ):  # fmt: skip
         self.source, self.open_stream, self.asked, self.writer = source, open_stream, asked, writer
         narrow = source.stored in (torch.float16, torch.bfloat16)
         self.dtype = source.stored if narrow or not asked.packed else torch.float16
+        self.reads, self.known = self.dtype if asked.packed else torch.float32, known
         self.linears: dict[str, dict[str, Any]] = {}
         self.chosen: dict[str, StorageType] = {}  # matrix's name → its type, where each has its own
         self.kinds: dict[str, StorageType] = {}
@@ -123,7 +129,7 @@ class Quantiser:
         self.write_outside(stream.limits.stored)
         self.stream = self.open_stream()  # with the embedding as it is written
         if self.asked.blocks.mean is not None:
-            self.chosen = choose_types(self.price(gradients, progress), self.asked.blocks.mean)
+            self.chosen = choose_types(price_types(self, gradients, self.known, progress), self.asked.blocks.mean)
         hidden = self.stream.start()
         for i in range(len(self.stream)):
             hidden = self.round_block(i, hidden, gradients[i])
@@ -145,27 +151,6 @@ class Quantiser:
         """Type and bytes of the embedding and the head."""
         kinds = {n: self.kinds.get(n.removesuffix(".weight")) for n in self.outer}
         return {n: {"type": k.name if k else str(self.dtype)[6:], "bytes": self.outer[n]} for n, k in kinds.items()}
-
-    def price(self, gradients: Sequence[Mapping[str, Tensor]], progress: Progress | None) -> dict[str, list[Offer]]:
-        """What every matrix costs in every type that it may have, by its name in the file: rounded, each as if it were alone."""
-        offers: dict[str, list[Offer]] = {}
-        hidden = self.stream.start()
-        for i in range(len(self.stream)):
-
-            def look(name: str, weight: Tensor, metric: Metric, whole: Joined | None) -> Rounded:
-                rows, own = (whole.rows, whole.name) if whole else (len(weight), name)
-                kinds = self.asked.blocks.ladder(weight.shape[1], name, rows)
-                nats = [self.round(name, weight, kind, metric).nats for kind in kinds]
-                before = offers.get(own, [Offer(k, rows, weight.shape[1], 0.0) for k in kinds])
-                offers[own] = [o._replace(nats=o.nats + (n or 0.0)) for o, n in zip(before, nats, strict=True)]
-                same = Draft(weight.to(self.stream.dtype))  # of which all come, so that nothing changes
-                return Rounded(kinds[-1], same, "exact", 0.0, True, 0.0)
-
-            block, _, _ = self.visit(i, hidden, gradients[i], look)
-            hidden = self.stream.run(i, block, hidden)
-            if progress:
-                progress("types", i + 1, len(self.stream))
-        return offers
 
     def round_block(self, i: int, hidden: Hidden, gradients: Mapping[str, Tensor]) -> Hidden:
         """Round block i for these inputs and write it; its outputs."""
@@ -248,7 +233,7 @@ class Quantiser:
     def round(self, name: str, weight: Tensor, kind: StorageType, metric: Metric = UNKNOWN) -> Rounded:
         """One matrix."""
         return_memory(weight.numel())  # what the one before took: its sizes are others, and much larger than its result
-        return round_matrix(weight, kind, metric, where=name, dtype=self.dtype if self.asked.packed else torch.float32)
+        return round_matrix(weight, kind, metric, where=name, dtype=self.reads)
 
     def note(self, name: str, found: Rounded) -> None:
         """What a module's matrix was rounded to."""
@@ -317,44 +302,6 @@ def list_widths(source: FolderSource) -> set[int]:
     return {linear.in_features for e in found for n in e.numbers for linear in e.linears(n)}  # type: ignore[misc]
 
 
-class Joined(NamedTuple):
-    """A fused linear that is stored as one matrix: its name in the file, its parts' in the block, and their rows, one after the
-    other, as it has them. Or (`experts`) the same linear of all experts, which have one type and are stored apart."""
-
-    name: str
-    parts: list[str]
-    order: Tensor
-    experts: bool = False
-
-    @property
-    def rows(self) -> int:
-        return len(self.order)
-
-
-def find_joined(block: nn.Module, family: Family, prefix: str) -> list[Joined]:
-    """Linears that a canonical block's family lays out in another way, where all parts are dense."""
-    found = []
-    for row in list_fused(block, family):
-        module = block.get_submodule(row.path)
-        if isinstance(module, Fused) and all(type(m) is nn.Linear for m in module.children()):
-            sizes = [len(getattr(module, r).weight) for r in row.roles]
-            order = module.rows.join(torch.arange(sum(sizes)).split(sizes))
-            found.append(Joined(f"{prefix}{row.path}.weight", [f"{row.path}.{r}.weight" for r in row.roles], order))
-    return found
-
-
-def stack_experts(block: nn.Module, own: list[str], prefix: str) -> Joined:
-    """The same linear of all experts, which a file may hold as one tensor: they get one type."""
-    rows = sum(len(block.get_submodule(n).weight) for n in own)  # type: ignore[arg-type]
-    first, _, name = own[0].rpartition(".")
-    return Joined(f"{prefix}{first.rpartition('.')[0]}.{name}", [f"{n}.weight" for n in own], torch.arange(rows), True)
-
-
-Rounding = Callable[
-    [str, Tensor, Metric, "Joined | None"], Rounded
-]  # name in the file, (out, in), and what it is a part of
-
-
 def name_parts(found: Rounded) -> dict[str, Tensor]:
     """Tensors by the ends of their names behind the module's."""
     return {"weight_ggml" if end == GGML else end: t for end, t in found.stored.items()}
@@ -387,8 +334,11 @@ def describe_integers(kinds: dict[str, StorageType], experts: StorageType | None
     }  # fmt: skip
 
 
-def quantise(asked: Asked, measure: Measurements, writer: Writer, windows: Tensor) -> Report:
-    """Round the model that `writer` has written, in its place; `windows` (n, seq) are the calibration text."""
+def quantise(
+    asked: Asked, measure: Measurements, writer: Writer, windows: Tensor, known: Cache | None = None
+) -> Report:
+    """Round the model that `writer` has written, in its place; `windows` (n, seq) are the calibration text. `known`: remembers what
+    types cost, of this model alone."""
     source, limits = open_folder(writer.again()), MemoryLimits(folder=writer.partial)
     check_mean(asked.blocks, source)
 
@@ -397,4 +347,4 @@ def quantise(asked: Asked, measure: Measurements, writer: Writer, windows: Tenso
         return Stream(source, windows, device=str(like.device), dtype=like.dtype, limits=limits)
 
     with measure.phase("rounding"):
-        return Quantiser(source, open_stream, asked, writer).run(measure.progress)
+        return Quantiser(source, open_stream, asked, writer, known).run(measure.progress)
