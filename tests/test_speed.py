@@ -81,6 +81,7 @@ def test_compiled(tiny_llama, eager_backend):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # inductor's own
 def test_compiled_to_machine_code(tiny_llama):
     (got,) = measure_compiled({"m": tiny_llama()})
     assert got.compiled
