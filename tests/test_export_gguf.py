@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -430,3 +431,36 @@ def test_llama_cpp_reads_both_tokenizers(stories_dir, tmp_path):
 
     result = verify(stories_dir, "gguf", prompt_len=24, new_tokens=8)
     assert result.passed and result.tokenizer_equal
+
+
+@needs_llama_cpp
+def test_a_name_does_not_change_how_llama_cpp_reads_the_tokenizer(tmp_path):
+    """llama.cpp takes a file whose name says Phi-3 for one with Phi-3's tokens, and does not load it where they lack."""
+    from transformers import AutoTokenizer
+
+    from planish.export.llama_cpp import LlamaCpp
+
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "my-Phi-3 copy", compressed.FORMS["dense"])
+    train_tokenizer(folder, True)
+    export_gguf(folder, tmp_path / "m.gguf")
+    assert LlamaCpp(tmp_path / "m.gguf", 16).metadata("general.name") == "my-phi copy"
+    data = json.loads((folder / "tokenizer.json").read_text())
+    first, plain = len(data["model"]["vocab"]), dict.fromkeys(("lstrip", "normalized", "single_word"), False)
+    for i, (text, strips) in enumerate((("<unk>", False), ("<|endoftext|>", False), ("<|user|>", True))):
+        data["added_tokens"].append({"id": first + i, "content": text, "rstrip": strips, "special": True, **plain})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    folder.rename(tmp_path / "small")
+    export_gguf(tmp_path / "small", tmp_path / "m.gguf")
+    text = "<|user|> the cat<s> the cat"
+    asked = AutoTokenizer.from_pretrained(tmp_path / "small")(text, add_special_tokens=False).input_ids
+    assert LlamaCpp(tmp_path / "m.gguf", 16).encode(text, special=True) == asked
+    assert load_tokenizer(tmp_path / "m.gguf")(text, add_special_tokens=False).input_ids == asked
+
+
+@needs_llama_cpp
+def test_why_llama_cpp_does_not_load_a_file(tmp_path):
+    from planish.export.llama_cpp import LlamaCpp
+
+    (tmp_path / "m.gguf").write_text("a text")
+    with pytest.raises(InputError, match=r"llama.cpp cannot load .*m.gguf: .*invalid magic"):
+        LlamaCpp(tmp_path / "m.gguf", 16)

@@ -81,7 +81,7 @@ def test_half_precision(tiny_llama, dtype):
 def test_batch_size_does_not_matter_and_progress_counts_windows(tiny_llama):
     seen = []
     a = evaluate(tiny_llama(), TOKENS, 16, batch_size=4, progress=lambda *n: seen.append(n))
-    assert seen == [(4, 9), (8, 9), (9, 9)]
+    assert seen == [(0, 9), (4, 9), (8, 9), (9, 9)]
     assert a.nll == pytest.approx(evaluate(tiny_llama(), TOKENS, 16, batch_size=1).nll, rel=1e-6)
 
 

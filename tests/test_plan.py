@@ -16,14 +16,14 @@ from planish.calibrate.activations import Activations, MemoryLimits
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Awaited, Stream
 from planish.core import Shape
-from planish.dry_run import memory, seconds
+from planish.dry_run import look_ahead, memory, seconds
 from planish.dry_run.memory import count_kept, count_peaks
 from planish.dry_run.passes import Run, count_between, count_passes, reach
 from planish.dry_run.seconds import extend, list_sizes, rehearse
 from planish.errors import InputError
 from planish.folder.source import MemorySource, open_source
 from planish.methods import find_method, list_methods, make_plan, pose
-from planish.request import Limits
+from planish.request import Limits, Request
 from planish.stats import Tap
 from planish.walks.solve import solve
 from posed import pose_on
@@ -114,6 +114,8 @@ def test_passes_of_a_method(tmp_path):
     once = 1 + 0 + o + up + down  # of four batches three start at o in the last three of these, in the last one at down
     neurons = shape.count("gate", "up") / shape.count()
     assert found["mpifa"] == pytest.approx([2 * once, 2 * (once - 3 * 3 / 4 * o - 3 / 4 * neurons)])
+    assert count_passes(runs[0], 2)[0] == pytest.approx(2 * (once - 1))  # behind the last block nothing is run
+    assert count_passes(runs[0], 2, trial=True)[0] == pytest.approx(2 * once)  # but in a trial
     stream.limits.limit = 2 * 340 * 24 * 4 * shape.intermediate  # what down reads fits twice, but nothing beside it
     assert count_passes(runs[1], 0)[0] == pytest.approx(2 * (once - 3 * 3 / 4 * o))
 
@@ -161,7 +163,11 @@ def test_a_plan_that_cuts_nothing_needs_no_text(tmp_path):
     more = {"calibration": tiny.windows(40, 16).flatten(), "n_samples": 40, "seq_len": 16}
     found = planish.forecast(folder, method="auto", keep=1, measure=True, **more)
     assert found.keep == 1 and not found.needed_statistics and found.measured
-    assert found.peak_ram_bytes <= planish.forecast(folder, method="auto", keep=0.8, **more).peak_ram_bytes
+    few = planish.forecast(folder, method="auto", keep=1, **more | {"n_samples": 2})
+    assert found.peak_ram_bytes == few.peak_ram_bytes  # whatever the text: no block is run
+    request = Request(model=str(folder), keep=1.0, device="cpu")
+    run = look_ahead(request, find_method("auto"), open_source(folder), (40, 16))
+    assert [count_passes(run, i)[0] for i in range(3)] == [0, 0, 0]
 
 
 def test_an_awaited_text_is_read_once_and_only_to_measure():

@@ -53,22 +53,23 @@ def count_peaks(run: Run, params: int, written: int) -> Peaks:
     """Of a run on a model of `params` parameters that writes `written` of them."""
     problem, stream, shape = run.problem, run.measure.given, run.largest
     stored, computed = stream.source.stored.itemsize, stream.dtype.itemsize
-    batch = count_batch(run) if is_cut(run) else Batch(0, 0, 0, 0, 0)
-    first, later = count_activations(run, batch.wide)
+    cut = is_cut(run)
+    batch = count_batch(run) if cut else Batch(0, 0, 0, 0, 0)
+    first, later = count_activations(run, batch.wide) if cut else (Activations(0, 0, 0),) * 2
     held = max(map(Shape.count if isinstance(stream.source, MemorySource) else count_held, problem.shapes))
     inside = {"neurons", *(r for r in shape.rest if r.startswith("expert."))} & {u.name for u in problem.units}
     blocks, accelerator = run.streams * held, stream.device.type != "cpu"
-    copies = blocks * computed if accelerator or computed != stored else 0
+    copies = blocks * computed if cut and (accelerator or computed != stored) else 0
     measure, again = copies + batch.measuring, copies + batch.through
-    solved = problem.block_units(shape.block) if is_cut(run) else ()
+    solved = problem.block_units(shape.block) if cut else ()
     work = max((problem.units[u].memory(u, shape) for u in solved), default=0)
     head, outputs = stream.source.count_head(), run.streams * run.tokens * shape.hidden * computed
-    start = head * (stored + computed) + min(outputs, later.memory)
+    start = head * (stored + computed * cut) + min(outputs, later.memory)
     solve = (blocks + (shape.count() if inside else held)) * stored + later.memory + 8 * (batch.sums + work)
     ram, vram = [start, solve, (params - sum(s.count() for s in problem.shapes)) * stored], 0
     if accelerator:
         tiles = 2 * 8 * stats.COARSE * batch.widest
-        vram = max(measure + tiles + first.device, again + later.device, head * computed)
+        vram = max(measure + tiles + first.device, again + later.device, head * computed * cut)
     else:
         ram.append(blocks * stored + max(measure + first.memory, again + later.memory))
     ranks = sum(len(solver.ranks(unit, problem.shapes[unit.block])) for unit, solver in problem.units.items())

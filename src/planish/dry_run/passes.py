@@ -69,11 +69,13 @@ def reach(shape: Shape, taps: Iterable[Tap]) -> float:
     return sum(shape.count(r) for r in shape.linears if find_step(r) < depth) / shape.count()
 
 
-def count_passes(run: Run, i: int) -> tuple[float, list[Tap]]:
-    """Forward passes through block i while it is solved, in shares of its weights, and the taps measured on them."""
+def count_passes(run: Run, i: int, trial: bool = False) -> tuple[float, list[Tap]]:
+    """Forward passes through block i while it is solved, in shares of its weights, and the taps measured on them; behind the
+    last block that is solved none is run, but of a `trial`, whose outputs are wanted."""
     problem, known = run.problem, run.known(i)
-    if run.planned.edits and not any(run.solved(s.block) for s in problem.shapes):
-        return 0.0, []  # everything has been worked out
+    last = max((s.block for s in problem.shapes if trial or run.solved(s.block)), default=-1)
+    if i > last:
+        return 0.0, []
     shape = problem.shapes[i]
     units = run.solved(i)
     stages = run.planned.stages(units) if units else [[]]
@@ -83,21 +85,24 @@ def count_passes(run: Run, i: int) -> tuple[float, list[Tap]]:
         return 1.0 if everything or not known else 0.0, everything
     skips = 1 - 1 / ceil(run.windows / max(1, BATCH // run.seq_len))
     own = [reach(shape, [t for t in stage if any(":" not in s for s in t.sites)]) for stage in taps]
-    passes = count_runs(shape, own, [list_starts(run, shape, stage) for stage in stages], skips)
+    end, starts = [1.0] * (trial or i < last), [set(LAST)] * (trial or i < last)
+    passes = count_runs(shape, own + end, [list_starts(run, shape, stage) for stage in stages] + starts, skips)
     if run.planned.prefix == "both":
         beside = [reach(shape, [t for t in stage if ":" in t.sites[0]]) for stage in taps]
         once = find_dense_sites(problem, run.measure, [u for stage in stages for u in stage])
-        passes += 1.0 if once else count_runs(shape, beside, [list_starts(run, shape) for _ in stages], skips)
+        passes += (
+            1.0 if once else count_runs(shape, beside + end, [list_starts(run, shape) for _ in stages] + starts, skips)
+        )
     return passes, everything
 
 
 def count_runs(shape: Shape, shares: list[float], starts: list[set[str]], skips: float) -> float:
-    """Passes of runs that end after these shares of a block, and of one to its end; this share of each `skips` what is kept
-    of the `starts` (see `planish.calibrate.reuse`)."""
+    """Passes of runs that end after these shares of a block; this share of each `skips` what is kept of the `starts` (see
+    `planish.calibrate.reuse`)."""
     passes, kept = 0.0, set[str]()
     ends = {n: reach(shape, [Tap(f"{role}.in", "gram")]) for n, role in LAST.items()}
     skipped = {n: ends[n] - reach(shape, [Tap(f"{role}.in", "gram")]) for n, role in FIRST.items()}
-    for share, may in [*zip(shares, starts, strict=True), (1.0, set(LAST))]:
+    for share, may in zip(shares, starts, strict=True):
         kept &= may
         passes += share - skips * sum(skipped[n] for n in kept if share > ends[n])
         kept |= {n for n in may if share >= ends[n]}

@@ -189,7 +189,7 @@ def list_phases(run: Run, work: Work, costs: Costs) -> list[Phase]:
     tokens, units = windows * run.seq_len, list(work.solvers or ())
     head = tokens * costs.predict(shapes[0], work.gradients)
     if work.solve is not None:
-        steps = walk(run._replace(planned=work.solve, windows=windows), costs)
+        steps = walk(run._replace(planned=work.solve, windows=windows), costs, trial=True)
         return [Phase(work.name, end(steps, work.heads * head))]
     forward = [tokens * work.passes(s.block) * costs.run(s, run.seq_len) for s in shapes]
     steps = []
@@ -208,12 +208,12 @@ def end(steps: Sequence[float], last: float) -> list[float]:
     return [*steps[:-1], steps[-1] + last] if steps else []
 
 
-def walk(run: Run, costs: Costs) -> list[float]:
-    """Seconds of every block of the walk that solves a run's plan."""
+def walk(run: Run, costs: Costs, trial: bool = False) -> list[float]:
+    """Seconds of every block of the walk that solves a run's plan; of a `trial` the outputs are wanted."""
     tokens, found = run.planned.refit(run.windows) * run.seq_len, list[float]()
     whole = run.planned.make is not None  # it makes all blocks itself: measures the stream twice and runs on
     for s in run.problem.shapes:
-        passes, taps = (3.0, [Tap(site, "gram") for site in STREAM]) if whole else count_passes(run, s.block)
+        passes, taps = (3.0, [Tap(site, "gram") for site in STREAM]) if whole else count_passes(run, s.block, trial)
         running = passes * tokens * costs.run(s, run.seq_len)
         found.append(running + tokens * sum(costs.rates.sum(s, tap) for tap in taps) + costs.solve(run.solved(s.block)))
     return found

@@ -64,6 +64,8 @@ def compare(
     windows = eval_windows(tokens, seq_len, begin)[:max_windows]
     found: list[Tensor] = []
     same = 0
+    if progress is not None:
+        progress(0, len(windows))
     for n, window in enumerate(windows):
         priced = list_priced(window[:-1])
         for p, q in pair_logits(dense, model, unmark(window)[None]):

@@ -139,6 +139,8 @@ def grade(
     plain = not getattr(tokenizer, "chat_template", None)
     training = model.training
     model.eval()
+    if progress is not None:
+        progress(0, len(items))
     try:
         for n, item in enumerate(items):
             asked = f"Question: {item.prompt}\nAnswer:" if plain and isinstance(item.prompt, str) else item.prompt

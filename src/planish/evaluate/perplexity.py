@@ -55,8 +55,8 @@ def evaluate(
     The forward pass runs in the model's own dtype; log-softmax in fp32; the sum over tokens in fp64.
 
     ``device``: the model is moved there first; None: the model stays where it is. ``progress(done, total)`` is called
-    after each batch with numbers of windows. Raises `InputError` for a sequence longer than the model's positions, ids
-    beyond its vocabulary, too few tokens, and for logits that are not finite: a window is never skipped.
+    before the first batch and after each, with numbers of windows. Raises `InputError` for a sequence longer than the model's
+    positions, ids beyond its vocabulary, too few tokens, and for logits that are not finite: a window is never skipped.
     """
     _check(model, tokens, seq_len)
     windows = eval_windows(tokens, seq_len, begin)[:max_windows]
@@ -67,6 +67,8 @@ def evaluate(
     training = model.training
     model.eval()
     total = 0.0
+    if progress is not None:
+        progress(0, len(windows))
     try:
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size].to(at)

@@ -84,12 +84,13 @@ def bench(
         model.to(device)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     ids = torch.randint(vocabulary, (max(batch_sizes), prompt_len), generator=torch.Generator().manual_seed(seed))
-    total, count = len(batch_sizes) * len(models) * (repeats + 2), itertools.count(1)
+    total, count = len(batch_sizes) * len(models) * (repeats + 2), itertools.count()
 
     def ran() -> None:
         if progress is not None:
             progress(next(count), total)
 
+    ran()
     results = []
     # models share their classes' code, and graphs are counted by it
     with (

@@ -180,6 +180,8 @@ def evaluate_file(
     model.eval()
     scored: list[tuple[float, bool]] = []
     step = 64
+    if progress is not None:
+        progress(0, len(encoded))
     try:
         for a in range(0, len(encoded), step):
             scored += score_pairs(model, encoded[a : a + step])

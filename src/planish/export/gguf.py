@@ -86,7 +86,7 @@ def export_gguf(
     tensors = Tensors(writer, gguf, dtype, StoredRows(source))
     try:
         write_metadata(writer, gguf, source, content, context)
-        tokenizer, left_out = write_vocabulary(writer, source.folder, source.config, vocabulary)
+        tokenizer, left_out = write_vocabulary(writer, source.folder, source.config, vocabulary, source.folder.name)
         for name, tensor in content.tensors(tensors.known):
             tensors.add(name, tensor)
         writer.add_file_type(gguf.LlamaFileType[tensors.file_type])
@@ -222,7 +222,6 @@ def pick_kind(dtype: str, width: int) -> str:
 
 
 def write_metadata(writer: Any, gguf: Any, source: FolderSource, content: Content, context: int) -> None:
-    writer.add_name(source.folder.name)
     writer.add_description(f"written by planish {__version__}")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(context)

@@ -57,7 +57,8 @@ class Batch(ctypes.Structure):
 
 
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-_SILENT = _Log(lambda level, text, data: None)
+_ERROR, _SAID = 4, list[str]()  # what llama.cpp says of what failed
+_LISTEN = _Log(lambda level, text, data: _SAID.append(text.decode(errors="replace")) if level == _ERROR else None)
 _HANDLE = ctypes.c_void_p
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_log_set": (None, [_Log, ctypes.c_void_p]),
@@ -108,7 +109,7 @@ def load_library() -> Any:
     defaults = library.llama_context_default_params()
     if any(defaults.data[at // 4] != default for at, default in FIELDS.values()):
         raise InputError(f"this xllamacpp has parameters in another order; use xllamacpp=={TESTED}")
-    library.llama_log_set(_SILENT, None)
+    library.llama_log_set(_LISTEN, None)
     library.llama_backend_init()
     return library
 
@@ -122,11 +123,12 @@ class LlamaCpp:
 
     def __init__(self, file: Path, context: int, threads: int = 1, cache: str = "f32"):
         self.library = load_library()
+        _SAID.clear()
         self.model = self.library.llama_model_load_from_file(
             str(file).encode(), self.library.llama_model_default_params()
         )
         if not self.model:
-            raise InputError(f"llama.cpp cannot load {file}")
+            raise InputError(f"llama.cpp cannot load {file}: {_SAID[0].strip() if _SAID else 'it does not say why'}")
         self.vocabulary = self.library.llama_model_get_vocab(self.model)
         parameters = self.library.llama_context_default_params()
         settings = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), context)

@@ -9,7 +9,7 @@ from typing import Any
 
 from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf
-from planish.folder.splits import SPLITS, name_split
+from planish.folder.splits import PHI3, PLAIN, SPLITS, name_split
 from planish.folder.tokenizer import copy_files, load_tokenizer
 from planish.rounding.ggml import load_gguf
 
@@ -17,15 +17,18 @@ from planish.rounding.ggml import load_gguf
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
-def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True) -> tuple[str, list[str]]:
-    """Add the tokenizer to a GGUF writer; returns what was written ("gpt2 (pre-tokenizer)", "llama" or "none"), and notes.
+def write_vocabulary(
+    writer: Any, folder: Path, config: Any, wanted: bool = True, name: str = ""
+) -> tuple[str, list[str]]:
+    """Add the tokenizer and the model's name to a GGUF writer; returns what was written ("gpt2 (pre-tokenizer)", "llama" or
+    "none"), and notes.
 
     Ids that the embedding has no row for are left out, as are merges that would make them.
     """
     if wanted and is_gguf(folder):
         with tempfile.TemporaryDirectory() as scratch:
             copy_files(folder, Path(scratch))
-            return write_vocabulary(writer, Path(scratch), config)
+            return write_vocabulary(writer, Path(scratch), config, name=name)
     file = folder / "tokenizer.json"
     if not wanted or not file.is_file():
         if wanted and (folder / "tokenizer.model").is_file():
@@ -33,6 +36,7 @@ def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True
                 f"{folder} has a tokenizer.model but no tokenizer.json; write one with "
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder), or pass --no-vocabulary"
             )
+        writer.add_name(name)
         writer.add_tokenizer_model("none")
         return "none", []
     tokenizer = load_tokenizer(folder)  # which refuses damaged files
@@ -44,6 +48,7 @@ def write_vocabulary(writer: Any, folder: Path, config: Any, wanted: bool = True
         )
     tokens, types, beyond = list_tokens(data, config.vocab_size)
     notes: list[str] = []
+    writer.add_name(fit_name(name, data, tokens))
     if model.get("byte_fallback"):
         notes += check_bytes(tokens, file)
         kind = "llama"
@@ -79,6 +84,14 @@ def count_vocabulary(folder: Path, config: Any) -> int:
         finally:
             writer.close()
         return path.stat().st_size
+
+
+def fit_name(name: str, data: dict[str, Any], tokens: list[str]) -> str:
+    """The name, made to say Phi-3 where the tokenizer is like Phi-3's and only there: llama.cpp goes by it (see `PHI3`)."""
+    alike = {"</s>", *PLAIN} <= {*tokens} and any(t.get("rstrip") for t in data.get("added_tokens", []))
+    if alike:
+        return name if PHI3.search(name) else f"phi-3 {name}"
+    return PHI3.sub("phi", name)
 
 
 def check_bytes(tokens: list[str], file: Path) -> list[str]:

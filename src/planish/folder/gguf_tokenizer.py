@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from planish.errors import InputError
 from planish.folder.gguf_file import GGUF
-from planish.folder.splits import ADDS_BOS, SPLITS, WHOLE_WORDS
+from planish.folder.splits import ADDS_BOS, PHI3, PLAIN, SPLITS, WHOLE_WORDS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 SPACE = "▁"
@@ -42,7 +42,7 @@ def load_gguf_tokenizer(file: GGUF) -> PreTrainedTokenizerFast | None:
         backend = (
             build_byte_level(file, ids) if kind == "gpt2" else build_sentencepiece(file, ids, types, special["unk"])
         )
-        add_tokens(backend, tokens, types, rstrip="phi-3" in str(meta.get("general.name", "")).lower())
+        add_tokens(backend, tokens, types, rstrip=bool(PHI3.search(str(meta.get("general.name")))))
         set_frame(backend, file, tokens, special, kind)
     except InputError:
         raise
@@ -138,10 +138,9 @@ def rank_merges(scores: dict[str, float], ids: dict[str, int]) -> list[tuple[str
 
 def add_tokens(backend: Tokenizer, tokens: list[str], types: list[int], rstrip: bool) -> None:
     """Tokens that are found in the text as a whole. `rstrip`: phi-3's control tokens take the white space behind them."""
-    plain = ("<unk>", "<s>", "<|endoftext|>")
     for text, kind in zip(tokens, types, strict=True):
         if kind in (CONTROL, UNKNOWN):
-            strip = rstrip and text not in plain
+            strip = rstrip and text not in PLAIN
             backend.add_special_tokens([AddedToken(text, special=True, normalized=False, rstrip=strip)])
         elif kind == USER_DEFINED:
             backend.add_tokens([AddedToken(text, special=False, normalized=False, rstrip=rstrip)])

@@ -7,6 +7,8 @@ written without what its regular expressions lack.
 
 from __future__ import annotations
 
+import re
+
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -37,6 +39,14 @@ _GROUPS: tuple[tuple[tuple[str, ...], str], ...] = (  # the first name is the on
 SPLITS: dict[str, tuple[str, ...]] = {name: regexes for regexes, names in _GROUPS for name in names.split()}
 WHOLE_WORDS = {"tekken", *_GROUPS[0][1].split()}  # a piece that is a token is not merged
 ADDS_BOS = WHOLE_WORDS  # … and the first token is BOS unless the file says otherwise
+
+
+PHI3 = re.compile("phi-?3", re.IGNORECASE)  # in a file's name: control tokens take the white space behind them, but
+PLAIN = (
+    "<unk>",
+    "<s>",
+    "<|endoftext|>",
+)  # not these, which llama.cpp does not load such a file without, nor without </s>
 
 
 def name_split(regexes: tuple[str, ...], whole_words: bool = False) -> str | None:
