@@ -195,7 +195,13 @@ class Bench:
         if code == 2:
             return {"refused": out or "see the log"}
         r = json.loads(out)
-        return {
+        notes = json.loads((self.folder(method, keep) / "planish.json").read_text(encoding="utf-8"))["notes"]
+        told = {
+            "predicted": notes.get("predicted_loss"),
+            "loss": r["loss"].get("nats"),
+            "loss_stderr": r["loss"].get("stderr"),
+        }
+        return {n: f"{v:.6g}" for n, v in told.items() if v is not None} | {
             "counted": f"{r['keep']:.5f}", "params": str(r["params_after"]), "bytes": str(r["bytes_after"]),
             "kv_bytes_per_token": str(r["kv_bytes_per_token_after"]), "format": r["format"],
             "cpu_seconds": f"{usage.ru_utime + usage.ru_stime:.1f}", "wall_seconds": f"{time.perf_counter() - start:.1f}",

@@ -157,6 +157,8 @@ def section(m: Found) -> list[str]:
         lines += [f"### Keep {keep:g}", "", *details(m, keep, letters), ""]
     lines += ["### Protocols", ""]
     lines += [f"- {letter}: {how}" for how, letter in letters.items()]
+    if told := [k for k in m.values if m.number(k, "compress loss") is not None]:
+        lines += ["", "### What `planish compress` says a result loses", "", *losses(m, told)]
     if asked := [k for k, p in m.protocols.items() if "exact" in p]:
         lines += ["", "### Answers that are right or wrong", "", *rights(m, asked)]
     if scored := [k for k in m.values if m.scores(k)]:
@@ -250,6 +252,24 @@ def list_letters(m: Found, key: Key, letters: dict[str, str]) -> str:
     mine = m.protocols[key]
     how = "; ".join(f"{p}: {mine[p]}" for p in PHASES if p in mine)
     return letters.setdefault(how, string.ascii_letters[len(letters) % 52])
+
+
+def losses(m: Found, told: Sequence[Key]) -> list[str]:
+    """Predicted, measured by compress itself, and measured on texts that it never saw."""
+    lines = [
+        "Nats per token. *Predicted*: the sum over all cuts, each by itself. *Said*: measured by the command on windows of the",
+        "calibration text that were not calibrated on, and its standard error.",
+        "",
+    ]
+    names = ["keep", "method", "predicted", "said", "C4, held out: D", "D / said", "WikiText-2: D", "D / said"]
+    lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for key in sorted(told, key=lambda k: (-k[1], list(NAMES).index(k[0]))):
+        sums, said, noise = (m.number(key, f"compress {n}") for n in ("predicted", "loss", "loss_stderr"))
+        cells = ["–" if sums is None else f"{sums:.3f}", f"{said:.3f}" + (f" ± {noise:.3f}" if noise else "")]
+        for d in (m.excess(key, "c4"), m.excess(key, "wikitext2")):
+            cells += ["–", "–"] if d is None or not said else [f"{d:.3f}", f"{d / said:.2f}"]
+        lines.append(f"| {key[1]:g} | {NAMES[key[0]]} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def rights(m: Found, asked: Sequence[Key]) -> list[str]:

@@ -108,6 +108,24 @@ def test_truncated_shard_is_named_by_eval_too(refuse, folder, tmp_path):
     refuse(model, shard.name, "truncated")
 
 
+def test_a_file_that_is_too_long_is_not_called_truncated(refuse, folder, tmp_path):
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    shard = sorted(model.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes() + b"0123456789")
+    refuse(model, shard.name, ": 10 more than its tensors have; download it again")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"hidden_act": "swilu"}, "transformers knows no 'swilu'"),
+        ({"rope_parameters": {"rope_type": "turn", "rope_theta": 1e4}}, "transformers knows no 'turn'"),
+    ],
+)
+def test_what_a_configuration_names_and_transformers_does_not_know(refuse, folder, tmp_path, wrong, words):
+    refuse(configure(Path(shutil.copytree(folder, tmp_path / "model")), **wrong), words)
+
+
 @pytest.mark.parametrize("how", ["aqlm", None])
 def test_quantised_models_are_refused(refuse, folder, tmp_path, how):
     model = configure(

@@ -232,6 +232,14 @@ def test_a_run_stopped_while_rounding_is_taken_up(model, tmp_path, monkeypatch):
             {"bits": 4, "head_bits": 4, "target": "vllm"},
             "--head-bits: embedding and head stay in 16 bits for --target vllm",
         ),
+        (
+            {"bits": 4, "head_bits": 7, "target": "gguf"},
+            "--head-bits 7 --target gguf: expected 16, 8, 6, 5, 4, 3, 2 or a type",
+        ),
+        (
+            {"bits": 4, "head_bits": 4.5, "target": "gguf"},
+            "--head-bits 4.5 --target gguf: expected 16, 8, 6, 5, 4, 3, 2 or a type",
+        ),
         ({"head_bits": 4}, "--head-bits says how embedding and head are rounded beside the blocks: give --bits too"),
         ({"bits": 4, "keep": None, "max_bytes": 10**6}, "--max-bytes cannot hold beside --bits"),
     ],

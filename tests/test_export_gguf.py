@@ -464,3 +464,16 @@ def test_why_llama_cpp_does_not_load_a_file(tmp_path):
     (tmp_path / "m.gguf").write_text("a text")
     with pytest.raises(InputError, match=r"llama.cpp cannot load .*m.gguf: .*invalid magic"):
         LlamaCpp(tmp_path / "m.gguf", 16)
+
+
+def test_a_disk_that_is_full_is_said_with_the_file(tmp_path, monkeypatch):
+    import gguf
+
+    def full(self) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    folder = compressed.make_folder(build("llama_gqa"), tmp_path / "m", [None])
+    with pytest.raises(InputError, match=r"cannot write .*m\.gguf: No space left"):
+        export_gguf(folder, tmp_path / "m.gguf")
+    assert not [*tmp_path.glob("*.gguf*")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -294,6 +296,33 @@ def test_where_types_cannot_compete_a_note_says_why(model, half, tmp_path):
     ]):  # fmt: skip
         done = compress(subject, tmp_path / str(n), max_bytes=half, target="hf", **options)
         assert not done.rounding and done.bytes_after <= half and words in done.warnings[0], words
+
+
+def test_what_a_size_was_and_took_is_told(model, half, tmp_path, run, monkeypatch):
+    """What was asked is the size, the seconds are those of all plans, and what rounding takes is no part of what is foretold."""
+    monkeypatch.setattr("planish.dry_run.windows.SMALL", 0.0)
+    np.save(tmp_path / "ids.npy", IDS.flatten().numpy())
+    text = [
+        "--calibration",
+        tmp_path / "ids.npy",
+        "--n-samples",
+        16,
+        "--seq-len",
+        24,
+        "--method",
+        "flat-llm",
+        "--no-ladder",
+    ]
+    size = half + reserve(open_source(model), 8)
+    began = time.perf_counter()
+    done = run("compress", model, "-o", tmp_path / "out", "--fit", size, "--context", 8, *text)
+    took = time.perf_counter() - began
+    assert done.exit_code == 0 and f"(asked fit {size:,})" in done.output
+    parts = [float(s) for s in re.findall(r"([\d.]+) s \(text", done.output)]
+    assert 0.7 * took < parts[0] < took
+    rounded = run("compress", model, "-o", tmp_path / "8", "--keep", 0.9, "--bits", 8, *text)
+    told = next(line for line in rounded.output.splitlines() if line.startswith("this takes about"))
+    assert told.endswith(" and what rounding takes") and "rounding" not in told.partition(")")[0]
 
 
 def test_fit_in_16_bits(model, half, tmp_path):

@@ -21,8 +21,8 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=IDS[:4]).logits
 
 
-def shorter() -> nn.Module:
-    model = tiny.build("llama_gqa")
+def shorter(family: str = "llama_gqa") -> nn.Module:
+    model = tiny.build(family)
     model.model.layers = model.model.layers[:2]
     return model
 
@@ -118,6 +118,7 @@ def other_family() -> nn.Module:
 
 WRONG = {
     "shorter": (shorter, "has 2 blocks, its configuration says 3: set model.config.num_hidden_layers = 2"),
+    "shorter with kinds": (lambda: shorter("qwen3"), "num_hidden_layers = 2 and leave as many in model.config.layer_types"),
     "longer": (longer, "has 4 blocks, its configuration says 3"),
     "offloaded": (offloaded, "meta device.*load it without offload, or give the folder"),
     "never loaded": (never_loaded, "meta device.*load it without offload, or give the folder"),

@@ -18,14 +18,17 @@ from planish import lanes
 from planish.calibrate.cache import tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import (
+    count_spare,
+    cut_window,
     eval_windows,
     fingerprint,
     interleave,
     list_priced,
     list_windows,
     load_tokens,
-    sample_windows,
+    sample_starts,
     share_out,
+    spare_windows,
 )
 from planish.compression import Calibration, Destination, Shared, pick_dtype
 from planish.compression import compress as run
@@ -122,6 +125,7 @@ def compress(
                 model, tokenizer, output=inside, sparsity=sparsity, cache=cache, progress=progress, begin=begin, **options,
             )  # fmt: skip
             return load(inside)
+    began = time.perf_counter()
     request, method = read_options(options, sparsity)
     source = open_source(model, tokenizer, request.adapter)
     lanes.start(request.device)
@@ -141,6 +145,9 @@ def compress(
     result.choices = [c.as_dict() for c in choices]
     beside = beside or climb_beside(replace(contest, request=request))
     result.ladder = beside.write(Path(output)) if beside else {}
+    if choices or beside:
+        total = time.perf_counter() - began
+        result.seconds |= {"sizes": total - result.seconds["total"], "total": total}
     return result
 
 
@@ -326,7 +333,8 @@ def read_calibration(
     source: Source, tokenizer: Any, asked: Text, ids: Any = None, cache: bool = False, chosen: Chosen | None = None
 ) -> Calibration:
     """Windows of a SOURCE, of several with weights, or of `ids` (a SOURCE in memory) for a model: tokens checked against its
-    vocabulary, lengths against its positions. `chosen`: other windows than the default ones, where none are asked for."""
+    vocabulary, lengths against its positions. `chosen`: other windows than the default ones, where none are asked for. And
+    spare ones, if the text holds any that share no token with these."""
     start = time.perf_counter()
     most, length, why = (*chosen.size, chosen.why) if chosen and chosen.why else (N_SAMPLES, asked.seq_len, "")
     seq_len, notes = fit_seq_len(source, length)
@@ -339,7 +347,7 @@ def read_calibration(
     counts: list[int | None] = [asked.n_samples]
     if len(parts) > 1:
         counts = [*share_out([*parts.values()], asked.n_samples or most)]
-    windows, record = list[Tensor](), dict[str, Any]()
+    windows, spare, record = list[Tensor](), list[Tensor](), dict[str, Any]()
     for name, count in zip(parts, counts, strict=True):
         text = read(name if ids is None or isinstance(ids, str | Path) else ids)
         how = asked.sampling or text.sampling
@@ -348,7 +356,10 @@ def read_calibration(
             count = min(most, max(min(held, len(list_windows(text.tokens, seq_len, how, text.begin))), 1))
             if count < most:
                 notes.append(f"n_samples {count}: the text holds no more {how} windows of {seq_len} tokens")
-        windows.append(sample_windows(text.tokens, count, seq_len, asked.seed, how, text.begin))
+        starts = sample_starts(text.tokens, count, seq_len, asked.seed, how, text.begin)
+        windows.append(torch.stack([cut_window(text.tokens, i, seq_len, text.begin) for i in starts]))
+        few = count_spare(count, seq_len, len(parts))
+        spare.append(spare_windows(text.tokens, starts, few, seq_len, text.begin))
         record = {"source": text.source, "sampling": how, "begins": text.policy}
     mixed = interleave(windows)
     if len(parts) > 1:
@@ -364,7 +375,7 @@ def read_calibration(
     record |= {"chosen": why} if why else {}
     if asked.objective == "answers":
         record["priced"] = round(float(list_priced(mixed).double().mean()), 4)
-    return Calibration(mixed, record, notes, time.perf_counter() - start)
+    return Calibration(mixed, record, notes, time.perf_counter() - start, torch.cat(spare))
 
 
 def fit_seq_len(source: Source, seq_len: int | None) -> tuple[int, list[str]]:

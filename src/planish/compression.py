@@ -43,18 +43,20 @@ from planish.plan.problem import Problem
 from planish.request import Request
 from planish.solvers.offload import offload
 from planish.walks.bits import read_asked
+from planish.walks.loss import measure_loss
 from planish.walks.quantise import Report, quantise
 from planish.walks.solve import solve
 
 
 @dataclass
 class Calibration:
-    """Token windows (n, seq) of a text, what the manifest records about them, and the seconds it took to read them."""
+    """Token windows (n, seq) of a text, what the manifest records of them, seconds of reading; `spare` ones to measure on."""
 
     windows: Tensor
     record: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    spare: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def compress(
             measured = lanes.share(read_table(source, length, device, kind, progress) if lanes.rank() == 0 else None)
         if not place.resume and isinstance(source, FolderSource):
             journal = write_journal(request, method, source, text, place) | {"measured": measured}
-            writer.keep_request(journal, windows)
+            writer.keep_request(journal, {"windows": windows, "spare": text.spare})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             stream, cache = open_stream(
@@ -130,9 +132,9 @@ def compress(
                     planned = decide(method, problem, measure, request, windows)
                 done = write(problem, measure, planned, writer, caught, rounds=asked is not None)
                 done.rounded = quantise(asked, measure, writer, windows, known) if asked else None
+                done.loss = measure_loss(measure, writer, text.spare)
         result = report(problem, planned, source, writer, done)
-        said = [*read_warnings(caught), *planned.remarks.values(), *note_origin(source), *done.notes]
-        result.warnings = sorted({*said, *writer.warned, *result.warnings})
+        result.warnings = sorted({*read_warnings(caught), *result.warnings})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
         write_manifest(writer, method, problem, planned, stream, result, done.details, text.record)
         for name, content in place.files.items():
@@ -235,10 +237,11 @@ def resume(output: str | Path, progress: Progress | None = None) -> Result:
             bits=journal.get("bits"), head_bits=journal.get("head_bits"),
         )  # fmt: skip
         place = Destination(output, journal["overwrite"], journal["files"], resume=True)
-        measured, record = journal["measured"], journal["calibration"]
+        measured, kept = journal["measured"], Shard(state / "windows.safetensors")
+        text = Calibration(kept.read("windows"), journal["calibration"])
+        text.spare = kept.read("spare") if "spare" in kept.entries else text.spare  # old runs have none
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {state / 'request.json'}: {error!r}; compress again with --overwrite") from None
-    text = Calibration(Shard(state / "windows.safetensors").read("windows"), record)
     return compress(request, method, source, text, place, shared=Shared(measured=measured), progress=progress)
 
 
@@ -255,9 +258,8 @@ class Written:
     outer: int = 0
     errors: dict[str, float] = field(default_factory=dict)
     rounded: Report | None = None
-    stays: list[str] = field(
-        default_factory=list
-    )  # what there is to say about tensors that are written as they are stored
+    loss: dict[str, Any] = field(default_factory=dict)  # see `planish.walks.loss.measure_loss`
+    stays: list[str] = field(default_factory=list)  # to say about tensors that are written as they are stored
 
     @property
     def details(self) -> dict[str, Any]:
@@ -342,12 +344,14 @@ def report(problem: Problem, planned: Planned, source: Source, writer: Writer, d
         context=problem.context,
         submodules={name: dict(gone) for name, gone in planned.removed.items()},
         rounding=done.rounded.summary() if done.rounded else {},
+        loss=done.loss,
         untouched=source.untouched.parts,
+        warnings=[*planned.remarks.values(), *note_origin(source), *done.notes, *writer.warned],
     )
     if problem.table is not None:
         result.latency_ms_before = problem.table.predict(dense, problem.shapes) * 1e3
         result.latency_ms_after = problem.table.predict(done.specs, done.shapes) * 1e3
-        result.warnings = note_slower(result.latency_ms_before, result.latency_ms_after)
+        result.warnings += note_slower(result.latency_ms_before, result.latency_ms_after)
     written: dict[str, float | None] = {
         "keep": result.keep,
         "max_params": result.params_after,

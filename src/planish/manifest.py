@@ -65,6 +65,9 @@ class Result:
     ladder: dict[str, Any] = field(
         default_factory=dict
     )  # plain rounding beside a size: `planish.sizes.ladder.Ladder`; empty without one
+    loss: dict[str, Any] = field(
+        default_factory=dict
+    )  # against the dense model on spare calibration text: `planish.walks.loss.measure_loss`; empty where there is none
 
     @property
     def removed(self) -> float:

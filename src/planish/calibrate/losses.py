@@ -24,24 +24,30 @@ Probe = Literal["sampled", "text", "curvature", "signs"]  # what is sent back: s
 
 def nll(stream: Stream, hidden: Hidden) -> float:
     """Mean NLL per predicted token of the calibration windows that is priced, from last-block outputs."""
+    sums, counts = window_losses(stream, hidden)
+    return float(sums.sum() / counts.sum())
+
+
+def window_losses(stream: Stream, hidden: Hidden) -> tuple[Tensor, Tensor]:
+    """(Summed NLL, number) of the predicted tokens of every calibration window that are priced, both (windows,) fp64."""
     losses = []
     for piece, h in zip(stream.pieces, hidden, strict=True):
-        target = list_labels(piece.ids)
-        loss, done = 0.0, 0
+        target, found, done = list_labels(piece.ids), list[Tensor](), 0
         for few in split_tokens(stream, h):
             logits = compute_logits(stream, few).flatten(0, 1)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             words = target[done : done + len(logits)].to(stream.device)
-            loss += nn.functional.cross_entropy(logits, words, ignore_index=NOTHING, reduction="sum").item()
+            found.append(nn.functional.cross_entropy(logits, words, ignore_index=NOTHING, reduction="none").cpu())
             done += len(logits)
-        losses.append((loss, int((target != NOTHING).sum())))
+        of_windows = [x.view(len(piece.ids), -1).double().sum(1) for x in (torch.cat(found), target != NOTHING)]
+        losses.append(torch.stack(of_windows))
     stream.release()
-    losses = in_order(stream, losses)
-    if not sum(n for _, n in losses):
+    sums, counts = torch.cat(in_order(stream, losses), 1)
+    if not counts.sum():
         raise InputError(
             "windows of one token, or without an answer, have no loss to compare by: use a larger --seq-len"
         )
-    return sum(loss for loss, _ in losses) / sum(n for _, n in losses)
+    return sums, counts
 
 
 def divergence(

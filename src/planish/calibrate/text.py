@@ -20,6 +20,7 @@ from planish.errors import InputError
 
 Bos = Literal["auto", "every", "once", "never"]
 Objective = Literal["text", "answers"]
+SPARE = 1 << 14  # tokens at most that a result is measured on
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, mod 1, are spread evenly, every k-th of them too
 
 
@@ -203,7 +204,20 @@ def sample_windows(
     sampling: Literal["contiguous", "random"] = "random",
     begin: int | None = None,
 ) -> Tensor:
-    """Cut ``n_samples`` windows (n_samples, seq_len) from ``tokens`` (n,); both int64.
+    """Cut ``n_samples`` windows (n_samples, seq_len) from ``tokens`` (n,); both int64. They start at `sample_starts`."""
+    starts = sample_starts(tokens, n_samples, seq_len, seed, sampling, begin)
+    return torch.stack([cut_window(tokens, i, seq_len, begin) for i in starts])
+
+
+def sample_starts(
+    tokens: Tensor,
+    n_samples: int,
+    seq_len: int,
+    seed: int = 0,
+    sampling: Literal["contiguous", "random"] = "random",
+    begin: int | None = None,
+) -> Sequence[int]:
+    """Where ``n_samples`` windows of ``tokens`` (n,) start.
 
     ``random``: distinct starts drawn by ``random.Random(seed)``, in the order drawn; windows may overlap.
     ``contiguous``: windows 0, 1, 2 … side by side from the start; ``seed`` is not used. ``begin``: see `cut_window`.
@@ -222,7 +236,22 @@ def sample_windows(
             f"not enough windows · {len(tokens)} tokens hold {available} {sampling} windows of {seq_len}{answers} · "
             f"got n_samples {n_samples} · use --n-samples {available}, a smaller --seq-len, or a longer source"
         )
-    return torch.stack([cut_window(tokens, i, seq_len, begin) for i in starts[:n_samples]])
+    return starts[:n_samples]
+
+
+def count_spare(n: int, seq_len: int, parts: int = 1) -> int:
+    """How many windows a result is measured on beside n of these `parts` of the text that it is calibrated on."""
+    return min(n // 4, SPARE // seq_len // parts)
+
+
+def spare_windows(tokens: Tensor, starts: Sequence[int], n: int, seq_len: int, begin: int | None = None) -> Tensor:
+    """At most n windows (n, seq_len) of ``tokens``, side by side and spread evenly, that share no token with those at `starts`."""
+    taken = torch.zeros(len(tokens), dtype=torch.bool)
+    for i in starts:
+        taken[i : i + seq_len] = True
+    free = [i for i in list_windows(tokens, seq_len, "contiguous", begin) if not bool(taken[i : i + seq_len].any())]
+    few = [free[(2 * k + 1) * len(free) // (2 * n)] for k in range(n)] if len(free) > n else free
+    return torch.stack([cut_window(tokens, i, seq_len, begin) for i in few]) if few else tokens.new_empty(0, seq_len)
 
 
 def cut_window(tokens: Tensor, start: int, seq_len: int, begin: int | None = None) -> Tensor:

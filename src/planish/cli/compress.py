@@ -72,6 +72,7 @@ def compress(
             *show_ladder(result.ladder),
             *show_auto(result, options),
             *show_rounding(result),
+            *show_loss(result.loss),
             *o.show_latency(result),
             f"{format_seconds(result.seconds['total'])} ({phases}) · peak memory {format_bytes(result.peak_rss_bytes)}",
             *find_stock(result),
@@ -177,6 +178,17 @@ def show_rounding(result: Any) -> list[str]:
     )
     lines.append(f"embedding and head: {kinds}, {share:.0%} of the bytes{more}")
     return [*lines, *([f"for llama.cpp: planish export {shown} --to gguf -o FILE"] if r["target"] == "gguf" else [])]
+
+
+def show_loss(loss: dict[str, Any]) -> list[str]:
+    """A line of what the result loses on text that nothing was fitted to."""
+    if not loss:
+        return []
+    noise = "" if loss["stderr"] is None else f" ± {loss['stderr']:.4f}"
+    return [
+        f"loss: {loss['nats']:.4f}{noise} nats per token more than the dense model, in {loss['windows']} windows of the "
+        "calibration text that were not calibrated on; text of another kind usually loses more"
+    ]
 
 
 def find_stock(result: Any) -> list[str]:

@@ -14,7 +14,7 @@ import typer
 from planish import request
 from planish.declare import find_default, read_extra
 from planish.errors import InputError
-from planish.request import FIELDS, LIMITS, Limits, label
+from planish.request import FIELDS, LIMITS, Limits, Request, label
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -123,6 +123,8 @@ def parse_settings(
 def tell_asked(options: Mapping[str, Any], sparsity: float | None) -> str:
     """The budgets of a command's options in words; wrong ones raise InputError."""
     limits = Limits.ask(**{n: options[n] for n in BUDGETS})
+    if options.get("fit") is not None:
+        return f"fit {Request.ask(model='', fit=options['fit']).fit:,}"
     return limits.tell() if sparsity is None else f"sparsity {sparsity:g}"
 
 

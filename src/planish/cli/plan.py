@@ -99,7 +99,7 @@ def tell_measuring(found: Any) -> list[str]:
     if found.measured:
         return []
     names = ", ".join(dict.fromkeys(u["unit"] for u in found.units))
-    planning = sum(p["seconds"] for p in found.phases[:-1])
+    planning = sum(p["seconds"] for p in found.phases if p["name"] not in ("blocks", "loss"))
     return [
         f"{found.method} chooses the ranks of {names} by what it measures on the calibration text: those shown (~), the cache, "
         f"FLOPs, memory and time are what to expect; `planish plan --measure` finds them, in about {format_seconds(planning)}"

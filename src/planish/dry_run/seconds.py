@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.calibrate.stream import BATCH
+from planish.calibrate.text import count_spare
 from planish.core import INSIDE, ExpertShape, Frontier, Plan, Shape, Solver, Unit, Weights, count_sums
 from planish.dry_run.passes import Run, count_passes
 from planish.folder.stored_linear import StoredLinear, is_apart
@@ -180,7 +181,10 @@ def estimate_phases(run: Run, costs: Costs, moved: int) -> list[Phase]:
     found = [phase for work in run.work for phase in list_phases(run, work, costs)]
     blocks = walk(run, costs)
     each = moved * costs.rates.file / max(len(blocks), 1)
-    return [*found, Phase("blocks", [s + each for s in blocks])]
+    found.append(Phase("blocks", [s + each for s in blocks]))
+    shapes, spare = run.problem.shapes, count_spare(run.windows, run.seq_len) * run.seq_len
+    once = spare * (sum(costs.run(s, run.seq_len) for s in shapes) + costs.predict(shapes[0]))
+    return [*found, Phase("loss", [once, once])] if spare else found  # of the dense model, of the result
 
 
 def list_phases(run: Run, work: Work, costs: Costs) -> list[Phase]:

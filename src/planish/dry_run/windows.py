@@ -16,6 +16,7 @@ from planish.folder.source import Source
 from planish.methods import find_method, list_methods
 from planish.methods.method import Method
 from planish.request import Request
+from planish.rounding.types import DENSE_NAMES
 
 BOUND = 1800.0  # seconds that a run on a CPU may take where nobody chose its windows
 SHORT = 512  # tokens: windows are shortened to this before there are fewer of them
@@ -121,7 +122,9 @@ def list_shorter(outlook: Outlook, size: Size, seconds: float) -> dict[str, floa
 def foretell(
     request: Request, method: Method, source: Source, size: Size, outlook: Outlook | None = None
 ) -> tuple[Sequence[Phase], dict[str, float]]:
-    """The walks of a run with what each takes, and what would halve a long one; nothing where it is small or cannot be told."""
+    """The walks of a run with what each takes, and what would halve a long one; nothing where it is small or cannot be told.
+
+    Rounding has no steps: what it takes is not known beforehand."""
     if is_small(source, size, SMALL):
         return [], {}
     try:
@@ -130,4 +133,5 @@ def foretell(
         return [], {}
     phases = outlook.phases(size)
     whole = sum(p.seconds for p in phases)
+    phases = [*phases, Phase("rounding", ())] if request.bits not in (None, *DENSE_NAMES) else phases
     return phases, list_shorter(outlook, size, whole) if whole > SMALL else {}

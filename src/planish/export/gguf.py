@@ -14,6 +14,8 @@ What the filling costs is in the report; a model that none of them computes exac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,7 @@ def export_gguf(
     partial.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(partial, content.graph, use_temp_file=True)
     tensors = Tensors(writer, gguf, dtype, StoredRows(source))
-    try:
+    with complete(writer, partial, target):
         write_metadata(writer, gguf, source, content, context)
         tokenizer, left_out = write_vocabulary(writer, source.folder, source.config, vocabulary, source.folder.name)
         for name, tensor in content.tensors(tensors.known):
@@ -93,12 +95,6 @@ def export_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
-        partial.replace(target)
-    except BaseException:
-        writer.close()
-        partial.unlink(missing_ok=True)
-        raise
     total, stored = tensors.total, source.count()
     notes = describe_cost(total - stored, content.back, content.graph) + content.notes + left_out
     notes += describe_limits(source, content.graph, context)
@@ -108,6 +104,22 @@ def export_gguf(
         notes.append(f"the language model alone: {parts} of {kind} are left out")
     written = ", ".join(k.name for k in tensors.kinds) or dtype
     return Written("gguf", str(target), content.graph, written, total, stored, target.stat().st_size, tokenizer, notes)
+
+
+@contextmanager
+def complete(writer: Any, partial: Path, target: Path) -> Iterator[None]:
+    """At the end the file is at its place; where anything fails, nothing of it is anywhere."""
+    try:
+        yield
+        writer.close()
+        partial.replace(target)
+    except BaseException as error:
+        with suppress(OSError):  # what is left to write has no place either
+            writer.close()
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {target}: {error.strerror or error}") from None
+        raise
 
 
 @dataclass

@@ -123,6 +123,8 @@ def check_model(model: nn.Module) -> None:
             )
     told, held = config.num_hidden_layers, len(find_blocks(find_language_model(model) if tower else model, family))
     if told != held:
+        kinds = " and leave as many in model.config.layer_types" if getattr(config, "layer_types", None) else ""
         raise InputError(
-            f"the model in memory has {held} blocks, its configuration says {told}: set model.config.num_hidden_layers = {held}"
+            f"the model in memory has {held} blocks, its configuration says {told}: set "
+            f"model.config.num_hidden_layers = {held}{kinds}"
         )

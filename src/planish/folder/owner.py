@@ -72,6 +72,8 @@ def take(place: Path, output: Path) -> IO[str] | None:
             place.parent.mkdir(parents=True, exist_ok=True)
             file = place.open("a+", encoding="utf-8")
         except OSError as error:
+            if inside := next((p for p in place.parents if p.exists() and not p.is_dir()), None):
+                raise InputError(f"cannot write {output}: {inside} is a file") from None
             raise InputError(f"cannot create {place}: {error.strerror or error}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

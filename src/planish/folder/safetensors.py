@@ -147,7 +147,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise ValueError(f"tensor {name} {word} {last}")
         end, last = entry.start + entry.size, name
     if end != total:
-        raise ValueError(f"{total:,} bytes, expected {end:,} (truncated?)")
+        raise ValueError(f"{total:,} bytes, expected {end:,}: {total - end:,} more than its tensors have")
     return entries
 
 

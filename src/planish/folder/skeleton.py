@@ -27,7 +27,14 @@ def build_stock(config: Any, family: Family) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config)
         return find_classes(family.model_type)[2](config)  # type: ignore[return-value]
     except Exception as error:  # sizes that do not fit together, or into memory
-        raise InputError(f"config.json is no valid {family.model_type}: {type(error).__name__}: {error}") from None
+        raise refuse(family.model_type, error) from None
+
+
+def refuse(kind: str, error: Exception) -> InputError:
+    """What transformers says of a configuration that it cannot build a model from, in one line."""
+    said = [*str(error).splitlines(), ""][0]
+    why = f"transformers knows no {said}" if isinstance(error, KeyError) else f"{type(error).__name__}: {said}"
+    return InputError(f"config.json is no valid {kind}: {why}")
 
 
 def find_whole(tower: Tower) -> type[PreTrainedModel]:
@@ -40,8 +47,7 @@ def build_whole(tower: Tower) -> PreTrainedModel:
     try:
         return find_whole(tower)(tower.config)
     except Exception as error:
-        kind = tower.wrapper.model_type
-        raise InputError(f"config.json is no valid {kind}: {type(error).__name__}: {error}") from None
+        raise refuse(tower.wrapper.model_type, error) from None
 
 
 def build_skeleton(config: Any, family: Family) -> PreTrainedModel:

@@ -125,10 +125,10 @@ class Writer:
         """Warnings of blocks that were finished before."""
         return {w for entry in self.finished.values() for w in entry["warnings"]}
 
-    def keep_request(self, request: dict[str, Any], windows: Tensor) -> None:
+    def keep_request(self, request: dict[str, Any], windows: Mapping[str, Tensor]) -> None:
         """Remember what was asked, so that an interrupted run can be taken up."""
         if self.active:
-            digest = write_shard(self.state / "windows.safetensors", {"windows": windows})
+            digest = write_shard(self.state / "windows.safetensors", windows)
             request = json.loads(json.dumps(request | {"windows": digest}, default=str))
             write_text(self.state / "request.json", json.dumps(seal(request), indent=2) + "\n")
 

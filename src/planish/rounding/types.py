@@ -173,8 +173,9 @@ class Choice:
         return VLLM["groups"][0] if self.target == "vllm" else LEAST
 
 
-def choose(asked: str | int, target: str) -> Choice | None:
-    """What `--bits` asks for, or None where it rounds nothing (16). Raises InputError where the target cannot hold it."""
+def choose(asked: str | int, target: str, option: str = "--bits") -> Choice | None:
+    """What `--bits` or another `option`, which has no means, asks for, or None where it rounds nothing (16). Raises InputError
+    where the target cannot hold it."""
     text = str(asked).strip()
     if text in DENSE_NAMES:
         return None
@@ -184,10 +185,10 @@ def choose(asked: str | int, target: str) -> Choice | None:
     if MEAN.match(text):
         known, whole = list_bits(target), float(text) == int(float(text)) and "." not in text
         below = [b for b in known if b <= float(text)]
-        if (whole and int(text) not in known) or not below or float(text) > DENSE:
+        mean = f", a mean like {known[-1]}.5" if option == "--bits" else ""
+        if (int(text) not in known if whole else not mean) or not below or float(text) > DENSE:
             raise InputError(
-                f"--bits {text} --target {target}: expected {DENSE}, {', '.join(map(str, known))}, a mean like "
-                f"{known[-1]}.5 or a type's name"
+                f"{option} {text} --target {target}: expected {DENSE}, {', '.join(map(str, known))}{mean} or a type's name"
             )
         return Choice(below[0], None, target, None if whole else float(text))
     found = find_type(text)

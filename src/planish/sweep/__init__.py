@@ -274,7 +274,7 @@ class Runner:
             stream = self.shared.stream
             asked = str(stream.dtype)[6:] if stream and self.asked.dtype else None
             request, place = trial.request.model_copy(update={"dtype": asked}), Destination(folder, overwrite=True)
-            text, cache = replace(self.text, seconds=0.0), self.cached or self.plain
+            text, cache = replace(self.text, seconds=0.0, spare=self.text.spare[:0]), self.cached or self.plain
             contest = Contest(request, trial.method, self.source, text, place, self.progress, cache)
             request, tried, _ = choose_size(contest)
             if tried:

@@ -53,7 +53,7 @@ def read_asked(request: Request, source: Source) -> Asked | None:
         return None
     if head is None:
         head = HEAD if target == "gguf" else None
-    kind = None if head is None else choose(head, target)
+    kind = None if head is None else choose(head, target, "--head-bits")
     if kind is not None and (why := refuse_head(target, source)):
         raise InputError(f"--head-bits: embedding and head stay in 16 bits{why}")
     asked = Asked(blocks, kind, find_experts(blocks, source))
