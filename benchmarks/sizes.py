@@ -7,9 +7,8 @@
 bits: all weights, the blocks' linears in 8, 4, 3, 2 bits. llama.cpp (`--target gguf`): the same types by its own quantiser with
 the mean squares of the inputs as importance matrix, without feedback and in the basis that is there. cuts: 16 bits, fewer weights.
 both: `--bits auto` at sizes between and below those of the types. plan (`--plans 3@0.7`, bits and keep): one of those that
-compete there, made from three quarters of the windows as they are then, for models of which a whole contest takes too long.
-Nats: mean KL(dense ‖ result) on text that nothing was calibrated on, its standard error, and the excess of the loss. The
-table is resumed: a row that the CSV has is not measured again.
+compete there, for models of which a whole contest takes too long. Nats: mean KL(dense ‖ result) on text that nothing was
+calibrated on, its standard error, and the excess of the loss. The table is resumed: a row that the CSV has is not measured again.
 """
 
 from __future__ import annotations
@@ -31,12 +30,8 @@ import torch
 from book import append_row
 
 import planish
-from planish.api import read_calibration, read_options
-from planish.compression import Destination
-from planish.errors import InputError, PlanishError
-from planish.folder.source import open_source
+from planish.errors import PlanishError
 from planish.rounding.round import round_matrix
-from planish.sizes.trials import Choice, Contest, Runner, open_runner
 
 sys.path.insert(0, str(Path(__file__).parent))
 from structural import ROOT, split_text
@@ -50,9 +45,9 @@ HEAD = """# Bytes against nats
 Written by `benchmarks/sizes.py` from sizes.csv. bits: all weights in so many bits (integers in groups of up to 64 with zero points,
 error feedback). cuts: 16 bits, so many of the blocks' weights. both: `--bits auto --max-bytes`, the plan that it chose. KL: of
 the next token's distribution from the dense model's, nats per token on text that nothing was calibrated on, with its standard
-error; excess: of the loss there. plan: one of those that compete under `--bits auto --max-bytes` (bits, keep), made from three
-quarters of the windows as they are then, and its KL on the rest, by which the least is chosen. Everything that is no linear of a
-block is in 16 bits.
+error; excess: of the loss there. plan: one of those that compete under `--bits auto --max-bytes`, bits and keep. 9 of 12: made
+from three quarters of the windows, as they are then, and the KL on the rest, by which the least is chosen. Everything that is no
+linear of a block is in 16 bits.
 For llama.cpp (gguf): its types, embedding and head in 8 bits; llama.cpp: its own quantiser with an importance matrix.
 """
 
@@ -92,12 +87,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         fit, held = split_text(None if args.held else args.text, Path(scratch))
         args.fit, args.held = (str(args.text or "builtin"), str(args.held)) if args.held else (fit, held)
-        (measure_plans if args.plans else measure_all)(args, book)
+        measure_all(args, book)
     args.table.write_text(tabulate(read(book)))
 
 
 def measure_all(args: argparse.Namespace, book: Path) -> None:
     curves, sizes = args.curves.split(","), {}
+    for plan in filter(None, args.plans.split(",")):
+        bits, _, keep = plan.partition("@")
+        measure(args, book, "plan", plan, keep=float(keep), bits=bits)
+    if args.plans:
+        return
     for bits in args.bits.split(","):
         sizes[bits] = int(measure(args, book, "bits", bits, keep=1, bits=bits)["bytes"])
         if args.target == "gguf":
@@ -111,29 +111,13 @@ def measure_all(args: argparse.Namespace, book: Path) -> None:
         measure(args, book, "both", str(size), max_bytes=size, bits="auto")
 
 
-def measure_plans(args: argparse.Namespace, book: Path) -> None:
-    named = {"calibration": args.fit, "n_samples": args.n_samples, "seq_len": args.seq_len, "target": args.target}
-    request, method = read_options({"method": args.method, "max_bytes": 1, "bits": "auto", **named})
-    source = open_source(args.model)
-    text = read_calibration(source, None, request.calibration, args.fit, args.cache)
-    with ExitStack() as stack:
-        place = Destination(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "out")
-        runner = stack.enter_context(open_runner(Contest(request, method, source, text, place, cache=args.cache)))
-        for plan in args.plans.split(","):
-            whole = plan.endswith("@1")
-            measure(args, book, "bits" if whole else "plan", plan.removesuffix("@1"), runner)
-
-
 def read(book: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(book.open())) if book.exists() else []
 
 
-def measure(
-    args: argparse.Namespace, book: Path, curve: str, asked: str, runner: Runner | None = None, **options: Any
-) -> dict[str, Any]:
-    """One row: from the CSV, or made (by the `runner` of plans, if there is one), measured and added to it."""
-    windows = f"{len(runner.text.windows)} of {args.n_samples}" if runner else str(args.n_samples)
-    protocol = f"{windows} × {args.seq_len} tokens; {args.windows} windows"
+def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **options: Any) -> dict[str, Any]:
+    """One row: from the CSV, or made, measured and added to it."""
+    protocol = f"{args.n_samples} × {args.seq_len} tokens; {args.windows} windows"
     protocol += "; gguf" if args.target == "gguf" else ""
     key = {"model": args.name, "method": args.method, "curve": curve, "asked": asked, "protocol": protocol}
     for row in read(book):
@@ -146,23 +130,15 @@ def measure(
             stack.enter_context(patch("planish.rounding.blocks.balance", lambda *a: []))
             stack.enter_context(patch("planish.walks.quantise.round_matrix", partial(round_matrix, feedback=False)))
         try:
-            if runner:
-                bits, _, keep = asked.partition("@")
-                choice, out = Choice(bits, float(keep or 1)), runner.folder
-                runner.make(choice, math.inf)
-                if choice.error:
-                    raise InputError(choice.error)
-                size, plan = choice.bytes, f"{choice.kl:.4f} ± {choice.stderr:.4f} on the windows held out"
-            else:
-                done = planish.compress(
-                    args.model, output=out, method=args.method, calibration=args.fit, n_samples=args.n_samples,
-                    seq_len=args.seq_len, cache=args.cache, ladder=False, target=args.target, **options,
-                )  # fmt: skip
-                size = done.bytes_after
-                plan = "".join(f"{c['bits']} bits, keep {c['keep']:g}" for c in done.choices if c["chosen"])
+            done = planish.compress(
+                args.model, output=out, method=args.method, calibration=args.fit, n_samples=args.n_samples,
+                seq_len=args.seq_len, cache=args.cache, ladder=False, target=args.target, **options,
+            )  # fmt: skip
             found = planish.compare(out, args.model, text=args.held, seq_len=args.seq_len, max_windows=args.windows)
             excess = found.model.nll - found.dense.nll
-            row |= {"bytes": size, "kl": f"{found.agreement.kl:.5f}",
+            chosen = [c for c in done.choices if c["chosen"]]
+            plan = "".join(f"{c['bits']} bits, keep {c['keep']:g}" for c in chosen)
+            row |= {"bytes": done.bytes_after, "kl": f"{found.agreement.kl:.5f}",
                     "stderr": f"{found.agreement.kl_stderr:.5f}", "excess": f"{excess:.5f}", "plan": plan}  # fmt: skip
         except PlanishError as error:
             row["plan"] = f"refused: {error}"
@@ -208,7 +184,7 @@ def tell(rows: list[dict[str, str]]) -> str:
     if worst > -math.inf:
         return f"Both together is {where}; at most {worst:.4f} nats above."
     made = any(r["curve"] == "both" for r in done)
-    return "Of these sizes no other curve has a model." if made else "Not measured: both, a contest of such plans."
+    return "Of these sizes no other curve has a model." if made else "Not measured: both."
 
 
 if __name__ == "__main__":
