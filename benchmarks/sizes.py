@@ -6,7 +6,8 @@
 
 bits: all weights, the blocks' linears in 8, 4, 3, 2 bits. llama.cpp (`--target gguf`): the same types by its own quantiser with
 the mean squares of the inputs as importance matrix, without feedback and in the basis that is there. cuts: 16 bits, fewer weights.
-both: `--bits auto` at sizes between and below those of the types. Nats: mean KL(dense ‖ result) on text that nothing was
+both: `--bits auto` at sizes between and below those of the types. plan (`--plans 3@0.7`, bits and keep): one of those that
+compete there, for models of which a whole contest takes too long. Nats: mean KL(dense ‖ result) on text that nothing was
 calibrated on, its standard error, and the excess of the loss. The table is resumed: a row that the CSV has is not measured again.
 """
 
@@ -44,7 +45,9 @@ HEAD = """# Bytes against nats
 Written by `benchmarks/sizes.py` from sizes.csv. bits: all weights in so many bits (integers in groups of up to 64 with zero points,
 error feedback). cuts: 16 bits, so many of the blocks' weights. both: `--bits auto --max-bytes`, the plan that it chose. KL: of
 the next token's distribution from the dense model's, nats per token on text that nothing was calibrated on, with its standard
-error; excess: of the loss there. Everything that is no linear of a block is in 16 bits.
+error; excess: of the loss there. plan: one of those that compete under `--bits auto --max-bytes`, bits and keep. 9 of 12: made
+from three quarters of the windows, as they are then, and the KL on the rest, by which the least is chosen. Everything that is no
+linear of a block is in 16 bits.
 For llama.cpp (gguf): its types, embedding and head in 8 bits; llama.cpp: its own quantiser with an importance matrix.
 """
 
@@ -67,6 +70,7 @@ def main() -> None:
         "--shares", default="0.85,0.7,0.6", help="sizes of both, beside the types' own: shares of the smallest"
     )
     parser.add_argument("--sizes", help="bytes of both, instead of these")
+    parser.add_argument("--plans", default="", help="these alone, like 3@0.7,2.7@1: bits and keep")
     parser.add_argument(
         "--cache", action="store_true", help="keep statistics and plain types for the next row ($PLANISH_CACHE)"
     )
@@ -89,6 +93,11 @@ def main() -> None:
 
 def measure_all(args: argparse.Namespace, book: Path) -> None:
     curves, sizes = args.curves.split(","), {}
+    for plan in filter(None, args.plans.split(",")):
+        bits, _, keep = plan.partition("@")
+        measure(args, book, "plan", plan, keep=float(keep), bits=bits)
+    if args.plans:
+        return
     for bits in args.bits.split(","):
         sizes[bits] = int(measure(args, book, "bits", bits, keep=1, bits=bits)["bytes"])
         if args.target == "gguf":
@@ -147,10 +156,10 @@ def tabulate(rows: list[dict[str, str]]) -> str:
         lines += [f"## {model}, cuts by {method} ({protocol})\n", "| bytes | curve | asked | KL | ± | excess | plan |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for r in sorted(own, key=lambda r: -int(r["bytes"] or 0)):
-            if not r["bytes"]:
-                lines.append(f"| – | {r['curve']} | {int(r['asked']):,} | | | | {r['plan']} |")
-                continue
             asked = f"{int(r['asked']):,}" if r["curve"] == "both" else r["asked"]
+            if not r["bytes"]:
+                lines.append(f"| – | {r['curve']} | {asked} | | | | {r['plan']} |")
+                continue
             lines.append(
                 f"| {int(r['bytes']):,} | {r['curve']} | {asked} | {float(r['kl']):.4f} | {float(r['stderr']):.4f} | "
                 f"{float(r['excess']):.4f} | {r['plan']} |"
