@@ -72,8 +72,14 @@ def test_calibration_begins_every_window_and_says_so(model, text, tmp_path, bos,
     from planish import api
 
     seen = []
-    real = api.sample_windows
-    monkeypatch.setattr(api, "sample_windows", lambda *args: seen.append(real(*args)) or seen[-1])
+    real = api.read_calibration
+
+    def read(*args, **more):
+        found = real(*args, **more)
+        seen.append(found.windows)
+        return found
+
+    monkeypatch.setattr(api, "read_calibration", read)
     options = {"keep": 0.8, "method": "svd-llm", "calibration": text, "n_samples": 8, "seq_len": 64, "bos": bos}
     planish.compress(model, output=tmp_path / "out", **options)
     record = json.loads((tmp_path / "out" / "planish.json").read_text())["calibration"]
