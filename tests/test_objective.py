@@ -17,7 +17,7 @@ from planish.calibrate.documents import Asked
 from planish.calibrate.encode import encode, encode_rendered, find_tokens, render
 from planish.calibrate.measure import sweep_back
 from planish.calibrate.stream import Stream
-from planish.calibrate.text import list_priced, load_tokens, mark, sample_windows, shuffle_windows, unmark
+from planish.calibrate.text import list_priced, load_tokens, mark, shuffle_windows, unmark
 from planish.errors import InputError
 from planish.evaluate import agreement
 from planish.folder.source import MemorySource, open_source
@@ -139,7 +139,7 @@ def test_windows_carry_the_mask_of_their_tokens(begin, sampling):
     tokens = torch.arange(1000, 1300)
     tokens[torch.tensor([0, 40, 130])] = 7
     answers = (torch.arange(300) % 60 >= 45) & (torch.arange(300) > 100)
-    found = sample_windows(mark(tokens, answers), 4, 20, 3, sampling, begin)
+    found = tiny.sample_windows(mark(tokens, answers), 4, 20, 3, sampling, begin)
     assert bool(list_priced(found[:, :-1]).any(1).all())  # none without an answer
     for window in found:
         plain = unmark(window)
@@ -151,7 +151,7 @@ def test_windows_carry_the_mask_of_their_tokens(begin, sampling):
         assert list_priced(window).tolist() == [bool(answers[(p + 1) % 300]) for p in places]
     every = mark(tokens, torch.ones(300, dtype=torch.bool))
     assert torch.equal(
-        sample_windows(every, 6, 20, 3, sampling, begin), sample_windows(tokens, 6, 20, 3, sampling, begin)
+        tiny.sample_windows(every, 6, 20, 3, sampling, begin), tiny.sample_windows(tokens, 6, 20, 3, sampling, begin)
     )
 
 

@@ -133,7 +133,7 @@ def test_a_journals_request(place):
     state = place / "out.partial" / "resume"
     state.mkdir(parents=True)
     ids = planish.calibrate.text.load_tokens(place / "ids.npy").tokens
-    windows = planish.calibrate.text.sample_windows(ids, 12, 16, 3, "random")
+    windows = tiny.sample_windows(ids, 12, 16, 3, "random")
     save_file({"windows": windows.contiguous()}, state / "windows.safetensors", metadata={"format": "pt"})
     digest = hashlib.sha256((state / "windows.safetensors").read_bytes()).hexdigest()
     request = json.loads(REQUEST) | {"model": str(place / "model"), "windows": digest}

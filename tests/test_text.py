@@ -21,12 +21,12 @@ from planish.calibrate.text import (
     fingerprint,
     interleave,
     load_tokens,
-    sample_windows,
     share_out,
     shuffle_windows,
 )
 from planish.errors import InputError
 from planish.mixture import join_mixture, split_mixture
+from tiny import sample_windows
 
 
 @pytest.fixture(scope="module")

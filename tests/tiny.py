@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
 import planish.folder.load
+from planish.calibrate.text import cut_windows, sample_starts
 from planish.folder.writer import Writer
 from planish.modelling.families import FAMILIES
 
@@ -443,3 +444,8 @@ def compress(model, *, output, windows, method="flat-llm", settings=None, **more
     request = Request.ask(model="", settings=settings or {}, **({"device": "cpu"} | more))
     chosen = find_method(method, settings or {})
     return run(request, chosen, open_source(model), text, place, shared=shared, progress=progress)
+
+
+def sample_windows(tokens, n, seq_len, seed=0, sampling="random", begin=None):
+    """Calibration windows (n, seq_len) of `tokens`."""
+    return cut_windows(tokens, sample_starts(tokens, n, seq_len, seed, sampling, begin), seq_len, begin)

@@ -19,7 +19,7 @@ from planish.calibrate.cache import tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import (
     count_spare,
-    cut_window,
+    cut_windows,
     eval_windows,
     fingerprint,
     interleave,
@@ -357,7 +357,7 @@ def read_calibration(
             if count < most:
                 notes.append(f"n_samples {count}: the text holds no more {how} windows of {seq_len} tokens")
         starts = sample_starts(text.tokens, count, seq_len, asked.seed, how, text.begin)
-        windows.append(torch.stack([cut_window(text.tokens, i, seq_len, text.begin) for i in starts]))
+        windows.append(cut_windows(text.tokens, starts, seq_len, text.begin))
         few = count_spare(count, seq_len, len(parts))
         spare.append(spare_windows(text.tokens, starts, few, seq_len, text.begin))
         record = {"source": text.source, "sampling": how, "begins": text.policy}

@@ -196,19 +196,6 @@ def read_ids(source: Any, objective: Objective = "text") -> np.ndarray | None:
     return read_npy(path) if path.suffix == ".npy" else None
 
 
-def sample_windows(
-    tokens: Tensor,
-    n_samples: int,
-    seq_len: int,
-    seed: int = 0,
-    sampling: Literal["contiguous", "random"] = "random",
-    begin: int | None = None,
-) -> Tensor:
-    """Cut ``n_samples`` windows (n_samples, seq_len) from ``tokens`` (n,); both int64. They start at `sample_starts`."""
-    starts = sample_starts(tokens, n_samples, seq_len, seed, sampling, begin)
-    return torch.stack([cut_window(tokens, i, seq_len, begin) for i in starts])
-
-
 def sample_starts(
     tokens: Tensor,
     n_samples: int,
@@ -251,7 +238,13 @@ def spare_windows(tokens: Tensor, starts: Sequence[int], n: int, seq_len: int, b
         taken[i : i + seq_len] = True
     free = [i for i in list_windows(tokens, seq_len, "contiguous", begin) if not bool(taken[i : i + seq_len].any())]
     few = [free[(2 * k + 1) * len(free) // (2 * n)] for k in range(n)] if len(free) > n else free
-    return torch.stack([cut_window(tokens, i, seq_len, begin) for i in few]) if few else tokens.new_empty(0, seq_len)
+    return cut_windows(tokens, few, seq_len, begin)
+
+
+def cut_windows(tokens: Tensor, starts: Sequence[int], seq_len: int, begin: int | None = None) -> Tensor:
+    """The windows (n, seq_len) of ``tokens`` at `starts`, see `cut_window`."""
+    found = [cut_window(tokens, i, seq_len, begin) for i in starts]
+    return torch.stack(found) if found else tokens.new_empty(0, seq_len)
 
 
 def cut_window(tokens: Tensor, start: int, seq_len: int, begin: int | None = None) -> Tensor:

@@ -23,11 +23,10 @@ from planish.methods.method import Method
 from planish.plan.footprint import count_headers, footprint
 from planish.request import LIMITS, Request, label
 from planish.rounding.types import DENSE_NAMES, choose
-from planish.sizes.trials import Choice, settle
+from planish.sizes.trials import STEPS, Choice, settle, trim
 from planish.walks.bits import HEAD, find_heads, list_rounded, read_asked, refuse_head
 
 LEAST = 0.35  # share of the blocks' weights below which no cut is tried
-SHARE = 1e-4  # by which shares are rounded
 NEAR = 0.002  # of the smallest share that a method can cut to
 CLOSE = 1.15  # times the weights: of types between two whose plans keep no more apart none is tried
 FINER = 2  # so many types finer than the one that holds all weights are tried with cuts
@@ -105,7 +104,7 @@ def find_floor(request: Request, method: Method, source: Source, windows: tuple[
         while high - low > NEAR:
             middle = (low + high) / 2
             low, high = (low, middle) if reaches(bits, middle) else (middle, high)
-        return ceil(high / SHARE) * SHARE
+        return ceil(high * STEPS) / STEPS
 
     return floor
 
@@ -132,21 +131,21 @@ def list_choices(request: Request, source: Source, size: int, floor: Floor = lam
     """The finest types that hold all weights, and cuts of finer ones, finest first."""
     found: list[Choice] = []
     smallest: list[float] = []
-    spare = count_spare(source)
+    slack = count_slack(source)
     for bits in LADDERS.get(request.target, LADDER):
         try:
             outside, blocks = predict(request, source, bits)
         except InputError:  # no type of these bits holds the model's widths
             continue
-        smallest.append(outside + min(1.0, floor(bits) + SHARE) * blocks)
+        smallest.append(outside + min(1.0, floor(bits) + 1 / STEPS) * blocks)
         if outside + blocks <= size:
             finer = list(dict.fromkeys(c.bits for c in found))[-FINER:]
             found = [c for c in found if c.bits in finer] + [Choice(bits, 1.0)]
             break
-        if outside + blocks <= size + spare:
+        if outside + blocks <= size + slack:
             found.append(Choice(bits, 1.0))
         if (keep := (size - outside) / blocks) >= LEAST:
-            found.append(Choice(bits, int(keep * 1e4) / 1e4))
+            found.append(Choice(bits, trim(keep)))
     if not smallest:
         raise InputError(
             f"--target {request.target} --head-bits {request.head_bits}: no type holds this model's widths"
@@ -157,7 +156,7 @@ def list_choices(request: Request, source: Source, size: int, floor: Floor = lam
     raise TooSmallError(request, size, min(smallest))
 
 
-def count_spare(source: Source) -> int:
+def count_slack(source: Source) -> int:
     """Bytes that `predict` may say too much, at most: those of all headers' entries."""
     matrices = sum(len(list_rounded(source.shape(i))) for i in range(source.n_blocks))
     return (PARTS + 1) * matrices * (ENTRY + max(map(len, source.sizes())))
@@ -214,7 +213,7 @@ def vary_head(best: Choice, request: Request, source: Source, size: int, floor: 
     for head in (h for h in heads if h != best.head):
         outside, blocks = predict(request.model_copy(update={"head_bits": head}), source, best.bits)
         if best.keep < 1 and (keep := min(1.0, (size - outside) / blocks)) >= floor(best.bits):
-            found.append(Choice(best.bits, int(keep * 1e4) / 1e4, head=head))
+            found.append(Choice(best.bits, trim(keep), head=head))
         elif best.keep == 1 and source.shape(source.n_blocks - 1).experts and request.target != "gguf":
             found.append(Choice(best.bits, 1.0, head=head))
         elif best.keep == 1 and outside < size:
@@ -239,7 +238,7 @@ def mix(found: list[Choice], request: Request, source: Source, size: int) -> lis
     weights = count_rounded(source)
     keeps = [1.0] if last.keep == 1 and last.bits != "8" else []
     if len(found) > 1 and found[-2].bits not in ("16", last.bits):
-        keeps.append(int(1e4 * (found[-2].keep + last.keep) / 2) / 1e4)
+        keeps.append(trim((found[-2].keep + last.keep) / 2))
     means = {keep: int(8e3 * (size - outside) / weights / keep) / 1e3 for keep in keeps}
     least = 8 * blocks / weights  # of the coarsest types
     return found + [Choice(f"{m:.3f}", k) for k, m in means.items() if m > (1.01 if k == 1 else 1) * least]

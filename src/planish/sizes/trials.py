@@ -33,6 +33,7 @@ from planish.request import Request
 
 HELD = 4  # every fourth window is held out
 AGAIN = 4  # times that a cut which came out too large is made smaller
+STEPS = 10_000  # that a share of the weights is counted in
 STEP = 0.005  # share of its weights, or of their bits, that then goes at least
 
 
@@ -72,10 +73,15 @@ class Choice:
         if left > 0 and "." in self.bits:
             self.bits = f"{left * float(self.bits):.3f}"
         elif left > 0 and self.keep < 1:
-            self.keep = int(1e4 * left * self.keep) / 1e4
+            self.keep = trim(left * self.keep)
         else:
             return False
         return True
+
+
+def trim(keep: float) -> float:
+    """A share of weights in `STEPS`, rounded down."""
+    return int(keep * STEPS) / STEPS
 
 
 def settle(request: Request, choice: Choice) -> Request:
