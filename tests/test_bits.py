@@ -20,7 +20,7 @@ from planish.export.verify import verify
 from planish.folder.gguf_file import GGUF
 from planish.folder.source import open_folder
 from planish.rounding import blocks
-from planish.rounding.round import Metric, round_matrix
+from planish.rounding.round import DAMPING, Metric, round_matrix
 from planish.rounding.types import TYPES, find_type
 from planish.stats import Tap
 from planish.walks.quantise import Quantiser
@@ -110,23 +110,39 @@ def test_every_linear_is_recorded(model, tmp_path):
     assert manifest["result"]["params_after"] == manifest["result"]["params_before"]
 
 
+def see_queries(model) -> torch.Tensor:
+    """What the second block's queries read (tokens, in)."""
+    seen = []
+    handle = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(IDS)
+    handle.remove()
+    return seen[0].flatten(0, 1).double()
+
+
+@torch.no_grad()
 def test_blocks_are_rounded_for_the_rounded_prefix(model, tmp_path, monkeypatch):
-    """The second block's queries, in the basis that they have, rounded again for the inputs that the written model gives them."""
+    """The second block's queries, in the basis that they have, fitted and rounded again for the inputs that the written model gives
+    them; fitted to what they make of those of the model as it was, a quarter of the way."""
     monkeypatch.setattr(blocks, "balance", lambda *a: [])
     compress(model, tmp_path / "out", bits=3)
-    loaded = planish.load(tmp_path / "out").float()
-    seen = []
-    handle = loaded.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    loaded(IDS)
-    handle.remove()
-    x = seen[0].flatten(0, 1).double()
+    loaded, before = planish.load(tmp_path / "out").float(), planish.load(model, dtype=torch.float32)
+    x, wanted = see_queries(loaded), see_queries(before)
     gradients, _ = measure_gradients(Stream(open_folder(model), IDS))
     assert torch.equal(loaded.model.norm.weight, build("llama_gqa", **WIDE).model.norm.weight.half().float())
     name = "model.layers.1.self_attn.q_proj"
-    metric = Metric(x.T @ x / len(x), gradients[1]["self_attn.q_proj"])
-    want = round_matrix(read_linears(model)[name], find_type("int3-64-asym"), metric, dtype=torch.float16)
+    gram, w = x.T @ x / len(x), read_linears(model)[name].double()
+    level = (DAMPING * float(gram.diagonal().mean())) ** 0.5 * torch.eye(len(gram), dtype=torch.float64)
+    rows = torch.cat([x / len(x) ** 0.5, level])  # least squares with the ridge as rows of its own, towards w
+    aims = torch.cat([(0.75 * x + 0.25 * wanted) / len(x) ** 0.5, level]) @ w.T
+    fitted = torch.linalg.lstsq(rows, aims).solution.T
+    want = round_matrix(
+        fitted.float(), find_type("int3-64-asym"), Metric(gram, gradients[1]["self_attn.q_proj"]), dtype=torch.float16
+    )
     got = read_linears(tmp_path / "out")[name]
-    assert float((got != want.value).float().mean()) < 0.01  # sums of other order may tip a code
+    assert (
+        float((got != want.value).float().mean()) < 0.05
+    )  # numbers of other order tip codes; unfitted 82 % are others
+    assert float((fitted - w).norm() / w.norm()) > 0.01
     record = json.loads((tmp_path / "out/planish.json").read_text())["rounding"][name]
     assert record["nats"] == pytest.approx(want.nats, rel=0.02) and record["how"] == want.how
 

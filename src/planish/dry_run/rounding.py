@@ -5,14 +5,16 @@ the feed-forward, an expert), o × n its largest matrix; R numbers of the second
 attention averages), r those of a group; G numbers of the gradients' moments: out² up to 2048 outputs, of more and of experts
 out. D bytes of a rounded weight: in the dtype in which it is read, and one of its code.
 
-RAM = libraries + tables of tensors + what is stored of all blocks, at most 64 MiB + hidden states 2 T d c + the largest of
+RAM = libraries + tables of tensors + what is stored of all blocks, at most 64 MiB + hidden states h T d c + the largest of
 gradients  P_b c + t (7 m + 13 d) c + 16 G
-moments    W (s + c) + 8 (R + G) + t (3 m + 3 d + all distinct inputs) c
+moments    W (s + c) + 8 (a R + G) + t (3 m + 3 d + a times all distinct inputs) c
 rounding   W c + 8 (R + G) + W D + the largest group's w (c + D) + 8 r + work
            (R's part of experts goes as their W D comes: the larger of both)
 work       the larger of `WEIGHT` o n and `MOMENT` n² + `LATER` o n; of small matrices `SMALL` o n + `MOMENT` n²
 outside    P_o s + `OUTER` P_m where the head is rounded
 spill      what of P_o s, 8 G of all blocks and min(T, 4096) d c for every block exceeds 64 MiB
+
+Below 8 bits h is 3 and a, experts left out, is 2: what blocks would give unrounded runs beside. Else they are 2 and 1.
 
 Weights count as what the plan leaves, moments as if nothing were cut. On an accelerator computing copies, batches and moments while
 they are summed lie there.
@@ -28,6 +30,7 @@ from planish.core import Shape
 from planish.dry_run.memory import LIBRARIES, TENSOR, Peaks, count_peaks
 from planish.dry_run.passes import Run
 from planish.folder.stored_linear import count_held
+from planish.rounding.blocks import FINE
 from planish.walks.bits import EXPERT, SHARED, Asked, list_rounded
 from planish.walks.quantise import SAMPLE
 
@@ -110,6 +113,8 @@ def count_rounding(asked: Asked, run: Run, keep: float) -> Peaks:
         for expert in (False, True) for g in count_moments(shape, expert).values()
     )  # fmt: skip
     batch, d, width = min(run.tokens, BATCH) * c, shape.hidden, dense.width
+    anchored = asked.blocks.bits < FINE
+    beside = moments + batch * width if anchored else 0
     if shape.experts:
         width += experts.width * shape.experts.top // shape.experts.number
     outer = sum(n for n, _ in source.sizes().values()) - sum(x.count() for x in run.problem.shapes)
@@ -117,16 +122,16 @@ def count_rounding(asked: Asked, run: Run, keep: float) -> Peaks:
     kept, spill = count_stored(run, blocks + outer * s)
     steps = [
         int(keep * count_held(shape)) * c + batch * (7 * shape.inner + 13 * d) + 2 * gradients,
-        weights * (s + c) + moments + theirs + gradients + batch * (3 * shape.inner + 3 * d + width),
+        weights * (s + c) + moments + theirs + gradients + beside + batch * (3 * shape.inner + 3 * d + width),
         weights * c + moments + gradients + drafts + max(theirs, late) + choosing,
     ]
     outside = outer * s + (OUTER * source.count_head() if asked.head else 0)
     always = LIBRARIES + TENSOR * len(source.sizes()) + kept
-    hidden = 2 * run.tokens * d * c
+    hidden = (3 if anchored else 2) * run.tokens * d * c
     here = min(hidden, stream.limits.limit)
     if stream.device.type == "cpu":
         return Peaks(always + max(outside, here + max(steps)), 0, 0, spill + hidden - here)
-    vram = max(steps[0], weights * c + moments + theirs + batch * (3 * shape.inner + 3 * d + width))
+    vram = max(steps[0], weights * c + moments + theirs + beside + batch * (3 * shape.inner + 3 * d + width))
     return Peaks(always + max(outside, here + steps[2]), vram, 0, spill + hidden - here)
 
 

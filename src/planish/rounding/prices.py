@@ -21,12 +21,12 @@ from planish.rounding.round import (
     feed_blocks,
     feed_falling,
     feed_groups,
+    lies_on,
     round_matrix,
     upper_root,
 )
 from planish.rounding.types import StorageType
 
-ROWS = 4  # that say whether a matrix lies on a grid
 GAIN = 0.9  # of the price, to which the other order of columns takes it at least, or it is not tried again
 
 
@@ -42,8 +42,7 @@ def price(
     near, found, falling = w.float(), list[float](), True
     root: Tensor | None = None
     for kind in kinds:
-        on_grid = round_matrix(w[:ROWS], kind, feedback=False, where=where, dtype=read).exact
-        if moment is None or plain or on_grid:
+        if moment is None or plain or lies_on(w, kind, where, read):
             found.append(round_matrix(w, kind, metric, where=where, dtype=read).nats or 0.0)
             continue
         root = upper_root(moment, DAMPING) if root is None else root

@@ -30,6 +30,7 @@ from planish.rounding.types import StorageType
 from planish.solvers.linalg import root
 
 DAMPING = 0.01
+ROWS = 4  # that say whether a matrix lies on a grid
 LEAF = 64  # columns whose feedback is summed one by one
 GGML = "weight_ggml"  # end of the name of a matrix in blocks of ggml
 
@@ -148,6 +149,11 @@ def round_matrix(
     if not bool(torch.isfinite(best.value).all()):
         raise InputError(f"{where} in {kind.name} is not finite: the weights reach beyond what it can hold")
     return Rounded(kind, best, how, share, exact, None if metric.gradient is None else lost / 2)
+
+
+def lies_on(w: Tensor, kind: StorageType, where: str, dtype: torch.dtype) -> bool:
+    """Whether a matrix lies on a type's grid already, by its first rows."""
+    return round_matrix(w[:ROWS], kind, feedback=False, where=where, dtype=dtype).exact
 
 
 def choose(w: Tensor, drafts: Sequence[Draft], metric: Metric) -> tuple[Draft, float, float, str]:

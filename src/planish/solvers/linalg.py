@@ -99,6 +99,14 @@ def solve(gram: Float[Tensor, "n n"], rhs: Float[Tensor, "n k"], damping: float 
     return torch.cholesky_solve(rhs.double(), root(gram, damping))
 
 
+def anchor(gram: Float[Tensor, "n n"], moved: Float[Tensor, "n n"], share: float, ridge: float) -> Float[Tensor, "n n"]:
+    """K (n, n) with which W K x̂ is nearest to (1 − a) W x̂ + a W x, whatever W: ((1 − a) R + a C + λI) (R + λI)⁻¹, λ = ridge · mean
+    diag R. `gram` R = E[x̂ x̂ᵀ], `moved` C = E[x x̂ᵀ], `share` a. The ridge draws K to the identity."""
+    mixed = (1 - share) * gram + share * moved
+    mixed.diagonal().add_(ridge * gram.diagonal().mean())
+    return solve(gram, mixed.T, ridge).T
+
+
 @offloaded
 def eigh_descending(
     m: Inexact[Tensor, "*batch n n"],

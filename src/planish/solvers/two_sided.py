@@ -11,7 +11,7 @@ from torch import Tensor
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
 from planish.shapes import Float
 from planish.solvers.forms import input_site, list_ranks, low_rank_edit, low_rank_spec
-from planish.solvers.linalg import metric_svd, multiply, solve
+from planish.solvers.linalg import anchor, metric_svd, multiply, solve
 from planish.solvers.noise import NONE, Noise, add_noise
 from planish.stats import Stats, Tap
 
@@ -79,14 +79,11 @@ class TwoSided(Solver):
         gram, moved = stats.mean(own), stats.mean(self.cross_tap(unit))
         noise = self.noise.find(stats, own, behind)
         ridge = max(self.ridge, noise)
-        level = ridge * gram.diagonal().mean()
         if unit.name in ALONE:
-            target = (1 - self.anchor) * multiply(w, gram) + self.anchor * moved + level * w
+            target = (1 - self.anchor) * multiply(w, gram) + self.anchor * moved + ridge * gram.diagonal().mean() * w
             moved_w = solve(gram, target.T, ridge).T
         else:
-            mixed = (1 - self.anchor) * gram + self.anchor * moved
-            mixed.diagonal().add_(level)
-            change = solve(gram, mixed.T, ridge).T  # W is replaced by W K
+            change = anchor(gram, moved, self.anchor, ridge)  # W is replaced by W K
             moved_w = multiply(w, change)
             gradient = multiply(change.T, multiply(gradient, change)) if back else gradient
         low = metric_svd(moved_w, add_noise(gram, noise), gradient, back)

@@ -2,7 +2,8 @@
 
     G of every linear, by one pass back through the model as it is         (what an error costs in nats)
     where types may differ: every matrix rounded to each · the least sum of nats within a mean of bits per weight
-    for block: R of every linear's inputs · basis · rounded matrices · outputs     (of the prefix that is rounded so far)
+    for block: R of every linear's inputs · weights fitted to what the unrounded prefix gave (`planish.walks.anchored`) · basis ·
+               rounded matrices · outputs                                          (of the prefix that is rounded so far)
 
 What a cut has made of the blocks is rounded as it is stored: factors of a pair are matrices of their own, the second solved again
 for the first. Errors of v are weighed by what attention averages its inputs to: a token counts as much as it is looked at, which
@@ -50,11 +51,12 @@ from planish.modelling.blocks import find_blocks, read_layout
 from planish.modelling.canonical import find_mixture, join_block
 from planish.modelling.experts import read_top
 from planish.plan.types import check_mean, choose_types
-from planish.rounding.blocks import round_block
+from planish.rounding.blocks import FINE, round_block
 from planish.rounding.gauges import Scene
 from planish.rounding.gauges_linears import set_data
-from planish.rounding.round import GGML, Metric, Rounded, join_rows, round_matrix
+from planish.rounding.round import GGML, Metric, Rounded, join_rows, lies_on, round_matrix
 from planish.rounding.types import StorageType
+from planish.walks.anchored import anchor_block
 from planish.walks.bits import Asked
 from planish.walks.joined import Joined, Rounding, find_joined, stack_experts
 from planish.walks.prices import price_types
@@ -115,6 +117,7 @@ class Quantiser:
         self.experts = asked.blocks.pick_experts(gcd(*widths), "experts") if (widths := list_widths(source)) else None
         self.left: dict[str, None] = {}  # linears that stay as they are
         self.weights = 0
+        self.beside: Hidden | None = None  # what the next block gets where nothing is rounded
         self.outer: dict[str, int] = {}  # bytes of the embedding and the head, by name
 
     def run(self, progress: Progress | None = None) -> Report:
@@ -131,6 +134,7 @@ class Quantiser:
         if self.asked.blocks.mean is not None:
             self.chosen = choose_types(price_types(self, gradients, self.known, progress), self.asked.blocks.mean)
         hidden = self.stream.start()
+        self.beside = self.stream.start() if self.asked.blocks.bits < FINE else None
         for i in range(len(self.stream)):
             hidden = self.round_block(i, hidden, gradients[i])
             gradients[i] = {}
@@ -156,10 +160,7 @@ class Quantiser:
         """Round block i for these inputs and write it; its outputs."""
 
         def rounding(name: str, weight: Tensor, metric: Metric, whole: Joined | None) -> Rounded:
-            rows, own = (whole.rows, whole.name) if whole else (len(weight), name)
-            one = self.experts if whole and whole.experts else None
-            kind = self.chosen.get(own) or one or self.asked.blocks.pick(weight.shape[1], name, rows)
-            return self.round(name, weight, kind, metric)
+            return self.round(name, weight, self.pick(name, weight, whole), metric)
 
         family, stream = self.source.family, self.stream
         block, found, joined = self.visit(i, hidden, gradients, rounding)
@@ -200,6 +201,21 @@ class Quantiser:
             damp_experts(grams, experts, tokens * read_top(find_mixture(block, family.experts)[1], family.experts))
         for gram in {id(g): g for g in grams.values()}.values():
             gram /= tokens
+        prefix = f"{family.blocks}.{i}."
+        joined = find_joined(block, family, prefix)
+        wholes = joined + [stack_experts(block, own, prefix) for own in experts]
+
+        def find_whole(name: str) -> Joined | None:
+            return next((j for j in wholes if name in j.parts), None)
+
+        if self.beside is not None:
+
+            def leave(name: str, w: Tensor) -> bool:
+                kind = self.pick(prefix + name, w, find_whole(name))
+                return kind.bits >= FINE or lies_on(w, kind, name, self.reads)
+
+            alike = {n: grams[n] for n in names if not any(n in own for own in experts)}
+            self.beside = anchor_block(stream, i, block, alike, hidden, self.beside, leave)
         attended = measure_attended(stream, i, block, layout, hidden)
         scene = Scene(
             block, layout, {r: grams.pop(p) for r, p in paths.items()},
@@ -208,13 +224,10 @@ class Quantiser:
         )  # fmt: skip
         if attended is not None:
             scene.grams["v"] = attended
-        prefix = f"{family.blocks}.{i}."
         self.left |= dict.fromkeys(f"{prefix}{n}" for n in left)
-        joined = find_joined(block, family, prefix)
-        wholes = joined + [stack_experts(block, own, prefix) for own in experts]
 
         def named(name: str, weight: Tensor, metric: Metric) -> Rounded:
-            return rounding(prefix + name, weight, metric, next((j for j in wholes if name in j.parts), None))
+            return rounding(prefix + name, weight, metric, find_whole(name))
 
         found, _ = round_block(scene, named)
         for name in names:
@@ -222,6 +235,12 @@ class Quantiser:
                 weight = block.get_submodule(name).weight.detach().cpu()  # type: ignore[union-attr, operator]
                 found[f"{name}.weight"] = named(f"{name}.weight", weight, Metric(grams[name], gradients.get(name)))
         return block, found, joined
+
+    def pick(self, name: str, weight: Tensor, whole: Joined | None) -> StorageType:
+        """The type of a matrix, or of what it is stored in."""
+        rows, own = (whole.rows, whole.name) if whole else (len(weight), name)
+        one = self.experts if whole and whole.experts else None
+        return self.chosen.get(own) or one or self.asked.blocks.pick(weight.shape[1], name, rows)
 
     def settle(self, block: nn.Module, but: Collection[str]) -> None:
         """Everything in a block but these tensors as it is written."""
