@@ -188,13 +188,15 @@ class Unit:
 class Frontier:
     """For one unit: predicted loss of every rank 0 … full, and the factors that realise any of them.
 
-    `loss` (full + 1,) is the mean squared error per token of the unit's output (nats per token where `nats`).
+    `loss` (full + 1,) is the mean squared error per token of the unit's output (nats per token where `nats`). `rough`: what
+    rounding the uncut unit costs (`planish.plan.rough.forecast`).
     """
 
     unit: Unit
     loss: Tensor | Sequence[float]
     factors: dict[str, Any] = field(default_factory=dict)
     nats: bool = False
+    rough: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import read_weights
 from planish.core import Frontier, Shape, Solver, Unit
 from planish.plan.problem import Problem
+from planish.plan.rough import forecast
 from planish.stats import Stats, Tap
 
 Frontiers = dict[Unit, Frontier]
@@ -48,11 +49,12 @@ def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, s
 
     def decompose(unit: Unit) -> Frontier:
         solver = problem.units[unit]
-        if known := cache.losses(stats.origin, solver, unit):
+        if (known := cache.losses(stats.origin, solver, unit)) and (known.rough or problem.rounds is None):
             return known
         with measure.phase("frontiers"):
             f = solver.decompose(unit, weights, stats, problem.shapes[i])
-        new.append((solver, Frontier(unit, f.loss, {}, f.nats)))
+            rough = forecast(problem, unit, weights, stats)
+        new.append((solver, Frontier(unit, f.loss, {}, f.nats, rough)))
         return new[-1][1]
 
     units = problem.block_units(i)

@@ -28,7 +28,7 @@ class Problem:
 
     `main`: what a method's own rule asks for, of two budgets the one that prices every linear, and of these the tighter.
     `step`: ranks are multiples of it. `cache_only`: only what the KV cache holds is cut. `context`: tokens that FLOPs and
-    latency are counted behind.
+    latency are counted behind. `rounds`: what linears are rounded to once they are cut.
     """
 
     name: str  # the method's
@@ -40,6 +40,7 @@ class Problem:
     target: Target
     cache_only: bool
     context: int
+    rounds: Choice | None = None
     _choices: dict[tuple[int, str, Shape], tuple[Solver, Choices]] = field(
         default_factory=dict, repr=False, compare=False
     )  # the same in blocks of the same shape
@@ -194,4 +195,4 @@ def make_problem(
     stack = fit_bits(fit_target(target if isinstance(target, str) else target.target, source, shapes), bits, shapes)
     units = constrain(stack, name, units, list(shapes))
     main = min(budgets, key=lambda b: (isinstance(b, CacheNumbers), b.share))
-    return Problem(name, shapes, units, budgets, main, step, stack, cache_only, context)
+    return Problem(name, shapes, units, budgets, main, step, stack, cache_only, context, bits)
