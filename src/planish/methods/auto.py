@@ -108,7 +108,7 @@ class Auto(Method):
     1024 tokens in fp32, unless a dtype is asked for: `--dtype float32` for neither.
 
     Where linears are rounded to fewer than 8 bits afterwards, what that costs is forecast and counts beside the cut
-    (`planish.plan.rough`): pivoted linears round worse than dense ones.
+    (`planish.plan.rough.forecast`): pivoted linears round worse than dense ones.
 
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
