@@ -45,8 +45,8 @@ HEAD = """# Bytes against nats
 Written by `benchmarks/sizes.py` from sizes.csv. bits: all weights in so many bits (integers in groups of up to 64 with zero points,
 error feedback, fitted to unrounded inputs). cuts: 16 bits, so many of the blocks' weights. both: `--bits auto --max-bytes`, the
 plan that it chose. KL: of the next token's distribution from the dense model's, nats per token on text that nothing was calibrated
-on, with its standard error; excess: of the loss there. plan: one of those that compete under `--bits auto --max-bytes`, bits and keep.
-Everything that is no linear of a block is in 16 bits.
+on, with its standard error; excess: of the loss there. plan: one of those that compete under `--bits auto --max-bytes`, bits and
+keep. Everything that is no linear of a block is in 16 bits.
 For llama.cpp (gguf): its types, embedding and head in 8 bits; llama.cpp: its own quantiser with an importance matrix.
 """
 
