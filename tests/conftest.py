@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,22 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-# Before anything imports planish: its shapes become jaxtyping's, and beartype checks every call of these modules by them.
-sys.modules["planish.shapes"] = jaxtyping
-CHECKER = (
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # an int will do where a float is expected
-)
-jaxtyping.install_import_hook(["planish.solvers", "planish.stats"], CHECKER)
+import checked
+
+checked.install("planish.solvers", "planish.stats")  # before anything imports planish
 
 import tiny  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+
+os.fsync = os.fstat  # nothing here has to outlive a power cut, and a disk takes milliseconds
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

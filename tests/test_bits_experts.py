@@ -128,7 +128,7 @@ def slow(*names):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixtral", "granitemoe", *slow("minimax_m2", "gpt_oss", "olmoe", "qwen2_moe", "glm4_moe", "llama4")]
+    "name", ["granitemoe", *slow("mixtral", "minimax_m2", "gpt_oss", "olmoe", "qwen2_moe", "glm4_moe", "llama4")]
 )
 def test_llama_cpp_runs_the_stacks_that_are_stored(tmp_path, name):
     """The file holds the folder's own bytes, and gives its logits. Every token reaches all experts: llama.cpp rounds activations
@@ -280,7 +280,7 @@ def test_a_size_lets_dropped_experts_and_types_compete(model, tmp_path):
     assert min(cut, key=lambda c: c["kl"])["chosen"]
 
 
-@pytest.mark.parametrize("target", ["gguf", "hf"])
+@pytest.mark.parametrize("target", ["gguf", *slow("hf")])
 def test_predicted_bytes_are_at_least_those_written(model, tmp_path, target):
     outside, inner = predict(Request.ask(model="", target=target), open_source(model), "4")
     done = compress(model, tmp_path / "out", target=target)

@@ -55,7 +55,13 @@ CUTS += [("flat-llm", f) for f in tiny.NAMES] + [
 ]  # fmt: skip
 SOME = [c for c in CUTS if c[1] in (*tiny.CORE, "gemma3", "llama_bias") or c[0] not in ("flat-llm", "blockpruner")]
 SOME = [c for c in SOME if c[1] not in tiny.RARE + tiny.OTHERWISE and c not in [("auto", f) for f in tiny.HYBRIDS]]
-ALL = [pytest.param(*c, marks=() if c in SOME else pytest.mark.slow, id="-".join(c)) for c in CUTS]
+FEW = [("flat-llm", f) for f in (*tiny.CORE, "gemma3")] + [("a3", "llama_gqa"), ("a3", "phi3_partial")]
+FEW += [("svd-llm", f) for f in ("phi3", "lfm2", "qwen3_next", "nemotron_h")] + [
+    ("auto", "llama_bias"),
+    ("llm-drop", "gemma3"),
+]
+FEW += [("subfit", "qwen2"), ("subfit", "opt"), ("shortgpt", "mistral")]
+ALL = tiny.pick(FEW, CUTS)
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ def test_folders_carry_their_own_code(made, tmp_path):
         ("a3", "llama_gqa"),
         ("subfit", "qwen2"),
     )
-    cuts = [c for c in SOME if c in names or c[0] == "llm-drop"]
+    cuts = [c for c in SOME if c in names or c == ("llm-drop", "gemma3")]
     folders = {f"{m}-{f}": str(made(m, f)[0]) for m, f in cuts}
     torch.save(WINDOWS, tmp_path / "ids.pt")
     environment = {
@@ -332,7 +338,7 @@ def test_real_cache_is_as_large_as_reported(method, family, made):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "family"), SOME)
+@pytest.mark.parametrize(("method", "family"), tiny.pick(FEW, SOME))
 def test_eager_and_sdpa_agree(method, family, made):
     folder, _ = made(method, family)
     model = load(folder, attn_implementation="eager")
@@ -444,8 +450,8 @@ def restore(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
         ("llama_tied", lambda t: {"lm_head.weight" if "embed" in k else k: v for k, v in t.items()}),
         ("llama_tied", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]}),
         ("llama_tied", lambda t: {k.removeprefix("model."): v for k, v in t.items()}),
-        ("qwen3", lambda t: {k.removeprefix("model."): v for k, v in t.items()}),
-        ("opt", lambda t: {k.removeprefix("model."): v for k, v in t.items()}),
+        pytest.param("qwen3", lambda t: {k.removeprefix("model."): v for k, v in t.items()}, marks=pytest.mark.slow),
+        pytest.param("opt", lambda t: {k.removeprefix("model."): v for k, v in t.items()}, marks=pytest.mark.slow),
         ("opt", lambda t: {"lm_head.weight" if "embed_tokens" in k else k: v for k, v in t.items()}),
         ("gpt_neox", lambda t: {k.replace("embed_out", "lm_head"): v for k, v in t.items()}),
         ("gpt_neox", lambda t: {k.removeprefix("gpt_neox."): v for k, v in t.items()}),
@@ -453,9 +459,10 @@ def restore(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
             "gpt_neox",
             lambda t: t | {f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq": torch.ones(2) for i in range(3)},
         ),
-        (
+        pytest.param(
             "llama_gqa",
             lambda t: t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)},
+            marks=pytest.mark.slow,
         ),
     ],
 )

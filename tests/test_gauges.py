@@ -186,9 +186,8 @@ def as_dense(module: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(f, marks=() if f in ("dense", "pairs") else pytest.mark.slow) for f in FORMS]
+    ("form", "feedback"), tiny.pick([("dense", True), ("pairs", False)], [(f, b) for f in FORMS for b in (False, True)])
 )
-@pytest.mark.parametrize("feedback", [False, True])
 @torch.no_grad()
 def test_rounding_never_costs_more(form, feedback, tmp_path, monkeypatch):
     """Than in the basis that the block had, nor again in the one it has then; nats are those of the definition; the block computes

@@ -43,6 +43,7 @@ from posed import Posed, pose_on
 from tiny import compress, load
 
 METHODS = list(list_methods())
+KINDS = ["flat-llm", "a3", "svd-llm", "mpifa", "slicegpt", "shortgpt", "palu", "subfit", "auto"]  # of every kind
 QUICK = (
     "linear-svd(svd-llm)",
     "neurons(flat-llm)",
@@ -241,10 +242,11 @@ def cases(family: str, solver: Solver) -> list[tuple[Unit, Frontier, Shape]]:
     return [(unit, *b.decompose(solver, unit)) for unit in units]
 
 
-def covering(names: list[str], always: tuple[str, ...], width: int, quick: bool = True) -> list:
-    """Every entry with the families of `always` and `width` rotating ones, those of `QUICK` with all of `tiny.MORE` and
-    `tiny.HYBRIDS` too; the full product is slow."""
-    at, chosen = 0, {(n, f) for n in QUICK if quick for f in tiny.MORE + tiny.HYBRIDS if f not in tiny.RARE}
+def covering(names: list[str], always: tuple[str, ...], width: int, more: set[tuple[str, str]] | None = None) -> list:
+    """Every entry with the families of `always` and `width` rotating ones, and `more`: those of `QUICK` with all of `tiny.MORE`
+    and `tiny.HYBRIDS`, where nothing else is said; the full product is slow."""
+    every = {(n, f) for n in QUICK for f in tiny.MORE + tiny.HYBRIDS if f not in tiny.RARE}
+    at, chosen = 0, set(every if more is None else more)
     for name in names:
         chosen |= {(name, f) for f in always}
         for _ in range(width):
@@ -257,7 +259,7 @@ def covering(names: list[str], always: tuple[str, ...], width: int, quick: bool 
     ]
 
 
-SOLVER_CASES = covering(list(SOLVERS), ("llama_gqa", "opt"), 2)
+SOLVER_CASES = covering(list(SOLVERS), ("llama_gqa", "opt"), 1)
 
 
 @pytest.mark.parametrize(("solver", "family"), SOLVER_CASES)
@@ -414,7 +416,8 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in ("planish.json", "README.md")}
 
 
-METHOD_CASES = covering(METHODS, ("llama_gqa",), 1, quick=False)
+# beside one family each, llama for what takes whole blocks, which others are too small for, and for the default
+METHOD_CASES = covering(METHODS, (), 1, more={(m, "llama_gqa") for m in ("auto", "llm-streamline", "sleb")})
 
 
 @torch.no_grad()
@@ -475,8 +478,12 @@ def test_keep_one_changes_nothing(method, family, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("keep", "round_to"), [(0.95, 4), (0.8, 1), (0.6, 4)])
-@pytest.mark.parametrize("method", METHODS)
+BUDGETS = [(m, *asked) for m in METHODS for asked in ((0.95, 4), (0.8, 1), (0.6, 4))]
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "round_to"), tiny.pick([c for c in BUDGETS if c[1] == 0.6 or c[0] in KINDS], BUDGETS)
+)
 def test_keep_lands_within_one_step_below_the_budget(method, keep, round_to):
     """Planned on a model whose sizes divide nothing evenly; `test_compress` counts. Whole submodules and blocks are
     one step each."""
@@ -518,7 +525,9 @@ def solve(name: str, method: str, batches: list[Tensor], keep: float = 0.72) -> 
     return found
 
 
-@pytest.mark.parametrize(("method", "family"), covering(METHODS, (), 1))
+@pytest.mark.parametrize(
+    ("method", "family"), covering(METHODS, (), 1, more={("svd-llm", f) for f in ("lfm2", "qwen3_next", "nemotron_h")})
+)
 def test_batches_do_not_matter(method, family):
     """Grouping and order of the calibration windows change nothing but rounding."""
     try:
@@ -546,7 +555,10 @@ def test_batches_do_not_matter(method, family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "family"), covering(METHODS, (), 1, quick=False))
+@pytest.mark.parametrize(
+    ("method", "family"),
+    covering(KINDS, (), 1, more=set()) + covering([m for m in METHODS if m not in KINDS], (), 0, more=set()),
+)
 def test_bf16_result_is_near_the_fp32_one(method, family, tmp_path):
     """The same relative error of the logits within the resolution of bf16."""
     errors = {}
@@ -562,12 +574,14 @@ def test_bf16_result_is_near_the_fp32_one(method, family, tmp_path):
     assert errors[torch.bfloat16] == pytest.approx(errors[torch.float32], rel=0.1, abs=0.02)
 
 
+SOLVED = [("flat-llm", f) for f in tiny.NAMES + tiny.HYBRIDS]
+SOLVED += [(m, f) for m in ("svd-llm", "a3", "subfit") for f in ("phi3", "opt", "gemma3")]
+SOON = [("flat-llm", f) for f in (*tiny.CORE, "gpt2", "lfm2", "qwen3_next", "nemotron_h")]
+SOON += [("svd-llm", "phi3"), ("a3", "opt"), ("subfit", "gemma3")]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("method", "family"),
-    [("flat-llm", f) for f in tiny.NAMES + tiny.HYBRIDS]
-    + [(m, f) for m in ("svd-llm", "a3", "subfit") for f in ("phi3", "opt", "gemma3")],
-)
+@pytest.mark.parametrize(("method", "family"), tiny.pick(SOON, SOLVED))
 def test_loaded_model_computes_what_was_solved(method, family, tmp_path):
     """Logits of the loaded folder = blocks as they were emitted, run by the stream, bit for bit; from fp32 weights."""
     source = open_source(tiny.save(tiny.build(family), tmp_path / "model"))

@@ -13,7 +13,7 @@ from planish.rounding.prices import price
 from planish.rounding.round import Metric, round_matrix
 from planish.rounding.types import choose, integer
 from planish.walks import prices
-from tiny import build, save, windows
+from tiny import build, pick, save, windows
 
 pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")
 IDS = windows(12, 24)
@@ -67,7 +67,7 @@ def test_prices_without_moments(gradient):
     assert all(n == 0 for n in found) if gradient is None else found == sorted(found, reverse=True)
 
 
-@pytest.mark.parametrize("mean", [2.6, 3.3, 4.5])
+@pytest.mark.parametrize("mean", pick([3.3], [2.6, 3.3, 4.5]))
 def test_the_choice_is_that_of_rounding_to_every_type(mean):
     """By what rounding with all drafts costs, the types chosen of these few matrices are within two percent of the best ones."""
     cheap, whole = {}, {}

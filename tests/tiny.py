@@ -170,6 +170,13 @@ def each(names: Sequence[str]) -> list[Any]:
     return [pytest.param(n, marks=pytest.mark.slow if n in RARE else ()) for n in names]
 
 
+def pick(quick: Sequence[Any], cases: Sequence[Any]) -> list[Any]:
+    """Parameters of a test: all of the cases, slow but for these; a tuple is one case of several parameters."""
+    assert all(c in cases for c in quick)
+    values = [c if isinstance(c, tuple) else (c,) for c in cases]
+    return [pytest.param(*v, marks=() if c in quick else pytest.mark.slow) for c, v in zip(cases, values)]
+
+
 _EIGHT: dict[str, Any] = {
     "num_experts_per_tok": 2, "num_hidden_layers": 2, "experts_implementation": "eager",  # the others take no fp64
 }  # fmt: skip

@@ -73,7 +73,7 @@ def count_passes(run: Run, i: int, trial: bool = False) -> tuple[float, list[Tap
     """Forward passes through block i while it is solved, in shares of its weights, and the taps measured on them; behind the
     last block that is solved none is run, but of a `trial`, whose outputs are wanted."""
     problem, known = run.problem, run.known(i)
-    last = max((s.block for s in problem.shapes if trial or run.solved(s.block)), default=-1)
+    last = next((s.block for s in reversed(problem.shapes) if trial or run.solved(s.block)), -1)
     if i > last:
         return 0.0, []
     shape = problem.shapes[i]

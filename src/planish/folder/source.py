@@ -116,7 +116,14 @@ class Source:
 
     def shape(self, i: int) -> Shape:
         """Sizes of block i of the original model."""
-        return read_shape(self.empty, self.family, i)
+        if i not in self._shapes:
+            self._shapes[i] = read_shape(self.empty, self.family, i)
+        return self._shapes[i]
+
+    @cached_property
+    def _shapes(self) -> dict[int, Shape]:
+        """Of the blocks that were asked for."""
+        return {}
 
     def empty_block(self, i: int) -> nn.Module:
         return split_block(find_blocks(self.empty, self.family)[i], self.family, self.config)
@@ -150,9 +157,8 @@ class FolderSource(Source):
         reader.leave_out_zeros(self.model.state_dict().keys())
         reader.check_adapter(self._tied)
         check_tensors({n: reader.entry(n) for n in reader.names}, self.model, self._tied, str(self.folder))
-        pair = (self._embedding_name(), HEAD)
-        both = self.config.tie_word_embeddings and all(n in reader for n in pair)
-        if both and not is_same(*map(reader.tensor, pair)):  # then transformers does not tie them either
+        pair = [n for n in self._tied if n in reader]
+        if len(pair) == 2 and not is_same(*map(reader.tensor, pair)):  # then transformers does not tie them either
             self.config.tie_word_embeddings = self.stock_config.tie_word_embeddings = False
             del self.empty, self.model, self._tied
         return reader
@@ -208,8 +214,10 @@ class FolderSource(Source):
     @cached_property
     def _tied(self) -> dict[str, str]:
         """Either name of a tied matrix → the other."""
+        if not self.config.tie_word_embeddings:
+            return {}
         names = (self._embedding_name(), HEAD)
-        return dict(zip(names, reversed(names))) if self.config.tie_word_embeddings else {}
+        return dict(zip(names, reversed(names)))
 
     def _known(self) -> list[str]:
         """Names of the stored tensors that are the model's."""
@@ -294,8 +302,8 @@ class MemorySource(Source):
         for name, tensor in self._tensors.items():
             if not is_finite(tensor):
                 raise InputError(f"tensor {name} of the model in memory holds NaN or infinity")
-        pair = (self._embedding_name(), HEAD)
-        if self.config.tie_word_embeddings and not is_same(*(self._tensors[n] for n in pair)):
+        tied = self.config.tie_word_embeddings
+        if tied and not is_same(*(self._tensors[n] for n in (self._embedding_name(), HEAD))):
             self.config.tie_word_embeddings = False
             del self.empty
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class Choices:
     def full(self) -> Tensor:
         return self.cost[:, -1]
 
-    @property
+    @cached_property
     def free(self) -> Tensor:
         """What the ranks decide about: the costs without what is fixed, (budgets, n)."""
         return self.cost if self.fixed is None else self.cost - self.fixed[:, None]
