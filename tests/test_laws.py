@@ -561,10 +561,6 @@ def test_batches_do_not_matter(method, family):
 )
 def test_bf16_result_is_near_the_fp32_one(method, family, tmp_path):
     """The same relative error of the logits within the resolution of bf16."""
-    if (method, family) == ("auto", "gpt2"):  # a defect that is known, and not mended yet
-        pytest.xfail(
-            "transformers wants c_proj.weight of GPT-2's blocks, which a pivoted linear has not: the folder does not load"
-        )
     errors = {}
     dense = tiny.build(family)
     target = dense(input_ids=WINDOWS).logits

@@ -170,6 +170,8 @@ def install(block: nn.Module, spec: Spec, family: Family, config) -> nn.Module:
     for role, f in spec.get("linears", {}).items():
         linears[role] = build_linear(f, get_linear(block, family, role))
         set_module(block, family.path(role), linears[role])
+        parent = block.get_submodule(family.path(role).rpartition(".")[0])
+        parent._is_hf_initialized = True  # type: ignore[assignment]  # GPT-2's way to start an MLP asks factors for `weight`
     if form.get("kind") == "own":
         if "k_rank" in form:
             kind = Frequencies if form.get("k_form") == "frequency" else Latent
