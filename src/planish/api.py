@@ -74,7 +74,7 @@ from planish.request import (
 from planish.rounding.types import DENSE_NAMES
 from planish.sizes.fit import find_size
 from planish.sizes.foresee import SizeForecast, count_rounded_bytes, foresee_size
-from planish.sizes.ladder import choose_bits, choose_size, climb_beside, leaves_open, make_smaller
+from planish.sizes.ladder import choose_bits, choose_size, climb_beside, leaves_open, make_smaller, refuse_types
 from planish.sizes.trials import AGAIN, Choice, Contest
 from planish.solvers.offload import offload
 
@@ -213,7 +213,7 @@ def forecast(
 ) -> Forecast | SizeForecast:
     """What `compress` with the same arguments would give and take; nothing is changed or written.
 
-    With `fit`, or `bits` "auto" and `max_bytes`: the plans that would compete for the size.
+    With `fit`, or `max_bytes` and `bits` "auto" or left open for a target that rounds: the plans that would compete for the size.
 
     From shapes alone, so that a config.json will do for `model`, and "cuda" for `device` on a machine without: where the method
     chooses its ranks by statistics, these and what follows from them are what is expected (`Forecast.measured` is False).
@@ -221,14 +221,16 @@ def forecast(
     """
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer, request.adapter)
-    if request.bits == "auto" or (request.fit is not None and request.bits not in DENSE_NAMES):
+    sized = request.bits == "auto" or (request.fit is not None and request.bits not in DENSE_NAMES)
+    why = refuse_types(request, source) if leaves_open(request) else ""
+    if sized or (leaves_open(request) and not why):
         return foresee_size(request, source, method, fit_windows(request, method, source).size)
     if request.fit is not None:
         request = request.model_copy(update={"max_bytes": find_size(request, source), "fit": None})
     chosen = fit_windows(request, method, source)
     notes = [chosen.why] if chosen.why else []
-    if leaves_open(request):
-        notes.append("compress lets types of weights compete at this size (--bits auto); this is what --bits 16 makes")
+    if why:
+        notes.append(f"nothing would be rounded to reach the size: {why}")
 
     def read() -> Tensor:
         find_device(request.device)

@@ -96,7 +96,7 @@ def choose_size(contest: Contest) -> tuple[Request, list[Choice], Ladder | None]
     size = find_size(request, source)
     if request.bits in DENSE_NAMES:
         return request.model_copy(update={"max_bytes": size, "fit": None}), [], None
-    if why := refuse_types(request, source, contest.text):
+    if why := refuse_types(request, source) or refuse(source, contest.text):
         raise InputError(f"--bits auto: {why}")
     check_free(place.output, place.overwrite)
     floor = find_floor(request, contest.method, source, (len(contest.text.windows), contest.text.windows.shape[1]))
@@ -137,14 +137,14 @@ def choose_bits(request: Request, source: Source, text: Calibration) -> tuple[Re
     """A request with the `bits` that it leaves open: "auto", or 16 where types cannot compete, and a line that says why."""
     if not leaves_open(request):
         return request, []
-    if not (why := refuse_types(request, source, text)):
+    if not (why := refuse_types(request, source) or refuse(source, text)):
         return request.model_copy(update={"bits": "auto"}), []
     notes = [f"nothing is rounded to reach the size: {why} (--bits 16 asks for that)"] if request.target in HELD else []
     return request.model_copy(update={"bits": "16"}), notes
 
 
-def refuse_types(request: Request, source: Source, text: Calibration) -> str:
-    """Why types cannot compete for a size; empty where they can."""
+def refuse_types(request: Request, source: Source) -> str:
+    """Why types cannot compete for a size, whatever the text; empty where they can."""
     beside = [n for n in LIMITS if n != "max_bytes" and getattr(request, n) is not None]
     if beside and request.fit is None:
         return f"--{label(beside[0])} holds beside it"
@@ -153,7 +153,7 @@ def refuse_types(request: Request, source: Source, text: Calibration) -> str:
         read_asked(settle(request, Choice("8", 1.0)), source)
     except InputError as error:
         return str(error)
-    return refuse(source, text)
+    return ""
 
 
 def open_types(target: str) -> None:
