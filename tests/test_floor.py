@@ -70,7 +70,7 @@ def test_a_dry_run_lets_types_compete_where_compress_does(model):
     size = planish.forecast(model, max_bytes=10**7, bits="auto", target="hf").types[1]["bytes"]
     told = planish.forecast(model, max_bytes=size, target="hf")
     assert told.as_dict() == planish.forecast(model, max_bytes=size, target="hf", bits="auto").as_dict()
-    assert len(told.plans) > 1
+    assert told.plans
     cut = planish.forecast(model, max_bytes=10**7, keep=0.7, target="hf")
     assert cut.keep == pytest.approx(0.7, abs=0.05) and any("--keep holds beside it" in w for w in cut.warnings)
     assert not planish.forecast(model, max_bytes=10**7, target="hf", bits="16").warnings
