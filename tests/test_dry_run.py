@@ -195,6 +195,11 @@ def test_phases_that_are_passed_over_or_were_not_foretold():
     assert bare.left(1.0) is None and bare.more
     bare.report("points", 2, 5, 5.0)  # an earlier run did the first one
     assert bare.left(5.0) == 3 * 4
+    ends = TimeLeft(ends=9.0)
+    ends.report("runs", 1, 5, 4.0)
+    assert ends.left(4.0) == 5 and not ends.more
+    ends.report("runs", 4, 5, 8.0)
+    assert ends.left(8.0) == 1 and ends.left(10.0) == 0
 
 
 @pytest.mark.parametrize("method", ["auto", "subfit", "sleb"])
