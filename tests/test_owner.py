@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,8 +11,12 @@ from multiprocessing import get_context
 
 import pytest
 
+import planish
+from planish import api
+from planish.cli.showcase import MODEL, run_demo
 from planish.errors import InputError
-from planish.folder.owner import own
+from planish.folder.owner import WRITER, check_output, own
+from planish.sweep import sweep
 
 FORK = get_context("fork")  # quick: the children need nothing that starts threads
 
@@ -108,3 +113,34 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*file.out: .*file is a file"), own(tmp_path / "file" / "out"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, True),
+        ({"planish.json": "{}", "notes.txt": ""}, True),
+        ({"model.safetensors.index.json": json.dumps({"metadata": WRITER, "weight_map": {}})}, True),  # an export
+        ({"model.safetensors.index.json": json.dumps({"metadata": {"total_size": 1}})}, False),
+        ({"model.safetensors.index.json": "[1]"}, False),
+        ({"config.json": "{}", "model.safetensors": ""}, False),
+        ({"notes.txt": ""}, False),
+    ],
+)
+def test_overwrite_replaces_only_what_planish_wrote(files, free, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    for name, text in files.items():
+        (out / "model" / name).write_text(text)
+    if free:
+        (tmp_path / "out" / "model.partial" / "resume").mkdir(parents=True)  # an interrupted run
+        return check_output(out / "model", overwrite=True)
+    monkeypatch.setattr(api, "fit_windows", None)  # nothing is read and nothing measured before
+    with pytest.raises(InputError, match="out/model holds what planish has not written"):
+        planish.compress(MODEL, output=out / "model", overwrite=True)
+    with pytest.raises(InputError, match="out/model holds what planish has not written"):
+        run_demo(out)
+    with pytest.raises(InputError, match="out/model exists and is not a sweep"):
+        sweep("nothing", output=out / "model", methods=("svd",), overwrite=True)
+    left = {p.name: p.read_text() for p in (out / "model").iterdir()}
+    assert left == files

@@ -30,6 +30,7 @@ from planish.calibrate.text import (
     share_out,
     spare_windows,
 )
+from planish.checking import check_apart
 from planish.compression import Calibration, Destination, Shared, pick_dtype
 from planish.compression import compress as run
 from planish.core import Progress
@@ -53,7 +54,7 @@ from planish.evaluate.evaluation import (
     load,
 )
 from planish.export.eora import Compensation, compensate, open_linears
-from planish.folder.owner import owning
+from planish.folder.owner import check_output, owning
 from planish.folder.source import FolderSource, Source, open_shapes, open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
@@ -128,6 +129,9 @@ def compress(
     began = time.perf_counter()
     request, method = read_options(options, sparsity)
     source = open_source(model, tokenizer, request.adapter)
+    check_apart(Path(output), source)
+    if lanes.is_first():
+        check_output(Path(output), overwrite)
     lanes.start(request.device)
     chosen = fit_windows(request, method, source)
     text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache, chosen)

@@ -36,7 +36,7 @@ def compress(
     output: o.OutputOption,
     *,
     sparsity: o.SparsityOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the model in the output folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=o.OVERWRITE)] = False,
     cache: o.CacheOption = True,
     as_json: o.JsonOption = False,
     **options: Any,

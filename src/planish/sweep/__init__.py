@@ -25,7 +25,7 @@ from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed
 from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import NAN, Point, read_points, write_points
-from planish.folder.owner import owning
+from planish.folder.owner import is_full, owning
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.tokenizer import load_tokenizer
@@ -76,6 +76,8 @@ def sweep(
     grid = Grid.ask(**{n: v for n, v in options.items() if n in Grid.model_fields})
     asked = Request.ask(model=str(model), **{n: v for n, v in options.items() if n not in Grid.model_fields})
     asked = asked.model_copy(update={"device": api.find_device(asked.device)})
+    if is_full(output) and not (output / "sweep.json").is_file():
+        raise InputError(f"output {output} exists and is not a sweep; choose another folder")
     trials = [] if grid.sizes else list_trials(grid, asked)
     runner, record = open_runner(asked, grid, options.get("calibration"), cache, output)
     trials = trials or list_sizes(grid, asked, runner.source)
@@ -147,8 +149,6 @@ class Book:
                         f"{output} holds a sweep with another {key} ({describe(old.get(key))}, now {describe(value)}); "
                         "choose another folder or pass --overwrite"
                     )
-        elif output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-            raise InputError(f"output {output} exists and is not a sweep; choose another or pass --overwrite")
         elif overwrite:
             shutil.rmtree(output / "points", ignore_errors=True)
         try:
