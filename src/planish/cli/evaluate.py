@@ -27,7 +27,8 @@ def evaluate(
     ],
     *,
     text: Annotated[
-        str | None, typer.Option("--text", metavar="SOURCE", help=SOURCE_HELP, show_default="builtin")
+        str | None,
+        typer.Option("--text", metavar="SOURCE", help=SOURCE_HELP, show_default="32,768 tokens from all over builtin"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows at a time")] = 1,
     max_windows: Annotated[int | None, typer.Option(min=1, help="stop after so many", show_default="all")] = None,
@@ -74,7 +75,7 @@ def evaluate(
             run.give({"answers": [asdict(a) for a in answers]}, *show_answers(answers))
         else:
             options |= {"batch_size": batch_size, "max_windows": max_windows, "cache": True}
-            measure_text(run, model, against, text or "builtin", options)
+            measure_text(run, model, against, text, options)
 
 
 def measure_tasks(
@@ -95,7 +96,7 @@ def measure_tasks(
     run.give(data, make_scores(found, flips))
 
 
-def measure_text(run: Session, model: str, against: str | None, text: str, options: dict[str, Any]) -> None:
+def measure_text(run: Session, model: str, against: str | None, text: str | None, options: dict[str, Any]) -> None:
     """Perplexity, beside the dense model's where there is one, and how far their predictions agree."""
     data, beside = {}, []
     if against is None:
@@ -118,6 +119,7 @@ def measure_text(run: Session, model: str, against: str | None, text: str, optio
         *beside,
         f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len} · "
         f"{escape(found.source)} ({bos}) · {found.dtype}",
+        *["these windows are evenly spaced; --text builtin measures all of it"][: found.thinned],
     )
 
 

@@ -17,7 +17,7 @@ from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import Text as Tokens
-from planish.calibrate.text import fingerprint, load_tokens
+from planish.calibrate.text import fingerprint, load_tokens, thin
 from planish.checking import check_windows
 from planish.compression import Calibration, Destination, Shared, compress, pick_dtype
 from planish.core import Progress
@@ -98,6 +98,9 @@ def sweep(
     found.warnings = runner.text.notes + list(
         dict.fromkeys(w for t in trials if t.text in ran for w in tell_sweeping(t))
     )
+    if record["evaluation"].get("thinned"):
+        n = record["evaluation"]["tokens"]
+        found.warnings.append(f"measured on {n:,} tokens from all over builtin; --eval-text builtin takes all of them")
     found.seconds = time.perf_counter() - start
     write_report(output)
     return found
@@ -111,19 +114,23 @@ def open_runner(asked: Request, grid: Grid, ids: Any, cache: bool, output: Path)
     check_windows(text.windows, source)
     length = text.windows.shape[1]
     vocabulary, remember = source.config.vocab_size, tokenize if cache else None
+    given = "builtin" if grid.eval_text is None else grid.eval_text
     held = load_tokens(
-        grid.eval_text, tokenizer, split="evaluation", vocab_size=vocabulary, tokenize=remember, bos=asked.calibration.bos
-    )  # fmt: skip
-    tokens = held.tokens
+        given, tokenizer, split="evaluation", vocab_size=vocabulary, tokenize=remember, bos=asked.calibration.bos
+    )
+    tokens, thinned = held.tokens, {}
     if grid.eval_tokens is not None:
         tokens = tokens[: max(grid.eval_tokens, length)]
+    elif grid.eval_text is None:
+        tokens = thin(tokens, length, held.begin)
+        thinned = {"thinned": True} if len(tokens) < len(held.tokens) else {}
     if held.begin is None:
         tokens = tokens[: len(tokens) // length * length]
     record = {
         "model": asked.model,
         "calibration": text.record,
-        "evaluation": {"source": str(grid.eval_text) if isinstance(grid.eval_text, str | Path) else "ids", "tokens": len(tokens),
-                       "seq_len": length, "begins": held.policy, "fingerprint": fingerprint(tokens)},
+        "evaluation": {"source": str(given) if isinstance(given, str | Path) else "ids", "tokens": len(tokens),
+                       "seq_len": length, "begins": held.policy, "fingerprint": fingerprint(tokens), **thinned},
         "device": asked.device, "dtype": asked.dtype, "round_to": asked.round_to,
         "target": None if asked.target == "any" else asked.target,
     }  # fmt: skip
