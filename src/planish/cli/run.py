@@ -267,6 +267,11 @@ def format_bytes(count: float) -> str:
     raise AssertionError
 
 
+def give_or_take(error: float | None, digits: int) -> str:
+    """A standard error as it stands behind a number; nothing, where a single measurement has none."""
+    return "" if error is None or not math.isfinite(error) else f" ± {error:.{digits}f}"
+
+
 def format_seconds(seconds: float) -> str:
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
