@@ -114,6 +114,11 @@ class Limits(Strict):
         return {n: v for n in LIMITS if (v := getattr(self, n)) is not None} or {"keep": 0.8}
 
     @property
+    def whole(self) -> bool:
+        """Whether nothing is to go, by the budgets alone."""
+        return all(n in SHARES and v == 1 for n, v in self.given.items())
+
+    @property
     def limits(self) -> dict[str, Any]:
         """All fields of `Limits` by name."""
         return {n: getattr(self, n) for n in Limits.model_fields}
