@@ -132,8 +132,7 @@ def compress(
                     planned = decide(method, problem, measure, request, windows)
                 done = write(problem, measure, planned, writer, caught, rounds=asked is not None)
                 done.rounded = quantise(asked, measure, writer, windows, known) if asked else None
-                if asked or changes(problem, planned):
-                    done.loss = measure_loss(measure, writer, text.spare)
+                done.loss = measure_loss(measure, writer, text.spare) if asked or changes(problem, planned) else {}
         result = report(problem, planned, source, writer, done)
         result.warnings = sorted({*read_warnings(caught), *result.warnings})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}

@@ -178,12 +178,12 @@ def call_experts(e: ExpertShape, tokens: int, device: torch.device, dtype: torch
 
 
 def estimate_phases(run: Run, costs: Costs, moved: int) -> list[Phase]:
-    """The walks of a run in their order, and what each takes. `moved`: numbers that are read and written."""
+    """The walks of a run in their order but rounding, and what each takes. `moved`: numbers that are read and written."""
     found = [phase for work in run.work for phase in list_phases(run, work, costs)]
     blocks = walk(run, costs)
     each = moved * costs.rates.file / max(len(blocks), 1)
     found.append(Phase("blocks", [s + each for s in blocks]))
-    if not changes(run.problem, run.planned):
+    if run.asked is None and not changes(run.problem, run.planned):
         return found
     shapes, spare = run.problem.shapes, count_spare(run.windows, run.seq_len) * run.seq_len
     once = spare * (sum(costs.run(s, run.seq_len) for s in shapes) + costs.predict(shapes[0]))

@@ -151,8 +151,8 @@ def make_plan(method: Method, problem: Problem, measure: Measurements) -> Planne
 
 
 def leaves_all(method: Method, problem: Problem) -> bool:
-    """Whether nothing is to go of what a method could cut."""
-    return problem.whole and bool(problem.units) and method.sparsity is None
+    """Whether nothing is to go of what a method could cut: the uncut model meets all budgets."""
+    return all(b.share >= 1 for b in problem.budgets) and bool(problem.units) and method.sparsity is None
 
 
 def find_class(name: str) -> tuple[str, type[Method]]:

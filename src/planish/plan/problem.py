@@ -52,11 +52,6 @@ class Problem:
         return self.main.share
 
     @property
-    def whole(self) -> bool:
-        """Whether the uncut model meets all budgets."""
-        return all(b.share >= 1 for b in self.budgets)
-
-    @property
     def table(self) -> Table | None:
         """Measured latencies, where they were asked for."""
         return next((b.table for b in self.budgets if isinstance(b, Latency)), None)
