@@ -111,17 +111,17 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """InputError where something is there that may not be replaced: with `overwrite` what planish has not written."""
+    """InputError where something is there that may not be replaced: what planish has not written or, without `overwrite`, all."""
     if output.is_symlink():
         raise InputError(f"output {output} is a link; give the folder itself")
     if output.is_file():
         raise InputError(f"output {output} is a file")
-    if is_full(output) and not overwrite:
-        raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
     if is_full(output) and not wrote(output):
         raise InputError(
-            f"output {output} holds what planish has not written, which --overwrite does not replace; choose another folder"
+            f"output {output} holds what planish has not written, and is never replaced; choose another folder"
         )
+    if is_full(output) and not overwrite:
+        raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
 
 
 def is_full(path: Path) -> bool:
