@@ -261,6 +261,8 @@ def test_a_log_file_gets_lines_with_the_time_left(folder, ids, tmp_path, run, mo
     assert silent.exit_code == 0 and "elapsed" not in silent.stderr and "takes about" not in silent.stderr
     monkeypatch.setattr(session, "EVERY", 0.0)
     monkeypatch.setattr(windows, "SMALL", 0.0)
+    assert "takes about" not in run(*common, "-o", tmp_path / "short").stderr
+    monkeypatch.setattr(session, "LONG", 0.0)
     done = run(*common, "-o", tmp_path / "out")
     assert json.loads(done.stdout)["method"] == "flat-llm"
     lines = done.stderr.splitlines()

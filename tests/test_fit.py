@@ -301,6 +301,7 @@ def test_where_types_cannot_compete_a_note_says_why(model, half, tmp_path):
 def test_what_a_size_was_and_took_is_told(model, half, tmp_path, run, monkeypatch):
     """What was asked is the size, the seconds are those of all plans, and rounding is part of what is foretold."""
     monkeypatch.setattr("planish.dry_run.windows.SMALL", 0.0)
+    monkeypatch.setattr("planish.cli.run.LONG", 0.0)
     np.save(tmp_path / "ids.npy", IDS.flatten().numpy())
     text = [
         "--calibration",

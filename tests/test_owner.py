@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import socket
+import sys
 import warnings
 from multiprocessing import get_context
 
 import pytest
 
 import planish
+import planish.export
 from planish import api
 from planish.cli.showcase import MODEL, run_demo
 from planish.errors import InputError
@@ -144,3 +146,17 @@ def test_overwrite_replaces_only_what_planish_wrote(files, free, tmp_path, monke
         sweep("nothing", output=out / "model", methods=("svd",), overwrite=True)
     left = {p.name: p.read_text() for p in (out / "model").iterdir()}
     assert left == files
+
+
+@pytest.mark.parametrize("output", [".", "..", "", "/"])
+def test_the_folder_that_it_runs_in_is_not_replaced(output, tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    monkeypatch.setattr(api, "fit_windows", None)
+    with pytest.raises(InputError, match=r"holds the folder that this runs in|would replace the model"):
+        planish.compress(MODEL, output=output)
+    export = sys.modules["planish.export"].export
+    with pytest.raises(InputError, match=r"holds the folder that this runs in|would replace the model"):
+        export(MODEL, "dense", output)
+    with own("."):  # beside the folder, not in it
+        assert not list(tmp_path.glob("a/b/.lock")) and list(tmp_path.glob("a/b.lock"))

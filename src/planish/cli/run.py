@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 WIDE = 160  # columns of tables that no terminal shows
 EVERY = 10.0  # seconds between lines of progress, at least
+LONG = 60.0  # seconds of a run that are told before it starts, at least
 
 # What the system refuses because of what the user asked for: space, permissions, paths.
 _REFUSED = {
@@ -159,6 +160,8 @@ class Session:
             return
         self.began = self.said = time.monotonic()
         self.time = TimeLeft([(p.name, p.steps) for p in phases], self.began)
+        if sum(p.seconds for p in phases) < LONG:
+            return
         parts = dict[str, float]()
         for p in phases:
             name = p.name.partition(" ")[0]

@@ -33,6 +33,7 @@ def own(output: str | Path) -> Iterator[None]:
     Of several processes of one run the first holds the lock; a process may enter again what it holds already.
     """
     path = Path(output)
+    path = path.resolve() if path.name in ("", "..") else path
     place = path.parent.resolve() / f"{path.name}.lock"
     if not lanes.is_first() or place in _held:
         yield
@@ -112,6 +113,10 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def check_free(output: Path, overwrite: bool) -> None:
     """InputError where something is there that may not be replaced: what planish has not written or, without `overwrite`, all."""
+    if output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(
+            f"output {output} holds the folder that this runs in, and cannot be replaced: give one inside it"
+        )
     if output.is_symlink():
         raise InputError(f"output {output} is a link; give the folder itself")
     if output.is_file():

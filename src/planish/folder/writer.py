@@ -54,6 +54,7 @@ class Writer:
     def __init__(
         self, output: Path, n_blocks: int, overwrite: bool = False, resume: bool = False, tower: Tower | None = None
     ):
+        check_free(output, overwrite)
         self.output, self.n_shards, self.tower = output, n_blocks + 1, tower
         self.released: Released | None = None
         self.kept: dict[int, Sequence[int]] = {}  # per block, of the experts as they are stored
@@ -68,7 +69,6 @@ class Writer:
         self.stem = "model"  # of shards' names until the folder is complete
         self.finished: dict[int, dict[str, Any]] = {}
         if resume:
-            check_free(output, overwrite)
             self.finished = lanes.share(self.read_journal() if self.active else {})
         else:
             if self.active:
