@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -116,6 +117,16 @@ def test_eval_against_says_how_far_they_agree(folders, tmp_path, run):
     assert found["perplexity"] == pytest.approx(planish.evaluate(folders[0], tmp_path / "a.txt", 32).perplexity)
     shown = run("eval", folders[0], "--text", tmp_path / "a.txt", "--seq-len", 32, "--against", folders[1]).stdout
     assert "KL to its predictions" in shown and "the same likeliest token at 100.00" in shown
+
+
+def test_one_measurement_has_no_standard_error(folders, tmp_path, run):
+    task = tmp_path / "t.jsonl"
+    task.write_text(json.dumps({"query": "q", "choices": ["a", "b"], "gold": 0}))
+    done = run("eval", folders[0], "--tasks", task, "--against", folders[1])
+    assert done.exit_code == 0 and "0.00" in done.stdout and "nan" not in done.output and "±" not in done.stdout
+    np.save(tmp_path / "ids.npy", np.arange(2))
+    done = run("eval", folders[0], "--text", tmp_path / "ids.npy", "--against", folders[1])
+    assert done.exit_code == 0 and "KL to its predictions" in done.stdout and "nan" not in done.output
 
 
 def test_eval_shows_flips_and_answers(folders, tmp_path, run):

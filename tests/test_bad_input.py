@@ -101,6 +101,20 @@ def test_pickles_are_read_by_no_command(refuse, folder, tmp_path):
     refuse(model, "pytorch_model.bin", "never pickles")
 
 
+@pytest.mark.parametrize(
+    "depth",
+    [
+        {"model_type": "qwen3", "num_hidden_layers": 10**7},  # transformers' own list of layer types takes a minute
+        {"model_type": "gpt2", "n_layer": 10**7},
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 10**7}},
+    ],
+)
+def test_more_blocks_than_any_model_has(depth, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(depth))
+    with pytest.raises(InputError, match=r"config.json says 10,000,000 blocks \(n\w+\), and at most 10,000 are read"):
+        planish.forecast(tmp_path)
+
+
 def test_truncated_shard_is_named_by_eval_too(refuse, folder, tmp_path):
     model = Path(shutil.copytree(folder, tmp_path / "model"))
     shard = sorted(model.glob("*.safetensors"))[1]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
 import planish
+import planish.sweep
 import tiny
+from planish.calibrate import text as text_module
+from planish.evaluate import perplexity
+from planish.evaluate.report.page import make_command, read_results
 from planish.request import read_recipe
 from test_text import byte_tokenizer
 
@@ -65,6 +71,33 @@ def test_evaluation_begins_every_window(model, text, run):
     done = run("eval", model, "--text", text, "--seq-len", SEQ)
     assert "(BOS in every window)" in done.stdout
     assert "(begins with BOS)" in run("eval", model, "--text", text, "--seq-len", SEQ, "--bos", "once").stdout
+
+
+def test_without_a_text_some_windows_from_all_over_builtin_are_measured(model, text, run, tmp_path, monkeypatch):
+    read = text_module.load_tokens
+    instead = lambda name, *a, **more: read(text if name == "builtin" else name, *a, **more)  # noqa: E731
+    few = partial(text_module.thin, count=4 * SEQ)
+    for name in ("planish.evaluate.evaluation", "planish.sweep"):
+        monkeypatch.setattr(sys.modules[name], "load_tokens", instead)
+        monkeypatch.setattr(sys.modules[name], "thin", few)
+    every = text_module.eval_windows(read(text, byte_tokenizer(with_bos=True, end=True)).tokens, SEQ, 256)
+    at = [len(every) * i // 4 for i in range(4)]
+    lm = planish.load(model, dtype="float32")
+    expected = torch.stack([perplexity.token_losses(lm, every[i : i + 1]).mean() for i in at]).mean()
+    found = planish.evaluate(model, seq_len=SEQ)
+    assert (found.windows, found.thinned, found.nll) == (4, True, pytest.approx(float(expected), rel=1e-5))
+    assert planish.evaluate(model, "builtin", SEQ).windows == len(every)
+    assert planish.evaluate(model, seq_len=SEQ, max_windows=7).windows == 7
+    both = run("eval", model, "--seq-len", SEQ, "--against", model)
+    assert f"the same likeliest token at 100.00 ± 0.00 % of {4 * (SEQ - 1)} tokens" in both.stdout
+    assert "evenly spaced; --text builtin measures all" in both.stdout
+    assert "evenly spaced" not in run("eval", model, "--text", "builtin", "--seq-len", SEQ).stdout
+    done = run("sweep", model, "--methods", "svd", "--keep", 0.8, "--calibration", text, "--n-samples", 4, "--seq-len", SEQ,
+               "-o", tmp_path / "out")  # fmt: skip
+    assert "from all over builtin; --eval-text builtin takes all" in done.stderr, done.output
+    results = read_results(tmp_path / "out")
+    assert results.points[0].perplexity == pytest.approx(found.perplexity, rel=1e-5)
+    assert make_command(results, results.points[1]).endswith(f"planish eval svd-0.8 --seq-len {SEQ}")
 
 
 @pytest.mark.parametrize(("bos", "begins"), [("auto", "every"), ("once", "once")])

@@ -343,8 +343,13 @@ def test_output_that_is_not_empty(folder, ids, tmp_path, run):
     kept.mkdir()
     (kept / "precious.txt").write_text("mine")
     base = ["compress", folder, "--method", "svd", "--calibration", ids, *SHORT, "-o", kept, "--json"]
-    check_refused(run(*base), tmp_path, str(kept), "--overwrite")
+    for more in ((), ("--overwrite",)):
+        check_refused(run(*base, *more), tmp_path, str(kept), "planish has not written")
     assert (kept / "precious.txt").read_text() == "mine"
+    (kept / "precious.txt").unlink()
+    assert run(*base).exit_code == 0 and (kept / "planish.json").exists()
+    (kept / "precious.txt").write_text("mine")
+    check_refused(run(*base), tmp_path, str(kept), "--overwrite")
     assert run(*base, "--overwrite").exit_code == 0 and (kept / "planish.json").exists()
     assert (kept / "precious.txt").read_text() == "mine"  # no saver of models put it there
 
@@ -363,6 +368,7 @@ def test_failure_leaves_the_old_output_alone(folder, ids, tmp_path, run):
     change(model, "model.layers.2.mlp.up_proj.weight", float("nan"))
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "old.txt").write_text("old")
+    (tmp_path / "kept" / "planish.json").write_text("{}")
     result = run("compress", model, "--calibration", ids, *SHORT, "-o", tmp_path / "kept", "--overwrite")
     check_refused(result, tmp_path, "NaN")
     assert (tmp_path / "kept" / "old.txt").read_text() == "old"

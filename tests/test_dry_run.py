@@ -14,12 +14,13 @@ import planish
 import tiny
 from planish.cli import run as session
 from planish.cli.left import TimeLeft
-from planish.dry_run import seconds, windows
+from planish.dry_run import rounding_seconds, seconds, windows
 from planish.dry_run.windows import choose_windows, list_smaller
 from planish.errors import InputError
 from planish.folder.source import open_shapes, open_source
 from planish.methods import find_method, list_methods
 from planish.request import Request
+from planish.rounding.types import find_type
 
 SHAPES = ("a3", "aa-svd", "mpifa", "svd", "svd-llm")  # methods whose ranks follow from shapes
 IDS = tiny.windows(16, 48).flatten()
@@ -90,6 +91,38 @@ def pretend(monkeypatch, per_token: float) -> None:
     monkeypatch.setattr(seconds.Costs, "run", lambda self, shape, seq_len, back=False: per_token)
     monkeypatch.setattr(seconds, "rehearse", lambda *_: {})
     monkeypatch.setattr(windows, "is_small", lambda *_: False)
+
+
+@pytest.mark.parametrize(
+    ("bits", "target", "rounds"),
+    [(None, "any", {}), (8, "any", {"rounding": 1}), (8, "gguf", {"rounding": 1}), (4, "gguf", {"rounding": 2}),
+     (3.5, "any", {"types": 4 * rounding_seconds.PRICED, "rounding": 2})],
+)  # fmt: skip
+def test_seconds_of_rounding_are_foretold(bits, target, rounds, monkeypatch):
+    """Where only rounding takes time, a microsecond a weight: every block as often as bases are tried, in four types at a mean."""
+    pretend(monkeypatch, 0.0)
+    micro = rounding_seconds.Pace(0.0, 1e-6, 0.0)
+    monkeypatch.setattr(
+        rounding_seconds, "rehearse_type", lambda kind, known=True: micro if known else micro._replace(weight=0.0)
+    )
+    monkeypatch.setattr(rounding_seconds, "TRIES", {})
+    model = tiny.build("llama_gqa", intermediate_size=64)
+    found = planish.forecast(
+        model, keep=1, method="svd-llm" if target == "any" else "flat-llm", bits=bits, target=target, **MORE
+    )
+    steps = {p["name"]: p["steps"] for p in found.phases}
+    assert [*steps] == ["blocks", *rounds, *(["loss"] if bits else [])]
+    weights = found.block_params_before / 3 * 1e-6
+    assert all(steps[n] == pytest.approx([times * weights] * 3, rel=1e-3) for n, times in rounds.items())
+    assert found.seconds == pytest.approx(sum(rounds.values()) * 3 * weights, rel=1e-3) or not bits
+
+
+def test_a_matrix_is_foretold_from_smaller_ones():
+    """Columns, weights and what is behind them, as three sizes tell."""
+    pace = rounding_seconds.Pace(2.0, 3.0, 5.0)
+    assert pace.take(10, 7) == 7 * (2 + 10 * (3 + 7 * 5))
+    kind = find_type("int4-43-asym")  # the rehearsed widths are multiples of any group
+    assert 0 < rounding_seconds.rehearse_type(kind).take(64, 86) < 5
 
 
 def test_windows_are_chosen_by_the_predicted_time(bare, monkeypatch):
@@ -195,6 +228,11 @@ def test_phases_that_are_passed_over_or_were_not_foretold():
     assert bare.left(1.0) is None and bare.more
     bare.report("points", 2, 5, 5.0)  # an earlier run did the first one
     assert bare.left(5.0) == 3 * 4
+    ends = TimeLeft(ends=9.0)
+    ends.report("runs", 1, 5, 4.0)
+    assert ends.left(4.0) == 5 and not ends.more
+    ends.report("runs", 4, 5, 8.0)
+    assert ends.left(8.0) == 1 and ends.left(10.0) == 0
 
 
 @pytest.mark.parametrize("method", ["auto", "subfit", "sleb"])
@@ -223,6 +261,8 @@ def test_a_log_file_gets_lines_with_the_time_left(folder, ids, tmp_path, run, mo
     assert silent.exit_code == 0 and "elapsed" not in silent.stderr and "takes about" not in silent.stderr
     monkeypatch.setattr(session, "EVERY", 0.0)
     monkeypatch.setattr(windows, "SMALL", 0.0)
+    assert "takes about" not in run(*common, "-o", tmp_path / "short").stderr
+    monkeypatch.setattr(session, "LONG", 0.0)
     done = run(*common, "-o", tmp_path / "out")
     assert json.loads(done.stdout)["method"] == "flat-llm"
     lines = done.stderr.splitlines()

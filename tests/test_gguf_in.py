@@ -401,6 +401,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no width": ({"extra": {"llama.embedding_length": None}}, "no llama.embedding_length in its metadata"),
     "odd width": ({"extra": {"llama.attention.head_count": 0}}, "head_count is 0, expected a positive whole number"),
     "blocks": ({"extra": {"llama.block_count": 5}}, "5 blocks, the checkpoint holds 3"),
+    "depth": ({"extra": {"llama.block_count": 10**7}}, "says 10,000,000 blocks"),
     "values": ({"extra": {"llama.attention.value_length": 4}}, "keys and values of different sizes"),
     "scaling": ({"extra": {"llama.rope.scaling.type": "wave"}}, "rotary scaling of type 'wave' is not read"),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from planish.calibrate.cache import Cache
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream
 from planish.core import Shape, Unit
+from planish.dry_run import look_ahead
+from planish.dry_run.passes import count_passes
 from planish.folder.source import MemorySource
 from planish.methods import find_method
+from planish.request import Request
 from planish.stats import Tap
 from planish.walks.solve import solve
 from posed import pose_on
@@ -109,3 +114,24 @@ def test_nothing_is_run_behind_the_last_block_that_is_cut(method, monkeypatch):
     less = full | {unit: job.problem.units[unit].ranks(unit, job.problem.shapes[1])[0]}
     solve(job.problem, job.measure, job.method.decide(job.problem, less), lambda *args: None)
     assert ran and max(ran) == 1
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "llm-drop"])
+def test_what_goes_whole_is_chosen_and_priced_in_one_pass(method, tmp_path, monkeypatch):
+    forward, runs = Stream.forward, Counter()
+
+    def count(self, i, block, hidden, n):
+        runs[i] += 1
+        return forward(self, i, block, hidden, n)
+
+    monkeypatch.setattr(Stream, "forward", count)
+    tiny.compress(
+        tiny.build("llama_gqa"), output=tmp_path / "out", windows=tiny.windows(8, 24), method=method, keep=0.6
+    )
+    assert set(runs.values()) == {1} and len(runs) == 3
+    found = json.loads((tmp_path / "out" / "planish.json").read_text())
+    gone = {u for u, rank in found["plan"].items() if rank == 0}
+    assert gone and gone == set(found["errors"]) and min(found["errors"].values()) > 0
+    request, source = Request.ask(model="", keep=0.6, device="cpu"), MemorySource(tiny.build("llama_gqa"))
+    run = look_ahead(request, find_method(method), source, (8, 24))
+    assert [count_passes(run, i) for i in range(3)] == [(0.0, [])] * 3

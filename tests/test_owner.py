@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import sys
 import warnings
 from multiprocessing import get_context
 
 import pytest
 
+import planish
+import planish.export
+from planish import api
+from planish.cli.showcase import MODEL, run_demo
 from planish.errors import InputError
-from planish.folder.owner import own
+from planish.folder.owner import WRITER, check_output, own
+from planish.sweep import sweep
 
 FORK = get_context("fork")  # quick: the children need nothing that starts threads
 
@@ -108,3 +115,48 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*file.out: .*file is a file"), own(tmp_path / "file" / "out"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, True),
+        ({"planish.json": "{}", "notes.txt": ""}, True),
+        ({"model.safetensors.index.json": json.dumps({"metadata": WRITER, "weight_map": {}})}, True),  # an export
+        ({"model.safetensors.index.json": json.dumps({"metadata": {"total_size": 1}})}, False),
+        ({"model.safetensors.index.json": "[1]"}, False),
+        ({"config.json": "{}", "model.safetensors": ""}, False),
+        ({"notes.txt": ""}, False),
+    ],
+)
+def test_overwrite_replaces_only_what_planish_wrote(files, free, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    for name, text in files.items():
+        (out / "model" / name).write_text(text)
+    if free:
+        (tmp_path / "out" / "model.partial" / "resume").mkdir(parents=True)  # an interrupted run
+        return check_output(out / "model", overwrite=True)
+    monkeypatch.setattr(api, "fit_windows", None)  # nothing is read and nothing measured before
+    with pytest.raises(InputError, match="out/model holds what planish has not written"):
+        planish.compress(MODEL, output=out / "model", overwrite=True)
+    with pytest.raises(InputError, match="out/model holds what planish has not written"):
+        run_demo(out)
+    with pytest.raises(InputError, match="out/model exists and is not a sweep"):
+        sweep("nothing", output=out / "model", methods=("svd",), overwrite=True)
+    left = {p.name: p.read_text() for p in (out / "model").iterdir()}
+    assert left == files
+
+
+@pytest.mark.parametrize("output", [".", "..", "", "/"])
+def test_the_folder_that_it_runs_in_is_not_replaced(output, tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    monkeypatch.setattr(api, "fit_windows", None)
+    with pytest.raises(InputError, match=r"holds the folder that this runs in|would replace the model"):
+        planish.compress(MODEL, output=output)
+    export = sys.modules["planish.export"].export
+    with pytest.raises(InputError, match=r"holds the folder that this runs in|would replace the model"):
+        export(MODEL, "dense", output)
+    with own("."):  # beside the folder, not in it
+        assert not list(tmp_path.glob("a/b/.lock")) and list(tmp_path.glob("a/b.lock"))

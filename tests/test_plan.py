@@ -173,6 +173,21 @@ def test_a_plan_that_cuts_nothing_needs_no_text(tmp_path):
     assert [count_passes(run, i)[0] for i in range(3)] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("method", sorted({*list_methods()} - {"hope", "reap"}))  # which refuse a model without experts
+def test_where_nothing_is_to_go_no_block_runs(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stream, "forward", None)
+    model, text = tiny.build("llama_gqa", num_hidden_layers=2), tiny.windows(40, 16).flatten()
+    more = {"calibration": text, "n_samples": 8, "seq_len": 16, "device": "cpu"}
+    result = planish.compress(model, output=tmp_path / "out", method=method, keep=1, **more)
+    assert result.keep == 1 and not result.loss
+    assert [p["name"] for p in planish.forecast(model, method=method, keep=1, **more).phases] == ["blocks"]
+
+
+def test_only_shares_of_one_leave_everything():
+    assert Limits(keep=1.0).whole and Limits(keep=1, kv_keep=1).whole
+    assert not any(Limits.ask(**asked).whole for asked in ({}, {"max_params": 1}, {"max_latency": 1}, {"max_bytes": 1}))
+
+
 def test_an_awaited_text_is_read_once_and_only_to_measure():
     read, source = [], MemorySource(tiny.build("llama_gqa"))
 

@@ -212,6 +212,7 @@ def test_stopped_while_replacing(model, tmp_path, monkeypatch):
     for name in ("out", "out.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("x")
+    (tmp_path / "out" / "planish.json").write_text("{}")
     rename, seen = os.replace, []
 
     def stop(source, target):

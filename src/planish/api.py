@@ -30,6 +30,7 @@ from planish.calibrate.text import (
     share_out,
     spare_windows,
 )
+from planish.checking import check_place
 from planish.compression import Calibration, Destination, Shared, pick_dtype
 from planish.compression import compress as run
 from planish.core import Progress
@@ -111,8 +112,7 @@ def compress(
     `seq_len` tokens are taken: text at random by `seed`, ids side by side from the start, unless `sampling` says otherwise.
     `bits` "auto" with `max_bytes`, or `fit` (the size with the KV cache and what running takes): cuts and rounding compete, as they
     do under `max_bytes` alone where `target` is gguf, hf or vllm; `bits` 16 rounds nothing.
-    Where neither number is given and a CPU would need more than half an hour, fewer tokens are taken (a warning and the manifest
-    say how many and why).
+    Where neither number is given and a CPU would need more than half an hour, fewer tokens are taken, and a warning says why.
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
     for the next budget. `progress(phase, done, total)` is called as a phase begins (0) and as blocks are done;
     `begin(phases, shorter)` before, with the predicted seconds of every phase (`planish.dry_run.seconds.Phase`) and what would
@@ -128,6 +128,7 @@ def compress(
     began = time.perf_counter()
     request, method = read_options(options, sparsity)
     source = open_source(model, tokenizer, request.adapter)
+    check_place(Path(output), overwrite, source)
     lanes.start(request.device)
     chosen = fit_windows(request, method, source)
     text = read_calibration(source, tokenizer, request.calibration, options.get("calibration"), cache, chosen)
@@ -246,7 +247,6 @@ def forecast(
     if request.bits not in (None, *DENSE_NAMES):
         found.bytes_after, found.rounding = count_rounded_bytes(request, source, found.keep)
         found.disk_bytes += found.bytes_after  # beside what was cut, until it is complete
-        notes.append("seconds are those of cutting: what rounding takes comes on top")
     found.warnings = [*dict.fromkeys(notes), *found.warnings]
     return found
 

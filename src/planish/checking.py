@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from planish import lanes
 from planish.calibrate.text import unmark
 from planish.errors import InputError
+from planish.folder.owner import check_output
 from planish.folder.source import FolderSource, Source
 from planish.methods.method import Method
 from planish.plan.problem import Problem
@@ -32,6 +34,13 @@ def check_tokens(method: Method, problem: Problem, windows: Tensor, settings: di
             f"calibration has {windows.numel()} tokens, fewer than the largest Gram's dimension {need}: "
             f"use at least {need} tokens (--n-samples × --seq-len){hint}"
         )
+
+
+def check_place(output: Path, overwrite: bool, source: Source) -> None:
+    """What the output is to be may be written: nothing stands there that has to stay."""
+    check_apart(output, source)
+    if lanes.is_first():
+        check_output(output, overwrite)
 
 
 def check_apart(output: Path, source: Source) -> None:

@@ -32,14 +32,14 @@ from planish.folder.safetensors import Shard, hash_file
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.writer import Writer, tidy, unseal, write_outside
 from planish.manifest import Result, note_origin, read_result, write_manifest
-from planish.methods import find_method, make_plan, note_objective, pose
+from planish.methods import find_method, leaves_all, make_plan, note_objective, pose
 from planish.methods.method import Method, list_settings
 from planish.modelling.blocks import Spec
 from planish.plan.experts import find_kept
 from planish.plan.footprint import count_headers, footprint
 from planish.plan.latency import note_slower, read_table
 from planish.plan.planned import Planned
-from planish.plan.problem import Problem
+from planish.plan.problem import Problem, changes
 from planish.request import Request
 from planish.solvers.offload import offload
 from planish.walks.bits import read_asked
@@ -81,7 +81,7 @@ class Shared:
 
     def recall(self, request: Request, cache: Cache | None) -> Cache | None:
         """Where prices of types are remembered: those of the uncut model."""
-        return (self.known or cache) if set(request.given.values()) == {1} else None
+        return (self.known or cache) if request.whole else None
 
 
 def compress(
@@ -132,7 +132,7 @@ def compress(
                     planned = decide(method, problem, measure, request, windows)
                 done = write(problem, measure, planned, writer, caught, rounds=asked is not None)
                 done.rounded = quantise(asked, measure, writer, windows, known) if asked else None
-                done.loss = measure_loss(measure, writer, text.spare)
+                done.loss = measure_loss(measure, writer, text.spare) if asked or changes(problem, planned) else {}
         result = report(problem, planned, source, writer, done)
         result.warnings = sorted({*read_warnings(caught), *result.warnings})
         result.seconds = measure.seconds | {"total": time.perf_counter() - start + text.seconds}
@@ -147,10 +147,9 @@ def compress(
 
 
 def decide(method: Method, problem: Problem, measure: Measurements, request: Request, windows: Tensor) -> Planned:
-    """The method's plan; where everything stays and is only rounded, nothing is measured for one."""
-    if request.bits is not None and set(request.given.values()) == {1}:
-        return Planned({}, problem.units)
-    check_tokens(method, problem, windows, dict(request.settings))
+    """The method's plan, and what there is to say about the text."""
+    if not leaves_all(method, problem):
+        check_tokens(method, problem, windows, dict(request.settings))
     if request.bits is None and not bool(list_priced(windows).all()):
         for note in note_objective(method, problem, measure, len(windows)):
             warnings.warn(note, stacklevel=2)

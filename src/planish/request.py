@@ -114,6 +114,11 @@ class Limits(Strict):
         return {n: v for n in LIMITS if (v := getattr(self, n)) is not None} or {"keep": 0.8}
 
     @property
+    def whole(self) -> bool:
+        """Whether nothing is to go, by the budgets alone."""
+        return all(n in SHARES and v == 1 for n, v in self.given.items())
+
+    @property
     def limits(self) -> dict[str, Any]:
         """All fields of `Limits` by name."""
         return {n: getattr(self, n) for n in Limits.model_fields}
@@ -267,7 +272,7 @@ class Grid(Strict):
     sizes: tuple[Annotated[int, size("max_bytes", BYTES)], ...] = listed(
         "SIZE,…", "bytes of the files: curves of rounding alone, of cuts in 16 bits, and of both", name="--max-bytes"
     )  # fmt: skip
-    eval_text: Any = option("builtin", SOURCE_HELP, metavar="SOURCE", type=str)
+    eval_text: Any = option(None, SOURCE_HELP, metavar="SOURCE", shown="32,768 tokens from all over builtin", type=str)
     eval_tokens: int | None = option(None, "measure on so many tokens", shown="all", least=2)
     keep_models: Literal["best", "all", "none"] = option(
         "best", "whose weights stay on disk; best: of the best method at every keep", choices=("best", "all", "none")

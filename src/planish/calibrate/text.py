@@ -332,6 +332,17 @@ def eval_windows(tokens: Tensor, seq_len: int, begin: int | None = None) -> Tens
     return torch.stack([cut_window(tokens, i, seq_len, begin) for i in starts])
 
 
+def thin(tokens: Tensor, seq_len: int, begin: int | None = None, count: int = 1 << 15) -> Tensor:
+    """At most `count` tokens of a text, but one window: of those that `eval_windows` cuts some, evenly spaced, one after the
+    other."""
+    _check_length(tokens, seq_len)
+    starts, n = list_starts(tokens, seq_len, begin), max(1, count // seq_len)
+    if n >= len(starts):
+        return tokens
+    chosen = [len(starts) * i // n for i in range(n)]
+    return torch.cat([tokens[starts[i] : starts[i + 1]] for i in chosen])
+
+
 def fingerprint(tokens: Tensor, **parameters: object) -> str:
     """SHA-256 (hex) of token ids, their shape and the parameters that chose them: equal exactly if all are equal."""
     digest = hashlib.sha256(json.dumps([list(tokens.shape), parameters], sort_keys=True, default=str).encode())

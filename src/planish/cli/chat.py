@@ -27,7 +27,7 @@ from planish.export.llama_cpp import LlamaCpp
 from planish.folder.config import load_config
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.hub import CARRIED, find_carried
-from planish.folder.owner import owning
+from planish.folder.owner import check_output, owning
 from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 
@@ -116,6 +116,7 @@ def run_chat(
     second the text is Python's reference manual. `quick`: a quarter of the text.
     """
     start, stages, share = time.perf_counter(), dict[str, tuple[float, float]](), 4 if quick else 1
+    check_output(output / "model", overwrite=True)
     file, tokenizer = open_chat(model, output)
     limit = load_config(file).max_position_embeddings
     seq_len, eval_len = min(SEQ_LEN, limit // 2), min(EVAL_LEN, limit // 2)

@@ -10,7 +10,16 @@ import typer
 from rich.markup import escape
 
 from planish.cli import options as o
-from planish.cli.run import compare_sizes, format_bytes, format_seconds, make_table, say, session, show_untouched
+from planish.cli.run import (
+    compare_sizes,
+    format_bytes,
+    format_seconds,
+    give_or_take,
+    make_table,
+    say,
+    session,
+    show_untouched,
+)
 
 
 @o.asks(
@@ -36,7 +45,7 @@ def compress(
     output: o.OutputOption,
     *,
     sparsity: o.SparsityOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the model in the output folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=o.OVERWRITE)] = False,
     cache: o.CacheOption = True,
     as_json: o.JsonOption = False,
     **options: Any,
@@ -155,7 +164,7 @@ def tell_bits(plan: dict[str, Any]) -> str:
 
 
 def tell_divergence(plan: dict[str, Any]) -> str:
-    return f"{plan['kl']:.4f} ± {plan['stderr']:.4f}"
+    return f"{plan['kl']:.4f}{give_or_take(plan['stderr'], 4)}"
 
 
 def show_rounding(result: Any) -> list[str]:
@@ -184,10 +193,9 @@ def show_loss(loss: dict[str, Any]) -> list[str]:
     """A line of what the result loses on text that nothing was fitted to."""
     if not loss:
         return []
-    noise = "" if loss["stderr"] is None else f" ± {loss['stderr']:.4f}"
     return [
-        f"loss: {loss['nats']:.4f}{noise} nats per token more than the dense model, in {loss['windows']} windows of the "
-        "calibration text that were not calibrated on; text of another kind usually loses more"
+        f"loss: {loss['nats']:.4f}{give_or_take(loss['stderr'], 4)} nats per token more than the dense model, in "
+        f"{loss['windows']} windows of the calibration text that were not calibrated on; text of another kind usually loses more"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +61,7 @@ def demo(
         run.api  # noqa: B018  (silences transformers)
         from planish.cli.showcase import run_demo
 
+        run.time.ends = time.monotonic() + limit
         found = run_demo(
             output,
             model=None if model is None else Path(model),

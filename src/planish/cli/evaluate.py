@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from planish.cli import options as o
-from planish.cli.run import Session, make_table, session
+from planish.cli.run import Session, give_or_take, make_table, session
 from planish.errors import InputError
 from planish.request import SOURCE_HELP
 
@@ -27,7 +27,8 @@ def evaluate(
     ],
     *,
     text: Annotated[
-        str | None, typer.Option("--text", metavar="SOURCE", help=SOURCE_HELP, show_default="builtin")
+        str | None,
+        typer.Option("--text", metavar="SOURCE", help=SOURCE_HELP, show_default="32,768 tokens from all over builtin"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows at a time")] = 1,
     max_windows: Annotated[int | None, typer.Option(min=1, help="stop after so many", show_default="all")] = None,
@@ -74,7 +75,7 @@ def evaluate(
             run.give({"answers": [asdict(a) for a in answers]}, *show_answers(answers))
         else:
             options |= {"batch_size": batch_size, "max_windows": max_windows, "cache": True}
-            measure_text(run, model, against, text or "builtin", options)
+            measure_text(run, model, against, text, options)
 
 
 def measure_tasks(
@@ -95,7 +96,7 @@ def measure_tasks(
     run.give(data, make_scores(found, flips))
 
 
-def measure_text(run: Session, model: str, against: str | None, text: str, options: dict[str, Any]) -> None:
+def measure_text(run: Session, model: str, against: str | None, text: str | None, options: dict[str, Any]) -> None:
     """Perplexity, beside the dense model's where there is one, and how far their predictions agree."""
     data, beside = {}, []
     if against is None:
@@ -107,7 +108,7 @@ def measure_text(run: Session, model: str, against: str | None, text: str, optio
         data = {"against": asdict(both.dense), "agreement": asdict(a)}
         beside = [
             f"{escape(against)}: perplexity {both.dense.perplexity:.4f} · {found.nll - both.dense.nll:+.5f} nats per token",
-            f"KL to its predictions {a.kl:.5f} ± {a.kl_stderr:.5f} nats per token · 99 % of tokens below {a.kl_99:.4f}, "
+            f"KL to its predictions {a.kl:.5f}{give_or_take(a.kl_stderr, 5)} nats per token · 99 % of tokens below {a.kl_99:.4f}, "
             f"99.9 % below {a.kl_999:.4f}",
             f"the same likeliest token at {100 * a.top1:.2f} ± {100 * a.top1_stderr:.2f} % of {a.tokens:,} tokens",
         ]
@@ -118,6 +119,7 @@ def measure_text(run: Session, model: str, against: str | None, text: str, optio
         *beside,
         f"{found.tokens:,} tokens in {found.windows} windows of {found.seq_len} · "
         f"{escape(found.source)} ({bos}) · {found.dtype}",
+        *["these windows are evenly spaced; --text builtin measures all of it"][: found.thinned],
     )
 
 
@@ -141,7 +143,7 @@ def make_scores(found: dict[str, list[Any]], flips: Sequence[tuple[float, float]
     table = make_table("task", "model", "examples", "acc", "acc_norm", *(["flips"] if flips else []))
 
     def percent(value: float | None, error: float | None) -> str:
-        return "" if value is None else f"{100 * value:.2f} ± {100 * (error or 0):.2f}"
+        return "" if value is None else f"{100 * value:.2f}{give_or_take(error and 100 * error, 2)}"
 
     for n, rows in enumerate(zip(*found.values(), strict=True)):
         for name, s in zip(found, rows, strict=True):

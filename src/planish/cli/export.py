@@ -57,7 +57,9 @@ def export(
     ] = None,
     no_vocabulary: Annotated[bool, typer.Option("--no-vocabulary", help="gguf: leave the tokenizer out")] = False,
     pad: Annotated[bool, typer.Option("--pad", help="dense: fill up with zeros to the stock architecture")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what exists")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the file, or a folder's model if planish wrote it")
+    ] = False,
     as_json: o.JsonOption = False,
 ) -> None:
     """Write a folder for another stack, exactly or not at all; says what it costs in size."""

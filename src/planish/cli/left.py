@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 Predicted = Sequence[tuple[str, Sequence[float]]]  # phases in their order: name, seconds of every step
 
@@ -41,10 +42,12 @@ class TimeLeft:
     Of the phase that runs: what its finished steps took, in proportion to what was predicted of its steps. Of later phases:
     what was predicted, times measured / predicted of all that is done. A phase that is reported without having been predicted
     counts by itself, and so does one whose results were cached; predicted ones that are passed over are not waited for.
+    `ends`: the clock when the run stops in any case.
     """
 
     predicted: Predicted = ()
     began: float = 0.0
+    ends: float = inf
     walks: list[Walk] = field(default_factory=list)
     _next: int = 0
 
@@ -78,9 +81,9 @@ class TimeLeft:
         rate = measured / foretold if foretold else 1.0
         own = rest * (took / of if of else rate if walk.steps is not None else 0.0)
         later = sum(sum(steps) for _, steps in self.predicted[self._next :])
-        return max(own + later * rate - (now - walk.now), 0.0)
+        return max(min(own + later * rate - (now - walk.now), self.ends - now), 0.0)
 
     @property
     def more(self) -> bool:
         """Whether phases may follow that nothing is known of."""
-        return not self.predicted
+        return not self.predicted and self.ends == inf

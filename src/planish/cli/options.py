@@ -30,6 +30,7 @@ FolderArgument = Annotated[
     str,
     typer.Argument(metavar="DIR", help="compressed or Hugging Face folder, GGUF file or hub id", show_default=False),
 ]
+OVERWRITE = "replace the model in the output folder, if planish wrote it; other files there stay"
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="folder to write", show_default=False)]
 SparsityOption = Annotated[
     float | None,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 WIDE = 160  # columns of tables that no terminal shows
 EVERY = 10.0  # seconds between lines of progress, at least
+LONG = 60.0  # seconds of a run that are told before it starts, at least
 
 # What the system refuses because of what the user asked for: space, permissions, paths.
 _REFUSED = {
@@ -141,7 +142,6 @@ class Session:
         self.tasks: dict[str, Any] = {}
         self.began = self.said = time.monotonic()
         self.time = TimeLeft(began=self.began)
-        self.unknown: list[str] = []
         self.result: dict[str, Any] = {}
         self.view: list[Any] = []
 
@@ -159,15 +159,15 @@ class Session:
         if not phases:
             return
         self.began = self.said = time.monotonic()
-        known = [p for p in phases if p.steps]
-        self.time = TimeLeft([(p.name, p.steps) for p in known], self.began)
+        self.time = TimeLeft([(p.name, p.steps) for p in phases], self.began)
+        if sum(p.seconds for p in phases) < LONG:
+            return
         parts = dict[str, float]()
-        for p in known:
+        for p in phases:
             name = p.name.partition(" ")[0]
             parts[name] = parts.get(name, 0.0) + p.seconds
         took = ", ".join(f"{name} {tell(s)}" for name, s in parts.items())
-        self.unknown = [p.name for p in phases if not p.steps]
-        say(f"this takes about {tell(sum(parts.values()))} ({took}){self.tell_unknown()}")
+        say(f"this takes about {tell(sum(parts.values()))} ({took})")
         if shorter:
             say(f"about half of that or less: {', '.join(f'{flag} ({tell(s)})' for flag, s in shorter.items())}")
 
@@ -178,17 +178,12 @@ class Session:
         self.time.report(phase, done, total, now)
         left = self.time.left(now)
         rest = "" if left is None else f"about {tell(left)} left{' of this phase' * self.time.more}"
-        rest += self.tell_unknown(phase) * bool(rest)
         if phase not in self.tasks:
             self.tasks[phase] = self.bars.add_task(phase, total=total, left=rest)
         self.bars.update(self.tasks[phase], completed=done, total=total, left=rest)
         if done and self.bars.disable and now - self.said >= EVERY and is_first():
             self.said = now
             say(" · ".join([f"{phase} {done} of {total}", f"{tell(now - self.began)} elapsed", *[rest][: bool(rest)]]))
-
-    def tell_unknown(self, phase: str = "") -> str:
-        """What comes behind this phase and nothing is known of."""
-        return "".join(f" and what {n} takes" for n in self.unknown if n != phase and n not in self.tasks)
 
     def note(self, warnings: list[str]) -> None:
         """What a run has to say besides its result."""
@@ -265,6 +260,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def give_or_take(error: float | None, digits: int) -> str:
+    """A standard error as it stands behind a number; nothing, where a single measurement has none."""
+    return "" if error is None or not math.isfinite(error) else f" ± {error:.{digits}f}"
 
 
 def format_seconds(seconds: float) -> str:

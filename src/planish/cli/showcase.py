@@ -25,7 +25,7 @@ from planish.evaluate.report.page import render
 from planish.evaluate.report.points import Point
 from planish.evaluate.report.svg import Mark, Quantity, Series, chart, stand_alone
 from planish.folder.hub import find_folder
-from planish.folder.owner import owning
+from planish.folder.owner import check_output, owning
 from planish.folder.source import open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.methods import find_method, list_methods
@@ -144,6 +144,7 @@ def run_demo(
     Every method is given the same calibration windows and is measured on the same evaluation windows.
     """
     start = time.perf_counter()
+    check_output(output / "model", overwrite=True)
     folder = find_demo_model(model)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:

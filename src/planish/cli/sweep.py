@@ -28,7 +28,7 @@ def sweep(
     output: o.OutputOption,
     *,
     cache: o.CacheOption = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="begin the output folder's sweep anew")] = False,
     as_json: o.JsonOption = False,
     **options: Any,
 ) -> None:

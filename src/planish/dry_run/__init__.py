@@ -27,7 +27,8 @@ from planish.core import WHOLE, Plan, Progress, Unit, describe_experts, describe
 from planish.dry_run.memory import Peaks
 from planish.dry_run.passes import Run
 from planish.dry_run.rounding import count_all
-from planish.dry_run.seconds import Costs, estimate_phases, explain, measure_costs
+from planish.dry_run.rounding_seconds import estimate_all
+from planish.dry_run.seconds import Costs, explain, measure_costs
 from planish.errors import InputError
 from planish.folder.origin import list_changes
 from planish.folder.skeleton import find_embedding
@@ -153,7 +154,7 @@ def look_ahead(
             planned = make_plan(method, problem, measure)
     if measure.started:
         size = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
-    return Run(replace(problem, units=planned.solvers), measure, planned, *size, work)
+    return Run(replace(problem, units=planned.solvers), measure, planned, *size, work, rounded)
 
 
 def forecast(
@@ -223,7 +224,7 @@ def describe(run: Run, costs: Costs | None = None, asked: Asked | None = None) -
     caches, flops, stored = ((b.total + b.outside, count_left(problem, planned.ranks, b) + b.outside) for b in budgets)
     peaks = count_all(asked, run, left / blocks, (params, params_after))
     costs = costs or measure_costs(run)
-    phases = estimate_phases(run, costs, params + params_after + 2 * rest)
+    phases = estimate_all(run, costs, params + params_after + 2 * rest)
     found = Forecast(
         method=problem.name,
         keep_requested=problem.keep if planned.keep is None else planned.keep,

@@ -15,14 +15,15 @@ from planish.plan.foreseen import Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
 from planish.stats import Tap
+from planish.walks.bits import Asked
 from planish.walks.solve import find_dense_sites
 
 FIRST = {"attention": "q", "mlp": "up"}  # the first linears of a submodule, or one of them
 
 
 class Run(NamedTuple):
-    """What is foretold: a run that follows this plan, on `windows` of `seq_len` tokens; `work`: what finding the plan takes,
-    where it has not been found by measuring."""
+    """What is foretold: a run that follows this plan, on `windows` of `seq_len` tokens, and rounds what is `asked`; `work`: what
+    finding the plan takes, where it has not been found by measuring."""
 
     problem: Problem
     measure: Measurements
@@ -30,6 +31,7 @@ class Run(NamedTuple):
     windows: int
     seq_len: int
     work: Sequence[Work] = ()
+    asked: Asked | None = None
 
     @property
     def measures(self) -> bool:

@@ -27,6 +27,7 @@ from planish.dry_run.passes import Run, count_passes
 from planish.folder.stored_linear import StoredLinear, is_apart
 from planish.plan.footprint import footprint
 from planish.plan.foreseen import Work
+from planish.plan.problem import changes
 from planish.slices import SLICED, is_fp64_slow
 from planish.solvers.offload import offload
 from planish.stats import Stats, Tap, add_gram, is_finite
@@ -177,11 +178,13 @@ def call_experts(e: ExpertShape, tokens: int, device: torch.device, dtype: torch
 
 
 def estimate_phases(run: Run, costs: Costs, moved: int) -> list[Phase]:
-    """The walks of a run in their order, and what each takes. `moved`: numbers that are read and written."""
+    """The walks of a run in their order but rounding, and what each takes. `moved`: numbers that are read and written."""
     found = [phase for work in run.work for phase in list_phases(run, work, costs)]
     blocks = walk(run, costs)
     each = moved * costs.rates.file / max(len(blocks), 1)
     found.append(Phase("blocks", [s + each for s in blocks]))
+    if run.asked is None and not changes(run.problem, run.planned):
+        return found
     shapes, spare = run.problem.shapes, count_spare(run.windows, run.seq_len) * run.seq_len
     once = spare * (sum(costs.run(s, run.seq_len) for s in shapes) + costs.predict(shapes[0]))
     return [*found, Phase("loss", [once, once])] if spare else found  # of the dense model, of the result

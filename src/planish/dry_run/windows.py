@@ -9,7 +9,8 @@ from typing import NamedTuple
 from planish.checking import count_needed
 from planish.dry_run import look_ahead
 from planish.dry_run.passes import Run
-from planish.dry_run.seconds import Costs, Phase, estimate_phases, measure_costs
+from planish.dry_run.rounding_seconds import estimate_all
+from planish.dry_run.seconds import Costs, Phase, measure_costs
 from planish.durations import tell
 from planish.errors import InputError
 from planish.folder.source import Source
@@ -23,6 +24,7 @@ SHORT = 512  # tokens: windows are shortened to this before there are fewer of t
 FEW = 8  # windows at least
 PER_CHANNEL = 4  # tokens at least for every channel of the widest Gram, or it is mostly noise
 CAREFUL = 60, 1e9  # passes and FLOP/s by which a run is certainly not longer than it takes
+ROUND = 1e-5  # seconds of rounding a weight, as certainly
 SMALL = 60.0  # seconds within which a run needs no prediction
 CHEAPER = ("a3", "flat-llm")  # methods that are looked at
 
@@ -49,7 +51,7 @@ class Outlook:
 
     def phases(self, size: Size) -> list[Phase]:
         numbers = 2 * sum(p.numel() for p in self.source.empty.parameters())
-        return estimate_phases(self.run(size), self.costs, numbers)
+        return estimate_all(self.run(size), self.costs, numbers)
 
     def seconds(self, size: Size) -> float:
         return sum(p.seconds for p in self.phases(size))
@@ -63,11 +65,12 @@ class Chosen(NamedTuple):
     outlook: Outlook | None = None
 
 
-def is_small(source: Source, size: Size, seconds: float) -> bool:
+def is_small(request: Request, source: Source, size: Size, seconds: float) -> bool:
     """Whether a run is certainly shorter, without measuring anything."""
     passes, rate = CAREFUL
-    weights = sum(source.shape(i).working for i in range(source.n_blocks))
-    return 2 * passes * weights * size[0] * size[1] / rate < seconds
+    shapes = [source.shape(i) for i in range(source.n_blocks)]
+    rounding = 0.0 if request.bits in (None, *DENSE_NAMES) else ROUND * sum(s.count() for s in shapes)
+    return 2 * passes * sum(s.working for s in shapes) * size[0] * size[1] / rate + rounding < seconds
 
 
 def list_smaller(size: Size, need: int) -> list[Size]:
@@ -83,7 +86,7 @@ def list_smaller(size: Size, need: int) -> list[Size]:
 
 def choose_windows(request: Request, method: Method, source: Source, size: Size) -> Chosen:
     """The largest of the sizes with which a run on a CPU is predicted to take at most `BOUND` seconds, or the smallest."""
-    if request.device != "cpu" or is_small(source, size, BOUND):
+    if request.device != "cpu" or is_small(request, source, size, BOUND):
         return Chosen(size)
     try:
         outlook = Outlook(request, method, source, size)
@@ -122,10 +125,8 @@ def list_shorter(outlook: Outlook, size: Size, seconds: float) -> dict[str, floa
 def foretell(
     request: Request, method: Method, source: Source, size: Size, outlook: Outlook | None = None
 ) -> tuple[Sequence[Phase], dict[str, float]]:
-    """The walks of a run with what each takes, and what would halve a long one; nothing where it is small or cannot be told.
-
-    Rounding has no steps: what it takes is not known beforehand."""
-    if is_small(source, size, SMALL):
+    """The walks of a run with what each takes, and what would halve a long one; nothing where it is small or cannot be told."""
+    if is_small(request, source, size, SMALL):
         return [], {}
     try:
         outlook = outlook or Outlook(request, method, source, size)
@@ -133,5 +134,4 @@ def foretell(
         return [], {}
     phases = outlook.phases(size)
     whole = sum(p.seconds for p in phases)
-    phases = [*phases, Phase("rounding", ())] if request.bits not in (None, *DENSE_NAMES) else phases
     return phases, list_shorter(outlook, size, whole) if whole > SMALL else {}

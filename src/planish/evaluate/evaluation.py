@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from planish.calibrate.cache import tokenize
-from planish.calibrate.text import load_tokens
+from planish.calibrate.text import Text, load_tokens, thin
 from planish.core import Progress
 from planish.declare import check_number
 from planish.errors import InputError
@@ -41,11 +41,12 @@ class Evaluation(perplexity.Perplexity):
     source: str
     bos: bool  # the text, or every window of it, begins with the beginning-of-sequence token
     begins: str  # which windows do: every, once (at most the first), never
+    thinned: bool  # no text was asked for: these are windows of `builtin`, evenly spaced
 
 
 def evaluate(
     model: str | Path | nn.Module,
-    text: Any = "builtin",
+    text: Any = None,
     seq_len: int | None = None,
     *,
     tokenizer: Any = None,
@@ -57,7 +58,8 @@ def evaluate(
     cache: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity of a folder, hub id or model in memory over a SOURCE (its evaluation split, where it has splits).
+    """Perplexity of a folder, hub id or model in memory over a SOURCE (its evaluation split, where it has splits); without
+    one over 32,768 tokens of `builtin`, in windows that are evenly spaced.
 
     Windows of `seq_len` tokens (2048, or as many as the model has positions) do not overlap, the tail is dropped;
     `bos`: where the beginning-of-sequence token stands (see `planish.calibrate.text.load_tokens`; the papers' protocol is
@@ -73,7 +75,7 @@ def evaluate(
             check_number(value, name, whole=True)
     if batch_size < 1 or (max_windows is not None and max_windows < 1):
         raise InputError(f"batch size and windows must be 1 or more, got {batch_size} and {max_windows}")
-    place, read = None, partial(load_tokens, text, split="evaluation", tokenize=tokenize if cache else None, bos=bos)
+    place, read = None, partial(read_text, text, cache=cache, bos=bos)
     if isinstance(model, nn.Module):
         lm: Any = model
         place = None if device is None else find_device(device)
@@ -89,11 +91,24 @@ def evaluate(
         found = read(tokenizer, vocab_size=lm.config.get_text_config().vocab_size)
     check_positions(limit)
     seq_len = seq_len or min(SEQ_LEN, limit, max(2, len(found.tokens)))
+    few = text is None and max_windows is None
+    tokens = thin(found.tokens, seq_len, found.begin) if few else found.tokens
     measured = perplexity.evaluate(
-        lm, found.tokens, seq_len, begin=found.begin, max_windows=max_windows, batch_size=batch_size, device=place,
+        lm, tokens, seq_len, begin=found.begin, max_windows=max_windows, batch_size=batch_size, device=place,
         progress=progress,
     )  # fmt: skip
-    return Evaluation(**asdict(measured), source=found.source, bos=found.bos, begins=found.policy)
+    thinned = len(tokens) < len(found.tokens)
+    return Evaluation(**asdict(measured), source=found.source, bos=found.bos, begins=found.policy, thinned=thinned)
+
+
+def read_text(
+    text: Any, tokenizer: Any, vocab_size: int | None = None, *, cache: bool = False, bos: Bos = "auto"
+) -> Text:
+    """What is measured on."""
+    source = "builtin" if text is None else text
+    return load_tokens(
+        source, tokenizer, split="evaluation", vocab_size=vocab_size, tokenize=tokenize if cache else None, bos=bos
+    )
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ class Comparison:
 def compare(
     model: str | Path | nn.Module,
     dense: str | Path | nn.Module,
-    text: Any = "builtin",
+    text: Any = None,
     seq_len: int | None = None,
     *,
     tokenizer: Any = None,
@@ -131,15 +146,10 @@ def compare(
 
     found = evaluate(lm, text, seq_len, tokenizer=tokenizer, progress=watch("windows"), **options)
     beside = evaluate(other, text, found.seq_len, tokenizer=tokenizer, progress=watch("dense model"), **options)
-    held = load_tokens(
-        text,
-        tokenizer,
-        split="evaluation",
-        tokenize=tokenize if options.get("cache") else None,
-        bos=options.get("bos", "auto"),
-    )
+    held = read_text(text, tokenizer, cache=options.get("cache", False), bos=options.get("bos", "auto"))
+    tokens = thin(held.tokens, found.seq_len, held.begin) if found.thinned else held.tokens
     agreed = agreement.compare(
-        lm, other, held.tokens, found.seq_len, begin=held.begin, max_windows=options.get("max_windows"),
+        lm, other, tokens, found.seq_len, begin=held.begin, max_windows=options.get("max_windows"),
         progress=watch("agreement"),
     )  # fmt: skip
     return Comparison(found, beside, agreed)

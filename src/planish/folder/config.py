@@ -18,7 +18,7 @@ from planish.core import Shape
 from planish.errors import InputError
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.packed.declared import FIELDS, METHODS, find_declared
-from planish.folder.recognise import refuse_file, refuse_unlike
+from planish.folder.recognise import refuse_deep, refuse_file, refuse_unlike
 from planish.folder.towers import Tower, split_config
 from planish.modelling.blocks import Spec
 from planish.modelling.families import FAMILIES, MLP, Family
@@ -53,6 +53,7 @@ def read_config(folder: Path) -> Any:
         raise InputError(f"cannot read {path}: {error}") from None
     if not isinstance(kind, str):
         raise InputError(f"{path} names no model_type")
+    refuse_deep(found, path)
     if wrapper := WRAPPERS.get(kind):
         check_text(found, wrapper, path)
     elif not kind.startswith("planish"):

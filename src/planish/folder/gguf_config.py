@@ -25,6 +25,7 @@ from transformers import CONFIG_MAPPING
 
 from planish.errors import InputError
 from planish.folder.gguf_file import GGUF
+from planish.folder.recognise import refuse_deep
 from planish.modelling.families import FAMILIES as MODELS
 
 FAMILIES = {  # general.architecture → model_type
@@ -118,6 +119,7 @@ def check_known(meta: Metadata) -> None:
         raise InputError(
             f"{file.path} is a GGUF file of the architecture {architecture!r}; read are {', '.join(sorted(FAMILIES))}"
         )
+    refuse_deep({"num_hidden_layers": meta.get("block_count")}, file.path)
     for key, harmless in REFUSED.items():
         value = meta.get(key)
         if value is not None and value not in harmless and key not in ALLOWED.get(architecture, ()):

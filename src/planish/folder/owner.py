@@ -1,4 +1,4 @@
-"""Whose output a folder or file is while a run writes it: a lock beside it, held from the run's start to its end.
+"""Whose output a folder is: what may be replaced, and a lock beside it, held from a run's start to its end.
 
 The lock goes with the process, however that ends. The file `<output>.lock` says who holds it; a killed run leaves the file
 and no lock, and whoever comes next takes it over.
@@ -23,6 +23,7 @@ from planish.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
 _held: set[Path] = set()  # by this process
+WRITER = {"writer": "planish"}  # what the index of weights says of its folder
 
 
 @contextmanager
@@ -32,6 +33,7 @@ def own(output: str | Path) -> Iterator[None]:
     Of several processes of one run the first holds the lock; a process may enter again what it holds already.
     """
     path = Path(output)
+    path = path.resolve() if path.name in ("", "..") else path
     place = path.parent.resolve() / f"{path.name}.lock"
     if not lanes.is_first() or place in _held:
         yield
@@ -95,6 +97,52 @@ def take(place: Path, output: Path) -> IO[str] | None:
     file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}))
     file.flush()
     return file
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """InputError where a folder, or what a run into it left unfinished, is there and may not be replaced."""
+    check_free(output, overwrite)
+    partial = output.with_name(output.name + ".partial")
+    if (partial / "resume" / "journal.jsonl").exists() and not overwrite:
+        raise InputError(f"{partial} holds an unfinished run: planish resume {output}, or pass --overwrite")
+    if partial.is_symlink():
+        raise InputError(f"{partial} is a link; give the folder itself")
+    if is_full(partial) and not (partial / "resume").is_dir():
+        raise InputError(f"{partial} exists and is not of planish's making; move it or choose another output")
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """InputError where something is there that may not be replaced: what planish has not written or, without `overwrite`, all."""
+    if output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(
+            f"output {output} holds the folder that this runs in, and cannot be replaced: give one inside it"
+        )
+    if output.is_symlink():
+        raise InputError(f"output {output} is a link; give the folder itself")
+    if output.is_file():
+        raise InputError(f"output {output} is a file")
+    if is_full(output) and not wrote(output):
+        raise InputError(
+            f"output {output} holds what planish has not written, and is never replaced; choose another folder"
+        )
+    if is_full(output) and not overwrite:
+        raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
+
+
+def is_full(path: Path) -> bool:
+    """Whether something is there, other than an empty folder."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def wrote(folder: Path) -> bool:
+    """Whether planish wrote the model in a folder: its record is there or, of an export, the index of the weights says so."""
+    if (folder / "planish.json").is_file():
+        return True
+    try:
+        found = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return bool(WRITER.items() <= found["metadata"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def describe(file: IO[str]) -> str:

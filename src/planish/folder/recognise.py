@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from planish.errors import InputError
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 CONVERT = "save it once with from_pretrained(…).save_pretrained(…)"
+
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call the number of blocks
+DEEPEST = 10_000  # blocks: transformers makes a list of them before anything else is looked at
+
+
+def refuse_deep(found: dict[str, Any], path: Path) -> None:
+    """InputError for a configuration of more blocks than any model has."""
+    text = found.get("text_config")
+    for part in (found, text if isinstance(text, dict) else {}):
+        for name in DEPTHS:
+            if isinstance(n := part.get(name), int) and n > DEEPEST:
+                raise InputError(f"{path} says {n:,} blocks ({name}), and at most {DEEPEST:,} are read: it is damaged")
 
 
 def refuse_file(path: Path) -> None:

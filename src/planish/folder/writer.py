@@ -17,6 +17,7 @@ from planish import lanes
 from planish.errors import InputError
 from planish.folder.config import name_head
 from planish.folder.model_folder import split_experts
+from planish.folder.owner import WRITER, check_free, check_output
 from planish.folder.released import Released
 from planish.folder.safetensors import Later, Shard, hash_file, make_header, sync_folder, write_shard, write_text
 from planish.folder.source import Source
@@ -41,14 +42,6 @@ SAVED_NAMES = {
 }
 
 
-def check_free(output: Path, overwrite: bool) -> None:
-    """InputError where something is there that may not be replaced."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-        raise InputError(f"output {output} exists and is not empty; choose another or pass --overwrite")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output {output} is a file")
-
-
 class Writer:
     """A compressed folder, written shard by shard into `<output>.partial` and renamed when it is complete.
 
@@ -61,6 +54,7 @@ class Writer:
     def __init__(
         self, output: Path, n_blocks: int, overwrite: bool = False, resume: bool = False, tower: Tower | None = None
     ):
+        check_free(output, overwrite)
         self.output, self.n_shards, self.tower = output, n_blocks + 1, tower
         self.released: Released | None = None
         self.kept: dict[int, Sequence[int]] = {}  # per block, of the experts as they are stored
@@ -82,17 +76,8 @@ class Writer:
             lanes.share(None)  # nobody writes into the folder before it is there
 
     def create(self, output: Path, overwrite: bool) -> None:
-        check_free(output, overwrite)
-        if (self.state / "journal.jsonl").exists() and not overwrite:
-            raise InputError(f"{self.partial} holds an unfinished run: planish resume {output}, or pass --overwrite")
-        for path in (output, self.partial):
-            if path.is_symlink():
-                raise InputError(f"{path} is a link; give the folder itself")
+        check_output(output, overwrite)
         if self.partial.exists():
-            if not self.partial.is_dir() or (any(self.partial.iterdir()) and not self.state.is_dir()):
-                raise InputError(
-                    f"{self.partial} exists and is not of planish's making; move it or choose another output"
-                )
             shutil.rmtree(self.partial)
         try:
             self.state.mkdir(parents=True)
@@ -262,7 +247,7 @@ class Writer:
     def index(self) -> None:
         """Write which tensor is in which shard."""
         index = {
-            "metadata": {"total_size": self.bytes, "total_parameters": self.parameters},
+            "metadata": {"total_size": self.bytes, "total_parameters": self.parameters, **WRITER},
             "weight_map": dict(sorted(self.weight_map.items())),
         }
         self.text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")

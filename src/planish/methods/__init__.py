@@ -105,6 +105,8 @@ def foresee_plan(method: Method, problem: Problem, measure: Measurements, window
 
     The stream of `measure` is to raise `NothingMeasuredError` where it is asked for; `windows`: of the calibration text.
     """
+    if leaves_all(method, problem):
+        return Foreseen(make_plan(method, problem, measure))
     try:
         planned, work = (method.plan_cache if problem.cache_only else method.plan)(problem, measure), list[Work]()
     except NothingMeasuredError:
@@ -139,10 +141,18 @@ def note_objective(method: Method, problem: Problem, measure: Measurements, wind
 
 
 def make_plan(method: Method, problem: Problem, measure: Measurements) -> Planned:
-    """The method's plan within the problem's budgets, with equal ranks in all blocks where the target needs that."""
+    """The method's plan within the problem's budgets, with equal ranks in all blocks where the target needs that. Where nothing
+    is to go nothing is measured, and not even a direction goes that no input has."""
+    if leaves_all(method, problem):
+        return method.decide(problem, {}, notes={"predicted_loss": 0.0})
     planned = (method.plan_cache if problem.cache_only else method.plan)(problem, measure)
     check_plan(problem.target, method.name, planned.ranks)
     return make_uniform(problem, measure, planned) if needs_uniform(problem.target, planned.ranks) else planned
+
+
+def leaves_all(method: Method, problem: Problem) -> bool:
+    """Whether nothing is to go of what a method could cut: the uncut model meets all budgets."""
+    return all(b.share >= 1 for b in problem.budgets) and bool(problem.units) and method.sparsity is None
 
 
 def find_class(name: str) -> tuple[str, type[Method]]:

@@ -178,8 +178,6 @@ class Auto(Method):
             )
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
-        if all(b.share >= 1 for b in problem.budgets):  # nothing is to go, not even a direction that no input has
-            return self.decide(problem, {}, notes={"predicted_loss": 0.0, "units cut": {}})
         frontiers = self.measure(problem, measure)
         picked = self.allocate(problem, frontiers, 1 / max(self.rounds, 1))
         for n in range(2, self.rounds + 1):

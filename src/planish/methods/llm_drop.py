@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 from planish.calibrate.measure import Measurements
 from planish.core import Solver, Unit
 from planish.methods.method import Method
-from planish.plan.foreseen import Foreseen, Work
+from planish.plan.foreseen import Foreseen
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.removal import count_removed, lowest, pick_some, remove
+from planish.plan.removal import count_removed, lowest, pick_some, remove, store_removals, survey_removals
 from planish.solvers.bypass import Bypass
 from planish.stats import Tap
 
@@ -45,7 +45,7 @@ class LLMDrop(Method):
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
         taps = {k: Tap(f"{w}.raw", "influence", f"{w}.add") for k, w in (("attention", "attention"), ("ffn", "mlp"))}
         turned: dict[Unit, float] = {}
-        for i, _, stats in measure.forward(lambda shape: [taps[k] for k in self.kinds]):
+        for i, _, stats in store_removals(problem, measure, lambda i: [taps[k] for k in self.kinds]):
             turned |= {Unit(i, k): float(stats.mean(taps[k], "rotation")) for k in self.kinds}
         counts, remarks = count_removed(problem, self.kinds, self.sparsity)
         gone = [u for k in self.kinds for u in lowest({u: s for u, s in turned.items() if u.name == k}, counts[k])]
@@ -55,4 +55,6 @@ class LLMDrop(Method):
     def foresee(self, problem: Problem, windows: int) -> Foreseen:
         counts, remarks = count_removed(problem, self.kinds, self.sparsity)
         gone = pick_some(len(problem.shapes), counts)
-        return Foreseen(remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity), [Work()])
+        return Foreseen(
+            remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity), [survey_removals(problem)]
+        )

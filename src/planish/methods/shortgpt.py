@@ -8,10 +8,10 @@ from typing import ClassVar
 from planish.calibrate.measure import Measurements
 from planish.core import Solver, Unit
 from planish.methods.method import Method
-from planish.plan.foreseen import Foreseen, Work
+from planish.plan.foreseen import Foreseen
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
-from planish.plan.removal import pick_some, remove, remove_blocks
+from planish.plan.removal import pick_some, remove, remove_blocks, store_removals, survey_removals
 from planish.solvers.bypass import Bypass
 from planish.stats import Tap
 
@@ -40,7 +40,9 @@ class ShortGPT(Method):
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
         tap = Tap("block.in", "angle", "block.out")
-        influence = {i: 1 - float(stats.mean(tap, "cosine")) for i, _, stats in measure.forward(lambda shape: [tap])}
+        influence = {
+            i: 1 - float(stats.mean(tap, "cosine")) for i, _, stats in store_removals(problem, measure, lambda i: [tap])
+        }
         n, remarks = remove_blocks(problem, self.sparsity)
         gone = sorted(influence, key=lambda i: (influence[i], i))[:n]
         units = [Unit(i, name) for i in gone for name in ("attention", "ffn")]
@@ -50,4 +52,6 @@ class ShortGPT(Method):
     def foresee(self, problem: Problem, windows: int) -> Foreseen:
         n, remarks = remove_blocks(problem, self.sparsity)
         gone = pick_some(len(problem.shapes), {"attention": n, "ffn": n})
-        return Foreseen(remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity), [Work()])
+        return Foreseen(
+            remove(self.decide(problem, {}, remarks=remarks), problem, gone, self.sparsity), [survey_removals(problem)]
+        )

@@ -15,6 +15,7 @@ from planish.plan.allocate import Alternative, Curve, choose
 from planish.plan.budgets import Budget, CacheNumbers, Latency, make_budget
 from planish.plan.footprint import count_weights, cuts_cache
 from planish.plan.latency import Table
+from planish.plan.planned import Planned
 from planish.plan.spread import BudgetError, Choices, spread, spread_by_kind
 from planish.plan.targets import Target, constrain, fit_bits, fit_target
 from planish.request import Limits
@@ -161,6 +162,13 @@ def count_left(problem: Problem, plan: Plan, budget: Budget) -> float:
         beside = find_beside(problem, unit, plan)
         left -= problem.cost(unit, problem.full(unit), budget, beside) - problem.cost(unit, rank, budget, beside)
     return left
+
+
+def changes(problem: Problem, planned: Planned) -> bool:
+    """Whether a plan changes anything of the model."""
+    problem = replace(problem, units=planned.solvers)
+    cut = any(rank < problem.full(unit) for unit, rank in planned.ranks.items())
+    return cut or bool(planned.edits) or planned.make is not None
 
 
 def make_problem(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import floor
 from typing import Literal
 
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from planish.calibrate.activations import Activations, fetch
 from planish.calibrate.collect import collect
-from planish.calibrate.measure import Edits, Measurements
+from planish.calibrate.measure import Edits, Measured, Measurements
 from planish.calibrate.stream import Hidden
 from planish.calibrate.taps import tap_sites
-from planish.core import Edit, Unit, Weights
+from planish.core import Edit, Shape, Unit, Weights
 from planish.errors import InputError
 from planish.modelling.blocks import get_linear
 from planish.modelling.families import Family
@@ -137,6 +138,23 @@ def remove(planned: Planned, problem: Problem, gone: Sequence[Unit], sparsity: f
         keep=None if sparsity is None else kept,
         notes={**planned.notes, **amounts},
     )
+
+
+def store_removals(problem: Problem, measure: Measurements, taps: Callable[[int], list[Tap]]) -> Measured:
+    """A pass over the uncompressed blocks for these taps, by block, and for what removing their units costs, which is stored:
+    whatever goes then, nothing is run again."""
+    for i, block, stats in measure.forward(lambda shape: [*taps(shape.block), *list_costs(problem, shape)]):
+        measure.stored[i] = stats.only(list_costs(problem, measure.shapes[i]))
+        yield i, block, stats
+
+
+def survey_removals(problem: Problem) -> Work:
+    """What `store_removals` takes."""
+    return Work(taps=partial(list_costs, problem), stored=partial(list_costs, problem))
+
+
+def list_costs(problem: Problem, shape: Shape) -> list[Tap]:
+    return problem.taps(problem.block_units(shape.block))
 
 
 def pick_some(n: int, counts: Mapping[str, int]) -> list[Unit]:

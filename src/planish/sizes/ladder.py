@@ -25,7 +25,6 @@ from planish.core import Progress
 from planish.errors import InputError, PlanishError
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source
-from planish.folder.writer import check_free
 from planish.manifest import Result
 from planish.request import LIMITS, Request, label
 from planish.rounding import ggml, integers
@@ -90,7 +89,7 @@ def choose_size(contest: Contest) -> tuple[Request, list[Choice], Ladder | None]
 
     Raises InputError, before any work, where nothing of this size can be reached.
     """
-    request, source, place, progress = contest.request, contest.source, contest.place, contest.progress
+    request, source, progress = contest.request, contest.source, contest.progress
     if request.fit is None and request.bits != "auto":
         return request, [], None
     size = find_size(request, source)
@@ -98,7 +97,6 @@ def choose_size(contest: Contest) -> tuple[Request, list[Choice], Ladder | None]
         return request.model_copy(update={"max_bytes": size, "fit": None}), [], None
     if why := refuse_types(request, source) or refuse(source, contest.text):
         raise InputError(f"--bits auto: {why}")
-    check_free(place.output, place.overwrite)
     floor = find_floor(request, contest.method, source, (len(contest.text.windows), contest.text.windows.shape[1]))
     tried = list_plans(request, source, size, floor)
     if len(tried) == 1:

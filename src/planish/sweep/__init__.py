@@ -17,7 +17,7 @@ from planish.calibrate.activations import MemoryLimits
 from planish.calibrate.cache import Cache, open_cache, tokenize
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import Text as Tokens
-from planish.calibrate.text import fingerprint, load_tokens
+from planish.calibrate.text import fingerprint, load_tokens, thin
 from planish.checking import check_windows
 from planish.compression import Calibration, Destination, Shared, compress, pick_dtype
 from planish.core import Progress
@@ -25,7 +25,7 @@ from planish.errors import InputError, PlanishError
 from planish.evaluate import drift, perplexity, speed
 from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import NAN, Point, read_points, write_points
-from planish.folder.owner import owning
+from planish.folder.owner import is_full, owning
 from planish.folder.safetensors import write_text
 from planish.folder.source import FolderSource, Source, open_source
 from planish.folder.tokenizer import load_tokenizer
@@ -76,6 +76,8 @@ def sweep(
     grid = Grid.ask(**{n: v for n, v in options.items() if n in Grid.model_fields})
     asked = Request.ask(model=str(model), **{n: v for n, v in options.items() if n not in Grid.model_fields})
     asked = asked.model_copy(update={"device": api.find_device(asked.device)})
+    if is_full(output) and not (output / "sweep.json").is_file():
+        raise InputError(f"output {output} exists and is not a sweep; choose another folder")
     trials = [] if grid.sizes else list_trials(grid, asked)
     runner, record = open_runner(asked, grid, options.get("calibration"), cache, output)
     trials = trials or list_sizes(grid, asked, runner.source)
@@ -96,6 +98,9 @@ def sweep(
     found.warnings = runner.text.notes + list(
         dict.fromkeys(w for t in trials if t.text in ran for w in tell_sweeping(t))
     )
+    if record["evaluation"].get("thinned"):
+        n = record["evaluation"]["tokens"]
+        found.warnings.append(f"measured on {n:,} tokens from all over builtin; --eval-text builtin takes all of them")
     found.seconds = time.perf_counter() - start
     write_report(output)
     return found
@@ -109,19 +114,23 @@ def open_runner(asked: Request, grid: Grid, ids: Any, cache: bool, output: Path)
     check_windows(text.windows, source)
     length = text.windows.shape[1]
     vocabulary, remember = source.config.vocab_size, tokenize if cache else None
+    given = "builtin" if grid.eval_text is None else grid.eval_text
     held = load_tokens(
-        grid.eval_text, tokenizer, split="evaluation", vocab_size=vocabulary, tokenize=remember, bos=asked.calibration.bos
-    )  # fmt: skip
-    tokens = held.tokens
+        given, tokenizer, split="evaluation", vocab_size=vocabulary, tokenize=remember, bos=asked.calibration.bos
+    )
+    tokens, thinned = held.tokens, {}
     if grid.eval_tokens is not None:
         tokens = tokens[: max(grid.eval_tokens, length)]
+    elif grid.eval_text is None:
+        tokens = thin(tokens, length, held.begin)
+        thinned = {"thinned": True} if len(tokens) < len(held.tokens) else {}
     if held.begin is None:
         tokens = tokens[: len(tokens) // length * length]
     record = {
         "model": asked.model,
         "calibration": text.record,
-        "evaluation": {"source": str(grid.eval_text) if isinstance(grid.eval_text, str | Path) else "ids", "tokens": len(tokens),
-                       "seq_len": length, "begins": held.policy, "fingerprint": fingerprint(tokens)},
+        "evaluation": {"source": str(given) if isinstance(given, str | Path) else "ids", "tokens": len(tokens),
+                       "seq_len": length, "begins": held.policy, "fingerprint": fingerprint(tokens), **thinned},
         "device": asked.device, "dtype": asked.dtype, "round_to": asked.round_to,
         "target": None if asked.target == "any" else asked.target,
     }  # fmt: skip
@@ -147,8 +156,6 @@ class Book:
                         f"{output} holds a sweep with another {key} ({describe(old.get(key))}, now {describe(value)}); "
                         "choose another folder or pass --overwrite"
                     )
-        elif output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-            raise InputError(f"output {output} exists and is not a sweep; choose another or pass --overwrite")
         elif overwrite:
             shutil.rmtree(output / "points", ignore_errors=True)
         try:

@@ -165,7 +165,10 @@ def describe_setup(r: Results) -> str:
     if c:
         text.append(f"calibrated on {c.get('n_samples')} × {c.get('seq_len')} tokens of {c.get('source')}")
     if e:
-        text.append(f"measured on {e.get('tokens'):,} tokens of {e.get('source')} in windows of {e.get('seq_len')}")
+        where = "from all over" if e.get("thinned") else "of"
+        text.append(
+            f"measured on {e.get('tokens'):,} tokens {where} {e.get('source')} in windows of {e.get('seq_len')}"
+        )
     return " · ".join(text)
 
 
@@ -345,7 +348,8 @@ def make_command(r: Results, p: Point) -> str:
     lines = [shlex.join(map(str, [*words, "-o", p.name]))]
     if e:
         n = e.get("tokens", 0) // max(e.get("seq_len", 1), 1)
-        words = ["eval", p.name, "--text", e.get("source"), "--seq-len", e.get("seq_len"), "--max-windows", n]
+        text = [] if e.get("thinned") else ["--text", e.get("source"), "--max-windows", n]
+        words = ["eval", p.name, *text, "--seq-len", e.get("seq_len")]
         lines.append(shlex.join(map(str, ["planish", *words])))
     return "\n".join(lines)
 
