@@ -12,6 +12,7 @@ from torch import Tensor
 
 from planish.modelling.families import ATTENTION, MLP
 from planish.modelling.modules import Spec
+from planish.shapes import Float
 from planish.stats import KINDS, Stats, Tap
 
 Weights = Mapping[str, Tensor]  # role → weight (out, in), "role.bias" → bias (out,)
@@ -189,7 +190,8 @@ class Frontier:
     """For one unit: predicted loss of every rank 0 … full, and the factors that realise any of them.
 
     `loss` (full + 1,) is the mean squared error per token of the unit's output (nats per token where `nats`). `rough`: what
-    rounding the uncut unit costs (`planish.plan.rough.forecast`).
+    rounding the uncut unit costs (`planish.plan.rough.forecast`). `judged` (full + 1,): the loss token by
+    token, where it is known (`planish.plan.judged.judge`).
     """
 
     unit: Unit
@@ -197,6 +199,7 @@ class Frontier:
     factors: dict[str, Any] = field(default_factory=dict)
     nats: bool = False
     rough: float = 0.0
+    judged: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -305,6 +308,23 @@ class Solver(ABC):
     @abstractmethod
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         """The cheap part: replacements for one rank. At full rank: no edits."""
+
+    def judged(self, unit: Unit) -> str | None:
+        """The linear at whose output a cut of the unit is judged (see `effects`); None: at none."""
+        return None
+
+    def effects(
+        self,
+        frontier: Frontier,
+        ranks: Sequence[int],
+        weights: Weights,
+        x: Float[Tensor, "tokens in"],
+        g: Float[Tensor, "tokens out"],
+        shape: Shape,
+    ) -> Float[Tensor, "ranks tokens"]:
+        """gᵀe (ranks, tokens) for the error e that a cut to each rank makes at the linear that it is judged at, on the
+        inputs x (tokens, in) and gradients g (tokens, out) of the uncompressed model."""
+        raise NotImplementedError
 
     def memory(self, unit: Unit, shape: Shape) -> int:
         """fp64 numbers alive at the peak of `decompose` and `truncate`, statistics and weights themselves not counted: what

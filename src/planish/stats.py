@@ -79,6 +79,12 @@ def cross(y: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"]) -> Sums
 
 
 @kind
+def rows(x: Float[Tensor, "tokens in"]) -> Sums:
+    """x itself (tokens, in), batch behind batch: of a few windows, for what no sum holds."""
+    return {"rows": x}
+
+
+@kind
 def head_gram(x: Float[Tensor, "tokens channels"], heads: int) -> Sums:
     """Σ x_h x_hᵀ per head: (heads, d, d)."""
     x = x.double().unflatten(-1, (heads, -1)).transpose(0, 1)
@@ -249,7 +255,9 @@ class Stats:
 
 def add(into: Sums, more: Sums) -> None:
     for name, tensor in more.items():
-        if name in into:
+        if name == "rows" and name in into:
+            into[name] = torch.cat([into[name], tensor])
+        elif name in into:
             into[name] += tensor
         else:
             into[name] = tensor

@@ -120,7 +120,7 @@ class Cache:
         if not name or not self.has([name]):
             return None
         record = self.get(name)
-        return Frontier(unit, record["loss"], {}, bool(record["nats"]), float(record["rough"]))
+        return Frontier(unit, record["loss"], {}, bool(record["nats"]), float(record["rough"]), record.get("judged"))
 
     def keep_losses(self, origin: str, found: Iterable[tuple[Solver, Frontier]]) -> None:
         records = {}
@@ -129,6 +129,7 @@ class Cache:
             if name and isinstance(f.loss, Tensor) and f.loss.device.type == "cpu":
                 records[name] = {"loss": f.loss.detach().clone(), "nats": torch.tensor(f.nats)}
                 records[name]["rough"] = torch.tensor(f.rough, dtype=torch.float64)
+                records[name] |= {} if f.judged is None else {"judged": f.judged.detach().clone()}
         self.keep(records)
 
     def has_frontier(self, origin: str, solver: Solver, unit: Unit) -> bool:

@@ -97,7 +97,7 @@ class Measurements:
     def backward(self, taps: Taps, edits: Edits | None = None, probe: Probe = "sampled") -> Measured:
         """The same from the last block to the first, gradients included (see `sweep_back`)."""
         with self.phase("gradients"):
-            yield from self._walk("gradients" if probe == "sampled" else f"gradients of {probe}", taps, edits, probe)
+            yield from self._walk(name_back(probe), taps, edits, probe)
 
     def _walk(self, origin: str, taps: Taps, edits: Edits | None, probe: Probe | None = None) -> Measured:
         """One sweep for what the cache lacks, none where it lacks nothing; all of it is kept there, unless of `edits`.
@@ -123,6 +123,11 @@ class Measurements:
             del block, stats
             if self.progress:
                 self.progress(label, n + 1, len(self.shapes))
+
+
+def name_back(probe: Probe) -> str:
+    """Under which the cache keeps what a pass back finds."""
+    return "gradients" if probe == "sampled" else f"gradients of {probe}"
 
 
 def empty(block: nn.Module, stats: Stats) -> None:

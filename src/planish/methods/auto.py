@@ -13,7 +13,7 @@ from planish.calibrate.losses import Probe, nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import list_shuffled
-from planish.core import INSIDE, Edit, Plan, Shape, Solver, Unit
+from planish.core import INSIDE, Edit, Frontier, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method, find_step
 from planish.modelling.families import ATTENTION, MLP
@@ -21,6 +21,7 @@ from planish.plan.allocate import Alternative, Curve
 from planish.plan.experts import choose_with_experts, describe_top, list_inside
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, judging_taps, measure_gradients
+from planish.plan.judged import PART
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.rough import add_rounding, is_priced
@@ -57,13 +58,17 @@ HELD = 8  # windows at least on which they are
 class Weighing:
     """What predicted losses are multiplied by when ranks are chosen: l becomes w · l · (1 + steep · w · l), w = `linear` for
     low-rank linears, `inside` for cuts inside experts, `bypass` for whole submodules. Predictions miss by kind; measured losses
-    of whole plans tell by how much.
+    of whole plans tell by how much. `moments`: l is what second moments say, not what tokens do.
     """
 
     steep: float = 0.0
     linear: float = 1.0
     inside: float = 1.0
     bypass: float = NEVER
+    moments: bool = False
+
+    def price(self, frontier: Frontier) -> Frontier:
+        return frontier if self.moments or frontier.judged is None else replace(frontier, loss=frontier.judged)
 
     def apply(self, curve: Curve) -> Curve:
         name, weight = curve.unit.name, 1.0
@@ -95,7 +100,7 @@ class Auto(Method):
     compete too; by default below keep 0.6 where all units may be cut, and under a budget of latency. `rounds`: gradients are
     measured again on the model compressed so far after each equal share of the cut. `steep`: ranks are chosen by loss · (1 +
     steep · loss) of every unit: the second-order prediction saturates, so a cut that looks like 0.3 nats costs more than thirty
-    of 0.01; what is reported stays the prediction itself. By default 0, or 3 below keep 0.6. `refit_share`: with an anchor,
+    of 0.01; what is reported stays the prediction itself. `refit_share`: with an anchor,
     share of the calibration windows, evenly spaced, that each plan's solve runs again: less makes a further point of a sweep
     cheaper and the result a little worse; their moments are then blended with the uncompressed model's. `planish sweep` takes a
     sixteenth unless told otherwise. `shuffled`: share of the calibration windows whose tokens, but the first, are put in
@@ -110,9 +115,13 @@ class Auto(Method):
     Where linears are rounded to fewer than 8 bits afterwards, what that costs is forecast and counts beside the cut
     (`planish.plan.rough.forecast`): pivoted linears round worse than dense ones.
 
+    What second moments say of a cut is corrected by what it costs a few windows token by token
+    (`planish.plan.judged.judge`): in real models large gradients meet large inputs, in some blocks more than in others.
+
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
-    below keep 0.6, where all units may be cut, also those with the loss of low-rank linears counted two and four times. Of
+    below keep 0.6 also the one by moments alone and, where all units may be cut, those with the loss of low-rank linears counted
+    two and four times. Of
     neurons of experts so the plan with none of them, which is taken unmeasured below 0.01 nats, and with their loss doubled.
     """
 
@@ -128,7 +137,7 @@ class Auto(Method):
     noise: float = 1.0
     bypass: bool | None = None
     rounds: int = 1
-    steep: float | None = None
+    steep: float = 3.0
     refit_share: float = 1.0
     shuffled: float = 0.25
     probe: Probe = "signs"  # type: ignore[misc]
@@ -193,7 +202,7 @@ class Auto(Method):
         refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
         picked = self.allocate(problem, expect_frontiers(problem))
         planned = self.decide(problem, picked.ranks)
-        work = [survey_back(problem, refit)] * max(self.rounds, 1)
+        work = [survey_back(problem, refit, windows + windows // PART)] * max(self.rounds, 1)
         for kind in (k for k in SCORES if {*k} <= {u.name for u in problem.units}):
             work.append(foresee_errors(problem, kind, windows))
         plain = windows - len(list_shuffled(windows, self.shuffled))
@@ -207,7 +216,7 @@ class Auto(Method):
         """Every unit's frontier in nats, by one pass forward and back; what the solve uses again is stored, with `rounds` all."""
         windows = sum(map(len, measure.stream.batches))
         refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
-        return measure_gradients(problem, measure, self.probe, refit, whole=self.rounds > 1)
+        return measure_gradients(problem, measure, self.probe, refit, whole=self.rounds > 1, judged=True)
 
     def settle(self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick) -> Planned:
         """The plan with what is measured instead of predicted: errors of scores where it changes any, whole plans' losses."""
@@ -238,9 +247,8 @@ class Auto(Method):
 
     def _start(self, problem: Problem) -> Weighing:
         """The weights that are tried first."""
-        steep = self.steep if self.steep is not None else 0.0 if problem.keep >= LOW else 3.0
         timed = self.bypass is None and problem.table is not None
-        return Weighing(steep, bypass=1.0 if self.bypass or timed else NEVER)
+        return Weighing(self.steep, bypass=1.0 if self.bypass or timed else NEVER)
 
     def compare(
         self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick
@@ -256,9 +264,10 @@ class Auto(Method):
             return whole, {}
         if (picked.loss < SATURATES and not narrow) or len(among) < 4 * HELD or length < 2:
             return picked, {}
-        tries: dict[str, tuple[float, ...]] = {"inside": INSIDES if narrow else ()}
+        tries: dict[str, tuple[Any, ...]] = {"inside": INSIDES if narrow else ()}
         if picked.loss >= SATURATES:
             tries["bypass"] = BYPASSES if self.bypass is not False else ()
+            tries["moments"] = (False, True) if problem.keep < LOW else ()
             tries["linear"] = LINEARS if self.units == "any" and problem.keep < LOW else ()
         others = [replace(best, **{name: w}) for name, weights in tries.items() for w in weights]
         if all(make(w).ranks == picked.ranks for w in others):
@@ -285,6 +294,7 @@ class Auto(Method):
     ) -> Pick:
         """The cheapest plan in weighed predicted nats within the budgets, after this part of the cut."""
         weighing = weighing or self._start(problem)
+        frontiers = {u: weighing.price(f) for u, f in frontiers.items()}
         curves = {u: weighing.apply(problem.curve(f)) for u, f in frontiers.items()}
         curves = add_rounding(problem, curves, frontiers)
         try:

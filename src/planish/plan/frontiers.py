@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from planish import lanes
 from planish.calibrate.losses import Probe
-from planish.calibrate.measure import Measurements
+from planish.calibrate.measure import Measurements, name_back
 from planish.calibrate.stream import read_weights
 from planish.core import Frontier, Shape, Solver, Unit
+from planish.plan.judged import judge, level, look
 from planish.plan.problem import Problem
 from planish.plan.rough import forecast
 from planish.stats import Stats, Tap
@@ -27,34 +30,47 @@ def measure_frontiers(problem: Problem, measure: Measurements) -> Frontiers:
 
 
 def measure_gradients(
-    problem: Problem, measure: Measurements, probe: Probe, refit: bool = False, whole: bool = False
+    problem: Problem,
+    measure: Measurements,
+    probe: Probe,
+    refit: bool = False,
+    whole: bool = False,
+    judged: bool = False,
 ) -> Frontiers:
     """Every unit's frontier, without the factors, by one pass forward and back of the uncompressed model; what the solve uses
-    again is stored (see `stored_taps`), or with `whole` all of it."""
+    again is stored (see `stored_taps`), or with `whole` all of it. `judged`: also token by token (`planish.plan.judged`)."""
     found: Frontiers = {}
 
     def taps(shape: Shape) -> list[Tap]:
         return sorted({*dense_taps(problem, shape.block), *judging_taps(problem, shape.block)})
 
-    for i, block, stats in measure.backward(taps, probe=probe):
-        found |= decompose_block(problem, measure, block, stats, i)
+    known = [measure.cache.losses(name_back(probe), s, u) for u, s in problem.units.items() if s.judged(u)]
+    wanted = judged and not all(f and f.judged is not None for f in known)
+    rows = look(problem, measure, probe) if wanted else [None] * len(problem.shapes)
+    for (i, block, stats), own in zip(measure.backward(taps, probe=probe), rows, strict=True):
+        found |= decompose_block(problem, measure, block, stats, i, own)
         measure.stored[i] = stats if whole else stats.only(stored_taps(problem, i, refit) | judging_taps(problem, i))
-    return found
+    return level(found) if judged else found
 
 
-def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, stats: Stats, i: int) -> Frontiers:
-    """Frontiers of block i's units, without the factors; several processes share them out."""
+def decompose_block(
+    problem: Problem, measure: Measurements, block: nn.Module, stats: Stats, i: int, rows: Stats | None = None
+) -> Frontiers:
+    """Frontiers of block i's units, without the factors, judged by `rows`; several processes share them out."""
     weights, cache = read_weights(block, measure.stream), measure.cache
     new: list[tuple[Solver, Frontier]] = []
 
     def decompose(unit: Unit) -> Frontier:
         solver = problem.units[unit]
-        if (known := cache.losses(stats.origin, solver, unit)) and (known.rough or problem.rounds is None):
+        unjudged = rows is not None and bool(solver.judged(unit))
+        known = cache.losses(stats.origin, solver, unit)
+        if known and (known.rough or problem.rounds is None) and not (unjudged and known.judged is None):
             return known
         with measure.phase("frontiers"):
             f = solver.decompose(unit, weights, stats, problem.shapes[i])
             rough = forecast(problem, unit, weights, stats)
-        new.append((solver, Frontier(unit, f.loss, {}, f.nats, rough)))
+            f = judge(problem, f, weights, rows)
+        new.append((solver, replace(f, factors={}, rough=rough)))
         return new[-1][1]
 
     units = problem.block_units(i)

@@ -28,6 +28,7 @@ from planish.core import Edit, Frontier, Unit, Weights
 from planish.modelling.families import ATTENTION
 from planish.plan.foreseen import Work
 from planish.plan.frontiers import SITE, Frontiers
+from planish.plan.judged import TINY, interpolate
 from planish.plan.problem import Problem
 from planish.stats import Stats, Tap
 
@@ -38,7 +39,6 @@ SCORES: dict[Kind, tuple[tuple[float, ...], int]] = {  # shares of ranks at whic
     ("qk",): ((0.125, 0.25, 0.5, 0.75), 8),
     ("keys",): ((0.125, 0.25, 0.5, 0.75), 8),
 }
-TINY = 1e-300
 
 
 def correct_scores(
@@ -68,7 +68,8 @@ def correct_scores(
         for n, unit in enumerate(group):
             loss = torch.as_tensor(frontiers[unit].loss, dtype=torch.float64)
             at = torch.tensor([ranks[n] for ranks in wanted[group]])
-            found[unit] = replace(frontiers[unit], loss=loss * interpolate(torch.arange(len(loss)), at, factor).exp())
+            times, judged = interpolate(torch.arange(len(loss)), at, factor).exp(), frontiers[unit].judged
+            found[unit] = replace(frontiers[unit], loss=loss * times, judged=None if judged is None else judged * times)
     return found
 
 
@@ -162,12 +163,3 @@ def cut_units(
         return {r: Cut(float(frontier.loss[r]), own) for r, own in edits.items()}
 
     return dict(zip(wanted, lanes.share_out(list(wanted), problem.count, cut), strict=True))
-
-
-def interpolate(at: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """Piecewise linear through (known, values), constant beyond the ends. `known` rises."""
-    right = torch.searchsorted(known, at).clamp(1, max(len(known) - 1, 1))
-    left = right - 1
-    right = right.clamp(max=len(known) - 1)
-    share = ((at - known[left]) / (known[right] - known[left]).clamp(min=1)).clamp(0, 1)
-    return values[left] + share * (values[right] - values[left])

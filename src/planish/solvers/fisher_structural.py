@@ -69,6 +69,17 @@ def refit(
     return solve(gram[kept][:, kept], cross[:, kept].T, damping).T
 
 
+def refit_effects(
+    x: Float[Tensor, "tokens in"],
+    g: Float[Tensor, "tokens out"],
+    w: Float[Tensor, "out in"],
+    refitted: Sequence[tuple[Int[Tensor, " k"], Float[Tensor, "out k"]]],
+) -> Float[Tensor, "ranks tokens"]:
+    """gᵀ (W' x_J − W x) for every (J, W')."""
+    whole = (multiply(g, w.to(g.dtype)) * x).sum(1)
+    return torch.stack([(multiply(g, new.to(g.dtype)) * x[:, kept]).sum(1) - whole for kept, new in refitted])
+
+
 @dataclass(frozen=True)
 class FisherNeurons(NeuronSolver):
     """Keep the neurons of an MLP that matter most to the loss; down is refitted by least squares.
@@ -95,6 +106,22 @@ class FisherNeurons(NeuronSolver):
         roles = [n for r in ("gate", "up", "down") for n in (r, f"{r}.bias") if n in weights]
         factors = {"order": order, "gram": gram, "cross": cross, **{n: weights[n] for n in roles}}
         return Frontier(unit, loss / 2, factors, nats=True)
+
+    def judged(self, unit: Unit) -> str:
+        return "down"
+
+    def effects(
+        self,
+        frontier: Frontier,
+        ranks: Sequence[int],
+        weights: Weights,
+        x: Float[Tensor, "tokens in"],
+        g: Float[Tensor, "tokens out"],
+        shape: Shape,
+    ) -> Float[Tensor, "ranks tokens"]:
+        f = frontier.factors
+        kept = [f["order"][:rank] for rank in ranks]
+        return refit_effects(x, g, weights["down"], [(k, refit(f["gram"], f["cross"], k, self.damping)) for k in kept])
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= shape.intermediate:
@@ -142,6 +169,24 @@ class FisherValues(ValueSolver):
     def order(self, rank: int, shape: Shape) -> Int[Tensor, " channels"]:
         """Indices of the first `rank` channels of every head, best channels of all heads first."""
         return (torch.arange(rank)[:, None] + torch.arange(shape.heads) * shape.v).flatten()
+
+    def judged(self, unit: Unit) -> str:
+        return "o"
+
+    def effects(
+        self,
+        frontier: Frontier,
+        ranks: Sequence[int],
+        weights: Weights,
+        x: Float[Tensor, "tokens in"],
+        g: Float[Tensor, "tokens out"],
+        shape: Shape,
+    ) -> Float[Tensor, "ranks tokens"]:
+        f, full = frontier.factors, torch.block_diag(*frontier.factors["P"].repeat_interleave(shape.groups, 0))
+        kept = [self.order(rank, shape) for rank in ranks]
+        fits = [refit(f["gram"], f["cross"], k, self.damping) for k in kept]
+        whole = torch.arange(x.shape[1])
+        return refit_effects(x, g, weights["o"], [(whole, multiply(o, full[:, k].T)) for k, o in zip(kept, fits)])
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= shape.v:

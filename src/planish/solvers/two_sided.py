@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
@@ -88,6 +89,23 @@ class TwoSided(Solver):
             gradient = multiply(change.T, multiply(gradient, change)) if back else gradient
         low = metric_svd(moved_w, add_noise(gram, noise), gradient, back)
         return Frontier(unit, low.tails() / 2, {"low": low}, nats=True)
+
+    def judged(self, unit: Unit) -> str:
+        return unit.name
+
+    def effects(
+        self,
+        frontier: Frontier,
+        ranks: Sequence[int],
+        weights: Weights,
+        x: Float[Tensor, "tokens in"],
+        g: Float[Tensor, "tokens out"],
+        shape: Shape,
+    ) -> Float[Tensor, "ranks tokens"]:
+        """What factors beyond a rank do: (gᵀ B) ∘ (A x), summed from there on."""
+        low = frontier.factors["low"]
+        parts = multiply(x, low.A.to(x.dtype).T) * multiply(g, low.B.to(g.dtype))
+        return -torch.stack([parts[:, rank:].sum(1) for rank in ranks])
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= min(shape.linear(frontier.unit.name)):

@@ -1,0 +1,95 @@
+"""What cuts cost token by token, where second moments alone tell less.
+
+By moments a cut that changes a linear by ΔW costs ½ tr(G ΔW R ΔWᵀ) nats per token, as if the gradient g and the input x of a token
+knew nothing of each other. In real models they do: of SmolLM2's cuts at keep 0.8 those of the first blocks' gates cost 2.3 times
+that, those of the last blocks' 1.6 times, those between the same (docs/log/2026-12-02.md). So ½ E[(gᵀ ΔW x)²] is measured at a few
+ranks of every unit, on a few of the calibration windows, and predictions change by the factor between the two, log-linear in
+the rank. Units that are not judged change by the median factor of the others, so that all stay comparable.
+Reference: none known; Fisher information without the factorisation of K-FAC (Martens & Grosse 2015) along one direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from planish.calibrate.losses import Probe
+from planish.calibrate.measure import Measurements
+from planish.core import Frontier, Shape, Unit, Weights
+from planish.plan.problem import Problem
+from planish.solvers.forms import input_site
+from planish.stats import Stats, Tap
+
+TOKENS = 4096  # at most that cuts are judged by
+PART = 8  # of the calibration windows at most one in so many
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)  # of ranks at which they are
+TYPICAL = 0.7
+TINY = 1e-300
+
+
+def count_judges(windows: int, seq_len: int) -> int:
+    """How many of the calibration windows cuts are judged by."""
+    return max(1, min(TOKENS // max(seq_len, 1), windows // PART))
+
+
+def look(problem: Problem, measure: Measurements, probe: Probe) -> Iterator[Stats]:
+    """Of every block, last to first: what linears see, and gradients at their outputs, in the windows that cuts are judged by."""
+    stream = measure.stream
+    few = stream.spread(count_judges(sum(map(len, stream.batches)), stream.batches[0].shape[1]))
+    few = few.part(torch.cat(few.batches), stream.products)
+    few.report = lambda phase, done, total: None
+
+    def taps(shape: Shape) -> list[Tap]:
+        roles = {problem.units[u].judged(u) for u in problem.block_units(shape.block)} - {None}
+        return sorted({t for role in roles for t in list_rows(str(role))})
+
+    for _, _, stats in Measurements(few).backward(taps, probe=probe):
+        yield stats
+
+
+def list_rows(role: str) -> tuple[Tap, Tap]:
+    """Taps of the inputs of a linear and of the gradients at its output."""
+    return Tap(f"dense:{input_site(role)}", "rows"), Tap(f"grad:{role}.out", "rows")
+
+
+def judge(problem: Problem, frontier: Frontier, weights: Weights, rows: Stats | None) -> Frontier:
+    """A frontier with factors, and what its cuts cost the tokens of `rows`; no rank costs more than a lower one."""
+    unit = frontier.unit
+    solver, ranks = problem.units[unit], problem.choices(unit).ranks.tolist()
+    role = solver.judged(unit)
+    if rows is None or role is None or len(ranks) < 2:
+        return frontier
+    x, g = (rows.sums[tap]["rows"] for tap in list_rows(role))
+    at = torch.tensor(sorted({ranks[round(s * (len(ranks) - 2))] for s in SHARES}))
+    effects = solver.effects(frontier, at.tolist(), weights, x, g, problem.shapes[unit.block])
+    measured = effects.double().square().mean(1) / 2
+    loss = torch.as_tensor(frontier.loss, dtype=torch.float64)
+    factor = interpolate(torch.arange(len(loss)), at, (measured.clamp(min=TINY) / loss[at].clamp(min=TINY)).log()).exp()
+    return replace(frontier, judged=(loss * factor).flip(0).cummax(0).values.flip(0))
+
+
+def level(frontiers: dict[Unit, Frontier]) -> dict[Unit, Frontier]:
+    """Frontiers of which those that are not judged change by the median factor of the others."""
+    factors = []
+    for f in frontiers.values():
+        at = round(TYPICAL * (len(f.loss) - 1))
+        factors += [] if f.judged is None or not f.loss[at] else [float(f.judged[at]) / float(f.loss[at])]
+    if not factors:
+        return frontiers
+    typical = float(torch.tensor(factors, dtype=torch.float64).median())
+    return {
+        u: f if f.judged is not None else replace(f, judged=torch.as_tensor(f.loss, dtype=torch.float64) * typical)
+        for u, f in frontiers.items()
+    }
+
+
+def interpolate(at: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    """Piecewise linear through (known, values), constant beyond the ends. `known` rises."""
+    right = torch.searchsorted(known, at).clamp(1, max(len(known) - 1, 1))
+    left = right - 1
+    right = right.clamp(max=len(known) - 1)
+    share = ((at - known[left]) / (known[right] - known[left]).clamp(min=1)).clamp(0, 1)
+    return values[left] + share * (values[right] - values[left])

@@ -1,0 +1,161 @@
+"""What cuts cost token by token: effects are those of the cut model, their price is the naive one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from planish.apply import apply_edits
+from planish.calibrate.stream import Stream, read_weights
+from planish.core import Frontier, Unit
+from planish.folder.source import MemorySource
+from planish.methods import find_method
+from planish.methods.auto import Weighing
+from planish.plan.frontiers import dense_taps
+from planish.plan.judged import TYPICAL, count_judges, judge, level, list_rows
+from planish.stats import Stats
+from posed import pose_on
+
+WINDOWS = tiny.windows(12, 24)
+PATHS = {
+    "q": "self_attn.q_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "down": "mlp.down_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def posed():
+    """A problem, and of its block 1 the weights and statistics to plan by."""
+    stream = Stream(MemorySource(tiny.build("llama_gqa", torch.float64)), WINDOWS, dtype=torch.float64)
+    job = pose_on(stream, find_method("auto"), 0.6)
+    for i, block, stats in job.measure.backward(lambda shape: dense_taps(job.problem, shape.block)):
+        if i == 1:
+            weights = {n: w.clone() for n, w in read_weights(block, stream).items()}
+            return job, weights, stats.only(stats.sums)
+    raise AssertionError
+
+
+def watch(job, role: str, edits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and outputs of a linear of block 1, which is cut by `edits`, while the whole model runs."""
+    model = tiny.build("llama_gqa", torch.float64)
+    block, seen = model.model.layers[1], []
+    apply_edits(block, edits, job.measure.stream.family, model.config, job.problem.shapes[1])
+    block.get_submodule(PATHS[role]).register_forward_hook(
+        lambda m, args, out: seen.extend((args[0].detach().flatten(0, 1), out.detach().flatten(0, 1)))
+    )
+    with torch.no_grad():
+        model(WINDOWS)
+    return seen[0], seen[1]
+
+
+def make_rows(role: str, x: torch.Tensor, g: torch.Tensor) -> Stats:
+    rows = Stats()
+    for tap, values in zip(list_rows(role), (x, g), strict=True):
+        rows.sums[tap], rows.tokens[tap] = {"rows": values}, len(values)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("q", 0.3), ("v", 0.6), ("o", 0.4), ("gate", 0.5), ("down", 0.9), ("vo", 0.5), ("mlp", 0.4)]
+)
+def test_effects_are_those_of_the_cut_model(posed, name, share):
+    """gᵀ (output of the linear with the unit alone cut − output before), for any g."""
+    job, weights, stats = posed
+    unit, shape = Unit(1, name), job.problem.shapes[1]
+    solver, ranks = job.problem.units[unit], job.problem.choices(unit).ranks.tolist()
+    rank, frontier = ranks[round(share * (len(ranks) - 2))], solver.decompose(unit, weights, stats, shape)
+    role = solver.judged(unit)
+    x, before = watch(job, role, [])
+    _, after = watch(job, role, solver.truncate(frontier, rank, shape))
+    g = torch.randn(before.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = solver.effects(frontier, [rank], weights, x, g, shape)[0]
+    wanted = (g * (after - before)).sum(1)
+    assert wanted.abs().max() > 1e-8
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7 * float(wanted.abs().max()))
+
+
+def test_rows_are_what_linears_see_and_what_goes_back_to_them(posed):
+    """As hooks and autograd find them; E[x xᵀ] and E[g gᵀ] of them are the moments."""
+    job, _, _ = posed
+    taps = [t for role in ("q", "down") for t in list_rows(role)]
+    for i, _, found in job.measure.backward(lambda shape: [*taps, *dense_taps(job.problem, shape.block)]):
+        if i != 1:
+            continue
+        for tap in taps:
+            rows = found.sums[tap]["rows"].double()
+            assert len(rows) == WINDOWS.numel() == found.tokens[tap]
+            gram = replace(tap, kind="gram")
+            if gram in found.sums:
+                torch.testing.assert_close(rows.T @ rows / len(rows), found.mean(gram), rtol=1e-9, atol=1e-12)
+
+
+def test_where_gradients_meet_inputs_a_cut_costs_more(posed):
+    """Tokens whose x and g are both larger, by factors that moments do not see: the prediction is times E[s² t²] / E[s²] E[t²]."""
+    job, weights, stats = posed
+    unit, shape = Unit(1, "gate"), job.problem.shapes[1]
+    frontier = job.problem.units[unit].decompose(unit, weights, stats, shape)
+    out, n = shape.linear("gate")
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(4000, n, generator=draw, dtype=torch.float64)
+    g = torch.randn(4000, out, generator=draw, dtype=torch.float64)
+    size = torch.rand(4000, 1, generator=draw, dtype=torch.float64).square() * 3
+    plain = judge(job.problem, frontier, weights, make_rows("gate", x, g)).judged
+    apart = judge(job.problem, frontier, weights, make_rows("gate", x * size, g * size.flip(0))).judged
+    together = judge(job.problem, frontier, weights, make_rows("gate", x * size, g * size)).judged
+    fourth, second = float(size.pow(4).mean()), float(size.square().mean())
+    middle = len(plain) // 2
+    assert apart[middle] / plain[middle] == pytest.approx(second**2, rel=0.3)
+    assert together[middle] / plain[middle] == pytest.approx(fourth, rel=0.3)
+
+
+@given(seed=st.integers(0, 2**16), scale=st.floats(1e-3, 1e3))
+def test_no_rank_costs_more_than_a_lower_one(posed, seed, scale):
+    """Whatever few tokens say; and the last rank, which leaves the unit whole, nothing."""
+    job, weights, stats = posed
+    unit, shape = Unit(1, "down"), job.problem.shapes[1]
+    frontier = job.problem.units[unit].decompose(unit, weights, stats, shape)
+    draw = torch.Generator().manual_seed(seed)
+    out, n = shape.linear("down")
+    rows = make_rows("down", scale * torch.randn(3, n, generator=draw), torch.randn(3, out, generator=draw))
+    judged = judge(job.problem, frontier, weights, rows).judged
+    assert (judged.diff() <= 0).all() and judged[-1] == 0
+
+
+def test_units_that_are_not_judged_change_by_the_median_factor():
+    loss = torch.tensor([4.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+    at = round(TYPICAL * 3)
+    found = {
+        Unit(0, "qk"): Frontier(Unit(0, "qk"), loss),
+        **{Unit(n, "q"): Frontier(Unit(n, "q"), loss, judged=loss * f) for n, f in enumerate((1.0, 3.0, 7.0))},
+    }
+    leveled = level(found)
+    assert torch.equal(leveled[Unit(0, "qk")].judged, loss * 3) and float(loss[at]) > 0
+    assert all(leveled[u] is f for u, f in found.items() if f.judged is not None)
+    plain = {u: replace(f, judged=None) for u, f in found.items()}
+    assert level(plain) == plain
+    assert torch.equal(Weighing().price(leveled[Unit(2, "q")]).loss, loss * 7)
+    assert torch.equal(Weighing(moments=True).price(leveled[Unit(2, "q")]).loss, loss)
+
+
+@given(windows=st.integers(1, 4096), seq_len=st.integers(2, 8192))
+def test_few_windows_judge(windows, seq_len):
+    few = count_judges(windows, seq_len)
+    assert 1 <= few <= max(1, windows // 8)
+
+
+def test_what_is_judged_is_kept(tmp_path):
+    """A second budget from the cache plans by the same numbers, and no pass is made for them."""
+    stream = Stream(MemorySource(tiny.build("llama_gqa", torch.float64)), WINDOWS, dtype=torch.float64)
+    first = pose_on(stream, find_method("auto"), 0.6)
+    found = first.method.measure(first.problem, first.measure)
+    assert all(f.judged is not None for f in found.values())
+    judged = [u for u in found if first.problem.units[u].judged(u)]
+    assert judged and any(not torch.allclose(found[u].judged, torch.as_tensor(found[u].loss)) for u in judged)
