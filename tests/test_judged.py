@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 import tiny
 from planish.apply import apply_edits
 from planish.calibrate.stream import Stream, read_weights
+from planish.calibrate.taps import choose_windows
 from planish.core import Frontier, Unit
 from planish.folder.source import MemorySource
 from planish.methods import find_method
 from planish.methods.auto import Weighing
 from planish.plan.frontiers import dense_taps
-from planish.plan.judged import TYPICAL, count_judges, judge, level, list_rows
+from planish.plan.judged import PART, TOKENS, TYPICAL, judge, level, list_rows
 from planish.stats import Stats
 from posed import pose_on
 
@@ -58,7 +59,7 @@ def watch(job, role: str, edits) -> tuple[torch.Tensor, torch.Tensor]:
 
 def make_rows(role: str, x: torch.Tensor, g: torch.Tensor) -> Stats:
     rows = Stats()
-    for tap, values in zip(list_rows(role), (x, g), strict=True):
+    for tap, values in zip(list_rows(role, 8, 1), (x, g), strict=True):
         rows.sums[tap], rows.tokens[tap] = {"rows": values}, len(values)
     return rows
 
@@ -85,13 +86,16 @@ def test_effects_are_those_of_the_cut_model(posed, name, share):
 def test_rows_are_what_linears_see_and_what_goes_back_to_them(posed):
     """As hooks and autograd find them; E[x xᵀ] and E[g gᵀ] of them are the moments."""
     job, _, _ = posed
-    taps = [t for role in ("q", "down") for t in list_rows(role)]
-    for i, _, found in job.measure.backward(lambda shape: [*taps, *dense_taps(job.problem, shape.block)]):
+    few = [t for role in ("q", "down") for t in list_rows(role, *WINDOWS.shape)]
+    taps = [replace(t, part="all") for t in few]
+    for i, _, found in job.measure.backward(lambda shape: [*few, *taps, *dense_taps(job.problem, shape.block)]):
         if i != 1:
             continue
-        for tap in taps:
+        for tap, own in zip(taps, few, strict=True):
             rows = found.sums[tap]["rows"].double()
             assert len(rows) == WINDOWS.numel() == found.tokens[tap]
+            chosen = rows.unflatten(0, WINDOWS.shape)[[0, 8]].flatten(0, 1)
+            assert torch.equal(found.sums[own]["rows"].double(), chosen)
             gram = replace(tap, kind="gram")
             if gram in found.sums:
                 torch.testing.assert_close(rows.T @ rows / len(rows), found.mean(gram), rtol=1e-9, atol=1e-12)
@@ -147,8 +151,14 @@ def test_units_that_are_not_judged_change_by_the_median_factor():
 
 @given(windows=st.integers(1, 4096), seq_len=st.integers(2, 8192))
 def test_few_windows_judge(windows, seq_len):
-    few = count_judges(windows, seq_len)
-    assert 1 <= few <= max(1, windows // 8)
+    """At least one, at most an eighth of more, and about as many tokens as are looked at."""
+    tap, _ = list_rows("q", windows, seq_len)
+    chosen = choose_windows(tap.part, 0, windows)
+    few = int(chosen.sum())
+    assert 1 <= few <= -(-windows // PART) and (few - 1) * seq_len < TOKENS
+    first = windows // 3
+    both = torch.cat([choose_windows(tap.part, 0, first), choose_windows(tap.part, first, windows - first)])
+    assert torch.equal(both, chosen), "whatever the batches"
 
 
 def test_what_is_judged_is_kept(tmp_path):

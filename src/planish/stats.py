@@ -34,7 +34,8 @@ class Tap:
     "expert.17.down.gated" (the input of an expert's down times that gate).
     Prefix "dense:" = the same site in the uncompressed model; prefix "grad:" = gradient of the summed sampled NLL there;
     "grad:<role>.back": that at the role's output times its uncompressed weight, what reaches the input through this linear
-    alone. `heads` splits channels into heads. `part`: "all" sequences, or "fit" / "held" (every eighth is held out).
+    alone. `heads` splits channels into heads. `part`: "all" sequences, "fit" / "held" (every eighth is held out), or
+    "every k" of them.
     """
 
     site: str

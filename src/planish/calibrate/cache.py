@@ -109,7 +109,9 @@ class Cache:
     def keep_stats(self, origin: str, i: int, measured: Stats) -> None:
         records = {}
         for tap, sums in measured.sums.items():
-            if all(t.device.type == "cpu" for t in sums.values()):  # elsewhere reading back would move them
+            if tap.kind != "rows" and all(
+                t.device.type == "cpu" for t in sums.values()
+            ):  # elsewhere reading back would move them
                 tokens = torch.tensor(measured.tokens[tap])
                 records[name_tap(origin, i, tap)] = {"tokens": tokens, **{n: t.contiguous() for n, t in sums.items()}}
         self.keep(records)

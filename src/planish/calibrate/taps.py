@@ -190,8 +190,12 @@ def ask_wider(
 
 
 def choose_windows(part: str, first: int, n: int) -> Any:
-    """Which of a batch's n windows, whose first has the number `first`, belong to a part: every eighth is held out of "fit"."""
-    held = (torch.arange(first, first + n) % 8) == 7
+    """Which of a batch's n windows, whose first has the number `first`, belong to a part: every eighth is held out of "fit"; of
+    "every k" the k-th."""
+    numbers = torch.arange(first, first + n)
+    if part.startswith("every "):
+        return numbers % int(part.removeprefix("every ")) == 0
+    held = numbers % 8 == 7
     return {"all": slice(None), "fit": ~held, "held": held}[part]
 
 

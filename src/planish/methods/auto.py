@@ -21,7 +21,6 @@ from planish.plan.allocate import Alternative, Curve
 from planish.plan.experts import choose_with_experts, describe_top, list_inside
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
 from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, judging_taps, measure_gradients
-from planish.plan.judged import PART
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.rough import add_rounding, is_priced
@@ -202,7 +201,7 @@ class Auto(Method):
         refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
         picked = self.allocate(problem, expect_frontiers(problem))
         planned = self.decide(problem, picked.ranks)
-        work = [survey_back(problem, refit, windows + windows // PART)] * max(self.rounds, 1)
+        work = [survey_back(problem, refit)] * max(self.rounds, 1)
         for kind in (k for k in SCORES if {*k} <= {u.name for u in problem.units}):
             work.append(foresee_errors(problem, kind, windows))
         plain = windows - len(list_shuffled(windows, self.shuffled))
@@ -238,7 +237,10 @@ class Auto(Method):
         with measure.phase("search"):
             picked, search = self.compare(problem, measure, frontiers, picked)
         notes = {"predicted_loss": picked.loss, "units cut": picked.cut} | ({"search": search} if search else {})
-        remarks = describe_top(problem, picked.ranks)
+        remarks, frontiers = (
+            describe_top(problem, picked.ranks),
+            {u: picked.weighing.price(f) for u, f in frontiers.items()},
+        )
         return self.decide(problem, picked.ranks, frontiers=frontiers, notes=notes, remarks=remarks)
 
     @property
@@ -306,16 +308,17 @@ class Auto(Method):
         loss = sum(float(frontiers[u].loss[r]) for u, r in ranks.items())
         names = sorted({u.name for u in ranks})
         cut = {n: sum(u.name == n and r < problem.full(u) for u, r in ranks.items()) for n in names}
-        return Pick(ranks, loss, {n: c for n, c in cut.items() if c})
+        return Pick(ranks, loss, {n: c for n, c in cut.items() if c}, weighing)
 
 
 @dataclass(frozen=True)
 class Pick:
-    """Ranks, their predicted loss in nats per token, how many units of each name they cut."""
+    """Ranks, their predicted loss in nats per token, how many units of each name they cut, and how they were weighed."""
 
     ranks: Plan
     loss: float
     cut: dict[str, int]
+    weighing: Weighing
 
 
 def hold_out(measure: Measurements, among: Sequence[int]) -> tuple[Measurements, Stream]:

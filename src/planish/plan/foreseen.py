@@ -64,13 +64,13 @@ def survey(problem: Problem) -> Work:
     return Work(taps=lambda shape: problem.taps(problem.block_units(shape.block)), solvers=problem.units)
 
 
-def survey_back(problem: Problem, refit: bool = False, windows: int | None = None) -> Work:
+def survey_back(problem: Problem, refit: bool = False) -> Work:
     """A pass there and back for the frontiers of all units (see `planish.plan.frontiers.measure_gradients`)."""
 
     def stored(shape: Shape) -> set[Tap]:
         return {*dense_taps(problem, shape.block)} & stored_taps(problem, shape.block, refit)
 
-    return Work("gradients", windows, taps=lambda shape: dense_taps(problem, shape.block), gradients=True,
+    return Work("gradients", None, taps=lambda shape: dense_taps(problem, shape.block), gradients=True,
                 solvers=problem.units, stored=stored)  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from planish.calibrate.losses import Probe
 from planish.calibrate.measure import Measurements, name_back
 from planish.calibrate.stream import read_weights
 from planish.core import Frontier, Shape, Solver, Unit
-from planish.plan.judged import judge, level, look
+from planish.plan.judged import judge, judges, level
 from planish.plan.problem import Problem
 from planish.plan.rough import forecast
 from planish.stats import Stats, Tap
@@ -42,34 +42,33 @@ def measure_gradients(
     found: Frontiers = {}
 
     def taps(shape: Shape) -> list[Tap]:
-        return sorted({*dense_taps(problem, shape.block), *judging_taps(problem, shape.block)})
+        own = judges(problem, shape.block, windows, length) if wanted else set()
+        return sorted({*dense_taps(problem, shape.block), *judging_taps(problem, shape.block), *own})
 
+    windows, length = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
     known = [measure.cache.losses(name_back(probe), s, u) for u, s in problem.units.items() if s.judged(u)]
     wanted = judged and not all(f and f.judged is not None for f in known)
-    rows = look(problem, measure, probe) if wanted else [None] * len(problem.shapes)
-    for (i, block, stats), own in zip(measure.backward(taps, probe=probe), rows, strict=True):
-        found |= decompose_block(problem, measure, block, stats, i, own)
+    for i, block, stats in measure.backward(taps, probe=probe):
+        found |= decompose_block(problem, measure, block, stats, i)
         measure.stored[i] = stats if whole else stats.only(stored_taps(problem, i, refit) | judging_taps(problem, i))
     return level(found) if judged else found
 
 
-def decompose_block(
-    problem: Problem, measure: Measurements, block: nn.Module, stats: Stats, i: int, rows: Stats | None = None
-) -> Frontiers:
-    """Frontiers of block i's units, without the factors, judged by `rows`; several processes share them out."""
+def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, stats: Stats, i: int) -> Frontiers:
+    """Frontiers of block i's units, without the factors; several processes share them out."""
     weights, cache = read_weights(block, measure.stream), measure.cache
     new: list[tuple[Solver, Frontier]] = []
 
     def decompose(unit: Unit) -> Frontier:
         solver = problem.units[unit]
-        unjudged = rows is not None and bool(solver.judged(unit))
+        unjudged = bool(solver.judged(unit)) and any(t.kind == "rows" for t in stats.sums)
         known = cache.losses(stats.origin, solver, unit)
         if known and (known.rough or problem.rounds is None) and not (unjudged and known.judged is None):
             return known
         with measure.phase("frontiers"):
             f = solver.decompose(unit, weights, stats, problem.shapes[i])
             rough = forecast(problem, unit, weights, stats)
-            f = judge(problem, f, weights, rows)
+            f = judge(problem, f, weights, stats)
         new.append((solver, replace(f, factors={}, rough=rough)))
         return new[-1][1]
 

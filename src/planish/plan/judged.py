@@ -10,15 +10,12 @@ Reference: none known; Fisher information without the factorisation of K-FAC (Ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from planish.calibrate.losses import Probe
-from planish.calibrate.measure import Measurements
-from planish.core import Frontier, Shape, Unit, Weights
+from planish.core import Frontier, Unit, Weights
 from planish.plan.problem import Problem
 from planish.solvers.forms import input_site
 from planish.stats import Stats, Tap
@@ -30,39 +27,30 @@ TYPICAL = 0.7
 TINY = 1e-300
 
 
-def count_judges(windows: int, seq_len: int) -> int:
-    """How many of the calibration windows cuts are judged by."""
-    return max(1, min(TOKENS // max(seq_len, 1), windows // PART))
+def list_rows(role: str, windows: int, seq_len: int) -> tuple[Tap, Tap]:
+    """Taps of a linear's inputs and of the gradients at its output, in the calibration windows that cuts are judged by."""
+    part = f"every {max(PART, -(-windows * seq_len // TOKENS))}"
+    return Tap(f"dense:{input_site(role)}", "rows", part=part), Tap(f"grad:{role}.out", "rows", part=part)
 
 
-def look(problem: Problem, measure: Measurements, probe: Probe) -> Iterator[Stats]:
-    """Of every block, last to first: what linears see, and gradients at their outputs, in the windows that cuts are judged by."""
-    stream = measure.stream
-    few = stream.spread(count_judges(sum(map(len, stream.batches)), stream.batches[0].shape[1]))
-    few = few.part(torch.cat(few.batches), stream.products)
-    few.report = lambda phase, done, total: None
-
-    def taps(shape: Shape) -> list[Tap]:
-        roles = {problem.units[u].judged(u) for u in problem.block_units(shape.block)} - {None}
-        return sorted({t for role in roles for t in list_rows(str(role))})
-
-    for _, _, stats in Measurements(few).backward(taps, probe=probe):
-        yield stats
+def judges(problem: Problem, i: int, windows: int, seq_len: int) -> set[Tap]:
+    """Taps of all linears of block i at which cuts are judged."""
+    roles = {problem.units[u].judged(u) for u in problem.block_units(i)}
+    return {t for role in roles if role for t in list_rows(role, windows, seq_len)}
 
 
-def list_rows(role: str) -> tuple[Tap, Tap]:
-    """Taps of the inputs of a linear and of the gradients at its output."""
-    return Tap(f"dense:{input_site(role)}", "rows"), Tap(f"grad:{role}.out", "rows")
-
-
-def judge(problem: Problem, frontier: Frontier, weights: Weights, rows: Stats | None) -> Frontier:
-    """A frontier with factors, and what its cuts cost the tokens of `rows`; no rank costs more than a lower one."""
+def judge(problem: Problem, frontier: Frontier, weights: Weights, stats: Stats) -> Frontier:
+    """A frontier with factors, and what its cuts cost the tokens that `stats` hold, if any; no rank costs more than a lower one."""
     unit = frontier.unit
     solver, ranks = problem.units[unit], problem.choices(unit).ranks.tolist()
     role = solver.judged(unit)
-    if rows is None or role is None or len(ranks) < 2:
+    sites = (f"dense:{input_site(role)}", f"grad:{role}.out") if role else ()
+    found = [
+        sums["rows"] for site in sites for tap, sums in stats.sums.items() if tap.kind == "rows" and tap.site == site
+    ]
+    if not found or len(ranks) < 2:
         return frontier
-    x, g = (rows.sums[tap]["rows"] for tap in list_rows(role))
+    x, g = found
     at = torch.tensor(sorted({ranks[round(s * (len(ranks) - 2))] for s in SHARES}))
     effects = solver.effects(frontier, at.tolist(), weights, x, g, problem.shapes[unit.block])
     measured = effects.double().square().mean(1) / 2
