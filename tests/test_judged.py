@@ -18,8 +18,9 @@ from planish.folder.source import MemorySource
 from planish.methods import find_method
 from planish.methods.auto import Weighing
 from planish.plan.frontiers import dense_taps
-from planish.plan.judged import PART, TOKENS, TYPICAL, judge, level, list_rows
-from planish.stats import Stats
+from planish.plan.judged import MOST, PART, TOKENS, TYPICAL, judge, level, list_rows
+from planish.solvers.noise import NONE
+from planish.stats import Stats, Tap
 from posed import pose_on
 
 WINDOWS = tiny.windows(12, 24)
@@ -102,22 +103,26 @@ def test_rows_are_what_linears_see_and_what_goes_back_to_them(posed):
 
 
 def test_where_gradients_meet_inputs_a_cut_costs_more(posed):
-    """Tokens whose x and g are both larger, by factors that moments do not see: the prediction is times E[s² t²] / E[s²] E[t²]."""
+    """Tokens with the moments that the prediction is of are priced as it says; where x and g are both larger, by factors s² and t² of
+    mean 1 that moments do not see, E[s² t²] times that."""
     job, weights, stats = posed
-    unit, shape = Unit(1, "gate"), job.problem.shapes[1]
-    frontier = job.problem.units[unit].decompose(unit, weights, stats, shape)
-    out, n = shape.linear("gate")
-    draw = torch.Generator().manual_seed(1)
-    x = torch.randn(4000, n, generator=draw, dtype=torch.float64)
-    g = torch.randn(4000, out, generator=draw, dtype=torch.float64)
-    size = torch.rand(4000, 1, generator=draw, dtype=torch.float64).square() * 3
-    plain = judge(job.problem, frontier, weights, make_rows("gate", x, g)).judged
-    apart = judge(job.problem, frontier, weights, make_rows("gate", x * size, g * size.flip(0))).judged
-    together = judge(job.problem, frontier, weights, make_rows("gate", x * size, g * size)).judged
-    fourth, second = float(size.pow(4).mean()), float(size.square().mean())
-    middle = len(plain) // 2
-    assert apart[middle] / plain[middle] == pytest.approx(second**2, rel=0.3)
-    assert together[middle] / plain[middle] == pytest.approx(fourth, rel=0.3)
+    unit, shape, draw = Unit(1, "o"), job.problem.shapes[1], torch.Generator().manual_seed(1)
+    solver = replace(job.problem.units[unit], noise=NONE)
+    frontier = solver.decompose(unit, weights, stats, shape)
+    sides = []
+    for tap in (Tap("dense:o.in", "gram"), Tap("grad:o.out", "gram")):
+        gram = stats.mean(tap)
+        root = torch.linalg.cholesky(gram + 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype))
+        sides.append(torch.randn(20_000, len(gram), generator=draw, dtype=gram.dtype) @ root.T)
+    size = 0.5 + torch.rand(20_000, 1, generator=draw, dtype=torch.float64).square()
+    size = size / size.square().mean().sqrt()
+    x, g = sides
+    middle = len(frontier.loss) // 2
+    wanted = {1.0: (x, g), 1.001: (x * size, g * size.flip(0)), float(size.pow(4).mean()): (x * size, g * size)}
+    for factor, rows in wanted.items():
+        judged = judge(job.problem, frontier, weights, make_rows("o", *rows)).judged
+        assert judged[middle] / frontier.loss[middle] == pytest.approx(factor, rel=0.12)
+    assert max(wanted) > 1.3
 
 
 @given(seed=st.integers(0, 2**16), scale=st.floats(1e-3, 1e3))
@@ -131,6 +136,8 @@ def test_no_rank_costs_more_than_a_lower_one(posed, seed, scale):
     rows = make_rows("down", scale * torch.randn(3, n, generator=draw), torch.randn(3, out, generator=draw))
     judged = judge(job.problem, frontier, weights, rows).judged
     assert (judged.diff() <= 0).all() and judged[-1] == 0
+    low, high = (torch.as_tensor(frontier.loss) * f for f in (1 / MOST, MOST))
+    assert (judged >= low * (1 - 1e-9)).all() and judged.max() <= high.max() * (1 + 1e-9)
 
 
 def test_units_that_are_not_judged_change_by_the_median_factor():

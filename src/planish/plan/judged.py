@@ -24,6 +24,7 @@ TOKENS = 4096  # at most that cuts are judged by
 PART = 8  # of the calibration windows at most one in so many
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)  # of ranks at which they are
 TYPICAL = 0.7
+MOST = 64.0  # times by which few tokens may change a prediction, or a part of it
 TINY = 1e-300
 
 
@@ -50,13 +51,14 @@ def judge(problem: Problem, frontier: Frontier, weights: Weights, stats: Stats) 
     ]
     if not found or len(ranks) < 2:
         return frontier
-    x, g = found
+    x, g = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in found)
     at = torch.tensor(sorted({ranks[round(s * (len(ranks) - 2))] for s in SHARES}))
     effects = solver.effects(frontier, at.tolist(), weights, x, g, problem.shapes[unit.block])
     measured = effects.double().square().mean(1) / 2
     loss = torch.as_tensor(frontier.loss, dtype=torch.float64)
-    factor = interpolate(torch.arange(len(loss)), at, (measured.clamp(min=TINY) / loss[at].clamp(min=TINY)).log()).exp()
-    return replace(frontier, judged=(loss * factor).flip(0).cummax(0).values.flip(0))
+    factor = (measured.clamp(min=TINY) / loss[at].clamp(min=TINY)).clamp(1 / MOST, MOST)
+    judged = loss * interpolate(torch.arange(len(loss)), at, factor.log()).exp()
+    return replace(frontier, judged=judged.flip(0).cummax(0).values.flip(0))
 
 
 def level(frontiers: dict[Unit, Frontier]) -> dict[Unit, Frontier]:
