@@ -103,8 +103,8 @@ def test_rows_are_what_linears_see_and_what_goes_back_to_them(posed):
 
 
 def test_where_gradients_meet_inputs_a_cut_costs_more(posed):
-    """Tokens with the moments that the prediction is of are priced as it says; where x and g are both larger, by factors s² and t² of
-    mean 1 that moments do not see, E[s² t²] times that."""
+    """Tokens with the moments that the prediction is of are priced as it says; where x and g are both larger, by factors s² and
+    t² of mean 1 that moments do not see, E[s² t²] times that."""
     job, weights, stats = posed
     unit, shape, draw = Unit(1, "o"), job.problem.shapes[1], torch.Generator().manual_seed(1)
     solver = replace(job.problem.units[unit], noise=NONE)
