@@ -334,10 +334,12 @@ def test_fit_in_16_bits(model, half, tmp_path):
     assert told.bytes_after == done.bytes_after
 
 
-def test_a_forecast_says_what_it_leaves_out(model, half):
+def test_a_forecast_is_of_plans_where_types_compete(model, half):
     asked = {"method": "flat-llm", "n_samples": 4, "seq_len": 24, "max_bytes": half}
-    said = {t: planish.forecast(model, target=t, **asked).warnings for t in ("hf", "any")}
-    assert any("--bits 16" in w for w in said["hf"]) and not any("--bits" in w for w in said["any"])
+    said = {t: planish.forecast(model, target=t, **asked) for t in ("hf", "any")}
+    assert (
+        said["hf"].plans and not hasattr(said["any"], "plans") and not any("--bits" in w for w in said["any"].warnings)
+    )
     assert not any("--bits" in w for w in planish.forecast(model, target="hf", bits=16, **asked).warnings)
 
 

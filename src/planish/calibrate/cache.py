@@ -166,7 +166,7 @@ def describe(value: Any) -> str:
     if isinstance(value, tuple):
         parts = [describe(v) for v in value]
         return f"({','.join(parts)})" if all(parts) else ""
-    if isinstance(value, Solver) and is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         settings = {f.name: describe(getattr(value, f.name)) for f in fields(value)}
         inner = ",".join(f"{n}={s}" for n, s in settings.items())
         return f"{type(value).__name__}({inner})" if all(settings.values()) else ""
