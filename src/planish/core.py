@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -190,8 +190,8 @@ class Frontier:
     """For one unit: predicted loss of every rank 0 … full, and the factors that realise any of them.
 
     `loss` (full + 1,) is the mean squared error per token of the unit's output (nats per token where `nats`). `rough`: what
-    rounding the uncut unit costs (`planish.plan.rough.forecast`). `judged` (full + 1,): the loss token by
-    token, where it is known (`planish.plan.judged.judge`).
+    rounding the uncut unit costs (`planish.plan.rough.forecast`). `by_tokens` (full + 1,): the loss token by
+    token, where it is known (`planish.plan.token_prices`).
     """
 
     unit: Unit
@@ -199,7 +199,7 @@ class Frontier:
     factors: dict[str, Any] = field(default_factory=dict)
     nats: bool = False
     rough: float = 0.0
-    judged: Tensor | None = None
+    by_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -271,6 +271,13 @@ def count_sums(shape: Shape, taps: Iterable[Tap]) -> int:
     return total
 
 
+class Tokens(NamedTuple):
+    """What a linear sees, and the gradients at its output."""
+
+    x: Float[Tensor, "tokens in"]
+    g: Float[Tensor, "tokens out"]
+
+
 class Solver(ABC):
     """One piece of mathematics. Knows no other solver, no transformers, no files."""
 
@@ -309,21 +316,15 @@ class Solver(ABC):
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         """The cheap part: replacements for one rank. At full rank: no edits."""
 
-    def judged(self, unit: Unit) -> str | None:
-        """The linear at whose output a cut of the unit is judged (see `effects`); None: at none."""
+    def effect_role(self, unit: Unit) -> str | None:
+        """The linear at whose output cuts of the unit are priced token by token; None: they are not."""
         return None
 
     def effects(
-        self,
-        frontier: Frontier,
-        ranks: Sequence[int],
-        weights: Weights,
-        x: Float[Tensor, "tokens in"],
-        g: Float[Tensor, "tokens out"],
-        shape: Shape,
+        self, frontier: Frontier, ranks: Sequence[int], tokens: Tokens, shape: Shape
     ) -> Float[Tensor, "ranks tokens"]:
-        """gᵀe (ranks, tokens) for the error e that a cut to each rank makes at the linear that it is judged at, on the
-        inputs x (tokens, in) and gradients g (tokens, out) of the uncompressed model."""
+        """gᵀe for the error e that a cut to each rank makes at the output of the linear that `effect_role` names, on the
+        uncompressed model's inputs."""
         raise NotImplementedError
 
     def memory(self, unit: Unit, shape: Shape) -> int:

@@ -255,6 +255,7 @@ class Stats:
 
 
 def add(into: Sums, more: Sums) -> None:
+    """Adds sums up, and puts rows one behind the other."""
     for name, tensor in more.items():
         if name == "rows" and name in into:
             into[name] = torch.cat([into[name], tensor])

@@ -109,9 +109,8 @@ class Cache:
     def keep_stats(self, origin: str, i: int, measured: Stats) -> None:
         records = {}
         for tap, sums in measured.sums.items():
-            if tap.kind != "rows" and all(
-                t.device.type == "cpu" for t in sums.values()
-            ):  # elsewhere reading back would move them
+            here = all(t.device.type == "cpu" for t in sums.values())  # elsewhere reading back would move them
+            if here and tap.kind != "rows":
                 tokens = torch.tensor(measured.tokens[tap])
                 records[name_tap(origin, i, tap)] = {"tokens": tokens, **{n: t.contiguous() for n, t in sums.items()}}
         self.keep(records)
@@ -122,7 +121,7 @@ class Cache:
         if not name or not self.has([name]):
             return None
         record = self.get(name)
-        return Frontier(unit, record["loss"], {}, bool(record["nats"]), float(record["rough"]), record.get("judged"))
+        return Frontier(unit, record["loss"], {}, bool(record["nats"]), float(record["rough"]), record.get("by_tokens"))
 
     def keep_losses(self, origin: str, found: Iterable[tuple[Solver, Frontier]]) -> None:
         records = {}
@@ -131,7 +130,7 @@ class Cache:
             if name and isinstance(f.loss, Tensor) and f.loss.device.type == "cpu":
                 records[name] = {"loss": f.loss.detach().clone(), "nats": torch.tensor(f.nats)}
                 records[name]["rough"] = torch.tensor(f.rough, dtype=torch.float64)
-                records[name] |= {} if f.judged is None else {"judged": f.judged.detach().clone()}
+                records[name] |= {} if f.by_tokens is None else {"by_tokens": f.by_tokens.detach().clone()}
         self.keep(records)
 
     def has_frontier(self, origin: str, solver: Solver, unit: Unit) -> bool:

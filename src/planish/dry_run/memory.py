@@ -17,7 +17,8 @@ A        min(2 · streams · T d c + T between c, limit) + kept, half of the str
          prefix: a block runs again for its outputs; between: see `count_between`, kept: see `count_kept`
 f        a forward pass, t (3 m + 3 d + k − widest site) c, with gradients t (4 m + 10 d) c more, which autograd saves
 batch + sums   8 (2 S − S_w) + f for several batches, for one the larger of f and 8 S + t k c + 8 · 1024 · widest site; where cuts
-         are judged (planish.plan.judged) also what linears see of min(T / 8, 4096) tokens, and the gradients at their outputs
+         are priced token by token (planish.plan.token_prices) also what linears see, and gradients at their outputs, of
+         min(T / 8, 4096) tokens
 
 The inputs of wide Grams, a lane's at a time, are among the activations. On an accelerator the computing copy of a block,
 batch and sums lie in VRAM, with two rows of tiles in fp64; large factorisations take what is left there, or run on the CPU.
@@ -35,7 +36,7 @@ from planish.dry_run.passes import Run, count_between
 from planish.folder.source import MemorySource
 from planish.folder.stored_linear import count_held
 from planish.plan.frontiers import dense_taps, stored_taps
-from planish.plan.judged import PART, TOKENS, judges
+from planish.plan.token_prices import PART, TOKENS, token_taps
 
 LIBRARIES = 410 << 20  # bytes: Python, PyTorch and transformers, loaded and warm
 TENSOR = 12 << 10  # of a module without values, its names and what is known of it
@@ -113,9 +114,8 @@ def count_batch(run: Run) -> Batch:
     else:
         measuring = max(measuring, 8 * sums + size * sum(sites) + 8 * 1024 * widest)
     if backward:
-        own = judges(problem, shape.block, run.windows, run.seq_len)
-        judging = min(run.tokens // PART, TOKENS) * sum(shape.width(t.site) for t in own)
-        measuring += judging * run.measure.given.dtype.itemsize
+        rows = sum(shape.width(t.site) for t in token_taps(problem, shape.block, run.windows, run.seq_len))
+        measuring += min(run.tokens // PART, TOKENS) * rows * run.measure.given.dtype.itemsize
     return Batch(sums, wide, widest, through, measuring)
 
 

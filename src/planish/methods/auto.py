@@ -13,7 +13,7 @@ from planish.calibrate.losses import Probe, nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.text import list_shuffled
-from planish.core import INSIDE, Edit, Frontier, Plan, Shape, Solver, Unit
+from planish.core import INSIDE, Edit, Plan, Shape, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method, find_step
 from planish.modelling.families import ATTENTION, MLP
@@ -66,8 +66,10 @@ class Weighing:
     bypass: float = NEVER
     moments: bool = False
 
-    def price(self, frontier: Frontier) -> Frontier:
-        return frontier if self.moments or frontier.judged is None else replace(frontier, loss=frontier.judged)
+    def price(self, frontiers: Frontiers) -> Frontiers:
+        """With the losses that the plan goes by in the place of those by moments."""
+        known = {} if self.moments else {u: f.by_tokens for u, f in frontiers.items() if f.by_tokens is not None}
+        return frontiers | {u: replace(frontiers[u], loss=loss) for u, loss in known.items()}
 
     def apply(self, curve: Curve) -> Curve:
         name, weight = curve.unit.name, 1.0
@@ -99,10 +101,10 @@ class Auto(Method):
     compete too; by default below keep 0.6 where all units may be cut, and under a budget of latency. `rounds`: gradients are
     measured again on the model compressed so far after each equal share of the cut. `steep`: ranks are chosen by loss · (1 +
     steep · loss) of every unit: the second-order prediction saturates, so a cut that looks like 0.3 nats costs more than thirty
-    of 0.01; what is reported stays the prediction itself. `refit_share`: with an anchor,
-    share of the calibration windows, evenly spaced, that each plan's solve runs again: less makes a further point of a sweep
-    cheaper and the result a little worse; their moments are then blended with the uncompressed model's. `planish sweep` takes a
-    sixteenth unless told otherwise. `shuffled`: share of the calibration windows whose tokens, but the first, are put in
+    of 0.01; what is reported stays the prediction itself. `refit_share`: with an anchor, share of the calibration windows, evenly
+    spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper and the result a little worse; their
+    moments are then blended with the uncompressed model's. `planish sweep` takes a sixteenth unless told otherwise.
+    `shuffled`: share of the calibration windows whose tokens, but the first, are put in
     another order. Statistics of such windows hold more than the calibration text's own directions, and text of another kind
     loses less. `probe`: what gradients are of: random "signs" of all words or "sampled" labels, which are the same in the mean,
     the "text"'s own next tokens, or the "curvature" of the KL at each token's five likeliest words
@@ -115,13 +117,14 @@ class Auto(Method):
     (`planish.plan.rough.forecast`): pivoted linears round worse than dense ones.
 
     What second moments say of a cut is corrected by what it costs a few windows token by token
-    (`planish.plan.judged.judge`): in real models large gradients meet large inputs, in some blocks more than in others.
+    (`planish.plan.token_prices.price_by_tokens`): in real models large gradients meet large inputs, in some blocks more than
+    in others.
 
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
     below keep 0.6 also the one by moments alone and, where all units may be cut, those with the loss of low-rank linears counted
-    two and four times. Of
-    neurons of experts so the plan with none of them, which is taken unmeasured below 0.01 nats, and with their loss doubled.
+    two and four times. Of neurons of experts so the plan with none of them, which is taken unmeasured below 0.01 nats, and with
+    their loss doubled.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
@@ -148,13 +151,13 @@ class Auto(Method):
     def solvers(self) -> list[Solver]:
         noise = Noise(self.noise, PRICED[self.units])
         structural: list[Solver] = [
-            FisherValues(self.anchor, self.ridge, noise),
-            FisherNeurons(self.anchor, self.ridge, noise),
+            FisherValues(self.anchor, self.ridge, noise, by_tokens=True),
+            FisherNeurons(self.anchor, self.ridge, noise, by_tokens=True),
         ]
         structural += [FisherPairs(), Experts("nats"), FisherExpertNeurons()]
         if self.bypass or (self.bypass is None and self.units == "any"):
             structural += [FisherBypass(self.ridge, self.anchor)]
-        pivoted = TwoSided(anchor=self.anchor, ridge=self.ridge, noise=noise)
+        pivoted = TwoSided(anchor=self.anchor, ridge=self.ridge, noise=noise, by_tokens=True)
         linear: list[Solver] = [pivoted, KeyLatent(nats=True)]
         return {"any": linear + structural, "structural": structural, "linear": linear}[self.units]
 
@@ -215,7 +218,7 @@ class Auto(Method):
         """Every unit's frontier in nats, by one pass forward and back; what the solve uses again is stored, with `rounds` all."""
         windows = sum(map(len, measure.stream.batches))
         refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
-        return measure_gradients(problem, measure, self.probe, refit, whole=self.rounds > 1, judged=True)
+        return measure_gradients(problem, measure, self.probe, refit, whole=self.rounds > 1)
 
     def settle(self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick) -> Planned:
         """The plan with what is measured instead of predicted: errors of scores where it changes any, whole plans' losses."""
@@ -237,11 +240,8 @@ class Auto(Method):
         with measure.phase("search"):
             picked, search = self.compare(problem, measure, frontiers, picked)
         notes = {"predicted_loss": picked.loss, "units cut": picked.cut} | ({"search": search} if search else {})
-        remarks, frontiers = (
-            describe_top(problem, picked.ranks),
-            {u: picked.weighing.price(f) for u, f in frontiers.items()},
-        )
-        return self.decide(problem, picked.ranks, frontiers=frontiers, notes=notes, remarks=remarks)
+        priced, remarks = picked.weighing.price(frontiers), describe_top(problem, picked.ranks)
+        return self.decide(problem, picked.ranks, frontiers=priced, notes=notes, remarks=remarks)
 
     @property
     def sweeping(self) -> dict[str, str]:
@@ -296,7 +296,7 @@ class Auto(Method):
     ) -> Pick:
         """The cheapest plan in weighed predicted nats within the budgets, after this part of the cut."""
         weighing = weighing or self._start(problem)
-        frontiers = {u: weighing.price(f) for u, f in frontiers.items()}
+        frontiers = weighing.price(frontiers)
         curves = {u: weighing.apply(problem.curve(f)) for u, f in frontiers.items()}
         curves = add_rounding(problem, curves, frontiers)
         try:

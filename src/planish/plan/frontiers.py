@@ -11,9 +11,9 @@ from planish.calibrate.losses import Probe
 from planish.calibrate.measure import Measurements, name_back
 from planish.calibrate.stream import read_weights
 from planish.core import Frontier, Shape, Solver, Unit
-from planish.plan.judged import judge, judges, level
 from planish.plan.problem import Problem
 from planish.plan.rough import forecast
+from planish.plan.token_prices import level, price_by_tokens, token_taps
 from planish.stats import Stats, Tap
 
 Frontiers = dict[Unit, Frontier]
@@ -30,28 +30,22 @@ def measure_frontiers(problem: Problem, measure: Measurements) -> Frontiers:
 
 
 def measure_gradients(
-    problem: Problem,
-    measure: Measurements,
-    probe: Probe,
-    refit: bool = False,
-    whole: bool = False,
-    judged: bool = False,
+    problem: Problem, measure: Measurements, probe: Probe, refit: bool = False, whole: bool = False
 ) -> Frontiers:
     """Every unit's frontier, without the factors, by one pass forward and back of the uncompressed model; what the solve uses
-    again is stored (see `stored_taps`), or with `whole` all of it. `judged`: also token by token (`planish.plan.judged`)."""
+    again is stored (see `stored_taps`), or with `whole` all of it."""
     found: Frontiers = {}
+    size = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
+    known = all(measure.cache.losses(name_back(probe), s, u) for u, s in problem.units.items() if s.effect_role(u))
 
     def taps(shape: Shape) -> list[Tap]:
-        own = judges(problem, shape.block, windows, length) if wanted else set()
-        return sorted({*dense_taps(problem, shape.block), *judging_taps(problem, shape.block), *own})
+        rows = set() if known else token_taps(problem, shape.block, *size)
+        return sorted({*dense_taps(problem, shape.block), *judging_taps(problem, shape.block), *rows})
 
-    windows, length = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
-    known = [measure.cache.losses(name_back(probe), s, u) for u, s in problem.units.items() if s.judged(u)]
-    wanted = judged and not all(f and f.judged is not None for f in known)
     for i, block, stats in measure.backward(taps, probe=probe):
         found |= decompose_block(problem, measure, block, stats, i)
         measure.stored[i] = stats if whole else stats.only(stored_taps(problem, i, refit) | judging_taps(problem, i))
-    return level(found) if judged else found
+    return level(found)
 
 
 def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, stats: Stats, i: int) -> Frontiers:
@@ -61,14 +55,12 @@ def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, s
 
     def decompose(unit: Unit) -> Frontier:
         solver = problem.units[unit]
-        unjudged = bool(solver.judged(unit)) and any(t.kind == "rows" for t in stats.sums)
-        known = cache.losses(stats.origin, solver, unit)
-        if known and (known.rough or problem.rounds is None) and not (unjudged and known.judged is None):
+        if (known := cache.losses(stats.origin, solver, unit)) and (known.rough or problem.rounds is None):
             return known
         with measure.phase("frontiers"):
             f = solver.decompose(unit, weights, stats, problem.shapes[i])
             rough = forecast(problem, unit, weights, stats)
-            f = judge(problem, f, weights, stats)
+            f = price_by_tokens(problem, f, stats)
         new.append((solver, replace(f, factors={}, rough=rough)))
         return new[-1][1]
 

@@ -26,9 +26,9 @@ from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import in_order, read_weights
 from planish.core import Edit, Frontier, Unit, Weights
 from planish.modelling.families import ATTENTION
+from planish.plan.follow import TINY, follow
 from planish.plan.foreseen import Work
 from planish.plan.frontiers import SITE, Frontiers
-from planish.plan.judged import TINY, interpolate
 from planish.plan.problem import Problem
 from planish.stats import Stats, Tap
 
@@ -66,10 +66,10 @@ def correct_scores(
     found: Frontiers = {}
     for group, factor in factors.items():
         for n, unit in enumerate(group):
-            loss = torch.as_tensor(frontiers[unit].loss, dtype=torch.float64)
-            at = torch.tensor([ranks[n] for ranks in wanted[group]])
-            times, judged = interpolate(torch.arange(len(loss)), at, factor).exp(), frontiers[unit].judged
-            found[unit] = replace(frontiers[unit], loss=loss * times, judged=None if judged is None else judged * times)
+            frontier, at = frontiers[unit], torch.tensor([ranks[n] for ranks in wanted[group]])
+            loss = follow(torch.as_tensor(frontier.loss, dtype=torch.float64), at, factor)
+            by_tokens = None if frontier.by_tokens is None else follow(frontier.by_tokens, at, factor)
+            found[unit] = replace(frontier, loss=loss, by_tokens=by_tokens)
     return found
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Tokens, Unit, Weights
 from planish.shapes import Float, Int
 from planish.solvers.forms import NeuronSolver, ValueSolver, neuron_edits, qk_edits, qk_spec, value_edits
 from planish.solvers.linalg import balance, compute_tails, damp, eigh_root, multiply, solve
@@ -70,12 +70,12 @@ def refit(
 
 
 def refit_effects(
-    x: Float[Tensor, "tokens in"],
-    g: Float[Tensor, "tokens out"],
+    tokens: Tokens,
     w: Float[Tensor, "out in"],
     refitted: Sequence[tuple[Int[Tensor, " k"], Float[Tensor, "out k"]]],
 ) -> Float[Tensor, "ranks tokens"]:
     """gᵀ (W' x_J − W x) for every (J, W')."""
+    x, g = tokens
     whole = (multiply(g, w.to(g.dtype)) * x).sum(1)
     return torch.stack([(multiply(g, new.to(g.dtype)) * x[:, kept]).sum(1) - whole for kept, new in refitted])
 
@@ -92,6 +92,7 @@ class FisherNeurons(NeuronSolver):
     anchor: float = 0.0
     damping: float = 1e-4
     noise: Noise = NONE
+    by_tokens: bool = False
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("down", self.anchor), Tap("grad:down.out", "gram")]
@@ -107,21 +108,15 @@ class FisherNeurons(NeuronSolver):
         factors = {"order": order, "gram": gram, "cross": cross, **{n: weights[n] for n in roles}}
         return Frontier(unit, loss / 2, factors, nats=True)
 
-    def judged(self, unit: Unit) -> str:
-        return "down"
+    def effect_role(self, unit: Unit) -> str | None:
+        return "down" if self.by_tokens else None
 
     def effects(
-        self,
-        frontier: Frontier,
-        ranks: Sequence[int],
-        weights: Weights,
-        x: Float[Tensor, "tokens in"],
-        g: Float[Tensor, "tokens out"],
-        shape: Shape,
+        self, frontier: Frontier, ranks: Sequence[int], tokens: Tokens, shape: Shape
     ) -> Float[Tensor, "ranks tokens"]:
         f = frontier.factors
         kept = [f["order"][:rank] for rank in ranks]
-        return refit_effects(x, g, weights["down"], [(k, refit(f["gram"], f["cross"], k, self.damping)) for k in kept])
+        return refit_effects(tokens, f["down"], [(k, refit(f["gram"], f["cross"], k, self.damping)) for k in kept])
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= shape.intermediate:
@@ -143,6 +138,7 @@ class FisherValues(ValueSolver):
     anchor: float = 0.0
     damping: float = 1e-4
     noise: Noise = NONE
+    by_tokens: bool = False
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("o", self.anchor), Tap("grad:o.out", "gram")]
@@ -163,30 +159,24 @@ class FisherValues(ValueSolver):
         z = multiply(full_p.T, multiply(gram, full_p))
         loss = selection_losses(z, root @ o @ full_q, self.order(d, shape), True, self.damping)[::heads] / 2
         factors = {"P": p, "gram": z, "cross": multiply(cross, full_p)}
-        factors |= {n: weights[n] for n in ("v", "v.bias") if n in weights}
+        factors |= {n: weights[n] for n in ("v", "v.bias", "o") if n in weights}
         return Frontier(unit, loss, factors, nats=True)
 
     def order(self, rank: int, shape: Shape) -> Int[Tensor, " channels"]:
         """Indices of the first `rank` channels of every head, best channels of all heads first."""
         return (torch.arange(rank)[:, None] + torch.arange(shape.heads) * shape.v).flatten()
 
-    def judged(self, unit: Unit) -> str:
-        return "o"
+    def effect_role(self, unit: Unit) -> str | None:
+        return "o" if self.by_tokens else None
 
     def effects(
-        self,
-        frontier: Frontier,
-        ranks: Sequence[int],
-        weights: Weights,
-        x: Float[Tensor, "tokens in"],
-        g: Float[Tensor, "tokens out"],
-        shape: Shape,
+        self, frontier: Frontier, ranks: Sequence[int], tokens: Tokens, shape: Shape
     ) -> Float[Tensor, "ranks tokens"]:
         f, full = frontier.factors, torch.block_diag(*frontier.factors["P"].repeat_interleave(shape.groups, 0))
         kept = [self.order(rank, shape) for rank in ranks]
         fits = [refit(f["gram"], f["cross"], k, self.damping) for k in kept]
-        whole = torch.arange(x.shape[1])
-        return refit_effects(x, g, weights["o"], [(whole, multiply(o, full[:, k].T)) for k, o in zip(kept, fits)])
+        whole = torch.arange(tokens.x.shape[1])
+        return refit_effects(tokens, f["o"], [(whole, multiply(o, full[:, k].T)) for k, o in zip(kept, fits)])
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= shape.v:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Shape, Solver, Spec, Unit, Weights
+from planish.core import Edit, Frontier, Shape, Solver, Spec, Tokens, Unit, Weights
 from planish.shapes import Float
 from planish.solvers.forms import input_site, list_ranks, low_rank_edit, low_rank_spec
 from planish.solvers.linalg import anchor, metric_svd, multiply, solve
@@ -37,6 +37,7 @@ class TwoSided(Solver):
     anchor: float = 0.0
     ridge: float = 1e-3
     noise: Noise = NONE
+    by_tokens: bool = False
 
     def units(self, shape: Shape) -> list[Unit]:
         return [Unit(shape.block, r) for r in shape.linears]
@@ -90,20 +91,15 @@ class TwoSided(Solver):
         low = metric_svd(moved_w, add_noise(gram, noise), gradient, back)
         return Frontier(unit, low.tails() / 2, {"low": low}, nats=True)
 
-    def judged(self, unit: Unit) -> str:
-        return unit.name
+    def effect_role(self, unit: Unit) -> str | None:
+        return unit.name if self.by_tokens else None
 
     def effects(
-        self,
-        frontier: Frontier,
-        ranks: Sequence[int],
-        weights: Weights,
-        x: Float[Tensor, "tokens in"],
-        g: Float[Tensor, "tokens out"],
-        shape: Shape,
+        self, frontier: Frontier, ranks: Sequence[int], tokens: Tokens, shape: Shape
     ) -> Float[Tensor, "ranks tokens"]:
         """What factors beyond a rank do: (gᵀ B) ∘ (A x), summed from there on."""
         low = frontier.factors["low"]
+        x, g = tokens
         parts = multiply(x, low.A.to(x.dtype).T) * multiply(g, low.B.to(g.dtype))
         return -torch.stack([parts[:, rank:].sum(1) for rank in ranks])
 

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 import tiny
 from planish.apply import apply_edits
+from planish.calibrate.cache import Cache
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.taps import choose_windows
-from planish.core import Frontier, Unit
+from planish.core import Frontier, Tokens, Unit
 from planish.folder.source import MemorySource
 from planish.methods import find_method
 from planish.methods.auto import Weighing
+from planish.plan import frontiers
 from planish.plan.frontiers import dense_taps
-from planish.plan.judged import MOST, PART, TOKENS, TYPICAL, judge, level, list_rows
+from planish.plan.token_prices import MOST, PART, TOKENS, TYPICAL, level, price_by_tokens, row_taps
 from planish.solvers.noise import NONE
 from planish.stats import Stats, Tap
 from posed import pose_on
@@ -60,7 +62,7 @@ def watch(job, role: str, edits) -> tuple[torch.Tensor, torch.Tensor]:
 
 def make_rows(role: str, x: torch.Tensor, g: torch.Tensor) -> Stats:
     rows = Stats()
-    for tap, values in zip(list_rows(role, 8, 1), (x, g), strict=True):
+    for tap, values in zip(row_taps(role, 8, 1), (x, g), strict=True):
         rows.sums[tap], rows.tokens[tap] = {"rows": values}, len(values)
     return rows
 
@@ -74,11 +76,11 @@ def test_effects_are_those_of_the_cut_model(posed, name, share):
     unit, shape = Unit(1, name), job.problem.shapes[1]
     solver, ranks = job.problem.units[unit], job.problem.choices(unit).ranks.tolist()
     rank, frontier = ranks[round(share * (len(ranks) - 2))], solver.decompose(unit, weights, stats, shape)
-    role = solver.judged(unit)
+    role = solver.effect_role(unit)
     x, before = watch(job, role, [])
     _, after = watch(job, role, solver.truncate(frontier, rank, shape))
     g = torch.randn(before.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = solver.effects(frontier, [rank], weights, x, g, shape)[0]
+    found = solver.effects(frontier, [rank], Tokens(x, g), shape)[0]
     wanted = (g * (after - before)).sum(1)
     assert wanted.abs().max() > 1e-8
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7 * float(wanted.abs().max()))
@@ -87,7 +89,7 @@ def test_effects_are_those_of_the_cut_model(posed, name, share):
 def test_rows_are_what_linears_see_and_what_goes_back_to_them(posed):
     """As hooks and autograd find them; E[x xᵀ] and E[g gᵀ] of them are the moments."""
     job, _, _ = posed
-    few = [t for role in ("q", "down") for t in list_rows(role, *WINDOWS.shape)]
+    few = [t for role in ("q", "down") for t in row_taps(role, *WINDOWS.shape)]
     taps = [replace(t, part="all") for t in few]
     for i, _, found in job.measure.backward(lambda shape: [*few, *taps, *dense_taps(job.problem, shape.block)]):
         if i != 1:
@@ -120,8 +122,8 @@ def test_where_gradients_meet_inputs_a_cut_costs_more(posed):
     middle = len(frontier.loss) // 2
     wanted = {1.0: (x, g), 1.001: (x * size, g * size.flip(0)), float(size.pow(4).mean()): (x * size, g * size)}
     for factor, rows in wanted.items():
-        judged = judge(job.problem, frontier, weights, make_rows("o", *rows)).judged
-        assert judged[middle] / frontier.loss[middle] == pytest.approx(factor, rel=0.12)
+        priced = price_by_tokens(job.problem, frontier, make_rows("o", *rows)).by_tokens
+        assert priced[middle] / frontier.loss[middle] == pytest.approx(factor, rel=0.12)
     assert max(wanted) > 1.3
 
 
@@ -134,32 +136,32 @@ def test_no_rank_costs_more_than_a_lower_one(posed, seed, scale):
     draw = torch.Generator().manual_seed(seed)
     out, n = shape.linear("down")
     rows = make_rows("down", scale * torch.randn(3, n, generator=draw), torch.randn(3, out, generator=draw))
-    judged = judge(job.problem, frontier, weights, rows).judged
-    assert (judged.diff() <= 0).all() and judged[-1] == 0
+    priced = price_by_tokens(job.problem, frontier, rows).by_tokens
+    assert (priced.diff() <= 0).all() and priced[-1] == 0
     low, high = (torch.as_tensor(frontier.loss) * f for f in (1 / MOST, MOST))
-    assert (judged >= low * (1 - 1e-9)).all() and judged.max() <= high.max() * (1 + 1e-9)
+    assert (priced >= low * (1 - 1e-9)).all() and priced.max() <= high.max() * (1 + 1e-9)
 
 
-def test_units_that_are_not_judged_change_by_the_median_factor():
+def test_units_without_a_price_by_tokens_change_by_the_median_factor():
     loss = torch.tensor([4.0, 2.0, 1.0, 0.0], dtype=torch.float64)
     at = round(TYPICAL * 3)
     found = {
         Unit(0, "qk"): Frontier(Unit(0, "qk"), loss),
-        **{Unit(n, "q"): Frontier(Unit(n, "q"), loss, judged=loss * f) for n, f in enumerate((1.0, 3.0, 7.0))},
+        **{Unit(n, "q"): Frontier(Unit(n, "q"), loss, by_tokens=loss * f) for n, f in enumerate((1.0, 3.0, 7.0))},
     }
     leveled = level(found)
-    assert torch.equal(leveled[Unit(0, "qk")].judged, loss * 3) and float(loss[at]) > 0
-    assert all(leveled[u] is f for u, f in found.items() if f.judged is not None)
-    plain = {u: replace(f, judged=None) for u, f in found.items()}
+    assert torch.equal(leveled[Unit(0, "qk")].by_tokens, loss * 3) and float(loss[at]) > 0
+    assert all(leveled[u] is f for u, f in found.items() if f.by_tokens is not None)
+    plain = {u: replace(f, by_tokens=None) for u, f in found.items()}
     assert level(plain) == plain
-    assert torch.equal(Weighing().price(leveled[Unit(2, "q")]).loss, loss * 7)
-    assert torch.equal(Weighing(moments=True).price(leveled[Unit(2, "q")]).loss, loss)
+    for weighing, factor in ((Weighing(), 7), (Weighing(moments=True), 1)):
+        assert torch.equal(weighing.price(leveled)[Unit(2, "q")].loss, loss * factor)
 
 
 @given(windows=st.integers(1, 4096), seq_len=st.integers(2, 8192))
-def test_few_windows_judge(windows, seq_len):
+def test_few_windows_are_looked_at(windows, seq_len):
     """At least one, at most an eighth of more, and about as many tokens as are looked at."""
-    tap, _ = list_rows("q", windows, seq_len)
+    tap, _ = row_taps("q", windows, seq_len)
     chosen = choose_windows(tap.part, 0, windows)
     few = int(chosen.sum())
     assert 1 <= few <= -(-windows // PART) and (few - 1) * seq_len < TOKENS
@@ -168,11 +170,13 @@ def test_few_windows_judge(windows, seq_len):
     assert torch.equal(both, chosen), "whatever the batches"
 
 
-def test_what_is_judged_is_kept(tmp_path):
-    """A second budget from the cache plans by the same numbers, and no pass is made for them."""
-    stream = Stream(MemorySource(tiny.build("llama_gqa", torch.float64)), WINDOWS, dtype=torch.float64)
-    first = pose_on(stream, find_method("auto"), 0.6)
-    found = first.method.measure(first.problem, first.measure)
-    assert all(f.judged is not None for f in found.values())
-    judged = [u for u in found if first.problem.units[u].judged(u)]
-    assert judged and any(not torch.allclose(found[u].judged, torch.as_tensor(found[u].loss)) for u in judged)
+def test_prices_are_kept(monkeypatch):
+    """For a further budget they come from the cache, to the bit, and no rows are asked for."""
+    job = pose_on(Stream(MemorySource(tiny.build("llama_gqa")), WINDOWS), find_method("auto"), 0.6)
+    job.measure.cache = Cache(memory=1 << 30)
+    first = job.method.measure(job.problem, job.measure)
+    priced = [u for u in first if job.problem.units[u].effect_role(u)]
+    assert priced and any(not torch.allclose(first[u].by_tokens, torch.as_tensor(first[u].loss)) for u in priced)
+    monkeypatch.setattr(frontiers, "token_taps", None)
+    again = job.method.measure(job.problem, job.measure)
+    assert all(torch.equal(first[u].by_tokens, again[u].by_tokens) for u in first)

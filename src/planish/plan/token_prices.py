@@ -4,7 +4,7 @@ By moments a cut that changes a linear by ΔW costs ½ tr(G ΔW R ΔWᵀ) nats p
 knew nothing of each other. In real models they do: of SmolLM2's cuts at keep 0.8 those of the first blocks' gates cost 2.3 times
 that, those of the last blocks' 1.6 times, those between the same (docs/log/2026-12-02.md). So ½ E[(gᵀ ΔW x)²] is measured at a few
 ranks of every unit, on a few of the calibration windows, and predictions change by the factor between the two, log-linear in
-the rank. Units that are not judged change by the median factor of the others, so that all stay comparable.
+the rank. Units that no linear stands for change by the median factor of the others, so that all stay comparable.
 Reference: none known; Fisher information without the factorisation of K-FAC (Martens & Grosse 2015) along one direction.
 """
 
@@ -13,73 +13,63 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from planish.core import Frontier, Unit, Weights
+from planish.core import Frontier, Tokens, Unit
+from planish.plan.follow import TINY, follow
 from planish.plan.problem import Problem
 from planish.solvers.forms import input_site
 from planish.stats import Stats, Tap
 
-TOKENS = 4096  # at most that cuts are judged by
+TOKENS = 4096  # at most that cuts are priced on
 PART = 8  # of the calibration windows at most one in so many
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)  # of ranks at which they are
 TYPICAL = 0.7
 MOST = 64.0  # times by which few tokens may change a prediction, or a part of it
-TINY = 1e-300
 
 
-def list_rows(role: str, windows: int, seq_len: int) -> tuple[Tap, Tap]:
-    """Taps of a linear's inputs and of the gradients at its output, in the calibration windows that cuts are judged by."""
+def row_taps(role: str, windows: int, seq_len: int) -> tuple[Tap, Tap]:
+    """Taps of a linear's inputs and of the gradients at its output, in the calibration windows that cuts are priced on."""
     part = f"every {max(PART, -(-windows * seq_len // TOKENS))}"
     return Tap(f"dense:{input_site(role)}", "rows", part=part), Tap(f"grad:{role}.out", "rows", part=part)
 
 
-def judges(problem: Problem, i: int, windows: int, seq_len: int) -> set[Tap]:
-    """Taps of all linears of block i at which cuts are judged."""
-    roles = {problem.units[u].judged(u) for u in problem.block_units(i)}
-    return {t for role in roles if role for t in list_rows(role, windows, seq_len)}
+def token_taps(problem: Problem, i: int, windows: int, seq_len: int) -> set[Tap]:
+    """Taps of all linears of block i at which cuts are priced."""
+    roles = {problem.units[u].effect_role(u) for u in problem.block_units(i)}
+    return {t for role in roles if role for t in row_taps(role, windows, seq_len)}
 
 
-def judge(problem: Problem, frontier: Frontier, weights: Weights, stats: Stats) -> Frontier:
+def price_by_tokens(problem: Problem, frontier: Frontier, stats: Stats) -> Frontier:
     """A frontier with factors, and what its cuts cost the tokens that `stats` hold, if any; no rank costs more than a lower one."""
-    unit = frontier.unit
+    unit, loss = frontier.unit, torch.as_tensor(frontier.loss, dtype=torch.float64)
     solver, ranks = problem.units[unit], problem.choices(unit).ranks.tolist()
-    role = solver.judged(unit)
+    role = solver.effect_role(unit)
     sites = (f"dense:{input_site(role)}", f"grad:{role}.out") if role else ()
     found = [
-        sums["rows"] for site in sites for tap, sums in stats.sums.items() if tap.kind == "rows" and tap.site == site
+        sums["rows"] for site in sites for tap, sums in stats.sums.items() if (tap.site, tap.kind) == (site, "rows")
     ]
     if not found or len(ranks) < 2:
-        return frontier
-    x, g = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in found)
+        return replace(frontier, by_tokens=loss) if found else frontier
+    tokens = Tokens(*(rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in found))
     at = torch.tensor(sorted({ranks[round(s * (len(ranks) - 2))] for s in SHARES}))
-    effects = solver.effects(frontier, at.tolist(), weights, x, g, problem.shapes[unit.block])
+    effects = solver.effects(frontier, at.tolist(), tokens, problem.shapes[unit.block])
     measured = effects.double().square().mean(1) / 2
-    loss = torch.as_tensor(frontier.loss, dtype=torch.float64)
     factor = (measured.clamp(min=TINY) / loss[at].clamp(min=TINY)).clamp(1 / MOST, MOST)
-    judged = loss * interpolate(torch.arange(len(loss)), at, factor.log()).exp()
-    return replace(frontier, judged=judged.flip(0).cummax(0).values.flip(0))
+    return replace(frontier, by_tokens=follow(loss, at, factor.log()).flip(0).cummax(0).values.flip(0))
 
 
 def level(frontiers: dict[Unit, Frontier]) -> dict[Unit, Frontier]:
-    """Frontiers of which those that are not judged change by the median factor of the others."""
+    """Frontiers of which those that have no price by tokens change by the median factor of the others."""
     factors = []
     for f in frontiers.values():
         at = round(TYPICAL * (len(f.loss) - 1))
-        factors += [] if f.judged is None or not f.loss[at] else [float(f.judged[at]) / float(f.loss[at])]
+        factors += [] if f.by_tokens is None or not f.loss[at] else [float(f.by_tokens[at]) / float(f.loss[at])]
     if not factors:
         return frontiers
     typical = float(torch.tensor(factors, dtype=torch.float64).median())
     return {
-        u: f if f.judged is not None else replace(f, judged=torch.as_tensor(f.loss, dtype=torch.float64) * typical)
+        u: f
+        if f.by_tokens is not None
+        else replace(f, by_tokens=torch.as_tensor(f.loss, dtype=torch.float64) * typical)
         for u, f in frontiers.items()
     }
-
-
-def interpolate(at: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """Piecewise linear through (known, values), constant beyond the ends. `known` rises."""
-    right = torch.searchsorted(known, at).clamp(1, max(len(known) - 1, 1))
-    left = right - 1
-    right = right.clamp(max=len(known) - 1)
-    share = ((at - known[left]) / (known[right] - known[left]).clamp(min=1)).clamp(0, 1)
-    return values[left] + share * (values[right] - values[left])
