@@ -183,6 +183,9 @@ def test_plan_names_what_competes(model, tmp_path, run):
     assert not rounded["16"] and rounded["3"] == {"int3-32-asym": 12, "int3-64-asym": 2}
     said = run("plan", model, "--fit", words["fit"], "--context", 64)
     assert said.exit_code == 0 and "4 bits" in said.stdout and f"{told.size:,} bytes" in said.stdout
+    assert "not rounded" in said.stdout and "embedding and head in" not in said.stdout
+    kept = run("plan", model, "--max-bytes", told.size, "--target", "hf", "--method", "flat-llm")
+    assert kept.exit_code == 0 and "again with embedding and head in 8 and in 4 bits" in " ".join(kept.stdout.split())
 
 
 @pytest.mark.parametrize("keep", [1, 0.6])
@@ -337,9 +340,12 @@ def test_fit_in_16_bits(model, half, tmp_path):
 def test_a_forecast_is_of_plans_where_types_compete(model, half):
     asked = {"method": "flat-llm", "n_samples": 4, "seq_len": 24, "max_bytes": half}
     said = {t: planish.forecast(model, target=t, **asked) for t in ("hf", "any")}
-    assert (
-        said["hf"].plans and not hasattr(said["any"], "plans") and not any("--bits" in w for w in said["any"].warnings)
-    )
+    assert not hasattr(said["any"], "plans") and not any("--bits" in w for w in said["any"].warnings)
+    assert said["hf"].plans and said["hf"].heads == [
+        "8",
+        "4",
+    ]  # as `planish.sizes.fit.vary_head` makes the best one again
+    assert planish.forecast(model, target="hf", head_bits="4", **asked).heads == []
     assert not any("--bits" in w for w in planish.forecast(model, target="hf", bits=16, **asked).warnings)
 
 

@@ -11,6 +11,7 @@ import torch
 import planish
 from planish import lanes
 from planish.calibrate.text import list_windows, mark, sample_starts, spare_windows
+from planish.cli.compress import show_loss
 from planish.compression import resume
 from tiny import build, save, windows
 
@@ -115,6 +116,11 @@ def test_a_text_without_more_windows_tells_nothing(tmp_path, run):
     told = run(*common, "--n-samples", 16, "-o", tmp_path / "out").stdout
     assert "nats per token more than the dense model, in 4 windows" in " ".join(told.split())
     assert "than the dense model" not in run(*common, "--n-samples", 40, "-o", tmp_path / "out").stdout
+
+
+def test_a_loss_of_nothing_has_no_sign():
+    assert show_loss({"nats": -0.00001, "stderr": 0.001, "windows": 4})[0].startswith("loss: 0.0000 ± 0.0010 nats")
+    assert show_loss({"nats": -0.002, "stderr": 0.001, "windows": 4})[0].startswith("loss: -0.0020 ± 0.0010 nats")
 
 
 def test_several_processes_do_not_tell(monkeypatch, tmp_path):

@@ -175,7 +175,7 @@ def show_rounding(result: Any) -> list[str]:
     types = ", ".join(f"{n} {kind}" for kind, n in r["types"].items())
     lines = [
         f"rounded: {types} · {r['bits_per_weight']:.2f} bits per weight · predicted loss {r['nats']:.4f} nats per token, "
-        f"measured {r['measured']:.4f} on {r['windows']} calibration windows"
+        f"measured {r['measured']:z.4f} on {r['windows']} calibration windows"
     ]
     shown, heads = escape(shlex.quote(result.output)), r["heads"].values()
     share = sum(h["bytes"] for h in heads) / result.bytes_after
@@ -194,7 +194,7 @@ def show_loss(loss: dict[str, Any]) -> list[str]:
     if not loss:
         return []
     return [
-        f"loss: {loss['nats']:.4f}{give_or_take(loss['stderr'], 4)} nats per token more than the dense model, in "
+        f"loss: {loss['nats']:z.4f}{give_or_take(loss['stderr'], 4)} nats per token more than the dense model, in "
         f"{loss['windows']} windows of the calibration text that were not calibrated on; text of another kind usually loses more"
     ]
 

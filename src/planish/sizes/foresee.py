@@ -19,6 +19,7 @@ from planish.sizes.fit import (
     find_context,
     find_floor,
     find_size,
+    list_heads,
     list_plans,
     predict,
     reserve,
@@ -31,8 +32,9 @@ from planish.walks.bits import list_rounded, read_asked
 class SizeForecast:
     """`size`: bytes that weights may have; `cache`: those of the 16-bit KV cache of `context` tokens, `running` those that running
     takes beside it, and `file` those of llama.cpp's file beside its weights, where `fit` counts them. `plans`: those that
-    `compress` would compare, each with its predicted bytes; `types`: bits → what all weights would take (bytes) and in which
-    types (`rounded`: name → matrices). `peak_ram_bytes`, `peak_vram_bytes`: of making the plan that takes most."""
+    `compress` would compare, each with its predicted bytes; `heads`: bits of embedding and head in which the best of them is made
+    again, unless its blocks have 8 bits or more; `types`: bits → what all weights would take (bytes) and in which types
+    (`rounded`: name → matrices). `peak_ram_bytes`, `peak_vram_bytes`: of making the plan that takes most."""
 
     target: str
     size: int
@@ -44,6 +46,7 @@ class SizeForecast:
     peak_ram_bytes: int = 0
     peak_vram_bytes: int = 0
     plans: list[dict[str, Any]] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
     types: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -67,6 +70,8 @@ def foresee_size(request: Request, source: Source, method: Method, windows: tupl
         )
         ram, vram, _, _ = foresee_peaks(settle(request, choice), method, source, windows)
         found.peak_ram_bytes, found.peak_vram_bytes = max(found.peak_ram_bytes, ram), max(found.peak_vram_bytes, vram)
+    if len(found.plans) > 1:
+        found.heads = [h for h in list_heads(request, source) if h != found.plans[0]["head"]]
     for bits in LADDERS.get(request.target, LADDER):
         try:
             outside, blocks = predict(request, source, bits)
