@@ -240,8 +240,9 @@ def test_where_the_prediction_saturates_plans_are_compared(tmp_path):
     found = notes[0]["search"]
     assert notes[0] == notes[1] and digest(tmp_path / "one") == digest(tmp_path / "two")
     assert 2 <= found["plans"] <= len(auto.BYPASSES) + len(auto.LINEARS) and found["best"] <= found["first"]
-    assert "search" not in run(tmp_path / "none", windows=MANY, keep=0.7, bypass=False)["notes"]
-    found = run(tmp_path / "dense", windows=MANY, keep=0.5, units="structural")["notes"]["search"]
+    for n, settings in enumerate(({"keep": 0.7, "bypass": False}, {"keep": 0.5, "units": "structural"})):
+        assert "search" not in run(tmp_path / f"none-{n}", windows=MANY, **settings)["notes"], settings
+    found = run(tmp_path / "linear", windows=MANY, keep=0.5, units="linear")["notes"]["search"]
     assert found["plans"] == 2 and found["best"] <= found["first"], "by tokens and by moments alone"
     assert "search" not in run(tmp_path / "few", windows=WINDOWS, keep=0.5)["notes"], "too few windows to hold out"
 

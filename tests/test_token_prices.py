@@ -180,3 +180,12 @@ def test_prices_are_kept(monkeypatch):
     monkeypatch.setattr(frontiers, "token_taps", None)
     again = job.method.measure(job.problem, job.measure)
     assert all(torch.equal(first[u].by_tokens, again[u].by_tokens) for u in first)
+
+
+def test_dense_shapes_alone_are_priced_by_moments():
+    shape = MemorySource(tiny.build("llama_gqa")).shape(0)
+    roles = {
+        units: {s.effect_role(u) for s in find_method("auto", {"units": units}).solvers() for u in s.units(shape)}
+        for units in ("any", "linear", "structural")
+    }
+    assert roles["structural"] == {None} and {"o", "down"} <= roles["any"] & roles["linear"]

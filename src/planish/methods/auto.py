@@ -118,7 +118,7 @@ class Auto(Method):
 
     What second moments say of a cut is corrected by what it costs a few windows token by token
     (`planish.plan.token_prices.price_by_tokens`): in real models large gradients meet large inputs, in some blocks more than
-    in others.
+    in others. Not where only dense shapes are cut, which lose more so.
 
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
@@ -149,10 +149,10 @@ class Auto(Method):
         return "both" if self.anchor else "dense"
 
     def solvers(self) -> list[Solver]:
-        noise = Noise(self.noise, PRICED[self.units])
+        noise, by_tokens = Noise(self.noise, PRICED[self.units]), self.units != "structural"
         structural: list[Solver] = [
-            FisherValues(self.anchor, self.ridge, noise, by_tokens=True),
-            FisherNeurons(self.anchor, self.ridge, noise, by_tokens=True),
+            FisherValues(self.anchor, self.ridge, noise, by_tokens=by_tokens),
+            FisherNeurons(self.anchor, self.ridge, noise, by_tokens=by_tokens),
         ]
         structural += [FisherPairs(), Experts("nats"), FisherExpertNeurons()]
         if self.bypass or (self.bypass is None and self.units == "any"):
@@ -208,7 +208,7 @@ class Auto(Method):
         for kind in (k for k in SCORES if {*k} <= {u.name for u in problem.units}):
             work.append(foresee_errors(problem, kind, windows))
         plain = windows - len(list_shuffled(windows, self.shuffled))
-        tried = (len(BYPASSES) + len(LINEARS) - 2) * (problem.keep < LOW and self.units == "any")  # further ones
+        tried = (len(BYPASSES) + len(LINEARS) - 1) * (problem.keep < LOW and self.units == "any")  # further ones
         tried += 1 + len(INSIDES) * any(u.name in INSIDE for u in problem.units)
         if min(plain, windows) >= 4 * HELD and tried > 1:
             work += [Work("search", windows - plain // 4, solve=planned, heads=1 / 3)] * tried
