@@ -247,6 +247,17 @@ def test_where_the_prediction_saturates_plans_are_compared(tmp_path):
     assert "search" not in run(tmp_path / "few", windows=WINDOWS, keep=0.5)["notes"], "too few windows to hold out"
 
 
+@pytest.mark.parametrize(
+    ("units", "keep", "steep"), [("any", 0.8, 3), ("structural", 0.8, 0), ("structural", 0.5, 3), ("linear", 0.8, 3)]
+)
+def test_how_steep_losses_are_made(units, keep, steep):
+    job = pose_on(stream(), find_method("auto", {"units": units}), keep)
+    frontiers = job.method.measure(job.problem, job.measure)
+    assert job.method.allocate(job.problem, frontiers).weighing.steep == steep
+    given = replace(job.method, steep=1.0).allocate(job.problem, frontiers)
+    assert given.weighing.steep == 1
+
+
 def test_trials_are_measured_on_windows_that_they_are_not_solved_on():
     s = stream(windows=MANY)
     job = pose_on(s, "auto", 0.6)

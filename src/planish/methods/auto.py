@@ -44,6 +44,7 @@ WAYS = {  # alternatives for a submodule: units that go together
     "ffn": (("gate", "up", "down"), ("mlp",), ("ffn",)),
 }
 LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
+STEEP = 3.0  # l becomes l · (1 + STEEP · l)
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
@@ -101,13 +102,13 @@ class Auto(Method):
     compete too; by default below keep 0.6 where all units may be cut, and under a budget of latency. `rounds`: gradients are
     measured again on the model compressed so far after each equal share of the cut. `steep`: ranks are chosen by loss · (1 +
     steep · loss) of every unit: the second-order prediction saturates, so a cut that looks like 0.3 nats costs more than thirty
-    of 0.01; what is reported stays the prediction itself. `refit_share`: with an anchor, share of the calibration windows, evenly
-    spaced, that each plan's solve runs again: less makes a further point of a sweep cheaper and the result a little worse; their
-    moments are then blended with the uncompressed model's. `planish sweep` takes a sixteenth unless told otherwise.
-    `shuffled`: share of the calibration windows whose tokens, but the first, are put in
-    another order. Statistics of such windows hold more than the calibration text's own directions, and text of another kind
-    loses less. `probe`: what gradients are of: random "signs" of all words or "sampled" labels, which are the same in the mean,
-    the "text"'s own next tokens, or the "curvature" of the KL at each token's five likeliest words
+    of 0.01; what is reported stays the prediction itself; by default 3, but 0 for dense shapes from keep 0.6 on.
+    `refit_share`: with an anchor, share of the calibration windows, evenly spaced, that each plan's solve runs again: less makes
+    a further point of a sweep cheaper and the result a little worse; their moments are then blended with the uncompressed
+    model's. `planish sweep` takes a sixteenth unless told otherwise. `shuffled`: share of the calibration windows whose tokens,
+    but the first, are put in another order. Statistics of such windows hold more than the calibration text's own directions, and
+    text of another kind loses less. `probe`: what gradients are of: random "signs" of all words or "sampled" labels, which are
+    the same in the mean, the "text"'s own next tokens, or the "curvature" of the KL at each token's five likeliest words
     (`planish.calibrate.losses.output_gradient`).
 
     On a CPU that multiplies in bf16 (AVX-512 BF16, AMX) calibration forms the products of large blocks in it, and sums runs of
@@ -139,7 +140,7 @@ class Auto(Method):
     noise: float = 1.0
     bypass: bool | None = None
     rounds: int = 1
-    steep: float = 3.0
+    steep: float | None = None
     refit_share: float = 1.0
     shuffled: float = 0.25
     probe: Probe = "signs"  # type: ignore[misc]
@@ -250,7 +251,8 @@ class Auto(Method):
     def _start(self, problem: Problem) -> Weighing:
         """The weights that are tried first."""
         timed = self.bypass is None and problem.table is not None
-        return Weighing(self.steep, bypass=1.0 if self.bypass or timed else NEVER)
+        steep = STEEP * (self.units != "structural" or problem.keep < LOW) if self.steep is None else self.steep
+        return Weighing(steep, bypass=1.0 if self.bypass or timed else NEVER)
 
     def compare(
         self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick
