@@ -341,10 +341,9 @@ def test_a_forecast_is_of_plans_where_types_compete(model, half):
     asked = {"method": "flat-llm", "n_samples": 4, "seq_len": 24, "max_bytes": half}
     said = {t: planish.forecast(model, target=t, **asked) for t in ("hf", "any")}
     assert not hasattr(said["any"], "plans") and not any("--bits" in w for w in said["any"].warnings)
-    assert said["hf"].plans and said["hf"].heads == [
-        "8",
-        "4",
-    ]  # as `planish.sizes.fit.vary_head` makes the best one again
+    assert said["hf"].plans and said["hf"].heads == ["8", "4"], (
+        "as planish.sizes.fit.vary_head makes the best one again"
+    )
     assert planish.forecast(model, target="hf", head_bits="4", **asked).heads == []
     assert not any("--bits" in w for w in planish.forecast(model, target="hf", bits=16, **asked).warnings)
 

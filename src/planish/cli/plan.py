@@ -64,7 +64,7 @@ def show_sizes(found: Any) -> list[Any]:
         plans.add_row(
             f"{c['bits']} bits", f"{c['keep']:.1%}", f"{c['head']} bits" if c["head"] else "", f"{c['bytes']:,}"
         )
-    heads = [f"the best of them is made again with embedding and head in {' and in '.join(found.heads)} bits"]
+    more = f"the best of them is made again with embedding and head in {' and in '.join(found.heads)} bits"
     types = make_table("all weights", "matrices of the blocks", "bytes, about")
     for t in found.types:
         what = f"{t['bits']} bits" if t["rounded"] else "not rounded"
@@ -73,7 +73,7 @@ def show_sizes(found: Any) -> list[Any]:
     return [
         *lines,
         plans,
-        *(heads if found.heads else []),
+        *([more] if found.heads else []),
         types,
         f"the plan that takes most needs about {format_bytes(found.peak_ram_bytes)} of memory{device}",
     ]

@@ -32,7 +32,7 @@ from planish.solvers.forms import input_site
 from planish.solvers.two_sided import TwoSided
 from planish.stats import Stats, Tap
 
-WEIGHT = 0.8  # of the price beside that of cuts; 0.5 was best of 0, 0.5 and 1 when those were by moments, 0.6 of what they are
+WEIGHT = 0.5  # of the price beside that of cuts; best of 0, 0.5 and 1
 FINE = 8  # bits from which rounding costs nothing
 GROUP = 64  # weights that share a scale, or as many as divide the width
 SLOPE = 2.0  # of the factor above, in the share of the rank that goes
