@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--methods flat-llm,a3,svd-llm,mpifa] [--keeps 0.8,0.7] [--hidden 1024] [--context 128]
     python benchmarks/decode.py --model MODEL --calibration builtin     # a real one, in the place of random weights
-    python benchmarks/decode.py --stacks llama.cpp,onnx --methods flat-llm,auto/units=structural,svd-llm
+    python benchmarks/decode.py --stacks llama.cpp,onnx,vllm --methods flat-llm,auto/units=structural,svd-llm
 
 Every method (with settings behind a stroke) at every keep, on few calibration tokens: only shapes matter for speed. Dense and
 compressed models decode in turns at batch 1, as they are, then with compiled steps; or in other stacks, exported in fp32,
@@ -13,13 +13,13 @@ process, which other processes hardly disturb.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from planish.evaluate.speed import Speed, bench
 from planish.export.gguf import export_gguf
 from planish.export.llama_cpp import LlamaCpp
 from planish.export.onnx import export_onnx
-from planish.export.verify import OnnxRuntime
+from planish.export.verify import OnnxRuntime, Vllm
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "decode.md"
 HEAD = """# Decode speed, as it is and compiled
@@ -42,8 +42,8 @@ HEAD = """# Decode speed, as it is and compiled
 Written by `benchmarks/decode.py`: one token after the other, batch 1, in turns with the dense model; CPU ms per token, median.
 "× dense" is the median of paired turns (lowest – highest). "Compiled": `planish bench --compile`, decode steps as one graph over a
 static cache, the dense model's too. Weights are random unless a model is named: only shapes matter for speed. In llama.cpp and
-ONNX Runtime: what `planish export` writes in fp32; the kept share is that of the model compressed for that stack, to widths that
-its kernels like ("in steps of the target") or to any.
+ONNX Runtime: what `planish export` writes in fp32; in vLLM: the folder itself, fp32, eager; the kept share is that of the model
+compressed for that stack, to widths that its kernels like ("in steps of the target") or to any.
 """
 Turn = Callable[[], float]  # reads the prompt, decodes: CPU seconds of the decoding
 
@@ -58,15 +58,20 @@ def compress_all(
         method, _, settings = text.partition("/")
         for keep in map(float, args.keeps.split(",")):
             out = folder / f"{text.replace('/', '-')}-{keep}{'' if target == 'any' else f'-{target}'}"
-            with contextlib.suppress(InputError):
+            reason = ""
+            try:
                 if not out.exists():
                     planish.compress(
-                        model, output=out, method=method, keep=keep, calibration=calibration, n_samples=24, seq_len=128,
-                        round_to=args.round_to, device="cpu", target=target,
+                        model, output=out, method=method, keep=keep, calibration=calibration, n_samples=args.n_samples,
+                        seq_len=128, round_to=args.round_to, device="cpu", target=target,
                         settings=dict(s.split("=") for s in settings.split("/") if s),
                     )  # fmt: skip
+            except InputError as error:
+                if target == "any":
+                    raise
+                reason = f": not held, {error}"
             found[f"{method}{f' ({settings})' if settings else ''} | {keep:.3f}"] = out if out.exists() else None
-            print(f"{text}, keep {keep}, {target}{'' if out.exists() else ': not held'}", flush=True)
+            print(f"{text}, keep {keep}, {target}{reason}", flush=True)
     return found
 
 
@@ -112,7 +117,26 @@ def start_onnx(folder: Path, scratch: Path, prompt: list[int], new: int) -> Turn
     return turn
 
 
-STACKS = {"llama.cpp": (start_llama_cpp, "gguf"), "onnx": (start_onnx, "onnx")}
+def start_vllm(folder: Path, scratch: Path, prompt: list[int], new: int) -> Turn:
+    runner = Vllm(folder, len(prompt) + new + 1)
+    engine, turns = runner.engine.llm_engine, count()
+    settings = runner.sampling(temperature=0.0, max_tokens=new + 1, ignore_eos=True)
+
+    def turn() -> float:
+        engine.reset_prefix_cache()
+        engine.add_request(str(next(turns)), {"prompt_token_ids": prompt}, settings)
+        done: list[int] = []
+        while not done:  # reads the prompt
+            done = [t for o in engine.step() for t in o.outputs[0].token_ids]
+        start = time.process_time()
+        while engine.has_unfinished_requests():
+            engine.step()
+        return time.process_time() - start
+
+    return turn
+
+
+STACKS = {"llama.cpp": (start_llama_cpp, "gguf"), "onnx": (start_onnx, "onnx"), "vllm": (start_vllm, "vllm")}
 
 
 def bench_stack(
@@ -155,6 +179,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--keeps", default="0.8,0.7")
     parser.add_argument("--model", help="in the place of random weights")
     parser.add_argument("--calibration", default="builtin", help="text for --model")
+    parser.add_argument("--n-samples", type=int, default=24, help="windows of 128 tokens to calibrate on")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=2048)
@@ -181,7 +206,9 @@ def main() -> None:
         work = args.work or Path(scratch)
         model, calibration = Path(args.model or work / "dense"), args.calibration
         if not args.model:
-            calibration = torch.randint(args.vocabulary, (24 * 128,), generator=torch.Generator().manual_seed(0))
+            calibration = torch.randint(
+                args.vocabulary, (args.n_samples * 128,), generator=torch.Generator().manual_seed(0)
+            )
         if not model.exists():
             write_model(
                 model, torch.float32, vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4,

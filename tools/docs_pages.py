@@ -22,7 +22,7 @@ FAILED = "**Outcome (did not work).**"
 FAILURES = """Ideas that were tried and dropped, expectations that turned out wrong, and aims that were missed, collected
 from the [log](index.md). Each links to its entry with the figures."""
 MEASURED = """Perplexity on held-out text at a kept share of the blocks' weights; a dash where the method refused or was not run.
-All methods, and other text: [methods side by side](../tables/methods.md)."""
+Other methods, and other text: [methods side by side](../tables/methods.md)."""
 COMMANDS = """Written from the program: `planish COMMAND --help` says the same. Exit status: 0 done, 2 the user's input is wrong
 (one line says what, where and what to do next), 1 a defect of planish, 130 interrupted."""
 

@@ -43,7 +43,7 @@ def read_extra(field: FieldInfo, name: str) -> Any:
 
 def listed(metavar: str, text: str, default: Any = (), **flag: Any) -> Any:
     """Several values, on the command line between commas."""
-    return option(default, text, metavar=metavar, shown=False, type=str, **flag)
+    return option(default, text, metavar=metavar, type=str, **{"shown": False, **flag})
 
 
 def read_digits(text: str | int) -> int | str:

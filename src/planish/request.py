@@ -61,9 +61,9 @@ def read_step(value: Any) -> int:
     return int(value)
 
 
-def share(name: str, text: str) -> Any:
+def share(name: str, text: str, shown: str | bool = False) -> Any:
     refusal = f"{label(name)} must lie in (0, 1], got {{value:g}} (the share {SHARES[name]} that stays)"
-    return option(None, text, refusal=refusal, bounds={"gt": 0, "le": 1}, shown=False)
+    return option(None, text, refusal=refusal, bounds={"gt": 0, "le": 1}, shown=shown)
 
 
 def show(name: str, value: float) -> str:
@@ -77,7 +77,8 @@ class Limits(Strict):
 
     keep: float | None = share(
         "keep",
-        "share of the decoder blocks' linear weights that stays, in (0, 1]  [default: 0.8 where no other budget is given]",
+        "share of the decoder blocks' linear weights that stays, in (0, 1]",
+        shown="0.8 where no other budget is given",
     )
     kv_keep: float | None = share(
         "kv_keep",
@@ -97,7 +98,8 @@ class Limits(Strict):
         refusal="max-latency must be positive, got {value:g} (milliseconds per decoded token)",
     )  # fmt: skip
     context: int | None = option(
-        None, "tokens of context that FLOPs and latency count  [default: a calibration window's]", shown=False, least=1,
+        None, "tokens of context that FLOPs, latency and --fit's cache count", least=1,
+        shown="a calibration window's; for --fit 4096 or the model's positions",
         bounds={"ge": 1}, refusal="context must be 1 or more, got {value}",
     )  # fmt: skip
 
@@ -265,7 +267,7 @@ class Grid(Strict):
 
     methods: tuple[str, ...] = listed("NAME,…", "methods, with settings as in auto:anchor=0", default=...)
     keeps: tuple[float, ...] = listed(
-        "SHARE,…", "shares of the blocks' weights that stay  [default: 0.9,0.8,0.7 where no other is given]", name="--keep"
+        "SHARE,…", "shares of the blocks' weights that stay", name="--keep", shown="0.9,0.8,0.7 where no other is given"
     )  # fmt: skip
     kv_keeps: tuple[float, ...] = listed("SHARE,…", "shares of the KV cache that stay", name="--kv-keep")
     flops_keeps: tuple[float, ...] = listed("SHARE,…", "shares of the blocks' FLOPs that stay", name="--flops-keep")

@@ -97,9 +97,10 @@ class Auto(Method):
     `units`: "any"; "structural" = dense shapes only; "linear" = low-rank linears only. Under a budget of the KV cache keys may
     also become latents, unless it is "structural". `anchor`: share of the uncompressed model's activations in the target of
     each solve (0: solve on the uncompressed model's statistics alone, which a sweep can re-use). `ridge`: of the refits,
-    relative. `noise`: beside moments, times what their tokens call for (`planish.solvers.noise.Noise`), so that predictions
-    hold on other text and cuts are not tuned to this one. `bypass`: whether fitted affine maps in place of whole submodules
-    compete too; by default below keep 0.6 where all units may be cut, and under a budget of latency. `rounds`: gradients are
+    relative. `noise`: how much of the identity is added to the moments of inputs and gradients, times an amount that falls with
+    the number of tokens (`planish.solvers.noise.Noise`), so that predictions hold on other text and cuts are not tuned to this
+    one. `bypass`: whether fitted affine maps in place of whole submodules compete too; by default, where all units may be cut,
+    below keep 0.6 and under a budget of latency. `rounds`: gradients are
     measured again on the model compressed so far after each equal share of the cut. `steep`: ranks are chosen by loss · (1 +
     steep · loss) of every unit: the second-order prediction saturates, so a cut that looks like 0.3 nats costs more than thirty
     of 0.01; what is reported stays the prediction itself; by default 3, but 0 for dense shapes from keep 0.6 on.
@@ -124,8 +125,8 @@ class Auto(Method):
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
     below keep 0.6 also the one by moments alone and, where all units may be cut, those with the loss of low-rank linears counted
-    two and four times. Of neurons of experts so the plan with none of them, which is taken unmeasured below 0.01 nats, and with
-    their loss doubled.
+    two and four times. Where neurons inside experts may go, so are a plan that cuts none of them (taken unmeasured where less than
+    0.01 nats are predicted for it) and one that counts their loss twice.
     """
 
     title: ClassVar[str] = "all cuts compete in predicted nats per token under one budget"
