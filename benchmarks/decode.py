@@ -50,15 +50,16 @@ Turn = Callable[[], float]  # reads the prompt, decodes: CPU seconds of the deco
 
 def compress_all(
     model: Path, folder: Path, args: argparse.Namespace, calibration: Any, target: str = "any"
-) -> dict[str, Path | None]:
-    """The dense model and every method at every keep, unless `folder` holds it: method and keep → folder, None for what the
-    target cannot hold."""
-    found: dict[str, Path | None] = {"dense | 1.000": model}
+) -> dict[str, Path | str]:
+    """The dense model and every method at every keep, unless `folder` holds it: method and keep → folder, or why the target has
+    none."""
+    found: dict[str, Path | str] = {"dense | 1.000": model}
     for text in args.methods.split(","):
         method, _, settings = text.partition("/")
         for keep in map(float, args.keeps.split(",")):
             out = folder / f"{text.replace('/', '-')}-{keep}{'' if target == 'any' else f'-{target}'}"
-            reason = ""
+            name = f"{method}{f' ({settings})' if settings else ''} | {keep:.3f}"
+            found[name] = out
             try:
                 if not out.exists():
                     planish.compress(
@@ -69,9 +70,8 @@ def compress_all(
             except InputError as error:
                 if target == "any":
                     raise
-                reason = f": not held, {error}"
-            found[f"{method}{f' ({settings})' if settings else ''} | {keep:.3f}"] = out if out.exists() else None
-            print(f"{text}, keep {keep}, {target}{reason}", flush=True)
+                found[name] = f"refused: {error}"
+            print(f"{text}, keep {keep}, {target}: {found[name]}", flush=True)
     return found
 
 
@@ -140,21 +140,21 @@ STACKS = {"llama.cpp": (start_llama_cpp, "gguf"), "onnx": (start_onnx, "onnx"), 
 
 
 def bench_stack(
-    folders: dict[str, Path | None], start: Callable[..., Turn], args: argparse.Namespace, scratch: Path
+    folders: dict[str, Path | str], start: Callable[..., Turn], args: argparse.Namespace, scratch: Path
 ) -> dict[str, str]:
     """Cells of every model in one stack."""
     prompt, turns = list(range(1, args.context + 1)), dict[str, Turn]()
     for name, folder in folders.items():
-        if folder is not None:
+        if isinstance(folder, Path):
             turns[name] = start(folder, scratch, prompt, args.new)
             turns[name]()
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(args.repeats):
         for name, turn in turns.items():
             seconds[name].append(turn())
-    cells = dict.fromkeys(folders, "not held | |")
+    cells = {name: f"{folder} | |" for name, folder in folders.items()}
     for name, values in seconds.items():
-        share = read_keep(folders[name])
+        share = read_keep(Path(folders[name]))
         cells[name] = f"{share:.3f} | {compare(values, seconds['dense | 1.000'], args.new)}"
     return cells
 
@@ -224,10 +224,10 @@ def main() -> None:
         bench_transformers(compress_all(model, work, args, calibration), args)
 
 
-def bench_transformers(folders: dict[str, Path | None], args: argparse.Namespace) -> None:
+def bench_transformers(folders: dict[str, Path | str], args: argparse.Namespace) -> None:
     """As they are, and compiled."""
-    models = {n: planish.load(f, dtype=args.dtype) for n, f in folders.items() if f is not None}
-    names = [f"{n.partition(' | ')[0]} | {read_keep(folders[n]):.3f}" for n in models]
+    models = {n: planish.load(f, dtype=args.dtype) for n, f in folders.items()}
+    names = [f"{n.partition(' | ')[0]} | {read_keep(Path(folders[n])):.3f}" for n in models]
     ways: list[list[Speed]] = []
     for compiled in (False,) if args.no_compile else (False, True):
         ways.append(

@@ -100,8 +100,8 @@ class Auto(Method):
     relative. `noise`: how much of the identity is added to the moments of inputs and gradients, times an amount that falls with
     the number of tokens (`planish.solvers.noise.Noise`), so that predictions hold on other text and cuts are not tuned to this
     one. `bypass`: whether fitted affine maps in place of whole submodules compete too; by default, where all units may be cut,
-    below keep 0.6 and under a budget of latency. `rounds`: gradients are
-    measured again on the model compressed so far after each equal share of the cut. `steep`: ranks are chosen by loss · (1 +
+    below keep 0.6 and under a budget of latency. `rounds`: gradients are measured again on the model compressed so far after
+    each equal share of the cut. `steep`: ranks are chosen by loss · (1 +
     steep · loss) of every unit: the second-order prediction saturates, so a cut that looks like 0.3 nats costs more than thirty
     of 0.01; what is reported stays the prediction itself; by default 3, but 0 for dense shapes from keep 0.6 on.
     `refit_share`: with an anchor, share of the calibration windows, evenly spaced, that each plan's solve runs again: less makes
