@@ -40,7 +40,7 @@ TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "decode.md"
 HEAD = """# Decode speed, as it is and compiled
 
 Written by `benchmarks/decode.py`: one token after the other, batch 1, in turns with the dense model; CPU ms per token, median.
-"× dense" is the median of paired turns (lowest – highest). "Compiled": `planish bench --compile`, decode steps as one graph over a
+"× dense" is the median of paired turns (lowest – highest). "Compiled": as `planish bench` does it, decode steps as one graph over a
 static cache, the dense model's too. Weights are random unless a model is named: only shapes matter for speed. In llama.cpp and
 ONNX Runtime: what `planish export` writes in fp32; in vLLM: the folder itself, fp32, eager; the kept share is that of the model
 compressed for that stack, to widths that its kernels like ("in steps of the target") or to any.

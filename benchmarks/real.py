@@ -237,7 +237,7 @@ class Bench:
 
     def speed(self, method: str, keep: float) -> dict[str, str]:
         command = ["bench", self.ready(method, keep), "--against", self.model, "--batch-size", 1, "--new-tokens", 16]
-        code, out, _ = run([*command, "--repeats", 3, "--json"], {})
+        code, out, _ = run([*command, "--repeats", 3, "--no-compile", "--json"], {})
         if code:
             sys.exit(f"planish bench failed: {out}")
         dense, small = json.loads(out)["runs"]

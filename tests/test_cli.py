@@ -549,3 +549,16 @@ def test_verify_runs_no_file_where_the_target_takes_a_folder(target, run, tmp_pa
     model = tiny.save(tiny.build("llama_gqa", num_hidden_layers=2), tmp_path / "model")
     done = run("verify", model, "--target", target, "--file", tmp_path / "m.gguf")
     check_refused(done, tmp_path, f"verify --target {target} runs the folder itself; --file is for gguf and onnx")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_threads_do_not_wait_long_and_know_it_before_torch_is_there(given, expected):
+    code = (
+        "import os, sys; sys.argv = ['planish']; import planish.cli as cli; "
+        "cli.app = lambda **_: print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT')); cli.main()"
+    )
+    environment = {n: v for n, v in os.environ.items() if n not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", expected], done.stderr

@@ -274,11 +274,12 @@ def test_commands_take_a_file_or_a_folder_that_holds_one(run, tmp_path):
     (tmp_path / "text.txt").write_text(text)
     source = str(tmp_path / "text.txt")
     short = ["--calibration", source, "--n-samples", "8", "--seq-len", "32", "--json"]
+    as_it_is = ["--no-compile", "--json"]
     for command in (
         ["eval", path, "--text", source, "--seq-len", "32", "--max-windows", "2", "--json"],
         ["eval", tmp_path, "--text", source, "--seq-len", "32", "--max-windows", "2", "--json"],
         ["plan", path, "--keep", "0.8", "--method", "a3", *short],
-        ["bench", path, "--batch-size", "1", "--prompt-len", "4", "--new-tokens", "2", "--repeats", "1", "--json"],
+        ["bench", path, "--batch-size", "1", "--prompt-len", "4", "--new-tokens", "2", "--repeats", "1", *as_it_is],
         ["sweep", path, "--methods", "a3", "--keep", "0.8", "--eval-text", source, "-o", tmp_path / "s", *short],
     ):
         result = run(*command)

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tiny
+from planish.cli import app
 from planish.errors import InputError
 from planish.evaluate.speed import bench, kv_bytes
 from tiny import compress, load
@@ -78,6 +80,16 @@ def test_compiled(tiny_llama, eager_backend):
         assert got.compiled and got.compile_s > 0 and not got.note
         assert got.kv_bytes == 2 * 2 * 2 * 2 * 11 * 8 * 4 + 2 * 8  # and how long each block's is
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(models)
+
+
+@pytest.mark.parametrize(("more", "compiled"), [([], True), (["--no-compile"], False)])
+def test_the_command_compiles_unless_told_otherwise(more, compiled, tiny_llama, tmp_path, eager_backend):
+    tiny_llama().save_pretrained(tmp_path)
+    asked = ["--batch-size", "1", "--prompt-len", "4", "--new-tokens", "2", "--repeats", "1", "--json"]
+    result = CliRunner().invoke(app, ["bench", str(tmp_path), *asked, *more])
+    assert result.exit_code == 0, result.stderr
+    (row,) = json.loads(result.stdout)["runs"]
+    assert (row["compiled"], row["note"]) == (compiled, "")
 
 
 @pytest.mark.slow

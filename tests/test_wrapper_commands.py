@@ -73,7 +73,7 @@ def test_evaluation_and_speed(name, tmp_path):
     apart = drift.compare(*traces)
     assert len(apart.blocks) == 3 and apart.kl > 0 and drift.compare(traces[0], traces[0]).kl == 0
     asked = ["--against", str(folder), "--prompt-len", "6", "--new-tokens", "3", "--json"]
-    bench = CliRunner().invoke(app, ["bench", str(out), *asked])
+    bench = CliRunner().invoke(app, ["bench", str(out), "--no-compile", *asked])
     assert bench.exit_code == 0, bench.output
 
 

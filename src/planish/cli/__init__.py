@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -36,6 +37,9 @@ app = typer.Typer(
 )
 
 
+SPINS = 3000  # rounds that a thread of OpenMP waits for others before it gives its core away (GNU's own count: 300,000)
+
+
 def show_version(asked: bool) -> None:
     if asked:
         print(f"planish {__version__}")
@@ -68,5 +72,11 @@ app.command("demo")(demo.demo)
 
 
 def main() -> None:
-    """Entry point of the `planish` command."""
+    """Entry point of the `planish` command.
+
+    Where another program has one of the cores, threads that wait long for one without a core cost ten times their work; that is
+    set here, because GNU's OpenMP reads it when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
     app(prog_name="planish")

@@ -28,12 +28,21 @@ def bench(
     prompt_len: Annotated[int, typer.Option(min=1, help="tokens of the prompt")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="measured runs; the median is shown")] = 5,
-    compiled: Annotated[bool, typer.Option("--compile", help="decode steps as one graph over a static cache")] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="decode steps as one graph over a static cache (minutes to make on a CPU), or as they are",
+        ),
+    ] = True,
     *,
     as_json: o.JsonOption = False,
     **options: Any,
 ) -> None:
-    """Measure prefill and decode tokens per second, time to first token, memory and KV bytes."""
+    """Measure prefill and decode tokens per second, time to first token, memory and KV bytes.
+
+    Decode steps are compiled, as they are for serving; what cannot be is measured as it is, and says so.
+    """
     with session(as_json) as run:
         place = run.api.find_device(options["device"])
         kind = run.api.find_dtype(options["dtype"])
