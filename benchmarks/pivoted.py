@@ -82,9 +82,8 @@ def main() -> None:
     torch.manual_seed(0)
     kw = {"device": options.device, "dtype": getattr(torch, options.dtype)}
 
-    print(
-        f"{options.device}, {options.dtype}, {options.threads} threads; times faster than dense: pair / pivoted / its two products\n"
-    )
+    columns = "times faster than dense: pair / pivoted / its two products"
+    print(f"{options.device}, {options.dtype}, {options.threads} threads; {columns}\n")
     print("| out × in | keep | " + " | ".join(f"{t} tokens" for t in TOKENS) + " |\n|---|---|" + "---|" * len(TOKENS))
     for out, n in SHAPES:
         for keep in KEEPS:
