@@ -323,7 +323,7 @@ def test_a_pickle_that_calls_itself_npy(tmp_path, run, folder):
         ("flat-llm", "ridge", "-1"), ("flat-llm", "ridge", "nan"), ("flat-llm", "damping", "inf"), ("erc-svd", "k", "-1"),
         ("erc-svd", "beta", "1.5"), ("erc-svd", "beta", "-0.1"), ("erc-svd", "candidates", "0"), ("asvd", "samples", "0"),
         ("asvd", "alpha", "1000000"), ("asvd", "alpha", "-1"), ("auto", "ridge", "-1"), ("subfit", "windows", "-3"),
-        ("sleb", "windows", "0"), ("palu", "group", "0"), ("a3", "probes", "0"), ("auto", "rounds", "0"),
+        ("sleb", "windows", "0"), ("palu", "group", "0"), ("a3", "probes", "0"), ("auto", "shuffled", "2"),
         ("auto", "refit_share", "0"), ("auto", "refit_share", "1.5"), ("auto", "anchor", "7"), ("aa-svd", "anchor", "1.01"),
         ("mpifa", "anchor", "2"), ("mpifa", "spread", "3"), ("mpifa", "attention_keep", "1.5"), ("modegpt", "cap", "1.1"),
     ],

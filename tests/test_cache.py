@@ -320,13 +320,3 @@ def test_a_cache_given_without_a_stream_is_kept_apart_too(folder, tmp_path):
     for settings in ({"shuffled": 0.0}, {"shuffled": 0.5}, {"shuffled": 0.0}):
         with_it = run(folder, tmp_path / "out", "auto", settings, cache=shared)
         assert with_it == run(folder, tmp_path / "out", "auto", settings), settings
-
-
-@pytest.mark.slow
-def test_errors_of_pairs_under_later_gradients_are_nobody_elses(folder, tmp_path):
-    shared, stream = Cache(memory=1 << 30), Stream(open_source(folder), WINDOWS)
-    structural = {"units": "structural"}
-    cases = [({"rounds": 2}, 0.4), ({"rounds": 2}, 0.5), ({}, 0.5), ({"rounds": 2}, 0.5)]
-    for settings, keep in cases:
-        cached = run(folder, tmp_path / "out", "auto", structural | settings, keep, cache=shared, stream=stream)
-        assert cached == run(folder, tmp_path / "out", "auto", structural | settings, keep), (settings, keep)

@@ -19,7 +19,6 @@ from planish.calibrate.stream import Awaited, Hidden, Stream
 from planish.calibrate.taps import Values, tap_sites
 from planish.core import Edit, Progress, Shape
 from planish.folder.source import Source
-from planish.modelling.blocks import get_linear
 from planish.stats import Stats, Tap
 
 Taps = Callable[[Shape], list[Tap]]  # what to measure in a block
@@ -94,22 +93,22 @@ class Measurements:
         with self.phase("statistics"):
             yield from self._walk("forward", taps, edits)
 
-    def backward(self, taps: Taps, edits: Edits | None = None, probe: Probe = "sampled") -> Measured:
-        """The same from the last block to the first, gradients included (see `sweep_back`)."""
+    def backward(self, taps: Taps, probe: Probe = "sampled") -> Measured:
+        """The same of the uncompressed model from the last block to the first, gradients included (see `sweep_back`)."""
         with self.phase("gradients"):
-            yield from self._walk(name_back(probe), taps, edits, probe)
+            yield from self._walk(name_back(probe), taps, probe=probe)
 
-    def _walk(self, origin: str, taps: Taps, edits: Edits | None, probe: Probe | None = None) -> Measured:
+    def _walk(self, origin: str, taps: Taps, edits: Edits | None = None, probe: Probe | None = None) -> Measured:
         """One sweep for what the cache lacks, none where it lacks nothing; all of it is kept there, unless of `edits`.
 
         `origin`: the name under which the cache keeps it. `probe`: what the sweep sends back; None: it goes forward.
         """
-        sweep = partial(sweep_back, probe=probe) if probe else sweep_forward
+        sweep = partial(sweep_back, probe=probe) if probe else partial(sweep_forward, edits=edits)
         label = "gradients" if probe else "statistics"
         wanted = {s.block: taps(s) for s in self.shapes}
         missing = wanted if edits else {i: self.cache.missing(origin, i, t) for i, t in wanted.items()}
         if any(missing.values()) or not any(wanted.values()):
-            found = sweep(self.stream, lambda shape: missing[shape.block], edits)
+            found = sweep(self.stream, lambda shape: missing[shape.block])
         else:
             order = reversed(range(len(self.shapes))) if probe else range(len(self.shapes))
             found, label = ((i, self.stream.block(i), Stats()) for i in order), f"cached {label}"
@@ -148,56 +147,35 @@ def sweep_forward(stream: Stream, taps: Taps, edits: Edits | None = None) -> Mea
         del block, stats  # or they lie beside the next block's
 
 
-def sweep_back(
-    stream: Stream, taps: Taps, edits: Edits | None = None, seed: int = 0, probe: Probe = "sampled"
-) -> Measured:
+def sweep_back(stream: Stream, taps: Taps, seed: int = 0, probe: Probe = "sampled") -> Measured:
     """Forwards keeping every block's inputs, then backwards from what `probe` sends back (see
     `planish.calibrate.losses.output_gradients`): the last block comes first.
 
     Each block is recomputed from its kept inputs (in memory up to the limit of what is stored, then on disk); forward sites and
-    "grad:" sites are measured together. `edits`: of the model that these edits make.
+    "grad:" sites are measured together.
     """
-    edits = edits or {}
     inputs = [stream.start()]
     stream.report("forward", 0, len(stream))
     for i in range(len(stream)):
-        inputs.append(stream.run(i, stream.place(stream.block(i, edits.get(i, ()))), inputs[-1], stream.limits.stored))
+        inputs.append(stream.run(i, stream.place(stream.block(i)), inputs[-1], stream.limits.stored))
         stream.report("forward", i + 1, len(stream))
     gradients: Hidden = Activations(stream.limits, output_gradients(stream, inputs.pop(), seed, probe))
     stream.release()
     for i in reversed(range(len(stream))):
-        block, uncut = stream.block(i, edits.get(i, ())), stream.place(stream.block(i)) if edits.get(i) else None
-        stats, gradients = measure_back(
-            stream, i, block, taps(stream.source.shape(i)), (inputs.pop(), gradients), uncut
-        )
-        del uncut
+        block = stream.block(i)
+        stats, gradients = measure_back(stream, i, block, taps(stream.source.shape(i)), (inputs.pop(), gradients))
         yield i, block, stats
         del block, stats
 
 
 def measure_back(
-    stream: Stream,
-    i: int,
-    block: nn.Module,
-    taps: list[Tap],
-    ends: tuple[Hidden, Hidden],
-    uncut: nn.Module | None = None,
+    stream: Stream, i: int, block: nn.Module, taps: list[Tap], ends: tuple[Hidden, Hidden]
 ) -> tuple[Stats, Hidden]:
-    """Statistics of block i from its inputs and the gradients at its outputs (`ends`); the gradients at its inputs.
-
-    `uncut`: the uncompressed block, where `block` is a cut one: sites "grad:<role>.back" are gradients at the role's output
-    times *its* weight all the same.
-    """
+    """Statistics of block i from its inputs and the gradients at its outputs (`ends`); the gradients at its inputs."""
     hidden, into = ends
     placed, earlier = stream.place(block).requires_grad_(False), Activations(stream.limits)
     forward = {s.removeprefix("dense:") for t in taps for s in t.sites if not s.startswith("grad:")}
-    wanted = {s.removeprefix("grad:") for t in taps for s in t.sites if s.startswith("grad:")}
-    weights: dict[str, Tensor] = {}  # "<role>.back" → the weight that its gradient goes through
-    if uncut is not None:
-        back = [s for s in sorted(wanted) if s.endswith(".back")]
-        weights = {s: get_linear(uncut, stream.family, s.removesuffix(".back")).weight.detach() for s in back}
-    behind = {s: s.replace(".back", ".out") for s in weights}
-    backward = sorted(wanted - set(behind) | set(behind.values()))
+    backward = sorted({s.removeprefix("grad:") for t in taps for s in t.sites if s.startswith("grad:")})
 
     def run(n: int) -> Values:
         leaf = fetch(hidden, n, stream.device).detach().requires_grad_(True)
@@ -208,8 +186,6 @@ def measure_back(
         earlier.append(found[0])
         values = {p + s: seen[s].detach() for s in forward for p in ("", "dense:")}
         values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}
-        through = {s: values.get(f"grad:{at}") for s, at in behind.items()}
-        values |= {f"grad:{s}": g @ weights[s].to(g.dtype) for s, g in through.items() if g is not None}
         return seen.fold(values, len(leaf))
 
     return collect(stream, taps, run, stream.source.shape(i)), earlier

@@ -11,16 +11,16 @@ import torch
 
 from planish.calibrate.losses import Probe, nll
 from planish.calibrate.measure import Measurements
-from planish.calibrate.stream import Stream, read_weights
+from planish.calibrate.stream import Stream
 from planish.calibrate.text import list_shuffled
-from planish.core import INSIDE, Edit, Plan, Shape, Solver, Unit
+from planish.core import INSIDE, Plan, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method, find_step
 from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve
 from planish.plan.experts import choose_with_experts, describe_top, list_inside
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
-from planish.plan.frontiers import Frontiers, decompose_block, dense_taps, judging_taps, measure_gradients
+from planish.plan.frontiers import Frontiers, measure_gradients
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.rough import add_rounding, is_priced
@@ -33,7 +33,6 @@ from planish.solvers.fisher_structural import FisherNeurons, FisherPairs, Fisher
 from planish.solvers.key_latent import KeyLatent
 from planish.solvers.noise import Noise
 from planish.solvers.two_sided import TwoSided
-from planish.stats import Tap
 from planish.walks.solve import run_solved
 
 WAYS = {  # alternatives for a submodule: units that go together
@@ -100,8 +99,7 @@ class Auto(Method):
     relative. `noise`: how much of the identity is added to the moments of inputs and gradients, times an amount that falls with
     the number of tokens (`planish.solvers.noise.Noise`), so that predictions hold on other text and cuts are not tuned to this
     one. `bypass`: whether fitted affine maps in place of whole submodules compete too; by default, where all units may be cut,
-    below keep 0.6 and under a budget of latency. `rounds`: gradients are measured again on the model compressed so far after
-    each equal share of the cut. `steep`: ranks are chosen by loss · (1 +
+    below keep 0.6 and under a budget of latency. `steep`: ranks are chosen by loss · (1 +
     steep · loss) of every unit: the second-order prediction saturates, so a cut that looks like 0.3 nats costs more than thirty
     of 0.01; what is reported stays the prediction itself; by default 3, but 0 for dense shapes from keep 0.6 on.
     `refit_share`: with an anchor, share of the calibration windows, evenly spaced, that each plan's solve runs again: less makes
@@ -140,7 +138,6 @@ class Auto(Method):
     ridge: float = 1e-3
     noise: float = 1.0
     bypass: bool | None = None
-    rounds: int = 1
     steep: float | None = None
     refit_share: float = 1.0
     shuffled: float = 0.25
@@ -192,21 +189,16 @@ class Auto(Method):
 
     def plan(self, problem: Problem, measure: Measurements) -> Planned:
         frontiers = self.measure(problem, measure)
-        picked = self.allocate(problem, frontiers, 1 / max(self.rounds, 1))
-        for n in range(2, self.rounds + 1):
-            frontiers = measure_again(problem, measure, picked.ranks, self.probe)
-            picked = self.allocate(problem, frontiers, n / self.rounds)
-        return self.settle(problem, measure, frontiers, picked)
+        return self.settle(problem, measure, frontiers, self.allocate(problem, frontiers))
 
     def plan_cache(self, problem: Problem, measure: Measurements) -> Planned:
-        frontiers = self.measure(problem, measure)
-        return self.settle(problem, measure, frontiers, self.allocate(problem, frontiers))
+        return self.plan(problem, measure)
 
     def foresee(self, problem: Problem, windows: int) -> Foreseen:
         refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
         picked = self.allocate(problem, expect_frontiers(problem))
         planned = self.decide(problem, picked.ranks)
-        work = [survey_back(problem, refit)] * max(self.rounds, 1)
+        work = [survey_back(problem, refit)]
         for kind in (k for k in SCORES if {*k} <= {u.name for u in problem.units}):
             work.append(foresee_errors(problem, kind, windows))
         plain = windows - len(list_shuffled(windows, self.shuffled))
@@ -217,15 +209,14 @@ class Auto(Method):
         return Foreseen(planned, work)
 
     def measure(self, problem: Problem, measure: Measurements) -> Frontiers:
-        """Every unit's frontier in nats, by one pass forward and back; what the solve uses again is stored, with `rounds` all."""
+        """Every unit's frontier in nats, by one pass forward and back; what the solve uses again is stored."""
         windows = sum(map(len, measure.stream.batches))
         refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
-        return measure_gradients(problem, measure, self.probe, refit, whole=self.rounds > 1)
+        return measure_gradients(problem, measure, self.probe, refit)
 
     def settle(self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick) -> Planned:
         """The plan with what is measured instead of predicted: errors of scores where it changes any, whole plans' losses."""
-        keep = self.rounds <= 1
-        if measure.cache.keeps and keep:  # a smaller budget may change them
+        if measure.cache.keeps:  # a smaller budget may change them
             with measure.phase("statistics"):
                 correct_scores(problem, measure, frontiers, {*SCORES})
         known: set[tuple[str, ...]] = set()
@@ -236,7 +227,7 @@ class Auto(Method):
             if changed <= known:
                 break
             with measure.phase("statistics"):
-                frontiers = frontiers | correct_scores(problem, measure, frontiers, changed - known, keep)
+                frontiers = frontiers | correct_scores(problem, measure, frontiers, changed - known)
             known |= changed
             picked = self.allocate(problem, frontiers)
         with measure.phase("search"):
@@ -294,17 +285,15 @@ class Auto(Method):
             best = min([best, replace(best, linear=NEVER)], key=loss)
         return make(best), {"plans": len(tried), "first": first, "best": loss(best), "weighing": asdict(best)}
 
-    def allocate(
-        self, problem: Problem, frontiers: Frontiers, part: float = 1.0, weighing: Weighing | None = None
-    ) -> Pick:
-        """The cheapest plan in weighed predicted nats within the budgets, after this part of the cut."""
+    def allocate(self, problem: Problem, frontiers: Frontiers, weighing: Weighing | None = None) -> Pick:
+        """The cheapest plan in weighed predicted nats within the budgets."""
         weighing = weighing or self._start(problem)
         frontiers = weighing.price(frontiers)
         curves = {u: weighing.apply(problem.curve(f)) for u, f in frontiers.items()}
         curves = add_rounding(problem, curves, frontiers)
         try:
             inside = partial(list_inside, problem, frontiers, curves)
-            limits = [b.part(part) for b in problem.budgets]
+            limits = [b.limit for b in problem.budgets]
             ranks, _ = choose_with_experts(list_ways(problem, curves), curves, limits, inside)
         except BudgetError as error:
             raise problem.budgets[error.which].refuse("auto", error.smallest) from None
@@ -331,39 +320,6 @@ def hold_out(measure: Measurements, among: Sequence[int]) -> tuple[Measurements,
     held = torch.zeros(len(windows), dtype=torch.bool)
     held[list(among)[3::4]] = True
     return measure.part(windows[~held]), measure.stream.part(windows[held])
-
-
-def measure_again(problem: Problem, measure: Measurements, plan: Plan, probe: Probe = "sampled") -> Frontiers:
-    """Frontiers of the uncompressed weights with gradients of the model under `plan`, wherever they still exist."""
-    gone = {"qk": "qk", "keys": "k", "vo": "v", "mlp": ("gate", "up"), "attention": ATTENTION, "ffn": MLP}
-
-    def taps(shape: Shape) -> list[Tap]:
-        cut = [u.name for u, r in plan.items() if u.block == shape.block and r < problem.full(u)]
-        missing = {f"grad:{r}.{end}" for name in cut for r in gone.get(name, ()) for end in ("out", "back")}
-        missing |= {"grad:attention.add"} if "attention" in cut else set()
-        missing |= {"grad:mlp.add"} if "ffn" in cut else set()
-        known = [*dense_taps(problem, shape.block), *judging_taps(problem, shape.block)]
-        return sorted({t for t in known if t.site.startswith("grad:") and t.site not in missing})
-
-    frontiers: Frontiers = {}
-    for i, _, stats in measure.backward(taps, solve_stored(problem, measure, plan), probe):
-        known = measure.stored[i]
-        known.replace(stats)
-        measure.stored[i] = known
-        frontiers |= decompose_block(problem, measure, measure.stream.block(i), known, i)
-    return frontiers
-
-
-def solve_stored(problem: Problem, measure: Measurements, plan: Plan) -> dict[int, list[Edit]]:
-    """Edits of every block under a plan, from the stored statistics alone."""
-    edits: dict[int, list[Edit]] = {}
-    with measure.phase("solve"):
-        for i, shape in enumerate(problem.shapes):
-            weights = read_weights(measure.stream.block(i), measure.stream)
-            for unit in problem.cut(plan, i):
-                frontier = problem.units[unit].decompose(unit, weights, measure.stored[i], shape)
-                edits.setdefault(i, []).extend(problem.units[unit].truncate(frontier, plan[unit], shape))
-    return edits
 
 
 def list_ways(problem: Problem, curves: dict[Unit, Curve]) -> list[list[Alternative]]:

@@ -96,10 +96,6 @@ class Budget(ABC):
         """Of a linear that is left alone, with what attention does for its outputs."""
         return self.measure(Footprint({}, shape, (role,), self.context, self.itemsize))
 
-    def part(self, share: float) -> float:
-        """The limit after this share of the cut."""
-        return self.limit if share == 1 else int((1 - (1 - self.share) * share) * self.total + 1e-6)
-
     def achieved(self, cost: float) -> float:
         """What a cost of all blocks is in the unit of the request."""
         return cost / self.total if self.name in SHARES else (cost + self.outside) / self.scale

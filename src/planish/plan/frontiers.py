@@ -29,11 +29,9 @@ def measure_frontiers(problem: Problem, measure: Measurements) -> Frontiers:
     return found
 
 
-def measure_gradients(
-    problem: Problem, measure: Measurements, probe: Probe, refit: bool = False, whole: bool = False
-) -> Frontiers:
+def measure_gradients(problem: Problem, measure: Measurements, probe: Probe, refit: bool = False) -> Frontiers:
     """Every unit's frontier, without the factors, by one pass forward and back of the uncompressed model; what the solve uses
-    again is stored (see `stored_taps`), or with `whole` all of it."""
+    again is stored (see `stored_taps`)."""
     found: Frontiers = {}
     size = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
     known = all(measure.cache.losses(name_back(probe), s, u) for u, s in problem.units.items() if s.effect_role(u))
@@ -44,7 +42,7 @@ def measure_gradients(
 
     for i, block, stats in measure.backward(taps, probe=probe):
         found |= decompose_block(problem, measure, block, stats, i)
-        measure.stored[i] = stats if whole else stats.only(stored_taps(problem, i, refit) | judging_taps(problem, i))
+        measure.stored[i] = stats.only(stored_taps(problem, i, refit) | judging_taps(problem, i))
     return level(found)
 
 

@@ -41,18 +41,15 @@ SCORES: dict[Kind, tuple[tuple[float, ...], int]] = {  # shares of ranks at whic
 }
 
 
-def correct_scores(
-    problem: Problem, measure: Measurements, frontiers: Frontiers, kinds: Set[Kind], keep: bool = True
-) -> Frontiers:
+def correct_scores(problem: Problem, measure: Measurements, frontiers: Frontiers, kinds: Set[Kind]) -> Frontiers:
     """The frontiers of these kinds of units, corrected by the error that their cuts make in the attention's output.
 
     Low-rank queries and keys are cut together and have one factor, at least 1: their errors meet in one product. Cuts and
-    the gradient's moment are those of `measure.stored`. `keep`: factors are looked up and kept in the cache; not where
-    gradients are those of a model under a plan.
+    the gradient's moment are those of `measure.stored`.
     """
     wanted = {g: ranks for kind in SCORES if kind in kinds for g, ranks in list_ranks(problem, frontiers, kind).items()}
     cache, origins = measure.cache, measure.stored.origin
-    names = {g: f"{origins(g[0].block)} {name_factor(problem, g, ranks)}" for g, ranks in wanted.items() if keep}
+    names = {g: f"{origins(g[0].block)} {name_factor(problem, g, ranks)}" for g, ranks in wanted.items()}
     factors = {g: cache.get(n)["factor"] for g, n in names.items() if cache.has([n])}  # log of measured / predicted
     for kind, (_, windows) in SCORES.items():
         rest = {g: ranks for g, ranks in wanted.items() if g not in factors and g[0].name in kind}
@@ -62,7 +59,7 @@ def correct_scores(
             predicted = torch.tensor([loss for loss, _ in pairs], dtype=torch.float64)
             factor = (measured.clamp(min=TINY) / predicted.clamp(min=TINY)).log()
             factors[group] = factor if len(kind) == 1 else factor.clamp(min=0)
-        cache.keep({names[g]: {"factor": factors[g]} for g in rest if g in names})
+        cache.keep({names[g]: {"factor": factors[g]} for g in rest})
     found: Frontiers = {}
     for group, factor in factors.items():
         for n, unit in enumerate(group):
