@@ -64,6 +64,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--n-samples", type=int, default=64)
     parser.add_argument("--cal-len", type=int, default=512, help="tokens of a calibration window")
+    parser.add_argument("--own", type=float, default=0.0, help="share of the calibration windows of `planish ask`")
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens of an evaluation window")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows per text")
     parser.add_argument("--compared", type=int, default=4, help="windows per text for the agreement")
@@ -125,6 +126,15 @@ def prepare(args: argparse.Namespace) -> Bench:
     return Bench(args, model, texts)
 
 
+def ask(model: Path, text: Path, output: Path, tokens: int) -> Path:
+    """The model's own answers, written once."""
+    if not output.exists():
+        command = ["ask", model, "-o", output, "--text", text, "--tokens", tokens, "--json"]
+        if (done := run(command, {}))[0]:
+            sys.exit(f"planish ask failed: {done[1]}")
+    return output
+
+
 @dataclass
 class Bench:
     """Measures phases of points that the csv lacks. Models are loaded when a phase needs them."""
@@ -140,7 +150,8 @@ class Bench:
         asked = dict(
             zip(COLUMNS[:6], (self.model.stem, method, f"{keep:g}", "", phase, self.protocol(phase)), strict=True)
         )
-        asked["calibration"] = "" if method == "dense" else f"{self.args.n_samples} × {self.args.cal_len}"
+        own = f", {self.args.own:g} of it own answers" if self.args.own else ""
+        asked["calibration"] = "" if method == "dense" else f"{self.args.n_samples} × {self.args.cal_len}{own}"
         for part, work in self.parts(method, keep, phase):
             asked["phase"] = part
             if find(rows := read(self.args.table), asked) or self.refused(rows, asked):
@@ -178,16 +189,28 @@ class Bench:
         return any(r["quantity"] == "refused" and all(r[c] == asked[c] for c in same) for r in rows)
 
     def folder(self, method: str, keep: float) -> Path:
-        return self.args.work / f"{method.replace(':', '-')}-{keep:g}-{self.args.n_samples}x{self.args.cal_len}"
+        return self.args.work / f"{method.replace(':', '-')}-{keep:g}-{self.size}"
+
+    @property
+    def size(self) -> str:
+        return f"{self.args.n_samples}x{self.args.cal_len}" + (f"-own{self.args.own:g}" if self.args.own else "")
+
+    def calibration(self) -> str:
+        """The SOURCE: C4 alone, or with answers of the model's own."""
+        text, own = self.texts["calibration"], self.args.own
+        if not own:
+            return str(text)
+        wanted = int(own * self.args.n_samples + 2) * self.args.cal_len
+        return f"{text}:{1 - own:g},{ask(self.model, text, self.args.work / 'own_answers.jsonl', wanted)}:{own:g}"
 
     def compress(self, method: str, keep: float) -> dict[str, str]:
         """By the command, in a process of its own, whose time and memory the kernel counts."""
         name, _, units = method.partition(":")
-        cache = self.args.work / "cache" / f"{method.replace(':', '-')}-{self.args.n_samples}x{self.args.cal_len}"
+        cache = self.args.work / "cache" / f"{method.replace(':', '-')}-{self.size}"
         reused = cache.is_dir() and any(cache.iterdir())
         command = [
             "compress", self.model, "--method", name, "--keep", keep, *(["--set", f"units={units}"] if units else []),
-            "--calibration", self.texts["calibration"], "--n-samples", self.args.n_samples, "--seq-len", self.args.cal_len,
+            "--calibration", self.calibration(), "--n-samples", self.args.n_samples, "--seq-len", self.args.cal_len,
             "-o", self.folder(method, keep), "--overwrite", "--json",
         ]  # fmt: skip
         start = time.perf_counter()

@@ -30,6 +30,8 @@ class Found:
 
     def __init__(self, rows: Rows, model: str, calibration: str):
         self.model, self.calibration = model, calibration
+        size, _, own = calibration.partition(", ")
+        self.text = f"{size} tokens" + (f", {own}" if own else "")  # calibrated on
         self.values: dict[Key, dict[str, str]] = {}
         self.protocols: dict[Key, dict[str, str]] = {}  # phase → how it was measured
         self.dense: dict[tuple[str, str], str] = {}  # protocol, quantity → value
@@ -111,7 +113,9 @@ def find_all(rows: Rows) -> list[Found]:
     """By model, in the order in which they were measured; each with its largest calibration text first."""
     pairs = dict.fromkeys((r["model"], r["calibration"]) for r in rows if r["calibration"])
     models = [*dict.fromkeys(m for m, _ in pairs)]
-    order = sorted(pairs, key=lambda p: (models.index(p[0]), -math.prod(int(x) for x in p[1].split(" × "))))
+    order = sorted(
+        pairs, key=lambda p: (models.index(p[0]), -math.prod(int(x) for x in p[1].partition(", ")[0].split(" × ")))
+    )
     return [Found(rows, *pair) for pair in order]
 
 
@@ -144,7 +148,7 @@ on C4 (two thirds of 300 documents); evaluated on the WikiText-2 test set and on
 
 
 def section(m: Found) -> list[str]:
-    lines = [f"## {m.model}, calibrated on {m.calibration} tokens", ""]
+    lines = [f"## {m.model}, calibrated on {m.text}", ""]
     for text, name in TEXTS.items():
         lines += [
             f"### {name}: perplexity in {m.usual} (dense {m.level(text):.2f})",
@@ -325,7 +329,7 @@ def draw(m: Found) -> str:
     ]  # fmt: skip
     keep = Quantity("keep: share of the blocks' weights that stays", log=False, falling=True)
     level = (dense, f"dense {dense:.1f}")
-    label = f"perplexity of WikiText-2, calibrated on {m.calibration} tokens"
+    label = f"perplexity of WikiText-2, calibrated on {m.text}"
     picture = chart(series, keep, Quantity(label, log=True), level=level, top=20 * dense, names=True)
     start = picture.index(">") + 1
     return stand_alone(
@@ -340,6 +344,6 @@ def fill_readme(text: str, found: Sequence[Found]) -> str:
     if not opened or not closed:
         return text
     m = choose(found)
-    said = f"Calibrated on {m.calibration} tokens of C4; perplexity of WikiText-2 in {m.usual}: dense {m.level('wikitext2'):.2f}. "
+    said = f"Calibrated on {m.text} of C4; perplexity of WikiText-2 in {m.usual}: dense {m.level('wikitext2'):.2f}. "
     said += "A dash was not measured."
     return "\n".join([before + OPENS, said, "", *perplexities(m, "wikitext2", short=True), CLOSES + after])

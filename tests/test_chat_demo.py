@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 import planish
 import tiny
 from planish.cli import chat
+from planish.evaluate import own_answers
 from planish.folder import hub
 
 gguf = pytest.importorskip("gguf")
@@ -57,7 +58,7 @@ def test_a_file_is_compressed_asked_and_timed(small_chat, run, tmp_path, monkeyp
     dense = planish.evaluate(small_chat, chat.read_manual(), found["quality"]["dense"]["seq_len"], max_windows=2)
     assert found["quality"]["dense"]["nll"] == pytest.approx(dense.nll, rel=1e-6)
     said = [json.loads(line)["messages"] for line in (out / "calibration.jsonl").read_text().splitlines()]
-    assert said[0][0] == {"role": "user", "content": chat.ASKED[0]} and said[0][1]["role"] == "assistant"
+    assert said[0][0] == {"role": "user", "content": own_answers.QUESTIONS[0]} and said[0][1]["role"] == "assistant"
     assert all(Path(f).exists() for f in found["files"])
     page = (out / "demo.html").read_text()
     assert f"{found['quality']['model']['perplexity']:.2f}" in page and chat.PROMPTS[0] in page

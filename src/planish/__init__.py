@@ -22,6 +22,7 @@ def _is_command() -> bool:
 if not _is_command():
     from planish.api import (
         answer_both,
+        ask,
         compare,
         compress,
         eora,
@@ -33,6 +34,6 @@ if not _is_command():
     )
 
 __all__ = [
-    "__version__", "answer_both", "compare", "compress", "eora", "evaluate", "evaluate_tasks", "forecast", "load",
+    "__version__", "answer_both", "ask", "compare", "compress", "eora", "evaluate", "evaluate_tasks", "forecast", "load",
     "measure_effects",
 ]  # fmt: skip

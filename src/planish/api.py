@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from planish import lanes
 from planish.calibrate.cache import tokenize
+from planish.calibrate.encode import has_template
 from planish.calibrate.stream import Stream
 from planish.calibrate.text import (
     count_spare,
@@ -53,6 +54,7 @@ from planish.evaluate.evaluation import (
     find_dtype,
     load,
 )
+from planish.evaluate.own_answers import SILENT, ask
 from planish.export.eora import Compensation, compensate, open_linears
 from planish.folder.owner import owning
 from planish.folder.source import FolderSource, Source, open_shapes, open_source
@@ -80,7 +82,7 @@ from planish.sizes.trials import AGAIN, Choice, Contest
 from planish.solvers.offload import offload
 
 __all__ = [
-    "answer_both", "compare", "compress", "eora", "evaluate", "evaluate_tasks", "forecast", "load", "measure_effects",
+    "answer_both", "ask", "compare", "compress", "eora", "evaluate", "evaluate_tasks", "forecast", "load", "measure_effects",
 ]  # fmt: skip
 Begin = Callable[[Sequence[Phase], Mapping[str, float]], None]  # predicted phases; what would halve them → seconds
 TEXT_AND_DEVICE = ("calibration", *TEXT, "device", "dtype")  # options of what only measures
@@ -350,9 +352,10 @@ def read_calibration(
     if len(parts) > 1:
         counts = [*share_out([*parts.values()], asked.n_samples or most)]
     windows, spare, record = list[Tensor](), list[Tensor](), dict[str, Any]()
+    silent = has_template(tokenizer)  # a chat model, and nobody speaks
     for name, count in zip(parts, counts, strict=True):
         text = read(name if ids is None or isinstance(ids, str | Path) else ids)
-        how = asked.sampling or text.sampling
+        how, silent = asked.sampling or text.sampling, silent and not (text.turns or text.is_ids)
         if count is None:
             held = len(text.tokens) // seq_len if how == "contiguous" else len(text.tokens) - seq_len + 1
             count = min(most, max(min(held, len(list_windows(text.tokens, seq_len, how, text.begin))), 1))
@@ -364,6 +367,7 @@ def read_calibration(
         spare.append(spare_windows(text.tokens, starts, few, seq_len, text.begin))
         record = {"source": text.source, "sampling": how, "begins": text.policy}
     mixed = interleave(windows)
+    notes += [SILENT] if silent else []
     if len(parts) > 1:
         record["source"] = join_mixture(parts)
     record |= {

@@ -36,6 +36,7 @@ class Text:
     bos: bool  # the sequence begins with the tokenizer's beginning-of-sequence token
     is_ids: bool  # given as token ids: no tokenizer was involved
     begin: int | None = None
+    turns: bool = False  # some of it are conversations
 
     @property
     def sampling(self) -> Literal["contiguous", "random"]:
@@ -104,7 +105,8 @@ def load_tokens(
         ids, answers, first = ids[1:], answers[1:] if len(answers) == len(ids) else answers, False
     every = bos == "every" or (bos == "auto" and first)
     tokens = mark(check_ids(ids, name, vocab_size), torch.from_numpy(answers))
-    return Text(tokens, name, first or every, False, begin if every else None)
+    turns = any(not isinstance(d, str) for d in documents)
+    return Text(tokens, name, first or every, False, begin if every else None, turns)
 
 
 def list_documents(source: Any, tokenizer: Any, name: str, split: str) -> list[Document]:

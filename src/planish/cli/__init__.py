@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from planish.cli import (
+    ask,
     bench,
     compress,
     demo,
@@ -64,6 +65,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
 app.command("verify")(export.verify)
+app.command("ask")(ask.ask)
 app.command("eora")(eora.eora)
 app.command("push")(push.push)
 app.command("methods")(methods.methods)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from planish.core import Progress
 from planish.errors import InputError
 from planish.evaluate.agreement import Answer
 from planish.evaluate.evaluation import Comparison, answer_both, compare, load_to_measure
+from planish.evaluate.own_answers import QUESTIONS, TEMPERATURE, Say, encode_question, write_answers
 from planish.evaluate.report.page import render
 from planish.evaluate.speed import bench
 from planish.export.gguf import export_gguf
@@ -35,7 +37,6 @@ KEEP, METHOD, TARGET = 0.9, "auto", "gguf"
 SAMPLES, SEQ_LEN = 16, 256  # calibration windows, half of them of the model's own answers, half of `builtin`
 WINDOWS, EVAL_LEN = 8, 512  # evaluation windows
 ANSWER, OWN = 48, 160  # tokens of an answer that is shown, and at most of one to calibrate on
-TEMPERATURE = 0.8
 PROMPT_LEN, NEW_TOKENS, REPEATS = 128, 16, 3  # of the speed measurement
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -43,15 +44,6 @@ PROMPTS = (
     "Write a Python function that adds two numbers.",
     "Give me three tips for sleeping better.",
 )
-ASKED = tuple(  # the model's answers to these are calibration text; PROMPTS are not among them
-    f"{ask} {what}?"
-    for ask in ("Can you explain", "What should I know about", "How would you describe to a child")
-    for what in (
-        "photosynthesis", "a good breakfast", "the French Revolution", "a sorting algorithm", "learning to swim", "the moon",
-        "a job interview", "democracy", "baking bread", "prime numbers", "saving money", "earthquakes", "a short story",
-        "the human heart", "growing tomatoes", "a train journey",
-    )
-)  # fmt: skip
 
 
 @dataclass
@@ -110,9 +102,8 @@ def run_chat(
 ) -> Chat:
     """Compress a GGUF chat model ("smollm2" or a file), compare it with the dense one, write a page, a folder and GGUF files.
 
-    `calibration`, `eval_text`: SOURCEs. Without the first half is the model's own answers to `ASKED`, sampled in llama.cpp
-    (calibrating on text of the model's own: Williams, Chrysostomou and Aletras, Self-calibration for Language Model
-    Quantization and Pruning, NAACL 2025; the questions and the template around them are ours), half `builtin`. Without the
+    `calibration`, `eval_text`: SOURCEs. Without the first half is the model's own answers to questions
+    (`planish.evaluate.own_answers`), sampled in llama.cpp, half `builtin`. Without the
     second the text is Python's reference manual. `quick`: a quarter of the text.
     """
     start, stages, share = time.perf_counter(), dict[str, tuple[float, float]](), 4 if quick else 1
@@ -125,8 +116,16 @@ def run_chat(
     samples, source = SAMPLES // share, calibration
     if source is None:
         with timed(stages, "answers to calibrate on"):
-            own = write_answers(file, tokenizer, output / "calibration.jsonl", (samples // 2, seq_len), progress)
-            source = f"{own}:0.5,builtin:0.5"
+            wanted = (samples // 2 + 1) * seq_len  # a bit more than is taken
+            own = write_answers(
+                make_sampler(file, tokenizer),
+                tokenizer,
+                output / "calibration.jsonl",
+                cycle(QUESTIONS),
+                wanted,
+                progress,
+            )
+            source = f"{own.output}:0.5,builtin:0.5"
     with timed(stages, "compressing"):
         result: Any = api.compress(
             file, keep=KEEP if keep is None else keep, method=METHOD, target=TARGET, calibration=source,
@@ -195,37 +194,12 @@ def read_manual() -> Any:
     return [topics[name] for name in sorted(topics)][:24]
 
 
-def write_answers(
-    file: Path, tokenizer: Any, path: Path, size: tuple[int, int], progress: Progress | None = None
-) -> Path:
-    """Write conversations of the model with itself, a bit more than `size` (windows, tokens each), as .jsonl of `messages`."""
-    wanted, count, lines = (size[0] + 1) * size[1], 0, list[str]()
-    prompts = [encode_prompt(tokenizer, asked) for asked in ASKED]
-    runner = LlamaCpp(file, max(map(len, prompts)) + OWN)  # one thread: the same text on any machine of a kind
-    random, stop = np.random.default_rng(0), set(tokenizer.all_special_ids)
-    while count < wanted:
-        asked, ids = ASKED[len(lines) % len(ASKED)], prompts[len(lines) % len(ASKED)]
-        own = sample(runner, ids, OWN, random, stop)
-        said = tokenizer.decode(own, skip_special_tokens=True)
-        if getattr(tokenizer, "chat_template", None):
-            record: Any = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
-        else:
-            record = {"text": f"{asked} {said}"}
-        lines.append(json.dumps(record))
-        count += len(ids) + len(own)
-        if progress:
-            progress("own answers", min(count, wanted), wanted)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def encode_prompt(tokenizer: Any, asked: str) -> list[int]:
-    """Ids of a question as the model expects it."""
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer(asked).input_ids
-    messages = [{"role": "user", "content": asked}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
+def make_sampler(file: Path, tokenizer: Any) -> Say:
+    """What llama.cpp says in one thread: the same text on any machine of a kind."""
+    longest = max(len(encode_question(tokenizer, q)) for q in QUESTIONS)
+    runner, random = LlamaCpp(file, longest + OWN), np.random.default_rng(0)
+    stop = set(tokenizer.all_special_ids)
+    return lambda questions: [sample(runner, ids, OWN, random, stop) for ids in questions]
 
 
 def sample(runner: LlamaCpp, ids: list[int], most: int, random: np.random.Generator, stop: set[int]) -> list[int]:
