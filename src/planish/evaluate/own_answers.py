@@ -26,6 +26,7 @@ from planish.core import Progress
 from planish.errors import InputError
 from planish.evaluate.evaluation import load_to_measure
 from planish.folder.hub import find_folder
+from planish.folder.safetensors import write_text
 from planish.folder.tokenizer import load_tokenizer
 
 SILENT = (
@@ -35,6 +36,7 @@ SILENT = (
 TEMPERATURE = 0.8
 AT_ONCE = 8  # questions
 LONGEST = 600  # characters of a passage
+PATIENCE = 200  # questions in a row that are too long
 Say = Callable[[Sequence[list[int]]], list[list[int]]]  # ids of questions → ids of what is said to each
 
 TOPICS = (
@@ -101,14 +103,11 @@ def ask(
     if text is not None and not documents:
         raise InputError(f"{text} has no texts to ask about: give one, or none")
     lm = model if given else load_to_measure(model, device, dtype)
-    return write_answers(
-        make_sampler(lm, tokenizer, new_tokens, seed),
-        tokenizer,
-        path,
-        make_questions(documents, seed),
-        tokens,
-        progress,
-    )
+    positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+    questions = make_questions(documents, seed)
+    if positions is not None:
+        questions = pass_over(questions, tokenizer, positions - new_tokens)
+    return write_answers(make_sampler(lm, tokenizer, new_tokens, seed), tokenizer, path, questions, tokens, progress)
 
 
 def write_answers(
@@ -131,9 +130,7 @@ def write_answers(
                 break
         if progress:
             progress("own answers", min(count, tokens), tokens)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "\n".join(lines) + "\n")
     return Written(str(path), len(lines), count)
 
 
@@ -144,6 +141,17 @@ def encode_question(tokenizer: Any, question: str) -> list[int]:
     messages = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def pass_over(questions: Iterator[str], tokenizer: Any, most: int) -> Iterator[str]:
+    """Those of at most so many tokens."""
+    missed = 0
+    while missed < PATIENCE:
+        question = next(questions)
+        missed = 0 if len(encode_question(tokenizer, question)) <= most else missed + 1
+        if not missed:
+            yield question
+    raise InputError("questions and answers are longer than the model's context: give fewer --new-tokens, or no --text")
 
 
 def make_questions(documents: Sequence[str] = (), seed: int = 0) -> Iterator[str]:
