@@ -182,6 +182,19 @@ def test_llama_cpp_runs_what_is_stored(model, tmp_path, options, types):
     assert compared.passed and compared.max_logit_difference < 0.05 * compared.max_logit
 
 
+def test_a_folder_for_llama_cpp_is_refused_by_transformers(model, tmp_path):
+    """Which would otherwise go on with random weights."""
+    compress(model, tmp_path / "out", target="gguf", bits=4)
+    with pytest.raises(ValueError, match="quant_method"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    logits = planish.load(tmp_path / "out", dtype="float32")(input_ids=IDS[:1]).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_asvd_in_the_steps_of_a_target(model, tmp_path):
+    assert compress(model, tmp_path / "out", method="asvd", keep=0.8, bits=4, target="hf").rounding
+
+
 @pytest.mark.slow
 def test_a_fused_linear_is_taken_apart_in_its_type(tmp_path):
     """phi3 stores q, k and v in one matrix, llama.cpp's llama in three whose rows it turns round."""

@@ -599,3 +599,18 @@ def test_the_number_of_experts_is_the_best_of_all(budget):
     assert plan == {Unit(0, "experts"): r, Unit(1, "experts"): r, Unit(0, "qk"): k}
     with pytest.raises(BudgetError):
         choose_with_experts([[Alternative((other,))]], experts, [1.0])
+
+
+def test_a_router_that_takes_two_keeps_two():
+    """phimoe's looks for a second expert whatever the configuration says; of one it makes NaN."""
+    source = MemorySource(tiny.build("phimoe"))
+    assert Experts("nats").ranks(Unit(0, "experts"), source.shape(0))[0] == 2
+
+
+def test_the_number_of_experts_is_no_width(tmp_path):
+    """Steps of widths leave it alone."""
+    plain, stepped = (
+        compress(tiny.build("mixtral"), output=tmp_path / f"{n}", method="reap", keep=0.75, windows=WINDOWS, round_to=n)
+        for n in (1, 8)
+    )
+    assert plain.keep == stepped.keep < 0.8

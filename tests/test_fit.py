@@ -136,6 +136,18 @@ def test_what_is_not_made_is_worse_than_what_is(rounding, cutting, coarsest):
     assert told.made < len(plans) or cutting * (16 / size - 1) <= 1.25 * rounding + 2
 
 
+def test_a_cut_that_fails_ends_no_plan_of_all_weights():
+    costs = {"5": 0.01, "6": 1.0, "7.68": 0.001, "8": 2.0}
+    plans = [Choice("5", 1.0), Choice("6", 0.9), Choice("7.68", 1.0), Choice("8", 0.7)]
+
+    class Told:
+        def measure(self, plan: Choice, size: float) -> None:
+            plan.kl, plan.stderr = costs[plan.bits], 0.0
+
+    climb(Told(), plans, 1.0, 0, None)
+    assert [c.measured for c in plans] == [True, True, True, False]
+
+
 def test_types_that_hardly_differ_are_not_all_tried():
     keeps = [0.2, 0.42, 0.44, 0.46, 0.47, 0.48, 0.8, 1.0]
     found = [Choice(str(16 - n), keep) for n, keep in enumerate(keeps)]
@@ -285,6 +297,9 @@ def test_without_the_library_the_size_is_cut_in_16_bits(model, half, tmp_path, m
     assert len(done.warnings) == 1 and "planish[pack]" in done.warnings[0] and "--bits 16" in done.warnings[0]
     fitted = compress(model, tmp_path / "fit", fit=half + reserve(open_source(model), 8), context=8)
     assert not fitted.rounding and fitted.bytes_after <= half and "planish[pack]" in fitted.warnings[0]
+    text = {"calibration": IDS.flatten().numpy(), "n_samples": 16, "seq_len": 24, "method": "flat-llm"}
+    foreseen = planish.forecast(model, fit=half + reserve(open_source(model), 8), context=8, **text)
+    assert foreseen.keep < 1 and "planish[pack]" in foreseen.warnings[0]
     with pytest.raises(InputError, match=r"planish\[pack\]"):
         compress(model, tmp_path / "auto", max_bytes=half, target="hf", bits="auto")
     assert not (tmp_path / "auto").exists()

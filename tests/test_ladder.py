@@ -97,6 +97,17 @@ def test_a_cut_to_a_size_has_a_ladder_too(model, size, tmp_path, capsys):
     assert "plain rounding" not in capsys.readouterr().out and not (tmp_path / "none" / "ladder.json").exists()
 
 
+def test_a_second_budget_cuts_no_rung(model, tmp_path, monkeypatch):
+    """And what a run beside it has measured is the same for a run without."""
+    monkeypatch.setenv("PLANISH_CACHE", str(tmp_path / "cache"))
+    size = int(0.8 * sum(p.stat().st_size for p in model.glob("*.safetensors")))
+    both = compress(model, tmp_path / "both", max_bytes=size, flops_keep=0.5, cache=True)
+    alone = compress(model, tmp_path / "alone", max_bytes=size)
+    assert both.keep < 0.6 < alone.keep
+    assert both.ladder["rungs"] == alone.ladder["rungs"]
+    assert compress(model, tmp_path / "after", max_bytes=size, cache=True).ladder == alone.ladder
+
+
 def test_where_there_is_nothing_to_compare(model, size, tmp_path):
     """Said, where a model is in memory or there are too few windows; nothing, where the size holds the dense model."""
     small = build("llama_gqa", **SMALL)

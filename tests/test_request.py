@@ -11,6 +11,7 @@ from typer.main import get_command
 import planish
 import tiny
 from planish.cli import app
+from planish.errors import InputError
 from planish.request import OPTIONS, RECIPE, TEXT, Limits, Request, Text, read_recipe
 
 FLAGS = {"settings": "set"}  # where a flag has another name than its option
@@ -98,3 +99,9 @@ def test_names_of_no_file_are_left_alone(tmp_path):
     (tmp_path / "wikitext2").mkdir()
     recipe = read_recipe(tmp_path / "r.yaml")
     assert (recipe.model, recipe.calibration.source) == ("owner/model", "wikitext2")
+
+
+@pytest.mark.parametrize("value", ["1e400", "0", "0.4"])
+def test_sizes_that_are_none(value):
+    with pytest.raises(InputError, match="must be 1 or more and a number"):
+        Request.ask(model="m", max_bytes=value)

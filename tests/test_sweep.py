@@ -152,6 +152,11 @@ def test_finished_points_are_not_run_again_and_failed_ones_are(texts, tmp_path):
         run(texts, out, methods=["svd-llm"], keeps=[0.8], n_samples=11)
 
 
+def test_a_point_that_is_asked_for_twice_is_one(texts, tmp_path):
+    found = run(texts, tmp_path / "s", methods=("svd", "svd"), keeps=(0.7, 0.7))
+    assert (found.skipped, len(found.points)) == (0, 2)
+
+
 def test_only_the_best_weights_stay(texts, tmp_path):
     found = run(texts, tmp_path / "out", methods=["svd-llm", "flat-llm"], keeps=[0.8], keep_models="best")
     best, worst = sorted((p for p in found.points if p.name != "dense"), key=lambda p: p.perplexity)

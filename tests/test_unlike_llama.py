@@ -17,6 +17,7 @@ from planish.errors import InputError
 from planish.folder.source import MemorySource
 from planish.modelling.attentions import rotate_pairs
 from planish.modelling.blocks import find_blocks, get_linear
+from planish.modelling.heads import count_heads
 from planish.solvers.rotary_pairs import RotaryPairs
 
 IDS = tiny.windows(3, 16)
@@ -188,3 +189,12 @@ def test_what_a_feed_forward_adds_is_seen_before_attention_is_added_to_it():
 def test_what_is_not_read_is_refused_by_name(name, change, message, tmp_path):
     with pytest.raises(InputError, match=message):
         tiny.compress(tiny.build(name, **change), output=tmp_path / "m", keep=0.8, method="a3", windows=IDS)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "opt"])
+def test_kv_heads_that_a_family_does_not_have_are_not_read(name):
+    """A configuration may hold any name; transformers passes over those that it does not know."""
+    config = tiny.build(name).config
+    heads = config.num_attention_heads
+    config.num_key_value_heads = heads // 2
+    assert count_heads(config, None) == (heads, heads)

@@ -224,9 +224,9 @@ def forecast(
     """
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer, request.adapter)
-    sized = request.bits == "auto" or (request.fit is not None and request.bits not in DENSE_NAMES)
-    why = refuse_types(request, source) if leaves_open(request) else ""
-    if sized or (leaves_open(request) and not why):
+    free = leaves_open(request)
+    why = refuse_types(request, source) if free else ""
+    if not why and (free or request.bits == "auto" or (request.fit is not None and request.bits not in DENSE_NAMES)):
         return foresee_size(request, source, method, fit_windows(request, method, source).size)
     if request.fit is not None:
         request = request.model_copy(update={"max_bytes": find_size(request, source), "fit": None})

@@ -33,7 +33,7 @@ class ExpertShape:
 
     The router chooses among `groups` of neighbours first and takes `top_groups` of them. `router`: roles (of `Shape.others`)
     that have a row for each expert. `gates`, where an expert is missing: those of the "chosen" others add up to what they did
-    before, all of a "softmax" grow by 1 / (1 − g), or each is "apart" and stays.
+    before, all of a "softmax" grow by 1 / (1 − g), or each is "apart" and stays. `fewest`: that the router can choose among.
     """
 
     number: int
@@ -45,11 +45,12 @@ class ExpertShape:
     router: tuple[str, ...] = ()
     gates: str = "chosen"
     roles: tuple[str, ...] = MLP
+    fewest: int = 1
 
     @property
     def least(self) -> int:
-        """The fewest that can be left: of a group two, by whose sum it is chosen."""
-        return 1 if self.groups == 1 else 2 * self.groups
+        """The fewest that can be left: `fewest`; of a group two, by whose sum it is chosen."""
+        return self.fewest if self.groups == 1 else 2 * self.groups
 
     def lower_top(self, number: int) -> int:
         """How many of `number` experts a token reaches: as many as before, if the groups it reaches have so many."""

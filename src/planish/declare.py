@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from math import inf
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Self, get_args
@@ -72,10 +73,10 @@ def read_size(value: int | float | str, name: str, scale: dict[str, int]) -> int
         raise InputError(f"{name} {value}: expected a number, with one of {known} behind it or none")
     factor = units[match[2].lower()]
     whole = "." not in match[1] and "e" not in match[1].lower()
-    size = int(match[1]) * factor if whole else int(float(match[1]) * factor + 1e-6)
-    if size < 1:
-        raise InputError(f"{name} must be 1 or more, got {value}")
-    return size
+    number = int(match[1]) * factor if whole else float(match[1]) * factor + 1e-6
+    if not 1 <= number < inf:
+        raise InputError(f"{name} must be 1 or more and a number, got {value}")
+    return int(number)
 
 
 def size(name: str, scale: dict[str, int]) -> BeforeValidator:

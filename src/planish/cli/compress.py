@@ -69,7 +69,7 @@ def compress(
                 say(f"to go on from here: planish resume {output}")
             raise
         run.note(result.warnings)
-        how = "loads with plain transformers" if result.format == "native" else "loads after `import planish`"
+        how = tell_loading(result)
         phases = ", ".join(f"{name} {format_seconds(s)}" for name, s in result.seconds.items() if name != "total")
         run.give(
             result.as_dict(),
@@ -78,7 +78,7 @@ def compress(
             *show_untouched(result),
             *o.show_removed(result),
             *show_choices(result),
-            *show_ladder(result.ladder),
+            *show_ladder(result.ladder, competed=bool(result.choices)),
             *show_auto(result, options),
             *show_rounding(result),
             *show_loss(result.loss),
@@ -125,7 +125,7 @@ VERDICTS = {
 }
 
 
-def show_ladder(ladder: dict[str, Any]) -> list[Any]:
+def show_ladder(ladder: dict[str, Any], competed: bool = False) -> list[Any]:
     """A table of what plain rounding of the dense model gives at the size of a result, and who won."""
     if not ladder:
         return []
@@ -146,7 +146,7 @@ def show_ladder(ladder: dict[str, Any]) -> list[Any]:
         return [table, "no plain type is of this size"]
     same = all(best[n] == result[n] for n in ("bits", "keep", "head"))
     name = f"{tell_bits(best)}, {format_bytes(best['bytes'])}, KL {best['kl']:.4f}"
-    more = ": --bits auto lets both compete" if ladder["verdict"] == "plain" and not same else ""
+    more = ": --bits auto lets both compete" if ladder["verdict"] == "plain" and not (same or competed) else ""
     line = VERDICTS["same" if same else ladder["verdict"]].format(best=name) + more
     return [table, f"{line} (measured on {ladder['windows']} windows held out from these plans)"]
 
@@ -165,6 +165,12 @@ def tell_bits(plan: dict[str, Any]) -> str:
 
 def tell_divergence(plan: dict[str, Any]) -> str:
     return f"{plan['kl']:.4f}{give_or_take(plan['stderr'], 4)}"
+
+
+def tell_loading(result: Any) -> str:
+    if result.rounding.get("target") == "gguf":
+        return "in blocks of llama.cpp, loads with `planish.load`"
+    return "loads with plain transformers" if result.format == "native" else "loads after `import planish`"
 
 
 def show_rounding(result: Any) -> list[str]:

@@ -175,7 +175,9 @@ def read_experts(block: nn.Module, family: Family, config: Any, number: int) -> 
         )
     hidden, width = get_linear(block, family, "expert.0.down").weight.shape
     router = tuple(path.removesuffix(".weight") for path in row.router if path.endswith(".weight"))
-    found = ExpertShape(number, top, width, hidden, groups, top_groups, router, row.gates(config), row.roles)
+    found = ExpertShape(
+        number, top, width, hidden, groups, top_groups, router, row.gates(config), row.roles, row.fewest
+    )
     if top > found.lower_top(number):
         within = f" in {top_groups} of {groups} groups" if groups > 1 else ""
         raise InputError(f"config.json: a token cannot reach {row.top} {top} of {row.count} {number}{within}")

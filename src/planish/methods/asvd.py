@@ -19,6 +19,7 @@ from planish.plan.footprint import find_rank
 from planish.plan.foreseen import Foreseen, Work
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem
+from planish.plan.targets import unwrap
 from planish.solvers.forms import input_site
 from planish.solvers.linalg import LowRank
 from planish.solvers.linear import LinearSVD
@@ -146,7 +147,7 @@ class Sensitivity:
             self.blocks.append(self.stream.place(self.stream.block(i)))
             self.inputs.append(self.stream.run(i, self.blocks[i], self.inputs[i]))
             for unit in problem.block_units(i):
-                solver = problem.units[unit]
+                solver = unwrap(problem.units[unit])
                 assert isinstance(solver, LinearSVD)
                 low = solver.factorise(unit, self.linear(unit).weight.detach().cpu(), stats[i])
                 self.factors[unit] = LowRank(low.B.to(self.stream.dtype), low.A.to(self.stream.dtype), low.s)

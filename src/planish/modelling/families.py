@@ -298,6 +298,7 @@ _ROWS = (
             router=("mlp.router.weight",),
             normalised=None,
             otherwise="apart",
+            fewest=2,  # it looks for a second one, whatever `num_experts_per_tok` says
         ),
         renames=((".block_sparse_moe.gate.", ".mlp.router."), *_SPARSE),
     ),

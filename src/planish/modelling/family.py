@@ -58,6 +58,7 @@ class ExpertsRow:
     scale: str = ""
     chooser: str = ""  # path of the router, where another module holds those weights for it
     stacked: bool = False  # in checkpoints too
+    fewest: int = 1  # that the router can choose among
     shared: str = (
         ""  # the config's name of how many experts' widths the shared feed-forward has, where that is its width
     )

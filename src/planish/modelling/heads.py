@@ -50,4 +50,4 @@ def count_heads(config, stock: nn.Module | None) -> tuple[int, int]:
     if hasattr(declared, "multi_query") and config.multi_query and not config.new_decoder_architecture:
         return heads, 1
     name = "num_kv_heads" if hasattr(declared, "num_kv_heads") else "num_key_value_heads"
-    return heads, getattr(config, name, None) or heads
+    return heads, (getattr(config, name, None) if hasattr(declared, name) else None) or heads

@@ -21,7 +21,7 @@ def count_kept(problem: Problem) -> tuple[Plan, dict[str, str]]:
     if not units:
         raise InputError(f"{problem.name} drops experts; this model's blocks have none that could go")
     choices = [problem.choices(u) for u in units]
-    common = set.intersection(*({int(r) for r in c.ranks[c.allowed(problem.step)]} for c in choices))
+    common = set.intersection(*({int(r) for r in c.ranks} for c in choices))
     plans: list[Plan] = [dict.fromkeys(units, r) for r in sorted(common, reverse=True)]
     within = (p for p in plans if all(count_left(problem, p, b) <= b.limit for b in problem.budgets))
     if (found := next(within, None)) is not None:

@@ -101,7 +101,7 @@ class Problem:
         """Admissible ranks of a unit with their costs, in a block with this spec, and predicted losses; leaving it whole loses
         nothing."""
         choices = self.choices(frontier.unit)
-        kept = choices.allowed(self.step)
+        kept = choices.allowed(1 if frontier.unit.name == "experts" else self.step)  # how many experts is no width
         loss = torch.as_tensor(frontier.loss, dtype=torch.float64)[choices.ranks[kept]]
         ranks, cost = choices.ranks[kept], choices.cost[:, kept]
         if beside:

@@ -220,6 +220,11 @@ def find_needs(units: Mapping[Unit, Solver], shapes: Sequence[Shape]) -> set[Nee
     return {need for at in least for _, found in footprints(*at) for need in found.needs}
 
 
+def unwrap(solver: Solver) -> Solver:
+    """The solver of whose ranks a target takes multiples, or any other as it is."""
+    return solver.solver if isinstance(solver, Rounded) else solver
+
+
 @dataclass(frozen=True)
 class Rounded(Solver):
     """Another solver, whose ranks are multiples of `step` (or full)."""

@@ -59,9 +59,11 @@ def find_size(request: Request, source: Source) -> int:
     context = find_context(request, source)
     if (left := request.fit - reserve(source, context) - count_file(request, source)) > 0:
         return left
+    spared = reserve(source, context) - reserve(source, 1)
+    hint = "; a smaller --context takes less" if spared + left > 0 else ", nearly all of it with any --context"
     raise InputError(
         f"--fit {request.fit:,}: the 16-bit cache of {context} tokens, running and the file's own metadata take "
-        f"{request.fit - left:,} bytes; a smaller --context takes less"
+        f"{request.fit - left:,} bytes" + hint
     )
 
 

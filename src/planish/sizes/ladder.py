@@ -183,15 +183,17 @@ def measure_all(runner: Runner, plans: Sequence[Choice], size: float, more: int,
 def climb(runner: Runner, plans: Sequence[Choice], size: float, more: int, progress: Progress | None) -> None:
     """Plans from the fewest bits on, each finer one of fewer weights, up to one that is `FAR` behind the best before it.
 
-    Along them what cutting costs rises ever faster, and what rounding costs falls ever slower: beyond that one all are worse.
+    Along them what cutting costs rises ever faster, and what rounding costs falls ever slower: beyond that one all that cut are
+    worse.
     """
     best, far = Choice("", 1.0), ""
     for n, choice in enumerate(sorted(plans, key=lambda c: (float(c.bits), -c.keep))):
-        if far:
+        if far and choice.keep < 1:
             choice.error = f"not made: {far} bits are worse than {best.bits} already"
             continue
         runner.measure(choice, size)
-        if choice.measured and best.measured and choice.kl > FAR * best.kl + NOISE * hypot(choice.stderr, best.stderr):
+        cut = choice.keep < 1 and choice.measured and best.measured
+        if cut and choice.kl > FAR * best.kl + NOISE * hypot(choice.stderr, best.stderr):
             far = choice.bits
         best = min(best, choice, key=lambda c: c.kl)
         if progress:

@@ -29,7 +29,7 @@ from planish.evaluate.evaluation import load
 from planish.folder.source import Source
 from planish.manifest import Result
 from planish.methods.method import Method
-from planish.request import Request
+from planish.request import LIMITS, Request
 
 HELD = 4  # every fourth window is held out
 AGAIN = 4  # times that a cut which came out too large is made smaller
@@ -88,9 +88,8 @@ def settle(request: Request, choice: Choice) -> Request:
     """The request that makes a plan."""
     bits = None if choice.bits == "16" else choice.bits
     head = choice.head or request.head_bits
-    return request.model_copy(
-        update={"bits": bits, "keep": choice.keep, "max_bytes": None, "fit": None, "head_bits": head}
-    )
+    free = dict.fromkeys((*LIMITS, "fit") if choice.keep == 1 else ("max_bytes", "fit"))  # all weights stay
+    return request.model_copy(update=free | {"bits": bits, "keep": choice.keep, "head_bits": head})
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,8 @@ class Runner:
 
     def measure(self, choice: Choice, size: float = inf) -> None:
         """Fill in what a plan comes out as; what goes wrong becomes its `error`, and so does that it is larger than `size`."""
-        record = f"plain|{self.request.target}|{choice.bits}|{choice.head or self.request.head_bits}|{fingerprint(self.held)}"
+        head = choice.head or self.request.head_bits
+        record = f"plain|{self.request.target}|{choice.bits}|{head}|{fingerprint(self.held)}"
         if choice.plain and self.known.has([record]):
             found = self.known.get(record)
             choice.bytes = int(found["bytes"])

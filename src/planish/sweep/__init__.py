@@ -80,7 +80,7 @@ def sweep(
         raise InputError(f"output {output} exists and is not a sweep; choose another folder")
     trials = [] if grid.sizes else list_trials(grid, asked)
     runner, record = open_runner(asked, grid, options.get("calibration"), cache, output)
-    trials = trials or list_sizes(grid, asked, runner.source)
+    trials = [*{t.name: t for t in trials or list_sizes(grid, asked, runner.source)}.values()]
     book = Book(output, record, overwrite)
     if not book.finished("dense"):
         book.record(runner.measure_dense())

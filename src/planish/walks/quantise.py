@@ -327,8 +327,9 @@ def name_parts(found: Rounded) -> dict[str, Tensor]:
 
 
 def describe_blocks(kinds: dict[str, StorageType]) -> dict[str, Any]:
-    """What planish reads (`planish.folder.packed.ggml`); other libraries refuse it by its name."""
-    return {"quant_method": "ggml", "types": {name: kind.name for name, kind in kinds.items()}}
+    """What planish reads (`planish.folder.packed.ggml`). No `quant_method`: transformers would go on with random weights where it
+    does not know one, and refuses a configuration that has none."""
+    return {"format": "ggml", "types": {name: kind.name for name, kind in kinds.items()}}
 
 
 def describe_integers(kinds: dict[str, StorageType], experts: StorageType | None, left: list[str]) -> dict[str, Any]:

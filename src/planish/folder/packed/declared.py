@@ -46,7 +46,7 @@ def find_declared(folder: Path) -> Declared | None:
         config, where = {**own, "quant_method": "modelopt"}, MODELOPT
     if config is None:
         return None
-    method = config.get("quant_method") or ("compressed-tensors" if "config_groups" in config else None)
+    method = config.get("quant_method") or ("compressed-tensors" if "config_groups" in config else config.get("format"))
     make = METHODS.get(method) if isinstance(method, str) else None
     if make is None:
         return None
