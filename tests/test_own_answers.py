@@ -132,4 +132,6 @@ def test_what_cannot_be_asked(output, options, words, chat, tmp_path):
 def test_no_tokenizer(tmp_path):
     with pytest.raises(InputError, match="tokenizer"):
         planish.ask(tiny.build("llama_gqa"), tmp_path / "a.jsonl")
+    with pytest.raises(TypeError, match="'tempo'"):
+        planish.ask(tiny.build("llama_gqa"), tmp_path / "a.jsonl", tempo=1)
     assert len(encode_question(chat_tokenizer(), "ab")) == len("user:ab") + len("a:") + 3

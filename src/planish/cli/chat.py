@@ -21,7 +21,7 @@ from planish.core import Progress
 from planish.errors import InputError
 from planish.evaluate.agreement import Answer
 from planish.evaluate.evaluation import Comparison, answer_both, compare, load_to_measure
-from planish.evaluate.own_answers import QUESTIONS, TEMPERATURE, Say, encode_question, write_answers
+from planish.evaluate.own_answers import QUESTIONS, TEMPERATURE, Say, Written, encode_question, write_answers
 from planish.evaluate.report.page import render
 from planish.evaluate.speed import bench
 from planish.export.gguf import export_gguf
@@ -116,15 +116,7 @@ def run_chat(
     samples, source = SAMPLES // share, calibration
     if source is None:
         with timed(stages, "answers to calibrate on"):
-            wanted = (samples // 2 + 1) * seq_len  # a bit more than is taken
-            own = write_answers(
-                make_sampler(file, tokenizer),
-                tokenizer,
-                output / "calibration.jsonl",
-                cycle(QUESTIONS),
-                wanted,
-                progress,
-            )
+            own = write_own(file, tokenizer, output, (samples // 2, seq_len), progress)
             source = f"{own.output}:0.5,builtin:0.5"
     with timed(stages, "compressing"):
         result: Any = api.compress(
@@ -192,6 +184,12 @@ def read_manual() -> Any:
     except ImportError:
         return "builtin"
     return [topics[name] for name in sorted(topics)][:24]
+
+
+def write_own(file: Path, tokenizer: Any, output: Path, size: tuple[int, int], progress: Progress | None) -> Written:
+    """A bit more of the model's own answers than `size` (windows, tokens each)."""
+    path, wanted = output / "calibration.jsonl", (size[0] + 1) * size[1]
+    return write_answers(make_sampler(file, tokenizer), tokenizer, path, cycle(QUESTIONS), wanted, progress)
 
 
 def make_sampler(file: Path, tokenizer: Any) -> Say:

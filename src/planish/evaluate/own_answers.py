@@ -77,18 +77,18 @@ def ask(
     tokens: int = 1 << 14,
     new_tokens: int = 160,
     seed: int = 0,
-    device: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> Written:
     """Write a chat model's own answers to questions into a .jsonl file of `messages`: calibration text.
 
     `text`: a SOURCE; two questions of three are then about passages of it. Answers have at most `new_tokens` tokens and are
     sampled at temperature 0.8 by `seed`; questions and answers have at least `tokens` in all. The whole model has to fit into
-    the device's memory. Raises InputError.
+    the device's memory. `options`: `device`, `dtype`, `overwrite`, `progress`. Raises InputError.
     """
-    path = Path(output)
+    path, progress = Path(output), options.pop("progress", None)
+    place, kind, overwrite = (options.pop(n, None) for n in ("device", "dtype", "overwrite"))
+    if options:
+        raise TypeError(f"ask() got an unexpected keyword argument {next(iter(options))!r}")
     if path.suffix != ".jsonl":
         raise InputError(f"conversations go into a .jsonl file, got {path}")
     if path.exists() and not overwrite:
@@ -102,7 +102,7 @@ def ask(
     documents = [] if text is None else [d for d in read_documents(text, "calibration") if isinstance(d, str)]
     if text is not None and not documents:
         raise InputError(f"{text} has no texts to ask about: give one, or none")
-    lm = model if given else load_to_measure(model, device, dtype)
+    lm = model if given else load_to_measure(model, place, kind)
     positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
     questions = make_questions(documents, seed)
     if positions is not None:
