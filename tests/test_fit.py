@@ -372,7 +372,8 @@ def test_a_forecast_is_of_plans_where_types_compete(model, half):
         ({"bits": "auto", "max_bytes": "1MB", "kv_keep": 0.5}, "--kv-keep cannot hold"),
         ({"fit": "10MB", "bits": "4"}, "--bits 4 cannot hold"),
         ({"fit": "10MB", "keep": 0.5}, "--keep cannot hold"),
-        ({"fit": "1KB"}, "a smaller --context"),
+        ({"fit": "1KB"}, "nearly all of it with any --context"),
+        ({"fit": "1500KB", "context": 9000}, "a smaller --context"),
         ({"bits": "auto", "max_bytes": 60_000, "n_samples": 3}, "none to hold out"),
     ],
 )

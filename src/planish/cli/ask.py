@@ -24,10 +24,10 @@ def ask(
     output: Annotated[Path, typer.Option("--output", "-o", help=".jsonl file to write", show_default=False)],
     text: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help=f"two of three questions are about it: {SOURCE_HELP}", show_default=False),
+        typer.Option(metavar="SOURCE", help=f"five of nine questions are about it: {SOURCE_HELP}", show_default=False),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="of questions and answers, at least")] = 1 << 14,
-    new_tokens: Annotated[int, typer.Option(min=1, help="of an answer, at most")] = 160,
+    new_tokens: Annotated[int, typer.Option(min=1, help="of an answer, at most")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="of questions and answers")] = 0,
     *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that is there")] = False,

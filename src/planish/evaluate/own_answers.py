@@ -55,8 +55,8 @@ ABOUT = (  # a passage of so many sentences
     ("What is the following text about?\n\n{}", 4),
     ("Quote one sentence of this text word for word.\n\n{}", 3),
     ("Correct the spelling of this sentence and say nothing else: {}", 1),
-    ("What does the first sentence of this text say?\n\n{}", 3),
 )
+KINDS = ("passage",) * 5 + ("general",) * 2 + ("list", "sum")  # alike often; without a text there are no passages
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def ask(
     *,
     text: str | Path | Sequence[str] | None = None,
     tokens: int = 1 << 14,
-    new_tokens: int = 160,
+    new_tokens: int = 100,
     seed: int = 0,
     **options: Any,
 ) -> Written:
     """Write a chat model's own answers to questions into a .jsonl file of `messages`: calibration text.
 
-    `text`: a SOURCE; two questions of three are then about passages of it. Answers have at most `new_tokens` tokens and are
+    `text`: a SOURCE; five questions of nine are then about passages of it. Answers have at most `new_tokens` tokens and are
     sampled at temperature 0.8 by `seed`; questions and answers have at least `tokens` in all. The whole model has to fit into
     the device's memory. `options`: `device`, `dtype`, `overwrite`, `progress`. Raises InputError.
     """
@@ -155,13 +155,17 @@ def pass_over(questions: Iterator[str], tokenizer: Any, most: int) -> Iterator[s
 
 
 def make_questions(documents: Sequence[str] = (), seed: int = 0) -> Iterator[str]:
-    """Without end: general ones and small sums in words; with documents two of three about passages of these."""
-    draw = random.Random(seed)
+    """Without end: about passages of the documents, general ones, for lists, and small sums in words."""
+    draw, kinds = random.Random(seed), KINDS if documents else KINDS[KINDS.count("passage") :]
     while True:
-        if documents and draw.random() < 2 / 3:
+        kind = draw.choice(kinds)
+        if kind == "passage":
             form, sentences = draw.choice(ABOUT)
             yield form.format(cut_passage(draw.choice(documents), sentences, draw))
-        elif draw.random() < 1 / 3:
+        elif kind == "list":
+            words = cut_passage(draw.choice(documents), 1, draw).split() if documents else TOPICS
+            yield f"Make a list of five things that have to do with {draw.choice(words)}."
+        elif kind == "sum":
             have, more, do = draw.randint(20, 60), draw.randint(2, 20), draw.choice(("find", "lose"))
             yield f"If I have {have} coins and {do} {more}, how many do I have?"
         else:
