@@ -150,8 +150,7 @@ class Bench:
         asked = dict(
             zip(COLUMNS[:6], (self.model.stem, method, f"{keep:g}", "", phase, self.protocol(phase)), strict=True)
         )
-        own = f", {self.args.own:g} of it own answers" if self.args.own else ""
-        asked["calibration"] = "" if method == "dense" else f"{self.args.n_samples} × {self.args.cal_len}{own}"
+        asked["calibration"] = "" if method == "dense" else self.told
         for part, work in self.parts(method, keep, phase):
             asked["phase"] = part
             if find(rows := read(self.args.table), asked) or self.refused(rows, asked):
@@ -190,6 +189,12 @@ class Bench:
 
     def folder(self, method: str, keep: float) -> Path:
         return self.args.work / f"{method.replace(':', '-')}-{keep:g}-{self.size}"
+
+    @property
+    def told(self) -> str:
+        """The calibration text, as rows say it."""
+        own = f", {self.args.own:g} of it own answers" if self.args.own else ""
+        return f"{self.args.n_samples} × {self.args.cal_len}{own}"
 
     @property
     def size(self) -> str:
@@ -333,7 +338,8 @@ class Bench:
         mine = {
             r["phase"].partition(" ")[0]
             for r in read(self.args.table)
-            if r["method"] == method and float(r["keep"]) == keep and r["model"] == self.model.stem
+            if (r["model"], r["method"], r["calibration"]) == (self.model.stem, method, self.told)
+            and float(r["keep"]) == keep
         }
         if mine >= {*PHASES}:
             shutil.rmtree(self.folder(method, keep), ignore_errors=True)
