@@ -119,13 +119,22 @@ def test_without_a_template_it_is_text(tmp_path):
 @pytest.mark.parametrize(
     ("output", "options", "words"),
     [
-        ("a.txt", {}, "jsonl"), ("a.jsonl", {"tokens": 0}, "1 or more"), ("a.jsonl", {"text": "none.txt"}, "none.txt"),
+        ("a.txt", {}, "jsonl"), ("none/a.jsonl", {}, "no folder"),
+        ("a.jsonl", {"tokens": 0}, "1 or more"), ("a.jsonl", {"text": "none.txt"}, "none.txt"),
         ("a.jsonl", {"text": ["  "]}, "no texts"), ("a.jsonl", {"new_tokens": 511}, "longer than the model's context"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked(output, options, words, chat, tmp_path):
     with pytest.raises(InputError, match=words):
         planish.ask(chat, tmp_path / output, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_says_nothing_finite(tmp_path):
+    model = tiny.build("llama_gqa", vocab_size=258).eval()
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="not finite"):
+        planish.ask(model, tmp_path / "a.jsonl", byte_tokenizer(), tokens=10, new_tokens=2)
     assert not list(tmp_path.iterdir())
 
 

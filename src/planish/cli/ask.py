@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from planish.cli import options as o
 from planish.cli.run import session
-from planish.request import SOURCE_HELP
 
 
 @o.asks(*o.COMPUTE)
@@ -24,7 +25,11 @@ def ask(
     output: Annotated[Path, typer.Option("--output", "-o", help=".jsonl file to write", show_default=False)],
     text: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help=f"five of nine questions are about it: {SOURCE_HELP}", show_default=False),
+        typer.Option(
+            metavar="SOURCE",
+            help="five of nine questions are about it: builtin, wikitext2, c4, a .txt, .jsonl or .parquet",
+            show_default=False,
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="of questions and answers, at least")] = 1 << 14,
     new_tokens: Annotated[int, typer.Option(min=1, help="of an answer, at most")] = 100,
@@ -40,8 +45,9 @@ def ask(
             model, output, text=text, tokens=tokens, new_tokens=new_tokens, seed=seed, overwrite=overwrite,
             progress=run.progress, **options,
         )  # fmt: skip
+        mixed = f"TEXT:0.7,{found.output}:0.3"
         run.give(
             asdict(found),
-            f"[bold]{found.output}[/] · {found.conversations} conversations, {found.tokens:,} tokens",
-            f"next: planish compress {model} --calibration TEXT:0.7,{found.output}:0.3 -o OUT",
+            f"[bold]{escape(found.output)}[/] · {found.conversations} conversations, {found.tokens:,} tokens",
+            f"next: planish compress {escape(shlex.quote(model))} --calibration {escape(shlex.quote(mixed))} -o OUT",
         )

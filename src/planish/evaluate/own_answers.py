@@ -93,6 +93,8 @@ def ask(
         raise InputError(f"conversations go into a .jsonl file, got {path}")
     if path.exists() and not overwrite:
         raise InputError(f"{path} is there already: give another name, or overwrite it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is no folder: make it, or give another place")
     if tokens < 1 or new_tokens < 1:
         raise InputError(f"tokens and new_tokens must be 1 or more, got {tokens} and {new_tokens}")
     given = isinstance(model, nn.Module)
@@ -193,10 +195,15 @@ def make_sampler(model: nn.Module, tokenizer: Any, most: int, seed: int = 0) -> 
         mask = torch.tensor([[0] * (width - len(q)) + [1] * len(q) for q in questions], device=place)
         with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
             torch.manual_seed(next(state))
-            out = generate(
-                ids, attention_mask=mask, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=most,
-                pad_token_id=pad,
-            )  # fmt: skip
+            try:
+                out = generate(
+                    ids, attention_mask=mask, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
+                    max_new_tokens=most, pad_token_id=pad,
+                )  # fmt: skip
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise InputError("the model's logits are not finite: nothing can be sampled from them") from None
         return [[*itertools.takewhile(lambda t: t not in stop, row)] for row in out[:, width:].tolist()]
 
     return say
