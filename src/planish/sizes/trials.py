@@ -125,7 +125,7 @@ class Runner:
     def measure(self, choice: Choice, size: float = inf) -> None:
         """Fill in what a plan comes out as; what goes wrong becomes its `error`, and so does that it is larger than `size`."""
         head = choice.head or self.request.head_bits
-        record = f"plain|{self.request.target}|{choice.bits}|{head}|{fingerprint(self.held)}"
+        record = f"uncut|{self.request.target}|{choice.bits}|{head}|{fingerprint(self.held)}"
         if choice.plain and self.known.has([record]):
             found = self.known.get(record)
             choice.bytes = int(found["bytes"])
