@@ -30,6 +30,7 @@ from planish.modelling.blocks import find_blocks
 from planish.plan.footprint import count_weights
 from planish.plan.frontiers import dense_taps
 from planish.plan.scores import cut_errors
+from planish.plan.token_prices import choose_aside
 from planish.request import Limits
 from planish.solvers.fisher_bypass import FisherBypass
 from planish.solvers.fisher_structural import FisherPairs, eliminate, pair_effects, rescale
@@ -285,7 +286,8 @@ def test_measured_effects_are_those_of_the_cut_model():
 
     job = pose_on(s, method, 1.0)
     taps = partial(dense_taps, job.problem)
-    back = job.measure.backward(lambda shape: taps(shape.block), probe=job.method.probe)
+    aside = choose_aside(job.problem, *WINDOWS.shape)
+    back = job.measure.backward(lambda shape: taps(shape.block), probe=job.method.probe, aside=aside)
     stats = {i: found.only(taps(i)) for i, _, found in back}
 
     def loss(m, ids) -> float:

@@ -14,13 +14,14 @@ from planish.apply import apply_edits
 from planish.calibrate.cache import Cache
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.taps import choose_windows
+from planish.calibrate.text import list_shuffled
 from planish.core import Frontier, Tokens, Unit
 from planish.folder.source import MemorySource
 from planish.methods import find_method
 from planish.methods.auto import Weighing
 from planish.plan import frontiers
 from planish.plan.frontiers import dense_taps
-from planish.plan.token_prices import MOST, PART, TOKENS, TYPICAL, level, price_by_tokens, row_taps
+from planish.plan.token_prices import MOST, PART, TOKENS, TYPICAL, choose_aside, level, price_by_tokens, row_taps
 from planish.solvers.noise import NONE
 from planish.stats import Stats, Tap
 from posed import pose_on
@@ -62,7 +63,7 @@ def watch(job, role: str, edits) -> tuple[torch.Tensor, torch.Tensor]:
 
 def make_rows(role: str, x: torch.Tensor, g: torch.Tensor) -> Stats:
     rows = Stats()
-    for tap, values in zip(row_taps(role, 8, 1), (x, g), strict=True):
+    for tap, values in zip(row_taps(role), (x, g), strict=True):
         rows.sums[tap], rows.tokens[tap] = {"rows": values}, len(values)
     return rows
 
@@ -87,21 +88,30 @@ def test_effects_are_those_of_the_cut_model(posed, name, share):
 
 
 def test_rows_are_what_linears_see_and_what_goes_back_to_them(posed):
-    """As hooks and autograd find them; E[x xᵀ] and E[g gᵀ] of them are the moments."""
+    """As a pass over all windows finds them. The moments hold the other windows' alone: E[x xᵀ] and E[g gᵀ] of their rows."""
     job, _, _ = posed
-    few = [t for role in ("q", "down") for t in row_taps(role, *WINDOWS.shape)]
+    few = [t for role in ("q", "down") for t in row_taps(role)]
     taps = [replace(t, part="all") for t in few]
-    for i, _, found in job.measure.backward(lambda shape: [*few, *taps, *dense_taps(job.problem, shape.block)]):
+    whole = {}
+    for i, _, found in job.measure.backward(lambda shape: taps):
+        whole |= {t: found.sums[t]["rows"].double() for t in taps if i == 1}
+    aside = choose_aside(job.problem, *WINDOWS.shape)
+    chosen = choose_windows("aside", 0, len(WINDOWS), aside)
+    assert aside == PART and 1 <= int(chosen.sum()) <= 2
+    grams = 0
+    for i, _, found in job.measure.backward(lambda h: [*few, *taps, *dense_taps(job.problem, h.block)], aside=aside):
         if i != 1:
             continue
         for tap, own in zip(taps, few, strict=True):
-            rows = found.sums[tap]["rows"].double()
-            assert len(rows) == WINDOWS.numel() == found.tokens[tap]
-            chosen = rows.unflatten(0, WINDOWS.shape)[[0, 8]].flatten(0, 1)
-            assert torch.equal(found.sums[own]["rows"].double(), chosen)
+            rows = whole[tap].unflatten(0, WINDOWS.shape)
+            assert torch.equal(found.sums[own]["rows"].double(), rows[chosen].flatten(0, 1))
+            rest = rows[~chosen].flatten(0, 1)
+            assert torch.equal(found.sums[tap]["rows"].double(), rest) and found.tokens[tap] == len(rest)
             gram = replace(tap, kind="gram")
             if gram in found.sums:
-                torch.testing.assert_close(rows.T @ rows / len(rows), found.mean(gram), rtol=1e-9, atol=1e-12)
+                grams += 1
+                torch.testing.assert_close(rest.T @ rest / len(rest), found.mean(gram), rtol=1e-9, atol=1e-12)
+    assert grams
 
 
 def test_where_gradients_meet_inputs_a_cut_costs_more(posed):
@@ -159,15 +169,21 @@ def test_units_without_a_price_by_tokens_change_by_the_median_factor():
 
 
 @given(windows=st.integers(1, 4096), seq_len=st.integers(2, 8192))
-def test_few_windows_are_looked_at(windows, seq_len):
-    """At least one, at most an eighth of more, and about as many tokens as are looked at."""
-    tap, _ = row_taps("q", windows, seq_len)
-    chosen = choose_windows(tap.part, 0, windows)
+def test_few_windows_are_set_aside(posed, windows, seq_len):
+    """At least one of eight and more, about an eighth of them, about as many tokens as are looked at; none that is shuffled."""
+    job, _, _ = posed
+    aside = choose_aside(job.problem, windows, seq_len)
+    chosen = choose_windows("aside", 0, windows, aside)
     few = int(chosen.sum())
-    assert 1 <= few <= -(-windows // PART) and (few - 1) * seq_len < TOKENS
+    if windows < PART:
+        assert not few and not aside
+        return
+    assert 1 <= few <= windows / PART + 2 and (few - 3) * seq_len < TOKENS
+    assert not set(chosen.nonzero().flatten().tolist()) & set(list_shuffled(windows, 0.875))
     first = windows // 3
-    both = torch.cat([choose_windows(tap.part, 0, first), choose_windows(tap.part, first, windows - first)])
-    assert torch.equal(both, chosen), "whatever the batches"
+    both = [choose_windows("aside", at, n, aside) for at, n in ((0, first), (first, windows - first))]
+    assert torch.equal(torch.cat(both), chosen), "whatever the batches"
+    assert torch.equal(choose_windows("all", 0, windows, aside), ~chosen)
 
 
 def test_prices_are_kept(monkeypatch):

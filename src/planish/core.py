@@ -202,6 +202,11 @@ class Frontier:
     rough: float = 0.0
     by_tokens: Tensor | None = None
 
+    @property
+    def price(self) -> Tensor | Sequence[float]:
+        """The loss that plans go by."""
+        return self.loss if self.by_tokens is None else self.by_tokens
+
 
 @dataclass(frozen=True)
 class Edit:

@@ -35,7 +35,7 @@ class Tap:
     Prefix "dense:" = the same site in the uncompressed model; prefix "grad:" = gradient of the summed sampled NLL there;
     "grad:<role>.back": that at the role's output times its uncompressed weight, what reaches the input through this linear
     alone. `heads` splits channels into heads. `part`: "all" sequences, "fit" / "held" (every eighth is held out), or
-    "every k" of them.
+    "aside", those that a pass back keeps out of "all".
     """
 
     site: str

@@ -96,8 +96,9 @@ def capture(
     return dict(found), results
 
 
-def collect(stream: Stream, taps: list[Tap], run: Callable[[int], Values], shape: Shape) -> Stats:
-    """Statistics over all batches of all processes. `run(n)`: what is seen at every site for piece n.
+def collect(stream: Stream, taps: list[Tap], run: Callable[[int], Values], shape: Shape, aside: int = 0) -> Stats:
+    """Statistics over all batches of all processes. `run(n)`: what is seen at every site for piece n. `aside`: one window in so
+    many is set aside (`planish.calibrate.taps.choose_windows`).
 
     total = ((lane 0 + lane 1) + lane 2) + …, each lane the sum of its batches in their order: so sums depend on the batches
     alone. Of a wide Gram (`planish.stats.WIDE`) only the total exists: a lane's inputs are kept until it is complete.
@@ -108,7 +109,7 @@ def collect(stream: Stream, taps: list[Tap], run: Callable[[int], Values], shape
     wide = [t for t in taps if t.kind == "gram" and 8 * shape.width(t.site) ** 2 >= planish_stats.WIDE]
     narrow = [t for t in taps if t not in wide]
     for first in range(0, lanes.LANES, count):  # every process runs one of these lanes
-        mine, inputs = sum_lane(stream, first + lanes.rank(), narrow, wide, run)
+        mine, inputs = sum_lane(stream, first + lanes.rank(), narrow, wide, run, aside)
         owners = [r for r in range(count) if first + r in used]
         with stream.clock("sums"):
             for owner in owners:
@@ -138,7 +139,7 @@ def choose_run(stream: Stream) -> Precision:
 
 
 def sum_lane(
-    stream: Stream, lane: int, narrow: list[Tap], wide: list[Tap], run: Callable[[int], Values]
+    stream: Stream, lane: int, narrow: list[Tap], wide: list[Tap], run: Callable[[int], Values], aside: int = 0
 ) -> tuple[Stats, dict[Tap, Activations]]:
     """(Sums of one lane's batches for the narrow taps, their inputs for the wide Grams)."""
     sums = Stats(run=choose_run(stream))
@@ -150,9 +151,9 @@ def sum_lane(
         with stream.clock("sums"):
             if stream.device.type == "mps":  # it has no fp64
                 values = {site: v.cpu() for site, v in values.items()}
-            add_batch(sums, narrow, values, piece.first, len(piece.ids))
+            add_batch(sums, narrow, values, piece.first, len(piece.ids), aside)
             for tap in wide:
-                x = take_windows(values[tap.site], choose_windows(tap.part, piece.first, len(piece.ids)))
+                x = take_windows(values[tap.site], choose_windows(tap.part, piece.first, len(piece.ids), aside))
                 inputs[tap].append(x)
                 sums.tokens[tap] = sums.tokens.get(tap, 0) + x.shape[:-1].numel()
     return sums, inputs

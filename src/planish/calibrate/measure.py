@@ -93,17 +93,19 @@ class Measurements:
         with self.phase("statistics"):
             yield from self._walk("forward", taps, edits)
 
-    def backward(self, taps: Taps, probe: Probe = "sampled") -> Measured:
+    def backward(self, taps: Taps, probe: Probe = "sampled", aside: int = 0) -> Measured:
         """The same of the uncompressed model from the last block to the first, gradients included (see `sweep_back`)."""
         with self.phase("gradients"):
-            yield from self._walk(name_back(probe), taps, probe=probe)
+            yield from self._walk(name_back(probe, aside), taps, probe=probe, aside=aside)
 
-    def _walk(self, origin: str, taps: Taps, edits: Edits | None = None, probe: Probe | None = None) -> Measured:
+    def _walk(
+        self, origin: str, taps: Taps, edits: Edits | None = None, probe: Probe | None = None, aside: int = 0
+    ) -> Measured:
         """One sweep for what the cache lacks, none where it lacks nothing; all of it is kept there, unless of `edits`.
 
         `origin`: the name under which the cache keeps it. `probe`: what the sweep sends back; None: it goes forward.
         """
-        sweep = partial(sweep_back, probe=probe) if probe else partial(sweep_forward, edits=edits)
+        sweep = partial(sweep_back, probe=probe, aside=aside) if probe else partial(sweep_forward, edits=edits)
         label = "gradients" if probe else "statistics"
         wanted = {s.block: taps(s) for s in self.shapes}
         missing = wanted if edits else {i: self.cache.missing(origin, i, t) for i, t in wanted.items()}
@@ -124,9 +126,10 @@ class Measurements:
                 self.progress(label, n + 1, len(self.shapes))
 
 
-def name_back(probe: Probe) -> str:
+def name_back(probe: Probe, aside: int = 0) -> str:
     """Under which the cache keeps what a pass back finds."""
-    return "gradients" if probe == "sampled" else f"gradients of {probe}"
+    name = "gradients" if probe == "sampled" else f"gradients of {probe}"
+    return f"{name}, one in {aside} aside" if aside else name
 
 
 def empty(block: nn.Module, stats: Stats) -> None:
@@ -147,12 +150,13 @@ def sweep_forward(stream: Stream, taps: Taps, edits: Edits | None = None) -> Mea
         del block, stats  # or they lie beside the next block's
 
 
-def sweep_back(stream: Stream, taps: Taps, seed: int = 0, probe: Probe = "sampled") -> Measured:
+def sweep_back(stream: Stream, taps: Taps, seed: int = 0, probe: Probe = "sampled", aside: int = 0) -> Measured:
     """Forwards keeping every block's inputs, then backwards from what `probe` sends back (see
     `planish.calibrate.losses.output_gradients`): the last block comes first.
 
     Each block is recomputed from its kept inputs (in memory up to the limit of what is stored, then on disk); forward sites and
-    "grad:" sites are measured together.
+    "grad:" sites are measured together. `aside`: one window in so many is in no sum of taps of part "all", and in those of
+    part "aside" alone.
     """
     inputs = [stream.start()]
     stream.report("forward", 0, len(stream))
@@ -163,13 +167,15 @@ def sweep_back(stream: Stream, taps: Taps, seed: int = 0, probe: Probe = "sample
     stream.release()
     for i in reversed(range(len(stream))):
         block = stream.block(i)
-        stats, gradients = measure_back(stream, i, block, taps(stream.source.shape(i)), (inputs.pop(), gradients))
+        ends = inputs.pop(), gradients
+        stats, gradients = measure_back(stream, i, block, taps(stream.source.shape(i)), ends, aside)
+        del ends  # or they lie beside the next block's
         yield i, block, stats
         del block, stats
 
 
 def measure_back(
-    stream: Stream, i: int, block: nn.Module, taps: list[Tap], ends: tuple[Hidden, Hidden]
+    stream: Stream, i: int, block: nn.Module, taps: list[Tap], ends: tuple[Hidden, Hidden], aside: int = 0
 ) -> tuple[Stats, Hidden]:
     """Statistics of block i from its inputs and the gradients at its outputs (`ends`); the gradients at its inputs."""
     hidden, into = ends
@@ -188,4 +194,4 @@ def measure_back(
         values |= {f"grad:{s}": g for s, g in zip(backward, found[1:], strict=True) if g is not None}
         return seen.fold(values, len(leaf))
 
-    return collect(stream, taps, run, stream.source.shape(i)), earlier
+    return collect(stream, taps, run, stream.source.shape(i), aside), earlier

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from planish.calibrate.text import is_aside
 from planish.modelling.blocks import find_norms, get_linear, read_factor
 from planish.modelling.canonical import find_mixture, has_module
 from planish.modelling.experts import read_top, set_top
@@ -189,14 +190,12 @@ def ask_wider(
     return chosen, given, logits
 
 
-def choose_windows(part: str, first: int, n: int) -> Any:
-    """Which of a batch's n windows, whose first has the number `first`, belong to a part: every eighth is held out of "fit"; of
-    "every k" the k-th."""
+def choose_windows(part: str, first: int, n: int, aside: int = 0) -> Any:
+    """Which of a batch's n windows, whose first has the number `first`, belong to a part: every eighth is held out of "fit"; one
+    in `aside` of them is "aside" and out of "all"."""
     numbers = torch.arange(first, first + n)
-    if part.startswith("every "):
-        return numbers % int(part.removeprefix("every ")) == 0
-    held = numbers % 8 == 7
-    return {"all": slice(None), "fit": ~held, "held": held}[part]
+    held, out = numbers % 8 == 7, is_aside(numbers, aside)
+    return {"all": ~out if aside else slice(None), "fit": ~held, "held": held, "aside": out}[part]
 
 
 def take_windows(value: Tensor | Routed, chosen: Tensor | slice) -> Tensor:
@@ -206,11 +205,11 @@ def take_windows(value: Tensor | Routed, chosen: Tensor | slice) -> Tensor:
     return value[chosen]
 
 
-def add_batch(stats: Stats, taps: list[Tap], values: Values, first: int, n: int) -> None:
-    """Add a batch of n windows, whose first has the number `first`. Grams are to be completed."""
+def add_batch(stats: Stats, taps: list[Tap], values: Values, first: int, n: int, aside: int = 0) -> None:
+    """Add a batch of n windows, whose first has the number `first`; one in `aside` is out of "all". Grams are to be completed."""
     for part in sorted({t.part for t in taps}):
-        chosen = choose_windows(part, first, n)
-        if part == "all" or chosen.any():
+        chosen = choose_windows(part, first, n, aside)
+        if isinstance(chosen, slice) or chosen.any():
             some = {s: take_windows(v, chosen) for s, v in values.items()}
             stats.update(some, [t for t in taps if t.part == part], whole=False)
 

@@ -291,6 +291,14 @@ def list_shuffled(n: int, share: float) -> list[int]:
     return [i for i in range(n) if (i + 0.5) * GOLDEN % 1 < share]
 
 
+def is_aside(numbers: Tensor, every: int) -> Tensor:
+    """Which windows of these numbers are set aside, one in `every` and none for 0: spread evenly, and those last that
+    `shuffle_windows` shuffles."""
+    return (
+        (numbers + 0.5).double() * GOLDEN % 1 >= 1 - 1 / every if every else torch.zeros_like(numbers, dtype=torch.bool)
+    )
+
+
 def shuffle_windows(windows: Tensor, share: float) -> Tensor:
     """The windows (n, seq), a share of them, spread evenly, with all tokens but the first in another order.
 

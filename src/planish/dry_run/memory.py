@@ -29,14 +29,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from planish import stats
 from planish.calibrate.stream import BATCH
+from planish.calibrate.text import is_aside
 from planish.core import Shape, count_sums
 from planish.dry_run.passes import Run, count_between
 from planish.folder.source import MemorySource
 from planish.folder.stored_linear import count_held
 from planish.plan.frontiers import dense_taps, stored_taps
-from planish.plan.token_prices import PART, TOKENS, token_taps
+from planish.plan.token_prices import choose_aside, token_taps
 
 LIBRARIES = 410 << 20  # bytes: Python, PyTorch and transformers, loaded and warm
 TENSOR = 12 << 10  # of a module without values, its names and what is known of it
@@ -114,8 +117,10 @@ def count_batch(run: Run) -> Batch:
     else:
         measuring = max(measuring, 8 * sums + size * sum(sites) + 8 * 1024 * widest)
     if backward:
-        rows = sum(shape.width(t.site) for t in token_taps(problem, shape.block, run.windows, run.seq_len))
-        measuring += min(run.tokens // PART, TOKENS) * rows * run.measure.given.dtype.itemsize
+        every = choose_aside(problem, run.windows, run.seq_len)
+        kept = int(is_aside(torch.arange(run.windows), every).sum()) * run.seq_len
+        rows = sum(shape.width(t.site) for t in token_taps(problem, shape.block)) if every else 0
+        measuring += kept * rows * run.measure.given.dtype.itemsize
     return Batch(sums, wide, widest, through, measuring)
 
 

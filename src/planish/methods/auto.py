@@ -68,8 +68,7 @@ class Weighing:
 
     def price(self, frontiers: Frontiers) -> Frontiers:
         """With the losses that the plan goes by in the place of those by moments."""
-        known = {} if self.moments else {u: f.by_tokens for u, f in frontiers.items() if f.by_tokens is not None}
-        return frontiers | {u: replace(frontiers[u], loss=loss) for u, loss in known.items()}
+        return frontiers if self.moments else {u: replace(f, loss=f.price) for u, f in frontiers.items()}
 
     def apply(self, curve: Curve) -> Curve:
         name, weight = curve.unit.name, 1.0
@@ -116,9 +115,10 @@ class Auto(Method):
     Where linears are rounded to fewer than 8 bits afterwards, what that costs is forecast and counts beside the cut
     (`planish.plan.rough.forecast`): pivoted linears round worse than dense ones.
 
-    What second moments say of a cut is corrected by what it costs a few windows token by token
+    What second moments say of a cut is corrected by what it costs a few windows, which these do not hold, token by token
     (`planish.plan.token_prices.price_by_tokens`): in real models large gradients meet large inputs, in some blocks more than
-    in others. Not where only dense shapes are cut, which lose more so.
+    in others, and cuts are tuned to the text that they were chosen by. Not where only dense shapes are cut, which lose more so;
+    their predictions are too low.
 
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;

@@ -13,7 +13,7 @@ from planish.calibrate.stream import read_weights
 from planish.core import Frontier, Shape, Solver, Unit
 from planish.plan.problem import Problem
 from planish.plan.rough import forecast
-from planish.plan.token_prices import level, price_by_tokens, token_taps
+from planish.plan.token_prices import choose_aside, level, price_by_tokens, token_taps
 from planish.stats import Stats, Tap
 
 Frontiers = dict[Unit, Frontier]
@@ -33,14 +33,15 @@ def measure_gradients(problem: Problem, measure: Measurements, probe: Probe, ref
     """Every unit's frontier, without the factors, by one pass forward and back of the uncompressed model; what the solve uses
     again is stored (see `stored_taps`)."""
     found: Frontiers = {}
-    size = sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1]
-    known = all(measure.cache.losses(name_back(probe), s, u) for u, s in problem.units.items() if s.effect_role(u))
+    aside = choose_aside(problem, sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1])
+    origin = name_back(probe, aside)
+    known = all(measure.cache.losses(origin, s, u) for u, s in problem.units.items() if s.effect_role(u))
 
     def taps(shape: Shape) -> list[Tap]:
-        rows = set() if known else token_taps(problem, shape.block, *size)
+        rows = token_taps(problem, shape.block) if aside and not known else set()
         return sorted({*dense_taps(problem, shape.block), *judging_taps(problem, shape.block), *rows})
 
-    for i, block, stats in measure.backward(taps, probe=probe):
+    for i, block, stats in measure.backward(taps, probe=probe, aside=aside):
         found |= decompose_block(problem, measure, block, stats, i)
         measure.stored[i] = stats.only(stored_taps(problem, i, refit) | judging_taps(problem, i))
     return level(found)

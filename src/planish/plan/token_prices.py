@@ -1,10 +1,12 @@
-"""What cuts cost token by token, where second moments alone tell less.
+"""What cuts cost tokens that no moment holds, one by one.
 
 By moments a cut that changes a linear by ΔW costs ½ tr(G ΔW R ΔWᵀ) nats per token, as if the gradient g and the input x of a token
-knew nothing of each other. In real models they do: of SmolLM2's cuts at keep 0.8 those of the first blocks' gates cost 2.3 times
-that, those of the last blocks' 1.6 times, those between the same (docs/log/2026-12-02.md). So ½ E[(gᵀ ΔW x)²] is measured at a few
-ranks of every unit, on a few of the calibration windows, and predictions change by the factor between the two, log-linear in
-the rank. Units that no linear stands for change by the median factor of the others, so that all stay comparable.
+knew nothing of each other, and as if other text were like the text that the cut was chosen by. Neither is so: of SmolLM2's cuts at
+keep 0.8 those of the first blocks' gates cost 2.3 times that, those of the last blocks' 1.6 times, those between the same, and on
+other text all of them 1.6 to 2.4 times as much again (docs/log/2026-12-02.md). So a few of the calibration windows are kept out of
+the moments, ½ E[(gᵀ ΔW x)²] is measured on them at a few ranks of every unit, and predictions change by the factor between the
+two, log-linear in the rank. Units that no linear stands for change by the median factor of the others, so that all stay
+comparable. The sum over a plan's cuts then says what the plan loses (docs/tables/real.md).
 Reference: none known; Fisher information without the factorisation of K-FAC (Martens & Grosse 2015) along one direction.
 """
 
@@ -20,23 +22,30 @@ from planish.plan.problem import Problem
 from planish.solvers.forms import input_site
 from planish.stats import Stats, Tap
 
-TOKENS = 4096  # at most that cuts are priced on
-PART = 8  # of the calibration windows at most one in so many
+TOKENS = 4096  # that cuts are priced on, where windows are no longer
+PART = 8  # of the calibration windows at most one in so many, and none of fewer
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)  # of ranks at which they are
 TYPICAL = 0.7
 MOST = 64.0  # times by which few tokens may change a prediction, or a part of it
 
 
-def row_taps(role: str, windows: int, seq_len: int) -> tuple[Tap, Tap]:
-    """Taps of a linear's inputs and of the gradients at its output, in the calibration windows that cuts are priced on."""
-    part = f"every {max(PART, -(-windows * seq_len // TOKENS))}"
-    return Tap(f"dense:{input_site(role)}", "rows", part=part), Tap(f"grad:{role}.out", "rows", part=part)
+def choose_aside(problem: Problem, windows: int, seq_len: int) -> int:
+    """One calibration window in how many is kept out of the moments, for cuts to be priced on: 0, none, of fewer than eight or
+    where no cut is priced so."""
+    if windows < PART or not any(s.effect_role(u) for u, s in problem.units.items()):
+        return 0
+    return max(PART, min(-(-windows * seq_len // TOKENS), windows // 2))
 
 
-def token_taps(problem: Problem, i: int, windows: int, seq_len: int) -> set[Tap]:
+def row_taps(role: str) -> tuple[Tap, Tap]:
+    """Taps of a linear's inputs and of the gradients at its output, in the windows that are set aside."""
+    return Tap(f"dense:{input_site(role)}", "rows", part="aside"), Tap(f"grad:{role}.out", "rows", part="aside")
+
+
+def token_taps(problem: Problem, i: int) -> set[Tap]:
     """Taps of all linears of block i at which cuts are priced."""
     roles = {problem.units[u].effect_role(u) for u in problem.block_units(i)}
-    return {t for role in roles if role for t in row_taps(role, windows, seq_len)}
+    return {t for role in roles if role for t in row_taps(role)}
 
 
 def price_by_tokens(problem: Problem, frontier: Frontier, stats: Stats) -> Frontier:
