@@ -265,11 +265,22 @@ def losses(m: Found, told: Sequence[Key]) -> list[str]:
         "calibration text that were not calibrated on, and its standard error.",
         "",
     ]
-    names = ["keep", "method", "predicted", "said", "C4, held out: D", "D / said", "WikiText-2: D", "D / said"]
+    names = [
+        "keep",
+        "method",
+        "predicted",
+        "said",
+        "said / predicted",
+        "C4, held out: D",
+        "D / said",
+        "WikiText-2: D",
+        "D / said",
+    ]
     lines += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for key in sorted(told, key=lambda k: (-k[1], list(NAMES).index(k[0]))):
         sums, said, noise = (m.number(key, f"compress {n}") for n in ("predicted", "loss", "loss_stderr"))
         cells = ["–" if sums is None else f"{sums:.3f}", f"{said:.3f}" + (f" ± {noise:.3f}" if noise else "")]
+        cells.append(f"{said / sums:.2f}" if said and sums else "–")
         for d in (m.excess(key, "c4"), m.excess(key, "wikitext2")):
             cells += ["–", "–"] if d is None or not said else [f"{d:.3f}", f"{d / said:.2f}"]
         lines.append(f"| {key[1]:g} | {NAMES[key[0]]} | " + " | ".join(cells) + " |")

@@ -198,10 +198,20 @@ def test_prices_are_kept(monkeypatch):
     assert all(torch.equal(first[u].by_tokens, again[u].by_tokens) for u in first)
 
 
-def test_dense_shapes_alone_are_priced_by_moments():
-    shape = MemorySource(tiny.build("llama_gqa")).shape(0)
+def test_what_is_priced_by_tokens():
+    """Whatever auto cuts; published methods go by moments, of all windows."""
+    source = MemorySource(tiny.build("llama_gqa"))
     roles = {
-        units: {s.effect_role(u) for s in find_method("auto", {"units": units}).solvers() for u in s.units(shape)}
-        for units in ("any", "linear", "structural")
+        (name, units): {
+            s.effect_role(u) for s in find_method(name, options).solvers() for u in s.units(source.shape(0))
+        }
+        for name, units, options in (
+            *(("auto", units, {"units": units}) for units in ("any", "linear", "structural")),
+            *((name, "", {}) for name in ("kfac-svd", "io-svd")),
+        )
     }
-    assert roles["structural"] == {None} and {"o", "down"} <= roles["any"] & roles["linear"]
+    assert all({"o", "down"} <= found for (name, _), found in roles.items() if name == "auto")
+    assert all(found == {None} for (name, _), found in roles.items() if name != "auto")
+    stream = Stream(source, WINDOWS)
+    for name, wanted in (("auto", PART), ("kfac-svd", 0)):
+        assert choose_aside(pose_on(stream, find_method(name), 0.6).problem, *WINDOWS.shape) == wanted

@@ -11,7 +11,7 @@ import torch
 import planish
 from planish.errors import InputError
 from planish.plan.types import Offer, choose_types
-from planish.rounding.types import choose, integer
+from planish.rounding.types import choose, integer, list_bits
 from tiny import build, save, windows
 
 pytest.importorskip("compressed_tensors", reason="packing is absent: pip install 'planish[pack]'")
@@ -86,3 +86,13 @@ def test_matrices_get_types_of_their_own(name, options, tmp_path):
     assert len(linears) == (14 if name == "llama_gqa" else 8)
     loaded = planish.load(tmp_path / "mixed")
     assert bool(loaded(IDS[:1]).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("bits", list_bits("gguf"))
+@pytest.mark.parametrize("n", [64, 256, 288, 512, 4096])
+def test_files_of_llama_cpp_can_be_cut_to_what_their_types_hold(bits, n):
+    """Some narrower width there is, and every width in such steps has a type."""
+    asked = choose(bits, "gguf")
+    step = asked.step(n)
+    assert step < n
+    assert all(asked.pick(width, "down").holds(width) for width in range(step, n + 1, step))

@@ -117,8 +117,7 @@ class Auto(Method):
 
     What second moments say of a cut is corrected by what it costs a few windows, which these do not hold, token by token
     (`planish.plan.token_prices.price_by_tokens`): in real models large gradients meet large inputs, in some blocks more than
-    in others, and cuts are tuned to the text that they were chosen by. Not where only dense shapes are cut, which lose more so;
-    their predictions are too low.
+    in others, and cuts are tuned to the text that they were chosen by.
 
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
@@ -148,10 +147,10 @@ class Auto(Method):
         return "both" if self.anchor else "dense"
 
     def solvers(self) -> list[Solver]:
-        noise, by_tokens = Noise(self.noise, PRICED[self.units]), self.units != "structural"
+        noise = Noise(self.noise, PRICED[self.units])
         structural: list[Solver] = [
-            FisherValues(self.anchor, self.ridge, noise, by_tokens=by_tokens),
-            FisherNeurons(self.anchor, self.ridge, noise, by_tokens=by_tokens),
+            FisherValues(self.anchor, self.ridge, noise),
+            FisherNeurons(self.anchor, self.ridge, noise),
         ]
         structural += [FisherPairs(), Experts("nats"), FisherExpertNeurons()]
         if self.bypass or (self.bypass is None and self.units == "any"):

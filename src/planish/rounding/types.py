@@ -169,7 +169,8 @@ class Choice:
         if self.type is not None:
             return self.type.group
         if self.target == "gguf":
-            return next((GGML[name].group for name in STEPS[self.bits] if GGML[name].holds(n)), 32)
+            groups = [GGML[name].group for name in STEPS[self.bits] if GGML[name].holds(n)]
+            return next((g for g in groups if g < n), 32)  # in one group of n weights there would be nothing to cut
         return VLLM["groups"][0] if self.target == "vllm" else LEAST
 
 

@@ -92,7 +92,6 @@ class FisherNeurons(NeuronSolver):
     anchor: float = 0.0
     damping: float = 1e-4
     noise: Noise = NONE
-    by_tokens: bool = False
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("down", self.anchor), Tap("grad:down.out", "gram")]
@@ -109,7 +108,7 @@ class FisherNeurons(NeuronSolver):
         return Frontier(unit, loss / 2, factors, nats=True)
 
     def effect_role(self, unit: Unit) -> str | None:
-        return "down" if self.by_tokens else None
+        return "down"
 
     def effects(
         self, frontier: Frontier, ranks: Sequence[int], tokens: Tokens, shape: Shape
@@ -138,7 +137,6 @@ class FisherValues(ValueSolver):
     anchor: float = 0.0
     damping: float = 1e-4
     noise: Noise = NONE
-    by_tokens: bool = False
 
     def taps(self, unit: Unit, shape: Shape) -> list[Tap]:
         return [*anchored_taps("o", self.anchor), Tap("grad:o.out", "gram")]
@@ -167,7 +165,7 @@ class FisherValues(ValueSolver):
         return (torch.arange(rank)[:, None] + torch.arange(shape.heads) * shape.v).flatten()
 
     def effect_role(self, unit: Unit) -> str | None:
-        return "o" if self.by_tokens else None
+        return "o"
 
     def effects(
         self, frontier: Frontier, ranks: Sequence[int], tokens: Tokens, shape: Shape
