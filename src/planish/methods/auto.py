@@ -42,8 +42,7 @@ WAYS = {  # alternatives for a submodule: units that go together
     ),
     "ffn": (("gate", "up", "down"), ("mlp",), ("ffn",)),
 }
-LOW = 0.6  # keep below which the prediction saturates: ranks are chosen by steeper losses, bypasses are tried
-STEEP = 3.0  # l becomes l · (1 + STEEP · l)
+LOW = 0.6  # keep below which the prediction saturates: plans of other kinds are compared, bypasses are tried
 NEVER = 1e9  # weight with which a bypass is never taken
 BYPASSES = (NEVER, 1.4, 1.2, 1.0, 0.85)  # weights of their predicted loss that are tried
 LINEARS = (1.0, 2.0, 4.0)  # the same for low-rank linears
@@ -100,7 +99,7 @@ class Auto(Method):
     one. `bypass`: whether fitted affine maps in place of whole submodules compete too; by default, where all units may be cut,
     below keep 0.6 and under a budget of latency. `steep`: ranks are chosen by loss · (1 +
     steep · loss) of every unit: the second-order prediction saturates, so a cut that looks like 0.3 nats costs more than thirty
-    of 0.01; what is reported stays the prediction itself; by default 3, but 0 for dense shapes from keep 0.6 on.
+    of 0.01; what is reported stays the prediction itself.
     `refit_share`: with an anchor, share of the calibration windows, evenly spaced, that each plan's solve runs again: less makes
     a further point of a sweep cheaper and the result a little worse; their moments are then blended with the uncompressed
     model's. `planish sweep` takes a sixteenth unless told otherwise. `shuffled`: share of the calibration windows whose tokens,
@@ -137,7 +136,7 @@ class Auto(Method):
     ridge: float = 1e-3
     noise: float = 1.0
     bypass: bool | None = None
-    steep: float | None = None
+    steep: float = 3.0
     refit_share: float = 1.0
     shuffled: float = 0.25
     probe: Probe = "signs"  # type: ignore[misc]
@@ -242,8 +241,7 @@ class Auto(Method):
     def _start(self, problem: Problem) -> Weighing:
         """The weights that are tried first."""
         timed = self.bypass is None and problem.table is not None
-        steep = STEEP * (self.units != "structural" or problem.keep < LOW) if self.steep is None else self.steep
-        return Weighing(steep, bypass=1.0 if self.bypass or timed else NEVER)
+        return Weighing(self.steep, bypass=1.0 if self.bypass or timed else NEVER)
 
     def compare(
         self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick
