@@ -152,7 +152,8 @@ def test_no_rank_costs_more_than_a_lower_one(posed, seed, scale):
     assert (priced >= low * (1 - 1e-9)).all() and priced.max() <= high.max() * (1 + 1e-9)
 
 
-def test_units_without_a_price_by_tokens_change_by_the_median_factor():
+def test_units_change_by_the_median_factor_and_half_of_their_own():
+    """Half in logarithms; where a unit has none of its own, by the median alone."""
     loss = torch.tensor([4.0, 2.0, 1.0, 0.0], dtype=torch.float64)
     at = round(TYPICAL * 3)
     found = {
@@ -161,11 +162,12 @@ def test_units_without_a_price_by_tokens_change_by_the_median_factor():
     }
     leveled = level(found)
     assert torch.equal(leveled[Unit(0, "qk")].by_tokens, loss * 3) and float(loss[at]) > 0
-    assert all(leveled[u] is f for u, f in found.items() if f.by_tokens is not None)
+    for n, own in enumerate((1.0, 3.0, 7.0)):
+        torch.testing.assert_close(leveled[Unit(n, "q")].by_tokens, loss * 3 * (own / 3) ** 0.5, rtol=1e-12, atol=0)
     plain = {u: replace(f, by_tokens=None) for u, f in found.items()}
     assert level(plain) == plain
-    for weighing, factor in ((Weighing(), 7), (Weighing(moments=True), 1)):
-        assert torch.equal(weighing.price(leveled)[Unit(2, "q")].loss, loss * factor)
+    for weighing, factor in ((Weighing(), 21**0.5), (Weighing(moments=True), 1)):
+        torch.testing.assert_close(weighing.price(leveled)[Unit(2, "q")].loss, loss * factor, rtol=1e-12, atol=0)
 
 
 @given(windows=st.integers(1, 4096), seq_len=st.integers(2, 8192))

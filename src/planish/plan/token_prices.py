@@ -5,8 +5,8 @@ knew nothing of each other, and as if other text were like the text that the cut
 keep 0.8 those of the first blocks' gates cost 2.3 times that, those of the last blocks' 1.6 times, those between the same, and on
 other text all of them 1.6 to 2.4 times as much again (docs/log/2026-12-02.md). So a few of the calibration windows are kept out of
 the moments, ½ E[(gᵀ ΔW x)²] is measured on them at a few ranks of every unit, and predictions change by the factor between the
-two, log-linear in the rank. Units that no linear stands for change by the median factor of the others, so that all stay
-comparable. The sum over a plan's cuts then says what the plan loses (docs/tables/real.md).
+two, log-linear in the rank: by the median of all units' factors, times the root of what a unit's own is of that. The sum over
+a plan's cuts then says what the plan loses (docs/tables/real.md).
 Reference: none known; Fisher information without the factorisation of K-FAC (Martens & Grosse 2015) along one direction.
 """
 
@@ -68,7 +68,8 @@ def price_by_tokens(problem: Problem, frontier: Frontier, stats: Stats) -> Front
 
 
 def level(frontiers: dict[Unit, Frontier]) -> dict[Unit, Frontier]:
-    """Frontiers of which those that have no price by tokens change by the median factor of the others."""
+    """Frontiers whose prices change by the median factor of all units that have one, times what is their own of it, by half (in
+    logarithms): few tokens tell a single unit's factor badly. Units without one change by the median."""
     factors = []
     for f in frontiers.values():
         at = round(TYPICAL * (len(f.loss) - 1))
@@ -76,9 +77,8 @@ def level(frontiers: dict[Unit, Frontier]) -> dict[Unit, Frontier]:
     if not factors:
         return frontiers
     typical = float(torch.tensor(factors, dtype=torch.float64).median())
-    return {
-        u: f
-        if f.by_tokens is not None
-        else replace(f, by_tokens=torch.as_tensor(f.loss, dtype=torch.float64) * typical)
-        for u, f in frontiers.items()
-    }
+    found = {}
+    for u, f in frontiers.items():
+        usual = torch.as_tensor(f.loss, dtype=torch.float64) * typical
+        found[u] = replace(f, by_tokens=usual if f.by_tokens is None else (usual * f.by_tokens).sqrt())
+    return found
