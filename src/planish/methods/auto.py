@@ -116,7 +116,7 @@ class Auto(Method):
 
     What second moments say of a cut is corrected by what it costs a few windows, which these do not hold, token by token
     (`planish.plan.token_prices.price_by_tokens`): in real models large gradients meet large inputs, in some blocks more than
-    in others, and cuts are tuned to the text that they were chosen by.
+    in others, and cuts are tuned to the text that they were chosen by. A unit's own factor counts half, the median of all in full.
 
     Where more than 0.01 nats per token are predicted, the plan without bypasses and those with several weights of their
     predicted loss are solved without every fourth of the windows that are not shuffled and compared by the loss on these;
