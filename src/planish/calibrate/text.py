@@ -294,9 +294,7 @@ def list_shuffled(n: int, share: float) -> list[int]:
 def is_aside(numbers: Tensor, every: int) -> Tensor:
     """Which windows of these numbers are set aside, one in `every` and none for 0: spread evenly, and those last that
     `shuffle_windows` shuffles."""
-    return (
-        (numbers + 0.5).double() * GOLDEN % 1 >= 1 - 1 / every if every else torch.zeros_like(numbers, dtype=torch.bool)
-    )
+    return (numbers + 0.5).double() * GOLDEN % 1 >= 1 - (1 / every if every else 0)
 
 
 def shuffle_windows(windows: Tensor, share: float) -> Tensor:

@@ -117,10 +117,9 @@ def count_batch(run: Run) -> Batch:
     else:
         measuring = max(measuring, 8 * sums + size * sum(sites) + 8 * 1024 * widest)
     if backward:
-        every = choose_aside(problem, run.windows, run.seq_len)
-        kept = int(is_aside(torch.arange(run.windows), every).sum()) * run.seq_len
-        rows = sum(shape.width(t.site) for t in token_taps(problem, shape.block)) if every else 0
-        measuring += kept * rows * run.measure.given.dtype.itemsize
+        aside = is_aside(torch.arange(run.windows), choose_aside(problem, run.windows, run.seq_len))
+        rows = sum(shape.width(t.site) for t in token_taps(problem, shape.block))
+        measuring += int(aside.sum()) * run.seq_len * rows * run.measure.given.dtype.itemsize
     return Batch(sums, wide, widest, through, measuring)
 
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
-from planish.calibrate.losses import Probe, nll
+from planish.calibrate.losses import nll
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream, read_weights
 from planish.checking import check_windows
-from planish.core import Shape, Unit
+from planish.core import Unit
 from planish.errors import InputError
 from planish.methods import pose
 from planish.methods.method import Method
 from planish.plan.footprint import find_rank
-from planish.plan.frontiers import Frontiers, decompose_block, dense_taps
+from planish.plan.frontiers import dense_taps, measure_gradients
 from planish.plan.problem import Problem
-from planish.plan.token_prices import choose_aside, level, token_taps
 from planish.request import Limits
-from planish.stats import Tap
 
 KINDS = {"vo": "value dimensions", "qk": "rotary pairs", "mlp": "neurons", "attention": "bypass", "ffn": "bypass"}
 
@@ -65,7 +64,7 @@ def measure_effects(
     if not any(s.startswith("grad:") for t in problem.taps(problem.block_units(0)) for s in t.sites):
         raise InputError(f"{method.name} predicts no nats per token: it measures no gradients; use a method that does")
     points, measure = draw(problem, keeps, share, seed), Measurements(stream)
-    predicted = predict(problem, measure, method.probe)
+    predicted = measure_gradients(problem, measure, method.probe, partial(dense_taps, problem))
     texts = [stream.subset(measured_windows), stream.part(held)]
     hidden = [t.start() for t in texts]
     dense = finish(texts, 0, hidden)
@@ -84,20 +83,6 @@ def measure_effects(
                 found.append(Effect(str(unit), find_kind(unit), rank, keep, float(predicted[unit].price[rank]), *added))
         hidden = run(texts, i, block, hidden)
     return found
-
-
-def predict(problem: Problem, measure: Measurements, probe: Probe) -> Frontiers:
-    """Every unit's frontier as plans go by it; what it was found by is stored."""
-    found: Frontiers = {}
-    aside = choose_aside(problem, sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1])
-
-    def taps(shape: Shape) -> list[Tap]:
-        return sorted({*dense_taps(problem, shape.block), *(token_taps(problem, shape.block) if aside else ())})
-
-    for i, block, stats in measure.backward(taps, probe=probe, aside=aside):
-        found |= decompose_block(problem, measure, block, stats, i)
-        measure.stored[i] = stats.only(dense_taps(problem, i))
-    return level(found)
 
 
 def run(texts: Sequence[Stream], i: int, block: nn.Module, hidden: Sequence[Hidden]) -> list[Hidden]:

@@ -20,7 +20,7 @@ from planish.modelling.families import ATTENTION, MLP
 from planish.plan.allocate import Alternative, Curve
 from planish.plan.experts import choose_with_experts, describe_top, list_inside
 from planish.plan.foreseen import Foreseen, Work, expect_frontiers, survey_back
-from planish.plan.frontiers import Frontiers, measure_gradients
+from planish.plan.frontiers import Frontiers, measure_gradients, stored_taps
 from planish.plan.planned import Planned, count_refit
 from planish.plan.problem import Problem
 from planish.plan.rough import add_rounding, is_priced
@@ -210,7 +210,7 @@ class Auto(Method):
         """Every unit's frontier in nats, by one pass forward and back; what the solve uses again is stored."""
         windows = sum(map(len, measure.stream.batches))
         refit = bool(self.anchor) and count_refit(windows, self.refit_share) < windows
-        return measure_gradients(problem, measure, self.probe, refit)
+        return measure_gradients(problem, measure, self.probe, partial(stored_taps, problem, refit=refit))
 
     def settle(self, problem: Problem, measure: Measurements, frontiers: Frontiers, picked: Pick) -> Planned:
         """The plan with what is measured instead of predicted: errors of scores where it changes any, whole plans' losses."""

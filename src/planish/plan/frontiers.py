@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -29,10 +31,13 @@ def measure_frontiers(problem: Problem, measure: Measurements) -> Frontiers:
     return found
 
 
-def measure_gradients(problem: Problem, measure: Measurements, probe: Probe, refit: bool = False) -> Frontiers:
-    """Every unit's frontier, without the factors, by one pass forward and back of the uncompressed model; what the solve uses
-    again is stored (see `stored_taps`)."""
+def measure_gradients(
+    problem: Problem, measure: Measurements, probe: Probe, kept: Callable[[int], Iterable[Tap]] | None = None
+) -> Frontiers:
+    """Every unit's frontier, without the factors, by one pass forward and back of the uncompressed model. Of block i what
+    `kept(i)` names is stored: by default what the solve uses again, where it runs all windows (see `stored_taps`)."""
     found: Frontiers = {}
+    kept = kept or partial(stored_taps, problem, refit=False)
     aside = choose_aside(problem, sum(map(len, measure.stream.batches)), measure.stream.batches[0].shape[1])
     origin = name_back(probe, aside)
     known = all(measure.cache.losses(origin, s, u) for u, s in problem.units.items() if s.effect_role(u))
@@ -43,7 +48,7 @@ def measure_gradients(problem: Problem, measure: Measurements, probe: Probe, ref
 
     for i, block, stats in measure.backward(taps, probe=probe, aside=aside):
         found |= decompose_block(problem, measure, block, stats, i)
-        measure.stored[i] = stats.only(stored_taps(problem, i, refit) | judging_taps(problem, i))
+        measure.stored[i] = stats.only({*kept(i), *judging_taps(problem, i)})
     return level(found)
 
 
