@@ -271,8 +271,8 @@ def test_a_plan_says_what_the_target_asks_and_costs(tmp_path):
     from planish.api import forecast
 
     model = build("llama_gqa", hidden_size=64, intermediate_size=192, head_dim=16)
-    ids = tiny.windows(64, 48).flatten().numpy()
-    settings = {"calibration": ids, "n_samples": 64, "seq_len": 48, "keep": 0.7, "method": "auto"}
+    ids = tiny.windows(16, 48).flatten().numpy()
+    settings = {"calibration": ids, "n_samples": 16, "seq_len": 48, "keep": 0.7, "method": "auto"}
     found = forecast(model, target="gguf", measure=True, **settings)
     assert found.nats and found.target == "gguf"
     assert [line.partition(":")[0] for line in found.limits] == [
@@ -285,7 +285,7 @@ def test_a_plan_says_what_the_target_asks_and_costs(tmp_path):
     assert sum(found.predicted.values()) > sum(found.predicted_any.values()) > 0, "limits cost something"
     free = forecast(model, measure=True, **settings)
     assert free.predicted == pytest.approx(found.predicted_any) and not free.predicted_any and not free.limits
-    shapes_alone = forecast(model, target="vllm", keep=0.7, method="a3", calibration=ids, n_samples=64, seq_len=48)
+    shapes_alone = forecast(model, target="vllm", keep=0.7, method="a3", calibration=ids, n_samples=16, seq_len=48)
     expected = forecast(model, target="gguf", **settings)
     assert not expected.measured and expected.limits == found.limits and not expected.predicted
     assert len({u["rank"] for u in expected.units if u["unit"] == "mlp"}) == 1 and expected.keep <= 0.7

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planish.calibrate.text import is_aside
+from planish.calibrate.text import list_aside
 from planish.modelling.blocks import find_norms, get_linear, read_factor
 from planish.modelling.canonical import find_mixture, has_module
 from planish.modelling.experts import read_top, set_top
@@ -193,8 +193,8 @@ def ask_wider(
 def choose_windows(part: str, first: int, n: int, aside: int = 0) -> Any:
     """Which of a batch's n windows, whose first has the number `first`, belong to a part: every eighth is held out of "fit"; one
     in `aside` of them is "aside" and out of "all"."""
-    numbers = torch.arange(first, first + n)
-    held, out = numbers % 8 == 7, is_aside(numbers, aside)
+    held, out = torch.arange(first, first + n) % 8 == 7, torch.zeros(n, dtype=torch.bool)
+    out[[i - first for i in list_aside(first, first + n, aside)]] = True
     return {"all": ~out if aside else slice(None), "fit": ~held, "held": held, "aside": out}[part]
 
 

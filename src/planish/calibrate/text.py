@@ -286,15 +286,21 @@ def list_starts(tokens: Tensor, seq_len: int, begin: int | None = None) -> list[
     return starts
 
 
+def find_place(n: int) -> float:
+    """Where window n stands in [0, 1): places of any windows that follow one another are spread evenly."""
+    return (n + 0.5) * GOLDEN % 1
+
+
 def list_shuffled(n: int, share: float) -> list[int]:
     """Which of n windows `shuffle_windows` shuffles."""
-    return [i for i in range(n) if (i + 0.5) * GOLDEN % 1 < share]
+    return [i for i in range(n) if find_place(i) < share]
 
 
-def is_aside(numbers: Tensor, every: int) -> Tensor:
-    """Which windows of these numbers are set aside, one in `every` and none for 0: spread evenly, and those last that
-    `shuffle_windows` shuffles."""
-    return (numbers + 0.5).double() * GOLDEN % 1 >= 1 - (1 / every if every else 0)
+def list_aside(first: int, last: int, every: int) -> list[int]:
+    """Which of the windows first … last − 1 are set aside: of each `every` the one that would be shuffled last; none for 0."""
+    starts = range(first - first % every, last, every) if every else ()
+    found = (max(range(start, start + every), key=find_place) for start in starts)
+    return [n for n in found if first <= n < last]
 
 
 def shuffle_windows(windows: Tensor, share: float) -> Tensor:

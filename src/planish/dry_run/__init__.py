@@ -187,10 +187,12 @@ def forecast(
     found.limits = describe_limits(problem.target, free.units, free.shapes)
     if found.limits and found.predicted:
         again = Measurements(measure.stream, measure.cache, progress)
-        planned = make_plan(method, free, again)
-        free = replace(free, units=planned.solvers)
-        frontiers = planned.frontiers or measure_frontiers(free, again)
-        found.predicted_any = add_losses(free, replace(planned, frontiers=frontiers))
+        unlimited = make_plan(method, free, again)
+        free = replace(free, units=unlimited.solvers)
+        frontiers = unlimited.frontiers or measure_frontiers(free, again)
+        found.predicted_any = add_losses(free, replace(unlimited, frontiers=frontiers))
+        alike = {u: frontiers.get(u, f) for u, f in planned.frontiers.items()}  # both plans by the same prices
+        found.predicted = add_losses(problem, replace(planned, frontiers=alike))
     return found
 
 

@@ -29,11 +29,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from planish import stats
 from planish.calibrate.stream import BATCH
-from planish.calibrate.text import is_aside
+from planish.calibrate.text import list_aside
 from planish.core import Shape, count_sums
 from planish.dry_run.passes import Run, count_between
 from planish.folder.source import MemorySource
@@ -117,9 +115,9 @@ def count_batch(run: Run) -> Batch:
     else:
         measuring = max(measuring, 8 * sums + size * sum(sites) + 8 * 1024 * widest)
     if backward:
-        aside = is_aside(torch.arange(run.windows), choose_aside(problem, run.windows, run.seq_len))
+        aside = list_aside(0, run.windows, choose_aside(problem, run.windows, run.seq_len))
         rows = sum(shape.width(t.site) for t in token_taps(problem, shape.block))
-        measuring += int(aside.sum()) * run.seq_len * rows * run.measure.given.dtype.itemsize
+        measuring += len(aside) * run.seq_len * rows * run.measure.given.dtype.itemsize
     return Batch(sums, wide, widest, through, measuring)
 
 

@@ -22,7 +22,7 @@ from planish.plan.problem import Problem
 from planish.solvers.forms import input_site
 from planish.stats import Stats, Tap
 
-TOKENS = 4096  # that cuts are priced on, where windows are no longer
+TOKENS = 4096  # at most that cuts are priced on, or one window
 PART = 8  # of the calibration windows at most one in so many, and none of fewer
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)  # of ranks at which they are
 TYPICAL = 0.7
@@ -34,7 +34,7 @@ def choose_aside(problem: Problem, windows: int, seq_len: int) -> int:
     where no cut is priced so."""
     if windows < PART or not any(s.effect_role(u) for u, s in problem.units.items()):
         return 0
-    return max(PART, min(-(-windows * seq_len // TOKENS), windows // 2))
+    return max(PART, min(-(-windows * seq_len // TOKENS), windows))
 
 
 def row_taps(role: str) -> tuple[Tap, Tap]:
