@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import planish
 import tiny
 from planish import api
 from planish.calibrate import measure
@@ -92,6 +93,19 @@ def test_a_second_budget_runs_no_calibration_text(folder, root, tmp_path, passes
     passes.clear()
     run(folder, tmp_path / "out", method, settings, 0.7, cache=True)
     assert passes == []
+
+
+def test_what_a_plan_measured_is_not_measured_again(folder, root, passes):
+    more = {"keep": 0.8, "calibration": WINDOWS.flatten(), "n_samples": 12, "seq_len": 24, "settings": {"anchor": "0"}}
+    alone = planish.forecast(folder, measure=True, **more)
+    assert "start" in passes and not root.exists()
+    kept = planish.forecast(folder, measure=True, cache=True, **more)
+    passes.clear()
+    again = planish.forecast(folder, measure=True, cache=True, **more)
+    planish.compress(folder, output=root.parent / "out", cache=True, **more)
+    assert passes == []
+    assert alone.predicted == kept.predicted == again.predicted
+    assert "plan" in {p["name"] for p in alone.phases} and "plan" not in {p["name"] for p in again.phases}
 
 
 def test_methods_that_share_taps_share_measurements(folder, tmp_path):

@@ -202,8 +202,11 @@ def test_an_awaited_text_is_read_once_and_only_to_measure():
         assert (len(read), measure.started) == (times, times > 0)
 
 
-@pytest.mark.parametrize("keep", tiny.pick([0.8], [0.8, 0.5]))
-def test_the_plan_foretold_is_the_one_that_is_followed(tmp_path, keep):
+@pytest.mark.parametrize(("keep", "coarse"), tiny.pick([(0.8, True)], [(0.8, True), (0.8, False), (0.5, False)]))
+def test_the_plan_foretold_is_the_one_that_is_followed(monkeypatch, tmp_path, keep, coarse):
+    """Also where calibration forms products in bf16."""
+    monkeypatch.setattr("planish.compression.LARGE", 0 if coarse else 1 << 60)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     folder = tiny.save(tiny.build("llama_gqa"), tmp_path / "model")
     more = {"calibration": tiny.windows(40, 16).flatten(), "n_samples": 40, "seq_len": 16, "device": "cpu"}
     foretold = planish.forecast(folder, keep=keep, measure=True, **more)

@@ -214,13 +214,14 @@ def forecast(
     progress: Progress | None = None,
     **options: Any,
 ) -> Forecast | SizeForecast:
-    """What `compress` with the same arguments would give and take; nothing is changed or written.
+    """What `compress` with the same arguments would give and take; no model is changed or written.
 
     With `fit`, or `max_bytes` and `bits` "auto" or left open for a target that rounds: the plans that would compete for the size.
 
     From shapes alone, so that a config.json will do for `model`, and "cuda" for `device` on a machine without: where the method
     chooses its ranks by statistics, these and what follows from them are what is expected (`Forecast.measured` is False).
-    `measure`: find them as `compress` would, on the calibration text. `cache`: keep its token ids on disk.
+    `measure`: find them as `compress` would, on the calibration text. `cache`: keep its token ids on disk, and what was
+    measured, for further plans and for `compress`; `seconds` are then those of what is left to do.
     """
     request, method = read_options(options, sparsity, lambda name: name if name == "cuda" else find_device(name))
     source = open_shapes(model, tokenizer, request.adapter)
@@ -245,7 +246,9 @@ def forecast(
     if outlook and not measure and outlook.serves(request):
         known = outlook.run(chosen.size), outlook.costs
     with offload(request.device):
-        found = forecast_windows(request, method, source, chosen.size, read if measure else None, progress, known)
+        found = forecast_windows(
+            request, method, source, chosen.size, read if measure else None, progress, known, cache
+        )
     if request.bits not in (None, *DENSE_NAMES):
         found.bytes_after, found.rounding = count_rounded_bytes(request, source, found.keep)
         found.disk_bytes += found.bytes_after  # beside what was cut, until it is complete

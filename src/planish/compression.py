@@ -167,14 +167,15 @@ def open_stream(
     method: Method,
     windows: Tensor,
     shared: Shared,
-    folder: Path,
+    folder: Path | None,
     device: str,
     dtype: torch.dtype,
     exact: bool,
 ) -> tuple[Stream, Cache | None]:
     """The stream of the windows (n, seq) as the method measures on them, and the cache of their statistics, if any.
 
-    `folder`: where activations go that memory does not hold. `exact`: products are formed in `dtype` and no other.
+    `folder`: where activations go that memory does not hold (None: the system's temporary one). `exact`: products are formed
+    in `dtype` and no other.
     """  # fmt: skip
     stream, cache, calibrated = shared.stream, shared.cache, shuffle_windows(windows, method.shuffled)
     products = dtype if exact else pick_products(source, method, device, dtype)

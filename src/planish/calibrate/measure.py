@@ -34,12 +34,18 @@ class Measurements:
     Block and statistics belong to the loop's body: both are emptied when the loop asks for the next ones, so that those of
     one block at a time are in memory. What is to stay is copied out (`Stats.only`) or put into `stored`.
 
-    Where the stream is `Awaited`, it is made when it is first asked for: a plan that needs no statistics reads no text.
+    Where the stream is `Awaited`, it is made when it is first asked for: a plan that needs no statistics reads no text. What
+    then opens the cache is given in its place.
     """
 
-    def __init__(self, stream: Stream | Awaited, cache: Cache | None = None, progress: Progress | None = None):
+    def __init__(
+        self,
+        stream: Stream | Awaited,
+        cache: Cache | Callable[[Stream], Cache] | None = None,
+        progress: Progress | None = None,
+    ):
         self.given, self.progress = stream, progress
-        self.cache = cache or Cache()  # of the uncompressed model's statistics and predictions, across runs
+        self._cache = cache or Cache()
         self.stored = Store(stream.limits)  # per block, what a plan has measured and the solve uses again
         self.shapes: list[Shape] = [self.source.shape(i) for i in range(self.source.n_blocks)]
         self.seconds: dict[str, float] = {}
@@ -58,6 +64,13 @@ class Measurements:
             self.given = self.given.make()
             self._watch(self.given)
         return self.given
+
+    @property
+    def cache(self) -> Cache:
+        """Of the uncompressed model's statistics and predictions, across runs."""
+        if not isinstance(self._cache, Cache):
+            self._cache = self._cache(self.stream)
+        return self._cache
 
     def _watch(self, stream: Stream) -> None:
         stream.clock = self.phase

@@ -21,13 +21,14 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="find ranks that depend on the text, as compress would: may take long")
     ] = False,
+    cache: o.CacheOption = True,
     as_json: o.JsonOption = False,
     **options: Any,
 ) -> None:
-    """Say what compressing would give and take, from shapes; change and write nothing."""
+    """Say what compressing would give and take, from shapes; no model is changed or written."""
     options["settings"] = o.parse_settings(options["settings"], sparsity, options)
     with session(as_json) as run:
-        found = run.api.forecast(model, measure=measure, cache=True, progress=run.progress, **options)
+        found = run.api.forecast(model, measure=measure, cache=cache, progress=run.progress, **options)
         for warning in found.warnings:
             say(f"note: {warning}")
         if isinstance(found, run.api.SizeForecast):

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from planish.apply import is_empty, merge_forms, merge_specs
 from planish.calibrate.activations import MemoryLimits
-from planish.calibrate.cache import Cache
+from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Awaited, NothingMeasuredError, Stream
-from planish.calibrate.text import shuffle_windows
 from planish.checking import check_tokens, check_windows
-from planish.compression import pick_dtype
+from planish.compression import Shared, open_stream, pick_dtype
 from planish.core import WHOLE, Plan, Progress, Unit, describe_experts, describe_rest, describe_state
 from planish.dry_run.memory import Peaks
 from planish.dry_run.passes import Run
@@ -111,9 +110,11 @@ def look_ahead(
     size: tuple[int, int],
     read: Callable[[], Tensor] | None = None,
     progress: Progress | None = None,
+    cache: bool = False,
 ) -> Run:
     """The plan on calibration windows of this `size` (n_samples, seq_len): with `read`, which gives the windows themselves,
-    the one that is found by measuring on them; else as far as shapes tell it, the text not read and no weight.
+    the one that is found by measuring on them as `compress` would; else as far as shapes tell it, the text not read and no
+    weight. `cache`: what is measured is kept on disk, and taken from there.
 
     Of the request count what `compress` counts. Raises InputError where no plan meets it, or the plan needs weights that are
     not there.
@@ -141,11 +142,13 @@ def look_ahead(
         windows = read()
         check_windows(windows, whole)
         check_tokens(method, problem, windows, dict(request.settings))
-        windows = shuffle_windows(windows, method.shuffled)
-        return Stream(whole, windows, device=device, dtype=dtype, limits=limits)
+        return open_stream(whole, method, windows, Shared(), None, device, dtype, bool(request.dtype))[0]
+
+    def find_cache(stream: Stream) -> Cache:
+        return (open_cache(stream, STATISTICS) if cache else None) or Cache(memory=STATISTICS)
 
     awaited = Awaited(source, torch.device(device), dtype, limits, make_stream)
-    measure = Measurements(awaited, Cache(memory=STATISTICS), progress)
+    measure = Measurements(awaited, find_cache, progress)
     work: Sequence[Work] = ()
     if read is None:
         planned, work = foresee_plan(method, problem, measure, size[0])
@@ -165,14 +168,15 @@ def forecast(
     read: Callable[[], Tensor] | None = None,
     progress: Progress | None = None,
     known: tuple[Run, Costs] | None = None,
+    cache: bool = False,
 ) -> Forecast:
     """The plan that `look_ahead` gives, and its consequences. `known`: what it gave already, with the costs measured for it."""
-    run, costs = known or (look_ahead(request, method, source, size, read, progress), None)
+    run, costs = known or (look_ahead(request, method, source, size, read, progress, cache), None)
     problem, planned, measure = run.problem, run.planned, run.measure
     found = describe(run, costs, read_asked(request, source))
     if request.bits is None and (sizes := count_released(run)):
         found.bytes_before, found.bytes_after = sizes
-    if measure.started:
+    if measure.started and not measure.cache.files.folder:  # or `compress` finds it there
         took = sum(measure.seconds.values())
         found.phases.insert(0, {"name": "plan", "seconds": took, "steps": [took]})
         found.seconds += took
