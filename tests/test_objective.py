@@ -17,7 +17,7 @@ from planish.calibrate.documents import Asked
 from planish.calibrate.encode import encode, encode_rendered, find_tokens, render
 from planish.calibrate.measure import sweep_back
 from planish.calibrate.stream import Stream
-from planish.calibrate.text import list_priced, load_tokens, mark, shuffle_windows, unmark
+from planish.calibrate.text import list_aside, list_priced, load_tokens, mark, shuffle_windows, unmark
 from planish.errors import InputError
 from planish.evaluate import agreement
 from planish.folder.source import MemorySource, open_source
@@ -223,6 +223,19 @@ def test_tokens_that_predict_no_answer_send_nothing_back(probe):
     torch.testing.assert_close(found[priced], plain[priced] * (priced.numel() / int(priced.sum())) ** 0.5)
     alone = losses.output_gradient(whole, outputs[0], 3, 0, probe, WINDOWS[: len(outputs[0])])
     assert torch.equal(plain[: len(alone)], alone)
+
+
+def test_windows_that_are_set_aside_are_weighed_among_themselves():
+    """However few of their tokens are priced: moments of either kind are means over a priced token."""
+    s, whole, aside = stream(), stream(WINDOWS), 6
+    found = torch.cat(list(losses.output_gradients(s, s.outputs(), 3, "text", aside))).square().sum(2)
+    plain = torch.cat(list(losses.output_gradients(whole, s.outputs(), 3, "text"))).square().sum(2)
+    out, priced = torch.zeros(len(SOME), dtype=torch.bool), list_priced(SOME)
+    out[list_aside(0, len(SOME), aside)] = True
+    shares = [float(priced[some].double().mean()) for some in (out, ~out)]
+    assert out.sum() == 2 and shares[0] != shares[1]
+    for some in (out, ~out):
+        torch.testing.assert_close(found[some].mean(), plain[some][priced[some]].mean())
 
 
 def test_losses_are_means_over_what_is_priced():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import tiny
 from planish.apply import apply_edits
 from planish.calibrate.cache import Cache
+from planish.calibrate.measure import sweep_back
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.taps import choose_windows
 from planish.calibrate.text import list_shuffled
@@ -22,6 +23,7 @@ from planish.methods.auto import Weighing
 from planish.plan import frontiers
 from planish.plan.frontiers import dense_taps
 from planish.plan.token_prices import MOST, PART, TOKENS, TYPICAL, choose_aside, level, price_by_tokens, row_taps
+from planish.rounding.types import choose
 from planish.solvers.noise import NONE
 from planish.stats import Stats, Tap
 from posed import pose_on
@@ -191,8 +193,8 @@ def test_few_windows_are_set_aside(posed, windows, seq_len):
 
 def test_prices_are_kept(monkeypatch):
     """For a further budget they come from the cache, to the bit, and no rows are asked for."""
-    job = pose_on(Stream(MemorySource(tiny.build("llama_gqa")), WINDOWS), find_method("auto"), 0.6)
-    job.measure.cache = Cache(memory=1 << 30)
+    stream, cache = Stream(MemorySource(tiny.build("llama_gqa")), WINDOWS), Cache(memory=1 << 30)
+    job = pose_on(stream, find_method("auto"), 0.6, cache=cache)
     first = job.method.measure(job.problem, job.measure)
     priced = [u for u in first if job.problem.units[u].effect_role(u)]
     assert priced and any(not torch.allclose(first[u].by_tokens, torch.as_tensor(first[u].loss)) for u in priced)
@@ -218,3 +220,51 @@ def test_what_is_priced_by_tokens():
     stream = Stream(source, WINDOWS)
     for name, wanted in (("auto", PART), ("kfac-svd", 0)):
         assert choose_aside(pose_on(stream, find_method(name), 0.6).problem, *WINDOWS.shape) == wanted
+
+
+TARGETED = ["vllm", "onnx", "gguf", choose(4, "any"), choose(4, "gguf")]
+
+
+@pytest.mark.parametrize("target", TARGETED, ids=lambda t: t if isinstance(t, str) else f"{t.bits} bits")
+def test_a_target_changes_no_price_of_what_it_leaves(target):
+    """Whatever ranks it allows, units are priced by the same tokens."""
+    stream = Stream(MemorySource(tiny.build("llama_gqa")), WINDOWS)
+    free, bound = (pose_on(stream, "auto", 0.6, Cache(), target=t) for t in ("any", target))
+    plain, found = (job.method.measure(job.problem, job.measure) for job in (free, bound))
+    roles = {u for u in found if free.problem.units[u].effect_role(u)}
+    assert roles
+    for u in roles:
+        assert bound.problem.units[u].effect_role(u) and found[u].by_tokens is not None
+        assert torch.equal(torch.as_tensor(found[u].loss), torch.as_tensor(plain[u].loss))
+
+
+def test_prices_of_plans_for_other_bits_are_those_of_a_first_one():
+    stream, cache = Stream(MemorySource(tiny.build("llama_gqa")), WINDOWS), Cache(memory=1 << 30)
+
+    def price(bits: int, cache: Cache):
+        job = pose_on(stream, "auto", 0.6, cache, target=choose(bits, "any"))
+        return job.method.measure(job.problem, job.measure)
+
+    price(8, cache)
+    for bits in (4, 4, 3):
+        fresh, found = price(bits, Cache()), price(bits, cache)
+        assert any(f.rough for f in fresh.values())
+        for u, f in fresh.items():
+            assert found[u].rough == f.rough and torch.equal(found[u].by_tokens, f.by_tokens), (bits, u)
+
+
+@pytest.mark.parametrize("family", tiny.pick(["mixtral", "gpt_oss"], ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"]))
+def test_what_is_asked_of_experts_changes_no_other_gradient(family):
+    """A mixture calls one expert more to learn what it would bring; nothing below it may see that."""
+    tap, shares = Tap("grad:q.out", "gram"), Tap("grad:experts.shares", "gram")
+    moments = []
+    for taps in ([tap], [tap, shares]):
+        s = Stream(MemorySource(tiny.build(family, torch.float64)), WINDOWS, dtype=torch.float64)
+        moments.append({i: found.mean(tap) for i, _, found in sweep_back(s, lambda shape, taps=taps: taps)})
+    for i, plain in moments[0].items():
+        torch.testing.assert_close(moments[1][i], plain, rtol=1e-9, atol=1e-9 * float(plain.abs().max()))
+
+
+def test_batches_of_which_no_window_is_set_aside_are_not_copied():
+    assert choose_windows("all", 4, 4, 12) == slice(None) and choose_windows("all", 0, 4) == slice(None)
+    assert not choose_windows("aside", 4, 4, 12).any() and choose_windows("aside", 0, 12, 12).sum() == 1

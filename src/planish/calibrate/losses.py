@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.calibrate.stream import Hidden, Stream, in_order
-from planish.calibrate.text import list_priced, unmark
+from planish.calibrate.text import list_aside, list_priced, unmark
 from planish.errors import InputError
 
 LOGITS = 1 << 23  # numbers that the head gives at a time: 64 MiB in fp64, of which sampling labels takes a few copies
@@ -84,19 +84,26 @@ def compute_logits(stream: Stream, hidden: Tensor) -> Tensor:
         return stream.model(**as_embeddings(stream, h), use_cache=False).logits
 
 
-def output_gradients(stream: Stream, outputs: Hidden, seed: int = 0, probe: Probe = "sampled") -> Iterator[Tensor]:
+def output_gradients(
+    stream: Stream, outputs: Hidden, seed: int = 0, probe: Probe = "sampled", aside: int = 0
+) -> Iterator[Tensor]:
     """What is sent back from every batch's last-block outputs: `output_gradient` of tokens that predict what is priced, else 0.
 
     Second moments are means over all tokens, and losses are of one that is priced: gradients are longer by the root of how many
-    tokens there are for one.
+    tokens there are for one, among the windows that are set aside, one in `aside`, and among the others.
     """
-    counts = [(b.numel(), int(list_priced(b).sum())) for b in stream.batches]
-    total, some = (sum(c) for c in zip(*counts, strict=True))
+    priced = list_priced(torch.cat(stream.batches))
+    out = torch.zeros(len(priced), dtype=torch.bool)
+    out[list_aside(0, len(priced), aside)] = True
+    longer = torch.ones(len(priced), dtype=torch.float64)
+    for some in (out, ~out):
+        longer[some] = (priced[some].numel() / priced[some].sum().clamp(min=1)).sqrt().double()
     for piece, hidden in zip(stream.pieces, outputs, strict=True):
         found = output_gradient(stream, hidden, seed, piece.first, probe, piece.ids)
-        if some < total:
-            priced = list_priced(piece.ids).to(found.device)[..., None]
-            found = found.masked_fill(~priced, 0.0) * (total / max(some, 1)) ** 0.5
+        if not priced.all():
+            here = slice(piece.first, piece.first + len(found))
+            weight = (priced[here] * longer[here, None])[..., None]
+            found = found * weight.to(found.device, found.dtype)
         yield found
 
 

@@ -168,15 +168,15 @@ def sweep_back(stream: Stream, taps: Taps, seed: int = 0, probe: Probe = "sample
     `planish.calibrate.losses.output_gradients`): the last block comes first.
 
     Each block is recomputed from its kept inputs (in memory up to the limit of what is stored, then on disk); forward sites and
-    "grad:" sites are measured together. `aside`: one window in so many is in no sum of taps of part "all", and in those of
-    part "aside" alone.
+    "grad:" sites are measured together. `aside`: one window in so many is in no sum of taps of part "all", but in those of part
+    "aside".
     """
     inputs = [stream.start()]
     stream.report("forward", 0, len(stream))
     for i in range(len(stream)):
         inputs.append(stream.run(i, stream.place(stream.block(i)), inputs[-1], stream.limits.stored))
         stream.report("forward", i + 1, len(stream))
-    gradients: Hidden = Activations(stream.limits, output_gradients(stream, inputs.pop(), seed, probe))
+    gradients: Hidden = Activations(stream.limits, output_gradients(stream, inputs.pop(), seed, probe, aside))
     stream.release()
     for i in reversed(range(len(stream))):
         block = stream.block(i)

@@ -89,14 +89,14 @@ class Seen(dict[str, Tensor]):
                 index, given, logits = wider
                 given = given / each[index]
                 if row.gates(router) == "softmax":
-                    shares = -logits.float().softmax(-1).to(weights.dtype)
+                    shares = -logits.detach().float().softmax(-1).to(weights.dtype)
                 new = (index[:, :, None] != chosen[:, None]).all(-1)
                 known = given.masked_fill(new, 0).sum(1, keepdim=True).clamp(min=torch.finfo(given.dtype).tiny)
                 at = new.int().argmax(1, keepdim=True)
                 least = (given * new).gather(1, at) * weights.sum(1, keepdim=True) / known
                 if row.inside:
                     gates, least = torch.cat([gates, given.gather(1, at)], dim=1), torch.ones_like(least)
-                shares = shares.scatter(1, index.gather(1, at), -least.to(shares.dtype))
+                shares = shares.scatter(1, index.gather(1, at), -least.detach().to(shares.dtype))
                 reached = torch.cat([chosen, index.gather(1, at)], dim=1)
             shares = shares.scatter(1, chosen, weights)
             if row.inside and torch.is_grad_enabled():
@@ -195,7 +195,7 @@ def choose_windows(part: str, first: int, n: int, aside: int = 0) -> Any:
     in `aside` of them is "aside" and out of "all"."""
     held, out = torch.arange(first, first + n) % 8 == 7, torch.zeros(n, dtype=torch.bool)
     out[[i - first for i in list_aside(first, first + n, aside)]] = True
-    return {"all": ~out if aside else slice(None), "fit": ~held, "held": held, "aside": out}[part]
+    return {"all": ~out if out.any() else slice(None), "fit": ~held, "held": held, "aside": out}[part]
 
 
 def take_windows(value: Tensor | Routed, chosen: Tensor | slice) -> Tensor:
@@ -210,8 +210,10 @@ def add_batch(stats: Stats, taps: list[Tap], values: Values, first: int, n: int,
     for part in sorted({t.part for t in taps}):
         chosen = choose_windows(part, first, n, aside)
         if isinstance(chosen, slice) or chosen.any():
-            some = {s: take_windows(v, chosen) for s, v in values.items()}
-            stats.update(some, [t for t in taps if t.part == part], whole=False)
+            own = [t for t in taps if t.part == part]
+            sites = {s for t in own for s in t.sites}
+            some = {s: take_windows(v, chosen) for s, v in values.items() if s in sites}
+            stats.update(some, own, whole=False)
 
 
 def first(args, kwargs) -> Tensor:

@@ -38,7 +38,7 @@ from planish.modelling.blocks import install
 from planish.plan.budgets import Budget, Latency, make_budget
 from planish.plan.experts import find_kept
 from planish.plan.foreseen import Work
-from planish.plan.frontiers import measure_frontiers
+from planish.plan.frontiers import SCORED, measure_frontiers
 from planish.plan.latency import note_slower, read_table
 from planish.plan.planned import Planned
 from planish.plan.problem import Problem, count_left
@@ -195,7 +195,8 @@ def forecast(
         free = replace(free, units=unlimited.solvers)
         frontiers = unlimited.frontiers or measure_frontiers(free, again)
         found.predicted_any = add_losses(free, replace(unlimited, frontiers=frontiers))
-        alike = {u: frontiers.get(u, f) for u, f in planned.frontiers.items()}  # both plans by the same prices
+        # Both plans by the same prices, but what is measured where a plan cuts it.
+        alike = {u: f if u.name in SCORED else frontiers.get(u, f) for u, f in planned.frontiers.items()}
         found.predicted = add_losses(problem, replace(planned, frontiers=alike))
     return found
 

@@ -17,8 +17,8 @@ A        min(2 · streams · T d c + T between c, limit) + kept, half of the str
          prefix: a block runs again for its outputs; between: see `count_between`, kept: see `count_kept`
 f        a forward pass, t (3 m + 3 d + k − widest site) c, with gradients t (4 m + 10 d) c more, which autograd saves
 batch + sums   8 (2 S − S_w) + f for several batches, for one the larger of f and 8 S + t k c + 8 · 1024 · widest site; where cuts
-         are priced token by token (planish.plan.token_prices) also what linears see, and gradients at their outputs, of
-         min(T / 8, 4096) tokens
+         are priced token by token (planish.plan.token_prices) also what linears see, and gradients at their outputs, in
+         the windows that are set aside
 
 The inputs of wide Grams, a lane's at a time, are among the activations. On an accelerator the computing copy of a block,
 batch and sums lie in VRAM, with two rows of tiles in fp64; large factorisations take what is left there, or run on the CPU.

@@ -59,7 +59,7 @@ def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, s
 
     def decompose(unit: Unit) -> Frontier:
         solver = problem.units[unit]
-        if (known := cache.losses(stats.origin, solver, unit)) and (known.rough or problem.rounds is None):
+        if known := cache.losses(stats.origin, solver, unit):
             return known
         with measure.phase("frontiers"):
             f = solver.decompose(unit, weights, stats, problem.shapes[i])

@@ -40,13 +40,14 @@ START = {True: 1.0, False: 2.2}  # where nearly all of it stays: in attention, i
 
 
 def forecast(problem: Problem, unit: Unit, weights: Weights, stats: Stats) -> float:
-    """D of a linear's dense weights, times (2^b − 1)²; 0 for what is no linear, and where nothing is rounded.
+    """D of a linear's dense weights, times (2^b − 1)², also where nothing is rounded: it is kept for plans that round. 0 for what
+    is no linear that competes.
 
     Where G is only known as Wᵀ G W every output is weighed alike.
     """
     solver: Solver = problem.units[unit]
     solver = solver.solver if isinstance(solver, Rounded) else solver
-    if not is_priced(problem.rounds) or not isinstance(solver, TwoSided):
+    if not isinstance(solver, TwoSided) or not solver.by_tokens:
         return 0.0
     w, metric = weights[unit.name].double(), solver.metric_tap(unit, problem.shapes[unit.block])
     group = next(g for g in range(min(GROUP, w.shape[1]), 0, -1) if w.shape[1] % g == 0)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from planish.core import Edit, Frontier, Plan, Shape, Solver, Spec, Unit, Weights
+from planish.core import Edit, Frontier, Plan, Shape, Solver, Spec, Tokens, Unit, Weights
 from planish.errors import InputError
 from planish.folder.source import Source
 from planish.modelling.blocks import get_linear
@@ -35,6 +35,7 @@ from planish.plan.footprint import Need, footprints
 from planish.plan.graphs import GRAPHS, refuse_family, refuse_rope
 from planish.plan.spread import BudgetError
 from planish.rounding.types import Choice, head_step
+from planish.shapes import Float
 from planish.stats import Stats, Tap
 
 
@@ -260,6 +261,14 @@ class Rounded(Solver):
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         return self.solver.truncate(frontier, rank, shape)
+
+    def effect_role(self, unit: Unit) -> str | None:
+        return self.solver.effect_role(unit)
+
+    def effects(
+        self, frontier: Frontier, ranks: Sequence[int], tokens: Tokens, shape: Shape
+    ) -> Float[Tensor, "ranks tokens"]:
+        return self.solver.effects(frontier, ranks, tokens, shape)
 
 
 def constrain(target: Target, method: str, units: dict[Unit, Solver], shapes: list[Shape]) -> dict[Unit, Solver]:

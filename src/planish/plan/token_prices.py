@@ -57,8 +57,10 @@ def price_by_tokens(problem: Problem, frontier: Frontier, stats: Stats) -> Front
     found = [
         sums["rows"] for site in sites for tap, sums in stats.sums.items() if (tap.site, tap.kind) == (site, "rows")
     ]
-    if not found or len(ranks) < 2:
-        return replace(frontier, by_tokens=loss) if found else frontier
+    if not found:
+        return frontier
+    if len(ranks) < 2 or not found[-1].any():  # nothing to choose, or no token of these windows is priced
+        return replace(frontier, by_tokens=loss)
     tokens = Tokens(*(rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in found))
     at = torch.tensor(sorted({ranks[round(s * (len(ranks) - 2))] for s in SHARES}))
     effects = solver.effects(frontier, at.tolist(), tokens, problem.shapes[unit.block])

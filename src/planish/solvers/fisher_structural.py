@@ -10,7 +10,7 @@ compressed prefix's inputs x̂, so that they repair what earlier cuts broke. `no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,7 +72,7 @@ def refit(
 def refit_effects(
     tokens: Tokens,
     w: Float[Tensor, "out in"],
-    refitted: Sequence[tuple[Int[Tensor, " k"], Float[Tensor, "out k"]]],
+    refitted: Iterable[tuple[Int[Tensor, " k"], Float[Tensor, "out k"]]],
 ) -> Float[Tensor, "ranks tokens"]:
     """gᵀ (W' x_J − W x) for every (J, W')."""
     x, g = tokens
@@ -115,7 +115,7 @@ class FisherNeurons(NeuronSolver):
     ) -> Float[Tensor, "ranks tokens"]:
         f = frontier.factors
         kept = [f["order"][:rank] for rank in ranks]
-        return refit_effects(tokens, f["down"], [(k, refit(f["gram"], f["cross"], k, self.damping)) for k in kept])
+        return refit_effects(tokens, f["down"], ((k, refit(f["gram"], f["cross"], k, self.damping)) for k in kept))
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= shape.intermediate:
@@ -171,10 +171,12 @@ class FisherValues(ValueSolver):
         self, frontier: Frontier, ranks: Sequence[int], tokens: Tokens, shape: Shape
     ) -> Float[Tensor, "ranks tokens"]:
         f, full = frontier.factors, torch.block_diag(*frontier.factors["P"].repeat_interleave(shape.groups, 0))
-        kept = [self.order(rank, shape) for rank in ranks]
-        fits = [refit(f["gram"], f["cross"], k, self.damping) for k in kept]
         whole = torch.arange(tokens.x.shape[1])
-        return refit_effects(tokens, f["o"], [(whole, multiply(o, full[:, k].T)) for k, o in zip(kept, fits)])
+
+        def fit(kept: Int[Tensor, " k"]) -> Float[Tensor, "out in"]:
+            return multiply(refit(f["gram"], f["cross"], kept, self.damping), full[:, kept].T)
+
+        return refit_effects(tokens, f["o"], ((whole, fit(self.order(rank, shape))) for rank in ranks))
 
     def truncate(self, frontier: Frontier, rank: int, shape: Shape) -> list[Edit]:
         if rank >= shape.v:

@@ -230,7 +230,8 @@ class Walk:
 
 def blend(stats: Stats, weights: Weights, share: float) -> None:
     """Where a solve runs a share s of the windows only: moments M behind the compressed prefix → (1 − λ) M + λ D, λ = (1 − s) ·
-    `BLEND`, D the same moment of the uncompressed model over all windows. Few tokens make M noisy, and D is near it.
+    `BLEND`, D the same moment of the uncompressed model over all windows but those set aside. Few tokens make M
+    noisy, and D is near it.
     """
     if share >= 1:
         return
