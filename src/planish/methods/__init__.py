@@ -12,6 +12,8 @@ from math import inf
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Awaited, NothingMeasuredError, Stream
 from planish.core import Shape
@@ -193,7 +195,10 @@ def parse(cls: type[Method], method: str, name: str, value: Any) -> Any:
 def convert(hint: Any, value: Any) -> Any:
     """Convert to a type hint: bool, int, float, str, Literal, tuple of str, or a union with None."""
     if not isinstance(value, str):
-        return value
+        try:
+            return TypeAdapter(hint).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].lower()) from None
     options = get_args(hint)
     if type(None) in options:
         if value.lower() == "none":
