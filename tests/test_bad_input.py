@@ -326,7 +326,7 @@ def test_a_pickle_that_calls_itself_npy(tmp_path, run, folder):
         ("sleb", "windows", "0"), ("palu", "group", "0"), ("a3", "probes", "0"), ("auto", "shuffled", "2"),
         ("auto", "refit_share", "0"), ("auto", "refit_share", "1.5"), ("auto", "anchor", "7"), ("aa-svd", "anchor", "1.01"),
         ("mpifa", "anchor", "2"), ("mpifa", "spread", "3"), ("mpifa", "attention_keep", "1.5"), ("modegpt", "cap", "1.1"),
-        ("auto", "steep", None), ("auto", "units", 3), ("flat-llm", "ridge", []), ("erc-svd", "k", 1.5), ("palu", "group", {}),
+        ("auto", "steep", None), ("auto", "units", 3), ("flat-llm", "ridge", []), ("erc-svd", "k", 1.5),
     ],
 )  # fmt: skip
 def test_numbers_that_no_method_can_use(method, setting, value, tmp_path):

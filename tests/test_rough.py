@@ -14,7 +14,7 @@ from planish.core import Unit
 from planish.folder.source import open_source
 from planish.methods import find_method, pose
 from planish.plan.frontiers import dense_taps, measure_gradients
-from planish.plan.rough import START, forecast, scale
+from planish.plan.rough import START, add_rounding, forecast, scale
 from planish.request import Limits
 from planish.rounding.round import Metric, round_matrix
 from planish.rounding.types import choose
@@ -48,12 +48,19 @@ def test_the_forecast_is_what_rounding_costs(bits):
     assert all(0.5 < ratio < 2 for ratio in stored.values()), stored
 
 
-def test_nothing_is_forecast_where_nothing_is_rounded():
-    source = open_source(build("llama_gqa", **WIDE))
-    for target in ("any", choose("8", "any")):
+def test_rounding_costs_nothing_where_nothing_is_rounded():
+    """It is forecast in any case, the same for every target, and counts below 8 bits."""
+    source, forecasts = open_source(build("llama_gqa", **WIDE)), []
+    for target in ("any", choose("8", "any"), choose("4", "any")):
         problem = pose(find_method("auto"), source, Limits(keep=0.5), target=target)
         found = measure_gradients(problem, Measurements(Stream(source, IDS)), "signs")
-        assert not any(f.rough for f in found.values())
+        forecasts.append({u: f.rough for u, f in found.items()})
+        curves = {u: problem.curve(f) for u, f in found.items()}
+        rounded = add_rounding(problem, curves, found)
+        cost = {u: float((rounded[u].loss - c.loss).max()) for u, c in curves.items()}
+        held = {u for u in cost if any(found[Unit(u.block, r)].rough for r in problem.shapes[u.block].held(u.name))}
+        assert held and {u for u, c in cost.items() if c > 0} == (held if target == choose("4", "any") else set())
+    assert forecasts[0] == forecasts[1] == forecasts[2]
 
 
 def test_what_stays_is_rounded():
@@ -75,7 +82,7 @@ def test_fewer_bits_leave_fewer_low_rank_linears(tmp_path):
         planish.compress(
             model,
             output=out,
-            keep=0.4,
+            keep=0.8,
             method="auto",
             bits=bits,
             calibration=IDS.flatten().numpy(),
