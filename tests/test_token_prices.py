@@ -268,3 +268,13 @@ def test_what_is_asked_of_experts_changes_no_other_gradient(family):
 def test_batches_of_which_no_window_is_set_aside_are_not_copied():
     assert choose_windows("all", 4, 4, 12) == slice(None) and choose_windows("all", 0, 4) == slice(None)
     assert not choose_windows("aside", 4, 4, 12).any() and choose_windows("aside", 0, 12, 12).sum() == 1
+
+
+def test_plans_by_moments_are_predicted_by_tokens_too():
+    job = pose_on(Stream(MemorySource(tiny.build("llama_gqa")), WINDOWS), "auto", 0.5)
+    found = job.method.measure(job.problem, job.measure)
+    for moments in (False, True):
+        pick = job.method.allocate(job.problem, found, Weighing(moments=moments))
+        expected = sum(float(torch.as_tensor(found[u].price)[r]) for u, r in pick.ranks.items())
+        assert pick.loss == pytest.approx(expected, rel=1e-12)
+        assert pick.loss != pytest.approx(sum(float(found[u].loss[r]) for u, r in pick.ranks.items()), rel=1e-3)

@@ -231,7 +231,7 @@ class Auto(Method):
         with measure.phase("search"):
             picked, search = self.compare(problem, measure, frontiers, picked)
         notes = {"predicted_loss": picked.loss, "units cut": picked.cut} | ({"search": search} if search else {})
-        priced, remarks = picked.weighing.price(frontiers), describe_top(problem, picked.ranks)
+        priced, remarks = Weighing().price(frontiers), describe_top(problem, picked.ranks)
         return self.decide(problem, picked.ranks, frontiers=priced, notes=notes, remarks=remarks)
 
     @property
@@ -285,8 +285,7 @@ class Auto(Method):
     def allocate(self, problem: Problem, frontiers: Frontiers, weighing: Weighing | None = None) -> Pick:
         """The cheapest plan in weighed predicted nats within the budgets."""
         weighing = weighing or self._start(problem)
-        frontiers = weighing.price(frontiers)
-        curves = {u: weighing.apply(problem.curve(f)) for u, f in frontiers.items()}
+        curves = {u: weighing.apply(problem.curve(f)) for u, f in weighing.price(frontiers).items()}
         curves = add_rounding(problem, curves, frontiers)
         try:
             inside = partial(list_inside, problem, frontiers, curves)
@@ -294,7 +293,7 @@ class Auto(Method):
             ranks, _ = choose_with_experts(list_ways(problem, curves), curves, limits, inside)
         except BudgetError as error:
             raise problem.budgets[error.which].refuse("auto", error.smallest) from None
-        loss = sum(float(frontiers[u].loss[r]) for u, r in ranks.items())
+        loss = sum(float(frontiers[u].price[r]) for u, r in ranks.items())
         names = sorted({u.name for u in ranks})
         cut = {n: sum(u.name == n and r < problem.full(u) for u, r in ranks.items()) for n in names}
         return Pick(ranks, loss, {n: c for n, c in cut.items() if c}, weighing)
