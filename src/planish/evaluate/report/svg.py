@@ -206,14 +206,16 @@ def draw_series(s: Series, ax: Axis, ay: Axis, top: float | None) -> list[str]:
 
 
 def draw_names(series: Sequence[Series], ax: Axis, ay: Axis, top: float | None, right: float) -> dict[int, str]:
-    """Which series → its label and last value, moved apart, with a thin line to its end."""
+    """Which series → its label and last value, and where it lies if others go on, moved apart, with a thin line to its end."""
     found = {n: max(s.marks, key=lambda m: ax.at(m.x)) for n, s in enumerate(series) if s.marks}
     ends = [(ax.at(m.x), ay.at(m.y if top is None or m.y <= top else ay.high)) for m in found.values()]
+    last = max((x for x, _ in ends), default=0.0)
     out = {}
     for (n, m), (x, y), at in zip(found.items(), ends, spread([y for _, y in ends], 15), strict=True):
         s = series[n]
         kind = "tick" if s.number is None else "tick strong"
         off = " ↑" if top is not None and m.y > top else ""
+        off += f" at {m.x:g}" if x < last else ""
         line = tag("line", "leader", x1=x + 6, y1=y, x2=right + 14, y2=at)
         text = tag("text", kind, f"{escape(s.label)} {m.y:,.1f}{off}", x=right + 18, y=at + 4)
         out[n] = line + text
