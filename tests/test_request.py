@@ -17,7 +17,7 @@ from planish.request import OPTIONS, RECIPE, TEXT, Limits, Request, Text, read_r
 FLAGS = {"settings": "set"}  # where a flag has another name than its option
 OWN = {  # flags that are no part of a request: how a command runs, and what it measures
     "compress": {"output", "sparsity", "overwrite", "cache", "no-cache", "no-ladder", "json"},
-    "plan": {"sparsity", "measure", "json"},
+    "plan": {"sparsity", "measure", "cache", "no-cache", "json"},
     "sweep": {"output", "methods", "eval-text", "eval-tokens", "keep-models", "bench", "cache", "no-cache", "overwrite", "json"},
     "eora": {"output", "bits", "rank", "quantiser", "overwrite", "json"},
 }  # fmt: skip
