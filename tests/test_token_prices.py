@@ -16,12 +16,13 @@ from planish.calibrate.measure import sweep_back
 from planish.calibrate.stream import Stream, read_weights
 from planish.calibrate.taps import choose_windows
 from planish.calibrate.text import list_shuffled
-from planish.core import Frontier, Tokens, Unit
+from planish.core import Frontier, Solver, Tokens, Unit
 from planish.folder.source import MemorySource
 from planish.methods import find_method
 from planish.methods.auto import Weighing
 from planish.plan import frontiers
 from planish.plan.frontiers import dense_taps
+from planish.plan.targets import Rounded
 from planish.plan.token_prices import MOST, PART, TOKENS, TYPICAL, choose_aside, level, price_by_tokens, row_taps
 from planish.rounding.types import choose
 from planish.solvers.noise import NONE
@@ -236,6 +237,12 @@ def test_a_target_changes_no_price_of_what_it_leaves(target):
     for u in roles:
         assert bound.problem.units[u].effect_role(u) and found[u].by_tokens is not None
         assert torch.equal(torch.as_tensor(found[u].loss), torch.as_tensor(plain[u].loss))
+
+
+def test_ranks_in_steps_hide_nothing_of_a_solver():
+    """Whatever a solver can be asked for, the one behind the steps is asked."""
+    asked = {name for name, member in vars(Solver).items() if callable(member) and not name.startswith("_")}
+    assert {"decompose", "effects"} <= asked <= vars(Rounded).keys()
 
 
 def test_prices_of_plans_for_other_bits_are_those_of_a_first_one():

@@ -97,7 +97,7 @@ def output_gradients(
     out[list_aside(0, len(priced), aside)] = True
     longer = torch.ones(len(priced), dtype=torch.float64)
     for some in (out, ~out):
-        longer[some] = (priced[some].numel() / priced[some].sum().clamp(min=1)).sqrt().double()
+        longer[some] = priced[some].double().mean().clamp(min=1 / priced.numel()).rsqrt()
     for piece, hidden in zip(stream.pieces, outputs, strict=True):
         found = output_gradient(stream, hidden, seed, piece.first, probe, piece.ids)
         if not priced.all():
