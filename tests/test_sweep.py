@@ -269,6 +269,9 @@ def test_charts_hold_what_they_are_given():
     ends = [Series("short", 0, [Mark(1, 2, ""), Mark(2, 3, "")]), Series("long", 1, [Mark(1, 2, ""), Mark(4, 5, "")])]
     text = chart(ends, Quantity("x"), Quantity("y"), names=True)
     assert ">short 3.0 at 2<" in text and ">long 5.0<" in text
+    ends = [Series("a", 0, [Mark(1, 2, ""), Mark(0.6, 3, "")]), Series("b", 1, [Mark(1, 2, ""), Mark(0.5999, 5, "")])]
+    text = chart(ends, Quantity("x", falling=True), Quantity("y"), names=True)
+    assert ">a 3.0<" in text and ">b 5.0<" in text, "alike but for rounding"
     assert heat_map(["q"], [[(0.25, "<t>"), None]]).count('class="cell"') == 1
     axis = Axis(1, 1000, 0, 3, log=True)
     assert axis.at(10) == pytest.approx(1) and axis.ticks() and all(1 <= t <= 1000 for t in axis.ticks())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 COLOURS = 8  # the style sheet has --c0 … --c7
+NEAR = 12.0  # as wide as two marks: lines that end no further apart end at the same place
 
 
 class Mark(NamedTuple):
@@ -215,7 +216,7 @@ def draw_names(series: Sequence[Series], ax: Axis, ay: Axis, top: float | None, 
         s = series[n]
         kind = "tick" if s.number is None else "tick strong"
         off = " ↑" if top is not None and m.y > top else ""
-        off += f" at {m.x:g}" if x < last else ""
+        off += f" at {m.x:.3g}" if last - x > NEAR else ""
         line = tag("line", "leader", x1=x + 6, y1=y, x2=right + 14, y2=at)
         text = tag("text", kind, f"{escape(s.label)} {m.y:,.1f}{off}", x=right + 18, y=at + 4)
         out[n] = line + text
