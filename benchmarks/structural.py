@@ -187,12 +187,12 @@ def split_sections(text: str) -> list[str]:
 
 
 def write_section(table: Path, start: str, title: str, text: str) -> None:
-    """Put `text` under the heading `title` of a page that begins with `start`; other sections stay."""
+    """Put `text` under the heading `title` of a page that begins with `start`, where that section is or behind the others."""
     table.parent.mkdir(parents=True, exist_ok=True)
-    old = table.read_text(encoding="utf-8") if table.exists() else start
-    parts = [p for p in split_sections(old) if not p.startswith(f"## {title}\n")]
-    parts.append(f"## {title}\n\n{text}")
-    table.write_text("\n\n".join(p.strip() for p in parts) + "\n", encoding="utf-8")
+    sections = split_sections(table.read_text(encoding="utf-8"))[1:] if table.exists() else []
+    found = [n for n, s in enumerate(sections) if s.startswith(f"## {title}\n")] or [len(sections)]
+    sections[found[0] : found[0] + 1] = [f"## {title}\n\n{text}"]
+    table.write_text("\n\n".join(s.strip() for s in [start, *sections]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
