@@ -65,6 +65,13 @@ def test_a_file_is_compressed_asked_and_timed(small_chat, run, tmp_path, monkeyp
     assert not re.search(r"(?:src|href)\s*=", page)  # one file, offline
 
 
+def test_a_quick_demo_has_as_many_tokens_as_channels(tmp_path):
+    """Else `compress` refuses: Grams of the widest linear would be singular."""
+    model = tiny.build("llama_gqa", vocab_size=260, intermediate_size=1100)
+    path = gguf_files.write(tmp_path / "m.gguf", model, vocabulary=add_bytes)
+    assert [chat.count_least(path, n) for n in (64, 256, 2048)] == [18, 6, 2]
+
+
 @pytest.mark.slow
 def test_texts_that_are_given_are_used(small_chat, run, tmp_path):
     for name in ("calibration", "held-out"):

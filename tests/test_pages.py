@@ -16,7 +16,6 @@ from planish.evaluate.report.page import write_report
 from planish.evaluate.report.points import Point, write_points
 from planish.manifest import Result
 
-pytestmark = pytest.mark.slow
 NAMES = ("demo", "chat", "sweep", "folder")
 WIDTHS = (400, 700, 1600)
 UNITS = {"qk": (32, 6), "vo": (32, 3), "mlp": (1536, 4)}  # full rank; its weights in units of 10,000
@@ -45,7 +44,7 @@ def make_demo(folder: Path) -> Path:
 def make_chat(folder: Path) -> Path:
     result = Result("auto", 0.9, 0.8997, 134_515_008, 123_898_176, 106_168_320, 95_551_488, 46080, 41472, "planish", "out",
                     flops_per_token_before=270_532_608, flops_per_token_after=249_299_456)  # fmt: skip
-    sides = [Evaluation(p, log(p), 4088, 8, 512, "float32", "text", True, "once") for p in (19.84, 15.05)]
+    sides = [Evaluation(p, log(p), 4088, 8, 512, "float32", "text", True, "once", False) for p in (19.84, 15.05)]
     quality = Comparison(*sides, Agreement(4088, 0.299, 0.008, 2.1, 4.3, 0.748, 0.007))
     answers = [
         Answer(p, "Paris is the capital. " * 9, "x" * 90 + " is the\n\n1. capital", 0.0, 0.12) for p in chat.PROMPTS
@@ -150,6 +149,14 @@ def show(tab, pages):
     assert not tab.complaints()
 
 
+def test_pages_are_made(pages):
+    """Also where no browser is: what the others look at can be built, in one file each."""
+    for page in pages.values():
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_asks_for_nothing(name, show, pages):
     tab = show(name)
@@ -161,6 +168,7 @@ def test_a_page_asks_for_nothing(name, show, pages):
     assert all("Content Security Policy" in c for c in tab.complaints())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_sticks_out_or_is_too_small(name, show):
     for width in WIDTHS:
@@ -170,6 +178,7 @@ def test_nothing_sticks_out_or_is_too_small(name, show):
         assert not tab.ask("tiny(8.9)"), width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", NAMES)
 def test_texts_stand_out(name, scheme, show):
@@ -178,6 +187,7 @@ def test_texts_stand_out(name, scheme, show):
     assert not tab.ask("pale(4.5)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "width"), [("demo", 400), ("demo", 1300), ("sweep", 400), ("sweep", 1300), ("folder", 400)]
 )
@@ -193,6 +203,7 @@ def test_pointing_at_a_mark_shows_its_values(name, width, show):
         tab.point(1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo", "sweep", "folder"])
 def test_the_keyboard_reaches_every_mark(name, show):
     """Tab comes to a picture once; the arrows go through it."""

@@ -30,6 +30,7 @@ from planish.folder.config import load_config
 from planish.folder.gguf_reader import is_gguf, open_gguf
 from planish.folder.hub import CARRIED, find_carried
 from planish.folder.owner import check_output, owning
+from planish.folder.source import open_source
 from planish.folder.tokenizer import load_tokenizer
 from planish.manifest import Result
 
@@ -104,7 +105,7 @@ def run_chat(
 
     `calibration`, `eval_text`: SOURCEs. Without the first half is the model's own answers to questions
     (`planish.evaluate.own_answers`), sampled in llama.cpp, half `builtin`. Without the
-    second the text is Python's reference manual. `quick`: a quarter of the text.
+    second the text is Python's reference manual. `quick`: a quarter of the text, or as much as the model's width needs.
     """
     start, stages, share = time.perf_counter(), dict[str, tuple[float, float]](), 4 if quick else 1
     check_output(output / "model", overwrite=True)
@@ -113,7 +114,7 @@ def run_chat(
     seq_len, eval_len = min(SEQ_LEN, limit // 2), min(EVAL_LEN, limit // 2)
     held = load_tokens(eval_text or read_manual(), tokenizer, split="evaluation")
     eval_windows(held.tokens, eval_len, held.begin)  # a text that cannot be used is found before anything takes minutes
-    samples, source = SAMPLES // share, calibration
+    samples, source = max(SAMPLES // share, count_least(file, seq_len)), calibration
     if source is None:
         with timed(stages, "answers to calibrate on"):
             own = write_own(file, tokenizer, output, (samples // 2, seq_len), progress)
@@ -167,6 +168,13 @@ def find_file(model: str) -> Path:
     if not is_gguf(Path(model)) or not Path(model).is_file():
         raise InputError(f"{model} is no GGUF file that could be compressed")
     return Path(model)
+
+
+def count_least(file: Path, seq_len: int) -> int:
+    """Windows that have at least as many tokens as the widest linear has channels, and are even in number."""
+    shape = open_source(file).shape(0)
+    widest = max(max(shape.linear(role)) for role in shape.linears)
+    return 2 * -(-widest // (2 * seq_len))
 
 
 @contextmanager
