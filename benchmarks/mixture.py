@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import planish
-from planish.calibrate.text import load_tokens, sample_windows
+from planish.calibrate.text import cut_windows, load_tokens, sample_starts
 from planish.errors import PlanishError
 from planish.solvers.linalg import damp, whitened_svd
 
@@ -160,7 +160,8 @@ def factor_experts(args: argparse.Namespace, way: str, keep: float, out: Path) -
     """B A in place of every expert's W, of the rank that leaves this keep, best for the inputs that its tokens bring."""
     lm = planish.load(args.model, dtype="float32")
     text = load_tokens("builtin", AutoTokenizer.from_pretrained(args.model)).tokens
-    grams = measure_grams(lm, sample_windows(text, args.n_samples, args.seq_len, 0))
+    windows = cut_windows(text, sample_starts(text, args.n_samples, args.seq_len, 0), args.seq_len)
+    grams = measure_grams(lm, windows)
     gone = (1 - keep) * sum(p.numel() for p in lm.model.layers.parameters() if p.ndim > 1)
     held = sum(m.gate_up_proj.numel() + m.down_proj.numel() for m in find_experts(lm))
     size = sum(t.nbytes for t in {id(p): p for p in lm.parameters()}.values()) // 2

@@ -25,7 +25,7 @@ from structural import split_text
 from transformers import AutoTokenizer
 
 import planish
-from planish.calibrate.text import load_tokens, sample_windows
+from planish.calibrate.text import cut_windows, load_tokens, sample_starts
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "prediction.md"
@@ -94,7 +94,9 @@ def main() -> None:
 def measure_plans(args: argparse.Namespace, text: dict, held: str, scratch: Path) -> list[tuple]:
     tokenizer, limit = AutoTokenizer.from_pretrained(args.model), args.windows * args.seq_len
     tokens = load_tokens(text["calibration"], tokenizer, bos="once").tokens
-    own = sample_windows(tokens, args.n_samples, args.seq_len).flatten()[:limit].numpy()
+    own = (
+        cut_windows(tokens, sample_starts(tokens, args.n_samples, args.seq_len), args.seq_len).flatten()[:limit].numpy()
+    )
     other = load_tokens(held, tokenizer, split="evaluation", bos="once").tokens[:limit].numpy()
 
     def losses(folder: Path) -> list[float]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import planish
-from planish.calibrate.text import load_tokens, sample_windows
+from planish.calibrate.text import cut_windows, load_tokens, sample_starts
 from planish.slices import PRODUCTS, SLICED
 from planish.stats import add_gram, mirror
 
@@ -41,7 +41,8 @@ def main() -> None:
     place = {"gguf_file": model.name} if model.is_file() else {}
     tokenizer = AutoTokenizer.from_pretrained(model.parent if place else model, **place)
     text = load_tokens(args.text, tokenizer)
-    windows = sample_windows(text.tokens, args.n_samples, args.seq_len, begin=text.begin)
+    starts = sample_starts(text.tokens, args.n_samples, args.seq_len, begin=text.begin)
+    windows = cut_windows(text.tokens, starts, args.seq_len, text.begin)
     lines = [
         "# How exact sums are", "",
         "Written by `python benchmarks/sums.py`: moments R = Σ x xᵀ of the inputs of linears, "

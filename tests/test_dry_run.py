@@ -159,7 +159,8 @@ def test_chosen_windows_are_recorded(monkeypatch, tmp_path):
     assert (record["n_samples"], record["seq_len"]) == (128, 16) and record["chosen"] in result.warnings
     foretold = planish.forecast(folder, **more)
     assert (foretold.n_samples, foretold.seq_len) == (128, 16) and record["chosen"] in foretold.warnings
-    phases, shorter = begun[0]
+    phases, shorter, notes = begun[0]
+    assert notes == [record["chosen"]] and all(s <= 0.505 * sum(p.seconds for p in phases) for s in shorter.values())
     own = sum(p.seconds for p in phases)
     assert own == pytest.approx(foretold.seconds) and shorter["--n-samples 64"] == pytest.approx(own / 2)
     planish.compress(folder, output=tmp_path / "b", **more, n_samples=100)
@@ -246,7 +247,7 @@ def test_phases_are_reported_as_they_are_foretold(method, monkeypatch):
         assert total == (2 if phase == "loss" else 3) and 0 <= done <= total
 
     model, more = tiny.build("llama_gqa"), MORE | {"calibration": tiny.windows(20, 48).flatten()}
-    begin = lambda phases, shorter: foretold.extend((p.name, len(p.steps)) for p in phases)  # noqa: E731
+    begin = lambda phases, *_: foretold.extend((p.name, len(p.steps)) for p in phases)  # noqa: E731
     planish.compress(model, keep=0.7, method=method, progress=watch, begin=begin, **more)
     if method == "auto":  # of errors of scores only those that the plan needs are measured
         seen, foretold = ([p for p in found if p[0] != "scores"] for found in (seen, foretold))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import measure_house as house
+import pytest
 
 import planish
 
@@ -152,6 +154,17 @@ def test_benchmarks_call_what_is_public():
     assert {p for p in PRIVATE if any(f"{b}: {s}".startswith(p) for b, s in known)} == PRIVATE, (
         "take what is mended off the list"
     )
+
+
+@pytest.mark.parametrize("program", BENCHMARKS, ids=lambda b: b.name)
+def test_what_a_benchmark_imports_is_there(program):
+    """Programs that nothing else runs would not be missed."""
+    for node in ast.walk(program.tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "planish":
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                there = hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}")
+                assert there, f"{node.module} has no {name.name}"
 
 
 def asks_a_solver(node: ast.AST) -> bool:

@@ -84,7 +84,7 @@ from planish.solvers.offload import offload
 __all__ = [
     "answer_both", "ask", "compare", "compress", "eora", "evaluate", "evaluate_tasks", "forecast", "load", "measure_effects",
 ]  # fmt: skip
-Begin = Callable[[Sequence[Phase], Mapping[str, float]], None]  # predicted phases; what would halve them → seconds
+Begin = Callable[[Sequence[Phase], Mapping[str, float], Sequence[str]], None]  # phases; halving them → seconds; notes
 TEXT_AND_DEVICE = ("calibration", *TEXT, "device", "dtype")  # options of what only measures
 N_SAMPLES = 128  # unless told; fewer where the text has fewer
 
@@ -117,8 +117,8 @@ def compress(
     Where neither number is given and a CPU would need more than half an hour, fewer tokens are taken, and a warning says why.
     `cache`: keep the text's token ids and what calibration found in a folder model on disk ($PLANISH_CACHE), and use them
     for the next budget. `progress(phase, done, total)` is called as a phase begins (0) and as blocks are done;
-    `begin(phases, shorter)` before, with the predicted seconds of every phase (`planish.dry_run.seconds.Phase`) and what would
-    halve their sum; both are empty where the run is small.
+    `begin(phases, shorter, notes)` before, with the predicted seconds of every phase (`planish.dry_run.seconds.Phase`), what would
+    halve their sum (both empty where the run is small), and those of the warnings that are known by then.
     """
     if output is None:
         with tempfile.TemporaryDirectory(prefix="planish-", ignore_cleanup_errors=True) as folder:
@@ -142,7 +142,7 @@ def compress(
     contest = Contest(request, method, source, text, place, progress, cache)
     request, choices, beside = choose_size(contest)
     if begin is not None and lanes.is_first():
-        begin(*foretell(request, method, source, (len(text.windows), text.windows.shape[-1]), chosen.outlook))
+        begin(*foretell(request, method, source, (*text.windows.shape,), chosen.outlook), text.notes)
     request, result = make(contest, request, place, choices, cache)
     result.warnings = text.notes + open_bits + result.warnings
     result.choices = [c.as_dict() for c in choices]

@@ -144,6 +144,7 @@ class Session:
         self.time = TimeLeft(began=self.began)
         self.result: dict[str, Any] = {}
         self.view: list[Any] = []
+        self.noted: list[str] = []
 
     @property
     def api(self) -> Any:
@@ -154,8 +155,9 @@ class Session:
         loading.silence()
         return api
 
-    def begin(self, phases: Sequence[Any], shorter: Mapping[str, float]) -> None:
-        """`planish.api.Begin`: what a long run is predicted to take, before it starts."""
+    def begin(self, phases: Sequence[Any], shorter: Mapping[str, float], notes: Sequence[str] = ()) -> None:
+        """`planish.api.Begin`: what is known of a run before it starts, and what a long one is predicted to take."""
+        self.note(notes)
         if not phases:
             return
         self.began = self.said = time.monotonic()
@@ -169,7 +171,7 @@ class Session:
         took = ", ".join(f"{name} {tell(s)}" for name, s in parts.items())
         say(f"this takes about {tell(sum(parts.values()))} ({took})")
         if shorter:
-            say(f"about half of that or less: {', '.join(f'{flag} ({tell(s)})' for flag, s in shorter.items())}")
+            say(f"half of that or less: {', '.join(f'{flag} ({tell(s)})' for flag, s in shorter.items())}")
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """`planish.core.Progress`: a bar per phase; where stderr is no terminal, a line for every block that took `EVERY`
@@ -185,10 +187,12 @@ class Session:
             self.said = now
             say(" · ".join([f"{phase} {done} of {total}", f"{tell(now - self.began)} elapsed", *[rest][: bool(rest)]]))
 
-    def note(self, warnings: list[str]) -> None:
-        """What a run has to say besides its result."""
-        for warning in warnings if is_first() else []:
-            say(f"note: {warning}")
+    def note(self, warnings: Sequence[str]) -> None:
+        """What a run has to say besides its result, once."""
+        for warning in warnings if is_first() else ():
+            if warning not in self.noted:
+                say(f"note: {warning}")
+                self.noted.append(warning)
 
     def give(self, result: dict[str, Any], *view: Any) -> None:
         """The command's result: as data for `--json`, and as renderables for people."""

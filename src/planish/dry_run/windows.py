@@ -26,6 +26,8 @@ PER_CHANNEL = 4  # tokens at least for every channel of the widest Gram, or it i
 CAREFUL = 60, 1e9  # passes and FLOP/s by which a run is certainly not longer than it takes
 ROUND = 1e-5  # seconds of rounding a weight, as certainly
 SMALL = 60.0  # seconds within which a run needs no prediction
+HALF = 0.505  # at most that of a run's time is half of it
+PARTS = (2, 3, 4)  # windows are divided by these until the run is halved
 CHEAPER = ("a3", "flat-llm")  # methods that are looked at
 
 Size = tuple[int, int]  # windows, tokens of each
@@ -107,11 +109,13 @@ def choose_windows(request: Request, method: Method, source: Source, size: Size)
 
 
 def list_shorter(outlook: Outlook, size: Size, seconds: float) -> dict[str, float]:
-    """Options that would at least about halve a run of so many seconds → what it would take with them."""
+    """Options that would at least halve a run of so many seconds → what it would take with them; of windows the most."""
     (n, length), found = size, dict[str, float]()
-    for flag, other in ((f"--n-samples {n // 2}", (n // 2, length)), (f"--seq-len {length // 2}", (n, length // 2))):
-        if min(other) > 1:
-            found[flag] = outlook.seconds(other)
+    fewer = [(f"--n-samples {n // by}", (n // by, length)) for by in PARTS]
+    shorter = [(f"--seq-len {length // by}", (n, length // by)) for by in PARTS]
+    for options in (fewer, shorter):
+        told = ((flag, outlook.seconds(other)) for flag, other in options if min(other) > 1)
+        found |= dict([next((t for t in told if t[1] <= HALF * seconds), ("", seconds))])
     for name in CHEAPER:
         if name != outlook.method.name and name in list_methods():
             try:
@@ -119,7 +123,7 @@ def list_shorter(outlook: Outlook, size: Size, seconds: float) -> dict[str, floa
                 found[f"--method {name}"] = cheaper.seconds(size)
             except InputError:
                 continue  # that method cannot do it
-    return {flag: s for flag, s in found.items() if s <= 0.6 * seconds}
+    return {flag: s for flag, s in found.items() if s <= HALF * seconds}
 
 
 def foretell(
