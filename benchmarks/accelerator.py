@@ -2,11 +2,14 @@
 
     python benchmarks/accelerator.py                                        # two blocks, 128 × 2048 tokens
     python benchmarks/accelerator.py --methods auto --solve-on-cpu          # large factorisations stay on the CPU
-    python benchmarks/accelerator.py --all                                  # for a machine that is lent for a quarter of an hour
+    python benchmarks/accelerator.py --all --table FILE                     # for a machine that is lent for a quarter of an hour
+    python benchmarks/accelerator.py --expect                               # no device: what --all should find, by data sheets
 
 --all: the device's rates, then flat-llm, a3 and auto, then a3 and auto with factorisations on the CPU, beside what is aimed at
 and the floor that the rates make: one forward and, for auto, one backward pass (bfloat16), Grams of every linear's input and, for
-auto, of every output's gradient (float64). A section is put above what the page has; nothing of it is lost.
+auto, of every output's gradient (float64). A section is put above what the page has; nothing of it is lost, and it is written
+again after every case, so that a run that is cut short leaves what it measured. Cases take about 30 s per block where
+factorisations are the device's and up to 90 s where they are the CPU's: two blocks end within ten minutes.
 
 Weights are random, text is random: times do not depend on what is in them. What is per model and not per block (embedding,
 head, writing what is outside) is small beside it. A run of all 32 blocks takes as many times longer as it has more blocks.
@@ -35,6 +38,22 @@ HEAD = """# On an accelerator
 
 Written by `benchmarks/accelerator.py`: random weights, seconds per block of one run, reading and writing included.
 """
+# FLOP/s in bf16 (dense, 60 % of the data sheet's) and of sums as exact as fp64's: by tensor cores in fp64 (80 %), or by digits,
+# of which `planish.slices.PRODUCTS` in TF32 make one product
+SHEETS = {"H200": (6.0e14, 5.4e13), "RTX 4090": (1.0e14, 8.0e13 / 21), "L4": (3.6e13, 3.0e13 / 21)}
+BEFORE = {
+    "flat-llm": "28.5: solving 13.5, sums 6.5, passes 5.5",
+    "a3": "18.8: solving 7.9, sums 6.6, passes 1.7",
+    "auto": "61.1: solving 17.9, passes 19.8, sums 10.5, frontiers 9.1",
+}  # of the H100's rows below
+EXPECTED = """Expected, not measured: what passes and sums of one block of 4096 / 14336 channels cannot do without
+(`python benchmarks/accelerator.py --expect`), by the data sheets' rates. `--all` should find that
+
+- sums take their floor: they are formed where the activations are, in fp64 by tensor cores, on cards without those by digits;
+- passes take two to three times theirs, for attention and element-wise work are not in it;
+- solving is what is left of the aim: eigenproblems and Cholesky factors run on the device, one after the other, and what is
+  beside them on the CPU. If an aim is missed it is missed here, and the rows "solved on the CPU" say by how much.
+"""
 PHASES = ("statistics", "gradients", "stream", "sums", "frontiers", "solve", "write")
 
 
@@ -50,26 +69,52 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--solve-on-cpu", action="store_true")
     parser.add_argument("--all", action="store_true", help="rates, and every case beside what is aimed at")
+    parser.add_argument("--expect", action="store_true", help="write what is expected of some devices, and end")
     parser.add_argument("--rows", type=Path, help="append results to this file of JSON lines")
     parser.add_argument("--table", type=Path, default=TABLE)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    if args.expect:
+        return write_expected(args)
     cases = [(m, args.solve_on_cpu) for m in args.methods.split(",")]
     if args.all:
         cases = [("flat-llm", False), ("a3", False), ("auto", False), ("a3", True), ("auto", True)]
     rates = measure_rates(torch.device(args.device), args.hidden) if args.all else {}
     print(json.dumps(rates), flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = [*measure(args, cases, Path(scratch))]
-    if args.rows:
-        rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     title = (
         f"{args.blocks} blocks of {args.hidden} / {args.intermediate} channels, {args.n_samples} × {args.seq_len} tokens, keep "
         f"{args.keep:g}, {name}, {os.cpu_count()} cores."
     )
     old = args.table.read_text(encoding="utf-8").removeprefix(HEAD) if args.table.exists() else ""
-    args.table.write_text(HEAD + write_section(title, rows, args, rates) + old, encoding="utf-8")
+    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()] if args.rows else []
+    with tempfile.TemporaryDirectory() as scratch:
+        for row in measure(args, cases, Path(scratch)):
+            rows.append(row)
+            args.table.write_text(HEAD + write_section(title, rows, args, rates) + old, encoding="utf-8")
+
+
+def write_expected(args: argparse.Namespace) -> None:
+    """A section with the floors that data sheets' rates make, in the place of an earlier one."""
+    lines = [
+        EXPECTED,
+        "| method | aim | " + " | ".join(f"floor, {d}" for d in SHEETS) + " | last measured: seconds, of which |",
+    ]
+    lines.append("|---" * (len(SHEETS) + 3) + "|")
+    for method, aim in AIMS.items():
+        floors = [
+            f"{find_floor(args, method, dict(zip(('bfloat16', 'float64'), r, strict=True))):.1f}"
+            for r in SHEETS.values()
+        ]
+        lines.append(f"| {method} | {aim:.0f} | {' | '.join(floors)} | {BEFORE[method]} |")
+    text = args.table.read_text(encoding="utf-8")
+    head, _, rest = text.partition(EXPECTED.splitlines()[0])
+    if rest:  # up to the next section
+        at = rest.find("\n\n", rest.index("|---"))
+        rest = rest[at + 2 :] if at >= 0 else ""
+    else:
+        head, rest = HEAD, text.removeprefix(HEAD).lstrip()
+    args.table.write_text(head.rstrip() + "\n\n" + "\n".join(lines) + "\n\n" + rest, encoding="utf-8")
 
 
 def measure(args: argparse.Namespace, cases: list[tuple[str, bool]], scratch: Path) -> Iterator[dict[str, Any]]:
@@ -136,11 +181,11 @@ def clock(work: Callable[[], Any], device: torch.device, times: int = 5) -> floa
 
 
 def find_floor(args: argparse.Namespace, method: str, rates: dict[str, float]) -> float:
-    """Seconds that a block's passes and Grams take at these rates."""
+    """Seconds that a block's passes and Grams, on and above their diagonals, take at these rates."""
     h, m, kv, tokens = args.hidden, args.intermediate, max(args.hidden // 512, 1) * 128, args.n_samples * args.seq_len
     passes = 2 * tokens * (2 * h * h + 2 * h * kv + 3 * h * m) * (3 if method == "auto" else 1)
     inputs, outputs = 3 * h * h + m * m, (3 * h * h + 2 * kv * kv + 2 * m * m) * (method == "auto")
-    return passes / rates["bfloat16"] + 2 * tokens * (inputs + outputs) / rates["float64"]
+    return passes / rates["bfloat16"] + tokens * (inputs + outputs) / rates["float64"]
 
 
 def describe_rates(rates: dict[str, float]) -> str:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
-from planish.calibrate import collect
+from planish import slices
+from planish.calibrate import beside, collect, linears
 from planish.slices import BITS, LEVELS, RUN, SLICED, cut_digits, is_fp64_slow
 from planish.stats import Stats, Tap, add_cross, add_gram
 from tiny import compress, load
@@ -108,6 +109,22 @@ def test_a_run_with_sums_by_digits_chooses_the_same_ranks(method, monkeypatch, t
     (plain, a), (digits, b) = found.values()
     assert digits == plain
     assert (a - b).abs().max() <= 1e-3 * a.abs().max()
+
+
+def test_rounding_sums_by_digits_too(monkeypatch, tmp_path):
+    """Moments of inputs, of gradients and across two models: all that is summed, and the same codes but for a few."""
+    model, found, formed = tiny.build("llama_gqa"), {}, []
+    for slow in (False, True):
+        monkeypatch.setattr(slices, "is_fp64_slow", lambda device, slow=slow: slow)
+        for module, name in ((linears, "add_gram"), (beside, "add_cross")):
+            plain = {"add_gram": add_gram, "add_cross": add_cross}[name]
+            monkeypatch.setattr(module, name, lambda *a, plain=plain: [formed.append(a[-1]), plain(*a)])
+        folder = tmp_path / str(slow)
+        compress(model, output=folder, windows=tiny.windows(8, 16), method="a3", keep=0.8, bits="4", target="hf")
+        found[slow] = torch.cat([p.flatten() for p in load(folder).parameters()])
+        assert formed and set(formed) == {SLICED if slow else torch.float64}
+        formed.clear()
+    assert (found[True] != found[False]).double().mean() < 0.01
 
 
 def test_a_cpu_sums_in_fp64():

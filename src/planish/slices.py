@@ -32,6 +32,7 @@ BITS = 7
 LEVELS = 6
 RUN = 512  # tokens whose digits' products add up within 2^24: in the last level two of 2^13 and four of 2^12 each
 PRODUCTS = LEVELS * (LEVELS + 1) // 2
+CUTTING = 1.3  # times the products' seconds that numbers are cut and formed in
 SLICED: Final = "sliced"
 Precision = torch.dtype | Literal["sliced"]  # what the products of a run of tokens are summed in
 
@@ -83,10 +84,15 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def choose_exact(device: torch.device) -> Precision:
+    """What sums as exact as fp64's are formed in: digits where that is faster on this device."""
+    return SLICED if is_fp64_slow(device) else torch.float64
+
+
 @cache
 def is_fp64_slow(device: torch.device) -> bool:
-    """Whether this device forms fp64 products more than twice `PRODUCTS` times slower than fp32 ones: measured once, on products
-    of 2048 × 512 × 2048 numbers. Never on a CPU, nor where there is no fp64 and sums are the CPU's."""
+    """Whether this device forms an fp64 product in more time than `PRODUCTS` ones in fp32 and the cutting take: measured once, on
+    products of 2048 × 512 × 2048 numbers. Never on a CPU, nor where there is no fp64 and sums are the CPU's."""
     if device.type != "cuda":
         return False
 
@@ -102,4 +108,4 @@ def is_fp64_slow(device: torch.device) -> bool:
         return time.perf_counter() - start
 
     with exact_products():
-        return seconds(torch.float64) > 2 * PRODUCTS * seconds(torch.float32)
+        return seconds(torch.float64) > CUTTING * PRODUCTS * seconds(torch.float32)

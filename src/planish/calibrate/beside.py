@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from planish.calibrate.activations import Activations, fetch
 from planish.calibrate.stream import Hidden, Stream
+from planish.slices import choose_exact
 from planish.stats import Sums, add_cross
 
 See = Callable[[str, Tensor], None]  # name, inputs
@@ -45,7 +46,7 @@ def measure_beside(
                 seen.append((x, name))
                 y, x = known.pop(name).flatten(0, -2), x.flatten(0, -2)
                 y, x = (y.cpu(), x.cpu()) if x.device.type == "mps" else (y, x)
-                add_cross(sums.setdefault(name, {}), y, x)
+                add_cross(sums.setdefault(name, {}), y, x, choose_exact(x.device))
 
         watch(stream, i, block, names, fetch(hidden, n, stream.device), n, see)
     return {name: sums[own]["sum"].cpu() for name, own in leader.items()}, outputs

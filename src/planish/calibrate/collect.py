@@ -17,7 +17,7 @@ from planish.calibrate.stream import Hidden, Stream, return_memory
 from planish.calibrate.taps import AllSeen, Values, add_batch, choose_windows, find_gap, take_windows, tap_sites
 from planish.core import Shape
 from planish.errors import InputError
-from planish.slices import SLICED, Precision, is_fp64_slow
+from planish.slices import Precision, choose_exact
 from planish.stats import Stats, Tap, add_lane, is_finite
 
 
@@ -135,7 +135,7 @@ def choose_run(stream: Stream) -> Precision:
     by digits where the device is slow in fp64."""
     if stream.products != stream.dtype:
         return torch.float32
-    return SLICED if is_fp64_slow(stream.device) else torch.float64
+    return choose_exact(stream.device)
 
 
 def sum_lane(

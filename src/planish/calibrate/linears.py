@@ -20,6 +20,7 @@ from planish.folder.stored_linear import find_experts
 from planish.modelling.blocks import Layout, read_layout
 from planish.modelling.families import Family
 from planish.modelling.modules import is_dense, set_module
+from planish.slices import choose_exact
 from planish.stats import Sums, add_gram, mirror
 
 ROWS = 1 << 14  # averages of attention that are summed per batch
@@ -57,6 +58,12 @@ def damp_experts(grams: dict[str, Tensor], experts: list[list[str]], reached: fl
         damped |= {id(grams[n]) for n in own}
 
 
+def add_exactly(sums: Sums, x: Tensor) -> None:
+    """`add_gram` as exact as in fp64, on the device if it has that."""
+    x = x.cpu() if x.device.type == "mps" else x
+    add_gram(sums, x, choose_exact(x.device))
+
+
 @torch.no_grad()
 def measure_grams(stream: Stream, i: int, block: nn.Module, names: list[str], hidden: Any) -> dict[str, Tensor]:
     """Σ x xᵀ (in, in) in fp64 of every named linear's inputs; linears that read the same tensor share it."""
@@ -72,7 +79,7 @@ def measure_grams(stream: Stream, i: int, block: nn.Module, names: list[str], hi
         seen.append((x, name))
         leader[name] = name
         flat = x.flatten(0, -2)
-        add_gram(sums[name], flat.cpu() if flat.device.type == "mps" else flat)
+        add_exactly(sums[name], flat)
 
     handles = [block.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: see(n, args[0])) for n in names]
     try:
@@ -144,7 +151,7 @@ def measure_attended(stream: Stream, i: int, block: nn.Module, layout: Layout, h
             module(*args, **kwargs)
             values.first += width
         x = torch.cat(averages.parts, -1)[..., : values.channels].flatten(0, 1)
-        add_gram(sums, x.cpu() if x.device.type == "mps" else x)
+        add_exactly(sums, x)
         raise Watched
 
     attention = block.get_submodule(stream.family.attention)
@@ -213,7 +220,7 @@ def step_back(stream: Stream, i: int, hidden: Hidden, into: Hidden) -> tuple[dic
                 if g is not None and (g.shape[-1] > FULL or name in diagonal):
                     squares[name] = squares.get(name, 0) + g.flatten(0, -2).double().square().sum(0).cpu()
                 elif g is not None:
-                    add_gram(sums[name], g.flatten(0, -2).cpu() if g.device.type == "mps" else g.flatten(0, -2))
+                    add_exactly(sums[name], g.flatten(0, -2))
             seen.clear()
     finally:
         for handle in handles:

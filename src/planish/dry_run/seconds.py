@@ -28,7 +28,7 @@ from planish.folder.stored_linear import StoredLinear, is_apart
 from planish.plan.footprint import footprint
 from planish.plan.foreseen import Work
 from planish.plan.problem import changes
-from planish.slices import SLICED, is_fp64_slow
+from planish.slices import choose_exact
 from planish.solvers.offload import offload
 from planish.stats import Stats, Tap, add_gram, is_finite
 
@@ -266,7 +266,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_le
     x, y = a.to(sums).double()[:512], b.to(sums).double()
     double = 2 * 512 * n * m / seconds(lambda: x @ y.T)
     wide, total = torch.ones(512, m, device=sums, dtype=dtype), dict[str, Tensor]()
-    gram = seconds(lambda: add_gram(total, wide, SLICED if is_fp64_slow(sums) else torch.float64)) / 512 / m**2
+    gram = seconds(lambda: add_gram(total, wide, choose_exact(sums))) / 512 / m**2
     length = max(1, min(seq_len, 1024))
     q = torch.ones(1, 4, length, max(shape.qk, 1), device=device, dtype=dtype)
     attention = seconds(lambda: nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
