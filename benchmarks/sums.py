@@ -4,20 +4,26 @@
     python benchmarks/sums.py --model DIR --text FILE
 
 An entry's error is counted in √(R_ii R_jj). *Largest*: of a channel's numbers, the largest over the root of its mean square, in
-the worst channel. *Condition*: of R, with 1e-10 of its mean diagonal added, as most solves take it.
+the worst channel. *Condition*: of R, with 1e-10 of its mean diagonal added, as most solves take it. Then what a Gram costs in
+either way, counted by dtype, and the same model compressed with sums in either way: ranks and perplexity.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import tempfile
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 import planish
+from planish import slices
 from planish.calibrate.text import cut_windows, load_tokens, sample_starts
 from planish.slices import PRODUCTS, SLICED
 from planish.stats import add_gram, mirror
@@ -55,7 +61,61 @@ def main() -> None:
         for name, x in watch(lm, windows, block).items():
             lines.append(f"| {block} | {name.partition('_')[0]} | {measure(x)} |")
             print(lines[-1], flush=True)
+    lines += ["", *list_costs(), "", *compress_both(model, args)]
     args.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+class Count(TorchDispatchMode):
+    """FLOPs of matrix products by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            a, b = [t for t in args if isinstance(t, Tensor)][-2:]
+            self.found[a.dtype] = self.found.get(a.dtype, 0) + 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+def list_costs(channels: int = 1536, tokens: int = 1024) -> list[str]:
+    """A table of what adding `tokens` to a Gram takes."""
+    x, rows = torch.randn(tokens, channels), []
+    for name, run in (("fp64", torch.float64), ("runs in fp32", torch.float32), ("digits", SLICED)):
+        with Count() as count:
+            add_gram({}, x, run)
+        took, total = [], {"sum": torch.zeros(channels, channels, dtype=torch.float64)}
+        for _ in range(5):
+            start = time.process_time()
+            add_gram(total, x, run)
+            took.append(time.process_time() - start)
+        flops = " | ".join(f"{count.found.get(d, 0) / 1e9:.1f}" for d in (torch.float64, torch.float32))
+        rows.append(f"| {name} | {flops} | {1e3 * min(took):.0f} |")
+    return [
+        f"{tokens:,} tokens of {channels:,} channels (a Gram on and above its diagonal), processor's milliseconds:", "",
+        "| sums | GFLOP in fp64 | GFLOP in fp32 | CPU ms |", "|---|---|---|---|", *rows,
+    ]  # fmt: skip
+
+
+def compress_both(model: Path, args: argparse.Namespace) -> list[str]:
+    """The model by flat-llm at keep 0.8 with sums in fp64 and by digits, as where fp64 is slow."""
+    text, rows, plans = args.text.with_name("wikitext2_test.txt"), [], []
+    for name, slow in (("fp64", False), ("digits", True)):
+        slices.is_fp64_slow = lambda device, slow=slow: slow  # type: ignore[assignment]
+        with tempfile.TemporaryDirectory() as folder:
+            planish.compress(
+                model, method="flat-llm", keep=0.8, calibration=args.text, n_samples=2 * args.n_samples, seq_len=args.seq_len,
+                output=Path(folder) / "out",
+            )  # fmt: skip
+            plans.append(json.loads((Path(folder) / "out" / "planish.json").read_text(encoding="utf-8"))["plan"])
+            found = planish.evaluate(Path(folder) / "out", text if text.exists() else args.text, 1024, max_windows=4)
+        rows.append(f"| {name} | {found.perplexity:.4f} | {'the same' if plans[0] == plans[-1] else 'other ones'} |")
+        print(rows[-1], flush=True)
+    return [
+        f"Compressed by flat-llm, keep 0.8, {2 * args.n_samples} × {args.seq_len} tokens; perplexity in 4 windows of 1,024:", "",
+        "| sums | perplexity | ranks |", "|---|---|---|", *rows,
+    ]  # fmt: skip
 
 
 def find_wheel() -> Path:
