@@ -35,7 +35,6 @@ HEAD = """# auto's time beside its floor
 Written by `benchmarks/patience.py`: CPU seconds of one process. The floor is what cannot be left out (see the file): passes in
 fp32, whole Grams in fp64, one eigenproblem per linear, by torch and transformers alone.
 """
-PHASES = ("gradients", "sums", "stream", "statistics", "frontiers", "solve")
 
 
 def spend(work: Callable[[], object]) -> float:
@@ -123,6 +122,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--beside", type=Path, help="another checkout, which takes its turn first")
+    parser.add_argument("--note", default="", help="what the page says of both")
     parser.add_argument("--also", action="store_true", help="a turn with --dtype float32 too")
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -152,18 +152,23 @@ def main() -> None:
 
 def tabulate(args: argparse.Namespace, floor: dict[str, float], rows: dict[str, dict]) -> str:
     total = sum(floor.values())
+    phases = list(dict.fromkeys(p for row in rows.values() for p in row["seconds"] if p != "total"))
+    command = f"python benchmarks/patience.py --text FILE --n-samples {args.n_samples} --seq-len {args.seq_len}"
+    command += f" --held FILE{' --beside CHECKOUT' if args.beside else ''}{' --also' if args.also else ''}"
     lines = [
         HEAD,
+        f"`{command}`; the first FILE is C4, the second WikiText-2 (perplexity of {args.windows} windows of 1,024 tokens).",
+        f"{args.note}\n",
         f"## {args.name}, {args.n_samples} × {args.seq_len} tokens, keep {args.keep}, {args.threads} thread(s)\n",
     ]
     lines += ["| floor | " + " | ".join(floor) + " | sum |", "|---|" + "---|" * (len(floor) + 1)]
     lines += ["| CPU s | " + " | ".join(f"{s:.0f}" for s in floor.values()) + f" | **{total:.0f}** |", ""]
     lines += ["Phases are shares of the clock, scaled to the CPU seconds.\n"]
-    lines += ["| auto | CPU s | × floor | " + " | ".join(PHASES) + " | peak RAM | perplexity |"]
-    lines += ["|---|---|---|" + "---|" * len(PHASES) + "---|---|"]
+    lines += ["| auto | CPU s | × floor | " + " | ".join(phases) + " | peak RAM | perplexity |"]
+    lines += ["|---|---|---|" + "---|" * len(phases) + "---|---|"]
     for label, row in rows.items():
         share = row["cpu"] / row["seconds"]["total"]
-        cells = [f"{row['seconds'].get(p, 0) * share:.0f}" for p in PHASES]
+        cells = [f"{row['seconds'].get(p, 0) * share:.0f}" for p in phases]
         held = f"{row['held']:.2f}" if "held" in row else "–"
         lines += [
             f"| {label} | {row['cpu']:.0f} | {row['cpu'] / total:.2f} | "

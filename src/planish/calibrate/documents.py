@@ -31,7 +31,10 @@ class Asked:
 
 Document = str | list[dict[str, Any]] | Asked  # a text, the messages of a conversation, a prompt and its answer
 NAMES = ("builtin", "wikitext2", "c4")
-SOURCES = "builtin, wikitext2, c4, or a file: .txt, .jsonl (field `text`), .parquet (column `text`), .npy (token ids)"
+SOURCES = (
+    "builtin, wikitext2, c4, or a file: .txt, .jsonl (field `text`; or `messages`, or `prompt` with `answer` or `completion`), "
+    ".parquet (column `text`), .npy (token ids)"
+)
 HALF = re.compile("[\ud800-\udfff]")  # half a character: JSON and Python can hold it, no encoding can
 
 _SKIPPED = {
