@@ -45,6 +45,7 @@ static cache, the dense model's too. Weights are random unless a model is named:
 ONNX Runtime: what `planish export` writes in fp32; in vLLM: the folder itself, fp32, eager; the kept share is that of the model
 compressed for that stack, to widths that its kernels like ("in steps of the target") or to any.
 """
+KEEPS = "0.8,0.7"
 Turn = Callable[[], float]  # reads the prompt, decodes: CPU seconds of the decoding
 
 
@@ -176,7 +177,7 @@ def compare(own: Sequence[float], dense: Sequence[float], tokens: int) -> str:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="flat-llm,a3,svd-llm,mpifa")
-    parser.add_argument("--keeps", default="0.8,0.7")
+    parser.add_argument("--keeps", default=KEEPS)
     parser.add_argument("--model", help="in the place of random weights")
     parser.add_argument("--calibration", default="builtin", help="text for --model")
     parser.add_argument("--n-samples", type=int, default=24, help="windows of 128 tokens to calibrate on")
@@ -268,7 +269,8 @@ def put(args: argparse.Namespace, title: str, rows: str) -> None:
     text = f"{args.repeats} turns of {args.new} tokens, {where}.\n\n{rows}"
     print(text, flush=True)
     if args.write:
-        write_section(TABLE, HEAD, title, text.rstrip())
+        keeps = "" if args.keeps == KEEPS else f", keeps {args.keeps}"
+        write_section(TABLE, HEAD, title + keeps, text.rstrip())
 
 
 if __name__ == "__main__":
