@@ -17,8 +17,9 @@ import compressed
 import tiny
 from planish.errors import InputError
 from planish.export import export
+from planish.export.carriers import is_own_code
 from planish.export.hub import push
-from planish.export.verify import is_own_code, verify
+from planish.export.verify import verify
 from planish.folder.load import load
 from planish.modelling.families import FAMILIES
 from planish.modelling.modelling import class_names

@@ -23,6 +23,7 @@ from tiny import build, load
 gguf = pytest.importorskip("gguf")
 from planish.export.gguf import export_gguf  # noqa: E402
 from planish.export.gguf_llama import solve_silu  # noqa: E402
+from planish.export.same_tensors import measure_rounding  # noqa: E402
 from planish.export.vocabulary import merge_scores  # noqa: E402
 
 REFUSED = "submodules → linear before the norm"
@@ -423,6 +424,45 @@ def test_llama_cpp_computes_the_same_for_every_family(family, form, tmp_path):
     folder = compressed.make_folder(model, tmp_path / "m", compressed.FORMS[form])
     result = verify(folder, "gguf", prompt_len=24, new_tokens=8)
     assert result.passed and result.greedy_equal == result.greedy_tokens
+
+
+def save_model(folder: Path, seed: int, **sizes: int) -> None:
+    model, draw = build("llama_gqa", **sizes), torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data = p.data + p.data.std() * torch.randn(p.shape, generator=draw)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q5_0", "q4_0", "q4_K", "q2_K"])
+def test_a_rounded_file_holds_the_same_tensors(kind, tmp_path):
+    """No type loses more than it may, and another model's tensors, or one's in another order, are not explained by any."""
+    paths = {}
+    for n, name in enumerate(("own", "other")):
+        save_model(tmp_path / name, n, hidden_size=256, head_dim=64, intermediate_size=256)
+        paths[name] = tmp_path / f"{name}.gguf"
+        export_gguf(tmp_path / name, paths[name], dtype="f32")
+    export_gguf(tmp_path / "own", tmp_path / "rounded.gguf", dtype=kind)
+    assert 0 < measure_rounding(tmp_path / "rounded.gguf", paths["own"])[0] <= 0.8
+    assert measure_rounding(tmp_path / "rounded.gguf", paths["other"])[0] > 1.3
+    turned = {t.name: t for t in gguf.GGUFReader(paths["own"], "r+").tensors}["blk.1.attn_q.weight"]
+    turned.data[:] = turned.data[::-1].copy()
+    turned.data.base.flush()
+    error, name = measure_rounding(tmp_path / "rounded.gguf", paths["own"])
+    assert error > 1.3 and name == "blk.1.attn_q.weight"
+
+
+@needs_llama_cpp
+def test_a_file_whose_logits_differ_by_rounding_alone_passes(tmp_path, monkeypatch):
+    from planish.export import verify as module
+
+    for n, name in enumerate(("own", "other")):
+        save_model(tmp_path / name, n, hidden_size=64, head_dim=32, intermediate_size=96)
+    export_gguf(tmp_path / "own", tmp_path / "m.gguf", dtype="q8_0")
+    monkeypatch.setattr(module, "GGUF_TOLERANCES", {"0": 1e-4, "7": 1e-7})
+    found = module.verify(tmp_path / "own", "gguf", file=tmp_path / "m.gguf")
+    assert found.passed and not found.close and found.tensor_error <= 1
+    wrong = module.verify(tmp_path / "other", "gguf", file=tmp_path / "m.gguf")
+    assert not wrong.passed and wrong.tensor_error > 1
 
 
 @needs_llama_cpp

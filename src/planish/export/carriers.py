@@ -169,6 +169,27 @@ def find_carrier(folder: str | Path) -> str | None:
     return "deci" if held and source.reader.compressed else None
 
 
+def read_carrier(path: Path) -> str | None:
+    """ "mimo" or "deci" for folders exported to an architecture that is not one of planish's families."""
+    return {"mimo_v2_flash": "mimo", "nemotron-nas": "deci"}.get(read_config(path).get("model_type", ""))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as it is; empty where it cannot be read (`load_config` says why)."""
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_own_code(path: Path) -> bool:
+    """Whether all the code that a DeciLM folder names is planish's configuration file, unchanged."""
+    named = read_config(path).get("auto_map") == {"AutoConfig": "configuration_decilm.DeciLMConfig"}
+    file = path / "configuration_decilm.py"
+    return named and file.is_file() and file.read_bytes() == Path(decilm.__file__).read_bytes()
+
+
 def open_carrier(folder: str | Path, target: str) -> FolderSource:
     source = open_plain(folder)
     if source.tower:

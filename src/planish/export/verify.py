@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from planish.errors import InputError
-from planish.export import configuration_decilm
+from planish.export.carriers import is_own_code, read_carrier, read_config
 from planish.export.llama_cpp import LlamaCpp
 from planish.folder.config import is_compressed, load_config, open_config, read_layout
 from planish.folder.hub import find_folder
@@ -57,12 +56,21 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     # Of `settle`, which counts where llama.cpp rounds what a router reads: a token between two experts then reaches the other one.
     settled_logit_difference: float | None = None
+    # Where logits differ by more than the tolerance, and rounding may be why: `planish.export.same_tensors.measure_rounding`.
+    tensor_error: float | None = None
+    tensor: str = ""
+
+    @property
+    def close(self) -> bool:
+        """Whether logits differ by no more than the tolerance."""
+        settled = self.settled_logit_difference
+        found = self.max_logit_difference if settled is None else settled
+        return found <= self.tolerance * max(self.max_logit, 1.0)
 
     @property
     def passed(self) -> bool:
-        settled = self.settled_logit_difference
-        found = self.max_logit_difference if settled is None else settled
-        return found <= self.tolerance * max(self.max_logit, 1.0) and self.tokenizer_equal is not False
+        only_rounded = self.tensor_error is not None and self.tensor_error <= 1
+        return (self.close or only_rounded) and self.tokenizer_equal is not False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"passed": self.passed}
@@ -213,7 +221,9 @@ def verify(
 
     `file`: an existing .gguf or .onnx; without it the folder is exported (fp32) to a temporary one. `dense_reference`:
     compare with this uncompressed model instead; the differences are then what compression changed. `tolerance`: by default
-    what the type that the target computes in allows.
+    what the type that the target computes in allows. Where logits of a GGUF file in 8 bits or fewer differ by more, its tensors
+    are compared with those of the folder in fp32, and these in llama.cpp with transformers: a file that differs by its types'
+    rounding alone passes.
     """
     if target not in TARGETS:
         raise InputError(f"unknown target {target!r}; expected one of {', '.join(TARGETS)}")
@@ -240,9 +250,28 @@ def verify(
     same = None if got.probe is None or want.probe is None else list(got.probe) == list(want.probe)
     used = usual if tolerance is None else tolerance
     settled = settle((got.logits - want.logits).abs().amax(-1), reached.values()) if routed else None
-    return Comparison(
+    found = Comparison(
         target, name, len(ids), *differences, new_tokens, equal, same, used, settled_logit_difference=settled
     )
+    rounded = target == "gguf" and file is not None and usual >= GGUF_TOLERANCES["7"]
+    if rounded and tolerance is None and dense_reference is None and not found.close:
+        found.tensor_error, found.tensor = compare_tensors(path, Path(name), ids, want.logits)
+    return found
+
+
+def compare_tensors(path: Path, file: Path, ids: Tensor, want: Tensor) -> tuple[float, str]:
+    """(Error of the worst tensor of a GGUF file, its name) beside the folder's in fp32; infinite where llama.cpp computes other
+    logits of those."""
+    from planish.export.same_tensors import measure_rounding
+
+    with tempfile.TemporaryDirectory() as scratch:
+        runner, exact = open_target(path, "gguf", None, len(ids), Path(scratch))
+        usual, got = getattr(runner, "tolerance", TOLERANCES["gguf"]), runner.logits(ids)
+        del runner
+        largest, _, scale = measure_differences("gguf", got, want)
+        if largest > usual * max(scale, 1.0):
+            return float("inf"), "logits in fp32"
+        return measure_rounding(file, Path(exact))
 
 
 @contextmanager
@@ -324,27 +353,6 @@ def read_sizes(path: Path, target: str, dense_reference: str | Path | None) -> t
     if target == "vllm" and is_compressed(config) and (reason := refuse_backend(family)):
         raise InputError(f"{path}: {reason}")
     return config.vocab_size, limit_context(family, config) if target == "gguf" else count_positions(config)
-
-
-def read_carrier(path: Path) -> str | None:
-    """ "mimo" or "deci" for folders exported to an architecture that is not one of planish's families."""
-    return {"mimo_v2_flash": "mimo", "nemotron-nas": "deci"}.get(read_config(path).get("model_type", ""))
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json as it is; empty where it cannot be read (`load_config` says why)."""
-    try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def is_own_code(path: Path) -> bool:
-    """Whether all the code that a DeciLM folder names is planish's configuration file, unchanged."""
-    named = read_config(path).get("auto_map") == {"AutoConfig": "configuration_decilm.DeciLMConfig"}
-    file = path / "configuration_decilm.py"
-    return named and file.is_file() and file.read_bytes() == Path(configuration_decilm.__file__).read_bytes()
 
 
 def open_target(path: Path, target: str, file: str | Path | None, context: int, scratch: Path) -> tuple[Runner, str]:
