@@ -69,6 +69,7 @@ def test_70b_fits_24_gb_and_64_gb(method, settings, tmp_path, monkeypatch):
     config.dtype = "bfloat16"
     config.save_pretrained(tmp_path)
     found = planish.forecast(tmp_path, method=method, settings=settings, device="cuda", n_samples=128, seq_len=2048)
+    assert found.elsewhere == (not torch.cuda.is_available())
     assert found.params_before > 70e9
     assert 6.6e9 + 6e9 < found.peak_vram_bytes < 24e9  # at least the widest Gram
     assert 10e9 < found.peak_ram_bytes < 64e9

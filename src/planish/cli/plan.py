@@ -44,8 +44,13 @@ def plan(
             *show_untouched(found),
             *make_losses(found),
             *o.show_latency(found),
-            f"compressing on {found.n_samples} × {found.seq_len} tokens takes about {format_seconds(found.seconds)}, "
-            + f"{format_bytes(found.peak_ram_bytes)} of memory"
+            f"compressing on {found.n_samples} × {found.seq_len} tokens takes about {format_seconds(found.seconds)}"
+            + (
+                " on this machine's CPU, for it has no such device: one takes a small part of that"
+                if found.elsewhere
+                else ""
+            )
+            + f", {format_bytes(found.peak_ram_bytes)} of memory"
             + (f", {format_bytes(found.peak_vram_bytes)} on the device" if found.peak_vram_bytes else "")
             + f" and {format_bytes(found.disk_bytes)} of disk",
             f"[dim]time: {found.how['seconds']}\nmemory: {found.how['peak_ram']}\nFLOPs: {found.how['flops']}[/]",

@@ -76,6 +76,7 @@ class Forecast:
     peak_vram_bytes: int
     disk_bytes: int
     seconds: float
+    elsewhere: bool  # the device that was asked for is not this machine's: seconds are those of its CPU
     needed_statistics: bool  # ranks depend on measuring
     measured: bool  # ranks and what follows from them are as `compress` will find them, else as they are expected
     phases: list[dict[str, Any]]  # walks over the blocks: name, seconds, steps (seconds of each)
@@ -251,6 +252,7 @@ def describe(run: Run, costs: Costs | None = None, asked: Asked | None = None) -
         peak_vram_bytes=peaks.vram,
         disk_bytes=peaks.disk + peaks.spill + source.untouched.bytes,
         seconds=sum(p.seconds for p in phases),
+        elsewhere=costs.unlike,
         needed_statistics=run.measures,
         measured=not run.work,
         phases=[{"name": p.name, "seconds": p.seconds, "steps": list(p.steps)} for p in phases],
