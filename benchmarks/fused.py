@@ -1,6 +1,6 @@
-"""Does one product for q, k, v (or gate, up) beat several? Dense reduced shapes and pivoted linears. Prints a table.
+"""Does one product for q, k, v (or gate, up) beat several? Dense reduced shapes and pivoted linears. docs/tables/fused.md
 
-    python benchmarks/fused.py                                         # CPU, one thread, fp32 and bf16
+    python benchmarks/fused.py --write                                 # CPU, one thread, fp32 and bf16
     python benchmarks/fused.py --device cuda --dtypes bfloat16
 
 Eight blocks of hidden 1024, batch 1, one token, in turns; ratios of paired turns, median. "stacked": the first factors of
@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from pivoted import build
+from pivoted import HEAD, TABLE, build
+from structural import write_section
 from torch import Tensor, nn
 
 from planish.modelling.modules import Pivoted
@@ -83,11 +84,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--write", action="store_true", help="put the section into the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print("| type, linears | ms per block: dense | reduced | fused: times faster | pivoted | stacked: times faster |")
-    print("|---|---|---|---|---|---|")
+    lines = [
+        "| type, linears | ms per block: dense | reduced | fused: times faster | pivoted | stacked: times faster |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
     for dtype in options.dtypes.split(","):
         x = torch.randn(1, 1, HIDDEN, device=options.device, dtype=getattr(torch, dtype))
         for name, sizes in GROUPS.items():
@@ -98,7 +102,12 @@ def main() -> None:
                 for k, how in (("reduced", "fused"), ("pivoted", "stacked"))
             }
             row = (ms["dense"], ms["reduced"], gain["reduced"], ms["pivoted"], gain["pivoted"])
-            print(f"| {dtype}, {name} | " + " | ".join(row) + " |", flush=True)
+            lines.append(f"| {dtype}, {name} | " + " | ".join(row) + " |")
+            print(lines[-1], flush=True)
+    if options.write:
+        write_section(
+            TABLE, HEAD, f"q, k, v and gate, up in one product: {options.device}, one token", "\n".join(lines)
+        )
 
 
 if __name__ == "__main__":
