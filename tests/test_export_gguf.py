@@ -463,6 +463,11 @@ def test_a_file_whose_logits_differ_by_rounding_alone_passes(tmp_path, monkeypat
     assert found.passed and not found.close and found.tensor_error <= 1
     wrong = module.verify(tmp_path / "other", "gguf", file=tmp_path / "m.gguf")
     assert not wrong.passed and wrong.tensor_error > 1
+    field = gguf.GGUFReader(tmp_path / "m.gguf", "r+").get_field("llama.rope.freq_base")
+    field.parts[field.data[0]][0] *= 2  # the same tensors, and other positions
+    field.parts[field.data[0]].base.flush()
+    turned = module.verify(tmp_path / "own", "gguf", file=tmp_path / "m.gguf")
+    assert not turned.passed and turned.tensor == "llama.rope.freq_base"
 
 
 @needs_llama_cpp

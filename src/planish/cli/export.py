@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -152,7 +153,8 @@ def tabulate(found: Any) -> Any:
         table.add_row(words, f"{found.settled_logit_difference:.2e}")
     if found.tensor_error is not None:
         words = "tensors differ by their types' rounding" if found.tensor_error <= 1 else "more than rounding explains"
-        table.add_row(words, f"{found.tensor_error:.2f} of what it may make of {escape(found.tensor)}")
+        share = f"{found.tensor_error:.2f} of what it may make of " if isfinite(found.tensor_error) else ""
+        table.add_row(words, share + escape(found.tensor))
     table.add_row("mean difference", f"{found.mean_logit_difference:.2e}")
     table.add_row("largest logit", f"{found.max_logit:.2f}")
     table.add_row("greedy tokens that agree", f"{found.greedy_equal} of {found.greedy_tokens}")
