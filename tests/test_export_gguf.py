@@ -463,6 +463,11 @@ def test_a_file_whose_logits_differ_by_rounding_alone_passes(tmp_path, monkeypat
     assert found.passed and not found.close and found.tensor_error <= 1
     wrong = module.verify(tmp_path / "other", "gguf", file=tmp_path / "m.gguf")
     assert not wrong.passed and wrong.tensor_error > 1
+    with monkeypatch.context() as patched:  # the right file, and a program that computes something else of it
+        real = module.LlamaCpp.logits
+        patched.setattr(module.LlamaCpp, "logits", lambda self, ids: real(self, ids).roll(1, -1))
+        strange = module.verify(tmp_path / "own", "gguf", file=tmp_path / "m.gguf")
+    assert not strange.passed and strange.tensor == "logits"
     field = gguf.GGUFReader(tmp_path / "m.gguf", "r+").get_field("llama.rope.freq_base")
     field.parts[field.data[0]][0] *= 2  # the same tensors, and other positions
     field.parts[field.data[0]].base.flush()

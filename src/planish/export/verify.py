@@ -255,15 +255,18 @@ def verify(
     )
     rounded = target == "gguf" and file is not None and usual >= GGUF_TOLERANCES["7"]
     if rounded and tolerance is None and dense_reference is None and not found.close:
-        found.tensor_error, found.tensor = compare_tensors(path, Path(name), ids, want.logits)
+        found.tensor_error, found.tensor = compare_tensors(path, Path(name), ids, got.logits, want.logits)
     return found
 
 
-def compare_tensors(path: Path, file: Path, ids: Tensor, want: Tensor) -> tuple[float, str]:
+def compare_tensors(path: Path, file: Path, ids: Tensor, given: Tensor, want: Tensor) -> tuple[float, str]:
     """(Error of the worst tensor of a GGUF file, its name) beside the folder's in fp32; infinite where llama.cpp computes other
-    logits of those."""
+    logits of those, or the file's own (`given`) differ from those wanted by more than these differ from their mean."""
     from planish.export.same_tensors import measure_rounding
 
+    error, spread = (float((x - x.mean(-1, keepdim=True)).square().mean()) for x in (given - want, want))
+    if error > spread:
+        return float("inf"), "logits"
     with tempfile.TemporaryDirectory() as scratch:
         runner, exact = open_target(path, "gguf", None, len(ids), Path(scratch))
         usual, got = getattr(runner, "tolerance", TOLERANCES["gguf"]), runner.logits(ids)
