@@ -1,15 +1,15 @@
 """Seconds per block and peak memory on an accelerator, for blocks of an 8 B model; writes docs/tables/accelerator.md.
 
     python benchmarks/accelerator.py                                        # two blocks, 128 × 2048 tokens
-    python benchmarks/accelerator.py --methods auto --solve-on-cpu          # large factorisations stay on the CPU
+    python benchmarks/accelerator.py --methods auto --solve-on-cpu          # nothing is solved on the device
     python benchmarks/accelerator.py --all --table FILE                     # for a machine that is lent for a quarter of an hour
     python benchmarks/accelerator.py --expect                               # no device: what --all should find, by data sheets
 
---all: the device's rates, then flat-llm, a3 and auto, then a3 and auto with factorisations on the CPU, beside what is aimed at
+--all: the device's rates, then flat-llm, a3 and auto, then a3 and auto with solving on the CPU, beside what is aimed at
 and the floor that the rates make: one forward and, for auto, one backward pass (bfloat16), Grams of every linear's input and, for
 auto, of every output's gradient (float64). A section is put above what the page has; nothing of it is lost, and it is written
-again after every case, so that a run that is cut short leaves what it measured. Cases take about 30 s per block where
-factorisations are the device's and up to 90 s where they are the CPU's: two blocks end within ten minutes.
+again after every case, so that a run that is cut short leaves what it measured. Cases took up to 30 s per block where
+factorisations were the device's and up to 90 s where they were the CPU's: two blocks end within ten minutes.
 
 Weights are random, text is random: times do not depend on what is in them. What is per model and not per block (embedding,
 head, writing what is outside) is small beside it. A run of all 32 blocks takes as many times longer as it has more blocks.
@@ -51,8 +51,9 @@ EXPECTED = """Expected, not measured: what passes and sums of one block of 4096 
 
 - sums take their floor: they are formed where the activations are, in fp64 by tensor cores, on cards without those by digits;
 - passes take two to three times theirs, for attention and element-wise work are not in it;
-- solving is what is left of the aim: eigenproblems and Cholesky factors run on the device, one after the other, and what is
-  beside them on the CPU. If an aim is missed it is missed here, and the rows "solved on the CPU" say by how much.
+- solving is what is left of the aim: units are solved on the device, one after the other. What was measured before had flat-llm's
+  and a3's feed-forwards solved on the CPU, as nearly all numbers of their solving, and a fifth of auto's (docs/log/2026-12-03.md).
+  If an aim is missed it is missed here, and the rows "solved on the CPU" say by how much.
 """
 PHASES = ("statistics", "gradients", "stream", "sums", "frontiers", "solve", "write")
 
@@ -118,7 +119,7 @@ def write_expected(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, cases: list[tuple[str, bool]], scratch: Path) -> Iterator[dict[str, Any]]:
-    """A row per case (method, whether large factorisations stay on the CPU)."""
+    """A row per case (method, whether nothing is solved on the device)."""
     from planish.solvers import offload
 
     large, model = offload.LARGE, scratch / "model"

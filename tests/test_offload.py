@@ -9,12 +9,16 @@ import pytest
 import torch
 
 import tiny
+from accelerator import COPIES, DEVICE, solving_there
 from planish import stats
 from planish.calibrate import stream
 from planish.calibrate.activations import Activations, MemoryLimits, fetch
 from planish.folder.safetensors import hash_file
 from planish.methods import list_methods
+from planish.plan import frontiers
 from planish.solvers import linalg, offload
+from planish.stats import Stats, Tap
+from planish.walks.solve import Walk
 from tiny import compress
 
 WINDOWS = tiny.windows(8, 24)
@@ -88,18 +92,71 @@ def test_other_errors_are_not_hidden(monkeypatch):
         fail(torch.ones(3))
 
 
+ALL = [("llama_gqa", m) for m in list_methods() if m not in ("reap", "hope")]
+MORE = [("qwen3_moe", m) for m in ("auto", "reap", "hope", "modegpt")] + [
+    ("gemma2", "auto"),
+    ("qwen2", "a3"),
+    ("gpt2", "auto"),
+]
+
+
 @pytest.mark.parametrize(
-    "method",
-    tiny.pick(["auto", "mpifa", "slicegpt"], ["auto", "svd-llm", "mpifa", "a3", "flat-llm", "modegpt", "slicegpt"]),
+    ("family", "method"), tiny.pick([("llama_gqa", m) for m in ("auto", "flat-llm", "io-svd")], ALL + MORE)
 )
-def test_results_are_the_same_files(method, tmp_path, monkeypatch):
-    """Every marked function on the way takes and gives what it may."""
-    model = tiny.build("llama_gqa")
-    compress(model, output=tmp_path / "here", keep=0.7, method=method, windows=WINDOWS)
-    monkeypatch.setattr("planish.compression.offload", lambda device: elsewhere(monkeypatch))
-    compress(model, output=tmp_path / "there", keep=0.7, method=method, windows=WINDOWS)
+def test_results_are_the_same_files(family, method, tmp_path, monkeypatch):
+    """All that solving makes on the way is made where the rest is: the simulated accelerator refuses what is not."""
+    model = tiny.build(family)
+    compress(model, output=tmp_path / "here", keep=KEEP.get(method, 0.7), method=method, windows=WINDOWS)
+    monkeypatch.setattr("planish.compression.offload", lambda device: solving_there(monkeypatch))
+    compress(model, output=tmp_path / "there", keep=KEEP.get(method, 0.7), method=method, windows=WINDOWS)
     here, there = ([hash_file(p) for p in sorted((tmp_path / n).glob("*.safetensors"))] for n in ("here", "there"))
     assert here and here == there
+
+
+@pytest.mark.parametrize("method", ["flat-llm", "a3", "auto"])
+def test_units_are_solved_there(method, tmp_path, monkeypatch):
+    """Of the numbers that solving makes next to none is made on the CPU but what comes back."""
+    seen = []
+
+    def watch(function):
+        def call(*args):
+            with solving_there(monkeypatch, large=32 * 32) as counts:
+                seen.append(counts)
+                return function(*args)
+
+        return call
+
+    monkeypatch.setattr(Walk, "solve_units", watch(Walk.solve_units))
+    monkeypatch.setattr(frontiers, "decompose_block", watch(frontiers.decompose_block))
+    compress(tiny.build("llama_gqa"), output=tmp_path / "out", keep=0.7, method=method, windows=WINDOWS)
+    here = sum(n for counts in seen for name, n in counts.here.items() if name not in COPIES)
+    there = sum(n for counts in seen for n in counts.there.values())
+    assert there > 50_000 and here < 0.05 * there, f"{here:,} numbers here, {there:,} there"
+
+
+def test_a_unit_that_does_not_fit_is_solved_here(monkeypatch):
+    """With what is there untouched, though a solve may use it up."""
+    tap, device = Tap("down.in", "gram"), []
+    known = Stats()
+    known.sums, known.tokens = {tap: {"sum": draw(9, 9)}}, {tap: 3}
+    kept = known.sums[tap]["sum"].clone()
+
+    def solve(weights, stats):
+        gram = stats.sums[tap].pop("sum")
+        device.append(gram.device.type)
+        gram.zero_()
+        if len(device) == 1:
+            raise torch.OutOfMemoryError
+        return {"kept": [weights["down"] + 1]}, 3
+
+    with solving_there(monkeypatch, large=81):
+        found, three = offload.solve_there(solve, {"down": torch.ones(2)}, known)
+    assert device == [DEVICE.type, "cpu"] and three == 3 and found["kept"][0].tolist() == [2, 2]
+    known.sums = {tap: {"sum": kept}}
+    with solving_there(monkeypatch, large=81):
+        found, _ = offload.solve_there(lambda w, s: (s.sums[tap]["sum"] + w["down"].sum(), 0), {"down": draw(2)}, known)
+    assert type(found) is torch.Tensor and torch.equal(found, kept + draw(2).sum())
+    assert torch.equal(known.sums[tap]["sum"], kept)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -21,8 +21,8 @@ batch + sums   8 (2 S − S_w) + f for several batches, for one the larger of f 
          the windows that are set aside
 
 The inputs of wide Grams, a lane's at a time, are among the activations. On an accelerator the computing copy of a block,
-batch and sums lie in VRAM, with two rows of tiles in fp64; large factorisations take what is left there, or run on the CPU.
-Of A what fits there lies there too.
+batch and sums lie in VRAM, with two rows of tiles in fp64; solving takes what is left there, or is the CPU's. Of A what fits there
+lies there too.
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ def explain(run: Run, costs: Costs, phases: Sequence[Phase]) -> str:
     )
     how += "; this machine has no such device: its CPU's rates" if costs.unlike else ""
     cuda = run.measure.given.device.type == "cuda"
-    return how + ("; large factorisations run on the device, which is faster" if cuda else "")
+    return how + ("; units are solved on the device, which is faster" if cuda else "")
 
 
 def clock(run: Callable[[], Any], device: torch.device = CPU) -> float:

@@ -12,10 +12,11 @@ from planish import lanes
 from planish.calibrate.losses import Probe
 from planish.calibrate.measure import Measurements, name_back
 from planish.calibrate.stream import read_weights
-from planish.core import Frontier, Shape, Solver, Unit
+from planish.core import Frontier, Shape, Solver, Unit, Weights
 from planish.plan.problem import Problem
 from planish.plan.rough import forecast
 from planish.plan.token_prices import choose_aside, level, price_by_tokens, token_taps
+from planish.solvers.offload import solve_there
 from planish.stats import Stats, Tap
 
 Frontiers = dict[Unit, Frontier]
@@ -61,11 +62,14 @@ def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, s
         solver = problem.units[unit]
         if known := cache.losses(stats.origin, solver, unit):
             return known
-        with measure.phase("frontiers"):
+
+        def price(weights: Weights, stats: Stats) -> Frontier:
             f = solver.decompose(unit, weights, stats, problem.shapes[i])
             rough = forecast(problem, unit, weights, stats)
-            f = price_by_tokens(problem, f, stats)
-        new.append((solver, replace(f, factors={}, rough=rough)))
+            return replace(price_by_tokens(problem, f, stats), factors={}, rough=rough)
+
+        with measure.phase("frontiers"):
+            new.append((solver, solve_there(price, weights, stats)))
         return new[-1][1]
 
     units = problem.block_units(i)

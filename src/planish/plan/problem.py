@@ -92,9 +92,10 @@ class Problem:
         key = (id(solver), unit.name, replace(shape, block=0))
         if key not in self._choices:
             ranks = list(solver.ranks(unit, shape))
-            cost = torch.tensor([[b.cost(solver, unit, shape, r) for r in ranks] for b in self.budgets])
-            fixed = torch.tensor([b.fixed(solver, unit, shape) for b in self.budgets])
-            self._choices[key] = solver, Choices(torch.tensor(ranks), cost.double(), fixed.double())
+            with torch.device("cpu"):  # whoever asks first may be solving elsewhere
+                cost = torch.tensor([[b.cost(solver, unit, shape, r) for r in ranks] for b in self.budgets])
+                fixed = torch.tensor([b.fixed(solver, unit, shape) for b in self.budgets])
+                self._choices[key] = solver, Choices(torch.tensor(ranks), cost.double(), fixed.double())
         return self._choices[key][1]
 
     def curve(self, frontier: Frontier, beside: Spec | None = None) -> Curve:

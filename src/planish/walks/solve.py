@@ -20,6 +20,7 @@ from planish.core import SUBMODULES, Edit, Unit, Weights
 from planish.modelling.blocks import Spec
 from planish.plan.planned import Emit, Planned
 from planish.plan.problem import Problem
+from planish.solvers.offload import solve_there
 from planish.stats import Stats, Tap
 
 BLEND = 0.6  # weight of the uncompressed model's moments where hardly any window is run again
@@ -215,13 +216,19 @@ class Walk:
         self, units: list[Unit], weights: Weights, stats: Stats, origin: str
     ) -> tuple[list[Edit], dict[str, float]]:
         """Edits of units of one block, in the order of units, and predicted losses; several processes share the units out."""
-        problem = self.problem
+        problem, cache = self.problem, self.measure.cache
 
         def solve(unit: Unit) -> tuple[float, list[Edit]]:
             solver, shape, rank = problem.units[unit], problem.shapes[unit.block], self.planned.ranks[unit]
-            make = partial(solver.decompose, unit, weights, stats, shape)
-            frontier = self.measure.cache.frontier(origin, solver, unit, make) if origin else make()
-            return float(frontier.loss[rank]), store(solver.truncate(frontier, rank, shape), weights, unit)
+
+            def cut(weights: Weights, stats: Stats) -> tuple[float, list[Edit]]:
+                make = partial(solver.decompose, unit, weights, stats, shape)
+                frontier = cache.frontier(origin, solver, unit, make) if origin else make()
+                return float(frontier.loss[rank]), solver.truncate(frontier, rank, shape)
+
+            kept = origin and cache.keeps  # factors stay in memory for other budgets, which is the CPU's
+            loss, edits = cut(weights, stats) if kept else solve_there(cut, weights, stats)
+            return loss, store(edits, weights, unit)
 
         found = lanes.share_out(units, problem.count, solve)
         errors = {str(unit): loss for unit, (loss, _) in zip(units, found, strict=True) if not isnan(loss)}
