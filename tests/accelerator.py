@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from planish.solvers import offload
 
 DEVICE = torch.device("lazy")
+INDEXED = ("aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default")
 COPIES = ("aten._to_copy.default", "aten.copy_.default")
 
 
@@ -76,16 +77,28 @@ class SimulateCalls(TorchFunctionMode):
         if function in PRODUCTS and any(isinstance(a, There) for a in args) and any(a.dim() == 1 for a in args):
             assert all(isinstance(a, There) for a in args), "product of tensors on different devices"
             return There(torch.matmul(*map(lookup, args)))
-        if function not in (torch.tensor, torch.as_tensor) or torch.device(kwargs.get("device") or "cpu") != DEVICE:
+        if function in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], There):
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            places = tuple(torch.tensor(p) if isinstance(p, list) else p for p in places)
+            return function(args[0], places, *args[2:])
+        if function is Tensor.new_tensor and isinstance(args[0], There):
+            return There(args[0].here.new_tensor(*args[1:], **kwargs))
+        if torch.device(kwargs.get("device") or "cpu") != DEVICE:
             return function(*args, **kwargs)
-        return args[0] if isinstance(args[0], There) else There(function(*args, **{**kwargs, "device": "cpu"}))
+        if function in (torch.tensor, torch.as_tensor):
+            return args[0] if isinstance(args[0], There) else There(function(*args, **{**kwargs, "device": "cpu"}))
+        try:
+            return function(*args, **kwargs)
+        except NotImplementedError:  # made by C++ in one go
+            return There(function(*args, **{**kwargs, "device": "cpu"}))
 
 
 def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     there, name = any(isinstance(t, There) for t in tensors), str(function)
     if there and name not in COPIES:
-        away = [t for t in tensors if not isinstance(t, There) and t.dim()]
+        places = args[1] if name in INDEXED and isinstance(args[0], There) else ()  # these may be the CPU's
+        away = [t for t in tensors if not isinstance(t, There) and t.dim() and not any(t is p for p in places)]
         assert not away, (
             f"{name}: expected all tensors to be on the same device, not one of {tuple(away[0].shape)} on the CPU"
         )
@@ -94,7 +107,7 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if (device := kwargs.get("device")) is not None:
         there = torch.device(device) == DEVICE
         assert not there or kwargs.get("generator") is None, f"{name}: expected a generator of the same device"
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+        kwargs = {**kwargs, "device": torch.device("cpu")} if there else kwargs
     known = {id(t.here): t for t in tensors if isinstance(t, There)}
 
     def wrap(value: Any) -> Any:

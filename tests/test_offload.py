@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tiny
-from accelerator import COPIES, DEVICE, solving_there
+from accelerator import COPIES, DEVICE, Simulate, There, solving_there
 from planish import stats
-from planish.calibrate import stream
+from planish.calibrate import activations, stream
 from planish.calibrate.activations import Activations, MemoryLimits, fetch
 from planish.folder.safetensors import hash_file
 from planish.methods import list_methods
@@ -198,6 +198,58 @@ def test_activations_stay_near_up_to_a_limit():
         kept.append(torch.empty(1, device="meta"))
     del kept
     assert limits.device_used == limits.used == 0
+
+
+class Late:
+    """Copies that are not complete before they are waited for; `log` of what was started and waited for."""
+
+    def __init__(self):
+        self.log = []
+
+    def copy(self, name, tensor, made):
+        number = float(tensor.reshape(-1)[0])
+        self.log.append(f"{name} {number:g}")
+        return lambda: self.log.append(f"{name} {number:g} done") or made()
+
+    def bring(self, tensor):
+        return self.copy("here", tensor.here, lambda: tensor.here.clone())
+
+    def send(self, tensor):
+        return self.copy("there", tensor, lambda: There(tensor.clone()))
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 40, 0])
+def test_copies_go_on_while_the_device_computes(limit, monkeypatch, tmp_path):
+    """The last tensor comes while the next is made, the next one goes while one is used; in memory, in a file or in both."""
+    late = Late()
+    monkeypatch.setattr(activations, "find_copies", lambda device: late if device == DEVICE else None)
+    kept = Activations(MemoryLimits(limit=limit, folder=tmp_path))
+    with Simulate():
+        for n in range(3):
+            kept.append(There(torch.full((2, 4), float(n))))
+            assert late.log[-1] == f"here {n}" and len(kept) == n + 1
+    assert late.log == ["here 0", "here 0 done", "here 1", "here 1 done", "here 2"]
+    assert kept[2].tolist() == [[2.0] * 4] * 2 and late.log[-1] == "here 2 done"
+    late.log.clear()
+    with Simulate():
+        for n in (0, 1, 2, 0, 1, 2):
+            found = fetch(kept, n, DEVICE)
+            assert isinstance(found, There) and torch.equal(found.here, torch.full((2, 4), float(n)))
+    once = ["there 0", "there 0 done", "there 1", "there 1 done", "there 2", "there 2 done"]
+    assert late.log == once + once
+    assert torch.equal(fetch(kept, 1, DEVICE).here, kept[1]) and fetch(kept, 0, DEVICE).here.sum() == 0, "in any order"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_copies_on_cuda_are_exact():
+    device = torch.device("cuda")
+    kept = Activations(MemoryLimits())
+    tensors = [torch.randn(64, 513, device=device) for _ in range(9)]
+    for t in tensors:
+        kept.append(t.T)
+    assert all(kept.read(n).is_cpu for n in range(9))
+    for n, t in enumerate(tensors):
+        assert torch.equal(fetch(kept, n, device), t.T) and torch.equal(kept[n], t.T.cpu())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

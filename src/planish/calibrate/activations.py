@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from planish import lanes
+from planish.calibrate.copies import Wait, find_copies
 
 STORED = 64 << 20  # bytes
 
@@ -42,21 +43,25 @@ class Activations(Sequence[Tensor]):
     """One tensor per batch, on the CPU wherever it is kept; those beyond the room's limit are written out and read again when
     asked for.
 
-    Plain reads and writes, no memory map: mapped pages would count as resident.
+    Plain reads and writes, no memory map: mapped pages would count as resident. An accelerator computes meanwhile: the last tensor
+    comes from there while the next is made, and the next one goes there while one is used.
     """
 
     def __init__(self, limits: MemoryLimits, tensors: Iterable[Tensor] = ()):
         self.limits, self.held = limits, [0, 0]
         self.items: list[Tensor | tuple[int, torch.dtype, torch.Size]] = []
+        self.coming: Wait | None = None  # the last tensor, if it is on its way here
+        self.going: dict[int, Wait] = {}  # the one that is probably asked for next, on its way to the accelerator
         self.file: Any = None
         weakref.finalize(self, release, limits, self.held)
         for t in tensors:
             self.append(t)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.items) + (self.coming is not None)
 
     def append(self, tensor: Tensor) -> None:
+        self.settle()
         tensor = tensor.detach()
         size = tensor.numel() * tensor.element_size()
         if not tensor.is_cpu and self.limits.device_used + size <= self.limits.device_limit:
@@ -64,7 +69,20 @@ class Activations(Sequence[Tensor]):
             self.held[1] += size
             self.items.append(tensor if tensor.untyped_storage().nbytes() == size else tensor.clone())
             return
-        tensor = tensor.to("cpu")
+        if copies := find_copies(tensor.device):
+            self.coming = copies.bring(tensor)
+        else:
+            self.keep(tensor.to("cpu"))
+
+    def settle(self) -> None:
+        """Keep the tensor that is on its way here, if there is one."""
+        if self.coming is not None:
+            tensor, self.coming = self.coming(), None
+            self.keep(tensor)
+
+    def keep(self, tensor: Tensor) -> None:
+        """A tensor of the CPU, in memory or in the file."""
+        size = tensor.numel() * tensor.element_size()
         if self.limits.used + size <= self.limits.limit:
             self.limits.used += size
             self.held[0] += size
@@ -82,6 +100,7 @@ class Activations(Sequence[Tensor]):
 
     def read(self, n: int) -> Tensor:
         """Batch n where it is kept."""
+        self.settle()
         item = self.items[n]
         if not isinstance(item, tuple):
             return item
@@ -90,6 +109,19 @@ class Activations(Sequence[Tensor]):
         self.file.seek(start)
         if self.file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
             raise OSError("activations that were written out cannot be read back")
+        return tensor
+
+    def send(self, n: int, device: torch.device) -> Tensor:
+        """Batch n on a device; if it has to go there, the one after it goes while this one is used."""
+        copies = find_copies(device)
+        if copies is None:
+            return self.read(n).to(device)
+        waiting, self.going = self.going.pop(n, None), {}
+        tensor = self.read(n) if waiting is None else waiting()
+        if waiting is None and tensor.is_cpu:
+            tensor = copies.send(tensor)()
+        if n + 1 < len(self) and (later := self.read(n + 1)).is_cpu:
+            self.going[n + 1] = copies.send(later)
         return tensor
 
 
@@ -107,4 +139,4 @@ def find_device_limit(device: torch.device) -> int:
 
 def fetch(tensors: Sequence[Tensor], n: int, device: torch.device) -> Tensor:
     """Tensor n on a device, without a way over the CPU where it is kept there."""
-    return (tensors.read(n) if isinstance(tensors, Activations) else tensors[n]).to(device)
+    return tensors.send(n, device) if isinstance(tensors, Activations) else tensors[n].to(device)

@@ -82,7 +82,8 @@ class Seen(dict[str, Tensor]):
 
         def see_shares(module, args):
             hidden, chosen, gates = args
-            each = scale.to(gates).where(scale != 0, torch.finfo(gates.dtype).tiny)
+            each = scale.to(gates)
+            each = each.where(each != 0, torch.finfo(gates.dtype).tiny)
             weights = torch.ones_like(gates) if row.inside else gates / each[chosen]
             shares, reached = weights.new_zeros(len(weights), len(experts.numbers)), chosen
             if wider:

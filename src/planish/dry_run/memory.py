@@ -21,8 +21,8 @@ batch + sums   8 (2 S − S_w) + f for several batches, for one the larger of f 
          the windows that are set aside
 
 The inputs of wide Grams, a lane's at a time, are among the activations. On an accelerator the computing copy of a block,
-batch and sums lie in VRAM, with two rows of tiles in fp64; solving takes what is left there, or is the CPU's. Of A what fits there
-lies there too.
+batch and sums lie in VRAM, with two rows of tiles in fp64 and the batch that goes there next, of each stream; solving takes what
+is left there, or is the CPU's. Of A what fits there lies there too.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def count_peaks(run: Run, params: int, written: int) -> Peaks:
     ram, vram = [start, solve, (params - sum(s.count() for s in problem.shapes)) * stored], 0
     if accelerator:
         tiles = 2 * 8 * stats.COARSE * batch.widest
-        vram = max(measure + tiles + first.device, again + later.device, head * computed * cut)
+        following = run.streams * min(run.tokens, BATCH) * shape.hidden * computed * cut
+        vram = max(measure + tiles + first.device + following, again + later.device + following, head * computed * cut)
     else:
         ram.append(blocks * stored + max(measure + first.memory, again + later.memory))
     ranks = sum(len(solver.ranks(unit, problem.shapes[unit.block])) for unit, solver in problem.units.items())

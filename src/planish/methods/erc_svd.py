@@ -10,12 +10,12 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from planish import lanes
-from planish.apply import store
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream, in_order, read_weights
 from planish.core import Edit, Solver, Unit
 from planish.errors import InputError
 from planish.methods.method import Method
+from planish.plan.cuts import cut_unit
 from planish.plan.footprint import find_rank
 from planish.plan.foreseen import Foreseen, survey
 from planish.plan.planned import Planned
@@ -149,10 +149,10 @@ def truncate_all(
     weights = read_weights(block, measure.stream)
 
     def solve(unit: Unit) -> dict[int, list[Edit]]:
-        solver, shape = problem.units[unit], problem.shapes[unit.block]
+        ranks = {k: p.ranks[unit] for k, p in plans.items()}
         with measure.phase("frontiers"):
-            frontier = solver.decompose(unit, weights, stats, shape)
-            return {k: store(solver.truncate(frontier, p.ranks[unit], shape), weights, unit) for k, p in plans.items()}
+            cuts = cut_unit(problem, unit, ranks.values(), weights, stats)
+            return {k: cuts[rank].edits for k, rank in ranks.items()}
 
     found = lanes.share_out(units, problem.count, solve)
     return {k: [edit for edits in found for edit in edits[k]] for k in plans}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Hidden, Stream, read_weights
 from planish.core import Plan, Unit
+from planish.plan.cuts import cut_unit
 from planish.plan.problem import Problem
 
 
@@ -19,13 +20,12 @@ def measure_alone(
     Cuts are solved from the statistics in `measure.stored`. Costs, per unit, the windows through the blocks behind it.
     """
     hidden, found = few.start(), dict[Unit, float]()
-    for i, shape in enumerate(problem.shapes):
+    for i in range(len(problem.shapes)):
         block, stats, outputs = few.block(i), measure.stored[i], dict[Unit, Hidden]()
         weights = read_weights(block, few)
         for unit in problem.cut(plan, i):
-            solver = problem.units[unit]
             with measure.phase("frontiers"):
-                edits = solver.truncate(solver.decompose(unit, weights, stats, shape), plan[unit], shape)
+                _, edits = cut_unit(problem, unit, [plan[unit]], weights, stats)[plan[unit]]
             outputs[unit] = few.run(i, few.place(few.block(i, edits)), hidden)
         hidden = few.run(i, few.place(block), hidden)
         for j in range(i + 1, len(few)):  # all of them side by side, so that a block is read once

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from planish import lanes
-from planish.apply import store
 from planish.calibrate.cache import describe
 from planish.calibrate.collect import Run, capture, measure_block
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import in_order, read_weights
-from planish.core import Edit, Frontier, Unit, Weights
+from planish.core import Frontier, Unit, Weights
 from planish.modelling.families import ATTENTION
+from planish.plan.cuts import Cut, cut_unit
 from planish.plan.follow import TINY, follow
 from planish.plan.foreseen import Work
 from planish.plan.frontiers import SITE, Frontiers
@@ -141,22 +140,12 @@ def cut_errors(
     return found
 
 
-class Cut(NamedTuple):
-    """What a unit is predicted to lose at a rank, and the edits that cut it to that."""
-
-    loss: float
-    edits: list[Edit]
-
-
 def cut_units(
     problem: Problem, weights: Weights, stats: Stats, wanted: Mapping[Unit, Set[int]]
 ) -> dict[Unit, dict[int, Cut]]:
     """Cuts of units of one block, each to its ranks; several processes share the units out."""
 
     def cut(unit: Unit) -> dict[int, Cut]:
-        solver, shape = problem.units[unit], problem.shapes[unit.block]
-        frontier = solver.decompose(unit, weights, stats, shape)
-        edits = {r: store(solver.truncate(frontier, r, shape), weights, unit) for r in sorted(wanted[unit])}
-        return {r: Cut(float(frontier.loss[r]), own) for r, own in edits.items()}
+        return cut_unit(problem, unit, wanted[unit], weights, stats)
 
     return dict(zip(wanted, lanes.share_out(list(wanted), problem.count, cut), strict=True))

@@ -18,9 +18,9 @@ from planish.calibrate.reuse import Reuse
 from planish.calibrate.stream import Hidden, Stream, read_weights
 from planish.core import SUBMODULES, Edit, Unit, Weights
 from planish.modelling.blocks import Spec
+from planish.plan.cuts import cut_unit
 from planish.plan.planned import Emit, Planned
 from planish.plan.problem import Problem
-from planish.solvers.offload import solve_there
 from planish.stats import Stats, Tap
 
 BLEND = 0.6  # weight of the uncompressed model's moments where hardly any window is run again
@@ -220,15 +220,12 @@ class Walk:
 
         def solve(unit: Unit) -> tuple[float, list[Edit]]:
             solver, shape, rank = problem.units[unit], problem.shapes[unit.block], self.planned.ranks[unit]
-
-            def cut(weights: Weights, stats: Stats) -> tuple[float, list[Edit]]:
-                make = partial(solver.decompose, unit, weights, stats, shape)
-                frontier = cache.frontier(origin, solver, unit, make) if origin else make()
-                return float(frontier.loss[rank]), solver.truncate(frontier, rank, shape)
-
-            kept = origin and cache.keeps  # factors stay in memory for other budgets, which is the CPU's
-            loss, edits = cut(weights, stats) if kept else solve_there(cut, weights, stats)
-            return loss, store(edits, weights, unit)
+            if origin and (
+                cache.memory or cache.has_frontier(origin, solver, unit)
+            ):  # factors stay, in the CPU's memory
+                frontier = cache.frontier(origin, solver, unit, partial(solver.decompose, unit, weights, stats, shape))
+                return float(frontier.loss[rank]), store(solver.truncate(frontier, rank, shape), weights, unit)
+            return cut_unit(problem, unit, [rank], weights, stats)[rank]
 
         found = lanes.share_out(units, problem.count, solve)
         errors = {str(unit): loss for unit, (loss, _) in zip(units, found, strict=True) if not isnan(loss)}
