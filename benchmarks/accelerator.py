@@ -52,7 +52,7 @@ EXPECTED = """Expected, not measured: what passes and sums of one block of 4096 
 - sums take their floor: they are formed where the activations are, in fp64 by tensor cores, on cards without those by digits;
 - passes take two to three times theirs, for attention and element-wise work are not in it;
 - solving is what is left of the aim: units are solved on the device, one after the other. What was measured before had flat-llm's
-  and a3's feed-forwards solved on the CPU, as nearly all numbers of their solving, and a fifth of auto's (docs/log/2026-12-03.md).
+  and a3's feed-forwards solved on the CPU, and a sixth of the numbers of auto's solving made there ([count](solving.md)).
   If an aim is missed it is missed here, and the rows "solved on the CPU" say by how much.
 """
 PHASES = ("statistics", "gradients", "stream", "sums", "frontiers", "solve", "write")

@@ -19,6 +19,11 @@ from planish.solvers import offload
 
 DEVICE = torch.device("lazy")
 INDEXED = ("aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default")
+aten = torch.ops.aten
+AT_ONCE = {
+    aten._conj.default: aten.conj_physical.default,
+    aten._neg_view.default: aten.neg.default,
+}  # bits would be lost here
 COPIES = ("aten._to_copy.default", "aten.copy_.default")
 
 
@@ -116,7 +121,7 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         same = known.get(id(value))  # what is changed in place, unless its shape was
         return There(value) if same is None or same.shape != value.shape else same
 
-    out = function(*tree_map(lookup, args), **tree_map(lookup, kwargs))
+    out = AT_ONCE.get(function, function)(*tree_map(lookup, args), **tree_map(lookup, kwargs))
     return tree_map(wrap, out) if there else out
 
 

@@ -150,11 +150,14 @@ def test_a_unit_that_does_not_fit_is_solved_here(monkeypatch):
         return {"kept": [weights["down"] + 1]}, 3
 
     with solving_there(monkeypatch, large=81):
-        found, three = offload.solve_there(solve, {"down": torch.ones(2)}, known)
+        found, three = offload.solve_there(solve, {"down": torch.ones(2)}, known, [tap])
     assert device == [DEVICE.type, "cpu"] and three == 3 and found["kept"][0].tolist() == [2, 2]
     known.sums = {tap: {"sum": kept}}
     with solving_there(monkeypatch, large=81):
-        found, _ = offload.solve_there(lambda w, s: (s.sums[tap]["sum"] + w["down"].sum(), 0), {"down": draw(2)}, known)
+        add = lambda w, s: (s.sums[tap]["sum"] + w["down"].sum(), s.sums[tap]["sum"].device.type)  # noqa: E731
+        found, place = offload.solve_there(add, {"down": draw(2)}, known, [tap])
+        here = offload.solve_there(add, {"down": draw(2)}, known, [Tap("o.in", "gram")])[1]
+    assert (place, here) == (DEVICE.type, "cpu"), "a unit whose own sums are small stays"
     assert type(found) is torch.Tensor and torch.equal(found, kept + draw(2).sum())
     assert torch.equal(known.sums[tap]["sum"], kept)
 

@@ -27,5 +27,5 @@ def cut_unit(problem: Problem, unit: Unit, ranks: Iterable[int], weights: Weight
         frontier = solver.decompose(unit, weights, stats, shape)
         return {r: Cut(float(frontier.loss[r]), solver.truncate(frontier, r, shape)) for r in sorted(set(ranks))}
 
-    found = solve_there(solve, weights, stats)
+    found = solve_there(solve, weights, stats, solver.taps(unit, shape))
     return {rank: Cut(cut.loss, store(cut.edits, weights, unit)) for rank, cut in found.items()}

@@ -59,17 +59,18 @@ def decompose_block(problem: Problem, measure: Measurements, block: nn.Module, s
     new: list[tuple[Solver, Frontier]] = []
 
     def decompose(unit: Unit) -> Frontier:
-        solver = problem.units[unit]
+        solver, shape = problem.units[unit], problem.shapes[i]
         if known := cache.losses(stats.origin, solver, unit):
             return known
 
         def price(weights: Weights, stats: Stats) -> Frontier:
-            f = solver.decompose(unit, weights, stats, problem.shapes[i])
+            f = solver.decompose(unit, weights, stats, shape)
             rough = forecast(problem, unit, weights, stats)
             return replace(price_by_tokens(problem, f, stats), factors={}, rough=rough)
 
         with measure.phase("frontiers"):
-            new.append((solver, solve_there(price, weights, stats)))
+            taps = {*solver.taps(unit, shape), *solver.dense_taps(unit, shape)}
+            new.append((solver, solve_there(price, weights, stats, taps)))
         return new[-1][1]
 
     units = problem.block_units(i)

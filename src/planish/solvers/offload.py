@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass, replace
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from planish.core import Weights
-from planish.stats import Stats
+from planish.stats import Stats, Tap
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,10 +61,12 @@ def offloaded(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def solve_there(solve: Callable[[Weights, Stats], T], weights: Weights, stats: Stats) -> T:
-    """`solve` of a block's weights and statistics, on the accelerator if one of these is large; what it gives is on the CPU."""
+def solve_there(solve: Callable[[Weights, Stats], T], weights: Weights, stats: Stats, taps: Iterable[Tap]) -> T:
+    """`solve` of a block's weights and statistics, on the accelerator if one of the sums of `taps`, which it asks for, is large;
+    what it gives is on the CPU."""
     device = _device.get()
-    if device is None or not any(t.numel() >= LARGE for sums in stats.sums.values() for t in sums.values()):
+    sizes = [t.numel() for tap in taps for t in stats.sums.get(tap, {}).values()]
+    if device is None or max(sizes, default=0) < LARGE:
         return solve(weights, stats)
 
     def there() -> T:

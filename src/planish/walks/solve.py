@@ -220,9 +220,7 @@ class Walk:
 
         def solve(unit: Unit) -> tuple[float, list[Edit]]:
             solver, shape, rank = problem.units[unit], problem.shapes[unit.block], self.planned.ranks[unit]
-            if origin and (
-                cache.memory or cache.has_frontier(origin, solver, unit)
-            ):  # factors stay, in the CPU's memory
+            if origin and (cache.memory or cache.has_frontier(origin, solver, unit)):  # factors stay, on the CPU
                 frontier = cache.frontier(origin, solver, unit, partial(solver.decompose, unit, weights, stats, shape))
                 return float(frontier.loss[rank]), store(solver.truncate(frontier, rank, shape), weights, unit)
             return cut_unit(problem, unit, [rank], weights, stats)[rank]
