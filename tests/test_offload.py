@@ -115,12 +115,12 @@ def test_results_are_the_same_files(family, method, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["flat-llm", "a3", "auto"])
 def test_units_are_solved_there(method, tmp_path, monkeypatch):
-    """Of the numbers that solving makes next to none is made on the CPU but what comes back."""
+    """Of the numbers that solving makes, where every unit goes there, next to none is made on the CPU but what comes back."""
     seen = []
 
     def watch(function):
         def call(*args):
-            with solving_there(monkeypatch, large=32 * 32) as counts:
+            with solving_there(monkeypatch) as counts:
                 seen.append(counts)
                 return function(*args)
 

@@ -67,8 +67,8 @@ def ask(checkout: Path) -> dict[str, list[int]]:
 def count(method: str) -> list[int]:
     """[Numbers made there, on the CPU] while units of one block are priced and solved."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+    import pytest
     import torch
-    from pytest import MonkeyPatch
     from random_model import write_model
 
     import planish
@@ -77,7 +77,7 @@ def count(method: str) -> list[int]:
     from planish.walks.solve import Walk
 
     torch.set_num_threads(1)
-    found, patch = [0, 0], MonkeyPatch()
+    found, patch = [0, 0], pytest.MonkeyPatch()
 
     def watch(function: Any) -> Any:
         def call(*args: Any) -> Any:
