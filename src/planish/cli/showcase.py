@@ -301,15 +301,17 @@ def write_files(found: Demo, output: Path) -> None:
 
 
 def find_tiles(found: Demo) -> list[tuple[str, str, list[str]]]:
-    """For every keep the best method and the next one: heading, figure, lines."""
+    """For every keep at which time was left for two methods the best one and the next: heading, figure, lines."""
     tiles = []
     for keep in found.keeps:
         best = sorted(
             (r for r in found.rows if r.keep_requested == keep and not r.skipped), key=lambda r: r.perplexity
         )[:2]
-        lines = [f"perplexity, {100 * (r.perplexity / found.dense.perplexity - 1):+.1f} % on dense" for r in best[:1]]
-        lines += [f"next: {r.method} {r.perplexity:,.2f}" for r in best[1:]]
-        tiles += [(f"keep {keep:g} · {best[0].method}", f"{best[0].perplexity:,.2f}", lines)] if best else []
+        if len(best) == 2:
+            first, second = best
+            lines = [f"perplexity, {100 * (first.perplexity / found.dense.perplexity - 1):+.1f} % on dense"]
+            lines.append(f"next: {second.method} {second.perplexity:,.2f}")
+            tiles.append((f"keep {keep:g} · {first.method}", f"{first.perplexity:,.2f}", lines))
     return tiles
 
 
