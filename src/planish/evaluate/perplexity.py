@@ -111,28 +111,45 @@ def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
 def pieces_of_logits(model: nn.Module, ids: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
     """Yield (t, logits that predict ids[:, t], ids[:, t+1], …) in order, ``step`` positions at a time."""
     last = ids.shape[1] - 1
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    if step >= last or decoder is None or decoder is model:
+    if step >= last:
         yield 1, model(input_ids=ids, use_cache=False).logits[:, :-1]
         return
+    hidden, head = split_forward(model, input_ids=ids)
+    for a in range(0, last, step):
+        yield a + 1, head(hidden[:, a : min(a + step, last)])
+
+
+def split_forward(model: nn.Module, **inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The decoder's output (batch, seq, hidden), and what makes logits of any part of it, (batch', seq', hidden).
+
+    The second is the rest of the model's own ``forward``: head, scaling, soft-capping. Where a forward cannot be split,
+    logits of all positions, and a function that returns what it is given.
+    """
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if decoder is None or decoder is model:
+        return model(**inputs, use_cache=False).logits, lambda logits: logits
     seen: list[Any] = []
     hook = decoder.register_forward_hook(lambda module, args, output: seen.append(output))
-    # One position is enough for now: what matters is the decoder's output.
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    # One position is enough for now: what matters is the decoder's output. (As a tensor: the last one by an integer is a
+    # strided slice, and products of bf16 with those take up to 30 times as long on a CPU.)
+    few: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        few["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=next(iter(inputs.values())).device)
     try:
-        logits = model(input_ids=ids, use_cache=False, **few).logits
+        logits = model(**inputs, use_cache=False, **few).logits
     finally:
         hook.remove()
     if len(seen) != 1 or not hasattr(seen[0], "last_hidden_state"):
         if few:
-            logits = model(input_ids=ids, use_cache=False).logits
-        yield 1, logits[:, :-1]
-        return
-    del logits
-    hidden = seen[0].last_hidden_state
-    for a in range(0, last, step):
-        with _answering(decoder, dataclasses.replace(seen[0], last_hidden_state=hidden[:, a : min(a + step, last)])):
-            yield a + 1, model(input_ids=ids, use_cache=False).logits
+            logits = model(**inputs, use_cache=False).logits
+        return logits, lambda logits: logits
+    output = seen[0]
+
+    def head(hidden: Tensor) -> Tensor:
+        with _answering(decoder, dataclasses.replace(output, last_hidden_state=hidden.contiguous())):
+            return model(**inputs, use_cache=False).logits
+
+    return output.last_hidden_state, head
 
 
 @contextmanager

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from planish.errors import InputError
 from planish.evaluate.exact import NAME, Item, grade, make_items, read_items
+from planish.evaluate.perplexity import split_forward
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def score_pairs(
     """log p(continuation | context) in nats, and whether it is the greedy one, for every (ids, continuation length).
 
     Sequences longer than the model's positions lose tokens on the left. Batches are padded on the right: causal models
-    never look there.
+    never look there. Logits are made of the continuations alone.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     device = model.get_input_embeddings().weight.device
@@ -149,18 +150,15 @@ def score_pairs(
             own = clipped[i][0]
             ids[r, : len(own)] = torch.tensor(own)
             mask[r, : len(own)] = 1
-        logits: Tensor = model(
-            input_ids=ids[:, :-1].to(device), attention_mask=mask[:, :-1].to(device), use_cache=False
-        ).logits
-        for r, i in enumerate(rows):
-            own, n = clipped[i]
-            n = min(n, len(own) - 1)
-            rows_of_i = logits[r, len(own) - 1 - n : len(own) - 1].float().cpu()
-            target = ids[r, len(own) - n : len(own)]
+        hidden, head = split_forward(model, input_ids=ids[:, :-1].to(device), attention_mask=mask[:, :-1].to(device))
+        sizes = [min(n, len(own) - 1) for own, n in (clipped[i] for i in rows)]
+        ends = [len(clipped[i][0]) for i in rows]
+        logits = head(torch.cat([hidden[r, e - 1 - n : e - 1] for r, (n, e) in enumerate(zip(sizes, ends))])[None])[0]
+        for r, (i, end, of_i) in enumerate(zip(rows, ends, logits.float().cpu().split(sizes))):
+            target = ids[r, end - len(of_i) : end]
             results[i] = (
-                -float(F.cross_entropy(rows_of_i, target, reduction="sum")),
-                bool((rows_of_i.argmax(-1) == target).all()),
-            )
+                -float(F.cross_entropy(of_i, target, reduction="sum")), bool((of_i.argmax(-1) == target).all()),
+            )  # fmt: skip
     return results
 
 
