@@ -60,7 +60,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("action", choices=("run", "table"), nargs="?", default="run")
     add_places(parser, TABLE)
     parser.add_argument("--keep", default=KEEPS)
-    parser.add_argument("--methods", default=METHODS, help="method, or auto:structural")
+    parser.add_argument(
+        "--methods", default=METHODS, help="method; auto:structural sets units, auto:linear+shuffled=0 more"
+    )
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--n-samples", type=int, default=64)
     parser.add_argument("--cal-len", type=int, default=512, help="tokens of a calibration window")
@@ -210,11 +212,12 @@ class Bench:
 
     def compress(self, method: str, keep: float) -> dict[str, str]:
         """By the command, in a process of its own, whose time and memory the kernel counts."""
-        name, _, units = method.partition(":")
+        name, _, settings = method.partition(":")
+        told = [("--set", x if "=" in x else f"units={x}") for x in filter(None, settings.split("+"))]
         cache = self.args.work / "cache" / f"{method.replace(':', '-')}-{self.size}"
         reused = cache.is_dir() and any(cache.iterdir())
         command = [
-            "compress", self.model, "--method", name, "--keep", keep, *(["--set", f"units={units}"] if units else []),
+            "compress", self.model, "--method", name, "--keep", keep, *sum(told, ()),
             "--calibration", self.calibration(), "--n-samples", self.args.n_samples, "--seq-len", self.args.cal_len,
             "-o", self.folder(method, keep), "--overwrite", "--json",
         ]  # fmt: skip
@@ -224,12 +227,12 @@ class Bench:
             return {"refused": out or "see the log"}
         r = json.loads(out)
         notes = json.loads((self.folder(method, keep) / "planish.json").read_text(encoding="utf-8"))["notes"]
-        told = {
+        nats = {
             "predicted": notes.get("predicted_loss"),
             "loss": r["loss"].get("nats"),
             "loss_stderr": r["loss"].get("stderr"),
         }
-        return {n: f"{v:.6g}" for n, v in told.items() if v is not None} | {
+        return {n: f"{v:.6g}" for n, v in nats.items() if v is not None} | {
             "counted": f"{r['keep']:.5f}", "params": str(r["params_after"]), "bytes": str(r["bytes_after"]),
             "kv_bytes_per_token": str(r["kv_bytes_per_token_after"]), "format": r["format"],
             "cpu_seconds": f"{usage.ru_utime + usage.ru_stime:.1f}", "wall_seconds": f"{time.perf_counter() - start:.1f}",

@@ -14,7 +14,9 @@ from planish.evaluate.report.svg import Mark, Quantity, Series, chart, stand_alo
 README = ROOT / "README.md"
 OPENS, CLOSES = "<!-- table of benchmarks/real.py -->", "<!-- end of table -->"
 NAMES = {
-    "auto": "auto", "auto:structural": "auto, dense shapes only", "flat-llm": "FLAT-LLM", "a3": "A3", "modegpt": "MoDeGPT",
+    "auto": "auto", "auto:structural": "auto, dense shapes only",
+    "auto:linear+shuffled=0": "auto, low-rank linears only, no shuffled windows",
+    "flat-llm": "FLAT-LLM", "a3": "A3", "modegpt": "MoDeGPT",
     "svd-llm": "SVD-LLM", "erc-svd": "ERC-SVD", "mpifa": "MPIFA", "subfit": "SubFit", "llm-drop": "LLM-Drop",
     "slicegpt": "SliceGPT", "kfac-svd": "KFAC-SVD", "io-svd": "IO-SVD", "cocurve": "CoCurve",
 }  # fmt: skip
