@@ -28,6 +28,7 @@ from unittest.mock import patch
 
 import torch
 from book import append_row
+from safetensors import safe_open
 
 import planish
 from planish.errors import PlanishError
@@ -43,10 +44,10 @@ FIELDS = ("model", "method", "curve", "asked", "bytes", "kl", "stderr", "excess"
 HEAD = """# Bytes against nats
 
 Written by `benchmarks/sizes.py` from sizes.csv. bits: all weights in so many bits (integers in groups of up to 64 with zero points,
-error feedback, fitted to unrounded inputs). cuts: 16 bits, so many of the blocks' weights. both: `--bits auto --max-bytes`, the
-plan that it chose. KL: of the next token's distribution from the dense model's, nats per token on text that nothing was calibrated
-on, with its standard error; excess: of the loss there. plan: one of those that compete under `--bits auto --max-bytes`, bits and
-keep. Everything that is no linear of a block is in 16 bits.
+error feedback, fitted to unrounded inputs). cuts: so many of the blocks' weights; counted in 16 bits where the model is stored
+in 32. both: `--bits auto --max-bytes`, the plan that it chose. KL: of the next token's distribution from the dense model's, nats
+per token on text that nothing was calibrated on, with its standard error; excess: of the loss there. plan: one of those that
+compete under `--bits auto --max-bytes`, bits and keep. Everything that is no linear of a block is in 16 bits.
 For llama.cpp (gguf): its types, embedding and head in 8 bits; llama.cpp: its own quantiser with an importance matrix.
 """
 
@@ -138,7 +139,8 @@ def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **opti
             excess = found.model.nll - found.dense.nll
             chosen = [c for c in done.choices if c["chosen"]]
             plan = "".join(f"{c['bits']} bits, keep {c['keep']:g}" for c in chosen)
-            row |= {"bytes": done.bytes_after, "kl": f"{found.agreement.kl:.5f}",
+            size = done.bytes_after // (2 if curve == "cuts" and in_fp32(out) else 1)
+            row |= {"bytes": size, "kl": f"{found.agreement.kl:.5f}",
                     "stderr": f"{found.agreement.kl_stderr:.5f}", "excess": f"{excess:.5f}", "plan": plan}  # fmt: skip
         except PlanishError as error:
             row["plan"] = f"refused: {error}"
@@ -146,6 +148,13 @@ def measure(args: argparse.Namespace, book: Path, curve: str, asked: str, **opti
     append_row(book, FIELDS, row)
     print(*(row[n] for n in ("curve", "asked", "bytes", "kl", "excess", "plan", "cpu_seconds")), flush=True)
     return row
+
+
+def in_fp32(folder: Path) -> bool:
+    """Whether a model that was stored in fp32 was cut: it is counted in 16 bits, which everything beside it is in."""
+    with safe_open(next(folder.glob("*.safetensors")), framework="pt") as file:
+        names = file.keys()
+        return all(file.get_slice(name).get_dtype() == "F32" for name in names)
 
 
 def tabulate(rows: list[dict[str, str]]) -> str:
