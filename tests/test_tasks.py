@@ -11,7 +11,7 @@ import torch
 from compressed import train_tokenizer
 from planish.errors import InputError
 from planish.evaluate.tasks import encode_pair, evaluate_file, evaluate_tasks, read_config, read_task, score_pairs
-from tiny import build
+from tiny import HYBRIDS, MORE, NAMES, SPARSE, STOCK, build, each, windows
 
 WORDS = ["the cat sat", "a hat on that mat", "then the rat", "that bat", "on", "the mat and a cat"]
 
@@ -56,6 +56,20 @@ def test_scores_equal_the_oracle(family, tokenizer):
     for pair, (logp, greedy) in zip(pairs, scored):
         want, want_greedy = oracle(model, tokenizer, *pair)
         assert logp == pytest.approx(want, abs=2e-4) and greedy == want_greedy
+
+
+@pytest.mark.parametrize("family", each([n for n in NAMES + SPARSE + HYBRIDS + STOCK + MORE if n != "llama_dynamic"]))
+def test_split_forwards_score_like_whole_ones(family):
+    """Where continuations' logits are made of a part of the decoder's output: in every family what all positions' logits say
+    (but where rotary embeddings follow the longest sequence of a batch)."""
+    model = build(family).eval()
+    encoded = [(windows(1, length, seed=length)[0].tolist(), n) for length, n in ((9, 2), (17, 5), (12, 1), (17, 16))]
+    for (ids, n), (logp, greedy) in zip(encoded, score_pairs(model, encoded, batch_tokens=60), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -n - 1 : -1].double()
+        target = torch.tensor(ids[-n:])
+        assert logp == pytest.approx(float(logits.log_softmax(-1)[range(n), target].sum()), abs=2e-4)
+        assert greedy == bool((logits.argmax(-1) == target).all())
 
 
 def test_multiple_choice(model, tokenizer, tmp_path):
