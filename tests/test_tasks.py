@@ -72,6 +72,20 @@ def test_split_forwards_score_like_whole_ones(family):
         assert greedy == bool((logits.argmax(-1) == target).all())
 
 
+def test_no_answers_of_logits_that_are_no_numbers(tokenizer, tmp_path):
+    """Neither the first choice nor the first word of the vocabulary is what such a model says."""
+    model = build("llama_gqa")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    tasks = [
+        write(tmp_path / "mc.jsonl", [{"query": "the cat", "choices": WORDS[:3], "gold": 0}]),
+        write(tmp_path / "e.jsonl", [{"prompt": "the cat", "answer": "sat"}]),
+    ]
+    for task in tasks:
+        with pytest.raises(InputError, match="logits are not finite"):
+            evaluate_tasks(model, tokenizer, [str(task)])
+
+
 def test_multiple_choice(model, tokenizer, tmp_path):
     records = [{"query": q, "choices": WORDS[:3], "gold": i % 3} for i, q in enumerate(WORDS)]
     score = evaluate_file(model, tokenizer, write(tmp_path / "mc.jsonl", records))

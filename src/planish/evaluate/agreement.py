@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from planish.calibrate.text import eval_windows, list_priced, unmark
 from planish.errors import InputError
-from planish.evaluate.perplexity import pieces_of_logits
+from planish.evaluate.perplexity import NOT_FINITE, pieces_of_logits
 
 AT_ONCE = 1 << 22  # logits in fp64 at a time
 
@@ -150,8 +150,13 @@ def answer(model: nn.Module, tokenizer: Any, prompt: Any, new_tokens: int) -> tu
         raise InputError("a prompt has `messages`, and the tokenizer has no chat template; give `prompt`")
     generate: Any = model.generate  # type: ignore[attr-defined]
     place = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
-    out = generate(ids.to(place), do_sample=False, max_new_tokens=new_tokens, temperature=None, top_p=None, top_k=None)
-    own = out[0, ids.shape[1] :].tolist()
+    out = generate(
+        ids.to(place), do_sample=False, max_new_tokens=new_tokens, temperature=None, top_p=None, top_k=None,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    if any(logits.isnan().any() for logits in out.logits):
+        raise InputError(NOT_FINITE)
+    own = out.sequences[0, ids.shape[1] :].tolist()
     return tokenizer.decode(own, skip_special_tokens=True), measure_repetition(own)
 
 

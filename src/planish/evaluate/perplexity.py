@@ -17,6 +17,7 @@ from planish.calibrate.text import check_ids, eval_windows
 from planish.errors import InputError
 
 _LOGITS_AT_ONCE = 1 << 24  # elements; 64 MiB in fp32
+NOT_FINITE = "the model's logits are not finite · check its weights, or load it in float32"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import nn
 
 from planish.errors import InputError
 from planish.evaluate.exact import NAME, Item, grade, make_items, read_items
-from planish.evaluate.perplexity import split_forward
+from planish.evaluate.perplexity import NOT_FINITE, split_forward
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,8 @@ def score_pairs(
         ends = [len(clipped[i][0]) for i in rows]
         logits = head(torch.cat([hidden[r, e - 1 - n : e - 1] for r, (n, e) in enumerate(zip(sizes, ends))])[None])[0]
         for r, (i, end, of_i) in enumerate(zip(rows, ends, logits.float().cpu().split(sizes))):
+            if of_i.isnan().any():
+                raise InputError(NOT_FINITE)
             target = ids[r, end - len(of_i) : end]
             results[i] = (
                 -float(F.cross_entropy(of_i, target, reduction="sum")), bool((of_i.argmax(-1) == target).all()),
