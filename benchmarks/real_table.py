@@ -177,7 +177,7 @@ def perplexities(m: Found, text: str, short: bool = False) -> list[str]:
     table = {n: [m.beside((n, k), f"text {text} perplexity") for k in m.keeps] for n in m.methods}
     lines = ["| method | " + " | ".join(f"keep {k:g}" for k in m.keeps) + " |", "|---" * (len(m.keeps) + 1) + "|"]
     for method, found in table.items():
-        if not any(found):
+        if not any(found) or (short and "+" in method):
             continue
         mark = "**" if short and method == "auto" else ""
         cells = ["–" if x is None else f"{mark}{shown(x)}{mark}" for x in found]
