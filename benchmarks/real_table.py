@@ -78,8 +78,9 @@ class Found:
         own, dense = self.number(key, f"text {text} nll"), self.before(key, "text", f"text {text} nll")
         return None if own is None or dense is None else own - float(dense)
 
-    def scores(self, key: Key) -> tuple[float, float, float] | None:
-        """(Mean accuracy over the tasks, the dense model's, mean share of answers that changed); None where one is missing."""
+    def scores(self, key: Key) -> tuple[float, float, float, float] | None:
+        """(Mean accuracy over the tasks, the dense model's, mean share of answers that changed, most that the standard error of
+        the difference can be); None where one is missing."""
         found = []
         for task in TASKS:
             acc, answers = (self.values.get(key, {}).get(f"{task} {n}") for n in ("acc", "answers"))
@@ -87,8 +88,9 @@ class Found:
             if acc is None or answers is None or dense is None or before is None:
                 return None
             changed = sum(a != b for a, b in zip(answers, before, strict=True)) / len(answers)
-            found.append((float(acc), float(dense), changed))
-        return tuple(sum(x) / len(found) for x in zip(*found, strict=True))  # type: ignore[return-value]
+            found.append((float(acc), float(dense), changed, changed / len(answers)))
+        *means, variance = (sum(x) / len(found) for x in zip(*found, strict=True))
+        return means[0], means[1], means[2], math.sqrt(variance / len(found))
 
     def refusal(self, key: Key) -> str | None:
         return self.values.get(key, {}).get("compress refused")
@@ -136,10 +138,11 @@ on C4 (two thirds of 300 documents); evaluated on the WikiText-2 test set and on
 
 - *Keep*: the share of the weights in the model's blocks that stays. *D*: nats per token more than the dense model on the same
   windows, log(perplexity / dense perplexity).
-- *KL*: of the dense model's next-token distribution to the compressed one's, nats per token, mean of both texts. *Same token*: how
-  often both find the same next token likeliest.
-- *Tasks*: mean zero-shot accuracy of six tasks; *changed*: share of single answers that are not the dense model's. *Loops*:
-  repeated 4-grams in greedy answers to chat prompts.
+- *KL*: of the dense model's next-token distribution to the compressed one's, nats per token, mean of both texts, and its standard
+  error. *Same token*: how often both find the same next token likeliest.
+- *Tasks*: mean zero-shot accuracy of six tasks, and the standard error of its difference from the dense model's on the same items,
+  counted as if every changed answer were right for wrong or wrong for right, which is at most; *changed*: share of single answers
+  that are not the dense model's. *Loops*: repeated 4-grams in greedy answers to chat prompts.
 - *Decode*: tokens per second as a multiple of the dense model's in the same turns (transformers, float32, one CPU thread).
 - *CPU s*: processor seconds of the whole `planish compress` process, start included, on a machine that did other work; in brackets
   where it used statistics that the same method had measured for another keep. *Memory*: its peak.
@@ -241,9 +244,11 @@ def list_cells(m: Found, key: Key) -> list[str]:
         p = m.number(key, f"text {text} perplexity")
         cells += ["–" if p is None else shown(p), cell(m.excess(key, text))]
     same = mean([f"agreement {t} top1" for t in TEXTS])
-    cells += [cell(mean([f"agreement {t} kl" for t in TEXTS])), cell(same and 100 * same, "{:.1f} %")]
+    noise = [m.number(key, f"agreement {t} kl_stderr") or 0.0 for t in TEXTS]
+    kl = cell(mean([f"agreement {t} kl" for t in TEXTS])) + (f" ± {math.hypot(*noise) / 2:.3f}" if any(noise) else "")
+    cells += [kl, cell(same and 100 * same, "{:.1f} %")]
     scores = m.scores(key)
-    cells += [cell(scores and 100 * scores[i], "{:.1f} %") for i in (0, 2)]
+    cells += [f"{100 * scores[0]:.1f} ± {100 * scores[3]:.1f} %", f"{100 * scores[2]:.1f} %"] if scores else ["–", "–"]
     loops = m.number(key, "answers repeated")
     cells.append(cell(None if loops is None else 100 * loops, "{:.1f} %"))
     rates = [m.number(key, f"speed {n}decode_tokens_per_s") for n in ("", "dense ")]
@@ -330,6 +335,7 @@ def draw(m: Found) -> str:
     lines = {
         method: [(k, p) for k in m.keeps if (p := m.beside((method, k), "text wikitext2 perplexity")) is not None]
         for method in m.methods
+        if "+" not in method
     }
     last = {method: math.log(points[-1][1] / dense) / (1 - points[-1][0]) for method, points in lines.items() if points}
     series = [

