@@ -87,7 +87,7 @@ def test_smaller_windows_are_shorter_first_then_fewer():
 
 def pretend(monkeypatch, per_token: float) -> None:
     """A machine on which nothing takes time but the blocks, and these so many seconds per token."""
-    monkeypatch.setattr(seconds, "measure_rates", lambda *_: seconds.Rates(1e30, 1e30, 1e30, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(seconds, "measure_rates", lambda *_: seconds.Rates(1e30, 1e30, 1e30, 1e30, 0.0, 0.0, 0.0))
     monkeypatch.setattr(seconds.Costs, "run", lambda self, shape, seq_len, back=False: per_token)
     monkeypatch.setattr(seconds, "rehearse", lambda *_: {})
     monkeypatch.setattr(windows, "is_small", lambda *_: False)

@@ -396,6 +396,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"extra": {"general.architecture": "mamba"}},
         "architecture 'mamba'; read are arcee, gemma2, gemma3, gpt2, .*qwen3",
     ),
+    "written only": (
+        {"extra": {"general.architecture": "deci"}},
+        r"architecture 'deci' \(if planish wrote it, start from the folder that was exported\); read are",
+    ),
     "no architecture": ({"extra": {"general.architecture": None}}, "no general.architecture"),
     "experts": ({"extra": {"llama.expert_count": 8}}, "tensor blk.0.ffn_down_exps.weight is missing"),
     "unequal blocks": ({"extra": {"llama.feed_forward_length": [44, 44, 40]}}, "differs from block to block"),

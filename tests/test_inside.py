@@ -202,5 +202,5 @@ def test_a_forecast_counts_every_call_of_every_expert():
     assert most.forward > 3 * some.forward > 0 and most.both > most.forward
     shape = MemorySource(tiny.build("qwen3_moe")).shape(0)
     assert shape.experts is not None
-    rates = Rates(*[1e-9] * 6)
+    rates = Rates(*[1e-9] * 7)
     assert rates.sum(shape, Tap("expert.3.down.gated", "gram")) == pytest.approx(12 * 12 * 1e-9 * 2 / 8)

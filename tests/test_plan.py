@@ -196,7 +196,7 @@ def test_an_awaited_text_is_read_once_and_only_to_measure():
         read.append(True)
         return Stream(source, tiny.windows(4, 16))
 
-    measure = Measurements(Awaited(source, torch.device("cpu"), torch.float32, MemoryLimits(), make))
+    measure = Measurements(Awaited(source, torch.device("cpu"), torch.float32, MemoryLimits(), make, torch.float32))
     for method, times in (("svd-llm", 0), ("flat-llm", 1), ("shortgpt", 1)):
         chosen = find_method(method)
         make_plan(chosen, pose(chosen, source, Limits(keep=0.6), length=16), measure)

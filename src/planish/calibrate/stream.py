@@ -54,13 +54,15 @@ class NothingMeasuredError(Exception):
 
 @dataclass
 class Awaited:
-    """A stream whose text is read when something is first measured on it: what is known until then, and how to make it."""
+    """A stream whose text is read when something is first measured on it: what is known until then, and how to make it.
+    `products`: as a stream's."""
 
     source: Source
     device: torch.device
     dtype: torch.dtype
     limits: MemoryLimits
     make: Callable[[], Stream]
+    products: torch.dtype
 
     def __post_init__(self) -> None:
         self.limits.device_limit = find_device_limit(self.device)

@@ -21,7 +21,7 @@ from planish.calibrate.cache import Cache, open_cache
 from planish.calibrate.measure import Measurements
 from planish.calibrate.stream import Awaited, NothingMeasuredError, Stream
 from planish.checking import check_tokens, check_windows
-from planish.compression import Shared, open_stream, pick_dtype
+from planish.compression import Shared, open_stream, pick_dtype, pick_products
 from planish.core import WHOLE, Plan, Progress, Unit, describe_experts, describe_rest, describe_state
 from planish.dry_run.memory import Peaks
 from planish.dry_run.passes import Run
@@ -148,7 +148,8 @@ def look_ahead(
     def find_cache(stream: Stream) -> Cache:
         return (open_cache(stream, STATISTICS) if cache else None) or Cache(memory=STATISTICS)
 
-    awaited = Awaited(source, torch.device(device), dtype, limits, make_stream)
+    products = dtype if request.dtype else pick_products(source, method, device, dtype)
+    awaited = Awaited(source, torch.device(device), dtype, limits, make_stream, products)
     measure = Measurements(awaited, find_cache, progress)
     work: Sequence[Work] = ()
     if read is None:

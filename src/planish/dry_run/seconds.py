@@ -52,9 +52,11 @@ class Phase(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """`single`, `double`, `attention`: FLOP/s of products in the computing dtype, in fp64, and of attention; seconds:
-    `gram` per number of a Gram and token, `element` per channel of a gated activation, `file` per number read and written."""
+    """`blocks`, `single`, `double`, `attention`: FLOP/s of the blocks' products, of products in the computing dtype, in fp64, and
+    of attention; seconds: `gram` per number of a Gram and token, `element` per channel of a gated activation, `file` per number
+    read and written."""
 
+    blocks: float
     single: float
     double: float
     attention: float
@@ -100,7 +102,7 @@ class Costs:
         if e is not None and e in self.calls:
             channels, working = channels - e.top * e.intermediate, working - e.top * count_expert(e)
             calls = self.calls[e].both if back else self.calls[e].forward
-        work = 2 * working / self.rates.single
+        work = 2 * working / self.rates.blocks
         elements = (3 if back else 1) * channels * self.rates.element
         return (2 * work + 3.5 * scores if back else work + scores) + elements + calls
 
@@ -118,7 +120,8 @@ def measure_costs(run: Run) -> Costs:
     """On this machine, for a run: products of a few hundred milliseconds, and its solves on random numbers."""
     problem, given = run.problem, run.measure.given
     here = given.device if given.device.type != "cuda" or torch.cuda.is_available() else CPU
-    rates = measure_rates(here, torch.float32 if here != given.device else given.dtype, run.largest, run.seq_len)
+    types = (torch.float32,) * 2 if here != given.device else (given.dtype, given.products)
+    rates = measure_rates(here, *types, run.largest, run.seq_len)
     units = {u: s for w in run.work if w.solvers for u, s in w.solvers.items()}
     units |= {u: problem.units[u] for s in problem.shapes for u in run.solved(s.block)}
     ranks = {u: run.planned.ranks.get(u, s.ranks(u, problem.shapes[u.block])[0]) for u, s in units.items()}
@@ -207,7 +210,7 @@ def list_phases(run: Run, work: Work, costs: Costs) -> list[Phase]:
         steps = [a + b for a, b in zip(steps, forward, strict=True)]
         return [Phase(work.name, end(steps, work.heads * head))]
     steps = [a + tokens * costs.run(s, run.seq_len, True) for a, s in zip(steps, shapes, strict=True)][::-1]
-    return [Phase("forward", end(forward, head)), Phase(work.name, steps)]
+    return [Phase("forward", forward), Phase(work.name, [steps[0] + head, *steps[1:]] if steps else [])]
 
 
 def end(steps: Sequence[float], last: float) -> list[float]:
@@ -232,7 +235,7 @@ def explain(run: Run, costs: Costs, phases: Sequence[Phase]) -> str:
     for p in phases:
         parts[p.name.partition(" ")[0]] = parts.get(p.name.partition(" ")[0], 0.0) + p.seconds
     how = (
-        f"{run.windows} × {run.seq_len} tokens at this machine's {costs.rates.single / 1e9:.0f} GFLOP/s, statistics in fp64, one "
+        f"{run.windows} × {run.seq_len} tokens at this machine's {costs.rates.blocks / 1e9:.0f} GFLOP/s, statistics in fp64, one "
         "block's solves rehearsed on random numbers (planish.dry_run.seconds), reading and writing from memory: "
         + ", ".join(f"{name} {s:.3g} s" for name, s in parts.items())
     )
@@ -253,8 +256,8 @@ def clock(run: Callable[[], Any], device: torch.device = CPU) -> float:
 
 
 @functools.lru_cache(16)
-def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_len: int) -> Rates:
-    """Of this machine, on products of at most 1024 × 2048 × 1024 numbers."""
+def measure_rates(device: torch.device, dtype: torch.dtype, products: torch.dtype, shape: Shape, seq_len: int) -> Rates:
+    """Of this machine, on products of at most 1024 × 2048 × 1024 numbers, which are formed in `products`."""
 
     def seconds(run: Callable[[], Any]) -> float:
         return min(clock(run, device) for _ in range(3))
@@ -262,11 +265,15 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_le
     n, m = min(shape.hidden, 1024), min(shape.inner or shape.hidden, 2048)
     sums = CPU if device.type == "mps" else device  # it has no fp64
     a, b = torch.ones(1024, n, device=device, dtype=dtype), torch.ones(m, n, device=device, dtype=dtype)
-    single = 2 * 1024 * n * m / seconds(lambda: nn.functional.linear(a, b))
+    single = blocks = 2 * 1024 * n * m / seconds(lambda: nn.functional.linear(a, b))
+    if products != dtype:
+        with torch.autocast(device.type, products):
+            blocks = 2 * 1024 * n * m / seconds(lambda: nn.functional.linear(a, b))
     x, y = a.to(sums).double()[:512], b.to(sums).double()
     double = 2 * 512 * n * m / seconds(lambda: x @ y.T)
-    wide, total = torch.ones(512, m, device=sums, dtype=dtype), dict[str, Tensor]()
-    gram = seconds(lambda: add_gram(total, wide, choose_exact(sums))) / 512 / m**2
+    wide, total = torch.ones(512, m, device=sums, dtype=products), dict[str, Tensor]()
+    in_runs = torch.float32 if products != dtype else choose_exact(sums)  # as `planish.calibrate.collect` does
+    gram = seconds(lambda: add_gram(total, wide, in_runs)) / 512 / m**2
     length = max(1, min(seq_len, 1024))
     q = torch.ones(1, 4, length, max(shape.qk, 1), device=device, dtype=dtype)
     attention = seconds(lambda: nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
@@ -279,7 +286,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: Shape, seq_le
         hashlib.sha256(stored.view(torch.uint8).numpy().data)
 
     file = seconds(check) / len(stored)
-    return Rates(single, double, 4 * 4 * q.shape[-1] * length**2 / 2 / attention, gram, element, file)
+    return Rates(blocks, single, double, 4 * 4 * q.shape[-1] * length**2 / 2 / attention, gram, element, file)
 
 
 def list_sizes(shape: Shape) -> list[tuple[Shape, int]]:

@@ -34,6 +34,7 @@ FAMILIES = {  # general.architecture → model_type
     "gpt2": "gpt2", "gptneox": "gpt_neox", "mpt": "mpt",
     "qwen3moe": "qwen3_moe", "qwen2moe": "qwen2_moe", "olmoe": "olmoe",
 }  # fmt: skip
+WRITTEN = ("deci", "mimo2")  # architectures that are only written
 SPARSE = {"qwen3moe": True, "qwen2moe": False, "olmoe": False}  # do gates of the chosen experts add up to 1?
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B models, whose score scale follows hidden size / heads
 REFUSED = {  # metadata key → values that change nothing
@@ -116,8 +117,9 @@ def check_known(meta: Metadata) -> None:
     if not architecture:
         raise InputError(f"{file.path} has no general.architecture in its metadata: not a language model")
     if architecture not in FAMILIES:
+        own = " (if planish wrote it, start from the folder that was exported)" if architecture in WRITTEN else ""
         raise InputError(
-            f"{file.path} is a GGUF file of the architecture {architecture!r}; read are {', '.join(sorted(FAMILIES))}"
+            f"{file.path} is a GGUF file of the architecture {architecture!r}{own}; read are {', '.join(sorted(FAMILIES))}"
         )
     refuse_deep({"num_hidden_layers": meta.get("block_count")}, file.path)
     for key, harmless in REFUSED.items():

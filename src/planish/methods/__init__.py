@@ -130,7 +130,7 @@ def note_objective(method: Method, problem: Problem, measure: Measurements, wind
         raise NothingMeasuredError
 
     given = measure.given
-    unread = Measurements(Awaited(given.source, given.device, given.dtype, given.limits, make))
+    unread = Measurements(Awaited(given.source, given.device, given.dtype, given.limits, make, given.products))
     sites = {s for t in problem.taps(problem.units) for s in t.sites}
     if any(s.startswith("grad:") for s in sites):
         return []
