@@ -15,11 +15,13 @@ README = ROOT / "README.md"
 OPENS, CLOSES = "<!-- table of benchmarks/real.py -->", "<!-- end of table -->"
 NAMES = {
     "auto": "auto", "auto:structural": "auto, dense shapes only",
+    "auto:linear": "auto, low-rank linears only",
     "auto:linear+shuffled=0": "auto, low-rank linears only, no shuffled windows",
     "flat-llm": "FLAT-LLM", "a3": "A3", "modegpt": "MoDeGPT",
     "svd-llm": "SVD-LLM", "erc-svd": "ERC-SVD", "mpifa": "MPIFA", "subfit": "SubFit", "llm-drop": "LLM-Drop",
     "slicegpt": "SliceGPT", "kfac-svd": "KFAC-SVD", "io-svd": "IO-SVD", "cocurve": "CoCurve",
 }  # fmt: skip
+VARIANTS = ("auto:linear", "auto:linear+shuffled=0")  # in neither the README's table nor the chart
 STRUCTURAL = ("flat-llm", "a3", "modegpt", "slicegpt", "llm-drop", "cocurve")  # published, dense shapes only
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4, held out"}
 EXACT_KINDS = ("sums", "copying", "forms")
@@ -180,7 +182,7 @@ def perplexities(m: Found, text: str, short: bool = False) -> list[str]:
     table = {n: [m.beside((n, k), f"text {text} perplexity") for k in m.keeps] for n in m.methods}
     lines = ["| method | " + " | ".join(f"keep {k:g}" for k in m.keeps) + " |", "|---" * (len(m.keeps) + 1) + "|"]
     for method, found in table.items():
-        if not any(found) or (short and "+" in method):
+        if not any(found) or (short and method in VARIANTS):
             continue
         mark = "**" if short and method == "auto" else ""
         cells = ["–" if x is None else f"{mark}{shown(x)}{mark}" for x in found]
@@ -335,7 +337,7 @@ def draw(m: Found) -> str:
     lines = {
         method: [(k, p) for k in m.keeps if (p := m.beside((method, k), "text wikitext2 perplexity")) is not None]
         for method in m.methods
-        if "+" not in method
+        if method not in VARIANTS
     }
     last = {method: math.log(points[-1][1] / dense) / (1 - points[-1][0]) for method, points in lines.items() if points}
     series = [
