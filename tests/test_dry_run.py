@@ -211,6 +211,16 @@ def test_the_time_left_is_right_within_a_third_after_one_step():
             assert abs(told - real) <= real / 3 + 1e-9
 
 
+def test_a_slow_or_fast_first_step_of_a_later_phase_counts_less_than_it_took():
+    for factor in (0.1, 4.0):
+        clock = TimeLeft([("first", [10.0] * 6), ("second", [1.0] * 60)])
+        for n in range(6):
+            clock.report("first", n + 1, 6, 10.0 * (n + 1))
+        clock.report("second", 1, 60, 60.0 + factor)
+        told = clock.left(60.0 + factor)
+        assert abs(told - 59) < abs(59 * factor - 59) / 3
+
+
 def test_phases_that_are_passed_over_or_were_not_foretold():
     clock = TimeLeft(PHASES)
     clock.report("text", 1, 2, 3.0)  # not foretold: it says nothing about the speed of the others

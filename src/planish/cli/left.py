@@ -8,6 +8,8 @@ from math import inf
 
 Predicted = Sequence[tuple[str, Sequence[float]]]  # phases in their order: name, seconds of every step
 
+PRIOR = 0.05  # part of a phase for which the pace of the whole run counts in its own: a first step alone may mislead
+
 
 @dataclass
 class Walk:
@@ -39,7 +41,8 @@ class Walk:
 class TimeLeft:
     """Reports of progress come in, with the clock; out comes the time that is left.
 
-    Of the phase that runs: what its finished steps took, in proportion to what was predicted of its steps. Of later phases:
+    Of the phase that runs: what its finished steps took, in proportion to what was predicted of its steps, and the pace of the
+    whole run as if it were a further step, of `PRIOR` of the phase. Of later phases:
     what was predicted, times measured / predicted of all that is done. A phase that is reported without having been predicted
     counts by itself, and so does one whose results were cached; predicted ones that are passed over are not waited for.
     `ends`: the clock when the run stops in any case.
@@ -79,6 +82,9 @@ class TimeLeft:
         known = [w.measured for w in self.walks if w.steps is not None]
         measured, foretold = (sum(part) for part in zip(*known, strict=True)) if known else (0.0, 0.0)
         rate = measured / foretold if foretold else 1.0
+        if walk.steps is not None:
+            prior = PRIOR * (of + rest)
+            took, of = took + prior * rate, of + prior
         own = rest * (took / of if of else rate if walk.steps is not None else 0.0)
         later = sum(sum(steps) for _, steps in self.predicted[self._next :])
         return max(min(own + later * rate - (now - walk.now), self.ends - now), 0.0)
